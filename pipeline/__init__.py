@@ -1,0 +1,1 @@
+"""DenseNet training at ImageNet scale: data, models, trainer and evaluation."""

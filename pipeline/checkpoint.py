@@ -1,0 +1,134 @@
+"""Checkpoints on disk: atomic, checksummed, loaded without running code, the last two and the best kept.
+
+A file is what `torch.save` writes; its SHA-256 stands in the zip archive's comment, where `torch.load` and
+every zip tool pass over it.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+
+FORMAT = 1
+_DIGEST_LENGTH = 64  # hexadecimal digits
+_REQUIRED = {"format", "model", "config", "classes"}
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: ``last.pt``, the one before as ``previous.pt``, and ``best.pt``."""
+
+    def __init__(self, folder: Path):
+        self.last = folder / "last.pt"
+        self.previous = folder / "previous.pt"
+        self.best = folder / "best.pt"
+
+    def save(self, state: dict[str, Any], best: bool) -> None:
+        """Write `state` as the last checkpoint, and as the best one too if it is."""
+        content = _serialise(state)
+        if self.last.exists():
+            os.replace(self.last, self.previous)
+        _write(self.last, content)
+        if best:
+            _write(self.best, content)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Return the last checkpoint; the one before, with a warning, if the last is damaged; None if there is none.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
+        """
+        damaged = []
+        for path in (self.last, self.previous):
+            if path.exists():
+                try:
+                    return load_checkpoint(path)
+                except UserError as error:
+                    damaged.append(str(error))
+                    warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+        if damaged:
+            raise UserError(f"{damaged[-1]}; no other checkpoint is left: remove {self.last.parent} to start anew")
+        return None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running code that it may hold.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint of this project.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    if not _is_whole(content):
+        raise UserError(f"{path} is damaged, or not a checkpoint of this project (its checksum does not match)")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(f"{path} holds more than tensors and plain values: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not state.keys() >= _REQUIRED or state["format"] != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of format {FORMAT} of this project")
+    return state
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
+    """Copy a state dictionary into `model`.
+
+    Raises:
+        UserError: a name or a shape differs; names the first.
+    """
+    own = model.state_dict()
+    for name in own:
+        if name not in weights:
+            raise UserError(f"{origin} has no '{name}': it holds the weights of another architecture")
+        if weights[name].shape != own[name].shape:
+            shapes = f"{tuple(weights[name].shape)} there, {tuple(own[name].shape)} in the network"
+            raise UserError(
+                f"{origin}: '{name}' has another shape ({shapes}): another architecture or number of classes"
+            )
+    for name in weights:
+        if name not in own:
+            raise UserError(
+                f"{origin} has '{name}', which the network lacks: it holds the weights of another architecture"
+            )
+    model.load_state_dict(weights)
+
+
+def _serialise(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    content = buffer.getvalue()
+    if content[-22:-18] != b"PK\5\6" or content[-2:] != b"\0\0":  # end of the central directory, no comment yet
+        raise RuntimeError("torch.save no longer ends with an empty zip comment")
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content[:-2] + struct.pack("<H", _DIGEST_LENGTH) + digest
+
+
+def _is_whole(content: bytes) -> bool:
+    original = content[: -_DIGEST_LENGTH - 2] + b"\0\0"
+    return content[-_DIGEST_LENGTH:] == hashlib.sha256(original).hexdigest().encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that after a crash either the old file or the new one is there, whole."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,32 @@
+"""The colour part of a plan: one affine map an image, as one batched matrix product on the training device."""
+
+import torch
+from torch import Tensor
+
+from pipeline.data.plan import BatchPlan
+
+PIXELS_A_ROW = 4  # a product with a block-diagonal 12x12 matrix is 4 times faster than with the bare 3x3 on CPU
+
+
+def apply_colors(pixels: Tensor, plan: BatchPlan, device: torch.device) -> Tensor:
+    """Map the colours of every view and lay the result out for the network.
+
+    Args:
+        pixels: (n, V, H, W, 3), uint8 or float32 in 0..255.
+
+    Returns:
+        (n * V, 3, H, W) float32 on `device`, channels-last in memory.
+    """
+    n, views, height, width, _ = pixels.shape
+    x = pixels.to(device, non_blocking=True).float()
+    color, mean_color, shift = (
+        torch.from_numpy(array).to(device, non_blocking=True) for array in (plan.color, plan.mean_color, plan.shift)
+    )
+    if plan.mean_color.any():
+        mean = x[:, 0].reshape(n, height * width, 3).mean(dim=1)
+        shift = shift + torch.einsum("nij,nj->ni", mean_color, mean) / 255
+    together = PIXELS_A_ROW if height * width % PIXELS_A_ROW == 0 else 1
+    matrix = torch.kron(torch.eye(together, device=device)[None], (color.transpose(1, 2) / 255).contiguous())
+    rows = x.reshape(n, -1, 3 * together)
+    x = torch.baddbmm(shift.repeat(1, together)[:, None], rows, matrix)
+    return x.view(n * views, height, width, 3).permute(0, 3, 1, 2)

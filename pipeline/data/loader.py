@@ -1,0 +1,143 @@
+"""From an index to batches on the device: draws plans, has an executor turn them into pixels, maps the colours."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import DataConfig
+from pipeline.data.color import apply_colors
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import BatchPlan, evaluation_plans, steps_per_epoch, training_plans
+from pipeline.data.reference import ReferenceExecutor
+from pipeline.data.synthetic import SyntheticExecutor
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n images with V views each, on the device.
+
+    Attributes:
+        images: (n * V, 3, H, W) float32, channels-last; the views of an image are neighbours.
+        labels: (n) int64.
+        weights: (n) float32, 0 for a stand-in that must not count.
+        ids: (n) int64, rows of the index (NumPy, on the host).
+        views: V.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    ids: np.ndarray
+    views: int
+
+
+class Executor(Protocol):
+    def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+        """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the data this rank loads, where to, and with how many threads."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    threads: int
+
+
+class TrainingLoader:
+    """This rank's training batches of any epoch, from any step."""
+
+    def __init__(
+        self, index: DatasetIndex, config: DataConfig, share: Share, *, seed: int, batch_size: int, accumulation: int
+    ):
+        self.index, self._config, self._share = index, config, share
+        self._seed, self._batch_size, self._accumulation = seed, batch_size, accumulation
+        self.steps_per_epoch = steps_per_epoch(len(index), batch_size)
+        self._executor = create_executor(index, config, share, batch_size // share.ranks // accumulation, views=1)
+
+    def global_batch(self, step: int) -> int:
+        """Images in the global batch of this step of an epoch."""
+        return min(self._batch_size, len(self.index) - step * self._batch_size)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield `accumulation` batches for each step from `first_step` to the end of the epoch."""
+        plans = training_plans(
+            self.index,
+            self._config,
+            seed=self._seed,
+            epoch=epoch,
+            first_step=first_step,
+            batch_size=self._batch_size,
+            rank=self._share.rank,
+            ranks=self._share.ranks,
+            accumulation=self._accumulation,
+        )
+        return _batches(self._executor, plans, self.index, self._share.device)
+
+
+class EvaluationLoader:
+    """This rank's share of a data set for single- or ten-crop evaluation: over all ranks each image once."""
+
+    def __init__(self, index: DatasetIndex, config: DataConfig, share: Share, *, batch_size: int, crops: int):
+        self.index, self.crops = index, crops
+        self._config, self._share, self._batch_size = config, share, batch_size
+
+    @cached_property
+    def _executor(self) -> Executor:
+        return create_executor(self.index, self._config, self._share, self._batch_size, views=self.crops)
+
+    def batches(self) -> Iterator[Batch]:
+        plans = evaluation_plans(
+            self.index,
+            self._config,
+            crops=self.crops,
+            batch_size=self._batch_size,
+            rank=self._share.rank,
+            ranks=self._share.ranks,
+        )
+        return _batches(self._executor, plans, self.index, self._share.device)
+
+
+def choose_loader(config: DataConfig) -> str:
+    """The loader that ``data.loader: auto`` stands for on this machine, or the one that was asked for."""
+    dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    if config.loader == "dali" and not dali:
+        raise UserError("data.loader is dali, but nvidia-dali is not installed: install requirements.txt, or use auto")
+    if config.loader == "auto":
+        return "dali" if dali else "reference"
+    return config.loader
+
+
+def create_executor(index: DatasetIndex, config: DataConfig, share: Share, batch_size: int, views: int) -> Executor:
+    """Build the executor that the configuration asks for."""
+    name = choose_loader(config)
+    threads = config.threads or share.threads
+    if name == "synthetic":
+        return SyntheticExecutor(index, config.crop_size)
+    if name == "reference":
+        return ReferenceExecutor(index, config.crop_size, config.resize, threads)
+    from pipeline.data.dali import DaliExecutor  # only where the wheel is installed
+
+    return DaliExecutor(index, config.crop_size, config.resize, threads, share.device, batch_size, views)
+
+
+def _batches(
+    executor: Executor, plans: Iterable[BatchPlan], index: DatasetIndex, device: torch.device
+) -> Iterator[Batch]:
+    for plan, pixels in executor.run(plans):
+        yield Batch(
+            images=apply_colors(pixels, plan, device),
+            labels=torch.from_numpy(index.labels[plan.ids]).to(device, non_blocking=True),
+            weights=torch.from_numpy(plan.weights).to(device, non_blocking=True),
+            ids=plan.ids,
+            views=plan.mirrors.shape[1],
+        )

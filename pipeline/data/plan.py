@@ -1,0 +1,278 @@
+"""What each image goes through, drawn on the host as a pure function of (seed, epoch, position).
+
+Nothing here reads a pixel and no state is kept: a run that resumes at step s, or on another number of ranks,
+draws what the uninterrupted run drew. Executors (dali.py, reference.py) turn plans into pixels.
+
+The random numbers come from the counter-based generator Philox: key (seed, epoch), and a fixed range of the
+counter for each position of the epoch, so that any slice of an epoch can be drawn by itself.
+
+Sources: the paper, Section 4.2, and fb.resnet.torch ``datasets/transforms.lua`` and ``datasets/imagenet.lua``,
+whose training and evaluation transforms the authors used.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.config import DataConfig
+from pipeline.data.index import DatasetIndex
+
+CROP_TRIES = 10
+DRAWS = 64  # uniform numbers reserved for one image; Philox makes four a count
+_COUNTS = DRAWS // 4
+_ORDER_STREAM = 1 << 192  # counters of the sample order, apart from those of the images
+
+GRAY = np.array([0.299, 0.587, 0.114])
+LIGHTING_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
+LIGHTING_EIGENVECTORS = np.array(  # rows R, G, B
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
+JITTER_ORDERS = np.array(list(itertools.permutations([BRIGHTNESS, CONTRAST, SATURATION])))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What the n images of one batch go through: cut `boxes`, resize to `sizes`, cut V views, map the colours.
+
+    The colours of an image x in [0, 1] become ``A x + B m + t`` where m is the mean colour of its first view.
+
+    Attributes:
+        ids: (n) int64, rows of the index.
+        weights: (n) float32, 1, or 0 for a stand-in that keeps a batch from being empty.
+        boxes: (n, 4) int32, top, left, height and width in pixels of the stored image.
+        sizes: (n, 2) int32, height and width to which the box is resized.
+        offsets: (n, V, 2) int32, top and left of each view in the resized image.
+        mirrors: (n, V) bool, views that are mirrored left to right.
+        color: (n, 3, 3) A, mean_color: (n, 3, 3) B, shift: (n, 3) t; float32.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    boxes: np.ndarray
+    sizes: np.ndarray
+    offsets: np.ndarray
+    mirrors: np.ndarray
+    color: np.ndarray
+    mean_color: np.ndarray
+    shift: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Number of global batches; the last may be smaller (the paper's 5004 x 256 + 143)."""
+    return math.ceil(images / batch_size)
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """(images) int64: a random permutation, the order in which an epoch visits the index."""
+    return np.argsort(_philox(seed, epoch, _ORDER_STREAM).random_raw(images), kind="stable")
+
+
+def split(start: int, stop: int, parts: int) -> list[range]:
+    """Cut positions [start, stop) into `parts` consecutive ranges whose lengths differ by at most one."""
+    short, longer = divmod(stop - start, parts)
+    ranges = []
+    for i in range(parts):
+        end = start + short + (i < longer)
+        ranges.append(range(start, end))
+        start = end
+    return ranges
+
+
+def training_plans(
+    index: DatasetIndex,
+    config: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    first_step: int,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    accumulation: int,
+) -> Iterator[BatchPlan]:
+    """Yield this rank's batches from `first_step` to the end of the epoch, `accumulation` a step.
+
+    A global batch is cut into ranks x accumulation parts; rank r takes the parts from r x accumulation on. Together
+    the ranks see each image of the epoch once. A part of the last batch that would be empty gets a stand-in of weight 0.
+    """
+    order = epoch_order(len(index), seed, epoch)
+    for step in range(first_step, steps_per_epoch(len(index), batch_size)):
+        start, stop = step * batch_size, min((step + 1) * batch_size, len(index))
+        parts = split(start, stop, ranks * accumulation)
+        for part in parts[rank * accumulation : (rank + 1) * accumulation]:
+            positions = part or range(start, start + 1)
+            weight = 1.0 if part else 0.0
+            yield _training_batch(index, config, order, seed, epoch, positions, weight)
+
+
+def evaluation_plans(
+    index: DatasetIndex, config: DataConfig, *, crops: int, batch_size: int, rank: int, ranks: int
+) -> Iterator[BatchPlan]:
+    """Yield this rank's share of the index, each image once over all ranks, for one (centre) or ten crops."""
+    mine = np.arange(rank, len(index), ranks)
+    for start in range(0, len(mine), batch_size):
+        yield _evaluation_batch(index, config, mine[start : start + batch_size], crops)
+
+
+def _training_batch(
+    index: DatasetIndex, config: DataConfig, order: np.ndarray, seed: int, epoch: int, positions: range, weight: float
+) -> BatchPlan:
+    ids = order[positions.start : positions.stop]
+    draws = iter(_uniforms(seed, epoch, positions).T)
+    boxes, sizes, offsets = _random_crops(index.sizes[ids], config, draws)
+    color, mean_color, shift = _color_maps(config, draws, len(ids))
+    mirrors = (next(draws) < 0.5) & config.mirror
+    return BatchPlan(
+        ids=ids,
+        weights=np.full(len(ids), weight, np.float32),
+        boxes=boxes,
+        sizes=sizes,
+        offsets=offsets[:, None],
+        mirrors=mirrors[:, None],
+        color=color.astype(np.float32),
+        mean_color=mean_color.astype(np.float32),
+        shift=shift.astype(np.float32),
+    )
+
+
+def _evaluation_batch(index: DatasetIndex, config: DataConfig, ids: np.ndarray, crops: int) -> BatchPlan:
+    sizes = _short_side_to(index.sizes[ids], config.resize_size)
+    views = [_views(size, config.crop_size, crops) for size in sizes]
+    n = len(ids)
+    color, shift = _normalisation(config)
+    return BatchPlan(
+        ids=ids,
+        weights=np.ones(n, np.float32),
+        boxes=_whole(index.sizes[ids]),
+        sizes=sizes,
+        offsets=np.array([[(top, left) for top, left, _ in image] for image in views], np.int32),
+        mirrors=np.array([[mirrored for _, _, mirrored in image] for image in views], bool),
+        color=np.broadcast_to(color, (n, 3, 3)).astype(np.float32),
+        mean_color=np.zeros((n, 3, 3), np.float32),
+        shift=np.broadcast_to(shift, (n, 3)).astype(np.float32),
+    )
+
+
+def _philox(seed: int, epoch: int, counter: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=counter)
+
+
+def _uniforms(seed: int, epoch: int, positions: range) -> np.ndarray:
+    """(len(positions), DRAWS) float64 in [0, 1); a row depends on its position alone."""
+    raw = _philox(seed, epoch, positions.start * _COUNTS).random_raw(len(positions) * DRAWS)
+    return ((raw >> np.uint64(11)) * 2.0**-53).reshape(-1, DRAWS)
+
+
+def _between(draw: np.ndarray, low: float, high: float) -> np.ndarray:
+    return low + (high - low) * draw
+
+
+def _whole(sizes: np.ndarray) -> np.ndarray:
+    """(n, 4) boxes that cover images of these (n, 2) sizes."""
+    return np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
+
+
+def _short_side_to(sizes: np.ndarray, short: int) -> np.ndarray:
+    """(n, 2) sizes with the short side at `short` and the long side truncated (transforms.lua, Scale)."""
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    new_height = np.where(width < height, np.floor(height / width * short), short)
+    new_width = np.where(width < height, short, np.floor(width / height * short))
+    return np.stack([new_height, new_width], axis=1).astype(np.int32)
+
+
+def _centre(length: int, crop: int) -> int:
+    return math.ceil((length - crop) / 2)
+
+
+def _views(size: np.ndarray, crop: int, crops: int) -> list[tuple[int, int, bool]]:
+    """(top, left, mirrored) of the centre crop, or of the ten: centre and corners of the image and of its mirror image."""
+    bottom, right = int(size[0]) - crop, int(size[1]) - crop
+    middle = (_centre(int(size[0]), crop), _centre(int(size[1]), crop))
+    if crops == 1:
+        return [(*middle, False)]
+    places = [middle, (0, 0), (0, right), (bottom, 0), (bottom, right)]
+    # The crop at `left` of the mirror image is the mirrored crop at `right - left` of the image.
+    return [(top, left, False) for top, left in places] + [(top, right - left, True) for top, left in places]
+
+
+def _random_crops(
+    sizes: np.ndarray, config: DataConfig, draws: Iterator[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (n, 4), resized sizes (n, 2) and offsets (n, 2) of transforms.lua's RandomSizedCrop.
+
+    Ten tries of a random area and aspect, sides rounded and swapped at random; an image in which none fits is resized
+    to the crop's size by its short side and cut at the centre.
+    """
+    crop = config.crop_size
+    height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
+    boxes = _whole(sizes)
+    resized = _short_side_to(sizes, crop)
+    offsets = np.ceil((resized - crop) / 2).astype(np.int32)
+    searching = np.ones(len(sizes), bool)
+    for _ in range(CROP_TRIES):
+        area = _between(next(draws), *config.crop_area) * (height * width)
+        aspect = _between(next(draws), *config.crop_aspect)
+        swap = next(draws) < 0.5
+        wide, high = np.floor(np.sqrt(area * aspect) + 0.5), np.floor(np.sqrt(area / aspect) + 0.5)
+        wide, high = np.where(swap, high, wide).astype(np.int64), np.where(swap, wide, high).astype(np.int64)
+        fits = searching & (high <= height) & (wide <= width) & (high > 0) & (wide > 0)
+        top = np.floor(next(draws) * (height - high + 1))
+        left = np.floor(next(draws) * (width - wide + 1))
+        boxes[fits] = np.stack([top, left, high, wide], axis=1)[fits]
+        resized[fits] = crop
+        offsets[fits] = 0
+        searching &= ~fits
+    return boxes, resized, offsets
+
+
+def _normalisation(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(3, 3) matrix and (3) shift of (x - mean) / std."""
+    return np.diag(1 / np.array(config.std)), -np.array(config.mean) / np.array(config.std)
+
+
+def _color_maps(config: DataConfig, draws: Iterator[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A (n, 3, 3), B (n, 3, 3) and t (n, 3) in float64: jitter in random order, lighting, normalisation.
+
+    Each step maps the image x' = A x + B m + t so far by an affine map, so the whole chain stays one. Values are
+    never clamped.
+    """
+    color = np.tile(np.eye(3), (n, 1, 1))
+    mean_color = np.zeros((n, 3, 3))
+    shift = np.zeros((n, 3))
+    to_gray = np.outer(np.ones(3), GRAY)
+
+    orders = JITTER_ORDERS[np.floor(next(draws) * len(JITTER_ORDERS)).astype(int)]
+    factors = np.stack(
+        [_between(next(draws), 1 - config.color_jitter, 1 + config.color_jitter) for _ in range(3)], axis=1
+    )
+    for turn in range(3):
+        kind = orders[:, turn]
+        factor = np.take_along_axis(factors, kind[:, None], axis=1)
+        contrast, saturation = kind == CONTRAST, kind == SATURATION  # brightness blends with black: the scaling alone
+        blend = (1 - factor)[..., None] * to_gray
+        # Contrast blends with the gray of the image's present mean, (A + B) m + t.
+        mean_part = blend @ (color + mean_color)
+        mean_shift = (blend @ shift[..., None])[..., 0]
+        scaled = factor[..., None] * np.eye(3)
+        matrix = np.where(saturation[:, None, None], scaled + blend, scaled)
+        color, mean_color, shift = matrix @ color, matrix @ mean_color, (matrix @ shift[..., None])[..., 0]
+        mean_color[contrast] += mean_part[contrast]
+        shift[contrast] += mean_shift[contrast]
+
+    alphas = config.lighting * np.stack([_normal(next(draws), next(draws)) for _ in range(3)], axis=1)
+    shift = shift + (alphas * LIGHTING_EIGENVALUES) @ LIGHTING_EIGENVECTORS.T
+
+    normalise, offset = _normalisation(config)
+    return normalise @ color, normalise @ mean_color, shift @ normalise.T + offset
+
+
+def _normal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Standard normal numbers from two uniform ones (Box-Muller)."""
+    return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)

@@ -1,0 +1,111 @@
+"""Executes plans with Pillow and NumPy: slow and plain, what the DALI executor is checked against.
+
+It also serves where DALI has no wheel (macOS, Windows).
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import Resize
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import BatchPlan
+from pipeline.errors import LocalUserError
+
+BATCHES_AHEAD = 2
+
+
+class ReferenceExecutor:
+    """Turns plans into pixels, a few batches ahead in threads."""
+
+    def __init__(self, index: DatasetIndex, crop_size: int, resize: Resize, threads: int):
+        self._index = index
+        self._crop_size = crop_size
+        self._resize = resize
+        self._pool = ThreadPoolExecutor(threads)
+
+    def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+        """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included."""
+        ahead: deque = deque()
+        for plan in plans:
+            ahead.append((plan, [self._pool.submit(self._views, plan, i) for i in range(len(plan))]))
+            if len(ahead) > BATCHES_AHEAD:
+                yield self._collect(*ahead.popleft())
+        while ahead:
+            yield self._collect(*ahead.popleft())
+
+    def _collect(self, plan: BatchPlan, futures: list) -> tuple[BatchPlan, Tensor]:
+        return plan, torch.from_numpy(np.stack([future.result() for future in futures]))
+
+    def _views(self, plan: BatchPlan, i: int) -> np.ndarray:
+        """(V, H, W, 3) views of the plan's i-th image."""
+        top, left, height, width = plan.boxes[i].tolist()
+        image = _decode(self._index.files[plan.ids[i]]).crop((left, top, left + width, top + height))
+        new_height, new_width = plan.sizes[i].tolist()
+        if self._resize == "torch":
+            pixels = resize_as_torch7(np.asarray(image, np.float32), new_height, new_width)
+        else:
+            kernel = {"pil-bilinear": Image.Resampling.BILINEAR, "pil-bicubic": Image.Resampling.BICUBIC}[self._resize]
+            pixels = np.asarray(image.resize((new_width, new_height), kernel), np.float32)
+        crop = self._crop_size
+        views = []
+        for (y, x), mirrored in zip(plan.offsets[i].tolist(), plan.mirrors[i], strict=True):
+            view = pixels[y : y + crop, x : x + crop]
+            views.append(view[:, ::-1] if mirrored else view)
+        return np.stack(views)
+
+
+def check_decodes(file: str) -> str | None:
+    """Return None if Pillow decodes the whole file, else what is wrong with it."""
+    try:
+        _decode(file)
+    except LocalUserError as error:
+        return str(error)
+    return None
+
+
+def _decode(file: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise LocalUserError(f"the image {file} does not decode ({error}): repair or remove it") from None
+
+
+def resize_as_torch7(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (h, w, 3) to (height, width, 3) as Torch7's ``image.scale(..., 'bicubic')`` does.
+
+    Catmull-Rom interpolation between aligned corners, without antialias; beyond the border the image goes on
+    linearly (torch/image generic/image.c, scaleCubic_rowcol).
+    """
+    rows, columns = _catmull_rom(pixels.shape[0], height), _catmull_rom(pixels.shape[1], width)
+    across = np.einsum("hwc,vw->hvc", pixels, columns, optimize=True)
+    return np.einsum("hvc,uh->uvc", across, rows, optimize=True)
+
+
+@lru_cache(maxsize=256)
+def _catmull_rom(length: int, new_length: int) -> np.ndarray:
+    """(new_length, length) float32 matrix of the interpolation along one axis."""
+    if length == 1 or new_length == length:
+        return np.ones((new_length, 1), np.float32) if length == 1 else np.eye(length, dtype=np.float32)
+    position = np.arange(new_length) * ((length - 1) / max(new_length - 1, 1))
+    left = np.minimum(position.astype(int), length - 2)
+    t = position - left
+    taps = 0.5 * np.stack(
+        [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3], axis=1
+    )
+    matrix = np.zeros((new_length, length + 2))  # a column more at either side for the taps beyond the border
+    for k in range(4):
+        matrix[np.arange(new_length), left + k] += taps[:, k]
+    # x[-1] = 2 x[0] - x[1] and x[n] = 2 x[n-1] - x[n-2]
+    matrix[:, 1] += 2 * matrix[:, 0]
+    matrix[:, 2] -= matrix[:, 0]
+    matrix[:, -2] += 2 * matrix[:, -1]
+    matrix[:, -3] -= matrix[:, -1]
+    return matrix[:, 1:-1].astype(np.float32)

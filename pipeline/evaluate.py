@@ -1,0 +1,76 @@
+"""Single- and ten-crop evaluation over any number of ranks; every image counts exactly once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.data.loader import EvaluationLoader
+from pipeline.distributed import World
+from pipeline.metrics import Score
+
+Average = Literal["logits", "softmax"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answers for all N images of an index, in its order.
+
+    Attributes:
+        score: totals over all images.
+        top5: (N, 5) int64, most probable classes first (fewer columns with fewer classes).
+        probability: (N) float32, softmax probability of the first.
+    """
+
+    score: Score
+    top5: np.ndarray
+    probability: np.ndarray
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: EvaluationLoader, world: World, average: Average = "logits") -> Evaluation:
+    """Evaluate in the precision of the weights, without autocast. Every rank must call this.
+
+    Args:
+        average: what is averaged over the views of an image: logits, which ranks classes as the authors' Torch code
+            does (it sums them), or softmax probabilities.
+    """
+    was_training = model.training
+    model.eval()
+    ids, top5, probability, losses = [], [], [], []
+    for batch in loader.batches():
+        answers = _average(model(batch.images).float().unflatten(0, (-1, batch.views)), average)
+        best = answers.softmax(dim=1).topk(min(5, answers.shape[1]), dim=1)
+        ids.append(batch.ids)
+        top5.append(best.indices.cpu().numpy())
+        probability.append(best.values[:, 0].cpu().numpy())
+        losses.append(F.cross_entropy(answers, batch.labels, reduction="none").cpu().numpy())
+    model.train(was_training)
+
+    ids, top5, probability, losses = _concatenate(world.gather((ids, top5, probability, losses)))
+    order = np.argsort(ids)
+    if not np.array_equal(ids[order], np.arange(len(loader.index))):
+        raise RuntimeError(f"evaluated {len(ids)} images, {len(set(ids.tolist()))} different, of {len(loader.index)}")
+    top5, losses = top5[order], losses[order]
+    right = top5 == loader.index.labels[:, None]
+    score = Score(
+        images=len(ids),
+        top1_right=int(right[:, 0].sum()),
+        top5_right=int(right.any(axis=1).sum()),
+        loss_sum=float(losses.sum(dtype=np.float64)),
+    )
+    return Evaluation(score, top5, probability[order])
+
+
+def _concatenate(shares: list[tuple[list[np.ndarray], ...]]) -> tuple[np.ndarray, ...]:
+    """Join the batches of all ranks, column by column; a rank may have none."""
+    columns = zip(*(share for share in shares if share[0]), strict=True)
+    return tuple(np.concatenate([batch for batches in column for batch in batches]) for column in columns)
+
+
+def _average(logits: Tensor, average: Average) -> Tensor:
+    """(n, V, classes) logits of V views to (n, classes) logits, or log-probabilities."""
+    return logits.mean(dim=1) if average == "logits" else logits.softmax(dim=2).mean(dim=1).log()

@@ -1,0 +1,48 @@
+"""Running totals of loss and right answers, exact over any number of ranks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.distributed import World
+
+
+@dataclass(frozen=True)
+class Score:
+    """Totals over a number of images. Errors are in percent."""
+
+    images: int
+    top1_right: int
+    top5_right: int
+    loss_sum: float
+
+    @property
+    def top1_error(self) -> float:
+        return 100 * (1 - self.top1_right / self.images)
+
+    @property
+    def top5_error(self) -> float:
+        return 100 * (1 - self.top5_right / self.images)
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.images
+
+
+class Totals:
+    """Sums kept on the device; reading them (`score`) waits for the device and talks to all ranks."""
+
+    def __init__(self, device: torch.device):
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1 and top-5 right, loss
+
+    def add(self, logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> None:
+        """Add n images: logits (n, classes), labels (n), losses (n), weights (n) of 0 or 1."""
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        rows = torch.stack([torch.ones_like(weights), right[:, 0], right.any(dim=1), losses]).double()
+        self.values += torch.where(weights > 0, rows, 0).sum(dim=1)
+
+    def score(self, world: World) -> Score | None:
+        """Totals over all ranks; None if there was no image. Every rank must call this."""
+        images, top1_right, top5_right, loss_sum = world.sum(self.values).tolist()
+        return Score(int(images), int(top1_right), int(top5_right), loss_sum) if images else None

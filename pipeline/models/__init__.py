@@ -1,0 +1,5 @@
+"""Networks: the DenseNets of the paper, and timm's by name."""
+
+from pipeline.models.zoo import create_model
+
+__all__ = ["create_model"]

@@ -1,0 +1,143 @@
+"""DenseNet (Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks, CVPR 2017).
+
+One class for the ImageNet networks (Table 1) and the CIFAR/SVHN networks (Section 4.1 and Table 2). Module
+and parameter names are torchvision's, so that state dictionaries pass between the two unchanged.
+"""
+
+import math
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+BOTTLENECK_WIDTH = 4  # a bottleneck gives 4k feature maps (Section 3, "Bottleneck layers")
+
+
+class DenseLayer(nn.Sequential):
+    """H_l: BN-ReLU-Conv(3x3), or with a bottleneck BN-ReLU-Conv(1x1)-BN-ReLU-Conv(3x3).
+
+    Shape: (N, in_channels, H, W) -> (N, growth_rate, H, W), the new feature maps only.
+    """
+
+    def __init__(self, in_channels: int, growth_rate: int, bottleneck: bool, dropout: float):
+        super().__init__()
+        width = BOTTLENECK_WIDTH * growth_rate
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.relu1 = nn.ReLU(inplace=True)
+        if bottleneck:
+            self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
+            self._append_dropout("dropout1", dropout)
+            self.norm2 = nn.BatchNorm2d(width)
+            self.relu2 = nn.ReLU(inplace=True)
+            self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+            self._append_dropout("dropout2", dropout)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, growth_rate, kernel_size=3, padding=1, bias=False)
+            self._append_dropout("dropout1", dropout)
+
+    def _append_dropout(self, name: str, probability: float) -> None:
+        if probability > 0:
+            self.add_module(name, nn.Dropout(probability))
+
+
+class DenseBlock(nn.Sequential):
+    """`layers` dense layers; each sees the concatenation of the block's input and all earlier layers' maps.
+
+    Shape: (N, in_channels, H, W) -> (N, in_channels + layers * growth_rate, H, W).
+    """
+
+    def __init__(self, layers: int, in_channels: int, growth_rate: int, bottleneck: bool, dropout: float):
+        super().__init__()
+        for i in range(layers):
+            layer = DenseLayer(in_channels + i * growth_rate, growth_rate, bottleneck, dropout)
+            self.add_module(f"denselayer{i + 1}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = torch.cat([x, layer(x)], dim=1)
+        return x
+
+
+class Transition(nn.Sequential):
+    """BN-ReLU-Conv(1x1)-AvgPool(2x2) between two dense blocks.
+
+    Shape: (N, in_channels, H, W) -> (N, out_channels, H // 2, W // 2).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        if dropout > 0:
+            self.dropout = nn.Dropout(dropout)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+
+
+class DenseNet(nn.Module):
+    """A DenseNet. Shape: (N, 3, H, W) -> logits (N, num_classes).
+
+    Args:
+        growth_rate: k, the feature maps that each layer adds.
+        block_sizes: dense layers in each block.
+        stem: "imagenet" is a 7x7 convolution of stride 2 with BN, ReLU and 3x3 max pooling; "cifar" a 3x3 convolution.
+        stem_channels: feature maps that enter the first block.
+        bottleneck: put a 1x1 convolution with 4k outputs before each 3x3 convolution (DenseNet-B).
+        compression: theta, the fraction of feature maps that a transition keeps (below 1: DenseNet-C).
+        dropout: probability after every convolution but the stem's, where the authors' Torch code puts it.
+        num_classes: outputs of the classifier.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int,
+        block_sizes: tuple[int, ...],
+        stem: Literal["imagenet", "cifar"],
+        stem_channels: int,
+        bottleneck: bool = True,
+        compression: float = 0.5,
+        dropout: float = 0.0,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        self.features = nn.Sequential(_stem(stem, stem_channels))
+        channels = stem_channels
+        for i, layers in enumerate(block_sizes, start=1):
+            block = DenseBlock(layers, channels, growth_rate, bottleneck, dropout)
+            self.features.add_module(f"denseblock{i}", block)
+            channels += layers * growth_rate
+            if i < len(block_sizes):
+                kept = math.floor(channels * compression)
+                self.features.add_module(f"transition{i}", Transition(channels, kept, dropout))
+                channels = kept
+        # torchvision calls the norm after the last of its four blocks so; the name serves any number of blocks.
+        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.classifier = nn.Linear(channels, num_classes)
+        self._initialise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.features(x))
+        x = x.mean(dim=(2, 3))  # global average pooling
+        return self.classifier(x)
+
+    def _initialise(self) -> None:
+        """Draw weights as the authors' Torch code does: fan-out for convolutions, where torchvision has fan-in."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                bound = 1 / math.sqrt(module.in_features)
+                nn.init.uniform_(module.weight, -bound, bound)
+                nn.init.zeros_(module.bias)
+
+
+def _stem(kind: Literal["imagenet", "cifar"], channels: int) -> OrderedDict[str, nn.Module]:
+    if kind == "cifar":
+        return OrderedDict(conv0=nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False))
+    return OrderedDict(
+        conv0=nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False),
+        norm0=nn.BatchNorm2d(channels),
+        relu0=nn.ReLU(inplace=True),
+        pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+    )

@@ -1,0 +1,28 @@
+"""Train a network: ``python -m pipeline.train CONFIG.yaml [--section.field VALUE ...]``, also under torchrun."""
+
+import os
+import sys
+
+from pipeline.config import parse_command_line
+from pipeline.errors import exit_on_user_error
+
+
+def main() -> None:
+    config, switches = parse_command_line(
+        sys.argv[1:],
+        program="python -m pipeline.train",
+        description="Train a network; a run that was interrupted goes on from its run directory.",
+        switches={"dry-run": "print the whole configuration and build everything, but do not train"},
+    )
+    from pipeline import trainer  # after the command line is known to be right: torch takes seconds to import
+
+    if not switches.dry_run:
+        trainer.fit(config)
+        return
+    description = trainer.dry_run(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(description)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

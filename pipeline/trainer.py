@@ -1,0 +1,431 @@
+"""The training loop: from the first step, or from where the run directory's checkpoint stands, to the last.
+
+Mixed precision, NCCL and CUDA have not been run on a GPU yet; the tests train on CPU with gloo.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.checkpoint import CheckpointFolder, load_weights
+from pipeline.config import Config, flatten, to_yaml
+from pipeline.data.dataset import open_datasets
+from pipeline.data.loader import Batch, EvaluationLoader, Share, TrainingLoader, choose_loader
+from pipeline.distributed import World, average_in_rank_order, join_world
+from pipeline.errors import UserError
+from pipeline.evaluate import evaluate
+from pipeline.metrics import Score, Totals
+from pipeline.models import create_model
+from pipeline.monitor import Monitor, peak_memory
+from pipeline.optim import create_optimizer, learning_rate
+
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GRID_IMAGES = 16
+
+# What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
+# the accumulation because the number of parts of a global batch is.
+FREE_TO_CHANGE = {
+    "run_dir", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "optim.accumulation",
+    "train.device", "train.compile", "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.elastic",
+}  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a run is. Steps and epochs count from 0 and name the next one to do."""
+
+    epoch: int = 0
+    step: int = 0
+    best_top1_error: float = math.inf
+    best_top5_error: float = math.inf
+    best_epoch: int = -1
+    last_top1_error: float = math.inf
+    last_top5_error: float = math.inf
+
+
+def fit(config: Config) -> Progress:
+    """Train to the end, resuming from the run directory if it holds a checkpoint.
+
+    Neither knows nor asks who started it: plain python, torchrun or a scheduler.
+
+    Raises:
+        UserError: something that the user can put right; see the message.
+    """
+    with join_world(config.train.device) as world:
+        return _fit(config, world)
+
+
+def _fit(config: Config, world: World) -> Progress:
+    trainer = Trainer(config, world)
+    trainer.resume()
+    try:
+        while trainer.progress.epoch < config.optim.epochs:
+            trainer.train_epoch()
+            score = trainer.validate()
+            trainer.finish_epoch(score)
+    finally:
+        trainer.monitor.close()
+    if world.is_main:
+        print(trainer.summary(), flush=True)
+    return trainer.progress
+
+
+def dry_run(config: Config) -> str:
+    """Build everything that `fit` would, train nothing, and return a description of the run."""
+    with join_world(config.train.device) as world:
+        return f"{to_yaml(config)}\n{Trainer(config, world).description()}"
+
+
+class Trainer:
+    """One run on this rank: data, network, optimiser, and how far it is."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        self.run_dir = Path(config.run_dir)
+        self.passes = world.size * config.optim.accumulation
+        if config.optim.batch_size % self.passes:
+            raise UserError(
+                f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
+                f"{config.optim.accumulation} accumulation: choose a multiple of {self.passes}"
+            )
+        world.from_main(self._prepare_run_dir)
+        set_precision(config.train.precision)
+
+        train_index, val_index = world.from_main(
+            lambda: open_datasets(config.data, self.run_dir / "index", progress=True)
+        )
+        self.classes, self.fingerprint = train_index.classes, train_index.fingerprint + val_index.fingerprint
+        share = Share(world.rank, world.size, world.device, world.cores)
+        self.train_loader = TrainingLoader(
+            train_index,
+            config.data,
+            share,
+            seed=config.seed,
+            batch_size=config.optim.batch_size,
+            accumulation=config.optim.accumulation,
+        )
+        self.val_loader = EvaluationLoader(
+            val_index, config.data, share, batch_size=config.train.eval_batch_size, crops=1
+        )
+
+        torch.manual_seed(config.seed)
+        memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        network = create_model(config.model.name, len(self.classes), config.model.dropout)
+        self.network = network.to(world.device, memory_format=memory_format)
+        self.training_network = self._wrap(self.network)
+        self.optimizer = create_optimizer(self.network, config.optim)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
+
+        self.progress = Progress()
+        self.epoch_totals, self.window_totals = Totals(world.device), Totals(world.device)
+        self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints")
+
+    @property
+    def done_steps(self) -> int:
+        """Optimiser steps since the beginning of the run."""
+        return self.progress.epoch * self.train_loader.steps_per_epoch + self.progress.step
+
+    def resume(self) -> None:
+        """Take up the run where its newest checkpoint left it, and start recording."""
+        state = self.world.from_main(self.checkpoints.load_newest)
+        if state:
+            self._check_same_run(state)
+            load_weights(self.network, state["model"], str(self.checkpoints.last))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.progress = Progress(**state["progress"])
+            if self.world.is_main:  # the sums over all ranks go on at one of them
+                self.epoch_totals.values.copy_(state["epoch_totals"])
+                self.window_totals.values.copy_(state["window_totals"])
+        if self.world.is_main:
+            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        self.monitor = Monitor(self.run_dir, self.world, self.done_steps)
+        if state:
+            self.monitor.say(f"resuming at epoch {self.progress.epoch}, step {self.progress.step} of {self.run_dir}")
+        else:
+            self.monitor.text("config", to_yaml(self.config))
+        self.monitor.say(self.description())
+
+    def train_epoch(self) -> None:
+        """Train from the present step to the end of the epoch."""
+        epoch, steps = self.progress.epoch, self.train_loader.steps_per_epoch
+        batches = Stopwatch(self.train_loader.batches(epoch, self.progress.step))
+        window_start, window_images = time.perf_counter(), 0
+        self.training_network.train()
+        with self.monitor.progress(f"epoch {epoch}", steps, self.progress.step):
+            for step in range(self.progress.step, steps):
+                last = step + 1 == steps
+                logs = last or (self.done_steps + 1) % self.config.train.log_every == 0
+
+                rate = learning_rate(self.config.optim, self.done_steps, steps)
+                gradient_norm = self._optimizer_step(batches, rate, measure_gradient=logs)
+                self.progress.step += 1
+                window_images += self.train_loader.global_batch(step)
+                self.monitor.advance()
+
+                if logs:  # the only steps that wait for the device
+                    seconds = time.perf_counter() - window_start
+                    timing = {
+                        "images_per_second": window_images / seconds,
+                        "data_wait_fraction": batches.take_seconds() / seconds,
+                    }
+                    self._log_window(rate, gradient_norm, timing)
+                    window_start, window_images = time.perf_counter(), 0
+                every = self.config.train.checkpoint_every
+                if every and self.progress.step % every == 0 and not last:
+                    self.save(best=False)
+
+    def validate(self) -> Score:
+        """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
+        self.world.broadcast_buffers(self.network)
+        return evaluate(self.network, self.val_loader, self.world).score
+
+    def finish_epoch(self, score: Score) -> None:
+        """Record the epoch's errors and write its checkpoint."""
+        progress = self.progress
+        train_score = self._finite(self.epoch_totals.score(self.world))
+        self.epoch_totals = Totals(self.world.device)
+        values = {
+            "epoch/train_loss": train_score.loss,
+            "epoch/train_top1_error": train_score.top1_error,
+            "epoch/train_top5_error": train_score.top5_error,
+            "val/loss": score.loss,
+            "val/top1_error": score.top1_error,
+            "val/top5_error": score.top5_error,
+        }
+        best = score.top1_error < progress.best_top1_error
+        if best:
+            progress.best_top1_error, progress.best_top5_error = score.top1_error, score.top5_error
+            progress.best_epoch = progress.epoch
+        progress.last_top1_error, progress.last_top5_error = score.top1_error, score.top5_error
+        self.monitor.scalars(self.done_steps, progress.epoch, values)
+        self.monitor.say(
+            f"epoch {progress.epoch}: train loss {train_score.loss:.4f}, top-1 error {train_score.top1_error:.2f} % | "
+            f"validation loss {score.loss:.4f}, top-1 error {score.top1_error:.2f} %, top-5 error {score.top5_error:.2f} % "
+            f"({score.images} images){' *' if best else ''}"
+        )
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        self.save(best)
+
+    def save(self, best: bool) -> None:
+        """Write a checkpoint. Every rank must call this."""
+        totals = {
+            "epoch_totals": self.world.sum(self.epoch_totals.values).cpu(),
+            "window_totals": self.world.sum(self.window_totals.values).cpu(),
+        }
+        if not totals["epoch_totals"].isfinite().all():
+            self._finite(None)
+        if self.world.is_main:
+            state = {
+                "model": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": dataclasses.asdict(self.progress),
+                "config": dataclasses.asdict(self.config),
+                "classes": list(self.classes),
+                "fingerprint": self.fingerprint,
+                "passes": self.passes,
+                **totals,
+            }
+            self.checkpoints.save(state, best)
+
+    def description(self) -> str:
+        """A few lines on what this run is."""
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        optim, ranks = self.config.optim, self.world.size
+        return (
+            f"{self.config.model.name}: {parameters:,} parameters, {len(self.classes)} classes, "
+            f"{self.config.train.precision} on {self.world.device.type}\n"
+            f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
+            f"through the {choose_loader(self.config.data)} loader\n"
+            f"batch {optim.batch_size} = {ranks} ranks x {optim.accumulation} passes x "
+            f"{optim.batch_size // self.passes} images (what a batch-norm statistic sees); "
+            f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
+        )
+
+    def summary(self) -> str:
+        """Best and last validation error, beside the published ones where the configuration has them."""
+        progress, published = self.progress, self.config.published
+        lines = [
+            f"best  (epoch {progress.best_epoch}): top-1 error {progress.best_top1_error:.2f} %, "
+            f"top-5 error {progress.best_top5_error:.2f} %",
+            f"last  (epoch {progress.epoch - 1}): top-1 error {progress.last_top1_error:.2f} %, "
+            f"top-5 error {progress.last_top5_error:.2f} %",
+        ]
+        if published.top1 is not None:
+            top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
+            lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}")
+        return "\n".join(lines)
+
+    def _optimizer_step(self, batches: Iterator[Batch], rate: float, measure_gradient: bool) -> float | None:
+        """One step on the global batch; return the gradient's norm if asked."""
+        optim, world = self.config.optim, self.world
+        global_batch = self.train_loader.global_batch(self.progress.step)
+        for part in range(optim.accumulation):
+            batch = next(batches)
+            if self.progress.step == 0 and part == 0:
+                self._show_images(batch)
+            self._seed_dropout(world.rank * optim.accumulation + part)
+            # DDP averages gradients over ranks; together with this scale a step follows the mean loss of the global
+            # batch even where its parts differ in size.
+            scale = world.size / global_batch
+            with self._without_reduction(part + 1 < optim.accumulation):
+                with self._autocast():
+                    logits = self.training_network(batch.images)
+                losses = F.cross_entropy(
+                    logits.float(), batch.labels, reduction="none", label_smoothing=optim.label_smoothing
+                )
+                self.scaler.scale((losses * batch.weights).sum() * scale).backward()
+            for totals in (self.epoch_totals, self.window_totals):
+                totals.add(logits.detach(), batch.labels, losses.detach(), batch.weights)
+
+        norm = None
+        if measure_gradient:
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.get_total_norm(p.grad for p in self.network.parameters() if p.grad is not None).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _log_window(self, rate: float, gradient_norm: float, timing: dict[str, float]) -> None:
+        score = self._finite(self.window_totals.score(self.world))
+        self.window_totals = Totals(self.world.device)
+        values = {
+            "train/loss": score.loss,
+            "train/top1_error": score.top1_error,
+            "train/top5_error": score.top5_error,
+            "train/learning_rate": rate,
+            "train/gradient_norm": gradient_norm,
+            "speed/images_per_second": timing["images_per_second"],
+            "speed/data_wait_fraction": timing["data_wait_fraction"],
+            "memory/peak_gib": peak_memory(self.world.device) / 2**30,
+        }
+        self.monitor.scalars(self.done_steps, self.progress.epoch, values)
+        self.monitor.say(
+            f"epoch {self.progress.epoch} step {self.progress.step}/{self.train_loader.steps_per_epoch}: "
+            f"loss {score.loss:.4f}, top-1 error {score.top1_error:.2f} %, lr {rate:.4g}, "
+            f"{timing['images_per_second']:.1f} images/s, {100 * timing['data_wait_fraction']:.0f} % waiting for data"
+        )
+
+    def _finite(self, score: Score | None) -> Score:
+        if score is None or not math.isfinite(score.loss):
+            raise UserError(
+                f"the loss is not finite by step {self.done_steps} (epoch {self.progress.epoch}): lower optim.lr, or use "
+                "train.precision fp32; the checkpoints before it are kept"
+            )
+        return score
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        if self.config.train.compile:
+            network = torch.compile(network)
+        if self.world.size == 1:
+            return network
+        on_cpu = self.world.device.type == "cpu"
+        parallel = DistributedDataParallel(
+            network,
+            device_ids=None if on_cpu else [self.world.device],
+            forward_sync_buffers=False,  # rank 0's batch-norm statistics count, as the first GPU's do in the Torch code
+            gradient_as_bucket_view=True,
+        )
+        if on_cpu:
+            parallel.register_comm_hook(self.world.size, average_in_rank_order)
+        return parallel
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST_TYPES.get(self.config.train.precision)
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _without_reduction(self, skip: bool):
+        return self.training_network.no_sync() if skip and self.world.size > 1 else nullcontext()
+
+    def _seed_dropout(self, part: int) -> None:
+        """Make dropout a function of seed, step and part of the batch, so that no generator's state need be saved."""
+        seed = np.random.SeedSequence([self.config.seed, self.done_steps, part]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(seed))
+
+    def _show_images(self, batch: Batch) -> None:
+        mean, std = (
+            torch.tensor(v, device=self.world.device).view(3, 1, 1)
+            for v in (self.config.data.mean, self.config.data.std)
+        )
+        images: Tensor = (batch.images[:GRID_IMAGES] * std + mean).clamp(0, 1)
+        self.monitor.images("train/images", images, self.done_steps)
+
+    def _prepare_run_dir(self) -> None:
+        try:
+            (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").touch()
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run directory {self.run_dir} ({error.strerror}): set --run_dir"
+            ) from None
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        """Refuse to continue a run under other conditions than it was started with."""
+        old, new = _flat(state["config"]), flatten(self.config)
+        for key, value in new.items():
+            if key in FREE_TO_CHANGE or key.startswith("published."):
+                continue
+            if key in old and old[key] != value:
+                self._refuse(f"{key} was {old[key]} and is now {value}")
+        if state["classes"] != list(self.classes):
+            self._refuse(f"its {len(state['classes'])} classes are not the {len(self.classes)} of the data now")
+        if state["fingerprint"] != self.fingerprint:
+            self._refuse(f"the files in {self.config.data.dir} are not those it was started with")
+        if state["passes"] != self.passes and not self.config.train.elastic:
+            self._refuse(
+                f"a batch had {state['passes']} parts (ranks x accumulation) and now has {self.passes}, which changes "
+                "batch-norm statistics; --train.elastic true allows it"
+            )
+
+    def _refuse(self, why: str) -> None:
+        raise UserError(f"cannot resume {self.run_dir}: {why}; put it back, or start anew with another --run_dir")
+
+
+class Stopwatch:
+    """An iterator that adds up how long its consumer waited."""
+
+    def __init__(self, items: Iterator):
+        self._items, self._seconds = items, 0.0
+
+    def __iter__(self) -> "Stopwatch":
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def take_seconds(self) -> float:
+        """Seconds waited since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def set_precision(precision: str) -> None:
+    """Let float32 products use TF32 on GPUs only if asked: PyTorch's default would, in convolutions."""
+    torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """``{"optim.lr": ...}`` of the nested configuration in a checkpoint."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

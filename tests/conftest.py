@@ -1,0 +1,96 @@
+"""Shared fixtures: folders of generated JPEGs, configurations, and processes under torchrun."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import Config, from_dict
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def photo(seed: int, height: int, width: int) -> Image.Image:
+    """A random image with the spectrum of a photograph (amplitude 1/f)."""
+    random = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency[0, 0] = 1 / max(height, width)
+    shared = random.normal(size=(height, width, 1))
+    noise = np.fft.fft2(0.8 * shared + 0.4 * random.normal(size=(height, width, 3)), axes=(0, 1))
+    pixels = np.fft.ifft2(noise / frequency[..., None], axes=(0, 1)).real
+    pixels = 128 + 60 * (pixels - pixels.mean()) / pixels.std()
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write_class_folders(root: Path, classes: int, images: int, size: tuple[int, int] = (40, 48), seed: int = 0) -> Path:
+    """`classes` folders that share `images` JPEG files; an image's class shows in its brightness."""
+    for i in range(images):
+        folder = root / f"class{i % classes}"
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = size[0] + i % 7, size[1] + i % 5
+        image = photo(seed + i, height, width).point(lambda value, i=i: value // 2 + 120 * (i % classes) // classes)
+        image.save(folder / f"image{i:04d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folders(tmp_path_factory) -> Path:
+    """A data set of 3 classes: 37 training and 11 validation images."""
+    root = tmp_path_factory.mktemp("images")
+    write_class_folders(root / "train", 3, 37)
+    write_class_folders(root / "val", 3, 11, seed=1000)
+    return root
+
+
+def small_config(run_dir: Path, **sections: dict) -> Config:
+    """A network and a synthetic data set that train a step in a fraction of a second."""
+    tree = {
+        "run_dir": str(run_dir),
+        "model": {"name": "densenet_bc40_k12"},
+        "data": {
+            "loader": "synthetic",
+            "crop_size": 16,
+            "resize_size": 16,
+            "synthetic_images": 46,
+            "synthetic_classes": 3,
+        },
+        "optim": {"epochs": 2, "batch_size": 12, "milestones": [1]},
+        "train": {"log_every": 2, "device": "cpu"},
+    }
+    for name, fields in sections.items():
+        tree[name] = {**tree[name], **fields} if isinstance(fields, dict) else fields
+    return from_dict(tree, "test")
+
+
+def run_module(
+    *arguments: object, ranks: int = 1, cores: int | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run ``python -m ARGUMENTS`` in the repository, under torchrun for several ranks, on so many CPU cores."""
+    words = [str(argument) for argument in arguments]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *words],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        preexec_fn=(lambda: os.sched_setaffinity(0, set(range(cores)))) if cores else None,
+    )
+
+
+def override_flags(config: Config) -> list[str]:
+    """The command-line words that turn the defaults into `config`."""
+    words = []
+    for name, value in dataclasses.asdict(config).items():
+        leaves = {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
+        for key, leaf in leaves.items():
+            text = ",".join(map(str, leaf)) if isinstance(leaf, tuple) else "none" if leaf is None else str(leaf)
+            words += [f"--{key}", text]
+    return words

@@ -1,0 +1,101 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint, load_weights
+from pipeline.errors import UserError
+from pipeline.models import create_model
+
+
+@pytest.fixture
+def folder(tmp_path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path)
+
+
+def state(step: int) -> dict:
+    return {"model": {"w": torch.full((3,), float(step))}, "config": {}, "classes": ["a"], "step": step}
+
+
+def test_the_last_two_and_the_best_are_kept(folder):
+    assert folder.load_newest() is None
+    for step in range(4):
+        folder.save(state(step), best=step == 1)
+    assert [load_checkpoint(path)["step"] for path in (folder.last, folder.previous, folder.best)] == [3, 2, 1]
+    assert sorted(os.listdir(folder.last.parent)) == ["best.pt", "last.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "empty"])
+def test_a_damaged_last_checkpoint_is_passed_over_loudly(folder, damage):
+    folder.save(state(0), best=False)
+    folder.save(state(1), best=False)
+    content = bytearray(folder.last.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+    folder.last.write_bytes({"cut short": content[:-100], "empty": b""}.get(damage, content))
+    with pytest.warns(UserWarning, match="last.pt is damaged"):
+        assert folder.load_newest()["step"] == 0
+    folder.previous.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="no other checkpoint is left"):
+        folder.load_newest()
+
+
+def test_every_flipped_bit_is_noticed(folder):
+    folder.save(state(0), best=False)
+    content = folder.last.read_bytes()
+    for position in range(0, len(content), 37):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x10
+        folder.last.write_bytes(damaged)
+        with pytest.raises(UserError):
+            load_checkpoint(folder.last)
+
+
+def test_torch_reads_the_file_as_it_is(folder):
+    folder.save(state(5), best=False)
+    assert torch.load(folder.last, weights_only=True)["step"] == 5
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-code-ran",)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch.save of it", "text", "other torch file", "missing"])
+def test_other_files_are_refused_in_one_line(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "other.pt"
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(Hostile()))
+    elif kind == "torch.save of it":
+        torch.save(Hostile(), file)
+    elif kind == "text":
+        file.write_text("hello" * 100)
+    elif kind == "other torch file":
+        torch.save({"state_dict": {}}, file)
+    with pytest.raises(UserError, match="other.pt") as failure:
+        load_checkpoint(file)
+    assert "\n" not in str(failure.value) and not (tmp_path / "hostile-code-ran").exists()
+
+
+def test_code_in_a_file_with_a_right_checksum_does_not_run_either(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    folder.save({**state(0), "model": Hostile()}, best=False)
+    with pytest.raises(UserError, match="last.pt"):
+        load_checkpoint(folder.last)
+    assert not (tmp_path / "hostile-code-ran").exists()
+
+
+def test_weights_of_another_network_are_refused_by_name_and_shape():
+    network = create_model("densenet_bc40_k12", num_classes=3)
+    for other, expected in (
+        (create_model("densenet_bc40_k12", num_classes=4), "'classifier.weight' has another shape .*number of classes"),
+        (create_model("densenet40_k12", num_classes=3), "another shape|another architecture"),
+        (create_model("timm:resnet18", num_classes=3), "another architecture"),
+    ):
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        with pytest.raises(UserError, match=expected):
+            load_weights(network, other.state_dict(), "x.pt")
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, before[name])

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.models import create_model
+
+PARAMETERS = {
+    "densenet121": 7_978_856,
+    "densenet161": 28_681_000,
+    "densenet169": 14_149_480,
+    "densenet201": 20_013_928,
+    "densenet264": 33_337_704,
+    "densenet40_k12": 1_019_722,
+    "densenet100_k12": 6_979_642,
+    "densenet100_k24": 27_249_082,
+    "densenet_bc100_k12": 769_162,
+    "densenet_bc250_k24": 15_324_406,
+    "densenet_bc190_k40": 25_624_430,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_papers(name):
+    with torch.device("meta"):
+        network = create_model(name, num_classes=1000 if PARAMETERS[name] and "_k" not in name else 10)
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
+def test_logits_equal_torchvisions_with_the_same_weights(name):
+    torch.manual_seed(0)
+    ours, theirs = create_model(name).double(), getattr(torchvision.models, name)().double()
+    for norm in ours.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 80, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for mode in (False, True):
+            a, b = ours.train(mode)(images), theirs.train(mode)(images)
+            assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+
+
+def test_initialisation_is_the_torch_codes():
+    torch.manual_seed(0)
+    network = create_model("densenet121")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 30_000:
+            fan_out = module.out_channels * math.prod(module.kernel_size)
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    bound = 1 / math.sqrt(network.classifier.in_features)
+    assert (network.classifier.bias == 0).all()
+    assert 0.99 * bound < network.classifier.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("densenet40_k12", 39), ("densenet_bc100_k12", 99)])
+def test_dropout_follows_every_convolution_but_the_first(name, convolutions):
+    network = create_model(name, num_classes=10, dropout=0.2)
+    kinds = [type(m) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Dropout))]
+    assert kinds == [nn.Conv2d] + [nn.Conv2d, nn.Dropout] * (convolutions - 1)
+    assert create_model(name, num_classes=10).state_dict().keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["densenet40_k12", "densenet_bc100_k12"])
+def test_cifar_networks_halve_the_map_twice(name):
+    network = create_model(name, num_classes=10).eval()
+    with torch.no_grad():
+        assert network.features(torch.zeros(1, 3, 32, 32)).shape[2:] == (8, 8)
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_timm_models_by_name():
+    network = create_model("timm:resnet18", num_classes=7)
+    assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'densenet121'"):
+        create_model("densnet121")
+    with pytest.raises(UserError, match="timm has no model 'resnet5O'.*did you mean"):
+        create_model("timm:resnet5O")

@@ -1,0 +1,110 @@
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch7
+from conftest import run_module, small_config
+from PIL import Image
+
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.config import DataConfig
+from pipeline.data.index import scan_class_folders
+from pipeline.data.loader import EvaluationLoader, Share
+from pipeline.distributed import World
+from pipeline.evaluate import evaluate
+from pipeline.models import create_model
+
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+SHARE = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+DATA = DataConfig(crop_size=32, resize_size=36, loader="reference")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    network = create_model("densenet_bc40_k12", num_classes=3)
+    with torch.no_grad():  # statistics of images, so that answers differ between images
+        network.train()(torch.randn(64, 3, 32, 32))
+    return network
+
+
+@pytest.fixture(scope="module")
+def checkpoint(network, tmp_path_factory):
+    folder = CheckpointFolder(tmp_path_factory.mktemp("checkpoint"))
+    config = small_config("unused", data={"crop_size": 32, "resize_size": 36, "loader": "auto"})
+    state = {
+        "model": network.state_dict(),
+        "config": dataclasses.asdict(config),
+        "classes": ["class0", "class1", "class2"],
+    }
+    folder.save(state, best=True)
+    return folder.best
+
+
+@pytest.mark.parametrize("average", ["logits", "softmax"])
+@pytest.mark.parametrize("crops", [1, 10])
+def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, average):
+    """Against the Torch code's crops, cut one by one from Torch7's resize, and float64 arithmetic."""
+    index = scan_class_folders(image_folders / "val")
+    loader = EvaluationLoader(index, DATA, SHARE, batch_size=4, crops=crops)
+    evaluation = evaluate(network, loader, ALONE, average)
+    double = create_model("densenet_bc40_k12", num_classes=3).double().eval()
+    double.load_state_dict(network.state_dict())
+    wrong, losses = 0, []
+    for i, file in enumerate(index.files):
+        image = np.asarray(Image.open(file), np.float64) / 255
+        image = torch7.scale(image, *torch7.short_side_to(*image.shape[:2], 36))
+        views = torch7.ten_crop(image, 32) if crops == 10 else [torch7.centre_crop(image, 32)]
+        views = [torch7.normalise(view, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for view in views]
+        with torch.no_grad():
+            logits = double(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2))
+        answer = logits.mean(0).log_softmax(0) if average == "logits" else logits.softmax(1).mean(0).log()
+        losses.append(-answer[index.labels[i]].item())
+        wrong += answer.argmax().item() != index.labels[i]
+        assert evaluation.top5[i].tolist() == answer.argsort(descending=True).tolist()
+        assert evaluation.probability[i] == pytest.approx(answer.exp().max().item(), abs=1e-4)
+    assert evaluation.score.images == 11
+    assert evaluation.score.top1_error == pytest.approx(100 * wrong / 11)
+    assert evaluation.score.loss == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_evaluation_leaves_the_network_as_it_was(image_folders, network):
+    index = scan_class_folders(image_folders / "val")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.train()
+    evaluate(network, EvaluationLoader(index, DATA, SHARE, batch_size=4, crops=1), ALONE)
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_image_that_is_missing_or_doubled_is_an_error(image_folders, network):
+    index = scan_class_folders(image_folders / "val")
+    for share in (dataclasses.replace(SHARE, ranks=2), dataclasses.replace(SHARE, rank=1, ranks=2)):
+        with pytest.raises(RuntimeError, match="images"):
+            evaluate(network, EvaluationLoader(index, DATA, share, batch_size=4, crops=1), ALONE)
+
+
+def test_the_tool_gives_the_same_result_on_1_2_and_3_ranks(image_folders, checkpoint, tmp_path):
+    """11 images divide by none of them."""
+    results, predictions = [], []
+    for ranks in (1, 2, 3):
+        files = ["--json", tmp_path / f"{ranks}.json", "--predictions", tmp_path / f"{ranks}.csv"]
+        done = run_module(
+            "tools.evaluate", checkpoint, "--data", image_folders, "--crops", 10, "--batch-size", 2, *files, ranks=ranks
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
+        predictions.append(list(csv.DictReader((tmp_path / f"{ranks}.csv").read_text().splitlines())))
+    assert results[0]["images"] == 11 and results[0]["crops"] == 10 and results[0]["average"] == "logits"
+    for key in ("images", "top1_error", "top5_error", "top1_wrong", "top5_wrong"):
+        assert results[0][key] == results[1][key] == results[2][key]
+    assert (
+        results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6) == pytest.approx(results[2]["loss"], rel=1e-6)
+    )
+    for rows in predictions:
+        assert [row["file"] for row in rows] == [row["file"] for row in predictions[0]]
+        assert [row["answer1"] for row in rows] == [row["answer1"] for row in predictions[0]]
+        assert sum(row["answer1"] != row["class"] for row in rows) == results[0]["top1_wrong"]

@@ -1,0 +1,69 @@
+"""Dependencies point one way: entry points use the trainer, the trainer uses the parts, the parts use the foundations."""
+
+import ast
+
+import pytest
+from conftest import REPOSITORY
+
+LAYERS = [
+    {"pipeline.errors"},
+    {"pipeline.config", "pipeline.distributed"},
+    {
+        "pipeline.data",
+        "pipeline.models",
+        "pipeline.optim",
+        "pipeline.metrics",
+        "pipeline.checkpoint",
+        "pipeline.monitor",
+    },
+    {"pipeline.evaluate"},
+    {"pipeline.trainer"},
+    {"pipeline.train"},
+    {"tools", "launch"},
+]
+MODULES = sorted(
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    for folder in ("pipeline", "tools", "launch")
+    for path in (REPOSITORY / folder).rglob("*.py")
+    if path.parent.name != "pipeline" or path.name != "__init__.py"
+)
+
+
+def layer_and_part(module: str) -> tuple[int, str]:
+    return next(
+        (number, part)
+        for number, parts in enumerate(LAYERS)
+        for part in parts
+        if module == part or module.startswith(part + ".")
+    )
+
+
+def imports_of(module: str) -> set[str]:
+    source = (REPOSITORY / (module.replace(".", "/") + ".py")).read_text()
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "pipeline" else node.module for alias in node.names
+            }
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_from_below_or_from_its_own_part(module):
+    own_layer, own_part = layer_and_part(module)
+    for imported in imports_of(module):
+        if imported.split(".")[0] in ("pipeline", "tools", "launch"):
+            layer, part = layer_and_part(imported)
+            assert layer < own_layer or part == own_part, f"{module} imports {imported}"
+
+
+def test_configuration_needs_no_torch():
+    assert not any(name.split(".")[0] == "torch" for name in imports_of("pipeline.config"))
+
+
+def test_only_one_file_imports_dali():
+    users = [module for module in MODULES if any(name.startswith("nvidia") for name in imports_of(module))]
+    assert users == ["pipeline.data.dali"]

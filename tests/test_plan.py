@@ -1,0 +1,205 @@
+import math
+
+import numpy as np
+import pytest
+import torch7
+
+from pipeline.config import DataConfig
+from pipeline.data import plan as planning
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import evaluation_plans, steps_per_epoch, training_plans
+
+DRAWN = DataConfig()
+
+
+def index_of(sizes: list[tuple[int, int]]) -> DatasetIndex:
+    n = len(sizes)
+    return DatasetIndex("nowhere", ("x",) * n, np.zeros(n, np.int64), np.array(sizes, np.int32), ("a",), "")
+
+
+PHOTOS = index_of([(300 + 7 * (i % 31), 280 + 11 * (i % 29)) for i in range(107)])
+
+
+def train(rank=0, ranks=1, accumulation=1, first_step=0, epoch=3, batch_size=24, index=PHOTOS, config=DRAWN):
+    plans = training_plans(
+        index, config, seed=5, epoch=epoch, first_step=first_step, batch_size=batch_size, rank=rank, ranks=ranks,
+        accumulation=accumulation,
+    )  # fmt: skip
+    return list(plans)
+
+
+def stacked(plans, field):
+    return np.concatenate([getattr(p, field)[p.weights > 0] for p in plans])
+
+
+def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
+    orders = [stacked(train(epoch=epoch), "ids").tolist() for epoch in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(107))
+    assert orders[0] != orders[1]
+
+
+def test_the_last_batch_is_kept():
+    assert steps_per_epoch(1_281_167, 256) == 5005
+    assert 1_281_167 - 5004 * 256 == 143
+    assert [len(p) for p in train()] == [24, 24, 24, 24, 11]
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 2), (2, 1), (3, 1), (2, 3), (8, 3)])
+def test_ranks_share_an_epoch_and_draw_what_one_rank_draws(ranks, accumulation):
+    """Step by step, the parts of all ranks together are the global batch, augmentation included."""
+    alone = train()
+    shares = [train(rank=r, ranks=ranks, accumulation=accumulation) for r in range(ranks)]
+    for step, whole in enumerate(alone):
+        parts = [p for share in shares for p in share[step * accumulation : (step + 1) * accumulation]]
+        assert len(parts) == ranks * accumulation
+        assert max(len(p) for p in parts) - min(len(p) for p in parts) <= 1
+        for field in ("ids", "boxes", "sizes", "offsets", "mirrors", "color", "mean_color", "shift"):
+            np.testing.assert_array_equal(stacked(parts, field), getattr(whole, field))
+
+
+def test_an_empty_part_gets_a_stand_in_that_does_not_count():
+    parts = [train(rank=r, ranks=24)[-1] for r in range(24)]  # 11 images for 24 ranks
+    assert [len(p) for p in parts] == [1] * 24
+    assert sum(p.weights.sum() for p in parts) == 11
+
+
+def test_resuming_at_a_step_draws_the_same():
+    for a, b in zip(train()[2:], train(first_step=2), strict=True):
+        for field, value in vars(a).items():
+            np.testing.assert_array_equal(value, getattr(b, field))
+
+
+def philox(key: tuple[int, int], block: int) -> list[int]:
+    """Philox4x64-10 (Salmon et al. 2011): the four 64-bit numbers of one counter value."""
+    word = (1 << 64) - 1
+    c0, c1, c2, c3 = (block >> shift & word for shift in (0, 64, 128, 192))
+    k0, k1 = key
+    for _ in range(10):
+        a, b = c0 * 0xD2E7470EE14C6C93, c2 * 0xCA5A826395121157
+        c0, c1, c2, c3 = (b >> 64) ^ c1 ^ k0, b & word, (a >> 64) ^ c3 ^ k1, a & word
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & word, (k1 + 0xBB67AE8584CAA73B) & word
+    return [c0, c1, c2, c3]
+
+
+def test_random_numbers_are_philoxs_by_seed_epoch_and_position():
+    """Pinned, because another stream would change every run that is under way."""
+    seed, epoch, position = 7, 3, 5
+    blocks = [philox((seed, epoch), position * 16 + i + 1) for i in range(16)]  # NumPy counts before it draws
+    expected = [(number >> 11) / 2**53 for block in blocks for number in block]
+    assert planning._uniforms(seed, epoch, range(position, position + 1))[0].tolist() == expected
+    numbers = [number for i in range(3) for number in philox((seed, epoch), (1 << 192) + i + 1)][:10]
+    assert planning.epoch_order(10, seed, epoch).tolist() == sorted(range(10), key=numbers.__getitem__)
+
+
+def kolmogorov_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference between the empirical distribution functions."""
+    values = np.union1d(a, b)
+    return np.abs(
+        np.searchsorted(np.sort(a), values, side="right") / len(a)
+        - np.searchsorted(np.sort(b), values, side="right") / len(b)
+    ).max()
+
+
+def test_crops_follow_the_papers_distribution():
+    index = index_of([(375, 500)] * 4000)
+    plans = train(index=index, batch_size=1000)
+    boxes = stacked(plans, "boxes").astype(float)
+    top, left, height, width = boxes.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 375).all() and (left + width <= 500).all()
+    drawn = (stacked(plans, "sizes") == 224).all(axis=1)
+    area, aspect = (height * width / (375 * 500))[drawn], (width / height)[drawn]
+    assert drawn.mean() > 0.99
+    assert area.min() >= 0.079 and aspect.min() > 0.74 and aspect.max() < 1.35
+
+    random = np.random.default_rng(0)  # the same rule, by rejection, drawn otherwise
+    areas, aspects, tops = [], [], []
+    while len(areas) < 20_000:
+        target, ratio = random.uniform(0.08, 1) * 375 * 500, random.uniform(3 / 4, 4 / 3)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if random.random() < 0.5:
+            w, h = h, w
+        if h <= 375 and w <= 500:
+            areas.append(w * h / (375 * 500))
+            aspects.append(w / h)
+            tops.append(random.integers(0, 375 - h + 1))
+    for ours, expected in ((area, areas), (aspect, aspects), (top[drawn], tops)):
+        assert (
+            kolmogorov_distance(ours, np.array(expected)) < 0.035
+        )  # what equal distributions keep in 999 of 1000 draws
+    assert abs(stacked(plans, "mirrors").mean() - 0.5) < 0.03
+
+
+def test_an_image_in_which_no_crop_fits_is_resized_and_cut_at_the_centre():
+    (plan,) = train(index=index_of([(40, 4000)] * 8), batch_size=8)
+    for i in range(8):
+        if plan.boxes[i].tolist() == [0, 0, 40, 4000]:
+            assert plan.sizes[i].tolist() == [224, 22400] and plan.offsets[i, 0].tolist() == [0, 11088]
+    assert (plan.boxes[:, 2] == 40).any()
+
+
+def test_color_maps_are_the_torch_codes_chain():
+    """With the factors, orders and alphas that were drawn, pixel by pixel in float64."""
+    random = np.random.default_rng(0)
+    config, n = DataConfig(), 40
+    draws = random.random((20, n))
+    # order, factors of brightness, contrast and saturation, then two uniforms for each of three normals
+    color, mean_color, shift = planning._color_maps(config, iter(draws), n)
+    permutations = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    steps = (torch7.brightness, torch7.contrast, torch7.saturation)
+    for i in range(n):
+        image = random.random((6, 5, 3))
+        expected = image
+        for kind in permutations[int(draws[0, i] * 6)]:
+            expected = steps[kind](expected, 0.6 + 0.8 * draws[1 + kind, i])
+        alphas = [
+            0.1 * math.sqrt(-2 * math.log(1 - draws[4 + 2 * k, i])) * math.cos(2 * math.pi * draws[5 + 2 * k, i])
+            for k in range(3)
+        ]
+        expected = torch7.normalise(torch7.lighting(expected, alphas), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        mean = image.mean(axis=(0, 1))
+        actual = image @ color[i].T + mean_color[i] @ mean + shift[i]
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_jitter_and_lighting_follow_their_distributions():
+    index = index_of([(300, 300)] * 6000)
+    without_normalisation = DataConfig(mean=(0, 0, 0), std=(1, 1, 1))
+    plans = train(index=index, batch_size=2000, config=without_normalisation)
+    # A gray image of value 1 keeps its gray under contrast and saturation: only brightness, U(0.6, 1.4), is left.
+    gray = stacked(plans, "color").sum(axis=2) + stacked(plans, "mean_color").sum(axis=2)
+    np.testing.assert_allclose(gray[:, 0], gray[:, 2], atol=1e-5)
+    assert np.abs(np.quantile(gray[:, 0], [0.01, 0.25, 0.5, 0.75, 0.99]) - [0.608, 0.8, 1.0, 1.2, 1.392]).max() < 0.015
+    # What is added is lighting: its covariance is that of the eigenvectors.
+    vectors, values = np.array(torch7.EIGENVECTORS), np.array(torch7.EIGENVALUES)
+    expected = vectors @ np.diag((0.1 * values) ** 2) @ vectors.T
+    np.testing.assert_allclose(np.cov(stacked(plans, "shift").T), expected, atol=0.06 * expected.max())
+
+
+def test_switched_off_noise_leaves_the_normalisation():
+    (plan,) = train(index=index_of([(50, 50)] * 4), config=DataConfig(color_jitter=0, lighting=0, mirror=False))
+    np.testing.assert_allclose(plan.color, np.broadcast_to(np.diag(1 / np.array(DRAWN.std)), (4, 3, 3)), rtol=1e-6)
+    assert not plan.mean_color.any() and not plan.mirrors.any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 200])
+@pytest.mark.parametrize("crops", [1, 10])
+def test_evaluation_visits_every_image_once(ranks, crops):
+    shares = [
+        list(evaluation_plans(PHOTOS, DRAWN, crops=crops, batch_size=8, rank=r, ranks=ranks)) for r in range(ranks)
+    ]
+    ids = [i for share in shares for p in share for i in p.ids.tolist()]
+    assert sorted(ids) == list(range(107))
+    assert all(p.offsets.shape == (len(p), crops, 2) for share in shares for p in share)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (256, 256), (333, 257), (600, 601)])
+def test_evaluation_crops_are_the_torch_codes(size):
+    height, width = torch7.short_side_to(*size, 256)
+    rows, columns = np.mgrid[:height, :width]
+    image = np.stack([rows, columns, rows * 0], axis=2)
+    for crops, expected in ((1, [torch7.centre_crop(image, 224)]), (10, torch7.ten_crop(image, 224))):
+        (plan,) = evaluation_plans(index_of([size]), DRAWN, crops=crops, batch_size=1, rank=0, ranks=1)
+        assert plan.sizes[0].tolist() == [height, width]
+        for (top, left), mirrored, view in zip(plan.offsets[0], plan.mirrors[0], expected, strict=True):
+            ours = image[top : top + 224, left : left + 224]
+            np.testing.assert_array_equal(ours[:, ::-1] if mirrored else ours, view)

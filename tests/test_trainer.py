@@ -1,0 +1,227 @@
+"""The trainer, really run: in this process, and under torchrun with gloo."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import override_flags, run_module, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline import trainer
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import to_yaml
+from pipeline.errors import UserError
+
+
+def weights(config) -> dict[str, torch.Tensor]:
+    return load_checkpoint(Path(config.run_dir, "checkpoints", "last.pt"))["model"]
+
+
+def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def records(config) -> list[dict]:
+    return [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+class InterruptionError(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, steps: int) -> None:
+    """Make the trainer fail before its optimiser step number `steps` of this process."""
+    real, done = trainer.Trainer._optimizer_step, []
+
+    def step(self, *args, **kwargs):
+        if len(done) == steps:
+            raise InterruptionError
+        done.append(1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "_optimizer_step", step)
+
+
+def test_training_learns_and_leaves_what_it_promises(tmp_path):
+    config = small_config(tmp_path, data={"synthetic_images": 240}, optim={"epochs": 4, "lr": 0.05, "milestones": [3]})
+    progress = trainer.fit(config)
+    assert progress.epoch == 4 and progress.best_top1_error < 40  # chance: 67
+    assert (tmp_path / "config.yaml").read_text() == to_yaml(config)
+    validation = [r for r in records(config) if "val/top1_error" in r]
+    assert [r["step"] for r in validation] == [20, 40, 60, 80]
+    assert min(r["val/top1_error"] for r in validation) == progress.best_top1_error
+    assert validation[-1]["epoch/train_loss"] < validation[0]["epoch/train_loss"]
+
+    board = EventAccumulator(str(tmp_path)).Reload()
+    scalars = set(board.Tags()["scalars"])
+    assert scalars == {
+        "train/loss", "train/top1_error", "train/top5_error", "train/learning_rate", "train/gradient_norm",
+        "speed/images_per_second", "speed/data_wait_fraction", "memory/peak_gib",
+        "epoch/train_loss", "epoch/train_top1_error", "epoch/train_top5_error",
+        "val/loss", "val/top1_error", "val/top5_error",
+    }  # fmt: skip
+    for tag in ("train/loss", "val/top1_error"):
+        recorded = [(r["step"], pytest.approx(r[tag], rel=1e-6)) for r in records(config) if tag in r]
+        assert [(event.step, event.value) for event in board.Scalars(tag)] == recorded
+    assert board.Tags()["images"] and "config/text_summary" in board.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("interrupted_after", [1, 3, 5, 6])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"optim": {"accumulation": 3}},
+        {"model": {"dropout": 0.2}},
+        {"train": {"precision": "bf16", "channels_last": False}},
+    ],
+    ids=["plain", "accumulation", "dropout", "bf16"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, sections, interrupted_after):
+    """Four steps an epoch, a checkpoint after each; records neither lack nor double."""
+    sections = {**sections, "train": {"checkpoint_every": 1, **sections.get("train", {})}}
+    whole, cut = (small_config(tmp_path / name, **sections) for name in ("whole", "cut"))
+    trainer.fit(whole)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, interrupted_after)
+        with pytest.raises(InterruptionError):
+            trainer.fit(cut)
+    trainer.fit(cut)
+    assert_equal_weights(weights(whole), weights(cut))
+    unequal = {"speed/images_per_second", "speed/data_wait_fraction", "memory/peak_gib"}
+    expected, actual = (
+        [{key: value for key, value in r.items() if key not in unequal} for r in records(c)] for c in (whole, cut)
+    )
+    assert actual == expected
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path):
+    config = small_config(tmp_path)
+    first = trainer.fit(config)
+    before = records(config)
+    assert trainer.fit(config) == first and records(config) == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_every_precision_trains(tmp_path, precision):
+    config = small_config(tmp_path, optim={"epochs": 1}, train={"precision": precision})
+    assert math.isfinite(trainer.fit(config).last_top1_error)
+
+
+def test_accumulation_and_an_uneven_last_batch_follow_the_mean_loss_of_the_global_batch(tmp_path):
+    """A step of the trainer against one formed by hand: 10 images in 4 parts of 3, 3, 2 and 2."""
+    data = {"synthetic_images": 10}
+    optim = {"epochs": 1, "batch_size": 12, "accumulation": 4, "weight_decay": 0.0}
+    config = small_config(tmp_path, data=data, optim=optim)
+    with trainer.join_world("cpu") as world:
+        run = trainer.Trainer(config, world)
+        parts = [(b.images.clone(), b.labels.clone()) for b in run.train_loader.batches(0)]
+        assert [len(labels) for _, labels in parts] == [3, 3, 2, 2]
+        start = {name: p.detach().clone() for name, p in run.network.named_parameters()}
+        run.network.train()
+        loss = sum(
+            torch.nn.functional.cross_entropy(run.network(images), labels, reduction="sum") for images, labels in parts
+        )
+        gradients = torch.autograd.grad(loss / 10, list(run.network.parameters()))
+        run.resume()
+        run.train_epoch()
+        run.monitor.close()
+    for (name, p), gradient in zip(run.network.named_parameters(), gradients, strict=True):
+        # Nesterov's first step from rest: lr (g + momentum g)
+        torch.testing.assert_close(p.detach(), start[name] - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path):
+    """To the last bit, with one thread each: 46 images in batches of 12, so that the last is uneven."""
+    spread, alone = (small_config(tmp_path / name, model={"dropout": 0.1}) for name in ("spread", "alone"))
+    for config, ranks in ((spread, 2), (alone, 1)):
+        flags = [*override_flags(config), "--optim.accumulation", 2 // ranks]
+        done = run_module("pipeline.train", "configs/demo.yaml", *flags, ranks=ranks, cores=1)
+        assert done.returncode == 0, done.stderr
+    # Batch-norm statistics are rank 0's; alone, every pass adds to them.
+    learned = [
+        {n: w for n, w in weights(c).items() if "running" not in n and "batches" not in n} for c in (spread, alone)
+    ]
+    assert_equal_weights(*learned)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_run_of_several_ranks_resumes_to_the_same_bits(tmp_path, ranks):
+    spread = small_config(tmp_path, model={"dropout": 0.1}, train={"checkpoint_every": 3})
+    done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(spread), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+    # Go back to the checkpoint in the middle of the second epoch, and end again.
+    folder = Path(spread.run_dir, "checkpoints")
+    end = weights(spread)
+    assert load_checkpoint(folder / "previous.pt")["progress"]["step"] == 3
+    (folder / "previous.pt").replace(folder / "last.pt")
+    done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(spread), ranks=ranks)
+    assert done.returncode == 0 and "resuming at epoch 1, step 3" in done.stdout
+    assert_equal_weights(weights(spread), end)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optim": {"lr": 0.2}}, "optim.lr was 0.1 and is now 0.2"),
+        ({"model": {"name": "densenet40_k12"}}, "model.name was densenet_bc40_k12 and is now densenet40_k12"),
+        ({"data": {"synthetic_images": 47}}, "data.synthetic_images was 46"),
+        ({"optim": {"accumulation": 2}}, "--train.elastic true allows it"),
+    ],
+)
+def test_a_changed_run_is_not_resumed(tmp_path, changes, expected):
+    config = small_config(tmp_path, optim={"epochs": 1})
+    trainer.fit(config)
+    before = (tmp_path / "config.yaml").read_text(), weights(config)
+    changed = {name: dict(fields) for name, fields in changes.items()}
+    changed["optim"] = {"epochs": 1, **changed.get("optim", {})}
+    with pytest.raises(UserError, match=expected):
+        trainer.fit(small_config(tmp_path, **changed))
+    assert (tmp_path / "config.yaml").read_text() == before[0]
+    assert_equal_weights(weights(config), before[1])
+
+
+def test_another_number_of_parts_is_allowed_on_request(tmp_path):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
+    config = small_config(tmp_path, optim={"epochs": 1, "accumulation": 2}, train={"elastic": True})
+    assert trainer.fit(config).epoch == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
+    config = small_config(tmp_path, optim={"lr": 1e20}, train={"checkpoint_every": 1})
+    with pytest.raises(UserError, match="the loss is not finite by step"):
+        trainer.fit(config)
+    assert all(value.isfinite().all() for value in weights(config).values()) or not any(
+        (tmp_path / "checkpoints").iterdir()
+    )
+
+
+def test_a_dry_run_describes_and_does_not_train(tmp_path):
+    text = trainer.dry_run(small_config(tmp_path))
+    assert "densenet_bc40_k12: 175,191 parameters, 3 classes" in text
+    assert "batch 12 = 1 ranks x 1 passes x 12 images" in text and "4 steps an epoch, 2 epochs" in text
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_compiled_training_takes_the_same_first_step(tmp_path):
+    plain, compiled = (
+        small_config(
+            tmp_path / name,
+            model={"name": "timm:resnet10t"},
+            data={"synthetic_images": 12, "crop_size": 32, "resize_size": 32},
+            optim={"epochs": 1, "lr": 1e-3},
+            train={"compile": name == "compiled"},
+        )
+        for name in ("plain", "compiled")
+    )
+    logging.getLogger("torch").setLevel(logging.WARNING)  # pytest would keep the compiler's traces
+    trainer.fit(plain)
+    trainer.fit(compiled)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[name], value, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,70 @@
+"""The main job on a small scale: ``python -m tools.demo [--section.field VALUE ...]``.
+
+Unpacks the embedded images, trains configs/demo.yaml with two processes, evaluates the saved checkpoint with one and
+with ten crops, and prints a table of the errors. Words after the command override fields of the configuration.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from pipeline.config import parse_command_line
+from pipeline.errors import UserError, exit_on_user_error
+
+CONFIG = "configs/demo.yaml"
+ARCHIVE = Path(__file__).parent / "demo_data" / "fashion-mnist.tar.xz"
+PROCESSES = 2
+
+
+def main() -> None:
+    config, _ = parse_command_line([CONFIG, *sys.argv[1:]], "python -m tools.demo", __doc__)
+    data = Path(config.data.dir)
+    if not data.exists():
+        unpack(ARCHIVE, data)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    _run([*torchrun, "-m", "pipeline.train", CONFIG, *sys.argv[1:]])
+    checkpoint = Path(config.run_dir, "checkpoints", "best.pt")
+    results = [_evaluate(torchrun, checkpoint, data, crops) for crops in (1, 10)]
+
+    print(f"\n{config.model.name} on {results[0]['images']} validation images of {data}, {checkpoint}:\n")
+    print("crops   top-1 error   top-5 error")
+    for result in results:
+        print(f"{result['crops']:5d}   {result['top1_error']:9.2f} %   {result['top5_error']:9.2f} %")
+    print(f"\nWatch it: {Path(sys.executable).parent / 'tensorboard'} --logdir {Path(config.run_dir).parent}")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the images into `folder`, which appears only when it is complete."""
+    print(f"unpacking {archive.name} into {folder}", flush=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, filter="data")
+            (content,) = Path(temporary).iterdir()
+            content.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot unpack the images into {folder} ({error.strerror}): set --data.dir") from None
+
+
+def _evaluate(torchrun: list[str], checkpoint: Path, data: Path, crops: int) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        arguments = [str(checkpoint), "--data", str(data), "--crops", str(crops), "--json", file.name]
+        _run([*torchrun, "-m", "tools.evaluate", *arguments])
+        return json.load(file)
+
+
+def _run(command: list[str]) -> None:
+    """Run a command in front of the user; end with its exit code if it fails."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun would warn that it sets just this
+    code = subprocess.run(command, env=environment).returncode
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

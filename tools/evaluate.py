@@ -1,0 +1,162 @@
+"""Evaluate a checkpoint: ``python -m tools.evaluate CHECKPOINT --data DIR [--crops 10]``, also under torchrun.
+
+Everything about the images (crop and resize sizes, resize filter, mean and standard deviation) is as the checkpoint's
+run had it unless given here.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import load_checkpoint, load_weights
+from pipeline.config import Config, DataConfig, from_dict
+from pipeline.data.index import DatasetIndex, scan_class_folders, scan_flat_folder
+from pipeline.data.loader import EvaluationLoader, Share, choose_loader
+from pipeline.distributed import World, join_world
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.models import create_model
+from pipeline.trainer import set_precision
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    with join_world(options.device) as world:
+        checkpoint = world.from_main(lambda: load_checkpoint(options.checkpoint))
+        config = from_dict(checkpoint["config"], options.checkpoint)
+        data = _data_config(config, options)
+        classes = tuple(checkpoint["classes"])
+
+        network = create_model(config.model.name, len(classes), config.model.dropout)
+        load_weights(network, checkpoint["model"], options.checkpoint)
+        network = network.to(world.device, memory_format=torch.channels_last)
+        set_precision("fp32")
+
+        index = world.from_main(lambda: open_images(Path(options.data), options.labels, classes))
+        share = Share(world.rank, world.size, world.device, world.cores)
+        loader = EvaluationLoader(index, data, share, batch_size=options.batch_size, crops=options.crops)
+        evaluation = evaluate(network, loader, world, options.average)
+        if world.is_main:
+            report(evaluation, config, data, index, options, world)
+
+
+def open_images(folder: Path, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
+    """Index `folder`: class folders, a data set with such folders under val/, or flat with a label file."""
+    if labels_file:
+        return scan_flat_folder(folder, labels_file, classes, progress=True)
+    if (folder / "val").is_dir() and "val" not in classes:
+        folder = folder / "val"
+    return scan_class_folders(folder, progress=True).with_classes(classes)
+
+
+def report(
+    evaluation: Evaluation,
+    config: Config,
+    data: DataConfig,
+    index: DatasetIndex,
+    options: argparse.Namespace,
+    world: World,
+) -> None:
+    """Print the errors, and write the files that were asked for."""
+    score, published = evaluation.score, config.published
+    suffix = "_10crop" if options.crops == 10 else ""
+    result: dict[str, Any] = {
+        "checkpoint": options.checkpoint,
+        "model": config.model.name,
+        "data": index.root,
+        "images": score.images,
+        "classes": len(index.classes),
+        "classes_present": len(set(index.labels.tolist())),
+        "crops": options.crops,
+        "average": options.average,
+        "resize": data.resize,
+        "resize_size": data.resize_size,
+        "crop_size": data.crop_size,
+        "loader": choose_loader(data),
+        "top1_error": score.top1_error,
+        "top5_error": score.top5_error,
+        "top1_wrong": score.images - score.top1_right,
+        "top5_wrong": score.images - score.top5_right,
+        "loss": score.loss,
+        "published": {
+            "source": published.source,
+            "top1_error": getattr(published, "top1" + suffix),
+            "top5_error": getattr(published, "top5" + suffix),
+        },
+    }
+    views = "1 crop" if options.crops == 1 else f"10 crops ({options.average} averaged)"
+    print(
+        f"{config.model.name}, {views}, {data.resize} resize to {data.resize_size}, crop {data.crop_size}, "
+        f"{result['loader']} loader, {world.size} rank{'s' if world.size > 1 else ''}\n"
+        f"top-1 error {score.top1_error:.2f} %  ({result['top1_wrong']} of {score.images} wrong)\n"
+        f"top-5 error {score.top5_error:.2f} %  ({result['top5_wrong']} of {score.images} wrong)"
+    )
+    if result["classes_present"] < len(index.classes):
+        print(f"images of {result['classes_present']} of the {len(index.classes)} classes")
+    if result["published"]["top1_error"] is not None:
+        print(f"{published.source or 'published'}: top-1 error {result['published']['top1_error']} %")
+    if options.json:
+        _writable(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    if options.predictions:
+        _write_predictions(_writable(options.predictions), evaluation, index)
+
+
+def _write_predictions(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
+    """One CSV line an image: file, its class, the probability of the first answer, and the answers in order."""
+    with open(file, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["file", "class", "probability", *(f"answer{i + 1}" for i in range(evaluation.top5.shape[1]))])
+        for path, label, probability, top5 in zip(
+            index.paths, index.labels, evaluation.probability, evaluation.top5, strict=True
+        ):
+            answers = [index.classes[k] for k in top5]
+            writer.writerow([path, index.classes[label], f"{probability:.6f}", *answers])
+
+
+def _data_config(config: Config, options: argparse.Namespace) -> DataConfig:
+    given = {name: getattr(options, name) for name in ("resize", "resize_size", "crop_size", "loader", "threads")}
+    tree = dataclasses.asdict(config)
+    tree["data"] |= {name: value for name, value in given.items() if value is not None}
+    return from_dict(tree, "the command line").data
+
+
+def _writable(path: str) -> Path:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return Path(path)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file of a run's checkpoints/")
+    parser.add_argument("--data", metavar="DIR", required=True, help="class folders, or a data set with val/ in it")
+    parser.add_argument("--labels", metavar="FILE", help="label file, if DIR is a flat folder of images")
+    parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
+    parser.add_argument(
+        "--average",
+        choices=("logits", "softmax"),
+        default="logits",
+        help="over ten crops; the paper's code: logits [logits]",
+    )
+    parser.add_argument("--resize", choices=("torch", "pil-bilinear", "pil-bicubic"), help="resize filter [the run's]")
+    parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side after the resize [the run's]")
+    parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of a crop [the run's]")
+    parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="images at once on each rank [32]")
+    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
+    parser.add_argument("--threads", type=int, metavar="N", help="loader threads of each rank [all cores]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--predictions", metavar="FILE", help="write each image's predicted classes as CSV")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
