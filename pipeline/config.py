@@ -52,11 +52,12 @@ class DataConfig:
     dir: str = "data/imagenet"
     """Folder of the data set."""
     train: str = "train"
-    """Training images: a folder with one sub-folder a class, relative to data.dir."""
+    """Training images, relative to data.dir: CLASS/IMAGE in a folder or tar, or ILSVRC2012_img_train.tar as it is."""
     val: str = "val"
-    """Validation images: class folders, or a flat folder together with data.val_labels; relative to data.dir."""
+    """Validation images, likewise; or without classes together with data.val_labels, as ILSVRC2012_img_val.tar."""
     val_labels: str | None = None
-    """Labels of a flat validation folder: a line 'CLASS' for each file in sorted order, or lines 'FILE CLASS'."""
+    """Labels of a flat validation set: a line 'CLASS' for each file in sorted order, lines 'FILE CLASS', or ImageNet's
+    development kit (.tar.gz)."""
     loader: Loader = "auto"
     """auto: DALI where it is installed, else reference (PIL). synthetic: generated images, no files."""
     crop_size: Positive = 224

@@ -3,7 +3,6 @@
 The CUDA and NCCL branches have not been run on a GPU yet; CPU with gloo is what the tests exercise.
 """
 
-import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError
+from pipeline.machine import available_cores, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,6 @@ def average_in_rank_order(size: int, bucket: dist.GradBucket) -> torch.futures.F
     return future
 
 
-def available_cores() -> int:
-    """CPU cores that this process may use (a scheduler's binding included)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def join_world(device: str = "auto") -> Iterator[World]:
     """Join the ranks that torchrun's environment names, or stand alone without it.
@@ -108,7 +103,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(world.cores)  # torchrun would leave one thread a rank
-        _keep_freed_memory()
+        keep_freed_memory()
     if size > 1:
         if world.device.type == "cuda":
             dist.init_process_group("nccl", device_id=world.device)
@@ -121,17 +116,6 @@ def join_world(device: str = "auto") -> Iterator[World]:
             # Free the group's last users first: a gloo thread that outlives the interpreter aborts the process.
             gc.collect()
             dist.destroy_process_group()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks: giving them back and faulting them in again costs a fifth of a step on CPU."""
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another system's malloc
-        return
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

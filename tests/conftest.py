@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import Config, from_dict
+from pipeline.data.index import DatasetIndex, synthetic_index
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -36,6 +37,11 @@ def write_class_folders(root: Path, classes: int, images: int, size: tuple[int, 
         image = photo(seed + i, height, width).point(lambda value, i=i: value // 2 + 120 * (i % classes) // classes)
         image.save(folder / f"image{i:04d}.jpg", quality=90)
     return root
+
+
+def index_of(sizes: list[tuple[int, int]]) -> DatasetIndex:
+    """An index of images of these sizes (height, width) that exist nowhere."""
+    return dataclasses.replace(synthetic_index(len(sizes), 1, 1, "sizes"), sizes=np.array(sizes, np.int32))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import DataConfig
-from pipeline.data.index import scan_class_folders
+from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Share
 from pipeline.distributed import World
 from pipeline.evaluate import evaluate
@@ -48,7 +48,7 @@ def checkpoint(network, tmp_path_factory):
 @pytest.mark.parametrize("crops", [1, 10])
 def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, average):
     """Against the Torch code's crops, cut one by one from Torch7's resize, and float64 arithmetic."""
-    index = scan_class_folders(image_folders / "val")
+    index = scan_classes(image_folders / "val")
     loader = EvaluationLoader(index, DATA, SHARE, batch_size=4, crops=crops)
     evaluation = evaluate(network, loader, ALONE, average)
     double = create_model("densenet_bc40_k12", num_classes=3).double().eval()
@@ -72,7 +72,7 @@ def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, a
 
 
 def test_evaluation_leaves_the_network_as_it_was(image_folders, network):
-    index = scan_class_folders(image_folders / "val")
+    index = scan_classes(image_folders / "val")
     before = {name: value.clone() for name, value in network.state_dict().items()}
     network.train()
     evaluate(network, EvaluationLoader(index, DATA, SHARE, batch_size=4, crops=1), ALONE)
@@ -81,7 +81,7 @@ def test_evaluation_leaves_the_network_as_it_was(image_folders, network):
 
 
 def test_an_image_that_is_missing_or_doubled_is_an_error(image_folders, network):
-    index = scan_class_folders(image_folders / "val")
+    index = scan_classes(image_folders / "val")
     for share in (dataclasses.replace(SHARE, ranks=2), dataclasses.replace(SHARE, rank=1, ranks=2)):
         with pytest.raises(RuntimeError, match="images"):
             evaluate(network, EvaluationLoader(index, DATA, share, batch_size=4, crops=1), ALONE)

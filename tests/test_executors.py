@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch7
-from conftest import photo
+from conftest import index_of, photo
 from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
-from pipeline.data.index import DatasetIndex, scan_class_folders
+from pipeline.data.index import DatasetIndex, scan_classes
 from pipeline.data.loader import EvaluationLoader, Share, TrainingLoader, choose_loader, create_executor
 from pipeline.data.plan import evaluation_plans, training_plans
 from pipeline.data.reference import resize_as_torch7
@@ -41,7 +41,7 @@ def photos(tmp_path_factory) -> DatasetIndex:
     photo(50, 120, 100).convert("L").save(root / "a" / "gray.jpg")
     photo(51, 120, 100).convert("CMYK").save(root / "a" / "cmyk.jpg")
     photo(52, 100, 120).save(root / "a" / "png.JPEG", format="PNG")
-    return scan_class_folders(root)
+    return scan_classes(root)
 
 
 def pixels(index, config, plans, views=1, batch_size=8):
@@ -131,7 +131,7 @@ def test_a_training_batch_is_the_torch_codes_from_file_to_tensor(photos):
 
 def test_colors_are_applied_image_by_image():
     torch.manual_seed(0)
-    index = DatasetIndex("", ("",) * 5, np.zeros(5, np.int64), np.full((5, 2), 40, np.int32), ("a",), "")
+    index = index_of([(40, 40)] * 5)
     (plan,) = plans_for(index, SMALL)[:1]
     for shape in ((5, 1, 6, 6, 3), (5, 1, 5, 7, 3)):
         raw = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -163,19 +163,30 @@ def test_a_rank_without_images_loads_none(photos):
 
 
 @pytest.mark.parametrize("loader", ["dali", "reference"])
-@pytest.mark.parametrize("damage", ["truncated", "text", "missing"])
-def test_a_file_that_does_not_decode_is_named(photos, tmp_path, loader, damage):
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("cut short before the scan", "3.jpg does not decode"),
+        ("text", "3.jpg does not decode"),
+        ("shorter", "3.jpg ends after .* it changed since the scan"),
+        ("missing", "cannot read the image .*3.jpg: No such file"),
+    ],
+)
+def test_a_file_that_does_not_decode_is_named(tmp_path, loader, damage, expected):
     (tmp_path / "a").mkdir()
     for i in range(5):
         photo(i, 60, 60).save(tmp_path / "a" / f"{i}.jpg")
-    index = scan_class_folders(tmp_path)
     file = tmp_path / "a" / "3.jpg"
+    content = file.read_bytes()
+    if damage == "cut short before the scan":
+        file.write_bytes(content[:-900])
+    index = scan_classes(tmp_path)
     if damage == "missing":
         file.unlink()
-    else:
-        file.write_bytes(b"not an image" if damage == "text" else file.read_bytes()[:-900])
+    elif damage in ("text", "shorter"):
+        file.write_bytes({"text": b"x" * len(content), "shorter": content[:-900]}[damage])
     config = dataclasses.replace(SMALL, loader=loader)
-    with pytest.raises(LocalUserError, match="3.jpg does not decode"):
+    with pytest.raises(LocalUserError, match=expected):
         list(EvaluationLoader(index, config, CPU, batch_size=2, crops=1).batches())
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import REPOSITORY
 
 LAYERS = [
-    {"pipeline.errors"},
+    {"pipeline.errors", "pipeline.machine"},
     {"pipeline.config", "pipeline.distributed"},
     {
         "pipeline.data",

@@ -3,15 +3,15 @@ import pytest
 from conftest import photo, write_class_folders
 from PIL import Image
 
-from pipeline.data.index import scan_class_folders, scan_flat_folder
+from pipeline.data.index import scan_classes, scan_flat
 from pipeline.errors import UserError
 
 
 def test_class_folders_give_sorted_classes_paths_labels_and_sizes(image_folders):
-    index = scan_class_folders(image_folders / "train")
+    index = scan_classes(image_folders / "train")
     assert index.classes == ("class0", "class1", "class2")
     assert len(index) == 37 and np.bincount(index.labels).tolist() == [13, 12, 12]
-    assert list(index.paths) == sorted(index.paths)
+    assert list(index.names) == sorted(index.names)
     for file, label, size in zip(index.files, index.labels, index.sizes, strict=True):
         with Image.open(file) as image:
             assert (image.height, image.width) == tuple(size)
@@ -24,7 +24,7 @@ def test_sizes_ignore_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "a" / "turned.jpg", exif=exif)
-    assert scan_class_folders(tmp_path).sizes.tolist() == [[30, 50]]
+    assert scan_classes(tmp_path).sizes.tolist() == [[30, 50]]
 
 
 @pytest.mark.parametrize("style", ["in order", "by file", "by stem with header"])
@@ -39,15 +39,15 @@ def test_a_flat_folder_takes_its_labels_from_a_file(tmp_path, style):
         "by stem with header": ["ImageId,PredictionString", "b,cat 85 1 499 272", "a,dog 3 4 5 6", "c,dog 1 2 3 4"],
     }[style]
     (tmp_path / "labels.txt").write_text("\n".join(lines) + "\n")
-    index = scan_flat_folder(tmp_path / "val", tmp_path / "labels.txt", ("cat", "dog"))
-    assert index.paths == ("a.jpg", "b.jpg", "c.jpg") and index.labels.tolist() == [1, 0, 1]
+    index = scan_flat(tmp_path / "val", tmp_path / "labels.txt", ("cat", "dog"))
+    assert index.names == ("a.jpg", "b.jpg", "c.jpg") and index.labels.tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
         (["cat", "dog"], "has 2 labels for 3 images"),
-        (["cat", "dog", "dgo"], "'dgo' of c.jpg is none of the network's \\(did you mean 'dog'"),
+        (["cat", "dog", "dgo"], "'dgo' is none of the network's \\(did you mean 'dog'"),
         (["a.jpg cat", "b.jpg dog"], "no line for the image c.jpg"),
     ],
 )
@@ -57,40 +57,66 @@ def test_wrong_label_files_are_explained(tmp_path, lines, expected):
         photo(0, 20, 20).save(tmp_path / "val" / f"{name}.jpg")
     (tmp_path / "labels.txt").write_text("\n".join(lines))
     with pytest.raises(UserError, match=expected):
-        scan_flat_folder(tmp_path / "val", tmp_path / "labels.txt", ("cat", "dog"))
+        scan_flat(tmp_path / "val", tmp_path / "labels.txt", ("cat", "dog"))
 
 
 def test_wrong_folders_are_explained(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
-        scan_class_folders(tmp_path / "nowhere")
+        scan_classes(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no class folders"):
-        scan_class_folders(tmp_path)
+        scan_classes(tmp_path)
     (tmp_path / "cat").mkdir()
-    with pytest.raises(UserError, match="cat holds no images"):
-        scan_class_folders(tmp_path)
+    with pytest.raises(UserError, match="class cat in .* has no images"):
+        scan_classes(tmp_path)
     (tmp_path / "cat" / "text.jpg").write_text("not an image")
     with pytest.raises(UserError, match="text.jpg is not an image"):
-        scan_class_folders(tmp_path)
+        scan_classes(tmp_path)
 
 
 def test_the_cache_spares_reading_but_sees_changes(tmp_path, monkeypatch):
-    root, cache = write_class_folders(tmp_path / "images", 2, 6), tmp_path / "cache" / "index.npz"
-    first = scan_class_folders(root, cache)
+    root, cache = write_class_folders(tmp_path / "images", 2, 6), tmp_path / "cache" / "index.jsonl"
+    first = scan_classes(root, cache)
     opened = []
     real_open = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(str(file)) or real_open(file))
-    again = scan_class_folders(root, cache)
-    assert opened == [] and again.fingerprint == first.fingerprint
+    monkeypatch.setattr(Image, "open", lambda stream: opened.append(1) or real_open(stream))
+    again = scan_classes(root, cache)
+    assert not opened and again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.sizes, first.sizes)
 
     photo(99, 33, 44).save(root / "class0" / "image0002.jpg")
-    changed = scan_class_folders(root, cache)
-    assert [name.rsplit("/", 1)[1] for name in opened] == ["image0002.jpg"]
+    changed = scan_classes(root, cache)
+    assert len(opened) == 3  # the class that changed
     assert changed.sizes[1].tolist() == [33, 44] and changed.fingerprint != first.fingerprint
 
 
+def test_a_scan_that_was_broken_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    root, cache = write_class_folders(tmp_path / "images", 4, 12), tmp_path / "index.jsonl"
+    (root / "class2" / "image0002.jpg").write_text("not an image")
+    with pytest.raises(UserError):
+        scan_classes(root, cache)
+    with open(cache, "a") as stream:
+        stream.write('{"group": "class2", "na')  # cut short by a crash
+    photo(0, 20, 20).save(root / "class2" / "image0002.jpg")
+    opened = []
+    real_open = Image.open
+    monkeypatch.setattr(Image, "open", lambda stream: opened.append(1) or real_open(stream))
+    index = scan_classes(root, cache)
+    assert len(index) == 12 and len(opened) == 6  # classes 2 and 3
+    scan_classes(root, cache)
+    assert len(opened) == 6
+
+
+def test_many_classes_are_scanned_by_several_processes(tmp_path, monkeypatch):
+    root = write_class_folders(tmp_path / "images", 5, 15)
+    alone = scan_classes(root)
+    monkeypatch.setattr("pipeline.data.index.GROUPS_FOR_PROCESSES", 5)
+    together = scan_classes(root)
+    assert together.fingerprint == alone.fingerprint
+    np.testing.assert_array_equal(together.sizes, alone.sizes)
+
+
 def test_labels_can_count_in_a_larger_set_of_classes(image_folders):
-    index = scan_class_folders(image_folders / "val")
+    index = scan_classes(image_folders / "val")
     wider = index.with_classes(("aaa", "class0", "class1", "class2", "zzz"))
     np.testing.assert_array_equal(wider.labels, index.labels + 1)
     with pytest.raises(UserError, match="'class2' is none of the network's"):

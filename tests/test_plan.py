@@ -3,18 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch7
+from conftest import index_of
 
 from pipeline.config import DataConfig
 from pipeline.data import plan as planning
-from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import evaluation_plans, steps_per_epoch, training_plans
 
 DRAWN = DataConfig()
-
-
-def index_of(sizes: list[tuple[int, int]]) -> DatasetIndex:
-    n = len(sizes)
-    return DatasetIndex("nowhere", ("x",) * n, np.zeros(n, np.int64), np.array(sizes, np.int32), ("a",), "")
 
 
 PHOTOS = index_of([(300 + 7 * (i % 31), 280 + 11 * (i % 29)) for i in range(107)])

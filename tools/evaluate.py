@@ -15,7 +15,7 @@ import torch
 
 from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, from_dict
-from pipeline.data.index import DatasetIndex, scan_class_folders, scan_flat_folder
+from pipeline.data.index import DatasetIndex, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Share, choose_loader
 from pipeline.distributed import World, join_world
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
@@ -46,12 +46,12 @@ def main() -> None:
 
 
 def open_images(folder: Path, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
-    """Index `folder`: class folders, a data set with such folders under val/, or flat with a label file."""
+    """Index `folder` (or a tar archive): by class, a data set with classes under val/, or flat with a label file."""
     if labels_file:
-        return scan_flat_folder(folder, labels_file, classes, progress=True)
+        return scan_flat(folder, labels_file, classes, progress=True)
     if (folder / "val").is_dir() and "val" not in classes:
         folder = folder / "val"
-    return scan_class_folders(folder, progress=True).with_classes(classes)
+    return scan_classes(folder, progress=True).with_classes(classes)
 
 
 def report(
@@ -112,7 +112,7 @@ def _write_predictions(file: Path, evaluation: Evaluation, index: DatasetIndex) 
         writer = csv.writer(stream)
         writer.writerow(["file", "class", "probability", *(f"answer{i + 1}" for i in range(evaluation.top5.shape[1]))])
         for path, label, probability, top5 in zip(
-            index.paths, index.labels, evaluation.probability, evaluation.top5, strict=True
+            index.names, index.labels, evaluation.probability, evaluation.top5, strict=True
         ):
             answers = [index.classes[k] for k in top5]
             writer.writerow([path, index.classes[label], f"{probability:.6f}", *answers])

@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.config import Resize
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
-from pipeline.data.reference import check_decodes
+from pipeline.data.reader import Reader
+from pipeline.data.reference import decode
 from pipeline.errors import LocalUserError
 
 PREFETCH = 2  # batches that DALI prepares ahead
@@ -53,8 +54,9 @@ class DaliExecutor:
             batch_size=batch_size, num_threads=threads, device_id=device.index, prefetch_queue_depth=PREFETCH
         )
         self._pipeline: Pipeline | None = None
-        self._plans: Iterator[BatchPlan] = iter(())
-        self._pending: deque[BatchPlan] = deque()
+        self._reader = Reader(index)
+        self._batches: Iterator[tuple[BatchPlan, list[np.ndarray]]] = iter(())
+        self._pending: deque[tuple[BatchPlan, list[np.ndarray]]] = deque()
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3): float32 for the resize "torch", else uint8; in 0..255.
@@ -64,7 +66,7 @@ class DaliExecutor:
         """
         # A run that was abandoned or failed leaves its batches in the pipeline, so only one that ended is used again.
         pipeline, self._pipeline = self._pipeline or self._build(), None
-        self._plans, self._pending = iter(plans), deque()
+        self._batches, self._pending = self._reader.read_ahead(plans), deque()
         while True:
             try:
                 outputs = pipeline.run()
@@ -73,7 +75,8 @@ class DaliExecutor:
             except RuntimeError as error:
                 raise self._explain(error) from error
             views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-            yield self._pending.popleft(), views[0][:, None] if len(views) == 1 else torch.stack(views, dim=1)
+            plan, _ = self._pending.popleft()
+            yield plan, views[0][:, None] if len(views) == 1 else torch.stack(views, dim=1)
         pipeline.reset()
         self._pipeline = pipeline
 
@@ -82,12 +85,12 @@ class DaliExecutor:
 
         @pipeline_def(**self._options)
         def define():
-            path, start, shape, size, roi_start, roi_end, *views = fn.external_source(
+            content, start, shape, size, roi_start, roi_end, *views = fn.external_source(
                 source=self._next_arrays, num_outputs=6 + 2 * self._views, batch=True
             )
             # adjust_orientation: the plan's boxes are in stored pixels, as Pillow and the Torch code see them.
             images = fn.decoders.image_slice(
-                fn.io.file.read(path, dont_use_mmap=True),
+                content,
                 start=start,
                 shape=shape,
                 axes=[0, 1],
@@ -116,14 +119,13 @@ class DaliExecutor:
 
     def _next_arrays(self) -> tuple:
         """DALI's source: the arrays of the next plan, in the order that the pipeline unpacks them."""
-        plan = next(self._plans)
-        self._pending.append(plan)
-        paths = [np.frombuffer(self._index.files[i].encode(), np.uint8) for i in plan.ids]
+        plan, contents = next(self._batches)
+        self._pending.append((plan, contents))
         start, shape = np.ascontiguousarray(plan.boxes[:, :2]), np.ascontiguousarray(plan.boxes[:, 2:])
         views = []
         for v in range(self._views):
             views += [np.ascontiguousarray(plan.offsets[:, v]), plan.mirrors[:, v].astype(np.int32)]
-        return paths, start, shape, plan.sizes.astype(np.float32), *self._region(plan), *views
+        return contents, start, shape, plan.sizes.astype(np.float32), *self._region(plan), *views
 
     def _region(self, plan: BatchPlan) -> tuple[np.ndarray, np.ndarray]:
         """Start and end, (n, 2) float32, of the region of the decoded box that becomes the resized image.
@@ -141,10 +143,11 @@ class DaliExecutor:
         return np.where(one_pixel, 0, start).astype(np.float32), np.where(one_pixel, 1, end).astype(np.float32)
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """DALI names no file: look for one that Pillow cannot decode either in the batch that failed."""
-        for plan in self._pending:
-            for i in plan.ids.tolist():
-                complaint = check_decodes(self._index.files[i])
-                if complaint:
-                    return LocalUserError(complaint)
+        """DALI names no file: look in the batches under way for one that Pillow cannot decode either."""
+        for plan, contents in self._pending:
+            for i, content in zip(plan.ids.tolist(), contents, strict=True):
+                try:
+                    decode(content, self._index.place(i))
+                except LocalUserError as complaint:
+                    return complaint
         return error

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.config import DataConfig
-from pipeline.data.index import DatasetIndex, scan_class_folders, scan_flat_folder, synthetic_index
+from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, synthetic_index
 from pipeline.errors import UserError
 
 
@@ -11,11 +11,11 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
     """Index the training and the validation images, which must have the same classes.
 
     Args:
-        cache: folder for what a later scan need not read again.
+        cache: folder for what was found, where that cannot be kept beside the images.
         progress: show progress bars.
 
     Raises:
-        UserError: see `scan_class_folders` and `scan_flat_folder`; or the classes differ.
+        UserError: see `scan_classes` and `scan_flat`; or the classes differ.
     """
     if config.loader == "synthetic":
         classes, size = config.synthetic_classes, config.resize_size
@@ -23,15 +23,15 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
             synthetic_index(config.synthetic_images, classes, size, "train"),
             synthetic_index(max(1, config.synthetic_images // 4), classes, size, "val"),
         )
-    train_folder, val_folder = Path(config.dir, config.train), Path(config.dir, config.val)
-    train = scan_class_folders(train_folder, cache / "train.npz", progress)
+    train_root, val_root = Path(config.dir, config.train), Path(config.dir, config.val)
+    train = scan_classes(train_root, cache_beside(train_root, cache), progress)
+    val_cache = cache_beside(val_root, cache)
     if config.val_labels:
-        labels_file = Path(config.dir, config.val_labels)
-        return train, scan_flat_folder(val_folder, labels_file, train.classes, cache / "val.npz", progress)
-    val = scan_class_folders(val_folder, cache / "val.npz", progress)
+        return train, scan_flat(val_root, Path(config.dir, config.val_labels), train.classes, val_cache, progress)
+    val = scan_classes(val_root, val_cache, progress)
     if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))[0]
-        there, lacking = (train_folder, val_folder) if odd in train.classes else (val_folder, train_folder)
+        odd = min(set(train.classes) ^ set(val.classes))
+        there, lacking = (train_root, val_root) if odd in train.classes else (val_root, train_root)
         raise UserError(
             f"the classes of training and validation differ: {lacking} has no class '{odd}', which {there} has"
         )

@@ -1,46 +1,67 @@
-"""Which images there are: paths, labels and sizes, found by one scan of a folder."""
+"""Which images there are: names, labels, sizes and where their bytes lie, found by one scan.
+
+The scan is parallel and keeps what it finds, group by group (a class, or a flat folder), in a cache file: one that was
+broken off goes on where it was, and later ones read again only what has changed.
+"""
 
 import dataclasses
 import hashlib
+import io
+import json
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.data.archive import Group, Member, Section, check_classes, class_groups, flat_group, read_labels
+from pipeline.errors import UserError
+from pipeline.machine import available_cores
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
-SCAN_THREADS = 16  # reading headers waits for the disk, or for the network behind it
+HEADER_THREADS = 8  # of each scanning process: reading headers waits for the disk, or for the network behind it
+GROUPS_FOR_PROCESSES = 100  # from as many on, several processes are worth the seconds that they take to start
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """The images of one data set, in a fixed order.
+    """The images of one data set, in a fixed order that does not depend on whether they are unpacked.
 
     Attributes:
-        root: folder that the paths are relative to.
-        paths: (N) file paths, sorted within each class.
+        root: folder or archive that was scanned.
+        names: (N) ``CLASS/IMAGE``, or ``IMAGE`` in a flat set; sorted within each class.
         labels: (N) int64, index into `classes`.
         sizes: (N, 2) int32, height and width in pixels as stored (EXIF orientation is not applied).
         classes: class names, sorted; for class folders the folders' names.
-        fingerprint: SHA-256 of class names, paths, labels and file sizes.
+        fingerprint: SHA-256 of class names, image names, labels and lengths.
+        files: files that hold the images: one an image, or archives.
+        file_of: (N) int32, index into `files`.
+        offsets, lengths: (N) int64, the image's bytes within its file.
     """
 
     root: str
-    paths: tuple[str, ...]
+    names: tuple[str, ...]
     labels: np.ndarray
     sizes: np.ndarray
     classes: tuple[str, ...]
     fingerprint: str
+    files: tuple[str, ...]
+    file_of: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def place(self, i: int) -> str:
+        """Where image `i` lies, for people: its path, or its name and its archive."""
+        file = self.files[self.file_of[i]]
+        return f"{self.names[i]} in {file}" if os.path.isfile(self.root) else file
 
     def with_classes(self, classes: tuple[str, ...]) -> "DatasetIndex":
         """Return this index with labels that count in `classes`, of which its own may be a part.
@@ -48,174 +69,227 @@ class DatasetIndex:
         Raises:
             UserError: an image's class is not among `classes`.
         """
+        check_classes(self.root, list(self.classes), classes)
         position = {name: i for i, name in enumerate(classes)}
-        for name in self.classes:
-            if name not in position:
-                raise UserError(
-                    f"{self.root}: the class '{name}' is none of the network's{did_you_mean(name, classes)}"
-                )
         own = np.array([position[name] for name in self.classes], np.int64)
         return dataclasses.replace(self, labels=own[self.labels], classes=classes)
 
-    @cached_property
-    def files(self) -> tuple[str, ...]:
-        """(N) paths that can be opened."""
-        return tuple(os.path.join(self.root, path) for path in self.paths)
 
-
-def scan_class_folders(root: str | Path, cache: Path | None = None, progress: bool = False) -> DatasetIndex:
-    """Index a folder that holds one sub-folder a class, as ImageNet's ``train/n01440764/*.JPEG``.
+def scan_classes(root: str | Path, cache: Path | None = None, progress: bool = False) -> DatasetIndex:
+    """Index images by class: ``CLASS/IMAGE`` in a folder or a tar archive, or ImageNet's tar of tars.
 
     Args:
-        cache: file that keeps image sizes from scan to scan; files whose bytes or time changed are read again.
+        cache: file that keeps what was found; groups whose files have changed are read again.
         progress: show a progress bar on a terminal.
 
     Raises:
-        UserError: there is no such folder, no image, a class without images, or a file that is no image.
+        UserError: `root` does not exist, holds no image or a class without images, or a file is no image.
     """
-    root = _existing_folder(root)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = _images_below(root, name)
-        if not found:
-            raise UserError(
-                f"the class folder {root / name} holds no images ({' '.join(IMAGE_SUFFIXES)}): fill or remove it"
-            )
-        paths += found
-        labels += [label] * len(found)
-    if not paths:
-        raise UserError(f"{root} holds no class folders with images: expected {root}/CLASS/IMAGE.jpg")
-    return _build(root, paths, labels, classes, cache, progress)
+    groups = class_groups(Path(root))
+    rows = _scan(Path(root), groups, cache, progress)
+    for group, row in zip(groups, rows, strict=True):
+        if not row["names"]:
+            raise UserError(f"the class {group.name} in {root} has no images: fill or remove it")
+    labels = np.repeat(np.arange(len(groups)), [len(row["names"]) for row in rows])
+    return _index(root, groups, rows, labels, tuple(group.name for group in groups))
 
 
-def scan_flat_folder(
+def scan_flat(
     root: str | Path,
     labels_file: str | Path,
     classes: Iterable[str],
     cache: Path | None = None,
     progress: bool = False,
 ) -> DatasetIndex:
-    """Index a folder of images whose labels are in a text file.
+    """Index a folder or tar archive of images whose labels are in a file (see `archive.read_labels`).
 
     Args:
-        labels_file: either one line ``CLASS`` for each image in sorted order, or lines ``FILE CLASS`` (blank or
-            comma between; a first line that names no file is a header; words after CLASS are ignored).
         classes: the class names that labels may take, in the order of the network's outputs.
 
     Raises:
-        UserError: the folder or file is missing, or images and labels do not match.
+        UserError: the images or the file are missing or do not match.
     """
-    root = _existing_folder(root)
-    classes = tuple(classes)
-    paths = _images_below(root, "")
-    if not paths:
-        raise UserError(f"{root} holds no images ({' '.join(IMAGE_SUFFIXES)})")
-    names = _read_labels(Path(labels_file), paths)
+    group, classes = flat_group(Path(root)), tuple(classes)
+    (row,) = _scan(Path(root), [group], cache, progress)
+    if not row["names"]:
+        raise UserError(f"{root} holds no images")
+    found = read_labels(Path(labels_file), row["names"])
+    check_classes(labels_file, found, classes)
     position = {name: i for i, name in enumerate(classes)}
-    for path, name in zip(paths, names, strict=True):
-        if name not in position:
-            raise UserError(
-                f"{labels_file}: the class '{name}' of {path} is none of the network's{did_you_mean(name, classes)}"
-            )
-    return _build(root, paths, [position[name] for name in names], classes, cache, progress)
+    return _index(root, [group], [row], np.array([position[name] for name in found]), classes)
 
 
 def synthetic_index(images: int, classes: int, size: int, split: str) -> DatasetIndex:
     """Index of `images` generated square images of `size` pixels, evenly spread over `classes`."""
-    labels = np.arange(images, dtype=np.int64) % classes
-    sizes = np.full((images, 2), size, np.int32)
-    names = tuple(f"class{i:04d}" for i in range(classes))
     key = hashlib.sha256(f"synthetic {split} {images} {classes} {size}".encode()).hexdigest()
-    return DatasetIndex(f"synthetic-{split}", (), labels, sizes, names, key)
+    nowhere = np.zeros(images, np.int64)
+    return DatasetIndex(
+        root=f"synthetic {split}",
+        names=tuple(f"{i:08d}" for i in range(images)),
+        labels=np.arange(images, dtype=np.int64) % classes,
+        sizes=np.full((images, 2), size, np.int32),
+        classes=tuple(f"class{i:04d}" for i in range(classes)),
+        fingerprint=key,
+        files=(),
+        file_of=nowhere.astype(np.int32),
+        offsets=nowhere,
+        lengths=nowhere,
+    )
 
 
-def _existing_folder(root: str | Path) -> Path:
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"the data folder {root} {'is not a folder' if root.exists() else 'does not exist'}: set data.dir"
-        )
-    return root
+def cache_beside(root: Path, otherwise: Path) -> Path:
+    """The cache file for `root`: beside it, or in the folder `otherwise` if that is read-only."""
+    folder = root.parent if os.access(root.parent, os.W_OK) else otherwise
+    return folder / f".{root.name}.index.jsonl"
 
 
-def _images_below(root: Path, folder: str) -> list[str]:
-    """Paths relative to `root` of all images in `folder` and below it, sorted."""
-    found = []
-    for parent, _, names in os.walk(root / folder, followlinks=True):
-        relative = os.path.relpath(parent, root)
-        found += [os.path.normpath(os.path.join(relative, n)) for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
-    return sorted(found)
+def _scan(root: Path, groups: list[Group], cache: Path | None, progress: bool) -> list[dict[str, Any]]:
+    """Names, offsets, lengths and sizes of each group's images."""
+    known = _read_cache(cache)
+    results: list[dict[str, Any]] = []
+    tasks = ((group, known.get(group.name)) for group in groups)
+    with _pool(len(groups)) as pool, _CacheWriter(cache) as writer:
+        try:
+            found = tqdm(
+                pool.map(_scan_group, tasks),
+                f"index {root}",
+                len(groups),
+                unit=" classes",
+                disable=None if progress else True,
+                leave=False,
+            )
+            for group, row in zip(groups, found, strict=True):
+                if known.get(group.name) != row:
+                    writer.add(row)
+                results.append(row)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
 
 
-def _read_labels(file: Path, paths: list[str]) -> list[str]:
-    """Class name of each path."""
+def _pool(groups: int) -> Executor:
+    if groups < GROUPS_FOR_PROCESSES:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(available_cores(), mp_context=get_context("spawn"))
+
+
+def _scan_group(task: tuple[Group, dict[str, Any] | None]) -> dict[str, Any]:
+    """One group's row; the known one if nothing has changed since."""
+    group, known = task
+    in_archive = group.length > 0
+    stamp = _stamp(group, []) if in_archive else ""
+    if in_archive and known and known["stamp"] == stamp:
+        return known
+    members = group.members()
+    if not in_archive:
+        stamp = _stamp(group, members)
+        if known and known["stamp"] == stamp:
+            return known
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        sizes = list(pool.map(_read_size, members))
+    return {
+        "group": group.name,
+        "stamp": stamp,
+        "names": [member.name for member in members],
+        "offsets": [member.offset for member in members],
+        "lengths": [member.length for member in members],
+        "sizes": sizes,
+    }
+
+
+def _stamp(group: Group, members: list[Member]) -> str:
+    """What changes when the group's files do: names, lengths and times; of an archive, length, time and place."""
+    if group.length:
+        return f"{_time(group.file)} {os.stat(group.file).st_size} {group.start} {group.length}"
+    digest = hashlib.sha256()
+    for member in members:
+        digest.update(f"{member.name}\0{member.length}\0{_time(member.file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _time(file: str) -> int:
+    return os.stat(file).st_mtime_ns
+
+
+def _read_size(member: Member) -> list[int]:
+    """Height and width from an image's header."""
     try:
-        rows = [line.replace(",", " ").split() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the label file {file}: {error}") from None
-    if rows and all(len(row) == 1 for row in rows):
-        if len(rows) != len(paths):
-            raise UserError(f"{file} has {len(rows)} labels for {len(paths)} images: one line an image in sorted order")
-        return [row[0] for row in rows]
-    by_name = {row[0]: row[1] for row in rows if len(row) > 1}
-    names = [by_name.get(path, by_name.get(Path(path).name, by_name.get(Path(path).stem))) for path in paths]
-    if None in names:
-        raise UserError(f"{file} has no line for the image {paths[names.index(None)]}: expected 'FILE CLASS'")
-    return names
-
-
-def _build(
-    root: Path, paths: list[str], labels: list[int], classes: Iterable[str], cache: Path | None, progress: bool
-) -> DatasetIndex:
-    stamps = np.array([_stamp(root / path) for path in paths], np.int64)
-    sizes = _cached_sizes(cache, paths, stamps)
-    missing = [i for i, size in enumerate(sizes) if size[0] == 0]
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        found = pool.map(lambda i: _read_size(root / paths[i]), missing)
-        bar = tqdm(found, f"scan {root}", len(missing), unit=" images", disable=None if progress else True, leave=False)
-        for i, size in zip(missing, bar, strict=True):
-            sizes[i] = size
-    if cache and missing:
-        _write_cache(cache, paths, stamps, sizes)
-    classes = tuple(classes)
-    digest = hashlib.sha256("\0".join(classes).encode())
-    for path, label, (size_in_bytes, _) in zip(paths, labels, stamps.tolist(), strict=True):
-        digest.update(f"\n{path}\0{label}\0{size_in_bytes}".encode())
-    return DatasetIndex(str(root), tuple(paths), np.array(labels, np.int64), sizes, classes, digest.hexdigest())
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
-def _read_size(file: Path) -> tuple[int, int]:
-    """Height and width from the file's header."""
-    try:
-        with Image.open(file) as image:
-            return image.height, image.width
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with (
+            io.BufferedReader(Section(member.file, member.offset, member.length), 16384) as stream,
+            Image.open(stream) as image,
+        ):
+            return [image.height, image.width]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        place = f"{member.name} in {member.file}" if member.offset else member.file
         raise UserError(
-            f"{file} is not an image that can be read ({type(error).__name__}): repair or remove it"
+            f"{place} is not an image that can be read ({type(error).__name__}): repair or remove it"
         ) from None
 
 
-def _cached_sizes(cache: Path | None, paths: list[str], stamps: np.ndarray) -> np.ndarray:
-    """(N, 2) sizes of the files that the cache knows with the same bytes and time; 0 for the others."""
-    sizes = np.zeros((len(paths), 2), np.int32)
-    if cache and cache.exists():
-        with np.load(cache) as stored:
-            row = {name: i for i, name in enumerate(stored["paths"].tobytes().decode().split("\n"))}
-            rows = np.array([row.get(path, -1) for path in paths])
-            same = (rows >= 0) & (stored["stamps"][rows] == stamps).all(axis=1)
-            sizes[same] = stored["sizes"][rows[same]]
-    return sizes
+def _index(
+    root: str | Path, groups: list[Group], rows: list[dict[str, Any]], labels: np.ndarray, classes: tuple[str, ...]
+) -> DatasetIndex:
+    names = tuple(os.path.join(group.name, n) for group, row in zip(groups, rows, strict=True) for n in row["names"])
+    offsets, lengths = (np.array([x for row in rows for x in row[key]], np.int64) for key in ("offsets", "lengths"))
+    if os.path.isfile(root):
+        files, file_of = (str(root),), np.zeros(len(names), np.int32)
+    else:
+        files, file_of = tuple(os.path.join(root, name) for name in names), np.arange(len(names), dtype=np.int32)
+    digest = hashlib.sha256("\0".join(classes).encode())
+    for name, label, length in zip(names, labels.tolist(), lengths.tolist(), strict=True):
+        digest.update(f"\n{name}\0{label}\0{length}".encode())
+    return DatasetIndex(
+        root=str(root),
+        names=names,
+        labels=labels.astype(np.int64),
+        sizes=np.array([size for row in rows for size in row["sizes"]], np.int32),
+        classes=classes,
+        fingerprint=digest.hexdigest(),
+        files=files,
+        file_of=file_of,
+        offsets=offsets,
+        lengths=lengths,
+    )
 
 
-def _write_cache(cache: Path, paths: list[str], stamps: np.ndarray, sizes: np.ndarray) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")
-    np.savez(temporary, paths=np.frombuffer("\n".join(paths).encode(), np.uint8), stamps=stamps, sizes=sizes)
-    os.replace(temporary, cache)
+def _read_cache(cache: Path | None) -> dict[str, dict[str, Any]]:
+    """The newest row of each group; a line that a crash cut short is passed over."""
+    rows = {}
+    for line in _lines(cache):
+        try:
+            row = json.loads(line)
+            rows[row["group"]] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows
+
+
+def _lines(file: Path | None) -> Iterator[str]:
+    if file and file.exists():
+        with open(file) as stream:
+            yield from stream
+
+
+class _CacheWriter:
+    """Appends rows to the cache as they are found."""
+
+    def __init__(self, cache: Path | None):
+        self._cache, self._stream = cache, None
+
+    def __enter__(self) -> "_CacheWriter":
+        return self
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self._cache is None:
+            return
+        if self._stream is None:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(self._cache, "a")  # noqa: SIM115 - closed by __exit__
+            self._stream.write("\n")  # ends a line that a crash cut short
+        self._stream.write(json.dumps(row, separators=(",", ":")) + "\n")
+        self._stream.flush()
+
+    def __exit__(self, *_) -> None:
+        if self._stream is not None:
+            self._stream.close()

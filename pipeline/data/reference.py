@@ -3,6 +3,7 @@
 It also serves where DALI has no wheel (macOS, Windows).
 """
 
+import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from torch import Tensor
 from pipeline.config import Resize
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
+from pipeline.data.reader import Reader
 from pipeline.errors import LocalUserError
 
 BATCHES_AHEAD = 2
@@ -28,13 +30,16 @@ class ReferenceExecutor:
         self._index = index
         self._crop_size = crop_size
         self._resize = resize
+        self._reader = Reader(index)
         self._pool = ThreadPoolExecutor(threads)
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included."""
         ahead: deque = deque()
-        for plan in plans:
-            ahead.append((plan, [self._pool.submit(self._views, plan, i) for i in range(len(plan))]))
+        for plan, contents in self._reader.read_ahead(plans):
+            ahead.append(
+                (plan, [self._pool.submit(self._views, plan, i, content) for i, content in enumerate(contents)])
+            )
             if len(ahead) > BATCHES_AHEAD:
                 yield self._collect(*ahead.popleft())
         while ahead:
@@ -43,10 +48,10 @@ class ReferenceExecutor:
     def _collect(self, plan: BatchPlan, futures: list) -> tuple[BatchPlan, Tensor]:
         return plan, torch.from_numpy(np.stack([future.result() for future in futures]))
 
-    def _views(self, plan: BatchPlan, i: int) -> np.ndarray:
-        """(V, H, W, 3) views of the plan's i-th image."""
+    def _views(self, plan: BatchPlan, i: int, content: np.ndarray) -> np.ndarray:
+        """(V, H, W, 3) views of the plan's i-th image, from its file's bytes."""
         top, left, height, width = plan.boxes[i].tolist()
-        image = _decode(self._index.files[plan.ids[i]]).crop((left, top, left + width, top + height))
+        image = decode(content, self._index.place(plan.ids[i])).crop((left, top, left + width, top + height))
         new_height, new_width = plan.sizes[i].tolist()
         if self._resize == "torch":
             pixels = resize_as_torch7(np.asarray(image, np.float32), new_height, new_width)
@@ -61,21 +66,17 @@ class ReferenceExecutor:
         return np.stack(views)
 
 
-def check_decodes(file: str) -> str | None:
-    """Return None if Pillow decodes the whole file, else what is wrong with it."""
-    try:
-        _decode(file)
-    except LocalUserError as error:
-        return str(error)
-    return None
+def decode(content: np.ndarray, place: str) -> Image.Image:
+    """Decode a file's bytes to RGB.
 
-
-def _decode(file: str) -> Image.Image:
+    Raises:
+        LocalUserError: they do not decode; says so of `place`.
+    """
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise LocalUserError(f"the image {file} does not decode ({error}): repair or remove it") from None
+        raise LocalUserError(f"the image {place} does not decode ({error}): repair or remove it") from None
 
 
 def resize_as_torch7(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

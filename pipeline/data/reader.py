@@ -1,0 +1,70 @@
+"""Reads images' bytes by position, some batches ahead of their use."""
+
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import BatchPlan
+from pipeline.errors import LocalUserError
+
+READ_THREADS = 8  # reading waits for the disk, or for the network behind it
+BATCHES_AHEAD = 2
+
+
+class Reader:
+    """Reads from loose files and archives alike."""
+
+    def __init__(self, index: DatasetIndex):
+        self._index = index
+        self._pool = ThreadPoolExecutor(READ_THREADS)
+        shared = [file for file, images in Counter(index.file_of.tolist()).items() if images > 1]
+        self._archives = {file: _open(index.files[file]) for file in shared}
+
+    def __del__(self):
+        for descriptor in getattr(self, "_archives", {}).values():
+            os.close(descriptor)
+
+    def read_ahead(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list[np.ndarray]]]:
+        """Yield each plan with the bytes of its images, each (length) uint8.
+
+        Raises:
+            LocalUserError: a file cannot be read.
+        """
+        ahead: deque = deque()
+        for plan in plans:
+            ahead.append((plan, [self._pool.submit(self.read, i) for i in plan.ids.tolist()]))
+            if len(ahead) > BATCHES_AHEAD:
+                plan, futures = ahead.popleft()
+                yield plan, [future.result() for future in futures]
+        for plan, futures in ahead:
+            yield plan, [future.result() for future in futures]
+
+    def read(self, i: int) -> np.ndarray:
+        """Return the bytes of image `i` of the index, (length) uint8."""
+        index = self._index
+        file, length = int(index.file_of[i]), int(index.lengths[i])
+        content = np.empty(length, np.uint8)
+        try:
+            if file in self._archives:
+                got = os.preadv(self._archives[file], [content], int(index.offsets[i]))
+            else:
+                with open(index.files[file], "rb", buffering=0) as stream:
+                    got = stream.readinto(content)
+        except OSError as error:
+            raise LocalUserError(f"cannot read the image {index.place(i)}: {error.strerror}") from None
+        if got != length:
+            raise LocalUserError(
+                f"the image {index.place(i)} ends after {got} of {length} bytes: it changed since the scan"
+            )
+        return content
+
+
+def _open(file: str) -> int:
+    try:
+        return os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise LocalUserError(f"cannot read {file}: {error.strerror}") from None

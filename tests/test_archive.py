@@ -1,0 +1,155 @@
+"""ImageNet as it is downloaded: a tar of tars and a flat tar with the development kit, against the unpacked folders."""
+
+import dataclasses
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config
+from scipy.io import savemat
+
+from pipeline import trainer
+from pipeline.checkpoint import load_checkpoint
+from pipeline.data.index import cache_beside, scan_classes, scan_flat
+from pipeline.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def packed(image_folders, tmp_path_factory) -> Path:
+    """`image_folders` as ImageNet's three archives, and its validation images unpacked flat with a label file."""
+    root = tmp_path_factory.mktemp("packed")
+    classes = sorted(os.listdir(image_folders / "train"))
+    with tarfile.open(root / "train.tar", "w") as outer:
+        for name in reversed(classes):  # the order within an archive is not the order of the index
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for file in sorted((image_folders / "train" / name).iterdir(), reverse=True):
+                    tar.add(file, file.name)
+            entry = tarfile.TarInfo(f"{name}.tar")
+            entry.size = inner.tell()
+            inner.seek(0)
+            outer.addfile(entry, inner)
+    # Validation: flat names, numbers in the ground truth, ids by number in meta.mat
+    (root / "val").mkdir()
+    numbers = {name: 3 * i + 5 for i, name in enumerate(classes)}
+    truth = []
+    files = sorted((image_folders / "val").rglob("*.jpg"), key=lambda file: file.name)
+    with tarfile.open(root / "val.tar", "w") as tar:
+        for i, file in enumerate(files):
+            name = f"ILSVRC2012_val_{i + 1:08d}.JPEG"
+            tar.add(file, name)
+            (root / "val" / name).write_bytes(file.read_bytes())
+            truth.append(file.parent.name)
+    kit = root / "ILSVRC2012_devkit_t12"
+    (kit / "data").mkdir(parents=True)
+    synsets = np.array(
+        [(numbers[name], name, f"words of {name}") for name in classes],
+        dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O")],
+    )
+    savemat(kit / "data" / "meta.mat", {"synsets": synsets})
+    lines = "".join(f"{numbers[name]}\n" for name in truth)
+    (kit / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(lines)
+    with tarfile.open(root / "devkit.tar.gz", "w:gz") as tar:
+        tar.add(kit, kit.name)
+    (root / "labels.txt").write_text("\n".join(truth) + "\n")
+    (root / "train").symlink_to(image_folders / "train")
+    return root
+
+
+def assert_same(a, b):
+    assert (a.names, a.classes, a.fingerprint) == (b.names, b.classes, b.fingerprint)
+    for field in ("labels", "sizes", "lengths"):
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+
+
+def test_a_tar_of_tars_is_indexed_as_its_folders(packed):
+    index = scan_classes(packed / "train.tar")
+    assert_same(index, scan_classes(packed / "train"))
+    assert index.files == (str(packed / "train.tar"),)
+
+
+def test_a_tar_of_folders_is_indexed_as_its_folders(packed, tmp_path):
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+        tar.add(packed / "train", "somewhere/train", filter=lambda entry: entry)
+        for file in sorted((packed / "train").resolve().rglob("*.jpg"), reverse=True):
+            tar.add(file, f"somewhere/train/{file.parent.name}/{file.name}")
+    assert_same(scan_classes(tmp_path / "tree.tar"), scan_classes(packed / "train"))
+
+
+def test_a_flat_tar_with_the_devkit_is_indexed_as_a_folder_with_labels(packed):
+    classes = scan_classes(packed / "train").classes
+    index = scan_flat(packed / "val.tar", packed / "devkit.tar.gz", classes)
+    assert_same(index, scan_flat(packed / "val", packed / "labels.txt", classes))
+    assert len(index) == 11
+
+
+@pytest.mark.parametrize("loader", ["dali", "reference"])
+def test_training_from_archives_equals_training_from_folders_to_the_bit(packed, tmp_path, loader):
+    runs = []
+    for name, data in (
+        ("folders", {"train": "train", "val": "val", "val_labels": "labels.txt"}),
+        ("archives", {"train": "train.tar", "val": "val.tar", "val_labels": "devkit.tar.gz"}),
+    ):
+        config = small_config(
+            tmp_path / name, data={"dir": str(packed), "loader": loader, "crop_size": 24, "resize_size": 28, **data}
+        )
+        progress = trainer.fit(config)
+        runs.append((progress, load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"]))
+    assert runs[0][0] == runs[1][0]
+    for name, value in runs[0][1].items():
+        assert torch.equal(value, runs[1][1][name])
+
+
+def test_the_cache_knows_an_archive_until_it_changes(packed, tmp_path, monkeypatch):
+    archive, cache = tmp_path / "train.tar", tmp_path / "cache.jsonl"
+    archive.write_bytes((packed / "train.tar").read_bytes())
+    first = scan_classes(archive, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.index._read_size", lambda member: pytest.fail("read a header again"))
+        assert_same(scan_classes(archive, cache), first)
+    os.utime(archive, ns=(1, 1))
+    read = []
+    real = scan_classes.__globals__["_read_size"]
+    monkeypatch.setattr("pipeline.data.index._read_size", lambda member: read.append(1) or real(member))
+    assert_same(scan_classes(archive, cache), first)
+    assert len(read) == len(first)
+
+
+def test_the_cache_lies_beside_the_data_or_in_the_run(packed, tmp_path, monkeypatch):
+    assert cache_beside(packed / "train.tar", tmp_path).parent == packed
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    assert cache_beside(packed / "train.tar", tmp_path).parent == tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no archive", "no classes"])
+def test_wrong_archives_are_explained(packed, tmp_path, damage):
+    archive = tmp_path / "train.tar"
+    content = (packed / "train.tar").read_bytes()
+    if damage == "no classes":
+        with tarfile.open(archive, "w") as tar:
+            tar.add(packed / "labels.txt", "labels.txt")
+    else:
+        archive.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"hello" * 1000)
+    expected = {
+        "cut short": "not a whole tar archive",
+        "no archive": "neither a folder nor a tar archive",
+        "no classes": "no class folders",
+    }
+    with pytest.raises(UserError, match=expected[damage]):
+        scan_classes(archive)
+
+
+def test_labels_of_another_devkit_are_refused(packed):
+    with pytest.raises(UserError, match="'class2' is none of the network's"):
+        scan_flat(packed / "val.tar", packed / "devkit.tar.gz", ("class0", "class1"))
+
+
+def test_an_image_in_an_archive_is_named_with_it(packed, tmp_path):
+    index = scan_classes(packed / "train.tar")
+    assert index.place(0) == f"class0/image0000.jpg in {packed / 'train.tar'}"
+    unpacked = dataclasses.replace(scan_classes(packed / "train"))
+    assert unpacked.place(0) == str(packed / "train" / "class0" / "image0000.jpg")
