@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.audit import audit, in_one_line, setting_for, to_markdown
 from pipeline.checkpoint import CheckpointFolder, load_weights
 from pipeline.config import Config, flatten, to_yaml
 from pipeline.data.dataset import open_datasets
@@ -99,6 +100,7 @@ class Trainer:
                 f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
                 f"{config.optim.accumulation} accumulation: choose a multiple of {self.passes}"
             )
+        self.findings = audit(config, self.passes)
         world.from_main(self._prepare_run_dir)
         set_precision(config.train.precision)
 
@@ -150,6 +152,8 @@ class Trainer:
                 self.window_totals.values.copy_(state["window_totals"])
         if self.world.is_main:
             (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+            title = f"{self.config.model.name} beside the paper's {setting_for(self.config).name} setting"
+            (self.run_dir / "audit.md").write_text(to_markdown(self.findings, title))
         self.monitor = Monitor(self.run_dir, self.world, self.done_steps)
         if state:
             self.monitor.say(f"resuming at epoch {self.progress.epoch}, step {self.progress.step} of {self.run_dir}")
@@ -266,6 +270,7 @@ class Trainer:
         if published.top1 is not None:
             top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
             lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}")
+        lines.append(f"recipe: {in_one_line(self.findings)}")
         return "\n".join(lines)
 
     def _optimizer_step(self, batches: Iterator[Batch], rate: float, measure_gradient: bool) -> float | None:

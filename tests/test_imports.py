@@ -15,6 +15,7 @@ LAYERS = [
         "pipeline.metrics",
         "pipeline.checkpoint",
         "pipeline.monitor",
+        "pipeline.audit",
     },
     {"pipeline.evaluate"},
     {"pipeline.trainer"},

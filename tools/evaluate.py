@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeline.audit import audit, in_one_line
 from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, from_dict
 from pipeline.data.index import DatasetIndex, scan_classes, scan_flat
@@ -43,6 +44,8 @@ def main() -> None:
         evaluation = evaluate(network, loader, world, options.average)
         if world.is_main:
             report(evaluation, config, data, index, options, world)
+            if "passes" in checkpoint:
+                print(f"trained by: {in_one_line(audit(config, checkpoint['passes']))}")
 
 
 def open_images(folder: Path, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:

@@ -1,0 +1,207 @@
+"""Is a run the paper's? Each part of the paper's setting beside what a configuration does.
+
+Sources: the paper's Sections 3, 4.1 and 4.2, and the Torch code that it names (fb.resnet.torch, liuzhuang13/DenseNet).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Config
+
+IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
+CIFAR_NETWORKS = {
+    "densenet40_k12", "densenet100_k12", "densenet100_k24", "densenet_bc100_k12", "densenet_bc250_k24", "densenet_bc190_k40",
+}  # fmt: skip
+
+# Top-1 accuracy of the same ported weights of DenseNet-121/169/201/161, as torchvision, timm and openmixup evaluate
+# them and as the paper reports.
+RESIZE_EFFECT = (
+    "known: top-1 accuracy of DenseNet-121 is 74.43 with pil-bilinear, 74.75 with pil-bicubic, 74.96 without antialias, "
+    "74.98 in the paper"
+)
+UNKNOWN = "effect not measured here"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of the setting. `effect` says what a difference is known to matter; empty where there is none."""
+
+    part: str
+    paper: str
+    here: str
+    same: bool
+    effect: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the paper did on one kind of data."""
+
+    name: str
+    networks: set[str]
+    epochs: int
+    batch: int
+    batch_norm_images: int
+    milestones: tuple[float, ...]  # as fractions of the epochs
+    dropout: float
+    crop: dict[str, Any]  # fields of the data section
+    noise: dict[str, Any]
+
+
+IMAGENET = Setting(
+    name="ImageNet",
+    networks=IMAGENET_NETWORKS,
+    epochs=90,
+    batch=256,
+    batch_norm_images=64,
+    milestones=(30 / 90, 60 / 90),
+    dropout=0.0,
+    crop={
+        "crop_area": (0.08, 1.0),
+        "crop_aspect": (3 / 4, 4 / 3),
+        "crop_size": 224,
+        "resize_size": 256,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    },
+    noise={"color_jitter": 0.4, "lighting": 0.1},
+)
+CIFAR = Setting(
+    name="CIFAR with augmentation (C10+, C100+)",
+    networks=CIFAR_NETWORKS,
+    epochs=300,
+    batch=64,
+    batch_norm_images=64,
+    milestones=(0.5, 0.75),
+    dropout=0.0,
+    crop={"crop_size": 32, "resize_size": 32},
+    noise={"color_jitter": 0.0, "lighting": 0.0},
+)
+
+
+def setting_for(config: Config) -> Setting:
+    """The paper's setting that a configuration is nearest to, by its network."""
+    return CIFAR if config.model.name in CIFAR_NETWORKS or "_bc" in config.model.name else IMAGENET
+
+
+def audit(config: Config, parts: int) -> list[Finding]:
+    """Compare a configuration with the paper.
+
+    Args:
+        parts: ranks times accumulation, into which a batch is cut; a batch-norm statistic sees one part.
+    """
+    setting, optim, data = setting_for(config), config.optim, config.data
+    findings: list[Finding] = []
+
+    def compare(part: str, paper: Any, here: Any, effect: str = UNKNOWN, same: bool | None = None) -> None:
+        same = here == paper if same is None else same
+        findings.append(Finding(part, _text(paper), _text(here), same, "" if same else effect))
+
+    name = config.model.name
+    compare("network", "one of the paper's", name, "another network", name in setting.networks)
+    init = "N(0, sqrt(2 / fan-out))" if not name.startswith("timm:") else "timm's"
+    compare("initial weights of convolutions", "N(0, sqrt(2 / fan-out))", init)
+    compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
+
+    compare("epochs", setting.epochs, optim.epochs)
+    compare(
+        "batch", setting.batch, optim.batch_size, "changes the noise of the gradient: the learning rate belongs to it"
+    )
+    compare(
+        "images in a batch-norm statistic",
+        setting.batch_norm_images,
+        optim.batch_size // parts,
+        "forced by the number of ranks: use as many as make it equal, or optim.accumulation",
+    )
+    compare("last, smaller batch of an epoch", "kept, mean over its images", "kept, mean over its images")
+    compare("learning rate", 0.1, optim.lr)
+    drops = tuple(round(fraction * setting.epochs) for fraction in setting.milestones)
+    own_drops = tuple(milestone / optim.epochs for milestone in optim.milestones)
+    compare(
+        "learning-rate schedule",
+        f"times 0.1 at epochs {_text(drops)} of {setting.epochs}",
+        f"times {optim.lr_drop} at epochs {_text(optim.milestones)} of {optim.epochs}"
+        if optim.schedule == "step"
+        else f"{optim.schedule} over {optim.epochs} epochs",
+        same=optim.schedule == "step"
+        and optim.lr_drop == 0.1
+        and len(own_drops) == len(drops)
+        and all(abs(a - b) < 1e-9 for a, b in zip(own_drops, setting.milestones, strict=True)),
+    )
+    compare("warm-up epochs", 0.0, optim.warmup_epochs)
+    compare("momentum", "0.9, Nesterov", f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}")
+    compare("weight decay", 1e-4, optim.weight_decay)
+    compare("weight decay applies to", "every parameter", "every parameter")
+    compare("label smoothing", 0.0, optim.label_smoothing)
+    compare("precision", "fp32", config.train.precision)
+
+    real = data.loader != "synthetic"
+    compare(
+        "images", "photographs", "photographs" if real else "synthetic", "no result on synthetic images is one", real
+    )
+    if setting is CIFAR:
+        compare("training crop", "zero-pad 4, random 32x32", f"random area {_text(data.crop_area)}, resized")
+    for field, paper in setting.crop.items():
+        compare(_LABELS[field], paper, getattr(data, field), same=_near(paper, getattr(data, field)))
+    if setting is IMAGENET:
+        # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.loader shows by how little.
+        compare("resize filter, training and evaluation", "torch", data.resize, RESIZE_EFFECT)
+    for field, paper in setting.noise.items():
+        compare(_LABELS[field], paper, getattr(data, field))
+    compare("mirroring", True, data.mirror)
+    return findings
+
+
+def differences(findings: list[Finding]) -> list[Finding]:
+    """The findings in which a run is not the paper's."""
+    return [finding for finding in findings if not finding.same]
+
+
+def in_one_line(findings: list[Finding]) -> str:
+    """The verdict, naming what differs."""
+    odd = [f"{f.part} ({f.here}; paper {f.paper})" for f in differences(findings)]
+    return f"differs from the paper in {', '.join(odd)}" if odd else "the paper's recipe in every part"
+
+
+def to_markdown(findings: list[Finding], title: str) -> str:
+    """A heading, the verdict, and a table."""
+    odd = differences(findings)
+    verdict = (
+        "The same as the paper in every part."
+        if not odd
+        else f"Differs from the paper in {len(odd)} of {len(findings)} parts."
+    )
+    header = ("part", "the paper", "here", "", "what a difference matters")
+    rows = [(f.part, f.paper, f.here, "same" if f.same else "DIFFERS", f.effect) for f in findings]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [_row(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
+    return "\n".join([f"# {title}", "", verdict, "", *lines, *(_row(row, widths) for row in rows), ""])
+
+
+_LABELS: dict[str, str] = {
+    "crop_area": "training crop: area",
+    "crop_aspect": "training crop: aspect",
+    "crop_size": "crop size",
+    "resize_size": "evaluation: short side",
+    "mean": "mean that is subtracted",
+    "std": "standard deviation that divides",
+    "color_jitter": "brightness, contrast, saturation",
+    "lighting": "PCA lighting",
+}
+
+
+def _near(a: Any, b: Any) -> bool:
+    values = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
+    return all(abs(x - y) < 1e-6 for x, y in values)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(_text(part) for part in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _row(cells: tuple[str, ...], widths: list[int]) -> str:
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

@@ -1,0 +1,66 @@
+import dataclasses
+
+import pytest
+from conftest import REPOSITORY
+
+from pipeline.audit import audit, differences, in_one_line, to_markdown
+from pipeline.config import flatten, from_dict, load_config
+from tools.audit import main
+
+DENSENET121 = REPOSITORY / "configs" / "densenet121.yaml"
+
+
+@pytest.mark.parametrize("name", ["121", "161", "169", "201", "264"])
+def test_imagenet_configs_are_the_papers_but_for_what_the_ranks_force(name):
+    config = load_config(REPOSITORY / "configs" / f"densenet{name}.yaml")
+    assert differences(audit(config, parts=4)) == []
+    (forced,) = differences(audit(config, parts=32))
+    assert (forced.part, forced.paper, forced.here) == ("images in a batch-norm statistic", "64", "8")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.name", "timm:resnet50"), ("model.dropout", 0.2), ("optim.epochs", 100), ("optim.batch_size", 512),
+        ("optim.lr", 0.2), ("optim.momentum", 0.8), ("optim.nesterov", False), ("optim.weight_decay", 5e-5),
+        ("optim.schedule", "cosine"), ("optim.milestones", (30, 61)), ("optim.milestones", (30,)), ("optim.lr_drop", 0.2),
+        ("optim.warmup_epochs", 5), ("optim.label_smoothing", 0.1), ("train.precision", "bf16"),
+        ("data.crop_area", (0.25, 1)), ("data.crop_aspect", (0.5, 2)), ("data.crop_size", 192), ("data.resize_size", 232),
+        ("data.resize", "pil-bilinear"), ("data.color_jitter", 0), ("data.lighting", 0), ("data.mirror", False),
+        ("data.mean", (0.5, 0.5, 0.5)), ("data.std", (0.5, 0.5, 0.5)), ("data.loader", "synthetic"),
+    ],
+)  # fmt: skip
+def test_every_departure_is_noticed(key, value):
+    section, field = key.split(".")
+    tree = dataclasses.asdict(load_config(DENSENET121))
+    tree[section][field] = value
+    odd = differences(audit(from_dict(tree, "test"), parts=4))
+    assert odd and all(finding.effect for finding in odd)
+
+
+def test_every_field_that_shapes_a_result_is_audited():
+    """A new field of these sections must either be audited or be named here."""
+    harmless = {
+        "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.synthetic_images",
+        "data.synthetic_classes", "optim.accumulation",
+    }  # fmt: skip
+    audited: set[str] = set()
+    for _, cases in [m.args for m in test_every_departure_is_noticed.pytestmark]:
+        audited |= {key for key, _ in cases}
+    fields = {key for key in flatten(load_config(DENSENET121)) if key.split(".")[0] in ("model", "data", "optim")}
+    assert fields == audited - {"train.precision"} | harmless
+
+
+def test_the_command_prints_the_table(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["audit", str(DENSENET121), "--ranks", "8", "--data.resize", "pil-bilinear"])
+    main()
+    printed = capsys.readouterr().out
+    assert "Differs from the paper in 2 of" in printed and "| DIFFERS | known: top-1 accuracy" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_verdict_in_one_line_names_what_differs():
+    findings = audit(load_config(DENSENET121), parts=8)
+    assert in_one_line(findings) == "differs from the paper in images in a batch-norm statistic (32; paper 64)"
+    assert "The same as the paper" in to_markdown(audit(load_config(DENSENET121), parts=4), "title")
