@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 
 FORMAT = 1
 _DIGEST_LENGTH = 64  # hexadecimal digits
-_REQUIRED = {"format", "model", "config", "classes"}
+_REQUIRED = {"format": int, "model": dict, "config": dict, "classes": list}
 
 
 class CheckpointFolder:
@@ -34,11 +34,18 @@ class CheckpointFolder:
     def save(self, state: dict[str, Any], best: bool) -> None:
         """Write `state` as the last checkpoint, and as the best one too if it is."""
         content = _serialise(state)
+        try:
+            if best:
+                os.replace(_write_temporary(self.best, content), self.best)
+            temporary = _write_temporary(self.last, content)
+        except OSError as error:
+            raise UserError(
+                f"cannot write a checkpoint to {self.last.parent} ({error.strerror}); older ones are kept"
+            ) from None
         if self.last.exists():
             os.replace(self.last, self.previous)
-        _write(self.last, content)
-        if best:
-            _write(self.best, content)
+        os.replace(temporary, self.last)
+        _sync_folder(self.last.parent)
 
     def load_newest(self) -> dict[str, Any] | None:
         """Return the last checkpoint; the one before, with a warning, if the last is damaged; None if there is none.
@@ -53,7 +60,9 @@ class CheckpointFolder:
                     return load_checkpoint(path)
                 except UserError as error:
                     damaged.append(str(error))
-                    warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+                    aside = path.with_suffix(".damaged")  # so that it cannot take the place of a good one
+                    os.replace(path, aside)
+                    warnings.warn(f"{error}; moved to {aside.name}, trying the checkpoint before it", stacklevel=2)
         if damaged:
             raise UserError(f"{damaged[-1]}; no other checkpoint is left: remove {self.last.parent} to start anew")
         return None
@@ -76,8 +85,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(f"{path} holds more than tensors and plain values: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not state.keys() >= _REQUIRED or state["format"] != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of format {FORMAT} of this project")
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _REQUIRED.items()):
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path} is a checkpoint of format {state['format']}; this version reads {FORMAT}")
     return state
 
 
@@ -119,16 +130,20 @@ def _is_whole(content: bytes) -> bool:
     return content[-_DIGEST_LENGTH:] == hashlib.sha256(original).hexdigest().encode()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that after a crash either the old file or the new one is there, whole."""
+def _write_temporary(path: Path, content: bytes) -> Path:
+    """Write `content` beside `path`, down to the disk: a crash leaves the file at `path` as it was."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    return temporary
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the disk know the folder's new names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

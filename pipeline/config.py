@@ -102,7 +102,7 @@ class OptimConfig:
     """Images of one optimiser step, over all ranks."""
     accumulation: Positive = 1
     """Forward and backward passes of a rank for one optimiser step."""
-    lr: PositiveFloat = 0.1
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     """Learning rate after warm-up."""
     momentum: Fraction = 0.9
     """SGD momentum, without dampening."""
@@ -168,7 +168,7 @@ class PublishedConfig:
 class Config:
     run_dir: str = ""
     """Folder of the run; a run resumes from what is there. Default: runs/NAME-OF-THE-CONFIG-FILE."""
-    seed: NonNegative = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Seed of everything random: initial weights, sample order, augmentation, dropout."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -180,15 +180,11 @@ class Config:
 _ADAPTER = TypeAdapter(Config)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Return ``{"optim.lr": 0.1, ...}``, every leaf field of `config`."""
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return ``{"optim.lr": 0.1, ...}``, every leaf of a configuration as `dataclasses.asdict` gives it."""
     flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= {f"{field.name}.{key}": leaf for key, leaf in dataclasses.asdict(value).items()}
-        else:
-            flat[field.name] = value
+    for name, value in tree.items():
+        flat |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -258,6 +254,19 @@ def parse_command_line(
     return load_config(namespace.config, overrides), namespace
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping that gives a key twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _sections() -> list[tuple[str, type, str]]:
     """(title, dataclass, prefix of its keys) for the top level and each section."""
     sections: list[tuple[str, type, str]] = [("run", Config, "")]
@@ -268,16 +277,17 @@ def _sections() -> list[tuple[str, type, str]]:
 
 
 def _known_keys(section: str) -> list[str]:
-    owner = next(owner for _, owner, prefix in _sections() if prefix == section)
-    return [section + name for name in owner.__pydantic_fields__]
+    return [
+        prefix + name for _, owner, prefix in _sections() if prefix == section for name in owner.__pydantic_fields__
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:  # a key given twice included
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UserError
+from pipeline.errors import LocalUserError, UserError
 from pipeline.machine import available_cores, keep_freed_memory
+
+PATIENCE = timedelta(hours=1)  # for another rank: rank 0 may be indexing a large data set for the first time
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,10 @@ def join_world(device: str = "auto") -> Iterator[World]:
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and not os.environ.keys() >= {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
+        raise UserError(
+            "WORLD_SIZE is set, but not the rest of torchrun's environment: start with torchrun, or unset it"
+        )
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -106,24 +113,32 @@ def join_world(device: str = "auto") -> Iterator[World]:
         keep_freed_memory()
     if size > 1:
         if world.device.type == "cuda":
-            dist.init_process_group("nccl", device_id=world.device)
+            dist.init_process_group("nccl", device_id=world.device, timeout=PATIENCE)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
+    failed = True
     try:
         yield world
+        failed = False
     finally:
-        if size > 1:
+        # After a failure the other ranks may be waiting in a collective, and NCCL would wait with them.
+        if size > 1 and not (failed and world.device.type == "cuda"):
             # Free the group's last users first: a gloo thread that outlives the interpreter aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+
+def set_precision(precision: str) -> None:
+    """Let float32 convolutions use TF32 on GPUs only for "tf32": PyTorch's default is to."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def _device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(
+        raise LocalUserError(
             f"rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found): "
-            "start one process a GPU, or pass --train.device cpu"
+            "start one process a GPU, or choose the device cpu"
         )
     return torch.device("cuda", local_rank)

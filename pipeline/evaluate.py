@@ -1,5 +1,6 @@
 """Single- and ten-crop evaluation over any number of ranks; every image counts exactly once."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,10 +44,10 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, world: World, average: 
     ids, top5, probability, losses = [], [], [], []
     for batch in loader.batches():
         answers = _average(model(batch.images).float().unflatten(0, (-1, batch.views)), average)
-        best = answers.softmax(dim=1).topk(min(5, answers.shape[1]), dim=1)
+        best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         ids.append(batch.ids)
         top5.append(best.indices.cpu().numpy())
-        probability.append(best.values[:, 0].cpu().numpy())
+        probability.append((best.values[:, 0] - answers.logsumexp(dim=1)).exp().cpu().numpy())
         losses.append(F.cross_entropy(answers, batch.labels, reduction="none").cpu().numpy())
     model.train(was_training)
 
@@ -73,4 +74,6 @@ def _concatenate(shares: list[tuple[list[np.ndarray], ...]]) -> tuple[np.ndarray
 
 def _average(logits: Tensor, average: Average) -> Tensor:
     """(n, V, classes) logits of V views to (n, classes) logits, or log-probabilities."""
-    return logits.mean(dim=1) if average == "logits" else logits.softmax(dim=2).mean(dim=1).log()
+    if average == "logits":
+        return logits.mean(dim=1)
+    return logits.log_softmax(dim=2).logsumexp(dim=1) - math.log(logits.shape[1])

@@ -1,6 +1,7 @@
 """What a run shows: TensorBoard events, JSON lines, a progress bar or plain lines. Rank 0 only."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -41,7 +42,10 @@ class Monitor:
         if self._active:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-            self._lines.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            finite = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }  # JSON has no NaN
+            self._lines.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
             self._lines.flush()
 
     def text(self, name: str, text: str) -> None:

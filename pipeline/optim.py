@@ -23,7 +23,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     """Learning rate of the optimiser step `step`, counted from 0 over the whole run."""
     epoch = step / steps_per_epoch
     if epoch < config.warmup_epochs:
-        return config.lr * (step + 1) / (config.warmup_epochs * steps_per_epoch)
+        return config.lr * min(1, (step + 1) / (config.warmup_epochs * steps_per_epoch))
     if config.schedule == "cosine":
         progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))

@@ -3,8 +3,10 @@
 Mixed precision, NCCL and CUDA have not been run on a GPU yet; the tests train on CPU with gloo.
 """
 
+import copy
 import dataclasses
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,7 +25,7 @@ from pipeline.checkpoint import CheckpointFolder, load_weights
 from pipeline.config import Config, flatten, to_yaml
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import Batch, EvaluationLoader, Share, TrainingLoader, choose_loader
-from pipeline.distributed import World, average_in_rank_order, join_world
+from pipeline.distributed import World, average_in_rank_order, join_world, set_precision
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.metrics import Score, Totals
@@ -70,6 +72,7 @@ def fit(config: Config) -> Progress:
 def _fit(config: Config, world: World) -> Progress:
     trainer = Trainer(config, world)
     trainer.resume()
+    trainer.start_recording()
     try:
         while trainer.progress.epoch < config.optim.epochs:
             trainer.train_epoch()
@@ -85,7 +88,10 @@ def _fit(config: Config, world: World) -> Progress:
 def dry_run(config: Config) -> str:
     """Build everything that `fit` would, train nothing, and return a description of the run."""
     with join_world(config.train.device) as world:
-        return f"{to_yaml(config)}\n{Trainer(config, world).description()}"
+        trainer = Trainer(config, world)
+        trainer.resume()
+        next(trainer.train_loader.batches(epoch=0))
+        return f"{to_yaml(config)}\n{trainer.description()}"
 
 
 class Trainer:
@@ -103,7 +109,6 @@ class Trainer:
         self.findings = audit(config, self.passes)
         world.from_main(self._prepare_run_dir)
         set_precision(config.train.precision)
-
         train_index, val_index = world.from_main(
             lambda: open_datasets(config.data, self.run_dir / "index", progress=True)
         )
@@ -122,9 +127,10 @@ class Trainer:
         )
 
         torch.manual_seed(config.seed)
-        memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         network = create_model(config.model.name, len(self.classes), config.model.dropout)
-        self.network = network.to(world.device, memory_format=memory_format)
+        self._check_image_size(network)
+        self.network = network.to(world.device, memory_format=self.memory_format)
         self.training_network = self._wrap(self.network)
         self.optimizer = create_optimizer(self.network, config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
@@ -139,7 +145,7 @@ class Trainer:
         return self.progress.epoch * self.train_loader.steps_per_epoch + self.progress.step
 
     def resume(self) -> None:
-        """Take up the run where its newest checkpoint left it, and start recording."""
+        """Take up the run where its newest checkpoint left it."""
         state = self.world.from_main(self.checkpoints.load_newest)
         if state:
             self._check_same_run(state)
@@ -150,12 +156,15 @@ class Trainer:
             if self.world.is_main:  # the sums over all ranks go on at one of them
                 self.epoch_totals.values.copy_(state["epoch_totals"])
                 self.window_totals.values.copy_(state["window_totals"])
+
+    def start_recording(self) -> None:
+        """Write what the run is into its directory, and open its records."""
         if self.world.is_main:
             (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
             title = f"{self.config.model.name} beside the paper's {setting_for(self.config).name} setting"
             (self.run_dir / "audit.md").write_text(to_markdown(self.findings, title))
         self.monitor = Monitor(self.run_dir, self.world, self.done_steps)
-        if state:
+        if self.done_steps:
             self.monitor.say(f"resuming at epoch {self.progress.epoch}, step {self.progress.step} of {self.run_dir}")
         else:
             self.monitor.text("config", to_yaml(self.config))
@@ -228,8 +237,9 @@ class Trainer:
             "epoch_totals": self.world.sum(self.epoch_totals.values).cpu(),
             "window_totals": self.world.sum(self.window_totals.values).cpu(),
         }
-        if not totals["epoch_totals"].isfinite().all():
-            self._finite(None)
+        tensors = [totals["epoch_totals"], *self.network.state_dict().values()]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            self._stop_not_finite()
         if self.world.is_main:
             state = {
                 "model": self.network.state_dict(),
@@ -240,6 +250,7 @@ class Trainer:
                 "classes": list(self.classes),
                 "fingerprint": self.fingerprint,
                 "passes": self.passes,
+                "loader": choose_loader(self.config.data),
                 **totals,
             }
             self.checkpoints.save(state, best)
@@ -252,7 +263,7 @@ class Trainer:
             f"{self.config.model.name}: {parameters:,} parameters, {len(self.classes)} classes, "
             f"{self.config.train.precision} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
-            f"through the {choose_loader(self.config.data)} loader\n"
+            f"through the {_named_loader(self.config)} loader\n"
             f"batch {optim.batch_size} = {ranks} ranks x {optim.accumulation} passes x "
             f"{optim.batch_size // self.passes} images (what a batch-norm statistic sees); "
             f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
@@ -287,7 +298,7 @@ class Trainer:
             scale = world.size / global_batch
             with self._without_reduction(part + 1 < optim.accumulation):
                 with self._autocast():
-                    logits = self.training_network(batch.images)
+                    logits = self.training_network(batch.images.contiguous(memory_format=self.memory_format))
                 losses = F.cross_entropy(
                     logits.float(), batch.labels, reduction="none", label_smoothing=optim.label_smoothing
                 )
@@ -326,13 +337,16 @@ class Trainer:
             f"{timing['images_per_second']:.1f} images/s, {100 * timing['data_wait_fraction']:.0f} % waiting for data"
         )
 
-    def _finite(self, score: Score | None) -> Score:
-        if score is None or not math.isfinite(score.loss):
-            raise UserError(
-                f"the loss is not finite by step {self.done_steps} (epoch {self.progress.epoch}): lower optim.lr, or use "
-                "train.precision fp32; the checkpoints before it are kept"
-            )
+    def _finite(self, score: Score) -> Score:
+        if not math.isfinite(score.loss):
+            self._stop_not_finite()
         return score
+
+    def _stop_not_finite(self) -> None:
+        raise UserError(
+            f"the loss is not finite by step {self.done_steps} (epoch {self.progress.epoch}): lower optim.lr, or use "
+            "train.precision fp32; the checkpoints before it are kept"
+        )
 
     def _wrap(self, network: nn.Module) -> nn.Module:
         if self.config.train.compile:
@@ -370,10 +384,25 @@ class Trainer:
         images: Tensor = (batch.images[:GRID_IMAGES] * std + mean).clamp(0, 1)
         self.monitor.images("train/images", images, self.done_steps)
 
+    def _check_image_size(self, network: nn.Module) -> None:
+        """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
+        config, images = self.config, len(self.train_loader.index)
+        last_batch = images % config.optim.batch_size or config.optim.batch_size
+        smallest_part = max(1, last_batch // self.passes)
+        probe = copy.deepcopy(network).train()
+        try:
+            with torch.no_grad():
+                probe(torch.zeros(smallest_part, 3, config.data.crop_size, config.data.crop_size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{config.model.name} cannot train on {smallest_part} images of {config.data.crop_size} pixels, the smallest "
+                f"part of a batch ({str(error).splitlines()[0]}): choose another data.crop_size or optim.batch_size"
+            ) from None
+
     def _prepare_run_dir(self) -> None:
         try:
             (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").touch()
+            tempfile.TemporaryFile(dir=self.run_dir).close()
         except OSError as error:
             raise UserError(
                 f"cannot write the run directory {self.run_dir} ({error.strerror}): set --run_dir"
@@ -381,7 +410,9 @@ class Trainer:
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
         """Refuse to continue a run under other conditions than it was started with."""
-        old, new = _flat(state["config"]), flatten(self.config)
+        if not state.keys() >= {"optimizer", "scaler", "progress", "fingerprint", "passes", "loader"}:
+            self._refuse("its checkpoint holds a network but no training")
+        old, new = flatten(state["config"]), flatten(dataclasses.asdict(self.config))
         for key, value in new.items():
             if key in FREE_TO_CHANGE or key.startswith("published."):
                 continue
@@ -391,6 +422,8 @@ class Trainer:
             self._refuse(f"its {len(state['classes'])} classes are not the {len(self.classes)} of the data now")
         if state["fingerprint"] != self.fingerprint:
             self._refuse(f"the files in {self.config.data.dir} are not those it was started with")
+        if state["loader"] != choose_loader(self.config.data):
+            self._refuse(f"its images came through the {state['loader']} loader, now {choose_loader(self.config.data)}")
         if state["passes"] != self.passes and not self.config.train.elastic:
             self._refuse(
                 f"a batch had {state['passes']} parts (ranks x accumulation) and now has {self.passes}, which changes "
@@ -423,14 +456,7 @@ class Stopwatch:
         return seconds
 
 
-def set_precision(precision: str) -> None:
-    """Let float32 products use TF32 on GPUs only if asked: PyTorch's default would, in convolutions."""
-    torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """``{"optim.lr": ...}`` of the nested configuration in a checkpoint."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+def _named_loader(config: Config) -> str:
+    name = choose_loader(config.data)
+    fallback = name == "reference" and config.data.loader == "auto"
+    return f"{name} (slow: DALI is not installed)" if fallback else name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Config, from_dict
+from pipeline.config import Config, flatten, from_dict
 from pipeline.data.index import DatasetIndex, synthetic_index
 
 REPOSITORY = Path(__file__).parent.parent
@@ -94,9 +94,6 @@ def run_module(
 def override_flags(config: Config) -> list[str]:
     """The command-line words that turn the defaults into `config`."""
     words = []
-    for name, value in dataclasses.asdict(config).items():
-        leaves = {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
-        for key, leaf in leaves.items():
-            text = ",".join(map(str, leaf)) if isinstance(leaf, tuple) else "none" if leaf is None else str(leaf)
-            words += [f"--{key}", text]
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words

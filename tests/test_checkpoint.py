@@ -36,9 +36,32 @@ def test_a_damaged_last_checkpoint_is_passed_over_loudly(folder, damage):
     folder.last.write_bytes({"cut short": content[:-100], "empty": b""}.get(damage, content))
     with pytest.warns(UserWarning, match="last.pt is damaged"):
         assert folder.load_newest()["step"] == 0
+    folder.save(state(2), best=False)  # must not put the damaged one in the place of the good one
+    assert [load_checkpoint(path)["step"] for path in (folder.last, folder.previous)] == [2, 0]
+    folder.last.write_bytes(b"")
     folder.previous.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="no other checkpoint is left"):
         folder.load_newest()
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_save_that_fails_leaves_the_old_checkpoints(folder, monkeypatch, written):
+    """The disk is full while the best, or the last, is written."""
+    folder.save(state(0), best=True)
+    folder.save(state(1), best=True)
+    real, calls = os.fsync, []
+
+    def fsync(descriptor):
+        calls.append(1)
+        if len(calls) > written:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="No space left on device"):
+        folder.save(state(2), best=True)
+    steps = [load_checkpoint(path)["step"] for path in (folder.last, folder.previous, folder.best)]
+    assert steps == [1, 0, 1 if written == 0 else 2]
 
 
 def test_every_flipped_bit_is_noticed(folder):

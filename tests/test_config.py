@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, override_flags
 
 from pipeline.config import flatten, from_dict, load_config, parse_command_line, to_yaml
 from pipeline.errors import UserError
@@ -39,12 +41,7 @@ def test_every_field_can_be_overridden_on_the_command_line():
     assert (config.optim.lr, config.optim.milestones, config.data.mirror) == (0.2, (3, 4), False)
     assert (config.data.mean, config.published.top1, config.seed) == ((0.5, 0.5, 0.5), None, 7)
     assert config.run_dir == "somewhere"
-    everything = [
-        word
-        for key, value in flatten(config).items()
-        for word in (f"--{key}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value))
-    ]
-    assert parse(*everything) == config
+    assert parse(*override_flags(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -97,6 +94,6 @@ def test_help_lists_every_field_with_its_text(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    for key in flatten(load_config(DENSENET121)):
+    for key in flatten(dataclasses.asdict(load_config(DENSENET121))):
         assert f"--{key} " in text
     assert "Learning rate after warm-up. [0.1]" in text

@@ -23,11 +23,18 @@ DATA = DataConfig(crop_size=32, resize_size=36, loader="reference")
 
 
 @pytest.fixture(scope="module")
-def network():
+def network(image_folders):
+    """A network whose answers differ from image to image: its logits have mean 0 and deviation 3 over the images."""
     torch.manual_seed(0)
     network = create_model("densenet_bc40_k12", num_classes=3)
-    with torch.no_grad():  # statistics of images, so that answers differ between images
-        network.train()(torch.randn(64, 3, 32, 32))
+    index = scan_classes(image_folders / "val")
+    (batch,) = EvaluationLoader(index, DATA, SHARE, batch_size=11, crops=1).batches()
+    with torch.no_grad():
+        network.train()(batch.images)
+        logits = network.eval()(batch.images)
+        network.classifier.weight.mul_(3 / logits.std(dim=0)[:, None])
+        network.classifier.bias.copy_(-3 * logits.mean(dim=0) / logits.std(dim=0))
+        assert len(network(batch.images).argsort(dim=1).unique(dim=0)) >= 4
     return network
 
 
@@ -71,6 +78,26 @@ def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, a
     assert evaluation.score.loss == pytest.approx(np.mean(losses), abs=1e-4)
 
 
+class Fixed(torch.nn.Module):
+    """Answers every view with the same logits."""
+
+    def __init__(self, logits: list[float]):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+@pytest.mark.parametrize("average", ["logits", "softmax"])
+def test_classes_of_vanishing_probability_are_still_ranked(image_folders, average):
+    index = scan_classes(image_folders / "val").with_classes(("class0", "class1", "class2", "x", "y", "z", "w"))
+    loader = EvaluationLoader(index, DATA, SHARE, batch_size=11, crops=1)
+    evaluation = evaluate(Fixed([300.0, 150, 100, 90, 80, 70, 60]), loader, ALONE, average)
+    assert (evaluation.top5 == [0, 1, 2, 3, 4]).all()
+    assert evaluation.score.loss == pytest.approx((4 * 0 + 4 * 150 + 3 * 200) / 11)
+
+
 def test_evaluation_leaves_the_network_as_it_was(image_folders, network):
     index = scan_classes(image_folders / "val")
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -104,7 +131,10 @@ def test_the_tool_gives_the_same_result_on_1_2_and_3_ranks(image_folders, checkp
     assert (
         results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6) == pytest.approx(results[2]["loss"], rel=1e-6)
     )
+    assert len({row["answer1"] for row in predictions[0]}) > 1
     for rows in predictions:
-        assert [row["file"] for row in rows] == [row["file"] for row in predictions[0]]
-        assert [row["answer1"] for row in rows] == [row["answer1"] for row in predictions[0]]
+        for column in ("file", "class", "answer1", "answer2", "answer3"):
+            assert [row[column] for row in rows] == [row[column] for row in predictions[0]]
+        ours, first = ([float(row["probability"]) for row in r] for r in (rows, predictions[0]))
+        assert ours == pytest.approx(first, abs=2e-6)
         assert sum(row["answer1"] != row["class"] for row in rows) == results[0]["top1_wrong"]

@@ -106,15 +106,6 @@ def test_a_scan_that_was_broken_off_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(opened) == 6
 
 
-def test_many_classes_are_scanned_by_several_processes(tmp_path, monkeypatch):
-    root = write_class_folders(tmp_path / "images", 5, 15)
-    alone = scan_classes(root)
-    monkeypatch.setattr("pipeline.data.index.GROUPS_FOR_PROCESSES", 5)
-    together = scan_classes(root)
-    assert together.fingerprint == alone.fingerprint
-    np.testing.assert_array_equal(together.sizes, alone.sizes)
-
-
 def test_labels_can_count_in_a_larger_set_of_classes(image_folders):
     index = scan_classes(image_folders / "val")
     wider = index.with_classes(("aaa", "class0", "class1", "class2", "zzz"))

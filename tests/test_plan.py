@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -86,6 +87,31 @@ def test_random_numbers_are_philoxs_by_seed_epoch_and_position():
     assert planning.epoch_order(10, seed, epoch).tolist() == sorted(range(10), key=numbers.__getitem__)
 
 
+def test_crops_are_what_the_torch_code_makes_of_the_draws():
+    """Try by try with the numbers that were drawn: RandomSizedCrop one image at a time."""
+    random = np.random.default_rng(0)
+    sizes = [(375, 500), (500, 333), (60, 400), (224, 224), (30, 31)] * 40
+    draws = random.random((50, len(sizes)))
+    boxes, resized, offsets = planning._random_crops(np.array(sizes), DRAWN, iter(draws))
+    fallbacks = 0
+    for i, (height, width) in enumerate(sizes):
+        expected = None
+        for area, aspect, swap, top, left in draws[:, i].reshape(10, 5):
+            target, ratio = (0.08 + 0.92 * area) * height * width, 3 / 4 + (4 / 3 - 3 / 4) * aspect
+            w, h = int(math.sqrt(target * ratio) + 0.5), int(math.sqrt(target / ratio) + 0.5)
+            if swap < 0.5:
+                w, h = h, w
+            if h <= height and w <= width:  # torch.random(0, n) is any of 0 to n
+                expected = ([int(top * (height - h + 1)), int(left * (width - w + 1)), h, w], [224, 224], [0, 0])
+                break
+        if expected is None:
+            fallbacks += 1
+            scaled = list(torch7.short_side_to(height, width, 224))
+            expected = ([0, 0, height, width], scaled, [math.ceil((side - 224) / 2) for side in scaled])
+        assert (boxes[i].tolist(), resized[i].tolist(), offsets[i].tolist()) == expected
+    assert 0 < fallbacks < 40
+
+
 def kolmogorov_distance(a: np.ndarray, b: np.ndarray) -> float:
     """The largest difference between the empirical distribution functions."""
     values = np.union1d(a, b)
@@ -132,27 +158,27 @@ def test_an_image_in_which_no_crop_fits_is_resized_and_cut_at_the_centre():
     assert (plan.boxes[:, 2] == 40).any()
 
 
-def test_color_maps_are_the_torch_codes_chain():
-    """With the factors, orders and alphas that were drawn, pixel by pixel in float64."""
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_color_maps_are_the_torch_codes_chain_in_any_order(order):
+    """With the factors and alphas that were drawn, pixel by pixel in float64."""
     random = np.random.default_rng(0)
-    config, n = DataConfig(), 40
-    draws = random.random((20, n))
-    # order, factors of brightness, contrast and saturation, then two uniforms for each of three normals
-    color, mean_color, shift = planning._color_maps(config, iter(draws), n)
-    permutations = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    n = 20
+    draws = random.random(
+        (9, n)
+    )  # factors of brightness, contrast and saturation; two uniforms for each of three normals
+    color, mean_color, shift = planning._color_maps(DRAWN, iter(draws))
     steps = (torch7.brightness, torch7.contrast, torch7.saturation)
     for i in range(n):
         image = random.random((6, 5, 3))
         expected = image
-        for kind in permutations[int(draws[0, i] * 6)]:
-            expected = steps[kind](expected, 0.6 + 0.8 * draws[1 + kind, i])
+        for kind in order:
+            expected = steps[kind](expected, 0.6 + 0.8 * draws[kind, i])
         alphas = [
-            0.1 * math.sqrt(-2 * math.log(1 - draws[4 + 2 * k, i])) * math.cos(2 * math.pi * draws[5 + 2 * k, i])
+            0.1 * math.sqrt(-2 * math.log(1 - draws[3 + 2 * k, i])) * math.cos(2 * math.pi * draws[4 + 2 * k, i])
             for k in range(3)
         ]
         expected = torch7.normalise(torch7.lighting(expected, alphas), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        mean = image.mean(axis=(0, 1))
-        actual = image @ color[i].T + mean_color[i] @ mean + shift[i]
+        actual = image @ color[i].T + mean_color[i] @ image.mean(axis=(0, 1)) + shift[i]
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 

@@ -79,8 +79,9 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
         {"optim": {"accumulation": 3}},
         {"model": {"dropout": 0.2}},
         {"train": {"precision": "bf16", "channels_last": False}},
+        {"train": {"precision": "fp16"}, "optim": {"label_smoothing": 0.1}},
     ],
-    ids=["plain", "accumulation", "dropout", "bf16"],
+    ids=["plain", "accumulation", "dropout", "bf16", "fp16"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, sections, interrupted_after):
     """Four steps an epoch, a checkpoint after each; records neither lack nor double."""
@@ -128,7 +129,7 @@ def test_accumulation_and_an_uneven_last_batch_follow_the_mean_loss_of_the_globa
             torch.nn.functional.cross_entropy(run.network(images), labels, reduction="sum") for images, labels in parts
         )
         gradients = torch.autograd.grad(loss / 10, list(run.network.parameters()))
-        run.resume()
+        run.start_recording()
         run.train_epoch()
         run.monitor.close()
     for (name, p), gradient in zip(run.network.named_parameters(), gradients, strict=True):
@@ -166,9 +167,60 @@ def test_a_run_of_several_ranks_resumes_to_the_same_bits(tmp_path, ranks):
     assert_equal_weights(weights(spread), end)
 
 
+def one_step(folder: Path, **sections: dict) -> dict[str, torch.Tensor]:
+    """The weights after one optimiser step without weight decay."""
+    optim = {"epochs": 1, "batch_size": 12, "weight_decay": 0.0, **sections.pop("optim", {})}
+    config = small_config(folder, data={"synthetic_images": 12}, optim=optim, **sections)
+    trainer.fit(config)
+    return weights(config)
+
+
+def test_precision_smoothing_and_memory_format_reach_the_step(tmp_path, monkeypatch):
+    """Half precision shows as a small difference, label smoothing as a large one, the memory format as rounding."""
+    dtypes, formats = [], []
+    real = torch.nn.Linear.forward
+
+    def forward(self, x):
+        y = real(self, x)
+        if self.training:
+            dtypes.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    pool = torch.nn.AvgPool2d.forward
+    monkeypatch.setattr(
+        torch.nn.AvgPool2d,
+        "forward",
+        lambda self, x: (
+            (self.training and formats.append(x.is_contiguous(memory_format=torch.channels_last))) or pool(self, x)
+        ),
+    )
+    plain = one_step(tmp_path / "plain")["classifier.weight"]
+    assert dtypes[-1] == torch.float32 and formats[-1]
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        half = one_step(tmp_path / precision, train={"precision": precision})["classifier.weight"]
+        assert dtypes[-1] == dtype and not torch.equal(half, plain)
+        torch.testing.assert_close(half, plain, rtol=0.05, atol=0.01)
+    nchw = one_step(tmp_path / "nchw", train={"channels_last": False})["classifier.weight"]
+    assert not formats[-1]
+    torch.testing.assert_close(nchw, plain, rtol=1e-3, atol=1e-4)
+    smoothed = one_step(tmp_path / "smooth", optim={"label_smoothing": 0.5})["classifier.weight"]
+    assert (smoothed - plain).abs().max() > 0.01
+
+
+def test_the_recorded_gradient_norm_does_not_depend_on_loss_scaling(tmp_path):
+    norms = []
+    for precision in ("fp32", "fp16"):
+        config = small_config(tmp_path / precision, optim={"epochs": 1}, train={"precision": precision, "log_every": 1})
+        trainer.fit(config)
+        norms.append(next(r["train/gradient_norm"] for r in records(config) if "train/gradient_norm" in r))
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"train": {"precision": "bf16"}}, "train.precision was fp32 and is now bf16"),
         ({"optim": {"lr": 0.2}}, "optim.lr was 0.1 and is now 0.2"),
         ({"model": {"name": "densenet40_k12"}}, "model.name was densenet_bc40_k12 and is now densenet40_k12"),
         ({"data": {"synthetic_images": 47}}, "data.synthetic_images was 46"),
@@ -194,12 +246,11 @@ def test_another_number_of_parts_is_allowed_on_request(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
-    config = small_config(tmp_path, optim={"lr": 1e20}, train={"checkpoint_every": 1})
+    config = small_config(tmp_path, optim={"lr": 1e6}, train={"checkpoint_every": 1})
     with pytest.raises(UserError, match="the loss is not finite by step"):
         trainer.fit(config)
-    assert all(value.isfinite().all() for value in weights(config).values()) or not any(
-        (tmp_path / "checkpoints").iterdir()
-    )
+    for file in (tmp_path / "checkpoints").iterdir():
+        assert all(value.isfinite().all() for value in load_checkpoint(file)["model"].values())
 
 
 def test_a_dry_run_describes_and_does_not_train(tmp_path):

@@ -25,16 +25,25 @@ def main() -> None:
     data = Path(config.data.dir)
     if not data.exists():
         unpack(ARCHIVE, data)
+    device = _device(config.train.device)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    _run([*torchrun, "-m", "pipeline.train", CONFIG, *sys.argv[1:]])
+    _run([*torchrun, "-m", "pipeline.train", CONFIG, *sys.argv[1:], "--train.device", device])
     checkpoint = Path(config.run_dir, "checkpoints", "best.pt")
-    results = [_evaluate(torchrun, checkpoint, data, crops) for crops in (1, 10)]
+    results = [_evaluate(torchrun, checkpoint, data, crops, device) for crops in (1, 10)]
 
     print(f"\n{config.model.name} on {results[0]['images']} validation images of {data}, {checkpoint}:\n")
     print("crops   top-1 error   top-5 error")
     for result in results:
         print(f"{result['crops']:5d}   {result['top1_error']:9.2f} %   {result['top5_error']:9.2f} %")
     print(f"\nWatch it: {Path(sys.executable).parent / 'tensorboard'} --logdir {Path(config.run_dir).parent}")
+
+
+def _device(asked: str) -> str:
+    """GPUs only if there is one for each process."""
+    import torch  # after the command line is known to be right: it takes seconds
+
+    enough = torch.cuda.device_count() >= PROCESSES
+    return asked if asked != "auto" else "cuda" if enough else "cpu"
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -51,10 +60,10 @@ def unpack(archive: Path, folder: Path) -> None:
         raise UserError(f"cannot unpack the images into {folder} ({error.strerror}): set --data.dir") from None
 
 
-def _evaluate(torchrun: list[str], checkpoint: Path, data: Path, crops: int) -> dict:
+def _evaluate(torchrun: list[str], checkpoint: Path, data: Path, crops: int, device: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        arguments = [str(checkpoint), "--data", str(data), "--crops", str(crops), "--json", file.name]
-        _run([*torchrun, "-m", "tools.evaluate", *arguments])
+        arguments = [checkpoint, "--data", data, "--crops", crops, "--device", device, "--json", file.name]
+        _run([*torchrun, "-m", "tools.evaluate", *map(str, arguments)])
         return json.load(file)
 
 

@@ -18,11 +18,10 @@ from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, from_dict
 from pipeline.data.index import DatasetIndex, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Share, choose_loader
-from pipeline.distributed import World, join_world
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.distributed import World, join_world, set_precision
+from pipeline.errors import ArgumentParser, LocalUserError, exit_on_user_error
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.models import create_model
-from pipeline.trainer import set_precision
 
 
 def main() -> None:
@@ -30,6 +29,8 @@ def main() -> None:
     with join_world(options.device) as world:
         checkpoint = world.from_main(lambda: load_checkpoint(options.checkpoint))
         config = from_dict(checkpoint["config"], options.checkpoint)
+        if world.is_main:
+            _check_writable(options.json, options.predictions)
         data = _data_config(config, options)
         classes = tuple(checkpoint["classes"])
 
@@ -104,9 +105,9 @@ def report(
     if result["published"]["top1_error"] is not None:
         print(f"{published.source or 'published'}: top-1 error {result['published']['top1_error']} %")
     if options.json:
-        _writable(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     if options.predictions:
-        _write_predictions(_writable(options.predictions), evaluation, index)
+        _write_predictions(Path(options.predictions), evaluation, index)
 
 
 def _write_predictions(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
@@ -128,13 +129,20 @@ def _data_config(config: Config, options: argparse.Namespace) -> DataConfig:
     return from_dict(tree, "the command line").data
 
 
-def _writable(path: str) -> Path:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    return Path(path)
+def _check_writable(*paths: str | None) -> None:
+    """Refuse output files that cannot be written before the work, not after it."""
+    for path in filter(None, paths):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            open(path, "a").close()
+        except OSError as error:
+            raise LocalUserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a positive number is needed (got '{text}')")
+    return int(text)
 
 
 def _parser() -> ArgumentParser:
@@ -152,9 +160,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--resize", choices=("torch", "pil-bilinear", "pil-bicubic"), help="resize filter [the run's]")
     parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side after the resize [the run's]")
     parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of a crop [the run's]")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=32, help="images at once on each rank [32]")
+    parser.add_argument(
+        "--batch-size", type=_positive, metavar="N", default=32, help="images at once on each rank [32]"
+    )
     parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
-    parser.add_argument("--threads", type=int, metavar="N", help="loader threads of each rank [all cores]")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="loader threads of each rank [all cores]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     parser.add_argument("--predictions", metavar="FILE", help="write each image's predicted classes as CSV")

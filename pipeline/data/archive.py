@@ -111,29 +111,50 @@ def flat_group(root: Path) -> Group:
     return Group("", str(root)) if root.is_dir() else Group("", str(root), 0, root.stat().st_size)
 
 
-def read_labels(file: Path, names: list[str]) -> list[str]:
+def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[str]:
     """Class of each image of a flat set, in the order of `names`.
 
     Args:
         file: either one line ``CLASS`` for each image in sorted order, or lines ``FILE CLASS`` (blank or comma between;
-            a first line that names no file is a header; words after CLASS are ignored), or ImageNet's development kit.
+            a first line that names no image is a header; words after CLASS are ignored), or ImageNet's development kit.
+        classes: the names that a class may have.
 
     Raises:
         UserError: the file cannot be read or does not fit the images.
     """
     try:
         if file.name.endswith((".tar.gz", ".tgz")):
-            rows = [[name] for name in _devkit_labels(file)]
+            lines = _devkit_labels(file)
         else:
-            rows = [line.replace(",", " ").split() for line in file.read_text().splitlines() if line.strip()]
+            lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, tarfile.TarError, KeyError, ValueError) as error:
         raise UserError(f"cannot read the label file {file}: {error}") from None
-    if rows and all(len(row) == 1 for row in rows):
-        if len(rows) != len(names):
-            raise UserError(f"{file} has {len(rows)} labels for {len(names)} images: one line an image in sorted order")
-        return [row[0] for row in rows]
-    by_name = {row[0]: row[1] for row in rows if len(row) > 1}
-    labels = [by_name.get(name, by_name.get(Path(name).name, by_name.get(Path(name).stem))) for name in names]
+    known = set(classes)
+    if all(line in known or len(line.replace(",", " ").split()) == 1 for line in lines):
+        if len(lines) != len(names):
+            raise UserError(
+                f"{file} has {len(lines)} labels for {len(names)} images: one line an image in sorted order"
+            )
+        labels = lines
+    else:
+        labels = _labels_by_file(file, lines, names, known)
+    check_classes(file, labels, classes)
+    return labels
+
+
+def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[str]) -> list[str]:
+    """Classes from lines ``FILE CLASS``, where FILE may lack its suffix."""
+    position = {key: i for i, name in enumerate(names) for key in (Path(name).stem, Path(name).name, name)}
+    labels: list[str | None] = [None] * len(names)
+    for number, line in enumerate(lines, start=1):
+        image, _, rest = (part.strip() for part in line.partition("," if "," in line else " "))
+        if image not in position:
+            if number == 1:  # a header
+                continue
+            raise UserError(f"{file}, line {number}: there is no image '{image}'")
+        if labels[position[image]] is not None:
+            raise UserError(f"{file}, line {number}: a second label for the image '{image}'")
+        labels[position[image]] = rest if rest in known else (rest.split() or [""])[0]
     if None in labels:
         raise UserError(f"{file} has no line for the image {names[labels.index(None)]}: expected 'FILE CLASS'")
     return labels
@@ -177,10 +198,17 @@ def _groups_of_tar(file: str, length: int) -> list[Group]:
 
 
 def _members_of_folder(group: Group) -> Iterator[Member]:
+    seen = set()
     for parent, _, names in os.walk(group.file, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            raise UserError(f"the link {parent} leads to a folder that is already part of {group.file}: remove it")
+        seen.add((status.st_dev, status.st_ino))
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES):
                 path = os.path.join(parent, name)
+                if not os.path.exists(path):
+                    raise UserError(f"the link {path} leads nowhere: repair or remove it")
                 yield Member(os.path.relpath(path, group.file), path, 0, os.stat(path).st_size)
 
 

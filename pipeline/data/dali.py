@@ -3,13 +3,18 @@
 The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has not been run on a GPU yet.
 """
 
+import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+from PIL import Image
 from torch import Tensor
 
 from pipeline.config import Resize
@@ -19,6 +24,7 @@ from pipeline.data.reader import Reader
 from pipeline.data.reference import decode
 from pipeline.errors import LocalUserError
 
+DECODED = {"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM"}  # Pillow's names of what DALI reads
 PREFETCH = 2  # batches that DALI prepares ahead
 
 # Interpolation, antialias, and type of the result. Catmull-Rom overshoots 0..255, which the paper's code keeps, so that
@@ -28,6 +34,11 @@ RESIZES = {
     "pil-bilinear": (types.INTERP_LINEAR, True, types.UINT8),
     "pil-bicubic": (types.INTERP_CUBIC, True, types.UINT8),
 }
+
+
+# adjust_orientation: a plan's boxes are in stored pixels, as Pillow and the Torch code see them. jpeg_fancy_upsampling:
+# on GPU too, as libjpeg-turbo does on CPU.
+AS_STORED = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
 
 
 class DaliExecutor:
@@ -49,6 +60,8 @@ class DaliExecutor:
         views: int,
     ):
         self._index, self._crop_size, self._resize, self._views = index, crop_size, resize, views
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._decoder = "mixed" if device.type == "cuda" else "cpu"
         self._options = dict(
             batch_size=batch_size, num_threads=threads, device_id=device.index, prefetch_queue_depth=PREFETCH
@@ -64,83 +77,121 @@ class DaliExecutor:
         Raises:
             LocalUserError: a file does not decode.
         """
+        for plan, output in self._outputs(plans):
+            yield plan, self._to_torch(output).view(-1, self._views, self._crop_size, self._crop_size, 3)
+
+    def _outputs(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, TensorListCPU | TensorListGPU]]:
         # A run that was abandoned or failed leaves its batches in the pipeline, so only one that ended is used again.
         pipeline, self._pipeline = self._pipeline or self._build(), None
         self._batches, self._pending = self._reader.read_ahead(plans), deque()
         while True:
             try:
-                outputs = pipeline.run()
+                (output,) = pipeline.run()
             except StopIteration:
                 break
             except RuntimeError as error:
                 raise self._explain(error) from error
-            views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             plan, _ = self._pending.popleft()
-            yield plan, views[0][:, None] if len(views) == 1 else torch.stack(views, dim=1)
+            yield plan, output
         pipeline.reset()
         self._pipeline = pipeline
 
-    def _build(self) -> Pipeline:
-        interpolation, antialias, dtype = RESIZES[self._resize]
+    def _to_torch(self, output: TensorListCPU | TensorListGPU) -> Tensor:
+        """The batch as one tensor: DALI's own memory on CPU, a copy on GPU, where DALI may write to it again too soon."""
+        tensor = output.as_tensor()
+        if self._stream is None:
+            return torch.from_dlpack(tensor)
+        dtype = torch.float32 if self._resize == "torch" else torch.uint8
+        with torch.cuda.stream(self._stream):  # not the training stream, whose queue the host must not wait for
+            copy = torch.empty(tensor.shape(), dtype=dtype, device=self._device)
+            feed_ndarray(tensor, copy, cuda_stream=self._stream)
+        self._stream.synchronize()
+        copy.record_stream(torch.cuda.current_stream(self._device))
+        return copy
 
+    def _build(self) -> Pipeline:
         @pipeline_def(**self._options)
         def define():
-            content, start, shape, size, roi_start, roi_end, *views = fn.external_source(
-                source=self._next_arrays, num_outputs=6 + 2 * self._views, batch=True
+            content, start, shape, size, roi_start, roi_end, corners, *own_ids = fn.external_source(
+                source=self._next_arrays, num_outputs=7 if self._views == 1 else 8, batch=True
             )
-            # adjust_orientation: the plan's boxes are in stored pixels, as Pillow and the Torch code see them.
-            images = fn.decoders.image_slice(
-                content,
-                start=start,
-                shape=shape,
-                axes=[0, 1],
-                device=self._decoder,
-                adjust_orientation=False,
-                jpeg_fancy_upsampling=True,  # as libjpeg-turbo does on CPU
-            )
-            images = fn.resize(
-                images,
-                size=size,
-                roi_start=roi_start,
-                roi_end=roi_end,
-                interp_type=interpolation,
-                antialias=antialias,
-                dtype=dtype,
-            )
-            crops = [
-                fn.flip(fn.slice(images, start=offset, shape=[self._crop_size] * 2, axes=[0, 1]), horizontal=mirror)
-                for offset, mirror in zip(views[::2], views[1::2], strict=True)
-            ]
-            return tuple(crops)
+            images = self._resized(self._decoded(content, start, shape), size, roi_start, roi_end)
+            if self._views == 1:
+                return fn.slice(images, start=corners, shape=[self._crop_size] * 2, axes=[0, 1])
+            return self._all_views(images, corners, *own_ids)
 
         pipeline = define()
         pipeline.build()
         return pipeline
+
+    def _decoded(self, content: DataNode, start: DataNode, shape: DataNode) -> DataNode:
+        return fn.decoders.image_slice(
+            content, start=start, shape=shape, axes=[0, 1], device=self._decoder, **AS_STORED
+        )
+
+    def _resized(self, images: DataNode, size: DataNode, roi_start: DataNode, roi_end: DataNode) -> DataNode:
+        interpolation, antialias, dtype = RESIZES[self._resize]
+        return fn.resize(
+            images,
+            size=size,
+            roi_start=roi_start,
+            roi_end=roi_end,
+            interp_type=interpolation,
+            antialias=antialias,
+            dtype=dtype,
+        )
+
+    def _all_views(self, images: DataNode, corners: DataNode, own_ids: DataNode) -> DataNode:
+        """All views in one pass over memory, one below the other, cut from the image with its mirror image beside it."""
+        crop, rows = self._crop_size, np.arange(self._views) * self._crop_size
+        return fn.multi_paste(
+            fn.cat(images, fn.flip(images, horizontal=1), axis=1),
+            in_ids=own_ids,
+            in_anchors=corners,
+            shapes=types.Constant(np.full((self._views, 2), crop, np.int32)),
+            out_anchors=types.Constant(np.stack([rows, np.zeros_like(rows)], axis=1).astype(np.int32)),
+            output_size=(self._views * crop, crop),
+            dtype=RESIZES[self._resize][2],
+        )
 
     def _next_arrays(self) -> tuple:
         """DALI's source: the arrays of the next plan, in the order that the pipeline unpacks them."""
         plan, contents = next(self._batches)
         self._pending.append((plan, contents))
         start, shape = np.ascontiguousarray(plan.boxes[:, :2]), np.ascontiguousarray(plan.boxes[:, 2:])
-        views = []
-        for v in range(self._views):
-            views += [np.ascontiguousarray(plan.offsets[:, v]), plan.mirrors[:, v].astype(np.int32)]
-        return contents, start, shape, plan.sizes.astype(np.float32), *self._region(plan), *views
+        size, corners = plan.sizes.astype(np.float32), np.ascontiguousarray(self._corners(plan))
+        arrays = (contents, start, shape, size, *self._region(plan), corners)
+        if self._views == 1:
+            return arrays
+        # multi_paste asks which image of the batch each view is cut from: its own.
+        return *arrays, np.repeat(np.arange(len(plan), dtype=np.int32)[:, None], self._views, axis=1)
+
+    def _corners(self, plan: BatchPlan) -> np.ndarray:
+        """Top and left of the views, (n, 2) or (n, V, 2), where `_build` cuts them: from an image that the resize has
+        turned over if its only view is mirrored, or from an image with its mirror image beside it."""
+        top, left, width = plan.offsets[..., 0], plan.offsets[..., 1], plan.sizes[:, 1:]
+        right = (width if self._views == 1 else 2 * width) - left - self._crop_size
+        corners = np.stack([top, np.where(plan.mirrors, right, left)], axis=-1).astype(np.int32)
+        return corners[:, 0] if self._views == 1 else corners
 
     def _region(self, plan: BatchPlan) -> tuple[np.ndarray, np.ndarray]:
         """Start and end, (n, 2) float32, of the region of the decoded box that becomes the resized image.
 
         DALI samples at pixel centres. Sampling the region [0.5 - s/2, 0.5 - s/2 + s * out) so, with
-        s = (in - 1) / (out - 1), is sampling between aligned corners as Torch7 does.
+        s = (in - 1) / (out - 1), is sampling between aligned corners as Torch7 does. A region whose end is left of its
+        start comes out mirrored, which costs nothing.
         """
         source, target = plan.boxes[:, 2:].astype(np.float64), plan.sizes.astype(np.float64)
-        if self._resize != "torch":
-            return np.zeros_like(source, np.float32), source.astype(np.float32)
-        scale = (source - 1) / np.maximum(target - 1, 1)
-        start = 0.5 - scale / 2
-        end = start + scale * target
-        one_pixel = (source == 1) | (target == 1)
-        return np.where(one_pixel, 0, start).astype(np.float32), np.where(one_pixel, 1, end).astype(np.float32)
+        start, end = np.zeros_like(source), source.copy()
+        if self._resize == "torch":
+            scale = (source - 1) / np.maximum(target - 1, 1)
+            one_pixel = (source == 1) | (target == 1)
+            start = np.where(one_pixel, 0, 0.5 - scale / 2)
+            end = np.where(one_pixel, 1, start + scale * target)
+        if self._views == 1:
+            turned = plan.mirrors[:, 0]
+            start[turned, 1], end[turned, 1] = end[turned, 1], start[turned, 1]
+        return start.astype(np.float32), end.astype(np.float32)
 
     def _explain(self, error: RuntimeError) -> Exception:
         """DALI names no file: look in the batches under way for one that Pillow cannot decode either."""
@@ -150,4 +201,10 @@ class DaliExecutor:
                     decode(content, self._index.place(i))
                 except LocalUserError as complaint:
                     return complaint
+                kind = Image.open(io.BytesIO(content)).format
+                if kind not in DECODED:
+                    return LocalUserError(
+                        f"the image {self._index.place(i)} is a {kind} file, which DALI does not decode: convert it, or use "
+                        "data.loader reference"
+                    )
         return error

@@ -10,9 +10,8 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from tqdm import tqdm
 
 from pipeline.data.archive import Group, Member, Section, check_classes, class_groups, flat_group, read_labels
 from pipeline.errors import UserError
-from pipeline.machine import available_cores
 
-HEADER_THREADS = 8  # of each scanning process: reading headers waits for the disk, or for the network behind it
-GROUPS_FOR_PROCESSES = 100  # from as many on, several processes are worth the seconds that they take to start
+HEADER_THREADS = 16  # reading headers waits for the disk, or for the network behind it
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,7 @@ def scan_flat(
     (row,) = _scan(Path(root), [group], cache, progress)
     if not row["names"]:
         raise UserError(f"{root} holds no images")
-    found = read_labels(Path(labels_file), row["names"])
-    check_classes(labels_file, found, classes)
+    found = read_labels(Path(labels_file), row["names"], classes)
     position = {name: i for i, name in enumerate(classes)}
     return _index(root, [group], [row], np.array([position[name] for name in found]), classes)
 
@@ -147,36 +143,18 @@ def _scan(root: Path, groups: list[Group], cache: Path | None, progress: bool) -
     """Names, offsets, lengths and sizes of each group's images."""
     known = _read_cache(cache)
     results: list[dict[str, Any]] = []
-    tasks = ((group, known.get(group.name)) for group in groups)
-    with _pool(len(groups)) as pool, _CacheWriter(cache) as writer:
-        try:
-            found = tqdm(
-                pool.map(_scan_group, tasks),
-                f"index {root}",
-                len(groups),
-                unit=" classes",
-                disable=None if progress else True,
-                leave=False,
-            )
-            for group, row in zip(groups, found, strict=True):
-                if known.get(group.name) != row:
-                    writer.add(row)
-                results.append(row)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    bar = tqdm(groups, f"index {root}", unit=" classes", disable=None if progress else True, leave=False)
+    with ThreadPoolExecutor(HEADER_THREADS) as pool, _CacheWriter(cache) as writer:
+        for group in bar:
+            row = _scan_group(group, known.get(group.name), pool)
+            if known.get(group.name) != row:
+                writer.add(row)
+            results.append(row)
     return results
 
 
-def _pool(groups: int) -> Executor:
-    if groups < GROUPS_FOR_PROCESSES:
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(available_cores(), mp_context=get_context("spawn"))
-
-
-def _scan_group(task: tuple[Group, dict[str, Any] | None]) -> dict[str, Any]:
+def _scan_group(group: Group, known: dict[str, Any] | None, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """One group's row; the known one if nothing has changed since."""
-    group, known = task
     in_archive = group.length > 0
     stamp = _stamp(group, []) if in_archive else ""
     if in_archive and known and known["stamp"] == stamp:
@@ -186,8 +164,7 @@ def _scan_group(task: tuple[Group, dict[str, Any] | None]) -> dict[str, Any]:
         stamp = _stamp(group, members)
         if known and known["stamp"] == stamp:
             return known
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        sizes = list(pool.map(_read_size, members))
+    sizes = list(pool.map(_read_size, members))
     return {
         "group": group.name,
         "stamp": stamp,
@@ -204,7 +181,7 @@ def _stamp(group: Group, members: list[Member]) -> str:
         return f"{_time(group.file)} {os.stat(group.file).st_size} {group.start} {group.length}"
     digest = hashlib.sha256()
     for member in members:
-        digest.update(f"{member.name}\0{member.length}\0{_time(member.file)}\n".encode())
+        digest.update(os.fsencode(f"{member.name}\0{member.length}\0{_time(member.file)}\n"))
     return digest.hexdigest()
 
 
@@ -214,14 +191,16 @@ def _time(file: str) -> int:
 
 def _read_size(member: Member) -> list[int]:
     """Height and width from an image's header."""
+    place = f"{member.name} in {member.file}" if member.offset else member.file
     try:
         with (
             io.BufferedReader(Section(member.file, member.offset, member.length), 16384) as stream,
             Image.open(stream) as image,
         ):
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{place} has {image.mode} pixels, more than 8 bits a colour: convert or remove it")
             return [image.height, image.width]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        place = f"{member.name} in {member.file}" if member.offset else member.file
         raise UserError(
             f"{place} is not an image that can be read ({type(error).__name__}): repair or remove it"
         ) from None
@@ -236,9 +215,9 @@ def _index(
         files, file_of = (str(root),), np.zeros(len(names), np.int32)
     else:
         files, file_of = tuple(os.path.join(root, name) for name in names), np.arange(len(names), dtype=np.int32)
-    digest = hashlib.sha256("\0".join(classes).encode())
+    digest = hashlib.sha256(os.fsencode("\0".join(classes)))
     for name, label, length in zip(names, labels.tolist(), lengths.tolist(), strict=True):
-        digest.update(f"\n{name}\0{label}\0{length}".encode())
+        digest.update(os.fsencode(f"\n{name}\0{label}\0{length}"))
     return DatasetIndex(
         root=str(root),
         names=names,

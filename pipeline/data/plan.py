@@ -10,7 +10,6 @@ Sources: the paper, Section 4.2, and fb.resnet.torch ``datasets/transforms.lua``
 whose training and evaluation transforms the authors used.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ LIGHTING_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
 LIGHTING_EIGENVECTORS = np.array(  # rows R, G, B
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
-JITTER_ORDERS = np.array(list(itertools.permutations([BRIGHTNESS, CONTRAST, SATURATION])))
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def _training_batch(
     ids = order[positions.start : positions.stop]
     draws = iter(_uniforms(seed, epoch, positions).T)
     boxes, sizes, offsets = _random_crops(index.sizes[ids], config, draws)
-    color, mean_color, shift = _color_maps(config, draws, len(ids))
+    color, mean_color, shift = _color_maps(config, draws)
     mirrors = (next(draws) < 0.5) & config.mirror
     return BatchPlan(
         ids=ids,
@@ -237,37 +234,21 @@ def _normalisation(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.diag(1 / np.array(config.std)), -np.array(config.mean) / np.array(config.std)
 
 
-def _color_maps(config: DataConfig, draws: Iterator[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A (n, 3, 3), B (n, 3, 3) and t (n, 3) in float64: jitter in random order, lighting, normalisation.
+def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A (n, 3, 3), B (n, 3, 3) and t (n, 3) in float64: jitter, lighting, normalisation.
 
-    Each step maps the image x' = A x + B m + t so far by an affine map, so the whole chain stays one. Values are
-    never clamped.
+    Brightness scales by b; contrast blends with the gray of the image's present mean by c; saturation blends with each
+    pixel's gray by s. Values are never clamped, and saturation leaves the gray as it is, so the three commute and the
+    random order in which the Torch code applies them makes no difference.
     """
-    color = np.tile(np.eye(3), (n, 1, 1))
-    mean_color = np.zeros((n, 3, 3))
-    shift = np.zeros((n, 3))
+    low, high = 1 - config.color_jitter, 1 + config.color_jitter
+    brightness, contrast, saturation = (_between(next(draws), low, high)[:, None, None] for _ in range(3))
     to_gray = np.outer(np.ones(3), GRAY)
-
-    orders = JITTER_ORDERS[np.floor(next(draws) * len(JITTER_ORDERS)).astype(int)]
-    factors = np.stack(
-        [_between(next(draws), 1 - config.color_jitter, 1 + config.color_jitter) for _ in range(3)], axis=1
-    )
-    for turn in range(3):
-        kind = orders[:, turn]
-        factor = np.take_along_axis(factors, kind[:, None], axis=1)
-        contrast, saturation = kind == CONTRAST, kind == SATURATION  # brightness blends with black: the scaling alone
-        blend = (1 - factor)[..., None] * to_gray
-        # Contrast blends with the gray of the image's present mean, (A + B) m + t.
-        mean_part = blend @ (color + mean_color)
-        mean_shift = (blend @ shift[..., None])[..., 0]
-        scaled = factor[..., None] * np.eye(3)
-        matrix = np.where(saturation[:, None, None], scaled + blend, scaled)
-        color, mean_color, shift = matrix @ color, matrix @ mean_color, (matrix @ shift[..., None])[..., 0]
-        mean_color[contrast] += mean_part[contrast]
-        shift[contrast] += mean_shift[contrast]
+    color = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * to_gray)
+    mean_color = brightness * (1 - contrast) * to_gray
 
     alphas = config.lighting * np.stack([_normal(next(draws), next(draws)) for _ in range(3)], axis=1)
-    shift = shift + (alphas * LIGHTING_EIGENVALUES) @ LIGHTING_EIGENVECTORS.T
+    shift = (alphas * LIGHTING_EIGENVALUES) @ LIGHTING_EIGENVECTORS.T
 
     normalise, offset = _normalisation(config)
     return normalise @ color, normalise @ mean_color, shift @ normalise.T + offset

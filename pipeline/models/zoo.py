@@ -66,4 +66,7 @@ def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module
 
     if not timm.is_model(name):
         raise UserError(f"model.name: timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
-    return timm.create_model(name, num_classes=num_classes, drop_rate=dropout)
+    try:
+        return timm.create_model(name, num_classes=num_classes, drop_rate=dropout)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"model.name: timm cannot build '{name}': {str(error).splitlines()[0]}") from None

@@ -1,0 +1,109 @@
+"""The loader lab as a user runs it: its files, its gates, and its complaints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import index_of, photo
+from PIL import Image
+
+from pipeline.config import DataConfig
+from pipeline.data.color import apply_colors
+from pipeline.data.plan import training_plans
+from pipeline.errors import exit_on_user_error
+from tools.loader import BASELINE, BOUND, STAGES, TORCHVISION, Differences, clamped_colors, main, unnormalised
+
+SETTINGS = ["--images", "6", "--repeats", "1", "--threads", "1", "--batch-size", "3"]
+
+
+def run(monkeypatch, *words: object) -> None:
+    monkeypatch.setattr("sys.argv", ["loader", *map(str, words)])
+    exit_on_user_error(main)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A data set with a train/ folder of 8 JPEGs in 2 classes."""
+    root = tmp_path_factory.mktemp("lab")
+    for i in range(8):
+        folder = root / "train" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(i, 80 + 10 * i, 120 - 5 * i).save(folder / f"{i}.jpg", quality=90)
+    (root / "config.yaml").write_text("data: {crop_size: 56, resize_size: 64}\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(photos, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output") / "lab"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, photos, "--config", photos / "config.yaml", "--output", output, *SETTINGS)
+    return output
+
+
+def test_the_files_can_be_read(results):
+    found = json.loads((results / "lab.json").read_text())
+    assert found["images"]["count"] == 6 and found["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    speed = {line["loader"]: line for line in found["speed"]}
+    assert speed[BASELINE]["ratio"] == 1 and BOUND in speed and all(line["images_per_s"] > 0 for line in speed.values())
+    assert [line["stage"] for line in found["stages"]] == list(STAGES)
+    assert sum(line["share"] for line in found["stages"]) == pytest.approx(1)
+    tables = [line for line in (results / "lab.md").read_text().splitlines() if line.startswith("|")]
+    assert len(tables) == 3 * 2 + len(found["fidelity"]) + len(found["speed"]) + len(STAGES)
+    for name in ("lab.png", "contact-sheet.png"):
+        with Image.open(results / name) as image:
+            assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_the_executors_are_within_their_gates(results):
+    rows = json.loads((results / "lab.json").read_text())["fidelity"]
+    ours = {line["operator"]: line for line in rows if line["executor"].startswith("DALI")}
+    assert ours["decode"]["max"] == 0
+    assert ours["mirror"]["max"] < 0.02  # mirrored by the resize, so that its rounding differs
+    assert ours["crop and resize, torch"]["mean"] < 0.05 and ours["crop and resize, pil-bilinear"]["mean"] < 0.3
+    assert ours["colour map"]["max"] < 0.01 and ours["training transform"]["mean"] < 0.1
+    assert ours["evaluation, 1 crop"]["mean"] < 0.05 and ours["evaluation, 10 crops"]["mean"] < 0.05
+    theirs = {line["operator"]: line for line in rows if line["executor"] == TORCHVISION}
+    # On Pillow images torchvision's resize is Pillow's, and neither is the paper's.
+    assert theirs["crop and resize, pil-bicubic"]["max"] == 0 and theirs["crop and resize, torch"]["mean"] > 0.5
+
+
+def test_torchvisions_colors_have_the_plans_factors():
+    """On images that nothing clamps, its operators differ from the plan's map by their rounding only."""
+    config = DataConfig(crop_size=16)
+    options = dict(seed=5, epoch=0, first_step=0, batch_size=9, rank=0, ranks=1, accumulation=1)
+    (plan,) = training_plans(index_of([(40, 40)] * 9), config, **options)
+    pixels = torch.randint(70, 120, (9, 1, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    actual = unnormalised(clamped_colors(pixels, plan, config), config)
+    expected = unnormalised(apply_colors(pixels, plan, torch.device("cpu")), config)
+    assert (actual - expected).abs().max() < 4
+
+
+def test_differences_tell_the_frame_from_the_interior():
+    differences, image = Differences(), torch.zeros(2, 12, 12, 3)
+    image[:, 0, 0], image[:, 5, 5] = 3.0, 1.0
+    differences.add(image, torch.zeros_like(image))
+    assert differences.result() == pytest.approx(
+        {"mean": 4 / 144, "max": 3, "interior_mean": 1 / 16, "interior_max": 1, "frame_mean": 3 / 128, "frame_max": 3}
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["{photos}/nowhere"], "nowhere"),
+        (["{photos}", "--images", "0"], "--images: 0 is not a number above 0"),
+        (["{photos}", "--repeats", "many"], "--repeats: many is not a number above 0"),
+        (["{photos}", "--resize", "lanczos"], "--resize: invalid choice: 'lanczos'"),
+        (["{photos}", "--config", "{photos}/none.yaml"], "none.yaml: No such file"),
+        (["{photos}", "--output", "{photos}/config.yaml/lab"], "cannot write into --output"),
+        ([], "DIR"),
+    ],
+)
+def test_a_mistake_is_one_line(photos, tmp_path, monkeypatch, capfd, words, complaint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *(word.format(photos=photos) for word in words))
+    lines = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and complaint in lines[0], lines

@@ -1,0 +1,564 @@
+"""The loader lab: how exact and how fast the data loaders are on your images.
+
+``python -m tools.loader DIR [--images N] [--output FOLDER]`` has DALI, the PIL reference and torchvision execute one
+plan, compares their images operator by operator, and times the loaders in one interleaved run. It prints the tables
+and writes lab.json, lab.md, lab.png and contact-sheet.png.
+
+The GPU contestant appears where there is a GPU; it has not been run on one yet.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+from pipeline.config import DataConfig, load_config
+from pipeline.data.color import apply_colors
+from pipeline.data.dali_stages import CutExecutor
+from pipeline.data.index import DatasetIndex, cache_beside, scan_classes
+from pipeline.data.loader import EvaluationLoader, Executor, Share, TrainingLoader, create_executor
+from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
+from pipeline.data.reader import Reader
+from pipeline.data.reference import decode
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.machine import available_cores, keep_freed_memory
+
+SEED = 1
+FRAME = 4  # pixels; DALI repeats the edge of an enlarged crop where Torch7 extrapolates it
+RESIZES = ("torch", "pil-bilinear", "pil-bicubic")
+DALI_CPU, DALI_GPU, REFERENCE, TORCHVISION = "DALI on CPU", "DALI on GPU", "reference (PIL)", "torchvision"
+ONE_CROP, TEN_CROPS = "evaluation, 1 crop", "evaluation, 10 crops"
+BASELINE, BOUND = "torchvision DataLoader", "bound: full JPEG decode"
+STAGES = ("read", "decode", "resize", "crop and mirror", "colour")
+SHEET_IMAGES, AMPLIFICATION = 8, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """What all measurements share."""
+
+    index: DatasetIndex
+    config: DataConfig
+    threads: int
+    batch_size: int
+
+    def executor(self, name: str, resize: str, views: int) -> Executor:
+        if name == TORCHVISION:
+            return TorchvisionExecutor(self.index, self.config.crop_size, resize)
+        config = dataclasses.replace(self.loader_config(name), resize=resize)
+        return create_executor(self.index, config, self.share(name), self.batch_size, views)
+
+    def loader_config(self, name: str) -> DataConfig:
+        return dataclasses.replace(self.config, loader="reference" if name == REFERENCE else "dali")
+
+    def share(self, name: str) -> Share:
+        return Share(rank=0, ranks=1, device=device_of(name), threads=self.threads)
+
+    def training_plans(self) -> list[BatchPlan]:
+        options = dict(seed=SEED, epoch=0, first_step=0, batch_size=self.batch_size, rank=0, ranks=1, accumulation=1)
+        return list(training_plans(self.index, self.config, **options))
+
+    def evaluation_plans(self, crops: int) -> list[BatchPlan]:
+        options = dict(batch_size=self.batch_size, rank=0, ranks=1)
+        return list(evaluation_plans(self.index, self.config, crops=crops, **options))
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    output = _writable_folder(options.output)
+    config = load_config(options.config).data if options.config else DataConfig()
+    threads = options.threads or config.threads or available_cores()
+    config = dataclasses.replace(config, resize=options.resize or config.resize, threads=threads)
+    torch.set_num_threads(threads)
+    keep_freed_memory()  # as a run on CPU does
+    lab = Lab(open_images(Path(options.dir), options.images, output), config, threads, options.batch_size)
+
+    print(f"comparing the loaders' images on {len(lab.index)} images of {lab.index.root}", flush=True)
+    fidelity = measure_fidelity(lab)
+    contact_sheet(lab, output / "contact-sheet.png")
+    print(f"timing the loaders: {options.repeats} repetitions after one that warms up", flush=True)
+    speed, stages = measure_speed(lab, options.repeats)
+
+    results = {
+        "machine": describe_machine(),
+        "images": {"root": lab.index.root, "count": len(lab.index), "mean_pixels": lab.index.sizes.prod(axis=1).mean()},
+        "settings": {name: getattr(options, name) for name in ("repeats", "batch_size")}
+        | {"threads": threads, "resize": config.resize, "crop_size": config.crop_size},
+        "fidelity": fidelity,
+        "speed": speed,
+        "stages": stages,
+    }
+    text = report(results)
+    print(f"\n{text}\n\nin {output}: lab.json, lab.md, lab.png, contact-sheet.png")
+    (output / "lab.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / "lab.md").write_text(text + "\n")
+    plot(results, output / "lab.png")
+
+
+def open_images(folder: Path, images: int, output: Path) -> DatasetIndex:
+    """Index `folder` (or its train/) and keep `images` of it, evenly spread."""
+    folder = folder / "train" if (folder / "train").is_dir() else folder
+    index = scan_classes(folder, cache_beside(folder, output), progress=True)
+    kept = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).round().astype(int))
+    rows = {name: getattr(index, name)[kept] for name in ("labels", "sizes", "file_of", "offsets", "lengths")}
+    return dataclasses.replace(index, names=tuple(index.names[i] for i in kept), **rows)
+
+
+def dali_executors() -> list[str]:
+    return [DALI_GPU, DALI_CPU] if torch.cuda.is_available() else [DALI_CPU]
+
+
+def device_of(name: str) -> torch.device:
+    return torch.device("cuda", 0) if name == DALI_GPU else torch.device("cpu")
+
+
+# torchvision, as an executor of plans and with its own random transforms
+
+
+class TorchvisionExecutor:
+    """Executes plans with torchvision's functional transforms on Pillow images, as most training code does."""
+
+    def __init__(self, index: DatasetIndex, crop_size: int, resize: str):
+        self._index, self._crop_size, self._reader = index, crop_size, Reader(index)
+        # It has no filter like the paper's: its bicubic, with antialias, is the nearest.
+        modes = functional.InterpolationMode
+        self._filter = modes.BILINEAR if resize == "pil-bilinear" else modes.BICUBIC
+
+    def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+        """Yield each plan with its pixels, (n, V, H, W, 3) uint8."""
+        for plan, contents in self._reader.read_ahead(plans):
+            yield plan, torch.stack([self._views(plan, i, content) for i, content in enumerate(contents)])
+
+    def _views(self, plan: BatchPlan, i: int, content: np.ndarray) -> Tensor:
+        image = functional.crop(decode(content, self._index.place(plan.ids[i])), *plan.boxes[i].tolist())
+        image = functional.resize(image, plan.sizes[i].tolist(), self._filter, antialias=True)
+        views = []
+        for (top, left), mirrored in zip(plan.offsets[i].tolist(), plan.mirrors[i], strict=True):
+            view = functional.crop(image, top, left, self._crop_size, self._crop_size)
+            views.append(torch.from_numpy(np.array(functional.hflip(view) if mirrored else view)))
+        return torch.stack(views)
+
+
+def clamped_colors(pixels: Tensor, plan: BatchPlan, config: DataConfig) -> Tensor:
+    """What `apply_colors` does, for the same draws but with torchvision's operators, which round and clamp bytes.
+
+    Before the normalisation A = b c (s I + (1 - s) 1 g'), B = b (1 - c) 1 g' and t is the lighting, in whatever order
+    brightness b, contrast c and saturation s came: the factors follow from the plan. The order matters to the clamping
+    only.
+    """
+    std, mean = np.array(config.std), np.array(config.mean)
+    color, mean_color = plan.color * std[:, None], plan.mean_color * std[:, None]
+    bc = color.sum(axis=2).mean(axis=1)
+    saturation = (color[:, 0, 0] - color[:, 1, 0]) / bc
+    brightness = bc + mean_color.sum(axis=2).mean(axis=1)
+    lighting = torch.from_numpy((plan.shift * std + mean).astype(np.float32))
+    results = []
+    for i, views in enumerate(pixels):
+        for view in views:
+            image = functional.adjust_brightness(Image.fromarray(view.numpy()), brightness[i])
+            image = functional.adjust_contrast(image, bc[i] / brightness[i])
+            image = functional.adjust_saturation(image, saturation[i])
+            results.append(functional.to_tensor(image) + lighting[i, :, None, None])
+    return functional.normalize(torch.stack(results), config.mean, config.std)
+
+
+class PhotoSet(Dataset):
+    """The index's images for torchvision's loader."""
+
+    def __init__(self, index: DatasetIndex, transform: Callable[[Image.Image], Tensor]):
+        self._index, self._transform = index, transform
+        self._reader: Reader | None = None
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        self._reader = self._reader or Reader(self._index)  # each worker opens its own
+        return self._transform(decode(self._reader.read(i), self._index.place(i))), int(self._index.labels[i])
+
+
+def torchvision_loader(lab: Lab, jitter: bool) -> DataLoader:
+    """The usual training transform, with as many workers as the other loaders have threads."""
+    config = lab.config
+    crop = transforms.RandomResizedCrop(
+        config.crop_size, config.crop_area, config.crop_aspect, functional.InterpolationMode.BICUBIC
+    )
+    colors = [transforms.ColorJitter(*[config.color_jitter] * 3)] if jitter else []
+    normalise = [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
+    photos = PhotoSet(lab.index, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *colors, *normalise]))
+    return DataLoader(photos, lab.batch_size, shuffle=True, num_workers=lab.threads, persistent_workers=True)
+
+
+# Fidelity
+
+
+class Differences:
+    """Mean and maximum of absolute differences: everywhere, in the interior, and in the frame around it."""
+
+    def __init__(self):
+        self._sums, self._counts, self._maxima = np.zeros(3), np.zeros(3), np.zeros(3)
+
+    def add(self, actual: Tensor, expected: Tensor) -> None:
+        """Add images, (..., H, W, 3)."""
+        difference = (actual.cpu() - expected.cpu()).abs()
+        interior = difference[..., FRAME:-FRAME, FRAME:-FRAME, :]
+        everywhere, inside = difference.sum(dtype=torch.float64).item(), interior.sum(dtype=torch.float64).item()
+        self._sums += (everywhere, inside, everywhere - inside)
+        self._counts += (difference.numel(), interior.numel(), difference.numel() - interior.numel())
+        maxima = [difference.max().item(), interior.max().item() if interior.numel() else 0.0]
+        interior.zero_()  # leaves the frame
+        self._maxima = np.maximum(self._maxima, [*maxima, difference.max().item()])
+
+    def result(self) -> dict[str, float]:
+        means = self._sums / np.maximum(self._counts, 1)
+        places = ("", "interior_", "frame_")
+        return {f"{place}mean": mean for place, mean in zip(places, means.tolist(), strict=True)} | {
+            f"{place}max": maximum for place, maximum in zip(places, self._maxima.tolist(), strict=True)
+        }
+
+
+def measure_fidelity(lab: Lab) -> list[dict[str, Any]]:
+    """Rows of differences in units of 1/255, operator by operator and as a whole."""
+    plans = lab.training_plans()
+    upright = [dataclasses.replace(plan, mirrors=np.zeros_like(plan.mirrors)) for plan in plans]
+    rows = [decode_row(lab, plans)]
+    for resize in RESIZES:
+        rows += against_reference(f"crop and resize, {resize}", lab, upright, resize, colored=False)
+    rows += mirror_rows(lab, upright)
+    rows += color_rows(lab, plans)
+    rows += against_reference("training transform", lab, plans, lab.config.resize, colored=True)
+    for operator, crops in ((ONE_CROP, 1), (TEN_CROPS, 10)):
+        rows += against_reference(operator, lab, lab.evaluation_plans(crops), lab.config.resize, colored=True)
+    return rows
+
+
+def against_reference(
+    operator: str, lab: Lab, plans: list[BatchPlan], resize: str, colored: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    for name in [*dali_executors(), TORCHVISION]:
+        expected = images(lab, REFERENCE, plans, resize, colored)
+        rows.append(row(operator, name, images(lab, name, plans, resize, colored), expected))
+    return rows
+
+
+def row(operator: str, name: str, actual: Iterable[Tensor], expected: Iterable[Tensor]) -> dict[str, Any]:
+    differences = Differences()
+    for ours, wanted in zip(actual, expected, strict=True):
+        differences.add(ours, wanted)
+    return {"operator": operator, "executor": name, **differences.result()}
+
+
+def images(lab: Lab, name: str, plans: list[BatchPlan], resize: str, colored: bool) -> Iterator[Tensor]:
+    """Batches (n * V, H, W, 3) of an executor in units of 1/255, their colours mapped or as they are."""
+    for plan, pixels in lab.executor(name, resize, views=plans[0].mirrors.shape[1]).run(plans):
+        yield colored_images(lab, name, plan, pixels) if colored else pixels.flatten(0, 1).float()
+
+
+def colored_images(lab: Lab, name: str, plan: BatchPlan, pixels: Tensor) -> Tensor:
+    if name == TORCHVISION:
+        return unnormalised(clamped_colors(pixels, plan, lab.config), lab.config)
+    return unnormalised(apply_colors(pixels, plan, device_of(name)), lab.config)
+
+
+def unnormalised(batch: Tensor, config: DataConfig) -> Tensor:
+    """From what the network sees, (n, 3, H, W), to (n, H, W, 3) in units of 1/255."""
+    return (batch.permute(0, 2, 3, 1).cpu() * torch.tensor(config.std) + torch.tensor(config.mean)) * 255
+
+
+def decode_row(lab: Lab, plans: list[BatchPlan]) -> dict[str, Any]:
+    """Whole images as DALI and as Pillow decode them."""
+    reader = Reader(lab.index)
+    executor = CutExecutor("full decode", lab.index, lab.config.resize, lab.threads, lab.batch_size)
+    batches = ((plan.ids.tolist(), decoded) for plan, decoded in executor.run(plans))
+    pairs = (pair for ids, decoded in batches for pair in zip(ids, decoded, strict=True))
+    differences = Differences()
+    for i, image in pairs:
+        expected = np.array(decode(reader.read(i), lab.index.place(i)), np.float32)
+        differences.add(torch.from_numpy(np.array(image, np.float32)), torch.from_numpy(expected))
+    return {"operator": "decode", "executor": DALI_CPU, **differences.result()}
+
+
+def mirror_rows(lab: Lab, upright: list[BatchPlan]) -> list[dict[str, Any]]:
+    """Each executor's mirrored images against its own upright ones, turned over."""
+    mirrored = [dataclasses.replace(plan, mirrors=np.ones_like(plan.mirrors)) for plan in upright]
+    rows = []
+    for name in [*dali_executors(), REFERENCE, TORCHVISION]:
+        turned = (batch.flip(-2) for batch in images(lab, name, upright, lab.config.resize, colored=False))
+        rows.append(row("mirror", name, images(lab, name, mirrored, lab.config.resize, colored=False), turned))
+    return rows
+
+
+def color_rows(lab: Lab, plans: list[BatchPlan]) -> list[dict[str, Any]]:
+    """`apply_colors` on each device, and torchvision's operators, against float64: all on the same bytes."""
+    rows = []
+    for name in [*dali_executors(), TORCHVISION]:
+        differences = Differences()
+        for plan, pixels in lab.executor(TORCHVISION, "pil-bicubic", views=1).run(plans):
+            differences.add(
+                colored_images(lab, name, plan, pixels), unnormalised(exact_colors(pixels, plan), lab.config)
+            )
+        rows.append({"operator": "colour map", "executor": name, **differences.result()})
+    return rows
+
+
+def exact_colors(pixels: Tensor, plan: BatchPlan) -> Tensor:
+    """A x + B m + t of images with one view, in float64."""
+    x = pixels[:, 0].double() / 255
+    color, mean_color, shift = (torch.from_numpy(part).double() for part in (plan.color, plan.mean_color, plan.shift))
+    shift = shift + torch.einsum("nij,nj->ni", mean_color, x.mean(dim=(1, 2)))
+    return torch.einsum("nij,nhwj->nihw", color, x) + shift[:, :, None, None]
+
+
+# Speed
+
+
+def measure_speed(lab: Lab, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of images per second, and rows of what each stage of DALI's training loader on CPU costs an image."""
+    loaders, cuts = loader_contestants(lab), stage_contestants(lab)
+    seconds = time_interleaved({**loaders, **cuts}, repeats)
+    speed = []
+    for name in loaders:
+        rate = len(lab.index) / seconds[name]
+        ratio = seconds[BASELINE] / seconds[name]
+        speed.append({"loader": name, "images_per_s": rate, "per_core": rate / lab.threads, "ratio": ratio})
+    ends = [seconds[name] for name in cuts] + [seconds[f"training, {DALI_CPU}"]]
+    costs = np.diff(ends, prepend=0.0)
+    stages = [
+        {"stage": stage, "ms_per_image": 1000 * cost / len(lab.index), "share": cost / ends[-1]}
+        for stage, cost in zip(STAGES, costs.tolist(), strict=True)
+    ]
+    return speed, stages
+
+
+def loader_contestants(lab: Lab) -> dict[str, Callable[[], object]]:
+    """What takes part in the speed table: functions that load every image once."""
+    contestants: dict[str, Callable[[], object]] = {}
+    for name, jitter in ((BASELINE, True), (f"{BASELINE}, no ColorJitter", False)):
+        contestants[name] = _pass(torchvision_loader(lab, jitter).__iter__)
+    for name in [*dali_executors(), REFERENCE]:
+        options = dict(seed=SEED, batch_size=lab.batch_size, accumulation=1)
+        loader = TrainingLoader(lab.index, lab.loader_config(name), lab.share(name), **options)
+        contestants[f"training, {name}"] = _pass(loader.batches, epoch=0)
+    for name, crops in ((ONE_CROP, 1), (TEN_CROPS, 10)):
+        executor = dali_executors()[0]
+        options = dict(batch_size=lab.batch_size, crops=crops)
+        loader = EvaluationLoader(lab.index, lab.loader_config(executor), lab.share(executor), **options)
+        contestants[name] = _pass(loader.batches)
+    bound = CutExecutor("full decode", lab.index, lab.config.resize, lab.threads, lab.batch_size)
+    return contestants | {BOUND: _pass(bound.run, lab.training_plans())}
+
+
+def stage_contestants(lab: Lab) -> dict[str, Callable[[], object]]:
+    """The training pipeline on CPU up to each stage but the last, which the whole loader ends with."""
+    plans, contestants = lab.training_plans(), {}
+    for stage in STAGES[:3]:
+        executor = CutExecutor(stage, lab.index, lab.config.resize, lab.threads, lab.batch_size)
+        contestants[stage] = _pass(executor.run, plans)
+    uncut = lab.executor(DALI_CPU, lab.config.resize, views=1)
+    return contestants | {STAGES[3]: _pass(uncut.run, plans)}
+
+
+def _pass(start: Callable[..., Iterator], *arguments: Any, **options: Any) -> Callable[[], object]:
+    """A function that takes everything from the iterator which `start` gives, and waits for the GPU."""
+
+    def run() -> None:
+        for _ in start(*arguments, **options):
+            pass
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
+
+
+def time_interleaved(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each contestant. All run once a repetition: what disturbs the machine disturbs them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in tqdm(range(1 + repeats), "repetitions", leave=False, disable=None):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def describe_machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    dali = [package.name for package in importlib.metadata.distributions() if package.name.startswith("nvidia-dali")]
+    packages = ["torch", "torchvision", *dali, "numpy", "pillow"]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": available_cores(),
+        "load_average": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+# Report
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    machine, settings = results["machine"], results["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    differences = ("mean", "max", "interior_mean", "interior_max", "frame_mean", "frame_max")
+    fidelity = [
+        [line["operator"], line["executor"], *(f"{line[key]:.3f}" for key in differences)]
+        for line in results["fidelity"]
+    ]
+    speed = [
+        [line["loader"], f"{line['images_per_s']:.0f}", f"{line['per_core']:.0f}", f"{line['ratio']:.2f}"]
+        for line in results["speed"]
+    ]
+    stages = [
+        [line["stage"], f"{line['ms_per_image']:.2f}", f"{100 * line['share']:.0f} %"] for line in results["stages"]
+    ]
+    return "\n".join(
+        [
+            "# Loader lab",
+            "",
+            f"{results['images']['count']} images of {results['images']['root']} "
+            f"({results['images']['mean_pixels'] / 1e6:.2f} megapixels on average); resize {settings['resize']}, "
+            f"crop {settings['crop_size']}, batches of {settings['batch_size']}, {settings['threads']} threads.",
+            f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:.1f}, "
+            f"{machine['gpu'] or 'no GPU'}; {versions}.",
+            "",
+            "## Fidelity: differences from the reference in units of 1/255",
+            "",
+            *_table(
+                f"operator|executor|mean|max|interior mean|max|frame of {FRAME} px: mean|max".split("|"), fidelity, 2
+            ),
+            "",
+            "Decode: from Pillow. Mirror: from the executor's own upright images, turned over. Colour map: from",
+            "A x + B m + t in float64 on the same bytes; torchvision's operators round and clamp after each step, with",
+            "the same factors. torchvision's stand-in for the resize torch is its bicubic, with antialias.",
+            "",
+            f"## Speed: medians of {settings['repeats']} interleaved repetitions",
+            "",
+            *_table(["loader", "images/s", "images/s per core", "ratio to torchvision"], speed, 1),
+            "",
+            f"Ten crops cost {ten_crop_cost(results):.2f} times one crop.",
+            "",
+            "## Stages of the training loader, DALI on CPU",
+            "",
+            *_table(["stage", "ms per image", "share"], stages, 1),
+        ]
+    )
+
+
+def ten_crop_cost(results: dict[str, Any]) -> float:
+    rates = {line["loader"]: line["images_per_s"] for line in results["speed"]}
+    return rates[ONE_CROP] / rates[TEN_CROPS]
+
+
+def _table(titles: list[str], rows: list[list[str]], names: int) -> list[str]:
+    """Lines of a Markdown table whose first `names` columns are text and the others numbers."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    aligned = [
+        [cell.ljust(width) for cell, width in zip(line[:names], widths[:names], strict=True)]
+        + [cell.rjust(width) for cell, width in zip(line[names:], widths[names:], strict=True)]
+        for line in (titles, rule, *rows)
+    ]
+    return [f"| {' | '.join(line)} |" for line in aligned]
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Bars of images per second with the bound as a line, and the shares of the stages."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    rates, shares = figure.subplots(2, 1, height_ratios=[4, 1])
+    speed = {line["loader"]: line["images_per_s"] for line in results["speed"]}
+    bound = speed.pop(BOUND)
+    names = list(speed)
+    colors = ["tab:gray" if name.startswith(BASELINE) else "tab:blue" for name in names]
+    bars = rates.barh(names, list(speed.values()), color=colors)
+    rates.bar_label(bars, fmt="%.0f", padding=4)
+    rates.axvline(bound, color="tab:red", linestyle="--", label=f"{BOUND.removeprefix('bound: ')} alone: {bound:.0f}")
+    rates.invert_yaxis()
+    rates.margins(x=0.12)
+    rates.set_xlabel(f"images/s with {results['settings']['threads']} threads")
+    rates.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+
+    start = 0.0
+    for line in results["stages"]:
+        width = 100 * line["share"]
+        shares.barh([0], [width], left=start, label=f"{line['stage']} {width:.0f} %")
+        start += width
+    shares.set(yticks=[], xlim=(0, 100), xlabel=f"share of the training loader's time, {DALI_CPU} (%)")
+    # At the right and above: it may be wider than the axes.
+    shares.legend(ncols=len(STAGES), loc="lower right", bbox_to_anchor=(1, 1), frameon=False, columnspacing=1)
+    figure.savefig(file, dpi=120)
+
+
+def contact_sheet(lab: Lab, file: Path) -> None:
+    """A few training images through each executor, and how they differ from the reference's."""
+    few = dataclasses.replace(lab, batch_size=min(SHEET_IMAGES, len(lab.index)))
+    plans = few.training_plans()[:1]
+    names = [*dali_executors(), REFERENCE, TORCHVISION]
+    sheet = {name: next(images(few, name, plans, few.config.resize, colored=True)) for name in names}
+    others = [name for name in names if name != REFERENCE]
+    columns = list(sheet.items()) + [
+        (f"{name} - reference, x{AMPLIFICATION}", AMPLIFICATION * (sheet[name] - sheet[REFERENCE]).abs())
+        for name in others
+    ]
+    figure = Figure(figsize=(2 * len(columns), 2 * len(plans[0])), layout="constrained")
+    grid = figure.subplots(len(plans[0]), len(columns), squeeze=False)
+    for axes, (title, column) in zip(grid.T, columns, strict=True):
+        axes[0].set_title(title, fontsize=8)
+        for ax, image in zip(axes, column, strict=True):
+            ax.imshow(image.clamp(0, 255).byte().numpy())
+            ax.axis("off")
+    figure.savefig(file, dpi=120)
+
+
+def _writable_folder(path: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / "lab.json").touch()
+    except OSError as error:
+        raise UserError(f"cannot write into --output {path}: {error.strerror}") from None
+    return Path(path)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return int(text)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m tools.loader", description=__doc__)
+    parser.add_argument("dir", metavar="DIR", help="class folders or a tar of them, or a data set with train/ in it")
+    parser.add_argument("--output", metavar="FOLDER", default="runs/loader-lab", help="[runs/loader-lab]")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="a run's configuration, for its data section [paper's]")
+    parser.add_argument("--images", type=_positive, metavar="N", default=500, help="so many, evenly spread [500]")
+    parser.add_argument("--repeats", type=_positive, metavar="N", default=5, help="repetitions of the timing [5]")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads or workers of a loader [all cores]")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", default=64, help="images at once [64]")
+    parser.add_argument("--resize", choices=RESIZES, help="resize filter [the configuration's: torch]")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
