@@ -86,8 +86,8 @@ def resize_as_torch7(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     linearly (torch/image generic/image.c, scaleCubic_rowcol).
     """
     rows, columns = _catmull_rom(pixels.shape[0], height), _catmull_rom(pixels.shape[1], width)
-    across = np.einsum("hwc,vw->hvc", pixels, columns, optimize=True)
-    return np.einsum("hvc,uh->uvc", across, rows, optimize=True)
+    across = columns @ pixels
+    return (rows @ across.reshape(len(across), -1)).reshape(height, width, 3)
 
 
 @lru_cache(maxsize=256)
