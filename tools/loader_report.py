@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 DALI_CPU, DALI_GPU, REFERENCE, TORCHVISION = "DALI on CPU", "DALI on GPU", "reference (PIL)", "torchvision"
 ONE_CROP, TEN_CROPS = "evaluation, 1 crop", "evaluation, 10 crops"
 BASELINE, BOUND = "torchvision DataLoader", "bound: full JPEG decode"
-STAGES = ("read", "decode", "resize and mirror", "cut", "colour")
+STAGES = ("read", "decode", "resize", "cut", "colour")  # the resize mirrors too
 FRAME = 4  # pixels; DALI repeats the edge of an enlarged crop where Torch7 extrapolates it
 
 
