@@ -215,22 +215,22 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def parse_command_line(
-    arguments: list[str], program: str, description: str, switches: dict[str, str] | None = None
+    arguments: list[str], program: str, description: str, options: dict[str, dict[str, Any]] | None = None
 ) -> tuple[Config, argparse.Namespace]:
     """Parse ``CONFIG.yaml [--section.field VALUE ...]``.
 
     Args:
         arguments: the words after the program's name.
-        switches: further on/off flags of this program, name -> help.
+        options: further flags of this program, name -> what `argparse` wants to know of it.
 
     Returns:
-        The configuration, and a namespace with the switches.
+        The configuration, and a namespace with the options.
     """
     usage = "%(prog)s CONFIG.yaml [--section.field VALUE ...]"
     parser = ArgumentParser(prog=program, usage=usage, description=description)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-    for name, text in (switches or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, details in (options or {}).items():
+        parser.add_argument(f"--{name}", **details)
     fields = {}
     for title, owner, prefix in _sections():
         group = parser.add_argument_group(title)

@@ -28,6 +28,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all arguments")
 
 
+def positive_integer(text: str) -> int:
+    """The type of an argument that counts something."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a positive number is needed (got '{text}')")
+    return int(text)
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the nearest of `choices`, or an empty string."""
     nearest = get_close_matches(name, list(choices), n=1, cutoff=0.5)

@@ -8,15 +8,20 @@ from pipeline.errors import exit_on_user_error
 
 
 def main() -> None:
-    config, switches = parse_command_line(
+    config, options = parse_command_line(
         sys.argv[1:],
         program="python -m pipeline.train",
         description="Train a network; a run that was interrupted goes on from its run directory.",
-        switches={"dry-run": "print the whole configuration and build everything, but do not train"},
+        options={
+            "dry-run": {
+                "action": "store_true",
+                "help": "print the configuration and build everything, but do not train",
+            }
+        },
     )
     from pipeline import trainer  # after the command line is known to be right: torch takes seconds to import
 
-    if not switches.dry_run:
+    if not options.dry_run:
         trainer.fit(config)
         return
     description = trainer.dry_run(config)

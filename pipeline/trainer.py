@@ -389,7 +389,7 @@ class Trainer:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
-        smallest_part = max(1, last_batch // self.passes)
+        smallest_part = min(2, max(1, last_batch // self.passes))  # batch-norm wants more than one value a channel
         probe = copy.deepcopy(network).train()
         try:
             with torch.no_grad():

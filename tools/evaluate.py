@@ -19,7 +19,7 @@ from pipeline.config import Config, DataConfig, from_dict
 from pipeline.data.index import DatasetIndex, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Share, choose_loader
 from pipeline.distributed import World, join_world, set_precision
-from pipeline.errors import ArgumentParser, LocalUserError, exit_on_user_error
+from pipeline.errors import ArgumentParser, LocalUserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.models import create_model
 
@@ -139,12 +139,6 @@ def _check_writable(*paths: str | None) -> None:
             raise LocalUserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"a positive number is needed (got '{text}')")
-    return int(text)
-
-
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file of a run's checkpoints/")
@@ -161,10 +155,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side after the resize [the run's]")
     parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of a crop [the run's]")
     parser.add_argument(
-        "--batch-size", type=_positive, metavar="N", default=32, help="images at once on each rank [32]"
+        "--batch-size", type=positive_integer, metavar="N", default=32, help="images at once on each rank [32]"
     )
     parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="loader threads of each rank [all cores]")
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="loader threads of each rank [all cores]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     parser.add_argument("--predictions", metavar="FILE", help="write each image's predicted classes as CSV")

@@ -37,7 +37,7 @@ from pipeline.data.loader import EvaluationLoader, Executor, Share, TrainingLoad
 from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
 from pipeline.data.reference import decode
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.loader_report import (
     BASELINE,
@@ -457,21 +457,21 @@ def _writable_folder(path: str) -> Path:
     return Path(path)
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return int(text)
-
-
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.loader", description=__doc__)
     parser.add_argument("dir", metavar="DIR", help="class folders or a tar of them, or a data set with train/ in it")
     parser.add_argument("--output", metavar="FOLDER", default="runs/loader-lab", help="[runs/loader-lab]")
     parser.add_argument("--config", metavar="CONFIG.yaml", help="a run's configuration, for its data section [paper's]")
-    parser.add_argument("--images", type=_positive, metavar="N", default=500, help="so many, evenly spread [500]")
-    parser.add_argument("--repeats", type=_positive, metavar="N", default=5, help="repetitions of the timing [5]")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads or workers of a loader [all cores]")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", default=64, help="images at once [64]")
+    parser.add_argument(
+        "--images", type=positive_integer, metavar="N", default=500, help="so many, evenly spread [500]"
+    )
+    parser.add_argument(
+        "--repeats", type=positive_integer, metavar="N", default=5, help="repetitions of the timing [5]"
+    )
+    parser.add_argument(
+        "--threads", type=positive_integer, metavar="N", help="threads or workers of a loader [all cores]"
+    )
+    parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images at once [64]")
     parser.add_argument("--resize", choices=RESIZES, help="resize filter [the configuration's: torch]")
     return parser
 
