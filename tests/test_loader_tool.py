@@ -93,8 +93,8 @@ def test_differences_tell_the_frame_from_the_interior():
     ("words", "complaint"),
     [
         (["{photos}/nowhere"], "nowhere"),
-        (["{photos}", "--images", "0"], "--images: 0 is not a number above 0"),
-        (["{photos}", "--repeats", "many"], "--repeats: many is not a number above 0"),
+        (["{photos}", "--images", "0"], "--images: a positive number is needed (got '0')"),
+        (["{photos}", "--repeats", "many"], "--repeats: a positive number is needed (got 'many')"),
         (["{photos}", "--resize", "lanczos"], "--resize: invalid choice: 'lanczos'"),
         (["{photos}", "--config", "{photos}/none.yaml"], "none.yaml: No such file"),
         (["{photos}", "--output", "{photos}/config.yaml/lab"], "cannot write into --output"),

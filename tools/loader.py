@@ -7,7 +7,6 @@ and writes lab.json, lab.md, lab.png and contact-sheet.png.
 The GPU contestant appears where there is a GPU; it has not been run on one yet.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -351,7 +350,7 @@ def measure_speed(lab: Lab, repeats: int) -> tuple[list[dict[str, Any]], list[di
     ends = [seconds[name] for name in cuts] + [seconds[f"training, {DALI_CPU}"]]
     costs = np.diff(ends, prepend=0.0).clip(min=0)  # noise can make a cheap stage's difference negative
     stages = [
-        {"stage": stage, "ms_per_image": 1000 * cost / len(lab.index), "share": cost / ends[-1]}
+        {"stage": stage, "ms_per_image": 1000 * cost / len(lab.index), "share": cost / costs.sum()}
         for stage, cost in zip(STAGES, costs.tolist(), strict=True)
     ]
     return speed, stages
