@@ -61,8 +61,8 @@ def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, a
     double = create_model("densenet_bc40_k12", num_classes=3).double().eval()
     double.load_state_dict(network.state_dict())
     wrong, losses = 0, []
-    for i, file in enumerate(index.files):
-        image = np.asarray(Image.open(file), np.float64) / 255
+    for i in range(len(index)):
+        image = np.asarray(Image.open(index.file(i)), np.float64) / 255
         image = torch7.scale(image, *torch7.short_side_to(*image.shape[:2], 36))
         views = torch7.ten_crop(image, 32) if crops == 10 else [torch7.centre_crop(image, 32)]
         views = [torch7.normalise(view, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for view in views]

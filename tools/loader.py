@@ -125,7 +125,7 @@ def open_images(folder: Path, images: int, output: Path) -> DatasetIndex:
     folder = folder / "train" if (folder / "train").is_dir() else folder
     index = scan_classes(folder, cache_beside(folder, output), progress=True)
     kept = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).round().astype(int))
-    rows = {name: getattr(index, name)[kept] for name in ("labels", "sizes", "file_of", "offsets", "lengths")}
+    rows = {name: getattr(index, name)[kept] for name in ("labels", "sizes", "offsets", "lengths")}
     return dataclasses.replace(index, names=tuple(index.names[i] for i in kept), **rows)
 
 

@@ -7,6 +7,7 @@ ImageNet is downloaded as ``ILSVRC2012_img_train.tar``, a tar of 1000 tars, one 
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class Member:
-    """One image: `name` within its class or flat folder, and where its bytes are."""
+    """One image: `name` within its class or flat folder, where its bytes are, and when its file changed (ns)."""
 
     name: str
     file: str
     offset: int
     length: int
+    time: int
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def class_groups(root: Path) -> list[Group]:
         names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
         groups = [Group(name, str(root / name)) for name in names]
     else:
-        groups = _groups_of_tar(str(root), root.stat().st_size)
+        groups = _groups_of_tar(str(root))
     if not groups:
         raise UserError(
             f"{root} holds no class folders with images: expected CLASS/IMAGE.jpg (or CLASS.tar in an archive)"
@@ -187,14 +189,23 @@ def _check_exists(root: Path) -> None:
         raise UserError(f"{root} is neither a folder nor a tar archive")
 
 
-def _groups_of_tar(file: str, length: int) -> list[Group]:
+def _groups_of_tar(file: str) -> list[Group]:
+    status = os.stat(file)
     groups, folders = [], {}
-    for name, offset, size in _tar_members(file, 0, length):
-        if name.endswith(".tar"):
-            groups.append(Group(Path(name).stem, file, offset, size))
-        elif name.lower().endswith(IMAGE_SUFFIXES) and Path(name).parent.name:
-            folders.setdefault(Path(name).parent.name, []).append(Member(Path(name).name, file, offset, size))
-    return groups + [Group(name, file, 0, length, tuple(members)) for name, members in folders.items()]
+    for name, offset, length in _tar_members(file, 0, status.st_size):
+        path = Path(name)
+        if path.suffix == ".tar":
+            groups.append(Group(path.stem, file, offset, length))
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.parent.name:
+            member = Member(path.name, file, offset, length, status.st_mtime_ns)
+            folders.setdefault(path.parent, []).append(member)
+    groups += [Group(folder.name, file, 0, status.st_size, tuple(members)) for folder, members in folders.items()]
+    for name, count in Counter(group.name for group in groups).items():
+        if count > 1:
+            raise UserError(
+                f"{file} holds the class '{name}' {count} times: training and validation need archives of their own"
+            )
+    return groups
 
 
 def _members_of_folder(group: Group) -> Iterator[Member]:
@@ -207,15 +218,18 @@ def _members_of_folder(group: Group) -> Iterator[Member]:
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES):
                 path = os.path.join(parent, name)
-                if not os.path.exists(path):
-                    raise UserError(f"the link {path} leads nowhere: repair or remove it")
-                yield Member(os.path.relpath(path, group.file), path, 0, os.stat(path).st_size)
+                try:
+                    status = os.stat(path)
+                except FileNotFoundError:
+                    raise UserError(f"the link {path} leads nowhere: repair or remove it") from None
+                yield Member(os.path.relpath(path, group.file), path, 0, status.st_size, status.st_mtime_ns)
 
 
 def _members_of_tar(group: Group) -> Iterator[Member]:
+    time = os.stat(group.file).st_mtime_ns
     for name, offset, length in _tar_members(group.file, group.start, group.length):
         if name.lower().endswith(IMAGE_SUFFIXES):
-            yield Member(name, group.file, offset, length)
+            yield Member(name, group.file, offset, length, time)
 
 
 def _tar_members(file: str, start: int, length: int) -> Iterator[tuple[str, int, int]]:

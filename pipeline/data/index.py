@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipeline.data.archive import Group, Member, Section, check_classes, class_groups, flat_group, read_labels
 from pipeline.errors import UserError
 
-HEADER_THREADS = 16  # reading headers waits for the disk, or for the network behind it
+THREADS = 16  # listing folders and reading headers waits for the disk, or for the network behind it
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class DatasetIndex:
         sizes: (N, 2) int32, height and width in pixels as stored (EXIF orientation is not applied).
         classes: class names, sorted; for class folders the folders' names.
         fingerprint: SHA-256 of class names, image names, labels and lengths.
-        files: files that hold the images: one an image, or archives.
-        file_of: (N) int32, index into `files`.
         offsets, lengths: (N) int64, the image's bytes within its file.
+        packed: `root` is an archive that holds all images; else each is a file of its own below `root`.
     """
 
     root: str
@@ -47,18 +46,20 @@ class DatasetIndex:
     sizes: np.ndarray
     classes: tuple[str, ...]
     fingerprint: str
-    files: tuple[str, ...]
-    file_of: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
+    packed: bool
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def file(self, i: int) -> str:
+        """The file that holds image `i`."""
+        return self.root if self.packed else os.path.join(self.root, self.names[i])
+
     def place(self, i: int) -> str:
         """Where image `i` lies, for people: its path, or its name and its archive."""
-        file = self.files[self.file_of[i]]
-        return f"{self.names[i]} in {file}" if os.path.isfile(self.root) else file
+        return f"{self.names[i]} in {self.root}" if self.packed else self.file(i)
 
     def with_classes(self, classes: tuple[str, ...]) -> "DatasetIndex":
         """Return this index with labels that count in `classes`, of which its own may be a part.
@@ -126,10 +127,9 @@ def synthetic_index(images: int, classes: int, size: int, split: str) -> Dataset
         sizes=np.full((images, 2), size, np.int32),
         classes=tuple(f"class{i:04d}" for i in range(classes)),
         fingerprint=key,
-        files=(),
-        file_of=nowhere.astype(np.int32),
         offsets=nowhere,
         lengths=nowhere,
+        packed=False,
     )
 
 
@@ -143,50 +143,53 @@ def _scan(root: Path, groups: list[Group], cache: Path | None, progress: bool) -
     """Names, offsets, lengths and sizes of each group's images."""
     known = _read_cache(cache)
     results: list[dict[str, Any]] = []
-    bar = tqdm(groups, f"index {root}", unit=" classes", disable=None if progress else True, leave=False)
-    with ThreadPoolExecutor(HEADER_THREADS) as pool, _CacheWriter(cache) as writer:
-        for group in bar:
-            row = _scan_group(group, known.get(group.name), pool)
-            if known.get(group.name) != row:
-                writer.add(row)
-            results.append(row)
+    with ThreadPoolExecutor(THREADS) as group_pool, ThreadPoolExecutor(THREADS) as header_pool:
+        found = group_pool.map(lambda group: _scan_group(group, known.get(group.name), header_pool), groups)
+        try:
+            for row in tqdm(
+                found, f"index {root}", len(groups), unit=" classes", disable=None if progress else True, leave=False
+            ):
+                if cache and known.get(row["group"]) is not row:
+                    _append(cache, row)
+                results.append(row)
+        except BaseException:  # do not index the rest before saying what is wrong
+            group_pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return results
 
 
 def _scan_group(group: Group, known: dict[str, Any] | None, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """One group's row; the known one if nothing has changed since."""
-    in_archive = group.length > 0
-    stamp = _stamp(group, []) if in_archive else ""
-    if in_archive and known and known["stamp"] == stamp:
+    if group.length:
+        members, stamp = None, _stamp_of_archive(group)
+    else:
+        members = group.members()
+        stamp = _stamp_of_files(members)
+    if known and known["stamp"] == stamp:
         return known
-    members = group.members()
-    if not in_archive:
-        stamp = _stamp(group, members)
-        if known and known["stamp"] == stamp:
-            return known
-    sizes = list(pool.map(_read_size, members))
+    members = members if members is not None else group.members()
     return {
         "group": group.name,
         "stamp": stamp,
         "names": [member.name for member in members],
         "offsets": [member.offset for member in members],
         "lengths": [member.length for member in members],
-        "sizes": sizes,
+        "sizes": list(pool.map(_read_size, members)),
     }
 
 
-def _stamp(group: Group, members: list[Member]) -> str:
-    """What changes when the group's files do: names, lengths and times; of an archive, length, time and place."""
-    if group.length:
-        return f"{_time(group.file)} {os.stat(group.file).st_size} {group.start} {group.length}"
+def _stamp_of_archive(group: Group) -> str:
+    """What changes when the archive does, without reading it."""
+    status = os.stat(group.file)
+    return f"{status.st_mtime_ns} {status.st_size} {group.start} {group.length}"
+
+
+def _stamp_of_files(members: list[Member]) -> str:
+    """What changes when one of the files does."""
     digest = hashlib.sha256()
     for member in members:
-        digest.update(os.fsencode(f"{member.name}\0{member.length}\0{_time(member.file)}\n"))
+        digest.update(os.fsencode(f"{member.name}\0{member.length}\0{member.time}\n"))
     return digest.hexdigest()
-
-
-def _time(file: str) -> int:
-    return os.stat(file).st_mtime_ns
 
 
 def _read_size(member: Member) -> list[int]:
@@ -211,10 +214,6 @@ def _index(
 ) -> DatasetIndex:
     names = tuple(os.path.join(group.name, n) for group, row in zip(groups, rows, strict=True) for n in row["names"])
     offsets, lengths = (np.array([x for row in rows for x in row[key]], np.int64) for key in ("offsets", "lengths"))
-    if os.path.isfile(root):
-        files, file_of = (str(root),), np.zeros(len(names), np.int32)
-    else:
-        files, file_of = tuple(os.path.join(root, name) for name in names), np.arange(len(names), dtype=np.int32)
     digest = hashlib.sha256(os.fsencode("\0".join(classes)))
     for name, label, length in zip(names, labels.tolist(), lengths.tolist(), strict=True):
         digest.update(os.fsencode(f"\n{name}\0{label}\0{length}"))
@@ -225,50 +224,27 @@ def _index(
         sizes=np.array([size for row in rows for size in row["sizes"]], np.int32),
         classes=classes,
         fingerprint=digest.hexdigest(),
-        files=files,
-        file_of=file_of,
         offsets=offsets,
         lengths=lengths,
+        packed=os.path.isfile(root),
     )
 
 
 def _read_cache(cache: Path | None) -> dict[str, dict[str, Any]]:
     """The newest row of each group; a line that a crash cut short is passed over."""
     rows = {}
-    for line in _lines(cache):
-        try:
-            row = json.loads(line)
-            rows[row["group"]] = row
-        except (ValueError, KeyError, TypeError):
-            continue
+    if cache and cache.exists():
+        with open(cache) as stream:
+            for line in stream:
+                try:
+                    row = json.loads(line)
+                    rows[row["group"]] = row
+                except (ValueError, KeyError, TypeError):
+                    continue
     return rows
 
 
-def _lines(file: Path | None) -> Iterator[str]:
-    if file and file.exists():
-        with open(file) as stream:
-            yield from stream
-
-
-class _CacheWriter:
-    """Appends rows to the cache as they are found."""
-
-    def __init__(self, cache: Path | None):
-        self._cache, self._stream = cache, None
-
-    def __enter__(self) -> "_CacheWriter":
-        return self
-
-    def add(self, row: dict[str, Any]) -> None:
-        if self._cache is None:
-            return
-        if self._stream is None:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self._cache, "a")  # noqa: SIM115 - closed by __exit__
-            self._stream.write("\n")  # ends a line that a crash cut short
-        self._stream.write(json.dumps(row, separators=(",", ":")) + "\n")
-        self._stream.flush()
-
-    def __exit__(self, *_) -> None:
-        if self._stream is not None:
-            self._stream.close()
+def _append(cache: Path, row: dict[str, Any]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with open(cache, "a") as stream:  # the new line comes first: it ends one that a crash cut short
+        stream.write("\n" + json.dumps(row, separators=(",", ":")))

@@ -1,7 +1,7 @@
 """Reads images' bytes by position, some batches ahead of their use."""
 
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,12 +21,7 @@ class Reader:
     def __init__(self, index: DatasetIndex):
         self._index = index
         self._pool = ThreadPoolExecutor(READ_THREADS)
-        shared = [file for file, images in Counter(index.file_of.tolist()).items() if images > 1]
-        self._archives = {file: _open(index.files[file]) for file in shared}
-
-    def __del__(self):
-        for descriptor in getattr(self, "_archives", {}).values():
-            os.close(descriptor)
+        self._archive = open(index.root, "rb", buffering=0) if index.packed else None  # noqa: SIM115 - lives as long as this
 
     def read_ahead(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list[np.ndarray]]]:
         """Yield each plan with the bytes of its images, each (length) uint8.
@@ -46,13 +41,13 @@ class Reader:
     def read(self, i: int) -> np.ndarray:
         """Return the bytes of image `i` of the index, (length) uint8."""
         index = self._index
-        file, length = int(index.file_of[i]), int(index.lengths[i])
+        length = int(index.lengths[i])
         content = np.empty(length, np.uint8)
         try:
-            if file in self._archives:
-                got = os.preadv(self._archives[file], [content], int(index.offsets[i]))
+            if self._archive:
+                got = os.preadv(self._archive.fileno(), [content], int(index.offsets[i]))
             else:
-                with open(index.files[file], "rb", buffering=0) as stream:
+                with open(index.file(i), "rb", buffering=0) as stream:
                     got = stream.readinto(content)
         except OSError as error:
             raise LocalUserError(f"cannot read the image {index.place(i)}: {error.strerror}") from None
@@ -61,10 +56,3 @@ class Reader:
                 f"the image {index.place(i)} ends after {got} of {length} bytes: it changed since the scan"
             )
         return content
-
-
-def _open(file: str) -> int:
-    try:
-        return os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise LocalUserError(f"cannot read {file}: {error.strerror}") from None
