@@ -3,6 +3,7 @@
 Sources: the paper's Sections 3, 4.1 and 4.2, and the Torch code that it names (fb.resnet.torch, liuzhuang13/DenseNet).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ RESIZE_EFFECT = (
     "known: top-1 accuracy of DenseNet-121 is 74.43 with pil-bilinear, 74.75 with pil-bicubic, 74.96 without antialias, "
     "74.98 in the paper"
 )
+BATCH_NORM_IMAGES = 64  # 256 on four GPUs, or 64 on one
 UNKNOWN = "effect not measured here"
 
 
@@ -35,17 +37,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the paper did on one kind of data."""
+    """What the paper did on one kind of data, where the kinds differ."""
 
     name: str
     networks: set[str]
     epochs: int
     batch: int
-    batch_norm_images: int
-    milestones: tuple[float, ...]  # as fractions of the epochs
-    dropout: float
-    crop: dict[str, Any]  # fields of the data section
-    noise: dict[str, Any]
+    drops: tuple[float, ...]  # of the learning rate, as fractions of the epochs
+    data: dict[str, Any]  # fields of the data section
 
 
 IMAGENET = Setting(
@@ -53,35 +52,31 @@ IMAGENET = Setting(
     networks=IMAGENET_NETWORKS,
     epochs=90,
     batch=256,
-    batch_norm_images=64,
-    milestones=(30 / 90, 60 / 90),
-    dropout=0.0,
-    crop={
+    drops=(1 / 3, 2 / 3),
+    data={
         "crop_area": (0.08, 1.0),
         "crop_aspect": (3 / 4, 4 / 3),
         "crop_size": 224,
         "resize_size": 256,
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
+        "color_jitter": 0.4,
+        "lighting": 0.1,
     },
-    noise={"color_jitter": 0.4, "lighting": 0.1},
 )
 CIFAR = Setting(
     name="CIFAR with augmentation (C10+, C100+)",
     networks=CIFAR_NETWORKS,
     epochs=300,
     batch=64,
-    batch_norm_images=64,
-    milestones=(0.5, 0.75),
-    dropout=0.0,
-    crop={"crop_size": 32, "resize_size": 32},
-    noise={"color_jitter": 0.0, "lighting": 0.0},
+    drops=(1 / 2, 3 / 4),
+    data={"crop_size": 32, "resize_size": 32, "color_jitter": 0.0, "lighting": 0.0},
 )
 
 
 def setting_for(config: Config) -> Setting:
     """The paper's setting that a configuration is nearest to, by its network."""
-    return CIFAR if config.model.name in CIFAR_NETWORKS or "_bc" in config.model.name else IMAGENET
+    return CIFAR if re.fullmatch(r"densenet.*_k\d+", config.model.name) else IMAGENET
 
 
 def audit(config: Config, parts: int) -> list[Finding]:
@@ -101,7 +96,7 @@ def audit(config: Config, parts: int) -> list[Finding]:
     compare("network", "one of the paper's", name, "another network", name in setting.networks)
     init = "N(0, sqrt(2 / fan-out))" if not name.startswith("timm:") else "timm's"
     compare("initial weights of convolutions", "N(0, sqrt(2 / fan-out))", init)
-    compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
+    compare("dropout", 0.0, config.model.dropout, "the paper uses 0.2 where it does not augment")
 
     compare("epochs", setting.epochs, optim.epochs)
     compare(
@@ -109,24 +104,20 @@ def audit(config: Config, parts: int) -> list[Finding]:
     )
     compare(
         "images in a batch-norm statistic",
-        setting.batch_norm_images,
+        BATCH_NORM_IMAGES,
         optim.batch_size // parts,
         "forced by the number of ranks: use as many as make it equal, or optim.accumulation",
     )
     compare("last, smaller batch of an epoch", "kept, mean over its images", "kept, mean over its images")
     compare("learning rate", 0.1, optim.lr)
-    drops = tuple(round(fraction * setting.epochs) for fraction in setting.milestones)
+    paper_drops = _text(tuple(round(drop * setting.epochs) for drop in setting.drops))
     own_drops = tuple(milestone / optim.epochs for milestone in optim.milestones)
+    by_steps = f"times {optim.lr_drop} at epochs {_text(optim.milestones)} of {optim.epochs}"
     compare(
         "learning-rate schedule",
-        f"times 0.1 at epochs {_text(drops)} of {setting.epochs}",
-        f"times {optim.lr_drop} at epochs {_text(optim.milestones)} of {optim.epochs}"
-        if optim.schedule == "step"
-        else f"{optim.schedule} over {optim.epochs} epochs",
-        same=optim.schedule == "step"
-        and optim.lr_drop == 0.1
-        and len(own_drops) == len(drops)
-        and all(abs(a - b) < 1e-9 for a, b in zip(own_drops, setting.milestones, strict=True)),
+        f"times 0.1 at epochs {paper_drops} of {setting.epochs}",
+        by_steps if optim.schedule == "step" else f"{optim.schedule} over {optim.epochs} epochs",
+        same=optim.schedule == "step" and optim.lr_drop == 0.1 and _near(setting.drops, own_drops),
     )
     compare("warm-up epochs", 0.0, optim.warmup_epochs)
     compare("momentum", "0.9, Nesterov", f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}")
@@ -141,13 +132,12 @@ def audit(config: Config, parts: int) -> list[Finding]:
     )
     if setting is CIFAR:
         compare("training crop", "zero-pad 4, random 32x32", f"random area {_text(data.crop_area)}, resized")
-    for field, paper in setting.crop.items():
-        compare(_LABELS[field], paper, getattr(data, field), same=_near(paper, getattr(data, field)))
+    for field, paper in setting.data.items():
+        here = getattr(data, field)
+        compare(_LABELS[field], paper, here, same=_near(paper, here))
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.loader shows by how little.
         compare("resize filter, training and evaluation", "torch", data.resize, RESIZE_EFFECT)
-    for field, paper in setting.noise.items():
-        compare(_LABELS[field], paper, getattr(data, field))
     compare("mirroring", True, data.mirror)
     return findings
 
@@ -190,9 +180,9 @@ _LABELS: dict[str, str] = {
 }
 
 
-def _near(a: Any, b: Any) -> bool:
-    values = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
-    return all(abs(x - y) < 1e-6 for x, y in values)
+def _near(a: float | tuple[float, ...], b: float | tuple[float, ...]) -> bool:
+    a, b = (value if isinstance(value, tuple) else (value,) for value in (a, b))
+    return len(a) == len(b) and all(abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
 
 
 def _text(value: Any) -> str:
