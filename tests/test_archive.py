@@ -15,6 +15,7 @@ from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.data.index import cache_beside, scan_classes, scan_flat
 from pipeline.errors import UserError
+from tools import archives
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +160,13 @@ def test_an_image_in_an_archive_is_named_with_it(packed, tmp_path):
     index = scan_classes(packed / "train.tar")
     assert index.place(0) == f"class0/image0000.jpg in {packed / 'train.tar'}"
     assert scan_classes(packed / "train").place(0) == str(packed / "train" / "class0" / "image0000.jpg")
+
+
+def test_the_benchmark_packs_the_same_images_twice_and_measures_both(image_folders, tmp_path, monkeypatch, capsys):
+    archives.pack(scan_classes(image_folders / "train"), tmp_path, classes=3, images=20)
+    assert_same(scan_classes(tmp_path / "train.tar"), scan_classes(tmp_path / "train"))
+    words = [image_folders / "train", "--classes", 2, "--images", 5, "--repeats", 1]
+    monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+    archives.main()
+    printed = capsys.readouterr().out
+    assert "10 images" in printed and printed.count("images/s") == 4 and "Indexing ImageNet" in printed

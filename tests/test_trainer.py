@@ -1,5 +1,6 @@
 """The trainer, really run: in this process, and under torchrun with gloo."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -14,10 +15,15 @@ from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
+from pipeline.metrics import Score
+
+
+def last_state(config) -> dict:
+    return load_checkpoint(Path(config.run_dir, "checkpoints", "last.pt"))
 
 
 def weights(config) -> dict[str, torch.Tensor]:
-    return load_checkpoint(Path(config.run_dir, "checkpoints", "last.pt"))["model"]
+    return last_state(config)["model"]
 
 
 def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -94,11 +100,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, secti
             trainer.fit(cut)
     trainer.fit(cut)
     assert_equal_weights(weights(whole), weights(cut))
+    for part in ("scaler", "progress"):
+        assert last_state(whole)[part] == last_state(cut)[part]
     unequal = {"speed/images_per_second", "speed/data_wait_fraction", "memory/peak_gib"}
     expected, actual = (
         [{key: value for key, value in r.items() if key not in unequal} for r in records(c)] for c in (whole, cut)
     )
     assert actual == expected
+
+
+def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda self: Score(4, top1_right=2, top5_right=4, loss_sum=1.0))
+    progress = trainer.fit(small_config(tmp_path))
+    assert (progress.best_epoch, progress.best_top1_error, progress.best_top5_error) == (0, 50, 0)
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["progress"]["epoch"] == 1
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path):
@@ -114,24 +129,27 @@ def test_every_precision_trains(tmp_path, precision):
     assert math.isfinite(trainer.fit(config).last_top1_error)
 
 
-def test_accumulation_and_an_uneven_last_batch_follow_the_mean_loss_of_the_global_batch(tmp_path):
-    """A step of the trainer against one formed by hand: 10 images in 4 parts of 3, 3, 2 and 2."""
-    data = {"synthetic_images": 10}
+@pytest.mark.parametrize(("images", "lengths"), [(10, [3, 3, 2, 2]), (2, [1, 1, 1, 1])])
+def test_a_step_follows_the_mean_loss_of_the_global_batch(tmp_path, images, lengths):
+    """Against a step formed by hand: an uneven batch in 4 parts, and 2 images whose last 2 parts are stand-ins."""
     optim = {"epochs": 1, "batch_size": 12, "accumulation": 4, "weight_decay": 0.0}
-    config = small_config(tmp_path, data=data, optim=optim)
+    config = small_config(tmp_path, data={"synthetic_images": images}, optim=optim)
     with trainer.join_world("cpu") as world:
         run = trainer.Trainer(config, world)
         parts = [(b.images.clone(), b.labels.clone()) for b in run.train_loader.batches(0)]
-        assert [len(labels) for _, labels in parts] == [3, 3, 2, 2]
+        assert [len(labels) for _, labels in parts] == lengths
         start = {name: p.detach().clone() for name, p in run.network.named_parameters()}
         run.network.train()
         loss = sum(
-            torch.nn.functional.cross_entropy(run.network(images), labels, reduction="sum") for images, labels in parts
+            torch.nn.functional.cross_entropy(run.network(part), labels, reduction="sum")
+            for part, labels in parts[: min(4, images)]
         )
-        gradients = torch.autograd.grad(loss / 10, list(run.network.parameters()))
+        gradients = torch.autograd.grad(loss / images, list(run.network.parameters()))
         run.start_recording()
         run.train_epoch()
         run.monitor.close()
+        assert run.epoch_totals.score(world).images == images
+        assert run.epoch_totals.score(world).loss == pytest.approx(loss.item() / images, rel=1e-5)
     for (name, p), gradient in zip(run.network.named_parameters(), gradients, strict=True):
         # Nesterov's first step from rest: lr (g + momentum g)
         torch.testing.assert_close(p.detach(), start[name] - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
@@ -144,7 +162,14 @@ def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path):
         flags = [*override_flags(config), "--optim.accumulation", 2 // ranks]
         done = run_module("pipeline.train", "configs/demo.yaml", *flags, ranks=ranks, cores=1)
         assert done.returncode == 0, done.stderr
-    # Batch-norm statistics are rank 0's; alone, every pass adds to them.
+    # Both ranks evaluated with rank 0's batch-norm statistics, the ones in the checkpoint.
+    with trainer.join_world("cpu") as world:
+        run = trainer.Trainer(
+            dataclasses.replace(spread, optim=dataclasses.replace(spread.optim, accumulation=2)), world
+        )
+        run.resume()
+        assert run.validate().loss == pytest.approx(records(spread)[-1]["val/loss"], rel=1e-5)
+    # Alone, every pass adds to the statistics.
     learned = [
         {n: w for n, w in weights(c).items() if "running" not in n and "batches" not in n} for c in (spread, alone)
     ]
