@@ -37,6 +37,8 @@ Resize = Literal["torch", "pil-bilinear", "pil-bicubic"]
 Loader = Literal["auto", "dali", "reference", "synthetic"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
+DenseBlock = Literal["auto", "plain", "lean", "fused"]
+Recompute = Literal["none", "first", "all"]
 
 
 @dataclass(frozen=True, config=_STRICT_KEYS)
@@ -45,6 +47,11 @@ class ModelConfig:
     """A network of pipeline/models/zoo.py, or timm:NAME."""
     dropout: Fraction = 0.0
     """Probability of dropping a unit after every convolution but the first (the paper: 0.2 without augmentation)."""
+    dense_block: DenseBlock = "auto"
+    """How our DenseNets compute. plain: module by module; lean: shared statistics, less memory; fused: C++ kernels for
+    CPU; auto: fused where it can be, else plain. All give the same result up to rounding."""
+    recompute: Recompute = "none"
+    """Blocks whose bottlenecks lean and fused compute again in the backward pass, for less memory."""
 
 
 @dataclass(frozen=True, config=_STRICT_KEYS)

@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.metrics import Score, Totals
 from pipeline.models import create_model
+from pipeline.models.choice import Choice
 from pipeline.monitor import Monitor, peak_memory
 from pipeline.optim import create_optimizer, learning_rate
 
@@ -39,7 +40,7 @@ GRID_IMAGES = 16
 # What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
 # the accumulation because the number of parts of a global batch is.
 FREE_TO_CHANGE = {
-    "run_dir", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "optim.accumulation",
+    "run_dir", "model.recompute", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "optim.accumulation",
     "train.device", "train.compile", "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.elastic",
 }  # fmt: skip
 
@@ -128,13 +129,14 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        network = create_model(config.model.name, len(self.classes), config.model.dropout)
+        network = create_model(num_classes=len(self.classes), **dataclasses.asdict(config.model))
         self._check_image_size(network)
         self.network = network.to(world.device, memory_format=self.memory_format)
         self.training_network = self._wrap(self.network)
         self.optimizer = create_optimizer(self.network, config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
 
+        self.announced: Choice | None = None
         self.progress = Progress()
         self.epoch_totals, self.window_totals = Totals(world.device), Totals(world.device)
         self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints")
@@ -183,6 +185,7 @@ class Trainer:
 
                 rate = learning_rate(self.config.optim, self.done_steps, steps)
                 gradient_norm = self._optimizer_step(batches, rate, measure_gradient=logs)
+                self._announce_dense_block()
                 self.progress.step += 1
                 window_images += self.train_loader.global_batch(step)
                 self.monitor.advance()
@@ -337,6 +340,13 @@ class Trainer:
             f"loss {score.loss:.4f}, top-1 error {score.top1_error:.2f} %, lr {rate:.4g}, "
             f"{timing['images_per_second']:.1f} images/s, {100 * timing['data_wait_fraction']:.0f} % waiting for data"
         )
+
+    def _announce_dense_block(self) -> None:
+        """Say which implementation of the dense block is at work, and again if that changes."""
+        choice = getattr(self.network, "choice", None)  # timm's networks have none
+        if choice != self.announced:
+            self.monitor.say(f"dense blocks: {choice}")
+            self.announced = choice
 
     def _finite(self, score: Score) -> Score:
         if not math.isfinite(score.loss):

@@ -34,7 +34,7 @@ def main() -> None:
         data = _data_config(config, options)
         classes = tuple(checkpoint["classes"])
 
-        network = create_model(config.model.name, len(classes), config.model.dropout)
+        network = create_model(num_classes=len(classes), **dataclasses.asdict(config.model))
         load_weights(network, checkpoint["model"], options.checkpoint)
         network = network.to(world.device, memory_format=torch.channels_last)
         set_precision("fp32")

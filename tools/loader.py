@@ -10,8 +10,6 @@ The GPU contestant appears where there is a GPU; it has not been run on one yet.
 import dataclasses
 import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +34,7 @@ from pipeline.data.loader import EvaluationLoader, Executor, Share, TrainingLoad
 from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
 from pipeline.data.reference import decode
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.loader_report import (
     BASELINE,
@@ -52,6 +50,7 @@ from tools.loader_report import (
     plot,
     report,
 )
+from tools.measuring import describe_machine, writable_folder
 
 SEED = 1
 RESIZES = ("torch", "pil-bilinear", "pil-bicubic")
@@ -90,7 +89,7 @@ class Lab:
 
 def main() -> None:
     options = _parser().parse_args()
-    output = _writable_folder(options.output)
+    output = writable_folder(options.output, "lab.json")
     config = load_config(options.config).data if options.config else DataConfig()
     threads = options.threads or config.threads or available_cores()
     config = dataclasses.replace(config, resize=options.resize or config.resize, threads=threads)
@@ -104,8 +103,9 @@ def main() -> None:
     print(f"timing the loaders: {options.repeats} repetitions after one that warms up", flush=True)
     speed, stages = measure_speed(lab, options.repeats)
 
+    dali = [package.name for package in importlib.metadata.distributions() if package.name.startswith("nvidia-dali")]
     results = {
-        "machine": describe_machine(),
+        "machine": describe_machine(["torch", "torchvision", *dali, "numpy", "pillow"]),
         "images": {"root": lab.index.root, "count": len(lab.index), "mean_pixels": lab.index.sizes.prod(axis=1).mean()},
         "settings": {name: getattr(options, name) for name in ("repeats", "batch_size")}
         | {"threads": threads, "resize": config.resize, "crop_size": config.crop_size},
@@ -407,22 +407,6 @@ def time_interleaved(contestants: dict[str, Callable[[], object]], repeats: int)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def describe_machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    dali = [package.name for package in importlib.metadata.distributions() if package.name.startswith("nvidia-dali")]
-    packages = ["torch", "torchvision", *dali, "numpy", "pillow"]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": available_cores(),
-        "load_average": os.getloadavg()[0],
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 # Contact sheet and command line
 
 
@@ -445,15 +429,6 @@ def contact_sheet(lab: Lab, file: Path) -> None:
             ax.imshow(image.clamp(0, 255).byte().numpy())
             ax.axis("off")
     figure.savefig(file, dpi=120)
-
-
-def _writable_folder(path: str) -> Path:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / "lab.json").touch()
-    except OSError as error:
-        raise UserError(f"cannot write into --output {path}: {error.strerror}") from None
-    return Path(path)
 
 
 def _parser() -> ArgumentParser:

@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tools.measuring import machine_line, table
+
 # The names of what is measured, in lab.json and in the tables.
 DALI_CPU, DALI_GPU, REFERENCE, TORCHVISION = "DALI on CPU", "DALI on GPU", "reference (PIL)", "torchvision"
 ONE_CROP, TEN_CROPS = "evaluation, 1 crop", "evaluation, 10 crops"
@@ -15,8 +17,7 @@ FRAME = 4  # pixels; DALI repeats the edge of an enlarged crop where Torch7 extr
 
 def report(results: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    machine, settings = results["machine"], results["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    settings = results["settings"]
     differences = ("mean", "max", "interior_mean", "interior_max", "frame_mean", "frame_max")
     fidelity = [
         [line["operator"], line["executor"], *(f"{line[key]:.3f}" for key in differences)]
@@ -36,12 +37,11 @@ def report(results: dict[str, Any]) -> str:
             f"{results['images']['count']} images of {results['images']['root']} "
             f"({results['images']['mean_pixels'] / 1e6:.2f} megapixels on average); resize {settings['resize']}, "
             f"crop {settings['crop_size']}, batches of {settings['batch_size']}, {settings['threads']} threads.",
-            f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:.1f}, "
-            f"{machine['gpu'] or 'no GPU'}; {versions}.",
+            machine_line(results["machine"]),
             "",
             "## Fidelity: differences from the reference in units of 1/255",
             "",
-            *_table(
+            *table(
                 f"operator|executor|mean|max|interior mean|max|frame of {FRAME} px: mean|max".split("|"), fidelity, 2
             ),
             "",
@@ -51,13 +51,13 @@ def report(results: dict[str, Any]) -> str:
             "",
             f"## Speed: medians of {settings['repeats']} interleaved repetitions",
             "",
-            *_table(["loader", "images/s", "images/s per core", "ratio to torchvision"], speed, 1),
+            *table(["loader", "images/s", "images/s per core", "ratio to torchvision"], speed, 1),
             "",
             f"Ten crops cost {ten_crop_cost(results):.2f} times one crop.",
             "",
             "## Stages of the training loader, DALI on CPU",
             "",
-            *_table(["stage", "ms per image", "share"], stages, 1),
+            *table(["stage", "ms per image", "share"], stages, 1),
         ]
     )
 
@@ -65,18 +65,6 @@ def report(results: dict[str, Any]) -> str:
 def ten_crop_cost(results: dict[str, Any]) -> float:
     rates = {line["loader"]: line["images_per_s"] for line in results["speed"]}
     return rates[ONE_CROP] / rates[TEN_CROPS]
-
-
-def _table(titles: list[str], rows: list[list[str]], names: int) -> list[str]:
-    """Lines of a Markdown table whose first `names` columns are text and the others numbers."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    aligned = [
-        [cell.ljust(width) for cell, width in zip(line[:names], widths[:names], strict=True)]
-        + [cell.rjust(width) for cell, width in zip(line[names:], widths[names:], strict=True)]
-        for line in (titles, rule, *rows)
-    ]
-    return [f"| {' | '.join(line)} |" for line in aligned]
 
 
 def plot(results: dict[str, Any], file: Path) -> None:

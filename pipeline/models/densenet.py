@@ -6,10 +6,17 @@ and parameter names are torchvision's, so that state dictionaries pass between t
 
 import math
 from collections import OrderedDict
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.models import fused, lean
+from pipeline.models.choice import Choice, DenseBlockMethod, choose
+from pipeline.models.stage import Layer, Stage
+
+Recompute = Literal["none", "first", "all"]
 
 BOTTLENECK_WIDTH = 4  # a bottleneck gives 4k feature maps (Section 3, "Bottleneck layers")
 
@@ -87,7 +94,12 @@ class DenseNet(nn.Module):
         compression: theta, the fraction of feature maps that a transition keeps (below 1: DenseNet-C).
         dropout: probability after every convolution but the stem's, where the authors' Torch code puts it.
         num_classes: outputs of the classifier.
+        dense_block: the implementation of the dense blocks (choice.py). What it cannot do right (dropout, frozen batch
+            norms, hooks, ...) goes through the plain modules; `choice` says which one the last forward pass took, why.
+        recompute: the blocks whose bottleneck outputs lean and fused compute again for the backward pass.
     """
+
+    choice: Choice | None = None
 
     def __init__(
         self,
@@ -99,8 +111,12 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         dropout: float = 0.0,
         num_classes: int = 1000,
+        dense_block: DenseBlockMethod = "auto",
+        recompute: Recompute = "none",
     ):
         super().__init__()
+        self.dense_block, self.recompute = dense_block, recompute
+        self.block_count, self.bottleneck = len(block_sizes), bottleneck
         self.features = nn.Sequential(_stem(stem, stem_channels))
         channels = stem_channels
         for i, layers in enumerate(block_sizes, start=1):
@@ -117,9 +133,39 @@ class DenseNet(nn.Module):
         self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.features(x))
-        x = x.mean(dim=(2, 3))  # global average pooling
+        self.choice = choose(self.features, x, self.dense_block)
+        if self.choice.method == "plain":
+            x = torch.relu(self.features(x))
+            x = x.mean(dim=(2, 3))  # global average pooling
+        else:
+            x = self._by_stages(x, lean if self.choice.method == "lean" else fused)
         return self.classifier(x)
+
+    def _by_stages(self, x: Tensor, implementation: ModuleType) -> Tensor:
+        """What `forward` does up to the classifier, with a transition's pooling before its convolution.
+
+        The two commute, as both are linear and each mixes what the other keeps apart.
+        """
+        features = self.features
+        x = features.conv0(x)
+        if "norm0" in features._modules:
+            x = implementation.run_stem(x, features.norm0)
+        for i in range(1, self.block_count + 1):
+            block = features.get_submodule(f"denseblock{i}")
+            transition = features.get_submodule(f"transition{i}") if i < self.block_count else None
+            norm, pool = (transition.norm, (2, 2)) if transition else (features.norm5, tuple(x.shape[2:]))
+            if self.training and x.numel() == x.shape[1]:
+                raise ValueError(
+                    f"batch norm in training needs more than one value a channel, got maps {tuple(x.shape)}"
+                )
+            if transition and min(x.shape[2:]) < 2:
+                raise ValueError(f"a transition cannot halve maps of {x.shape[2]}x{x.shape[3]}")
+            layers = tuple(Layer(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in block)
+            recompute = self.recompute == "all" or (self.recompute == "first" and i == 1)
+            x = implementation.run_stage(x, Stage(layers, norm, pool, recompute))
+            if transition:
+                x = transition.conv(x)
+        return x.flatten(1)
 
     def _initialise(self) -> None:
         """Draw weights as the authors' Torch code does: fan-out for convolutions, where torchvision has fan-in."""

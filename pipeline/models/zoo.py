@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.models.densenet import DenseNet
+from pipeline.models.choice import DenseBlockMethod
+from pipeline.models.densenet import DenseNet, Recompute
 
 
 def _imagenet(*block_sizes: int, growth_rate: int = 32) -> dict[str, Any]:
@@ -42,11 +43,19 @@ DENSENETS: dict[str, dict[str, Any]] = {
 }
 
 
-def create_model(name: str, num_classes: int = 1000, dropout: float = 0.0) -> nn.Module:
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    dropout: float = 0.0,
+    dense_block: DenseBlockMethod = "auto",
+    recompute: Recompute = "none",
+) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.
 
     Args:
         name: a key of `DENSENETS`, or ``timm:NAME`` for any of timm's models.
+        dense_block: how our own networks compute (choice.py); no matter for timm's.
+        recompute: whose bottlenecks are computed again in the backward pass, likewise.
 
     Raises:
         UserError: there is no such network.
@@ -58,7 +67,9 @@ def create_model(name: str, num_classes: int = 1000, dropout: float = 0.0) -> nn
         raise UserError(
             f"model.name: there is no network '{name}'{nearest}; choose {', '.join(DENSENETS)} or timm:NAME"
         )
-    return DenseNet(**DENSENETS[name], dropout=dropout, num_classes=num_classes)
+    return DenseNet(
+        **DENSENETS[name], dropout=dropout, num_classes=num_classes, dense_block=dense_block, recompute=recompute
+    )
 
 
 def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module:

@@ -1,0 +1,199 @@
+"""The fused dense block: batch norm and ReLU computed within the convolutions, by the C++ kernels, on CPU.
+
+What is kept for the backward pass: a block's maps once, their batch statistics, and each bottleneck's output unless it
+is recomputed. The algebra is in kernels/ALGEBRA.md.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from pipeline.models.kernels import BatchNorm, call, vector_lanes
+from pipeline.models.stage import Stage, gradients_by_definition, plain_stage, plain_stem, update_running_statistics
+
+
+def run_stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Batch norm, ReLU and 3x3 max pooling of stride 2: (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
+    return _Stem.apply(y.contiguous(memory_format=torch.channels_last), norm, norm.weight, norm.bias)
+
+
+def run_stage(x: Tensor, stage: Stage) -> Tensor:
+    """`stage` of x, channels-last."""
+    keep = torch.is_grad_enabled() and not stage.recompute
+    return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *stage.parameters)
+
+
+class _Stem(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
+        images, channels, height, width = y.shape
+        mean, variance = norm.running_mean, norm.running_var
+        if norm.training:
+            mean, variance = torch.empty(2, channels, dtype=y.dtype)
+            pixels = images * height * width
+            call("copy_and_measure", y.dtype, y, pixels, channels, None, 0, mean, variance)
+            update_running_statistics(norm, mean, variance, pixels)
+        shape = (images, channels, (height + 1) // 2, (width + 1) // 2)
+        out = torch.empty(shape, dtype=y.dtype, memory_format=torch.channels_last)
+        winners = torch.empty(shape, dtype=torch.uint8)
+        batch_norm = BatchNorm(mean, variance, gamma, beta, norm.eps)
+        call("stem_forward", y.dtype, y, images, height, width, channels, batch_norm, out, winners)
+        ctx.save_for_backward(y, gamma, beta, mean, variance, winners)
+        ctx.norm = norm
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        y, gamma, beta, mean, variance, winners = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dy, *others = gradients_by_definition(plain_stem, gradient, y, ctx.norm, (gamma, beta))
+            return dy, None, *others
+        images, channels, height, width = y.shape
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        dy, dgamma, dbeta = torch.empty_like(y), torch.empty_like(gamma), torch.empty_like(beta)
+        batch_norm = BatchNorm(mean, variance, gamma, beta, ctx.norm.eps)
+        call(
+            "stem_backward", y.dtype, y, images, height, width, channels, batch_norm, gradient, winners,
+            dy, dgamma, dbeta,
+        )  # fmt: skip
+        return dy, None, dgamma, dbeta
+
+
+class _Stage(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stage: Stage, keep: bool, *parameters: Tensor) -> Tensor:
+        dtype, sizes = x.dtype, _Sizes(x, stage)
+        images, height, width, pixels = sizes.images, sizes.height, sizes.width, sizes.pixels
+        maps = torch.empty(pixels, sizes.row, dtype=dtype)
+        mean, variance = torch.empty(2, sizes.channels_out, dtype=dtype)
+        training = stage.norm.training
+
+        def batch_norm(
+            norm: nn.BatchNorm2d, batch_mean: Tensor, batch_variance: Tensor, gamma: Tensor, beta: Tensor
+        ) -> BatchNorm:
+            if not training:
+                return BatchNorm(norm.running_mean, norm.running_var, gamma, beta, norm.eps)
+            channels = norm.num_features
+            update_running_statistics(norm, batch_mean[:channels], batch_variance[:channels], pixels)
+            return BatchNorm(batch_mean, batch_variance, gamma, beta, norm.eps)
+
+        def measured(tensor: Tensor) -> Tensor | None:
+            return tensor if training else None
+
+        channels = sizes.channels_in
+        call("copy_and_measure", dtype, x, pixels, channels, maps, sizes.row, measured(mean), measured(variance))
+        bottleneck, bottlenecks, statistics = None, [], []
+        for i, layer in enumerate(stage.layers):
+            gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
+            if keep or bottleneck is None:
+                bottleneck = torch.empty(pixels, sizes.bottleneck_row, dtype=dtype)
+            mean2, variance2 = torch.empty(2, sizes.bottleneck, dtype=dtype)
+            weight2 = weight2.permute(2, 3, 1, 0).contiguous()
+            call(
+                "bottleneck_forward", dtype, maps, sizes.row, pixels, channels,
+                batch_norm(layer.norm1, mean, variance, gamma1, beta1), weight1, sizes.bottleneck,
+                bottleneck, measured(mean2), measured(variance2),
+            )  # fmt: skip
+            call(
+                "conv3x3_forward", dtype, bottleneck, sizes.bottleneck_row, images, height, width, sizes.bottleneck,
+                batch_norm(layer.norm2, mean2, variance2, gamma2, beta2), weight2, sizes.growth,
+                maps[:, channels:], sizes.row, measured(mean[channels:]), measured(variance[channels:]),
+            )  # fmt: skip
+            channels += sizes.growth
+            statistics += [mean2, variance2]
+            if keep:
+                bottlenecks.append(bottleneck)
+        shape = (images, channels, height // stage.pool[0], width // stage.pool[1])
+        out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        last_norm = batch_norm(stage.norm, mean, variance, *parameters[-2:])
+        call("pool_forward", dtype, maps, sizes.row, images, height, width, channels, last_norm, *stage.pool, out)
+
+        ctx.save_for_backward(x, maps, mean, variance, *parameters, *statistics, *bottlenecks)
+        ctx.stage = stage
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        stage, saved = ctx.stage, ctx.saved_tensors
+        x, maps, mean, variance = saved[:4]
+        layers = len(stage.layers)
+        parameters, statistics, bottlenecks = (
+            saved[4 : 6 + 6 * layers],
+            saved[6 + 6 * layers : 6 + 8 * layers],
+            saved[6 + 8 * layers :],
+        )
+        if torch.is_grad_enabled():
+            dx, *others = gradients_by_definition(plain_stage, gradient, x, stage, parameters)
+            return dx, None, None, *others
+        dtype, sizes = x.dtype, _Sizes(x, stage)
+        images, height, width, pixels, growth = sizes.images, sizes.height, sizes.width, sizes.pixels, sizes.growth
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
+        for i in range(5, len(parameters), 6):  # the kernel writes 3x3 weights as [3][3][in][out]
+            gradients[i] = torch.empty(3, 3, sizes.bottleneck, sizes.growth, dtype=x.dtype).permute(3, 2, 0, 1)
+        map_gradient = torch.empty_like(maps)
+        # The sums over pixels of map_gradient, and of it times (x - mean), of each map.
+        map_sum, map_centred_sum = torch.empty(2, sizes.channels_out, dtype=torch.float64)
+        new_gradient = torch.empty(pixels, sizes.growth_row, dtype=dtype)
+        dz = torch.empty(pixels, sizes.bottleneck_row, dtype=dtype)
+        recomputed = None if bottlenecks else torch.empty_like(dz)
+        sum2, centred_sum2 = torch.empty(2, sizes.bottleneck, dtype=torch.float64)
+
+        def finish_gradient(first: int, channels: int, out: Tensor, row: int) -> None:
+            norm = BatchNorm(mean[first:], variance[first:], None, None, stage.norm.eps)
+            call(
+                "finish_gradient", dtype, map_gradient[:, first:], maps[:, first:], sizes.row, pixels, channels, norm,
+                map_sum[first:], map_centred_sum[first:], out, row,
+            )  # fmt: skip
+
+        last_norm = BatchNorm(mean, variance, *parameters[-2:], stage.norm.eps)
+        call(
+            "pool_backward", dtype, maps, map_gradient, sizes.row, images, height, width, sizes.channels_out, last_norm,
+            *stage.pool, gradient.contiguous(memory_format=torch.channels_last), *gradients[-2:],
+            map_sum, map_centred_sum,
+        )  # fmt: skip
+        channels = sizes.channels_out
+        for i in reversed(range(layers)):
+            channels -= growth
+            layer = stage.layers[i]
+            gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
+            dgamma1, dbeta1, dweight1, dgamma2, dbeta2, dweight2 = gradients[6 * i : 6 * i + 6]
+            norm1 = BatchNorm(mean, variance, gamma1, beta1, layer.norm1.eps)
+            norm2 = BatchNorm(*statistics[2 * i : 2 * i + 2], gamma2, beta2, layer.norm2.eps)
+            if recomputed is None:
+                bottleneck = bottlenecks[i]
+            else:
+                bottleneck = recomputed
+                call(
+                    "bottleneck_forward", dtype, maps, sizes.row, pixels, channels, norm1, weight1, sizes.bottleneck,
+                    bottleneck, None, None,
+                )  # fmt: skip
+            finish_gradient(channels, growth, new_gradient, sizes.growth_row)
+            call(
+                "conv3x3_backward", dtype, bottleneck, sizes.bottleneck_row, images, height, width, sizes.bottleneck,
+                norm2, weight2.permute(2, 3, 0, 1).contiguous(), growth, new_gradient, dz, dweight2, sum2, centred_sum2,
+            )  # fmt: skip
+            call(
+                "bottleneck_backward", dtype, dz, bottleneck, pixels, sizes.bottleneck, norm2, sum2, centred_sum2,
+                dgamma2, dbeta2, maps, map_gradient, sizes.row, channels, norm1, weight1, dweight1, dgamma1, dbeta1,
+                map_sum, map_centred_sum,
+            )  # fmt: skip
+        dx = torch.empty_like(x)
+        finish_gradient(0, sizes.channels_in, dx, sizes.channels_in)
+        return dx, None, None, *gradients
+
+
+class _Sizes:
+    """The sizes of a stage; rows are lengths of the kernels' matrices, in whole vectors."""
+
+    def __init__(self, x: Tensor, stage: Stage):
+        self.images, self.channels_in, self.height, self.width = x.shape
+        self.pixels = self.images * self.height * self.width
+        self.growth = stage.growth_rate
+        self.bottleneck = stage.layers[0].conv1.out_channels
+        self.channels_out = self.channels_in + len(stage.layers) * self.growth
+        lanes = vector_lanes(x.dtype)
+        self.row, self.growth_row, self.bottleneck_row = (
+            -(-channels // lanes) * lanes for channels in (self.channels_out, self.growth, self.bottleneck)
+        )

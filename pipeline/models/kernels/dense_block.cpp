@@ -1,0 +1,463 @@
+// The kernels of a dense block and of what stands around it, for CPUs: batch norm and ReLU within the convolutions.
+//
+// Activations are channels-last, [pixels][channels], the pixels those of all images. A block keeps its input and all
+// its new maps in one matrix x [pixels][ldx]; a layer reads the first columns and writes the next ones. ALGEBRA.md
+// beside this file has the formulas. Every kernel exists for float and double; leading dimensions `ld` count
+// elements. Intermediate matrices (a bottleneck's output, gradients of new maps) have rows of whole vectors.
+
+#include <cmath>
+#include <cstdint>
+
+#include "parallel.h"
+#include "winograd.h"
+
+namespace dense {
+
+constexpr long TILE_BYTES = 160 * 1024;  // of activations that a thread has in its cache at once
+
+// Pixels that a thread works on at once: whole register tiles, within a share of the cache.
+template <class T> long tile_rows(long channels) {
+  return std::clamp<long>(TILE_BYTES / (channels * sizeof(T)) / ROWS * ROWS, 4 * ROWS, 32 * ROWS);
+}
+
+// A batch norm: statistics (of the batch, or the running ones) and parameters, one of each a channel.
+template <class T> struct BatchNorm {
+  const T *mean, *variance, *gamma, *beta;
+  double epsilon;
+};
+
+// z = x * scale + shift, filled up with zeros to whole vectors.
+template <class T> struct Affine {
+  Padded<T> scale, shift;
+
+  Affine(const BatchNorm<T>& norm, long channels) : scale(channels), shift(channels) {
+    for (long c = 0; c < channels; c++) {
+      scale[c] = norm.gamma[c] / std::sqrt(norm.variance[c] + T(norm.epsilon));
+      shift[c] = norm.beta[c] - norm.mean[c] * scale[c];
+    }
+  }
+
+  Vector<T> operator()(long c, Vector<T> x) const { return x * load(scale + c) + load(shift + c); }
+};
+
+// dx = gain * dz - offset - (x - mean) * slope: what batch statistics make of a gradient, given its sums over pixels,
+// sum dz and sum dz (x - mean). Without gamma (null), which the sums then contain: see ALGEBRA.md.
+template <class T> struct NormBackward {
+  Padded<T> gain, offset, slope, mean;
+
+  NormBackward(const BatchNorm<T>& norm, const double* sum, const double* centred_sum, long pixels, long channels)
+      : gain(channels), offset(channels), slope(channels), mean(norm.mean, channels) {
+    for (long c = 0; c < channels; c++) {
+      const double inverse = 1 / std::sqrt(double(norm.variance[c]) + norm.epsilon);
+      const double factor = norm.gamma ? norm.gamma[c] * inverse : inverse;
+      gain[c] = factor;
+      offset[c] = factor * sum[c] / pixels;
+      slope[c] = factor * inverse * inverse * centred_sum[c] / pixels;
+    }
+  }
+
+  Vector<T> operator()(long c, Vector<T> dz, Vector<T> x) const {
+    return load(gain + c) * dz - load(offset + c) - (x - load(mean + c)) * load(slope + c);
+  }
+};
+
+// Gradients of gamma and beta from the sums over pixels.
+template <class T>
+void parameter_gradients(const BatchNorm<T>& norm, const double* sum, const double* centred_sum, long channels,
+                         T* dgamma, T* dbeta) {
+  for (long c = 0; c < channels; c++) {
+    dgamma[c] = centred_sum[c] / std::sqrt(double(norm.variance[c]) + norm.epsilon);
+    dbeta[c] = sum[c];
+  }
+}
+
+// Gradients of gamma and beta, and this norm's part in the sums of G over its maps.
+template <class T>
+void parameter_gradients(const BatchNorm<T>& norm, const std::vector<BackwardSums<T>>& parts, long channels, T* dgamma,
+                         T* dbeta, double* map_sum, double* map_centred_sum) {
+  std::vector<double> sum(channels), centred_sum(channels);
+  write_sums(parts, channels, sum.data(), centred_sum.data());
+  parameter_gradients(norm, sum.data(), centred_sum.data(), channels, dgamma, dbeta);
+  for (long c = 0; c < channels; c++) {
+    map_sum[c] += norm.gamma[c] * sum[c];
+    map_centred_sum[c] += norm.gamma[c] * centred_sum[c];
+  }
+}
+
+// out[:, :channels] = x [pixels][channels], with the mean and variance of each channel; either may be null.
+template <class T>
+void copy_and_measure(long threads, const T* x, long pixels, long channels, T* out, long ldout, T* mean, T* variance) {
+  std::vector<Moments<T>> moments(threads, Moments<T>(channels));
+  parallel(threads, [&](int thread, int all) {
+    const Range range = share(pixels, thread, all);
+    for (long begin = range.begin; begin < range.end; begin += 128) {
+      const long rows = std::min<long>(128, range.end - begin);
+      for (long r = begin; out && r < begin + rows; r++) std::copy_n(x + r * channels, channels, out + r * ldout);
+      if (mean) moments[thread].add(x + begin * channels, channels, rows);
+    }
+  });
+  if (mean) write_moments(moments, mean, variance);
+}
+
+// b [pixels][padded width] = relu(norm(x[:, :channels])) weight', with the mean and variance of its columns if mean is
+// not null. weight: [width][channels].
+template <class T>
+void bottleneck_forward(long threads, const T* x, long ldx, long pixels, long channels, const BatchNorm<T>* norm,
+                        const T* weight, long width, T* b, T* mean, T* variance) {
+  const long ldb = padded<T>(width), lda = padded<T>(channels) + LANES<T>, tile = tile_rows<T>(channels);
+  const Affine<T> normalise(*norm, channels);
+  Buffer<T> panels(channels * ldb);
+  std::vector<Moments<T>> moments(threads, Moments<T>(width));
+  parallel(threads, [&](int thread, int all) {
+    const Range packed = share(channels, thread, all), range = share(pixels, thread, all);
+    pack<T>(channels, width, WIDE, packed.begin, packed.end, panels,
+            [&](long c, long k) { return weight[k * channels + c]; });
+    wait_for_all_threads();
+    Buffer<T> a(tile * lda);
+    for (long begin = range.begin; begin < range.end; begin += tile) {
+      const long rows = std::min(tile, range.end - begin);
+      for (long first = 0; first < rows; first += ROWS)
+        for (long c = 0; c < channels; c += LANES<T>)
+          for (long r = first; r < std::min(first + ROWS, rows); r++)
+            store(a + r * lda + c, relu<T>(normalise(c, load(x + (begin + r) * ldx + c))));
+      multiply<T>(rows, width, channels, a, lda, panels, b + begin * ldb, ldb,
+                  Prefetch(x + (begin + tile) * ldx, tile, channels, ldx));
+      if (mean) moments[thread].add(b + begin * ldb, ldb, rows);
+    }
+  });
+  if (mean) write_moments(moments, mean, variance);
+}
+
+// The way back from dz, the gradient of norm2(b), to the layer's input: adds gamma1 dz1 to g[:, :channels]. sum2 and
+// centred_sum2 are those of dz; map_sum and map_centred_sum take in those of g.
+template <class T>
+void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, long width, const BatchNorm<T>* norm2,
+                         const double* sum2, const double* centred_sum2, T* dgamma2, T* dbeta2, const T* x, T* g,
+                         long ldx, long channels, const BatchNorm<T>* norm1, const T* weight, T* dweight, T* dgamma1,
+                         T* dbeta1, double* map_sum, double* map_centred_sum) {
+  constexpr long PANEL = WIDE_TRANSPOSED * LANES<T>, TILE = 16 * ROWS;
+  const long ldb = padded<T>(width), columns = padded<T>(channels), width_rows = round_up(width, ROWS_TRANSPOSED);
+  const NormBackward<T> norm_backward(*norm2, sum2, centred_sum2, pixels, width);
+  parameter_gradients(*norm2, sum2, centred_sum2, width, dgamma2, dbeta2);
+  const Affine<T> normalise(*norm1, channels);
+  const Padded<T> gamma(norm1->gamma, channels), mean(norm1->mean, channels);
+  Buffer<T> panels(width * columns), dweights(threads * width_rows * columns);
+  std::vector<BackwardSums<T>> sums(threads, BackwardSums<T>(channels));
+  parallel(threads, [&](int thread, int all) {
+    const Range packed = share(width, thread, all), range = share(pixels, thread, all);
+    pack<T>(width, channels, WIDE_TRANSPOSED, packed.begin, packed.end, panels,
+            [&](long k, long c) { return weight[k * channels + c]; });
+    T* dw = dweights + thread * width_rows * columns;
+    std::fill_n(dw, width_rows * columns, T(0));
+    wait_for_all_threads();
+    Buffer<T> db(TILE * std::max(ldb, width_rows)), a(TILE * PANEL), da(TILE * PANEL);
+    for (long begin = range.begin; begin < range.end; begin += TILE) {
+      const long rows = std::min(TILE, range.end - begin);
+      for (long r = 0; r < rows; r++)
+        for (long k = 0; k < ldb; k += LANES<T>) {
+          const long i = (begin + r) * ldb + k;
+          store(db + r * ldb + k, norm_backward(k, load(dz + i), load(b + i)));
+        }
+      for (long j = 0; j < channels; j += PANEL) {
+        const long panel = std::min(PANEL, columns - j);
+        // While this panel is worked on, the next one's columns of x and g come, or the next tile's.
+        const bool last = j + PANEL >= channels;
+        const long next = last ? (begin + TILE) * ldx : begin * ldx + j + PANEL;
+        const long coming = last ? std::min(TILE, range.end - begin - TILE) : rows;
+        Prefetch x_ahead(x + next, coming, PANEL, ldx), g_ahead(g + next, coming, PANEL, ldx);
+        x_ahead.divide(TILE / ROWS);
+        multiply_panel<T>(rows, panel / LANES<T>, width, db, ldb, panels + j * width, da, panel, x_ahead);
+        for (long c = 0; c < panel; c += LANES<T>) {
+          const Vector<T> gain = load(gamma + j + c), centre = load(mean + j + c);
+          Vector<T> sum = {}, centred_sum = {};
+          for (long r = 0; r < rows; r++) {
+            const long i = (begin + r) * ldx + j + c;
+            const Vector<T> value = load(x + i), z = normalise(j + c, value);
+            const Vector<T> dz1 = relu_backward<T>(z, load(da + r * panel + c));
+            store(a + r * panel + c, relu<T>(z));
+            store(g + i, load(g + i) + gain * dz1);
+            sum += dz1;
+            centred_sum += dz1 * (value - centre);
+          }
+          sums[thread].add(j + c, sum, centred_sum);
+        }
+        multiply_transposed<T>(width, panel, rows, db, ldb, a, panel, dw + j * width_rows, panel, g_ahead);
+      }
+    }
+    wait_for_all_threads();
+    for (long k = packed.begin; k < packed.end; k++)
+      for (long j = 0; j < channels; j += PANEL) {
+        const long panel = std::min(PANEL, columns - j);
+        for (long c = j; c < std::min(j + panel, channels); c++) {
+          T sum = 0;
+          for (int t = 0; t < all; t++) sum += dweights[(t * columns + j) * width_rows + k * panel + c - j];
+          dweight[k * channels + c] = sum;
+        }
+      }
+  });
+  parameter_gradients(*norm1, sums, channels, dgamma1, dbeta1, map_sum, map_centred_sum);
+}
+
+// Rows of pixels relu(norm(b)), [width][padded channels].
+template <class T> struct NormalisedRow {
+  const T* b;
+  long ldb, width, channels;
+  const Affine<T>& normalise;
+
+  void operator()(long row, T* out) const {
+    const T* in = b + row * width * ldb;
+    for (long x = 0; x < width; x++, in += ldb, out += padded<T>(channels))
+      for (long c = 0; c < channels; c += LANES<T>) store(out + c, relu<T>(normalise(c, load(in + c))));
+  }
+};
+
+// out[:, :growth] = the 3x3 convolution of relu(norm(b)), with the mean and variance of its columns if mean is not null.
+// weight: [3][3][channels][growth].
+template <class T>
+void conv3x3_forward(long threads, const T* b, long ldb, long images, long height, long width, long channels,
+                     const BatchNorm<T>* norm, const T* weight, long growth, T* out, long ldout, T* mean, T* variance) {
+  const Tiles tiles{images, height, width};
+  const Affine<T> normalise(*norm, channels);
+  Buffer<T> weights(FREQUENCIES * channels * padded<T>(growth));
+  std::vector<Moments<T>> moments(threads, Moments<T>(growth));
+  parallel(threads, [&](int thread, int all) {
+    const Range packed = share(channels, thread, all);
+    transform_weights<T>(weight, false, channels, growth, packed.begin, packed.end, weights);
+    wait_for_all_threads();
+    convolve<T>(tiles, share(tiles.rows(), thread, all), channels, growth, weights,
+                NormalisedRow<T>{b, ldb, width, channels, normalise}, [&](long row, const T* values) {
+                  for (long x = 0; x < width; x++)
+                    std::copy_n(values + x * padded<T>(growth), growth, out + (row * width + x) * ldout);
+                  if (mean) moments[thread].add(values, padded<T>(growth), width);
+                });
+  });
+  if (mean) write_moments(moments, mean, variance);
+}
+
+// The way back through the 3x3 convolution and the ReLU before it: dweight, and the masked gradient dz of norm(b) with
+// its sums over pixels. gradient: [pixels][padded growth]; weight: [3][3][growth][channels]; dweight:
+// [3][3][channels][growth].
+template <class T>
+void conv3x3_backward(long threads, const T* b, long ldb, long images, long height, long width, long channels,
+                      const BatchNorm<T>* norm, const T* weight, long growth, const T* gradient, T* dz, T* dweight,
+                      double* sum, double* centred_sum) {
+  const Tiles tiles{images, height, width};
+  const long ldg = padded<T>(growth), matrix = round_up(channels, ROWS_TRANSPOSED) * ldg;
+  const Affine<T> normalise(*norm, channels);
+  const Padded<T> mean(norm->mean, channels);
+  Buffer<T> weights(FREQUENCIES * growth * padded<T>(channels)), dweights(threads * FREQUENCIES * matrix);
+  std::vector<BackwardSums<T>> sums(threads, BackwardSums<T>(channels));
+  parallel(threads, [&](int thread, int all) {
+    const Range packed = share(growth, thread, all), range = share(tiles.rows(), thread, all);
+    transform_weights<T>(weight, true, growth, channels, packed.begin, packed.end, weights);
+    T* dw = dweights + thread * FREQUENCIES * matrix;
+    std::fill_n(dw, FREQUENCIES * matrix, T(0));
+    wait_for_all_threads();
+    convolve_backward_weights<T>(tiles, range, channels, growth, NormalisedRow<T>{b, ldb, width, channels, normalise},
+                                 gradient, dw);
+    convolve<T>(
+        tiles, range, growth, channels, weights,
+        [&](long row, T* out) { std::copy_n(gradient + row * width * ldg, width * ldg, out); },
+        [&](long row, const T* values) {
+          for (long c = 0; c < channels; c += LANES<T>) {
+            Vector<T> row_sum = {}, row_centred_sum = {};
+            for (long x = 0; x < width; x++) {
+              const long i = (row * width + x) * ldb + c;
+              const Vector<T> value = load(b + i);
+              const Vector<T> d = relu_backward<T>(normalise(c, value), load(values + x * padded<T>(channels) + c));
+              store(dz + i, d);
+              row_sum += d;
+              row_centred_sum += d * (value - load(mean + c));
+            }
+            sums[thread].add(c, row_sum, row_centred_sum);
+          }
+        });
+    wait_for_all_threads();
+    const Range reduced = share(channels, thread, all);
+    for (long in = reduced.begin; in < reduced.end; in++)
+      for (long o = 0; o < growth; o += LANES<T>) {
+        Vector<T> u[FREQUENCIES] = {}, w[9];
+        for (int t = 0; t < all; t++)
+          for (int f = 0; f < FREQUENCIES; f++) u[f] += load(dweights + (t * FREQUENCIES + f) * matrix + in * ldg + o);
+        transform_weight_gradient<T>(u, w);
+        for (int i = 0; i < 9; i++) store(dweight + (i * channels + in) * growth + o, w[i], growth - o);
+      }
+  });
+  write_sums(sums, channels, sum, centred_sum);
+}
+
+// The gradient of maps whose consumers are all done: out [pixels][ldout], filled up with zeros.
+template <class T>
+void finish_gradient(long threads, const T* g, const T* x, long ldx, long pixels, long channels,
+                     const BatchNorm<T>* norm, const double* map_sum, const double* map_centred_sum, T* out,
+                     long ldout) {
+  constexpr long AHEAD = 16;  // rows
+  const NormBackward<T> norm_backward(*norm, map_sum, map_centred_sum, pixels, channels);
+  parallel(threads, [&](int thread, int all) {
+    const Range range = share(pixels, thread, all);
+    for (long r = range.begin; r < range.end; r++)
+      for (long c = 0; c < channels; c += LANES<T>) {
+        const long i = r * ldx + c, count = channels - c;
+        __builtin_prefetch(g + i + AHEAD * ldx);
+        __builtin_prefetch(x + i + AHEAD * ldx);
+        store(out + r * ldout + c, norm_backward(c, load(g + i, count), load(x + i, count)), ldout - c);
+      }
+  });
+}
+
+// out [pixels / (side_y side_x)][channels] = the average of relu(norm(x)) over rectangles; what is left over at the
+// bottom and on the right is left out.
+template <class T>
+void pool_forward(long threads, const T* x, long ldx, long images, long height, long width, long channels,
+                  const BatchNorm<T>* norm, long side_y, long side_x, T* out) {
+  const long rows = height / side_y, columns = width / side_x;
+  const Affine<T> normalise(*norm, channels);
+  const T factor = T(1) / (side_y * side_x);
+  parallel(threads, [&](int thread, int all) {
+    const Range range = share(images * rows * columns, thread, all);
+    for (long q = range.begin; q < range.end; q++) {
+      const long image = q / (rows * columns), row = q / columns % rows, column = q % columns;
+      const T* first = x + ((image * height + row * side_y) * width + column * side_x) * ldx;
+      for (long c = 0; c < channels; c += LANES<T>) {
+        Vector<T> sum = {};
+        for (long i = 0; i < side_y; i++)
+          for (long j = 0; j < side_x; j++) sum += relu<T>(normalise(c, load(first + (i * width + j) * ldx + c)));
+        store(out + q * channels + c, sum * factor, channels - c);
+      }
+    }
+  });
+}
+
+// The way back: writes g = gamma dz, zero where no rectangle lies, and its sums over pixels.
+template <class T>
+void pool_backward(long threads, const T* x, T* g, long ldx, long images, long height, long width, long channels,
+                   const BatchNorm<T>* norm, long side_y, long side_x, const T* gradient, T* dgamma, T* dbeta,
+                   double* map_sum, double* map_centred_sum) {
+  const long rows = height / side_y, columns = width / side_x;
+  const Affine<T> normalise(*norm, channels);
+  const Padded<T> gamma(norm->gamma, channels), mean(norm->mean, channels);
+  const T factor = T(1) / (side_y * side_x);
+  std::vector<BackwardSums<T>> sums(threads, BackwardSums<T>(channels));
+  parallel(threads, [&](int thread, int all) {
+    const Range range = share(images * height, thread, all);
+    for (long line = range.begin; line < range.end; line++) {
+      const long image = line / height, row = line % height / side_y;
+      T* out = g + line * width * ldx;
+      const long covered = row < rows ? columns * side_x : 0;
+      for (long column = covered; column < width; column++) std::fill_n(out + column * ldx, channels, T(0));
+      const T* pooled = gradient + (image * rows + row) * columns * channels;
+      for (long c = 0; c < channels && covered; c += LANES<T>) {
+        Vector<T> sum = {}, centred_sum = {};
+        for (long column = 0; column < covered; column++) {
+          const Vector<T> value = load(x + (line * width + column) * ldx + c);
+          const Vector<T> d = load(pooled + column / side_x * channels + c, channels - c) * factor;
+          const Vector<T> dz = relu_backward<T>(normalise(c, value), d);
+          store(out + column * ldx + c, load(gamma + c) * dz);
+          sum += dz;
+          centred_sum += dz * (value - load(mean + c));
+        }
+        sums[thread].add(c, sum, centred_sum);
+      }
+    }
+  });
+  std::fill_n(map_sum, channels, 0);
+  std::fill_n(map_centred_sum, channels, 0);
+  parameter_gradients(*norm, sums, channels, dgamma, dbeta, map_sum, map_centred_sum);
+}
+
+constexpr int NO_WINNER = 255;  // no pixel of the window is above zero
+
+// out = 3x3 max pooling, stride 2, padding 1, of relu(norm(y)); winners: which of the nine pixels gave it.
+template <class T>
+void stem_forward(long threads, const T* y, long images, long height, long width, long channels,
+                  const BatchNorm<T>* norm, T* out, uint8_t* winners) {
+  const long rows = (height + 1) / 2, columns = (width + 1) / 2;
+  const Affine<T> normalise(*norm, channels);
+  parallel(threads, [&](int thread, int all) {
+    const Range range = share(images * rows * columns, thread, all);
+    typedef uint8_t Bytes __attribute__((vector_size(LANES<T>)));
+    for (long q = range.begin; q < range.end; q++) {
+      const long image = q / (rows * columns), top = 2 * (q / columns % rows) - 1, left = 2 * (q % columns) - 1;
+      for (long c = 0; c < channels; c += LANES<T>) {
+        Vector<T> best = {}, winner = best + NO_WINNER;
+        for (long i = std::max(top, 0L); i < std::min(top + 3, height); i++)
+          for (long j = std::max(left, 0L); j < std::min(left + 3, width); j++) {
+            const Vector<T> z = normalise(c, load(y + ((image * height + i) * width + j) * channels + c, channels - c));
+            const auto loses = z <= best;  // as torch's, a NaN wins
+            best = loses ? best : z;
+            winner = loses ? winner : Vector<T>{} + T((i - top) * 3 + j - left);
+          }
+        store(out + q * channels + c, best, channels - c);
+        const Bytes bytes = __builtin_convertvector(winner, Bytes);
+        std::memcpy(winners + q * channels + c, &bytes, std::min(LANES<T>, channels - c));
+      }
+    }
+  });
+}
+
+// dy, from the gradient of the pooled maps.
+template <class T>
+void stem_backward(long threads, const T* y, long images, long height, long width, long channels,
+                   const BatchNorm<T>* norm, const T* gradient, const uint8_t* winners, T* dy, T* dgamma, T* dbeta) {
+  const long rows = (height + 1) / 2, columns = (width + 1) / 2, pixels = images * height * width;
+  std::vector<std::vector<double>> sums(threads, std::vector<double>(2 * channels));
+  std::vector<double> sum(channels), centred_sum(channels);
+  parallel(threads, [&](int thread, int all) {
+    const Range range = share(images * height, thread, all);
+    std::vector<T> line_sum(channels), line_centred_sum(channels);
+    for (long line = range.begin; line < range.end; line++) {
+      const long image = line / height, i = line % height;
+      std::fill(line_sum.begin(), line_sum.end(), T(0));
+      std::fill(line_centred_sum.begin(), line_centred_sum.end(), T(0));
+      for (long j = 0; j < width; j++) {
+        T* d = dy + (line * width + j) * channels;
+        std::fill_n(d, channels, T(0));
+        // The windows that contain this pixel: rows row with 2 row - 1 <= i <= 2 row + 1, columns likewise.
+        for (long row = i / 2; row <= std::min((i + 1) / 2, rows - 1); row++)
+          for (long column = j / 2; column <= std::min((j + 1) / 2, columns - 1); column++) {
+            const long q = ((image * rows + row) * columns + column) * channels;
+            const uint8_t position = (i - 2 * row + 1) * 3 + j - 2 * column + 1;
+            for (long c = 0; c < channels; c++) d[c] += winners[q + c] == position ? gradient[q + c] : T(0);
+          }
+        const T* pixel = y + (line * width + j) * channels;
+        for (long c = 0; c < channels; c++) {
+          line_sum[c] += d[c];
+          line_centred_sum[c] += d[c] * (pixel[c] - norm->mean[c]);
+        }
+      }
+      for (long c = 0; c < channels; c++) {
+        sums[thread][c] += line_sum[c];
+        sums[thread][channels + c] += line_centred_sum[c];
+      }
+    }
+  });
+  for (const auto& part : sums)
+    for (long c = 0; c < channels; c++) sum[c] += part[c], centred_sum[c] += part[channels + c];
+  parameter_gradients(*norm, sum.data(), centred_sum.data(), channels, dgamma, dbeta);
+  const NormBackward<T> backward(*norm, sum.data(), centred_sum.data(), pixels, channels);
+  parallel(threads, [&](int thread, int all) {
+    const Range range = share(pixels, thread, all);
+    for (long i = range.begin * channels; i < range.end * channels; i += channels)
+      for (long c = 0; c < channels; c += LANES<T>)
+        store(dy + i + c, backward(c, load(dy + i + c, channels - c), load(y + i + c, channels - c)), channels - c);
+  });
+}
+
+}  // namespace dense
+
+#define EXPORT(kernel)                            \
+  auto kernel##_float32 = dense::kernel<float>;   \
+  auto kernel##_float64 = dense::kernel<double>;
+
+EXPORT(copy_and_measure)
+EXPORT(bottleneck_forward)
+EXPORT(bottleneck_backward)
+EXPORT(conv3x3_forward)
+EXPORT(conv3x3_backward)
+EXPORT(finish_gradient)
+EXPORT(pool_forward)
+EXPORT(pool_backward)
+EXPORT(stem_forward)
+EXPORT(stem_backward)
+
+long vector_bytes = dense::VECTOR_BYTES;

@@ -1,0 +1,169 @@
+// Vectors of the machine's width, and the matrix products of which every kernel here is made.
+//
+// Written with the vector extensions of GCC and Clang, so that one source serves AVX-512, AVX2, SSE and NEON. The
+// names are those of GEMM practice: a product is cut into register tiles of a few rows by a few vectors of columns;
+// the right-hand matrix is packed into panels as wide as such a tile.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+namespace dense {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, REGISTERS = 32;
+#else
+constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
+#endif
+
+// A register tile: ROWS x WIDE vectors of accumulators, WIDE vectors of the panel and one broadcast element.
+constexpr int ROWS = 6, WIDE = REGISTERS == 32 ? 4 : 2;
+// The same for a transposed left-hand matrix, whose rows lie side by side in memory.
+constexpr int ROWS_TRANSPOSED = 8, WIDE_TRANSPOSED = REGISTERS == 32 ? 2 : 1;
+
+template <class T> struct Simd {
+  typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  static constexpr long LANES = VECTOR_BYTES / sizeof(T);
+};
+template <class T> using Vector = typename Simd<T>::Vector;
+template <class T> constexpr long LANES = Simd<T>::LANES;
+
+inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+template <class T> long padded(long channels) { return round_up(channels, LANES<T>); }
+
+template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p); }
+template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v; }
+
+// The first `count` lanes of a vector; a load leaves zero in the others.
+template <class T> inline Vector<T> load(const T* p, long count) {
+  if (count >= LANES<T>) return load(p);
+  Vector<T> v = {};
+  std::memcpy(&v, p, count * sizeof(T));
+  return v;
+}
+template <class T> inline void store(T* p, Vector<T> v, long count) {
+  if (count >= LANES<T>) return store(p, v);
+  std::memcpy(p, &v, count * sizeof(T));
+}
+
+// As torch's: a NaN passes, in both directions.
+template <class T> inline Vector<T> relu(Vector<T> z) { return z < 0 ? Vector<T>{} : z; }
+template <class T> inline Vector<T> relu_backward(Vector<T> z, Vector<T> gradient) {
+  return z <= 0 ? Vector<T>{} : gradient;
+}
+
+// c[rows][width vectors] (+)= a b, one register tile. a(i, k) is a[i * lda + k], transposed a[k * lda + i].
+template <class T, int rows, int width, bool transposed>
+inline void register_tile(long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc, bool add) {
+  Vector<T> sum[rows][width];
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < width; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES<T>) : Vector<T>{};
+  for (long k = 0; k < depth; k++) {
+    Vector<T> row[width];
+    for (int j = 0; j < width; j++) row[j] = load(b + k * ldb + j * LANES<T>);
+    for (int i = 0; i < rows; i++) {
+      const T element = transposed ? a[k * lda + i] : a[i * lda + k];
+      for (int j = 0; j < width; j++) sum[i][j] += element * row[j];
+    }
+  }
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < width; j++) store(c + i * ldc + j * LANES<T>, sum[i][j]);
+}
+
+// Lines of memory to have in the cache soon: `rows` of `bytes`, `stride` apart. A product asks for a few of them with
+// each of its register tiles, so that the next tile's data come while this one is computed.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  template <class T> Prefetch(const T* p, long rows, long columns, long ld)
+      : row_(reinterpret_cast<const char*>(p)), bytes_(columns * sizeof(T)), stride_(ld * sizeof(T)), rows_(rows) {}
+
+  void divide(long calls) { lines_ = (rows_ * ((bytes_ + LINE - 1) / LINE) + calls - 1) / calls; }
+
+  void some() {
+    for (long i = 0; i < lines_ && rows_ > 0; i++) {
+      __builtin_prefetch(row_ + offset_, 0, 2);
+      offset_ += LINE;
+      if (offset_ >= bytes_) offset_ = 0, row_ += stride_, rows_--;
+    }
+  }
+
+ private:
+  static constexpr long LINE = 64;
+  const char* row_ = nullptr;
+  long bytes_ = 0, stride_ = 0, rows_ = 0, offset_ = 0, lines_ = 0;
+};
+
+template <class T, int width>
+void multiply_rows(long rows, long depth, const T* a, long lda, const T* b, T* c, long ldc, Prefetch& ahead) {
+  constexpr long columns = width * LANES<T>;
+  for (long i = 0; i < rows; i += ROWS) {
+    ahead.some();
+    if (i + ROWS <= rows) {
+      register_tile<T, ROWS, width, false>(depth, a + i * lda, lda, b, columns, c + i * ldc, ldc, false);
+    } else {
+      T last[ROWS * columns];
+      register_tile<T, ROWS, width, false>(depth, a + i * lda, lda, b, columns, last, columns, false);
+      for (long r = i; r < rows; r++) std::copy_n(last + (r - i) * columns, columns, c + r * ldc);
+    }
+  }
+}
+
+// c = a b for one packed panel b [depth][width vectors]. Reads rows of a up to a multiple of ROWS.
+template <class T>
+void multiply_panel(long rows, long width, long depth, const T* a, long lda, const T* b, T* c, long ldc,
+                    Prefetch& ahead) {
+  switch (width) {
+    case 1: return multiply_rows<T, 1>(rows, depth, a, lda, b, c, ldc, ahead);
+    case 2: return multiply_rows<T, 2>(rows, depth, a, lda, b, c, ldc, ahead);
+    case 3: return multiply_rows<T, 3>(rows, depth, a, lda, b, c, ldc, ahead);
+    case 4: return multiply_rows<T, 4>(rows, depth, a, lda, b, c, ldc, ahead);
+  }
+}
+
+// c = a b for all panels of b, packed WIDE vectors wide.
+template <class T>
+void multiply(long rows, long columns, long depth, const T* a, long lda, const T* b, T* c, long ldc,
+              Prefetch ahead = {}) {
+  constexpr long PANEL = WIDE * LANES<T>;
+  ahead.divide((rows + ROWS - 1) / ROWS * ((columns + PANEL - 1) / PANEL));
+  for (long j = 0; j < columns; j += PANEL) {
+    const long width = std::min<long>(WIDE, padded<T>(columns - j) / LANES<T>);
+    multiply_panel(rows, width, depth, a, lda, b + j * depth, c + j, ldc, ahead);
+  }
+}
+
+// c += a^T b with a [depth][rows] and b [depth][columns]. Reads and writes rows up to a multiple of ROWS_TRANSPOSED.
+template <class T>
+void multiply_transposed(long rows, long columns, long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc,
+                         Prefetch ahead = {}) {
+  constexpr long PANEL = WIDE_TRANSPOSED * LANES<T>;
+  ahead.divide((rows + ROWS_TRANSPOSED - 1) / ROWS_TRANSPOSED * ((columns + PANEL - 1) / PANEL));
+  long j = 0;
+  for (; j + PANEL <= padded<T>(columns); j += PANEL)
+    for (long i = 0; i < rows; i += ROWS_TRANSPOSED) {
+      ahead.some();
+      register_tile<T, ROWS_TRANSPOSED, WIDE_TRANSPOSED, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+    }
+  for (; j < columns; j += LANES<T>)
+    for (long i = 0; i < rows; i += ROWS_TRANSPOSED)
+      register_tile<T, ROWS_TRANSPOSED, 1, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+}
+
+// Pack rows [begin, end) of b [depth][columns], where b(k, j) = element(k, j), into panels `wide` vectors wide; the
+// last is as narrow as its columns allow, and filled up with zeros.
+template <class T, class Element>
+void pack(long depth, long columns, long wide, long begin, long end, T* panels, Element element) {
+  for (long j = 0; j < padded<T>(columns); j += wide * LANES<T>) {
+    const long width = std::min(wide * LANES<T>, padded<T>(columns - j));
+    for (long k = begin; k < end; k++)
+      for (long i = 0; i < width; i++) panels[j * depth + k * width + i] = j + i < columns ? element(k, j + i) : T(0);
+  }
+}
+
+}  // namespace dense

@@ -1,0 +1,235 @@
+// 3x3 convolution, stride 1, padding 1, by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms
+// for Convolutional Neural Networks", CVPR 2016, Section 4.1): 16 products where the definition has 36.
+//
+//   Y = A' [ (G w G') * (B' d B) ] A      d: 4x4 pixels, w: 3x3 weights, Y: 2x2 outputs, *: element by element
+//
+// Its adjoint in w is  dw = G' [ (B' d B) * (A dY A') ] G.  The gradient in d is a convolution of dY with the weights
+// turned by 180 degrees and their channels exchanged. Summed over channels, each of the 16 elements ("frequencies")
+// is a matrix product [tiles x channels in] [channels in x channels out].
+#pragma once
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace dense {
+
+constexpr int FREQUENCIES = 16;
+
+// The 2x2 output tiles of a batch of images, in rows of tiles.
+struct Tiles {
+  long images, height, width;
+
+  long rows_of_image() const { return (height + 1) / 2; }
+  long rows() const { return images * rows_of_image(); }
+  long columns() const { return (width + 1) / 2; }
+  // Rows of tiles that a thread works on at once: about 48 tiles, with few rows of a register tile left empty.
+  long rows_at_once() const {
+    long best = 1;
+    double least = 2;
+    for (long rows = 1; rows == 1 || rows * columns() <= 60; rows++) {
+      const double waste = double(round_up(rows * columns(), ROWS)) / (rows * columns());
+      if (waste <= least) best = rows, least = waste;
+    }
+    return best;
+  }
+};
+
+// B' d B of a row of tiles, from four rows of pixels: frequency f goes to out + f * plane, [tiles][ld].
+template <class T> void transform_input(const T* const (&pixels)[4], long tiles, long ld, T* out, long plane) {
+  for (long c = 0; c < ld; c += LANES<T>) {
+    Vector<T> t[4][4];  // of rows of frequencies and columns of pixels, of which a tile has two from the one before
+    const auto load_column = [&](long column, int j) {
+      const long i = column * ld + c;
+      const Vector<T> d0 = load(pixels[0] + i), d1 = load(pixels[1] + i), d2 = load(pixels[2] + i), d3 = load(pixels[3] + i);
+      t[0][j] = d0 - d2, t[1][j] = d1 + d2, t[2][j] = d2 - d1, t[3][j] = d1 - d3;
+    };
+    load_column(0, 0);
+    load_column(1, 1);
+    T* to = out + c;
+    for (long tile = 0; tile < tiles; tile++, to += ld) {
+      load_column(2 * tile + 2, 2);
+      load_column(2 * tile + 3, 3);
+      for (int i = 0; i < 4; i++) {
+        store(to + (4 * i + 0) * plane, t[i][0] - t[i][2]);
+        store(to + (4 * i + 1) * plane, t[i][1] + t[i][2]);
+        store(to + (4 * i + 2) * plane, t[i][2] - t[i][1]);
+        store(to + (4 * i + 3) * plane, t[i][1] - t[i][3]);
+        t[i][0] = t[i][2], t[i][1] = t[i][3];
+      }
+    }
+  }
+}
+
+// Two rows of two output pixels, from the 16 frequencies.
+template <class T> inline void transform_output(const T* in, long plane, long channels, T* const (&rows)[2], long ld) {
+  for (long c = 0; c < channels; c += LANES<T>) {
+    Vector<T> t[2][4];
+    for (int j = 0; j < 4; j++) {
+      const Vector<T> m0 = load(in + j * plane + c), m1 = load(in + (4 + j) * plane + c),
+                      m2 = load(in + (8 + j) * plane + c), m3 = load(in + (12 + j) * plane + c);
+      t[0][j] = m0 + m1 + m2, t[1][j] = m1 - m2 - m3;
+    }
+    for (int i = 0; i < 2; i++) {
+      store(rows[i] + c, t[i][0] + t[i][1] + t[i][2]);
+      store(rows[i] + ld + c, t[i][1] - t[i][2] - t[i][3]);
+    }
+  }
+}
+
+// A dY A' of 2x2 output gradients; `gradient` gives a vector of them at (row, column, channel).
+template <class T, class Gradient>
+inline void transform_gradient(Gradient gradient, long channels, T* out, long plane) {
+  for (long c = 0; c < channels; c += LANES<T>) {
+    Vector<T> t[4][2];
+    for (int j = 0; j < 2; j++) {
+      const Vector<T> y0 = gradient(0, j, c), y1 = gradient(1, j, c);
+      t[0][j] = y0, t[1][j] = y0 + y1, t[2][j] = y0 - y1, t[3][j] = -y1;
+    }
+    for (int i = 0; i < 4; i++) {
+      store(out + (4 * i + 0) * plane + c, t[i][0]);
+      store(out + (4 * i + 1) * plane + c, t[i][0] + t[i][1]);
+      store(out + (4 * i + 2) * plane + c, t[i][0] - t[i][1]);
+      store(out + (4 * i + 3) * plane + c, -t[i][1]);
+    }
+  }
+}
+
+// G w G' of the weights into and out of channels [begin, end), packed as 16 matrices for `multiply`.
+// weight: [3][3][channels_in][channels_out], turned by 180 degrees if asked.
+template <class T>
+void transform_weights(const T* weight, bool turned, long channels_in, long channels_out, long begin, long end, T* packed) {
+  const long plane = channels_in * channels_out, matrix = channels_in * padded<T>(channels_out), panel = WIDE * LANES<T>;
+  for (long in = begin; in < end; in++)
+    for (long o = 0; o < channels_out; o += LANES<T>) {
+      Vector<T> t[4][3];
+      for (int x = 0; x < 3; x++) {
+        const auto row = [&](int y) {
+          const int position = turned ? 8 - 3 * y - x : 3 * y + x;
+          return load(weight + position * plane + in * channels_out + o, channels_out - o);
+        };
+        const Vector<T> w0 = row(0), w1 = row(1), w2 = row(2);
+        t[0][x] = w0, t[1][x] = (w0 + w1 + w2) / 2, t[2][x] = (w0 - w1 + w2) / 2, t[3][x] = w2;
+      }
+      const long first = o / panel * panel, width = std::min(panel, padded<T>(channels_out) - first);
+      T* out = packed + first * channels_in + in * width + o - first;
+      for (int y = 0; y < 4; y++) {
+        store(out + (4 * y + 0) * matrix, t[y][0]);
+        store(out + (4 * y + 1) * matrix, (t[y][0] + t[y][1] + t[y][2]) / 2);
+        store(out + (4 * y + 2) * matrix, (t[y][0] - t[y][1] + t[y][2]) / 2);
+        store(out + (4 * y + 3) * matrix, t[y][2]);
+      }
+    }
+}
+
+// G' u G: the gradient of 3x3 weights from that of the 16 frequencies.
+template <class T> void transform_weight_gradient(const Vector<T> (&u)[FREQUENCIES], Vector<T> (&w)[9]) {
+  Vector<T> t[3][4];
+  for (int x = 0; x < 4; x++) {
+    const Vector<T> half_sum = (u[4 + x] + u[8 + x]) / 2, half_difference = (u[4 + x] - u[8 + x]) / 2;
+    t[0][x] = u[x] + half_sum, t[1][x] = half_difference, t[2][x] = half_sum + u[12 + x];
+  }
+  for (int y = 0; y < 3; y++) {
+    const Vector<T> half_sum = (t[y][1] + t[y][2]) / 2, half_difference = (t[y][1] - t[y][2]) / 2;
+    w[3 * y] = t[y][0] + half_sum, w[3 * y + 1] = half_difference, w[3 * y + 2] = half_sum + t[y][3];
+  }
+}
+
+// The transformed inputs of rows of tiles. `load_row(row, out)` writes a row of pixels of the batch, [width][ld];
+// the rows of a tile that the next row of tiles needs too are kept.
+template <class T, class LoadRow> class InputTiles {
+ public:
+  InputTiles(const Tiles& tiles, long channels, LoadRow load_row)
+      : tiles_(tiles), ld_(padded<T>(channels)), row_((2 * tiles.columns() + 2) * ld_), load_row_(load_row),
+        rows_(5 * row_) {
+    std::fill_n(rows_ + 0, 5 * row_, T(0));
+  }
+
+  // Frequency f of the tiles of tile rows [begin, end) goes to out + f * plane, [tiles][ld].
+  void transform(long begin, long end, T* out, long plane) {
+    for (long tile_row = begin; tile_row < end; tile_row++) {
+      const long image = tile_row / tiles_.rows_of_image(), top = 2 * (tile_row % tiles_.rows_of_image()) - 1;
+      const T* pixels[4];
+      for (int i = 0; i < 4; i++) pixels[i] = row(image, top + i);
+      transform_input(pixels, tiles_.columns(), ld_, out, plane);
+      out += tiles_.columns() * ld_;
+    }
+  }
+
+ private:
+  const T* row(long image, long y) {
+    if (y < 0 || y >= tiles_.height) return rows_ + 4 * row_;  // zeros
+    const long row = image * tiles_.height + y;
+    T* slot = rows_ + (y & 3) * row_;
+    if (held_[y & 3] != row) load_row_(row, slot + ld_);
+    held_[y & 3] = row;
+    return slot;
+  }
+
+  const Tiles tiles_;
+  const long ld_, row_;
+  LoadRow load_row_;
+  Buffer<T> rows_;  // with a pixel of zeros left and one or two right
+  long held_[4] = {-1, -1, -1, -1};
+};
+
+// Convolve rows [begin, end) of tiles. `store_row(row, values)` takes a row of pixels [width][padded channels out].
+template <class T, class LoadRow, class StoreRow>
+void convolve(const Tiles& tiles, Range range, long channels_in, long channels_out, const T* weights, LoadRow load_row,
+              StoreRow store_row) {
+  const long at_once = tiles.rows_at_once(), columns = tiles.columns();
+  const long count = round_up(at_once * columns, ROWS), ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
+  const long plane_in = count * ldin + LANES<T>, plane_out = count * ldout + LANES<T>;  // not a multiple of a page
+  Buffer<T> inputs(FREQUENCIES * plane_in), products(FREQUENCIES * plane_out), output(4 * columns * ldout);
+  InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row);
+  for (long begin = range.begin; begin < range.end; begin += at_once) {
+    const long end = std::min(begin + at_once, range.end);
+    input_tiles.transform(begin, end, inputs, plane_in);
+    for (int f = 0; f < FREQUENCIES; f++)
+      multiply<T>((end - begin) * columns, channels_out, channels_in, inputs + f * plane_in, ldin,
+                  weights + f * channels_in * ldout, products + f * plane_out, ldout);
+    for (long tile_row = begin; tile_row < end; tile_row++) {
+      for (long column = 0; column < columns; column++) {
+        T* rows[2] = {output + 2 * column * ldout, output + (2 * columns + 2 * column) * ldout};
+        transform_output(products + ((tile_row - begin) * columns + column) * ldout, plane_out, channels_out, rows, ldout);
+      }
+      const long image = tile_row / tiles.rows_of_image(), top = 2 * (tile_row % tiles.rows_of_image());
+      for (long y = top; y < std::min(top + 2, tiles.height); y++)
+        store_row(image * tiles.height + y, output + (y - top) * 2 * columns * ldout);
+    }
+  }
+}
+
+// Add to sums [16][channels_in rounded up][padded channels_out] the gradient of the transformed weights over rows
+// [begin, end) of tiles. gradient [pixels][padded channels_out] is that of the convolution's output.
+template <class T, class LoadRow>
+void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in, long channels_out, LoadRow load_row,
+                               const T* gradient, T* sums) {
+  const long at_once = tiles.rows_at_once(), columns = tiles.columns(), count = at_once * columns;
+  const long ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
+  const long plane_in = count * ldin + LANES<T> + ROWS_TRANSPOSED, plane_out = count * ldout + LANES<T>;
+  Buffer<T> inputs(FREQUENCIES * plane_in), gradients(FREQUENCIES * plane_out);
+  InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row);
+  for (long begin = range.begin; begin < range.end; begin += at_once) {
+    const long end = std::min(begin + at_once, range.end);
+    input_tiles.transform(begin, end, inputs, plane_in);
+    T* out = gradients;
+    for (long tile_row = begin; tile_row < end; tile_row++) {
+      const long image = tile_row / tiles.rows_of_image(), top = 2 * (tile_row % tiles.rows_of_image());
+      for (long column = 0; column < columns; column++, out += ldout)
+        transform_gradient(
+            [&](long i, long j, long c) {
+              const long y = top + i, x = 2 * column + j;
+              if (y >= tiles.height || x >= tiles.width) return Vector<T>{};
+              return load(gradient + ((image * tiles.height + y) * tiles.width + x) * ldout + c);
+            },
+            channels_out, out, plane_out);
+    }
+    for (int f = 0; f < FREQUENCIES; f++)
+      multiply_transposed<T>(channels_in, ldout, (end - begin) * columns, inputs + f * plane_in, ldin,
+                             gradients + f * plane_out, ldout,
+                             sums + f * round_up(channels_in, ROWS_TRANSPOSED) * ldout, ldout);
+  }
+}
+
+}  // namespace dense

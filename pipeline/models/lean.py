@@ -1,0 +1,197 @@
+"""The lean dense block: in torch's own operators, for every device, with a fraction of the memory.
+
+A map's batch statistics are computed once, when it is made, and used by the first batch norm of every later layer. The
+maps of a block lie in one buffer, nothing is concatenated, and the backward pass computes normalised maps again instead
+of keeping them. kernels/ALGEBRA.md has the formulas. Not run on a GPU yet.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from pipeline.models.stage import Stage, gradients_by_definition, plain_stage, plain_stem, update_running_statistics
+
+
+def run_stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Batch norm, ReLU and 3x3 max pooling of stride 2: (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
+    return _Stem.apply(y, norm, norm.weight, norm.bias)
+
+
+def run_stage(x: Tensor, stage: Stage) -> Tensor:
+    """`stage` of x, channels-last."""
+    keep = torch.is_grad_enabled() and not stage.recompute
+    return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *stage.parameters)
+
+
+class _Autocast:
+    """The autocast state of a forward pass, to have it again in the backward pass."""
+
+    def __init__(self, device: str):
+        self._arguments = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def __call__(self) -> torch.autocast:
+        device, dtype, enabled = self._arguments
+        return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+class _Stem(Function):
+    """Keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gamma, beta)
+        ctx.norm, ctx.autocast = norm, _Autocast(y.device.type)
+        norm.num_batches_tracked.add_(1)
+        z = F.batch_norm(y, norm.running_mean, norm.running_var, gamma, beta, True, norm.momentum, norm.eps)
+        return F.max_pool2d(z.relu_(), kernel_size=3, stride=2, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        y, *parameters = ctx.saved_tensors
+        with ctx.autocast():
+            dy, *others = gradients_by_definition(plain_stem, gradient, y, ctx.norm, parameters)
+        return dy, None, *others
+
+
+class _Stage(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stage: Stage, keep: bool, *parameters: Tensor) -> Tensor:
+        images, channels, height, width = x.shape
+        pixels, growth = images * height * width, stage.growth_rate
+        channels_out = channels + len(stage.layers) * growth
+        maps = x.new_empty((images, height, width, channels_out)).permute(0, 3, 1, 2)  # channels-last
+        mean, variance = x.new_empty((2, channels_out), dtype=_accumulated(x.dtype))
+        maps[:, :channels] = x
+        mean[:channels], variance[:channels] = _statistics(x)
+        bottlenecks = []
+        for i, layer in enumerate(stage.layers):
+            gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
+            norm1, norm2 = layer.norm1, layer.norm2
+            update_running_statistics(norm1, mean[:channels], variance[:channels], pixels)
+            norm2.num_batches_tracked.add_(1)
+            a = _normalise(maps[:, :channels], mean, variance, gamma1, beta1, norm1.eps)
+            b = F.conv2d(a, weight1)
+            del a
+            d = F.batch_norm(
+                b, norm2.running_mean, norm2.running_var, gamma2, beta2, True, norm2.momentum, norm2.eps
+            ).relu_()
+            new = F.conv2d(d, weight2, padding=1)
+            maps[:, channels : channels + growth] = new
+            mean[channels : channels + growth], variance[channels : channels + growth] = _statistics(new)
+            channels += growth
+            if keep:
+                bottlenecks.append(b)
+        update_running_statistics(stage.norm, mean, variance, pixels)
+        ctx.save_for_backward(x, maps, mean, variance, *parameters, *bottlenecks)
+        ctx.stage, ctx.autocast = stage, _Autocast(x.device.type)
+        return F.avg_pool2d(_normalise(maps, mean, variance, *parameters[-2:], stage.norm.eps), stage.pool)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        stage, (x, maps, mean, variance, *saved) = ctx.stage, ctx.saved_tensors
+        parameters, bottlenecks = saved[: len(stage.parameters)], saved[len(stage.parameters) :]
+        with ctx.autocast():
+            if torch.is_grad_enabled():
+                dx, *gradients = gradients_by_definition(plain_stage, gradient, x, stage, parameters)
+            else:
+                dx, *gradients = _gradients(stage, maps, mean, variance, parameters, bottlenecks, gradient)
+        return dx, None, None, *gradients
+
+
+def _gradients(
+    stage: Stage,
+    maps: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    parameters: list[Tensor],
+    bottlenecks: list[Tensor],
+    gradient: Tensor,
+) -> list[Tensor]:
+    """Gradients of a stage's input and parameters; of each layer by autograd, with the maps' statistics held constant."""
+    images, channels, height, width = maps.shape
+    pixels, growth = images * height * width, stage.growth_rate
+    inverse = (variance + stage.norm.eps).rsqrt()
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    # What reaches the maps with their statistics held constant, and its sums over pixels: of it, and of it times the
+    # normalised maps.
+    map_gradient, map_sum, map_centred_sum = torch.zeros_like(maps), torch.zeros_like(mean), torch.zeros_like(mean)
+
+    def norm_backward(position: int, normalised: Tensor, maps_in: Tensor, leaves: list[Tensor], gradient: Tensor):
+        dmaps, dgamma, dbeta = torch.autograd.grad(normalised, [maps_in, *leaves], gradient)
+        reached = maps_in.shape[1]
+        gain = leaves[0].detach() * inverse[:reached]
+        map_gradient[:, :reached] += dmaps
+        map_sum[:reached] += gain * dbeta
+        map_centred_sum[:reached] += gain * dgamma
+        gradients[position : position + 2] = dgamma, dbeta
+
+    def finish(first: int, last: int) -> Tensor:
+        """The gradient of maps whose consumers are all done."""
+        wide = map_gradient[:, first:last].to(mean.dtype)
+        normalised = (maps[:, first:last] - _channels(mean[first:last])) * _channels(inverse[first:last])
+        wide = (
+            wide
+            - _channels(map_sum[first:last] / pixels)
+            - normalised * _channels(map_centred_sum[first:last] / pixels)
+        )
+        return wide.to(maps.dtype)
+
+    with torch.enable_grad():
+        leaf, *norm_leaves = _leaves(maps, *parameters[-2:])
+        normalised = _normalise(leaf, mean, variance, *norm_leaves, stage.norm.eps)
+        pooled = F.avg_pool2d(normalised, stage.pool)
+    norm_backward(len(parameters) - 2, pooled, leaf, norm_leaves, gradient)
+    del leaf, normalised, pooled
+    for i in reversed(range(len(stage.layers))):
+        channels -= growth
+        layer, position = stage.layers[i], 6 * i
+        gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[position : position + 6]
+        with torch.enable_grad():
+            leaf, *norm_leaves = _leaves(maps[:, :channels], gamma1, beta1)
+            a = _normalise(leaf, mean, variance, *norm_leaves, layer.norm1.eps)
+        b = bottlenecks[i] if bottlenecks else F.conv2d(a.detach(), weight1)
+        with torch.enable_grad():
+            b, gamma2, beta2 = _leaves(b, gamma2, beta2)
+            d = F.relu(F.batch_norm(b, None, None, gamma2, beta2, training=True, eps=layer.norm2.eps))
+        dd, dweight2 = _conv_backward(d, weight2, finish(channels, channels + growth), padding=1)
+        db, dgamma2, dbeta2 = torch.autograd.grad(d, [b, gamma2, beta2], dd)
+        del d, dd
+        da, dweight1 = _conv_backward(a, weight1, db, padding=0)
+        gradients[position + 2 : position + 6] = dweight1, dgamma2, dbeta2, dweight2
+        norm_backward(position, a, leaf, norm_leaves, da)
+    return [finish(0, channels), *gradients]
+
+
+def _normalise(x: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
+    """ReLU(batch norm) of the first maps with statistics that are known."""
+    channels = x.shape[1]
+    return F.relu(F.batch_norm(x, mean[:channels], variance[:channels], gamma, beta, training=False, eps=epsilon))
+
+
+def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each map."""
+    variance, mean = torch.var_mean(maps.to(_accumulated(maps.dtype)), dim=(0, 2, 3), correction=0)
+    return mean, variance
+
+
+def _conv_backward(x: Tensor, weight: Tensor, gradient: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """Gradients of a convolution's input and weight, in the precision that its input came in."""
+    x, cast = x.detach(), weight.to(x.dtype)
+    dx = conv2d_input(x.shape, cast, gradient, padding=padding)
+    return dx, conv2d_weight(x, weight.shape, gradient, padding=padding).to(weight.dtype)
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)

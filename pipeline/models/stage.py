@@ -1,0 +1,91 @@
+"""What the lean and the fused implementation work on at once: a dense block with all that follows up to the next
+convolution, and its meaning in torch's own operators."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Layer(NamedTuple):
+    """The modules of a dense layer with a bottleneck that have parameters."""
+
+    norm1: nn.BatchNorm2d
+    conv1: nn.Conv2d
+    norm2: nn.BatchNorm2d
+    conv2: nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A dense block, then batch norm, ReLU and average pooling.
+
+    Shape: (N, C, H, W) -> (N, C + layers * growth_rate, H // pool[0], W // pool[1]).
+
+    Attributes:
+        recompute: compute the bottlenecks' outputs again for the backward pass instead of keeping them.
+    """
+
+    layers: tuple[Layer, ...]
+    norm: nn.BatchNorm2d
+    pool: tuple[int, int]
+    recompute: bool
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Six of each layer, in the order of `Layer`, and the two of the last norm."""
+        modules = [module for layer in self.layers for module in layer]
+        return tuple(parameter for module in (*modules, self.norm) for parameter in module.parameters())
+
+    @property
+    def growth_rate(self) -> int:
+        return self.layers[0].conv2.out_channels
+
+
+def plain_stem(y: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Batch norm, ReLU and 3x3 max pooling of stride 2, without a change to running statistics."""
+    return F.max_pool2d(_normalise(y, norm, gamma, beta), kernel_size=3, stride=2, padding=1)
+
+
+def plain_stage(x: Tensor, stage: Stage, *parameters: Tensor) -> Tensor:
+    """`stage` by the definition, without a change to running statistics."""
+    for i, layer in enumerate(stage.layers):
+        gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
+        b = F.conv2d(_normalise(x, layer.norm1, gamma1, beta1), weight1)
+        x = torch.cat([x, F.conv2d(_normalise(b, layer.norm2, gamma2, beta2), weight2, padding=1)], dim=1)
+    return F.avg_pool2d(_normalise(x, stage.norm, *parameters[-2:]), stage.pool)
+
+
+def gradients_by_definition(
+    plain: Callable[..., Tensor],
+    gradient: Tensor,
+    x: Tensor,
+    what: Stage | nn.BatchNorm2d,
+    parameters: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of x and the parameters of ``plain(x, what, *parameters)``, computed anew.
+
+    Within a backward pass with create_graph=True they can be differentiated again.
+    """
+    inputs = (x, *parameters)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(plain(x, what, *parameters), wanted, gradient, create_graph=again))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
+def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int) -> None:
+    """What a batch norm does in training; `variance` is the biased one."""
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        unbiased = variance.to(norm.running_var.dtype) * (pixels / (pixels - 1))
+        norm.running_var.lerp_(unbiased, norm.momentum)
+        norm.num_batches_tracked.add_(1)
+
+
+def _normalise(x: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.relu(F.batch_norm(x, None, None, gamma, beta, training=True, eps=norm.eps))

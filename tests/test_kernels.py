@@ -1,0 +1,294 @@
+"""Each C++ kernel against torch's operators in float64, at sizes that are no multiple of any tile or vector."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY
+from torch import Tensor
+
+from pipeline.models import kernels
+from pipeline.models.kernels import BatchNorm, call
+
+pytestmark = pytest.mark.skipif(kernels.problem() is not None, reason=str(kernels.problem()))
+DTYPES = {torch.float64: 1e-13, torch.float32: 5e-6}  # relative errors; a float32 sum over some hundred values
+EPSILON = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DTYPES, ids=["float64", "float32"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 5], ids=lambda threads: f"{threads} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to rounding in `actual`'s precision, relative to the largest expected value."""
+    error, largest = (actual.double() - expected.double()).abs().max(), expected.abs().max()
+    assert error <= DTYPES[actual.dtype] * largest, f"error {error:.1e} of values up to {largest:.1e}"
+
+
+class Norm:
+    """A batch norm of so many channels: random in `dtype`, and what it does in float64."""
+
+    def __init__(self, channels: int, dtype: torch.dtype):
+        self.mean, self.gamma, self.beta = torch.randn(3, channels, dtype=dtype)
+        self.variance = torch.rand(channels, dtype=dtype) + 0.5
+        self.struct = BatchNorm(self.mean, self.variance, self.gamma, self.beta, EPSILON)
+
+    def apply(self, x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
+        """ReLU of the norm of x (N, C, H, W) or (pixels, C), its statistics held constant."""
+        gamma, beta = self.gamma.double() if gamma is None else gamma, self.beta.double() if beta is None else beta
+        return F.relu(F.batch_norm(x, self.mean.double(), self.variance.double(), gamma, beta, eps=EPSILON))
+
+
+def rows(channels: int, dtype: torch.dtype) -> int:
+    lanes = kernels.vector_lanes(dtype)
+    return -(-channels // lanes) * lanes
+
+
+def as_images(pixels: Tensor, images: int, height: int, width: int) -> Tensor:
+    """(pixels, C) to (N, C, H, W) in float64."""
+    return pixels.double().reshape(images, height, width, -1).permute(0, 3, 1, 2)
+
+
+def as_pixels(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.double().detach().requires_grad_()
+
+
+@pytest.mark.parametrize(("pixels", "channels"), [(1, 3), (131, 70), (700, 33)])
+def test_copy_and_measure(dtype, threads, pixels, channels):
+    x = torch.randn(pixels, channels, dtype=dtype) + 3
+    ld = rows(channels, dtype) + 16
+    out, mean, variance = torch.zeros(pixels, ld, dtype=dtype), *torch.empty(2, channels, dtype=dtype)
+    call("copy_and_measure", dtype, x, pixels, channels, out, ld, mean, variance)
+    assert torch.equal(out[:, :channels], x) and not out[:, channels:].any()
+    assert_close(mean, x.double().mean(0))
+    if pixels > 1:
+        assert_close(variance, x.double().var(0, correction=0))
+
+
+def test_variance_of_maps_far_from_zero():
+    x = torch.randn(5000, 20, dtype=torch.float64) + 1e6
+    mean, variance = torch.empty(2, 20, dtype=torch.float64)
+    call("copy_and_measure", torch.float64, x, 5000, 20, None, 0, mean, variance)
+    torch.testing.assert_close(variance, x.var(0, correction=0), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(("pixels", "channels", "width"), [(1, 5, 4), (7, 24, 48), (397, 147, 131), (250, 300, 16)])
+def test_bottleneck_forward(dtype, threads, pixels, channels, width):
+    ld = rows(channels, dtype) + 16
+    x, weight = torch.randn(pixels, ld, dtype=dtype), torch.randn(width, channels, dtype=dtype)
+    norm = Norm(channels, dtype)
+    b, mean, variance = torch.empty(pixels, rows(width, dtype), dtype=dtype), *torch.empty(2, width, dtype=dtype)
+    call("bottleneck_forward", dtype, x, ld, pixels, channels, norm.struct, weight, width, b, mean, variance)
+    expected = norm.apply(x[:, :channels].double()) @ weight.double().T
+    assert_close(b[:, :width], expected)
+    assert_close(mean, expected.mean(0))
+    if pixels > 1:
+        assert_close(variance, expected.var(0, correction=0))
+
+
+@pytest.mark.parametrize(("pixels", "channels", "width"), [(9, 5, 4), (97, 24, 48), (397, 147, 131), (250, 300, 16)])
+def test_bottleneck_backward(dtype, threads, pixels, channels, width):
+    ld, ldb = rows(channels, dtype) + 16, rows(width, dtype)
+    x, g = torch.randn(2, pixels, ld, dtype=dtype)
+    weight = torch.randn(width, channels, dtype=dtype) / width**0.5
+    b, dz = torch.randn(2, pixels, ldb, dtype=dtype)
+    norm1, norm2 = Norm(channels, dtype), Norm(width, dtype)
+    norm2.mean.copy_(b[:, :width].mean(0))
+    norm2.variance.copy_(b[:, :width].var(0, correction=0))
+    sum2 = dz[:, :width].double().sum(0)
+    centred_sum2 = (dz[:, :width].double() * (b[:, :width].double() - norm2.mean.double())).sum(0)
+    map_sum, map_centred_sum = torch.randn(2, channels, dtype=torch.float64)
+    dweight, dgamma1, dbeta1 = torch.empty_like(weight), *torch.empty(2, channels, dtype=dtype)
+    dgamma2, dbeta2 = torch.empty(2, width, dtype=dtype)
+    before = g.clone(), map_sum.clone(), map_centred_sum.clone()
+    call(
+        "bottleneck_backward", dtype, dz, b, pixels, width, norm2.struct, sum2, centred_sum2, dgamma2, dbeta2,
+        x, g, ld, channels, norm1.struct, weight, dweight, dgamma1, dbeta1, map_sum, map_centred_sum,
+    )  # fmt: skip
+
+    gamma2, beta2, b_leaf = leaf(norm2.gamma), leaf(norm2.beta), leaf(b[:, :width])
+    z2 = F.batch_norm(b_leaf, None, None, gamma2, beta2, training=True, eps=EPSILON)
+    db, expected_dgamma2, expected_dbeta2 = torch.autograd.grad(z2, [b_leaf, gamma2, beta2], dz[:, :width].double())
+    gamma1, beta1, x_leaf, weight_leaf = leaf(norm1.gamma), leaf(norm1.beta), leaf(x[:, :channels]), leaf(weight)
+    outputs = norm1.apply(x_leaf, gamma1, beta1) @ weight_leaf.T
+    dx, *expected = torch.autograd.grad(outputs, [x_leaf, gamma1, beta1, weight_leaf], db)
+    inverse = (norm1.variance.double() + EPSILON).rsqrt()
+    assert_close(g[:, :channels], before[0][:, :channels].double() + dx / inverse)
+    assert torch.equal(g[:, rows(channels, dtype) :], before[0][:, rows(channels, dtype) :])
+    for actual, wanted in zip([dgamma1, dbeta1, dweight], expected, strict=True):
+        assert_close(actual, wanted)
+    assert_close(dgamma2, expected_dgamma2)
+    assert_close(dbeta2, expected_dbeta2)
+    tolerance = DTYPES[dtype] * 100
+    torch.testing.assert_close(map_sum - before[1], norm1.gamma * expected[1], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        map_centred_sum - before[2], norm1.gamma * expected[0] / inverse, rtol=tolerance, atol=tolerance
+    )
+
+
+SHAPES = [(1, 1, 1, 4, 3), (2, 5, 8, 48, 12), (3, 7, 7, 20, 10), (1, 14, 9, 131, 33), (9, 2, 31, 16, 70)]
+
+
+@pytest.mark.parametrize(("images", "height", "width", "channels", "growth"), SHAPES)
+def test_conv3x3_forward(dtype, threads, images, height, width, channels, growth):
+    pixels, ldb, ld = images * height * width, rows(channels, dtype), growth + 21
+    b, out = torch.randn(pixels, ldb, dtype=dtype), torch.zeros(pixels, ld, dtype=dtype)
+    weight, norm = torch.randn(growth, channels, 3, 3, dtype=dtype), Norm(channels, dtype)
+    mean, variance = torch.empty(2, growth, dtype=dtype)
+    call(
+        "conv3x3_forward", dtype, b, ldb, images, height, width, channels, norm.struct,
+        weight.permute(2, 3, 1, 0).contiguous(), growth, out[:, 5:], ld, mean, variance,
+    )  # fmt: skip
+    d = norm.apply(as_images(b[:, :channels], images, height, width))
+    expected = as_pixels(F.conv2d(d, weight.double(), padding=1))
+    assert_close(out[:, 5 : 5 + growth], expected)
+    assert not out[:, :5].any() and not out[:, 5 + growth :].any()
+    assert_close(mean, expected.mean(0))
+    if pixels > 1:
+        assert_close(variance, expected.var(0, correction=0))
+
+
+@pytest.mark.parametrize(("images", "height", "width", "channels", "growth"), SHAPES)
+def test_conv3x3_backward(dtype, threads, images, height, width, channels, growth):
+    pixels, ldb, ldg = images * height * width, rows(channels, dtype), rows(growth, dtype)
+    b, gradient = torch.randn(pixels, ldb, dtype=dtype), torch.randn(pixels, ldg, dtype=dtype)
+    weight, norm = torch.randn(growth, channels, 3, 3, dtype=dtype), Norm(channels, dtype)
+    dz, dweight = torch.empty_like(b), torch.empty(3, 3, channels, growth, dtype=dtype)
+    total, centred = torch.empty(2, channels, dtype=torch.float64)
+    call(
+        "conv3x3_backward", dtype, b, ldb, images, height, width, channels, norm.struct,
+        weight.permute(2, 3, 0, 1).contiguous(), growth, gradient, dz, dweight, total, centred,
+    )  # fmt: skip
+    shift, weight_leaf = leaf(norm.beta), leaf(weight)  # the gradient of beta before it is summed is dz
+    images_in = as_images(b[:, :channels], images, height, width)
+    z = F.batch_norm(images_in, norm.mean.double(), norm.variance.double(), norm.gamma.double(), shift, eps=EPSILON)
+    z.retain_grad()
+    F.conv2d(F.relu(z), weight_leaf, padding=1).backward(as_images(gradient[:, :growth], images, height, width))
+    expected = as_pixels(z.grad)
+    assert_close(dz[:, :channels], expected)
+    assert_close(dweight.permute(3, 2, 0, 1), weight_leaf.grad)
+    scale = expected.abs().sum()
+    assert (total - expected.sum(0)).abs().max() <= DTYPES[dtype] * scale
+    centred_expected = (expected * (b[:, :channels].double() - norm.mean.double())).sum(0)
+    assert (centred - centred_expected).abs().max() <= DTYPES[dtype] * 10 * scale
+
+
+@pytest.mark.parametrize(("pixels", "channels"), [(2, 3), (131, 70), (700, 16)])
+def test_finish_gradient(dtype, threads, pixels, channels):
+    ld, ldout, first = channels + 37, rows(channels, dtype) + 16, 5
+    x, g = torch.randn(2, pixels, ld, dtype=dtype)
+    maps, reached = x[:, first : first + channels].double(), g[:, first : first + channels].double()
+    mean, variance = maps.mean(0).to(dtype), maps.var(0, correction=0).to(dtype)
+    sums = reached.sum(0), (reached * (maps - mean.double())).sum(0)
+    out = torch.full((pixels, ldout), 7, dtype=dtype)
+    norm = BatchNorm(mean, variance, None, None, EPSILON)
+    call("finish_gradient", dtype, g[:, first:], x[:, first:], ld, pixels, channels, norm, *sums, out, ldout)
+    maps_leaf = leaf(maps)
+    F.batch_norm(maps_leaf, None, None, training=True, eps=EPSILON).backward(reached)
+    assert_close(out[:, :channels], maps_leaf.grad)
+    assert not out[:, channels : rows(channels, dtype)].any()
+
+
+@pytest.mark.parametrize(
+    ("images", "height", "width", "channels", "side"),
+    [(2, 4, 6, 33, (2, 2)), (3, 7, 5, 70, (2, 2)), (2, 7, 3, 20, (7, 3)), (1, 2, 2, 5, (2, 2))],
+)
+def test_pooling(dtype, threads, images, height, width, channels, side):
+    pixels, ld = images * height * width, rows(channels, dtype) + 16
+    x, g = torch.randn(2, pixels, ld, dtype=dtype)
+    norm, shape = Norm(channels, dtype), (images, channels, height // side[0], width // side[1])
+    out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    call("pool_forward", dtype, x, ld, images, height, width, channels, norm.struct, *side, out)
+    gamma, beta, maps = leaf(norm.gamma), leaf(norm.beta), leaf(as_images(x[:, :channels], images, height, width))
+    expected = F.avg_pool2d(norm.apply(maps, gamma, beta), side)
+    assert_close(out, expected)
+
+    gradient = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    dgamma, dbeta = torch.empty(2, channels, dtype=dtype)
+    sums = torch.full((2, channels), 7, dtype=torch.float64)
+    call(
+        "pool_backward", dtype, x, g, ld, images, height, width, channels, norm.struct, *side, gradient, dgamma, dbeta,
+        *sums,
+    )  # fmt: skip
+    dx, *expected = torch.autograd.grad(expected, [maps, gamma, beta], gradient.double())
+    inverse = (norm.variance.double() + EPSILON).rsqrt()
+    assert_close(g[:, :channels], as_pixels(dx) / inverse)
+    assert_close(dgamma, expected[0])
+    assert_close(dbeta, expected[1])
+    torch.testing.assert_close(sums[0], (norm.gamma * dbeta).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums[1], norm.gamma * expected[0] / inverse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "height", "width", "channels"), [(2, 6, 8, 16), (3, 7, 5, 70), (1, 1, 3, 5)])
+def test_stem(dtype, threads, images, height, width, channels):
+    norm = Norm(channels, dtype)
+    y = torch.randn(images, channels, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    norm.mean.copy_(y.mean((0, 2, 3)))
+    norm.variance.copy_(y.var((0, 2, 3), correction=0))
+    shape = (images, channels, (height + 1) // 2, (width + 1) // 2)
+    out, winners = (torch.empty(shape, dtype=t, memory_format=torch.channels_last) for t in (dtype, torch.uint8))
+    sizes = (images, height, width, channels)
+    call("stem_forward", dtype, y, *sizes, norm.struct, out, winners)
+    gamma, beta, y_leaf = leaf(norm.gamma), leaf(norm.beta), leaf(y)
+    z = F.relu(F.batch_norm(y_leaf, None, None, gamma, beta, training=True, eps=EPSILON))
+    expected = F.max_pool2d(z, kernel_size=3, stride=2, padding=1)
+    assert_close(out, expected)
+
+    gradient = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    dy, dgamma, dbeta = torch.empty_like(y), *torch.empty(2, channels, dtype=dtype)
+    call("stem_backward", dtype, y, *sizes, norm.struct, gradient, winners, dy, dgamma, dbeta)
+    wanted = torch.autograd.grad(expected, [y_leaf, gamma, beta], gradient.double())
+    for actual, expected_gradient in zip([dy, dgamma, dbeta], wanted, strict=True):
+        assert_close(actual, expected_gradient)
+
+
+def test_a_nan_is_not_hidden():
+    x = torch.randn(50, 16, dtype=torch.float64)
+    x[17, 3] = torch.nan
+    norm, weight = Norm(16, torch.float64), torch.randn(16, 16, dtype=torch.float64)
+    b = torch.empty(50, 16, dtype=torch.float64)
+    call("bottleneck_forward", torch.float64, x, 16, 50, 16, norm.struct, weight, 16, b, None, None)
+    assert b[17].isnan().all() and not b[:17].isnan().any() and not b[18:].isnan().any()
+
+
+def test_compiled_once_by_processes_that_start_together(tmp_path):
+    """Three processes with an empty cache: one library, no leftovers, all can call it."""
+    script = (
+        "import torch; from pipeline.models import kernels; x = torch.ones(4, 3); m = torch.empty(2, 3);"
+        "kernels.call('copy_and_measure', x.dtype, x, 4, 3, None, 0, m[0], m[1]); print(m[0].sum().item())"
+    )
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["3.0\n"] * 3
+    files = sorted(path.suffix for path in (tmp_path / "densenet-pipeline").iterdir())
+    assert files == [".lock", ".so"]
+
+
+def test_without_a_compiler_the_reason_is_one_line(tmp_path):
+    script = "from pipeline.models import kernels; print(kernels.problem())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere", "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "no C++ compiler (c++, g++, clang++ or $CXX)\n"

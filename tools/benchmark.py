@@ -1,0 +1,390 @@
+"""How fast and in how much memory the networks run, beside torchvision's and timm's.
+
+``python -m tools.benchmark step`` measures training steps (forward, cross entropy, backward, SGD), and
+``python -m tools.benchmark inference`` forward passes in evaluation mode, for every combination of the given models,
+batch sizes and precisions. All contestants of a combination have the same weights and images, must agree in their loss
+and what a step does to it, or in their logits, and take turns in one process. Memory is the growth of each one's peak
+over 3 steps in a process of its own, counted from where network, optimiser and data exist. The tables are printed;
+benchmark-step.json, .md and .png, and benchmark-step-growth.png for several models or batch sizes, go to FOLDER.
+
+Compiling takes about 5 minutes for DenseNet-121 on 2 cores, and more for deeper networks; --no-compile leaves it out.
+
+Linux only, which tells a process's peak memory. Nothing of it has been run on a GPU yet.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.config import OptimConfig
+from pipeline.distributed import set_precision
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.machine import available_cores, keep_freed_memory
+from pipeline.models import create_model
+from pipeline.models.zoo import DENSENETS
+from pipeline.optim import create_optimizer
+from tools.benchmark_report import BASELINE, COMPILED, plot_contestants, plot_growth, report, summarise
+from tools.measuring import describe_machine, writable_folder
+
+# A server imports the libraries, and forks into the processes that measure.
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["timm", "torchvision", "pipeline.config", "tools.benchmark_report"])
+SEED = 1
+LEARNING_RATE = 2e-4  # so low that what a step does to the loss follows from the gradients
+MEMORY_STEPS = 3
+TOLERANCES = {"fp32": (1e-3, 0.2), "bf16": (0.03, 0.5)}  # relative: of losses and logits; of the loss's fall by a step
+MODELS = [name for name, spec in DENSENETS.items() if spec.get("bottleneck", True)]  # torchvision's and timm's have it
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all contestants of one table share."""
+
+    task: str
+    model: str
+    batch_size: int
+    size: int
+    precision: str
+    device: str
+
+    @property
+    def classes(self) -> int:
+        return 1000 if DENSENETS[self.model]["stem"] == "imagenet" else 10
+
+    def __str__(self) -> str:
+        return f"{self.model}, batch {self.batch_size}, {self.size} px, {self.precision}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A network's implementation and how it is run."""
+
+    create: Callable[..., nn.Module]
+    channels_last: bool = True
+    compiled: bool = False
+
+
+def create_torchvision(name: str, num_classes: int, memory_efficient: bool = False) -> nn.Module:
+    network = torchvision.models.DenseNet(
+        **_sizes(name),
+        num_init_features=DENSENETS[name]["stem_channels"],
+        num_classes=num_classes,
+        memory_efficient=memory_efficient,
+    )
+    return _with_stem(network, name)
+
+
+def create_timm(name: str, num_classes: int) -> nn.Module:
+    return _with_stem(timm.models.DenseNet(**_sizes(name), num_classes=num_classes), name)
+
+
+def _sizes(name: str) -> dict[str, Any]:
+    return dict(growth_rate=DENSENETS[name]["growth_rate"], block_config=DENSENETS[name]["block_sizes"])
+
+
+def _with_stem(network: nn.Module, name: str) -> nn.Module:
+    """Give a network with the ImageNet stem the one of `name`."""
+    if DENSENETS[name]["stem"] == "cifar":
+        network.features.conv0 = nn.Conv2d(3, DENSENETS[name]["stem_channels"], kernel_size=3, padding=1, bias=False)
+        for part in {"norm0", "relu0", "pool0"} & dict(network.features.named_children()).keys():
+            setattr(network.features, part, nn.Identity())
+    return network
+
+
+def _ours(dense_block: str, recompute: str = "none") -> Contestant:
+    return Contestant(functools.partial(create_model, dense_block=dense_block, recompute=recompute))
+
+
+PEERS = {
+    BASELINE: Contestant(create_torchvision, channels_last=False),
+    "torchvision channels_last": Contestant(create_torchvision),
+    "torchvision memory_efficient": Contestant(functools.partial(create_torchvision, memory_efficient=True)),
+    COMPILED: Contestant(create_torchvision, compiled=True),
+    "timm channels_last": Contestant(create_timm),
+}
+OURS = {
+    "plain": _ours("plain"),
+    "lean": _ours("lean"),
+    "lean, recompute all": _ours("lean", "all"),
+    "fused": _ours("fused"),
+    "fused, recompute first": _ours("fused", "first"),
+    "fused, recompute all": _ours("fused", "all"),
+}
+CONTESTANTS = PEERS | OURS
+TASKS = {
+    "step": list(CONTESTANTS),
+    "inference": [BASELINE, "torchvision channels_last", COMPILED, "timm channels_last", "plain", "fused"],
+}
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    settings = choose_settings(options)
+    names = choose_contestants(options)
+    output = writable_folder(options.output, f"benchmark-{options.task}.json")
+    results = {
+        "task": options.task,
+        "machine": describe_machine(["torch", "torchvision", "timm"]),
+        "device": settings[0].device,
+        "repeats": options.repeats,
+        "tables": [],
+    }
+    with tempfile.TemporaryDirectory() as cache:
+        # For the processes to come: compile afresh, then from the cache, and with constant weights where nothing
+        # learns. As an option of torch.compile, freezing comes too late to have an effect (torch 2.14).
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FREEZING": "1"}
+        for setting in settings:
+            print(f"{setting}: {len(names)} contestants", flush=True)
+            rows, left_out = measure(setting, names, options.repeats)
+            rows = summarise(rows, setting.batch_size)
+            results["tables"].append({**dataclasses.asdict(setting), "rows": rows, "left_out": left_out})
+            files = write(results, output)  # after each: the next may take an hour, or all memory
+    print(f"\n{report(results)}\n\nin {output}: {', '.join(files)}")
+
+
+def measure(setting: Setting, names: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row of samples for each contestant, and why others could not be measured."""
+    rows, left_out = in_own_process(setting, time_contestants, names, repeats)
+    for row in tqdm(rows, "memory", leave=False, disable=None):
+        row["memory_bytes"] = in_own_process(setting, measure_memory, row["contestant"])
+    return rows, left_out
+
+
+def in_own_process(setting: Setting, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function(setting, *arguments)`` in a new process, which starts as every other one does."""
+    try:
+        with ProcessPoolExecutor(1, PROCESSES, _prepare_process) as pool:
+            return pool.submit(function, setting, *arguments).result()
+    except RuntimeError as error:
+        if isinstance(error, BrokenProcessPool):
+            problem = "the process ended in the middle, most likely for lack of memory"
+        elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            problem = "out of memory"
+        else:
+            raise
+        raise UserError(f"{setting}: {problem}; choose smaller --batch-sizes or --size") from None
+
+
+def _prepare_process() -> None:
+    """Have a process run networks as `pipeline.train` does."""
+    torch.set_num_threads(available_cores())
+    keep_freed_memory()
+    set_precision("fp32")
+
+
+def time_contestants(setting: Setting, names: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Seconds of each contestant, all run once a repetition: what disturbs the machine disturbs them alike.
+
+    Also returns who is left out and why: our networks compute some cases otherwise than they were asked to.
+    """
+    runs, rows, first, left_out = {}, {}, {}, {}
+    for name in tqdm(names, "first calls", leave=False, disable=None):
+        network, run = prepare(setting, name)
+        try:
+            seconds, output = timed(run, setting.device)
+        except Exception as error:
+            if not CONTESTANTS[name].compiled:
+                raise
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise UserError(f"{name}: {reason}; --no-compile leaves it out") from error
+        if name in OURS and network.choice.method != network.dense_block:
+            left_out[name] = network.choice.reason
+            continue
+        runs[name], first[name] = run, output
+        rows[name] = {"contestant": name, "peer": name in PEERS, "first_call_s": seconds, "seconds": []}
+    second = {name: run() for name, run in runs.items()}
+    tolerance, tolerance_of_step = TOLERANCES[setting.precision]
+    check_agreement(setting, "loss" if setting.task == "step" else "logits", first, tolerance)
+    if setting.task == "step":
+        falls = {name: first[name] - second[name] for name in runs}
+        check_agreement(setting, "fall of the loss by a step", falls, tolerance_of_step)
+    for repeat in tqdm(range(repeats), "repetitions", leave=False, disable=None):
+        for name in list(runs)[:: -1 if repeat % 2 else 1]:
+            rows[name]["seconds"].append(timed(runs[name], setting.device)[0])
+    return list(rows.values()), left_out
+
+
+def timed(run: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    output = run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, output
+
+
+def check_agreement(setting: Setting, what: str, values: dict[str, Tensor], tolerance: float) -> None:
+    """Refuse to compare contestants that do not compute the same."""
+    expected = values[BASELINE].float()
+    for name, actual in values.items():
+        difference = ((actual.float() - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= tolerance:  # nor NaN
+            raise UserError(f"{setting}: {what} of '{name}' and '{BASELINE}' differ by {100 * difference:.2g} %")
+
+
+def measure_memory(setting: Setting, name: str) -> int:
+    """Bytes by which the process's peak grows in a few steps."""
+    _, run = prepare(setting, name)
+    before = peak_memory(setting.device)
+    for _ in range(MEMORY_STEPS):
+        run()
+    return peak_memory(setting.device) - before
+
+
+def peak_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage's ru_maxrss: it survives exec, so that a process starts with its parent's.
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def prepare(setting: Setting, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A contestant's network, and its step or pass as a function that returns the loss or logits."""
+    contestant = CONTESTANTS[name]
+    training = setting.task == "step"
+    layout = torch.channels_last if contestant.channels_last else torch.contiguous_format
+    network = contestant.create(setting.model, num_classes=setting.classes)
+    torch.manual_seed(SEED)
+    draw_weights(network)
+    network = network.to(setting.device, memory_format=layout).train(training)
+    optimizer = create_optimizer(network, OptimConfig(lr=LEARNING_RATE))
+    labels = torch.randint(setting.classes, (setting.batch_size,)).to(setting.device)
+    shape = (setting.batch_size, 3, setting.size, setting.size)
+    images = torch.empty(shape, device=setting.device, memory_format=layout)
+    for image in images:  # one by one: a second batch would leave memory to be used again, unmeasured
+        image.copy_(torch.randn(shape[1:]))
+    call = torch.compile(network) if contestant.compiled else network
+    autocast = functools.partial(torch.autocast, setting.device, torch.bfloat16, enabled=setting.precision == "bf16")
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            loss = F.cross_entropy(call(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def infer() -> Tensor:
+        with autocast():
+            return call(images)
+
+    return network, step if training else infer
+
+
+def draw_weights(network: nn.Module) -> None:
+    """Draw weights and statistics; networks with the same layers in the same order get the same."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+
+
+# Command line
+
+
+def choose_settings(options: argparse.Namespace) -> list[Setting]:
+    """The combinations of models, batch sizes and precisions."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that torch can use")
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    settings = []
+    for model in options.models:
+        spec = DENSENETS[model]
+        imagenet = spec["stem"] == "imagenet"
+        size = options.size or (224 if imagenet else 32)
+        smallest = (4 if imagenet else 1) * 2 ** len(spec["block_sizes"])  # 2 x 2 positions in the last block
+        if size < smallest:
+            raise UserError(f"--size {size}: {model} needs {smallest} pixels or more")
+        settings += [
+            Setting(options.task, model, batch_size, size, precision, device)
+            for batch_size in options.batch_sizes
+            for precision in options.precisions
+        ]
+    return settings
+
+
+def choose_contestants(options: argparse.Namespace) -> list[str]:
+    """The names of those who take part, in the order of the tables."""
+    for name in options.contestants or []:
+        if name not in TASKS[options.task]:
+            raise UserError(f"--contestants: '{name}' takes no part in {options.task}")
+    wanted = {BASELINE, *(options.contestants or CONTESTANTS)} - ({COMPILED} if options.no_compile else set())
+    return [name for name in TASKS[options.task] if name in wanted]
+
+
+def write(results: dict[str, Any], folder: Path) -> list[str]:
+    """Write what has been measured so far; return the names of the files."""
+    stem = f"benchmark-{results['task']}"
+    (folder / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / f"{stem}.md").write_text(report(results) + "\n")
+    plot_contestants(results, folder / f"{stem}.png")
+    files = [f"{stem}.json", f"{stem}.md", f"{stem}.png"]
+    return files + [f"{stem}-growth.png"] * plot_growth(results, folder / f"{stem}-growth.png")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
+    parser.add_argument("task", choices=TASKS, help="training steps, or forward passes in evaluation mode")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        metavar="NAME",
+        default=["densenet121"],
+        help=", ".join(MODELS) + " [densenet121]",
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=positive_integer, metavar="N", default=[16], help="[16]")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=TOLERANCES,
+        metavar="NAME",
+        default=["fp32"],
+        help="fp32, bf16 (autocast) [fp32]",
+    )
+    parser.add_argument("--size", type=positive_integer, metavar="PIXELS", help="[224, or 32 for the CIFAR networks]")
+    parser.add_argument(
+        "--repeats", type=positive_integer, metavar="N", default=7, help="repetitions of the timing [7]"
+    )
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        metavar="NAME",
+        help=f"these, in the tables' words, beside '{BASELINE}' [all]",
+    )
+    parser.add_argument("--no-compile", action="store_true", help=f"leave '{COMPILED}' out")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    parser.add_argument("--output", metavar="FOLDER", default="runs/benchmark", help="[runs/benchmark]")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
