@@ -111,65 +111,63 @@ def _gradients(
     bottlenecks: list[Tensor],
     gradient: Tensor,
 ) -> list[Tensor]:
-    """Gradients of a stage's input and parameters; of each layer by autograd, with the maps' statistics held constant."""
+    """Gradients of a stage's input and parameters."""
     images, channels, height, width = maps.shape
     pixels, growth = images * height * width, stage.growth_rate
     inverse = (variance + stage.norm.eps).rsqrt()
     gradients: list[Tensor | None] = [None] * len(parameters)
-    # What reaches the maps with their statistics held constant, and its sums over pixels: of it, and of it times the
-    # normalised maps.
+    # G of kernels/ALGEBRA.md, and its sums over pixels: of G, and of G (x - mean).
     map_gradient, map_sum, map_centred_sum = torch.zeros_like(maps), torch.zeros_like(mean), torch.zeros_like(mean)
 
-    def norm_backward(position: int, normalised: Tensor, maps_in: Tensor, leaves: list[Tensor], gradient: Tensor):
-        dmaps, dgamma, dbeta = torch.autograd.grad(normalised, [maps_in, *leaves], gradient)
-        reached = maps_in.shape[1]
-        gain = leaves[0].detach() * inverse[:reached]
-        map_gradient[:, :reached] += dmaps
-        map_sum[:reached] += gain * dbeta
-        map_centred_sum[:reached] += gain * dgamma
-        gradients[position : position + 2] = dgamma, dbeta
+    def norm_backward(position: int, a: Tensor, da: Tensor) -> None:
+        """The way back from a, the ReLU of a batch norm of the first maps, of which `position` is gamma's."""
+        gamma, reached = parameters[position], a.shape[1]
+        dz = da.masked_fill_(a <= 0, 0)
+        dbeta = dz.sum(dim=(0, 2, 3), dtype=mean.dtype)
+        centred_sum = (maps[:, :reached] - _channels(mean[:reached])).mul_(dz).sum(dim=(0, 2, 3))
+        map_gradient[:, :reached].addcmul_(dz, _channels(gamma))
+        map_sum[:reached] += gamma * dbeta
+        map_centred_sum[:reached] += gamma * centred_sum
+        gradients[position : position + 2] = centred_sum * inverse[:reached], dbeta
 
     def finish(first: int, last: int) -> Tensor:
         """The gradient of maps whose consumers are all done."""
-        wide = map_gradient[:, first:last].to(mean.dtype)
-        normalised = (maps[:, first:last] - _channels(mean[first:last])) * _channels(inverse[first:last])
-        wide = (
-            wide
-            - _channels(map_sum[first:last] / pixels)
-            - normalised * _channels(map_centred_sum[first:last] / pixels)
-        )
-        return wide.to(maps.dtype)
+        part = slice(first, last)
+        centred = maps[:, part] - _channels(mean[part])
+        dx = _channels(inverse[part]) * (map_gradient[:, part] - _channels(map_sum[part] / pixels))
+        dx -= centred.mul_(_channels(inverse[part] ** 3 * map_centred_sum[part] / pixels))
+        return dx.to(maps.dtype)
 
+    a = _normalise(maps, mean, variance, *parameters[-2:], stage.norm.eps).requires_grad_()
     with torch.enable_grad():
-        leaf, *norm_leaves = _leaves(maps, *parameters[-2:])
-        normalised = _normalise(leaf, mean, variance, *norm_leaves, stage.norm.eps)
-        pooled = F.avg_pool2d(normalised, stage.pool)
-    norm_backward(len(parameters) - 2, pooled, leaf, norm_leaves, gradient)
-    del leaf, normalised, pooled
+        pooled = F.avg_pool2d(a, stage.pool)
+    norm_backward(len(parameters) - 2, a, torch.autograd.grad(pooled, a, gradient)[0])
+    del a, pooled
     for i in reversed(range(len(stage.layers))):
         channels -= growth
         layer, position = stage.layers[i], 6 * i
         gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[position : position + 6]
+        a = _normalise(maps[:, :channels], mean, variance, gamma1, beta1, layer.norm1.eps)
+        b = bottlenecks[i] if bottlenecks else F.conv2d(a, weight1)
         with torch.enable_grad():
-            leaf, *norm_leaves = _leaves(maps[:, :channels], gamma1, beta1)
-            a = _normalise(leaf, mean, variance, *norm_leaves, layer.norm1.eps)
-        b = bottlenecks[i] if bottlenecks else F.conv2d(a.detach(), weight1)
-        with torch.enable_grad():
-            b, gamma2, beta2 = _leaves(b, gamma2, beta2)
+            b, gamma2, beta2 = (tensor.detach().requires_grad_() for tensor in (b, gamma2, beta2))
             d = F.relu(F.batch_norm(b, None, None, gamma2, beta2, training=True, eps=layer.norm2.eps))
-        dd, dweight2 = _conv_backward(d, weight2, finish(channels, channels + growth), padding=1)
+        dd, dweight2 = _conv_backward(d.detach(), weight2, finish(channels, channels + growth), padding=1)
         db, dgamma2, dbeta2 = torch.autograd.grad(d, [b, gamma2, beta2], dd)
-        del d, dd
+        del b, d, dd
         da, dweight1 = _conv_backward(a, weight1, db, padding=0)
+        del db
         gradients[position + 2 : position + 6] = dweight1, dgamma2, dbeta2, dweight2
-        norm_backward(position, a, leaf, norm_leaves, da)
+        norm_backward(position, a, da)
     return [finish(0, channels), *gradients]
 
 
 def _normalise(x: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
-    """ReLU(batch norm) of the first maps with statistics that are known."""
+    """ReLU(batch norm) of the first maps with statistics that are known; computed in the statistics' precision."""
     channels = x.shape[1]
-    return F.relu(F.batch_norm(x, mean[:channels], variance[:channels], gamma, beta, training=False, eps=epsilon))
+    scale = gamma * (variance[:channels] + epsilon).rsqrt()
+    shift = torch.addcmul(beta, mean[:channels], scale, value=-1)
+    return torch.addcmul(_channels(shift), x, _channels(scale)).relu_().to(x.dtype)
 
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,13 +178,8 @@ def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def _conv_backward(x: Tensor, weight: Tensor, gradient: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     """Gradients of a convolution's input and weight, in the precision that its input came in."""
-    x, cast = x.detach(), weight.to(x.dtype)
-    dx = conv2d_input(x.shape, cast, gradient, padding=padding)
+    dx = conv2d_input(x.shape, weight.to(x.dtype), gradient, padding=padding)
     return dx, conv2d_weight(x, weight.shape, gradient, padding=padding).to(weight.dtype)
-
-
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:

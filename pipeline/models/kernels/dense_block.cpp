@@ -92,7 +92,7 @@ void copy_and_measure(long threads, const T* x, long pixels, long channels, T* o
     const Range range = share(pixels, thread, all);
     for (long begin = range.begin; begin < range.end; begin += 128) {
       const long rows = std::min<long>(128, range.end - begin);
-      for (long r = begin; out && r < begin + rows; r++) std::copy_n(x + r * channels, channels, out + r * ldout);
+      for (long r = begin; out && r < begin + rows; r++) copy(x + r * channels, channels, out + r * ldout);
       if (mean) moments[thread].add(x + begin * channels, channels, rows);
     }
   });
@@ -116,12 +116,14 @@ void bottleneck_forward(long threads, const T* x, long ldx, long pixels, long ch
     Buffer<T> a(tile * lda);
     for (long begin = range.begin; begin < range.end; begin += tile) {
       const long rows = std::min(tile, range.end - begin);
-      for (long first = 0; first < rows; first += ROWS)
-        for (long c = 0; c < channels; c += LANES<T>)
-          for (long r = first; r < std::min(first + ROWS, rows); r++)
-            store(a + r * lda + c, relu<T>(normalise(c, load(x + (begin + r) * ldx + c))));
-      multiply<T>(rows, width, channels, a, lda, panels, b + begin * ldb, ldb,
-                  Prefetch(x + (begin + tile) * ldx, tile, channels, ldx));
+      for (long r = 0; r < rows; r++) {
+        const T* pixel = x + (begin + r) * ldx;
+        T* out = a + r * lda;
+        for (long c = 0; c < channels; c += LANES<T>) store(out + c, relu<T>(normalise(c, load(pixel + c))));
+      }
+      Prefetch ahead(x + (begin + tile) * ldx, std::min(tile, range.end - begin - tile), channels, ldx);
+      ahead.over(register_tiles<T>(rows, width));
+      multiply<T>(rows, width, channels, a, lda, panels, b + begin * ldb, ldb, ahead);
       if (mean) moments[thread].add(b + begin * ldb, ldb, rows);
     }
   });
@@ -135,7 +137,7 @@ void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, lon
                          const double* sum2, const double* centred_sum2, T* dgamma2, T* dbeta2, const T* x, T* g,
                          long ldx, long channels, const BatchNorm<T>* norm1, const T* weight, T* dweight, T* dgamma1,
                          T* dbeta1, double* map_sum, double* map_centred_sum) {
-  constexpr long PANEL = WIDE_TRANSPOSED * LANES<T>, TILE = 16 * ROWS;
+  constexpr long PANEL = WIDE_TRANSPOSED * LANES<T>, TILE = 24 * ROWS;
   const long ldb = padded<T>(width), columns = padded<T>(channels), width_rows = round_up(width, ROWS_TRANSPOSED);
   const NormBackward<T> norm_backward(*norm2, sum2, centred_sum2, pixels, width);
   parameter_gradients(*norm2, sum2, centred_sum2, width, dgamma2, dbeta2);
@@ -165,7 +167,8 @@ void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, lon
         const long next = last ? (begin + TILE) * ldx : begin * ldx + j + PANEL;
         const long coming = last ? std::min(TILE, range.end - begin - TILE) : rows;
         Prefetch x_ahead(x + next, coming, PANEL, ldx), g_ahead(g + next, coming, PANEL, ldx);
-        x_ahead.divide(TILE / ROWS);
+        x_ahead.over(TILE / ROWS);
+        g_ahead.over(width_rows / ROWS_TRANSPOSED);
         multiply_panel<T>(rows, panel / LANES<T>, width, db, ldb, panels + j * width, da, panel, x_ahead);
         for (long c = 0; c < panel; c += LANES<T>) {
           const Vector<T> gain = load(gamma + j + c), centre = load(mean + j + c);
@@ -211,6 +214,12 @@ template <class T> struct NormalisedRow {
   }
 };
 
+// The pixels of rows [begin, end) of tiles.
+template <class T> Prefetch pixels_of(const Tiles& tiles, long begin, long end, const T* b, long ldb) {
+  const long length = tiles.width * ldb;
+  return Prefetch(b + tiles.pixel_row(begin) * length, 2 * (end - begin), length, length);
+}
+
 // out[:, :growth] = the 3x3 convolution of relu(norm(b)), with the mean and variance of its columns if mean is not null.
 // weight: [3][3][channels][growth].
 template <class T>
@@ -224,12 +233,14 @@ void conv3x3_forward(long threads, const T* b, long ldb, long images, long heigh
     const Range packed = share(channels, thread, all);
     transform_weights<T>(weight, false, channels, growth, packed.begin, packed.end, weights);
     wait_for_all_threads();
-    convolve<T>(tiles, share(tiles.rows(), thread, all), channels, growth, weights,
+    const Range range = share(tiles.rows(), thread, all);
+    convolve<T>(tiles, range, channels, growth, weights,
                 NormalisedRow<T>{b, ldb, width, channels, normalise}, [&](long row, const T* values) {
                   for (long x = 0; x < width; x++)
-                    std::copy_n(values + x * padded<T>(growth), growth, out + (row * width + x) * ldout);
+                    copy(values + x * padded<T>(growth), growth, out + (row * width + x) * ldout);
                   if (mean) moments[thread].add(values, padded<T>(growth), width);
-                });
+                },
+                [&](long begin, long end) { return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb); });
   });
   if (mean) write_moments(moments, mean, variance);
 }
@@ -254,7 +265,9 @@ void conv3x3_backward(long threads, const T* b, long ldb, long images, long heig
     std::fill_n(dw, FREQUENCIES * matrix, T(0));
     wait_for_all_threads();
     convolve_backward_weights<T>(tiles, range, channels, growth, NormalisedRow<T>{b, ldb, width, channels, normalise},
-                                 gradient, dw);
+                                 gradient, dw, [&](long begin, long end) {
+                                   return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb);
+                                 });
     convolve<T>(
         tiles, range, growth, channels, weights,
         [&](long row, T* out) { std::copy_n(gradient + row * width * ldg, width * ldg, out); },
@@ -271,7 +284,8 @@ void conv3x3_backward(long threads, const T* b, long ldb, long images, long heig
             }
             sums[thread].add(c, row_sum, row_centred_sum);
           }
-        });
+        },
+        [&](long begin, long end) { return pixels_of(tiles, begin, end, b, ldb); });
     wait_for_all_threads();
     const Range reduced = share(channels, thread, all);
     for (long in = reduced.begin; in < reduced.end; in++)
@@ -349,6 +363,8 @@ void pool_backward(long threads, const T* x, T* g, long ldx, long images, long h
       for (long c = 0; c < channels && covered; c += LANES<T>) {
         Vector<T> sum = {}, centred_sum = {};
         for (long column = 0; column < covered; column++) {
+          __builtin_prefetch(x + ((line + 1) * width + column) * ldx + c);
+          __builtin_prefetch(out + (width + column) * ldx + c, 1);
           const Vector<T> value = load(x + (line * width + column) * ldx + c);
           const Vector<T> d = load(pooled + column / side_x * channels + c, channels - c) * factor;
           const Vector<T> dz = relu_backward<T>(normalise(c, value), d);

@@ -5,6 +5,10 @@
 // the right-hand matrix is packed into panels as wide as such a tile.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 
@@ -39,16 +43,27 @@ template <class T> long padded(long channels) { return round_up(channels, LANES<
 template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p); }
 template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v; }
 
-// The first `count` lanes of a vector; a load leaves zero in the others.
+// The first `count` lanes of a vector, if it is that short; a load leaves zero in the others. Memory beyond is not touched.
 template <class T> inline Vector<T> load(const T* p, long count) {
   if (count >= LANES<T>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((1u << count) - 1, p);
+  if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd((1u << count) - 1, p);
+#endif
   Vector<T> v = {};
   std::memcpy(&v, p, count * sizeof(T));
   return v;
 }
 template <class T> inline void store(T* p, Vector<T> v, long count) {
   if (count >= LANES<T>) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << count) - 1, v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, (1u << count) - 1, v);
+#endif
   std::memcpy(p, &v, count * sizeof(T));
+}
+template <class T> inline void copy(const T* from, long count, T* to) {
+  for (long i = 0; i < count; i += LANES<T>) store(to + i, load(from + i, count - i), count - i);
 }
 
 // As torch's: a NaN passes, in both directions.
@@ -80,10 +95,14 @@ inline void register_tile(long depth, const T* a, long lda, const T* b, long ldb
 class Prefetch {
  public:
   Prefetch() = default;
-  template <class T> Prefetch(const T* p, long rows, long columns, long ld)
+  template <class T> Prefetch(const T* p, long rows, long columns, long ld)  // elements; none if rows is not positive
       : row_(reinterpret_cast<const char*>(p)), bytes_(columns * sizeof(T)), stride_(ld * sizeof(T)), rows_(rows) {}
 
-  void divide(long calls) { lines_ = (rows_ * ((bytes_ + LINE - 1) / LINE) + calls - 1) / calls; }
+  // Spread the lines over so many register tiles.
+  Prefetch& over(long tiles) {
+    lines_ = (rows_ * ((bytes_ + LINE - 1) / LINE) + tiles - 1) / tiles;
+    return *this;
+  }
 
   void some() {
     for (long i = 0; i < lines_ && rows_ > 0; i++) {
@@ -126,24 +145,27 @@ void multiply_panel(long rows, long width, long depth, const T* a, long lda, con
   }
 }
 
+// Register tiles of `multiply`.
+template <class T> long register_tiles(long rows, long columns) {
+  constexpr long PANEL = WIDE * LANES<T>;
+  return (rows + ROWS - 1) / ROWS * ((columns + PANEL - 1) / PANEL);
+}
+
 // c = a b for all panels of b, packed WIDE vectors wide.
 template <class T>
-void multiply(long rows, long columns, long depth, const T* a, long lda, const T* b, T* c, long ldc,
-              Prefetch ahead = {}) {
+void multiply(long rows, long columns, long depth, const T* a, long lda, const T* b, T* c, long ldc, Prefetch& ahead) {
   constexpr long PANEL = WIDE * LANES<T>;
-  ahead.divide((rows + ROWS - 1) / ROWS * ((columns + PANEL - 1) / PANEL));
   for (long j = 0; j < columns; j += PANEL) {
     const long width = std::min<long>(WIDE, padded<T>(columns - j) / LANES<T>);
     multiply_panel(rows, width, depth, a, lda, b + j * depth, c + j, ldc, ahead);
   }
 }
 
-// c += a^T b with a [depth][rows] and b [depth][columns]. Reads and writes rows up to a multiple of ROWS_TRANSPOSED.
+// c += a' b with a [depth][rows] and b [depth][columns]. Reads and writes rows up to a multiple of ROWS_TRANSPOSED.
 template <class T>
 void multiply_transposed(long rows, long columns, long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc,
-                         Prefetch ahead = {}) {
+                         Prefetch& ahead) {
   constexpr long PANEL = WIDE_TRANSPOSED * LANES<T>;
-  ahead.divide((rows + ROWS_TRANSPOSED - 1) / ROWS_TRANSPOSED * ((columns + PANEL - 1) / PANEL));
   long j = 0;
   for (; j + PANEL <= padded<T>(columns); j += PANEL)
     for (long i = 0; i < rows; i += ROWS_TRANSPOSED) {
@@ -151,8 +173,10 @@ void multiply_transposed(long rows, long columns, long depth, const T* a, long l
       register_tile<T, ROWS_TRANSPOSED, WIDE_TRANSPOSED, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
     }
   for (; j < columns; j += LANES<T>)
-    for (long i = 0; i < rows; i += ROWS_TRANSPOSED)
+    for (long i = 0; i < rows; i += ROWS_TRANSPOSED) {
+      ahead.some();
       register_tile<T, ROWS_TRANSPOSED, 1, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+    }
 }
 
 // Pack rows [begin, end) of b [depth][columns], where b(k, j) = element(k, j), into panels `wide` vectors wide; the

@@ -23,6 +23,8 @@ struct Tiles {
   long rows_of_image() const { return (height + 1) / 2; }
   long rows() const { return images * rows_of_image(); }
   long columns() const { return (width + 1) / 2; }
+  // The upper row of pixels of a row of tiles, counted through the batch.
+  long pixel_row(long row) const { return row / rows_of_image() * height + 2 * (row % rows_of_image()); }
   // Rows of tiles that a thread works on at once: about 48 tiles, with few rows of a register tile left empty.
   long rows_at_once() const {
     long best = 1;
@@ -173,10 +175,11 @@ template <class T, class LoadRow> class InputTiles {
   long held_[4] = {-1, -1, -1, -1};
 };
 
-// Convolve rows [begin, end) of tiles. `store_row(row, values)` takes a row of pixels [width][padded channels out].
-template <class T, class LoadRow, class StoreRow>
+// Convolve rows [begin, end) of tiles. `store_row(row, values)` takes a row of pixels [width][padded channels out];
+// `coming(begin, end)` is what to fetch while tile rows [begin, end) are multiplied.
+template <class T, class LoadRow, class StoreRow, class Coming>
 void convolve(const Tiles& tiles, Range range, long channels_in, long channels_out, const T* weights, LoadRow load_row,
-              StoreRow store_row) {
+              StoreRow store_row, Coming coming) {
   const long at_once = tiles.rows_at_once(), columns = tiles.columns();
   const long count = round_up(at_once * columns, ROWS), ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
   const long plane_in = count * ldin + LANES<T>, plane_out = count * ldout + LANES<T>;  // not a multiple of a page
@@ -185,26 +188,27 @@ void convolve(const Tiles& tiles, Range range, long channels_in, long channels_o
   for (long begin = range.begin; begin < range.end; begin += at_once) {
     const long end = std::min(begin + at_once, range.end);
     input_tiles.transform(begin, end, inputs, plane_in);
+    Prefetch ahead = coming(begin, end);
+    ahead.over(FREQUENCIES * register_tiles<T>((end - begin) * columns, channels_out));
     for (int f = 0; f < FREQUENCIES; f++)
       multiply<T>((end - begin) * columns, channels_out, channels_in, inputs + f * plane_in, ldin,
-                  weights + f * channels_in * ldout, products + f * plane_out, ldout);
+                  weights + f * channels_in * ldout, products + f * plane_out, ldout, ahead);
     for (long tile_row = begin; tile_row < end; tile_row++) {
       for (long column = 0; column < columns; column++) {
         T* rows[2] = {output + 2 * column * ldout, output + (2 * columns + 2 * column) * ldout};
         transform_output(products + ((tile_row - begin) * columns + column) * ldout, plane_out, channels_out, rows, ldout);
       }
-      const long image = tile_row / tiles.rows_of_image(), top = 2 * (tile_row % tiles.rows_of_image());
-      for (long y = top; y < std::min(top + 2, tiles.height); y++)
-        store_row(image * tiles.height + y, output + (y - top) * 2 * columns * ldout);
+      const long first = tiles.pixel_row(tile_row), count = std::min(2L, tiles.height - first % tiles.height);
+      for (long i = 0; i < count; i++) store_row(first + i, output + i * 2 * columns * ldout);
     }
   }
 }
 
 // Add to sums [16][channels_in rounded up][padded channels_out] the gradient of the transformed weights over rows
 // [begin, end) of tiles. gradient [pixels][padded channels_out] is that of the convolution's output.
-template <class T, class LoadRow>
+template <class T, class LoadRow, class Coming>
 void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in, long channels_out, LoadRow load_row,
-                               const T* gradient, T* sums) {
+                               const T* gradient, T* sums, Coming coming) {
   const long at_once = tiles.rows_at_once(), columns = tiles.columns(), count = at_once * columns;
   const long ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
   const long plane_in = count * ldin + LANES<T> + ROWS_TRANSPOSED, plane_out = count * ldout + LANES<T>;
@@ -215,20 +219,22 @@ void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in
     input_tiles.transform(begin, end, inputs, plane_in);
     T* out = gradients;
     for (long tile_row = begin; tile_row < end; tile_row++) {
-      const long image = tile_row / tiles.rows_of_image(), top = 2 * (tile_row % tiles.rows_of_image());
+      const long first = tiles.pixel_row(tile_row), count = tiles.height - first % tiles.height;
       for (long column = 0; column < columns; column++, out += ldout)
         transform_gradient(
             [&](long i, long j, long c) {
-              const long y = top + i, x = 2 * column + j;
-              if (y >= tiles.height || x >= tiles.width) return Vector<T>{};
-              return load(gradient + ((image * tiles.height + y) * tiles.width + x) * ldout + c);
+              const long x = 2 * column + j;
+              if (i >= count || x >= tiles.width) return Vector<T>{};
+              return load(gradient + ((first + i) * tiles.width + x) * ldout + c);
             },
             channels_out, out, plane_out);
     }
+    Prefetch ahead = coming(begin, end);
+    ahead.over(FREQUENCIES * (channels_in / ROWS_TRANSPOSED + 1));
     for (int f = 0; f < FREQUENCIES; f++)
       multiply_transposed<T>(channels_in, ldout, (end - begin) * columns, inputs + f * plane_in, ldin,
                              gradients + f * plane_out, ldout,
-                             sums + f * round_up(channels_in, ROWS_TRANSPOSED) * ldout, ldout);
+                             sums + f * round_up(channels_in, ROWS_TRANSPOSED) * ldout, ldout, ahead);
   }
 }
 
