@@ -292,3 +292,22 @@ def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "no C++ compiler (c++, g++, clang++ or $CXX)\n"
+
+
+def test_a_compiler_that_fails_is_named(tmp_path):
+    script = "from pipeline.models import kernels; print(kernels.problem())"
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+        "CXX": "false",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "false cannot compile the kernels: exit code 1\n"
+
+
+def test_kernels_compiled_for_another_cpu_are_not_loaded(monkeypatch):
+    here = kernels._fingerprint("c++")
+    assert kernels._fingerprint("c++") == here
+    monkeypatch.setattr(kernels, "_cpu", lambda: "model name: another\nflags: avx512f")
+    assert kernels._fingerprint("c++") != here

@@ -54,7 +54,7 @@ def _obstacle(features: nn.Module, x: Tensor) -> str:
         return "the input is no batch of images"
     if not features.training and torch.is_grad_enabled():
         return "gradients in evaluation mode"
-    if "conv2" not in features.denseblock1.denselayer1._modules:
+    if not hasattr(features.denseblock1.denselayer1, "conv2"):
         return "no bottlenecks"
     epsilons = set()
     for name, module in features.named_modules():

@@ -116,7 +116,7 @@ class DenseNet(nn.Module):
     ):
         super().__init__()
         self.dense_block, self.recompute = dense_block, recompute
-        self.block_count, self.bottleneck = len(block_sizes), bottleneck
+        self.block_count = len(block_sizes)
         self.features = nn.Sequential(_stem(stem, stem_channels))
         channels = stem_channels
         for i, layers in enumerate(block_sizes, start=1):
@@ -148,7 +148,7 @@ class DenseNet(nn.Module):
         """
         features = self.features
         x = features.conv0(x)
-        if "norm0" in features._modules:
+        if hasattr(features, "norm0"):
             x = implementation.run_stem(x, features.norm0)
         for i in range(1, self.block_count + 1):
             block = features.get_submodule(f"denseblock{i}")
