@@ -44,6 +44,19 @@ def index_of(sizes: list[tuple[int, int]]) -> DatasetIndex:
     return dataclasses.replace(synthetic_index(len(sizes), 1, 1, "sizes"), sizes=np.array(sizes, np.int32))
 
 
+def with_random_norms(network):
+    """Batch norms as no initialisation gives them: gammas of both signs, running statistics far from 0 and 1."""
+    from torch import nn  # not before pipeline, which sets up torch's threads
+
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return network
+
+
 @pytest.fixture(scope="session")
 def image_folders(tmp_path_factory) -> Path:
     """A data set of 3 classes: 37 training and 11 validation images."""

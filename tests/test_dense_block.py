@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import with_random_norms
 from torch import Tensor, nn
 
 from pipeline.models import create_model, kernels
@@ -26,17 +27,6 @@ def torchvision_network(name: str) -> nn.Module:
     if spec["stem"] == "cifar":
         network.features.conv0 = nn.Conv2d(3, spec["stem_channels"], kernel_size=3, padding=1, bias=False)
         network.features.norm0 = network.features.relu0 = network.features.pool0 = nn.Identity()
-    return network
-
-
-def with_random_norms(network: nn.Module) -> nn.Module:
-    """Batch norms as no initialisation gives them: gammas of both signs, running statistics far from 0 and 1."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
     return network
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torchvision
+from conftest import with_random_norms
 from torch import nn
 
 from pipeline.errors import UserError
@@ -33,13 +34,7 @@ def test_parameter_counts_are_the_papers(name):
 @pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
 def test_logits_equal_torchvisions_with_the_same_weights(name):
     torch.manual_seed(0)
-    ours, theirs = create_model(name).double(), getattr(torchvision.models, name)().double()
-    for norm in ours.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.bias)
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
+    ours, theirs = with_random_norms(create_model(name)).double(), getattr(torchvision.models, name)().double()
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 80, 64, dtype=torch.float64)
     with torch.no_grad():

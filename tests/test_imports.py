@@ -1,6 +1,9 @@
 """Dependencies point one way: entry points use the trainer, the trainer uses the parts, the parts use the foundations."""
 
 import ast
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import REPOSITORY
@@ -68,3 +71,14 @@ def test_configuration_needs_no_torch():
 def test_dali_is_imported_where_its_pipelines_are_defined_and_nowhere_else():
     users = [module for module in MODULES if any(name.startswith("nvidia") for name in imports_of(module))]
     assert set(users) <= {"pipeline.data.dali", "pipeline.data.dali_stages"}
+
+
+@pytest.mark.parametrize("package", ["pipeline", "tools"])
+def test_waiting_threads_are_set_up_before_torch_is_loaded(package):
+    """OpenMP reads its settings when it is loaded."""
+    script = f"import os, sys, {package}; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == "10000 False\n"

@@ -156,7 +156,7 @@ def test_conv3x3_forward(dtype, threads, images, height, width, channels, growth
     weight, norm = torch.randn(growth, channels, 3, 3, dtype=dtype), Norm(channels, dtype)
     mean, variance = torch.empty(2, growth, dtype=dtype)
     call(
-        "conv3x3_forward", dtype, b, ldb, images, height, width, channels, norm.struct,
+        "conv3x3_forward", dtype, b, images, height, width, channels, norm.struct,
         weight.permute(2, 3, 1, 0).contiguous(), growth, out[:, 5:], ld, mean, variance,
     )  # fmt: skip
     d = norm.apply(as_images(b[:, :channels], images, height, width))
@@ -176,7 +176,7 @@ def test_conv3x3_backward(dtype, threads, images, height, width, channels, growt
     dz, dweight = torch.empty_like(b), torch.empty(3, 3, channels, growth, dtype=dtype)
     total, centred = torch.empty(2, channels, dtype=torch.float64)
     call(
-        "conv3x3_backward", dtype, b, ldb, images, height, width, channels, norm.struct,
+        "conv3x3_backward", dtype, b, images, height, width, channels, norm.struct,
         weight.permute(2, 3, 0, 1).contiguous(), growth, gradient, dz, dweight, total, centred,
     )  # fmt: skip
     shift, weight_leaf = leaf(norm.beta), leaf(weight)  # the gradient of beta before it is summed is dz
@@ -304,6 +304,14 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     }
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "false cannot compile the kernels: exit code 1\n"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "densenet-pipeline").write_text("a file where the folder should be")
+    script = "from pipeline.models import kernels; print(kernels.problem())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == f"cannot write {tmp_path}/densenet-pipeline (File exists): set XDG_CACHE_HOME\n"
 
 
 def test_kernels_compiled_for_another_cpu_are_not_loaded(monkeypatch):

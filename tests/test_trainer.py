@@ -234,6 +234,13 @@ def test_precision_smoothing_and_memory_format_reach_the_step(tmp_path, monkeypa
     assert (smoothed - plain).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(("model", "says"), [({"dense_block": "lean"}, "lean"), ({"dropout": 0.1}, "plain (dropout)")])
+def test_the_run_says_once_how_its_dense_blocks_compute(tmp_path, capsys, model, says):
+    trainer.fit(small_config(tmp_path, model=model))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dense blocks")]
+    assert lines == [f"dense blocks: {says}"]
+
+
 def test_the_recorded_gradient_norm_does_not_depend_on_loss_scaling(tmp_path):
     norms = []
     for precision in ("fp32", "fp16"):

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import DenseBlock
 from pipeline.models import kernels
 
 KNOWN_MODULES = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d}
-DenseBlockMethod = Literal["auto", "plain", "lean", "fused"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Choice:
         return f"{self.method} ({self.reason})" if self.reason else self.method
 
 
-def choose(features: nn.Module, x: Tensor, wanted: DenseBlockMethod) -> Choice:
+def choose(features: nn.Module, x: Tensor, wanted: DenseBlock) -> Choice:
     """The implementation for an input of a network's `features`: what is wanted, or the nearest to it that is right.
 
     auto is fused where that is possible, else plain: on a GPU nobody has measured lean yet.

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import DenseBlock as DenseBlockChoice
+from pipeline.config import Recompute
 from pipeline.models import fused, lean
-from pipeline.models.choice import Choice, DenseBlockMethod, choose
+from pipeline.models.choice import Choice, choose
 from pipeline.models.stage import Layer, Stage
-
-Recompute = Literal["none", "first", "all"]
 
 BOTTLENECK_WIDTH = 4  # a bottleneck gives 4k feature maps (Section 3, "Bottleneck layers")
 
@@ -111,7 +111,7 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         dropout: float = 0.0,
         num_classes: int = 1000,
-        dense_block: DenseBlockMethod = "auto",
+        dense_block: DenseBlockChoice = "auto",
         recompute: Recompute = "none",
     ):
         super().__init__()

@@ -97,7 +97,7 @@ class _Stage(Function):
                 bottleneck, measured(mean2), measured(variance2),
             )  # fmt: skip
             call(
-                "conv3x3_forward", dtype, bottleneck, sizes.bottleneck_row, images, height, width, sizes.bottleneck,
+                "conv3x3_forward", dtype, bottleneck, images, height, width, sizes.bottleneck,
                 batch_norm(layer.norm2, mean2, variance2, gamma2, beta2), weight2, sizes.growth,
                 maps[:, channels:], sizes.row, measured(mean[channels:]), measured(variance[channels:]),
             )  # fmt: skip
@@ -171,7 +171,7 @@ class _Stage(Function):
                 )  # fmt: skip
             finish_gradient(channels, growth, new_gradient, sizes.growth_row)
             call(
-                "conv3x3_backward", dtype, bottleneck, sizes.bottleneck_row, images, height, width, sizes.bottleneck,
+                "conv3x3_backward", dtype, bottleneck, images, height, width, sizes.bottleneck,
                 norm2, weight2.permute(2, 3, 0, 1).contiguous(), growth, new_gradient, dz, dweight2, sum2, centred_sum2,
             )  # fmt: skip
             call(

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from pipeline.config import DenseBlock, Recompute
 from pipeline.errors import UserError, did_you_mean
-from pipeline.models.choice import DenseBlockMethod
-from pipeline.models.densenet import DenseNet, Recompute
+from pipeline.models.densenet import DenseNet
 
 
 def _imagenet(*block_sizes: int, growth_rate: int = 32) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def create_model(
     name: str,
     num_classes: int = 1000,
     dropout: float = 0.0,
-    dense_block: DenseBlockMethod = "auto",
+    dense_block: DenseBlock = "auto",
     recompute: Recompute = "none",
 ) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.

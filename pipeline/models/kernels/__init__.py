@@ -72,12 +72,17 @@ def load() -> ctypes.CDLL:
         KernelsUnavailableError: no compiler, or it failed.
     """
     compiler = _compiler()
-    library = _cache_folder() / f"dense_block-{_fingerprint(compiler)}.so"
-    if not library.exists():
-        with open(library.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one of a machine's ranks compiles, the others wait
-            if not library.exists():
-                _compile(compiler, library)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "densenet-pipeline"
+    library = folder / f"dense_block-{_fingerprint(compiler)}.so"
+    try:
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(library.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one of a machine's ranks compiles, the others wait
+                if not library.exists():
+                    _compile(compiler, library)
+    except OSError as error:
+        raise KernelsUnavailableError(f"cannot write {folder} ({error.strerror}): set XDG_CACHE_HOME") from None
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -106,15 +111,6 @@ def _compiler() -> str:
         if name and shutil.which(name):
             return name
     raise KernelsUnavailableError("no C++ compiler (c++, g++, clang++ or $CXX)")
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "densenet-pipeline"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KernelsUnavailableError(f"cannot write {folder} ({error.strerror}): set XDG_CACHE_HOME") from None
-    return folder
 
 
 def _fingerprint(compiler: str) -> str:

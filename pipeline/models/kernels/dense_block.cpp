@@ -204,13 +204,13 @@ void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, lon
 // Rows of pixels relu(norm(b)), [width][padded channels].
 template <class T> struct NormalisedRow {
   const T* b;
-  long ldb, width, channels;
+  long width, ld;
   const Affine<T>& normalise;
 
   void operator()(long row, T* out) const {
-    const T* in = b + row * width * ldb;
-    for (long x = 0; x < width; x++, in += ldb, out += padded<T>(channels))
-      for (long c = 0; c < channels; c += LANES<T>) store(out + c, relu<T>(normalise(c, load(in + c))));
+    const T* in = b + row * width * ld;
+    for (long i = 0; i < width * ld; i += ld)
+      for (long c = 0; c < ld; c += LANES<T>) store(out + i + c, relu<T>(normalise(c, load(in + i + c))));
   }
 };
 
@@ -223,9 +223,10 @@ template <class T> Prefetch pixels_of(const Tiles& tiles, long begin, long end, 
 // out[:, :growth] = the 3x3 convolution of relu(norm(b)), with the mean and variance of its columns if mean is not null.
 // weight: [3][3][channels][growth].
 template <class T>
-void conv3x3_forward(long threads, const T* b, long ldb, long images, long height, long width, long channels,
+void conv3x3_forward(long threads, const T* b, long images, long height, long width, long channels,
                      const BatchNorm<T>* norm, const T* weight, long growth, T* out, long ldout, T* mean, T* variance) {
   const Tiles tiles{images, height, width};
+  const long ldb = padded<T>(channels);
   const Affine<T> normalise(*norm, channels);
   Buffer<T> weights(FREQUENCIES * channels * padded<T>(growth));
   std::vector<Moments<T>> moments(threads, Moments<T>(growth));
@@ -235,7 +236,7 @@ void conv3x3_forward(long threads, const T* b, long ldb, long images, long heigh
     wait_for_all_threads();
     const Range range = share(tiles.rows(), thread, all);
     convolve<T>(tiles, range, channels, growth, weights,
-                NormalisedRow<T>{b, ldb, width, channels, normalise}, [&](long row, const T* values) {
+                NormalisedRow<T>{b, width, ldb, normalise}, [&](long row, const T* values) {
                   for (long x = 0; x < width; x++)
                     copy(values + x * padded<T>(growth), growth, out + (row * width + x) * ldout);
                   if (mean) moments[thread].add(values, padded<T>(growth), width);
@@ -249,11 +250,11 @@ void conv3x3_forward(long threads, const T* b, long ldb, long images, long heigh
 // its sums over pixels. gradient: [pixels][padded growth]; weight: [3][3][growth][channels]; dweight:
 // [3][3][channels][growth].
 template <class T>
-void conv3x3_backward(long threads, const T* b, long ldb, long images, long height, long width, long channels,
+void conv3x3_backward(long threads, const T* b, long images, long height, long width, long channels,
                       const BatchNorm<T>* norm, const T* weight, long growth, const T* gradient, T* dz, T* dweight,
                       double* sum, double* centred_sum) {
   const Tiles tiles{images, height, width};
-  const long ldg = padded<T>(growth), matrix = round_up(channels, ROWS_TRANSPOSED) * ldg;
+  const long ldb = padded<T>(channels), ldg = padded<T>(growth), matrix = round_up(channels, ROWS_TRANSPOSED) * ldg;
   const Affine<T> normalise(*norm, channels);
   const Padded<T> mean(norm->mean, channels);
   Buffer<T> weights(FREQUENCIES * growth * padded<T>(channels)), dweights(threads * FREQUENCIES * matrix);
@@ -264,7 +265,7 @@ void conv3x3_backward(long threads, const T* b, long ldb, long images, long heig
     T* dw = dweights + thread * FREQUENCIES * matrix;
     std::fill_n(dw, FREQUENCIES * matrix, T(0));
     wait_for_all_threads();
-    convolve_backward_weights<T>(tiles, range, channels, growth, NormalisedRow<T>{b, ldb, width, channels, normalise},
+    convolve_backward_weights<T>(tiles, range, channels, growth, NormalisedRow<T>{b, width, ldb, normalise},
                                  gradient, dw, [&](long begin, long end) {
                                    return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb);
                                  });
@@ -277,7 +278,7 @@ void conv3x3_backward(long threads, const T* b, long ldb, long images, long heig
             for (long x = 0; x < width; x++) {
               const long i = (row * width + x) * ldb + c;
               const Vector<T> value = load(b + i);
-              const Vector<T> d = relu_backward<T>(normalise(c, value), load(values + x * padded<T>(channels) + c));
+              const Vector<T> d = relu_backward<T>(normalise(c, value), load(values + x * ldb + c));
               store(dz + i, d);
               row_sum += d;
               row_centred_sum += d * (value - load(mean + c));
