@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _DIGEST_LENGTH = 64  # hexadecimal digits
 _REQUIRED = {"format": int, "model": dict, "config": dict, "classes": list}
 
@@ -32,20 +32,29 @@ class CheckpointFolder:
         self.best = folder / "best.pt"
 
     def save(self, state: dict[str, Any], best: bool) -> None:
-        """Write `state` as the last checkpoint, and as the best one too if it is."""
+        """Write `state` as the last checkpoint, and as the best one too if it is. Returns when the disk has it.
+
+        Raises:
+            UserError: it cannot be written; the older checkpoints are as they were.
+        """
         content = _serialise(state)
         try:
             if best:
                 os.replace(_write_temporary(self.best, content), self.best)
             temporary = _write_temporary(self.last, content)
+            if self.last.exists():
+                os.replace(self.last, self.previous)
+            os.replace(temporary, self.last)
+            _sync_folder(self.last.parent)
         except OSError as error:
             raise UserError(
                 f"cannot write a checkpoint to {self.last.parent} ({error.strerror}); older ones are kept"
             ) from None
-        if self.last.exists():
-            os.replace(self.last, self.previous)
-        os.replace(temporary, self.last)
-        _sync_folder(self.last.parent)
+
+    def remove_temporary(self) -> None:
+        """Remove what a process that was killed while it saved has left."""
+        for path in (self.last, self.best):
+            _temporary(path).unlink(missing_ok=True)
 
     def load_newest(self) -> dict[str, Any] | None:
         """Return the last checkpoint; the one before, with a warning, if the last is damaged; None if there is none.
@@ -132,12 +141,20 @@ def _is_whole(content: bytes) -> bool:
 
 def _write_temporary(path: Path, content: bytes) -> Path:
     """Write `content` beside `path`, down to the disk: a crash leaves the file at `path` as it was."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # its part may be what fills the disk
+        raise
     return temporary
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_suffix(".tmp")
 
 
 def _sync_folder(path: Path) -> None:

@@ -150,9 +150,14 @@ class TrainConfig:
     log_every: Positive = 20
     """Steps between two log lines."""
     checkpoint_every: NonNegative = 0
-    """Steps between two checkpoints within an epoch; 0: one after each epoch only."""
+    """Steps between two checkpoints within an epoch; 0: no such rule."""
+    checkpoint_minutes: NonNegativeFloat = 10.0
+    """Minutes between two checkpoints within an epoch; 0: no such rule."""
+    hang_seconds: Annotated[int, Field(ge=5)] = 600
+    """Seconds without progress of a rank after which the run ends and says which rank the others waited for."""
     elastic: bool = False
-    """Let a checkpoint go on with another number of ranks times accumulation (batch-norm groups then change)."""
+    """Let a checkpoint go on with another number of ranks or accumulation: the same batches and augmentation, but
+    other batch-norm statistics."""
 
 
 @dataclass(frozen=True, config=_STRICT_KEYS)

@@ -3,9 +3,11 @@
 The CUDA and NCCL branches have not been run on a GPU yet; CPU with gloo is what the tests exercise.
 """
 
+import dataclasses
 import gc
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,19 +16,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import LocalUserError, UserError
-from pipeline.machine import available_cores, keep_freed_memory
+from pipeline.errors import InterruptedRunError, LocalUserError, UserError
+from pipeline.machine import ask_for_signal_when_parent_dies, available_cores, keep_freed_memory
 
 PATIENCE = timedelta(hours=1)  # for another rank: rank 0 may be indexing a large data set for the first time
 
 
 @dataclass(frozen=True)
 class World:
+    """This process among the ranks of a run.
+
+    Attributes:
+        hosts: the group through which the ranks' hosts talk, so that no GPU is waited for; None alone.
+        store: what every rank can read and write without the others; None alone.
+    """
+
     rank: int
     local_rank: int
     size: int
     local_size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -45,12 +56,20 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """Return the largest that any rank gives, place by place. Waits for the hosts of all ranks, for no GPU."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
+        return tensor.tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value` (picklable), by rank, on each rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.hosts)
         return values
 
     def from_main(self, make: Callable[[], Any]) -> Any:
@@ -62,7 +81,7 @@ class World:
             except UserError as error:
                 outcome = [error]
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=self.hosts)
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         return outcome[0]
@@ -106,26 +125,48 @@ def join_world(device: str = "auto") -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = World(rank, local_rank, size, local_size, _device(device, local_rank))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed would leave its ranks behind
+        ask_for_signal_when_parent_dies(signal.SIGTERM)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(world.cores)  # torchrun would leave one thread a rank
         keep_freed_memory()
     if size > 1:
-        if world.device.type == "cuda":
-            dist.init_process_group("nccl", device_id=world.device, timeout=PATIENCE)
-        else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+        world = dataclasses.replace(world, **_meet(world))
     failed = True
     try:
         yield world
         failed = False
+    except RuntimeError as error:
+        if size > 1 and _is_lost_contact(error):
+            raise InterruptedRunError(
+                f"rank {rank} has lost contact to another rank, whose own message or torchrun's report says why "
+                f"({str(error).split('. ')[0]})"
+            ) from None
+        raise
     finally:
         # After a failure the other ranks may be waiting in a collective, and NCCL would wait with them.
         if size > 1 and not (failed and world.device.type == "cuda"):
             # Free the group's last users first: a gloo thread that outlives the interpreter aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+
+def _meet(world: World) -> dict[str, Any]:
+    """Wait for the other ranks; return the store and the hosts' group."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    options: dict[str, Any] = dict(store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+    if world.device.type == "cuda":
+        dist.init_process_group("nccl", device_id=world.device, **options)
+        return dict(store=store, hosts=dist.new_group(backend="gloo", timeout=PATIENCE))
+    dist.init_process_group("gloo", **options)
+    return dict(store=store, hosts=dist.group.WORLD)
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether another rank's end, and nothing of this rank's own, is behind this exception."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def set_precision(precision: str) -> None:

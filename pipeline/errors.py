@@ -1,13 +1,20 @@
-"""The one exception for a user's mistake, and how every command ends on it."""
+"""How a command ends: on a user's mistake, on an interruption that it can go on from, or on a bug."""
 
 import argparse
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one left
+EXIT_KEYBOARD = 130
 
 
 class UserError(Exception):
@@ -16,6 +23,10 @@ class UserError(Exception):
 
 class LocalUserError(UserError):
     """A user error that only this rank has met (a file that does not decode, say)."""
+
+
+class InterruptedRunError(Exception):
+    """A run left before its end, through no fault of its own, and can go on. The message is one line."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -42,13 +53,30 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run `main`; turn a `UserError` into one line on stderr and exit code 2.
+    """Run `main`; turn a `UserError` into one line on stderr and exit code 2, an interruption into code 75.
 
-    With several ranks only rank 0 prints what all of them know.
+    With several ranks only rank 0 prints what all of them know. torchrun finds what ended a rank in its error file.
     """
     try:
         main()
     except UserError as error:
         if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        record_for_torchrun(str(error))
         sys.exit(EXIT_USER_ERROR)
+    except InterruptedRunError as error:
+        print(f"interrupted: {error}; start the same command again to go on", file=sys.stderr, flush=True)
+        record_for_torchrun(str(error))
+        sys.exit(EXIT_RESUME)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_KEYBOARD)
+    except Exception:
+        record_for_torchrun(traceback.format_exc())
+        raise
+
+
+def record_for_torchrun(message: str) -> None:
+    """Have torchrun's report say why this rank ended (torch.distributed.elastic.multiprocessing.errors)."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

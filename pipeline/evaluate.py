@@ -1,6 +1,7 @@
 """Single- and ten-crop evaluation over any number of ranks; every image counts exactly once."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,17 +33,29 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: EvaluationLoader, world: World, average: Average = "logits") -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    loader: EvaluationLoader,
+    world: World,
+    average: Average = "logits",
+    between_batches: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Evaluate in the precision of the weights, without autocast. Every rank must call this.
 
     Args:
         average: what is averaged over the views of an image: logits, which ranks classes as the authors' Torch code
             does (it sums them), or softmax probabilities.
+        between_batches: is called before each batch, as often on every rank; what it raises ends the evaluation.
     """
     was_training = model.training
     model.eval()
     ids, top5, probability, losses = [], [], [], []
-    for batch in loader.batches():
+    batches = loader.batches()
+    for _ in range(loader.rounds):
+        between_batches()
+        batch = next(batches, None)
+        if batch is None:  # this rank has a batch fewer than others
+            continue
         answers = _average(model(batch.images).float().unflatten(0, (-1, batch.views)), average)
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         ids.append(batch.ids)

@@ -1,7 +1,8 @@
-"""What this machine gives a process: its cores, and how its C library handles memory."""
+"""What this machine gives a process: its cores, how its C library handles memory, and notice of its parent's death."""
 
 import ctypes
 import os
+import signal
 
 
 def available_cores() -> int:
@@ -18,3 +19,12 @@ def keep_freed_memory() -> None:
         return
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def ask_for_signal_when_parent_dies(number: signal.Signals) -> None:
+    """Have Linux send this process `number` when the process that started it is gone."""
+    set_parent_death_signal = 1  # prctl.h
+    try:
+        ctypes.CDLL("libc.so.6").prctl(set_parent_death_signal, int(number))
+    except OSError:  # another system
+        return

@@ -46,3 +46,14 @@ class Totals:
         """Totals over all ranks; None if there was no image. Every rank must call this."""
         images, top1_right, top5_right, loss_sum = world.sum(self.values).tolist()
         return Score(int(images), int(top1_right), int(top5_right), loss_sum) if images else None
+
+    def by_rank(self, world: World) -> Tensor:
+        """Every rank's sums, (ranks, 4), for a checkpoint. Every rank must call this."""
+        return torch.tensor(world.gather(self.values.tolist()), dtype=torch.float64)
+
+    def restore(self, by_rank: Tensor, world: World) -> None:
+        """Go on from what `by_rank` gave; with another number of ranks rank 0 goes on for all."""
+        if len(by_rank) == world.size:
+            self.values.copy_(by_rank[world.rank])
+        elif world.is_main:
+            self.values.copy_(by_rank.sum(dim=0))

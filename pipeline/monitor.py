@@ -14,6 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.distributed import World
+from pipeline.run_dir import explained
+
+LINES = "metrics.jsonl"
 
 
 class Monitor:
@@ -21,41 +24,61 @@ class Monitor:
 
     Args:
         run_dir: TensorBoard events and ``metrics.jsonl`` go here.
-        done_steps: optimiser steps that the run starts after; later records of an interrupted run are dropped.
+        done_steps: optimiser steps that the run starts after.
+        lengths: what `sync` returned at that time. Later records of an interrupted run are dropped.
     """
 
-    def __init__(self, run_dir: Path, world: World, done_steps: int):
-        self._active = world.is_main
+    def __init__(self, run_dir: Path, world: World, done_steps: int, lengths: dict[str, int]):
+        self._active, self._run_dir = world.is_main, run_dir
         self._bar: tqdm | None = None
         if self._active:
-            _drop_lines_after(run_dir / "metrics.jsonl", done_steps)
-            self._lines = open(run_dir / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
-            self._board = SummaryWriter(str(run_dir), purge_step=done_steps + 1)
+            with explained(self._run_dir):
+                _cut_records(run_dir, lengths)
+                self._lines = open(run_dir / LINES, "a")  # noqa: SIM115 - closed by close()
+                # A TensorBoard that has read the dropped records must forget them.
+                self._board = SummaryWriter(str(run_dir), purge_step=done_steps + 1)
 
     def close(self) -> None:
         if self._active:
-            self._lines.close()
-            self._board.close()
+            with explained(self._run_dir):
+                self._lines.close()
+                self._board.close()
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Record `values` (name -> number) after optimiser step `step`."""
         if self._active:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
             finite = {
                 name: value if math.isfinite(value) else None for name, value in values.items()
             }  # JSON has no NaN
-            self._lines.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
-            self._lines.flush()
+            with explained(self._run_dir):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+                self._lines.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+                self._lines.flush()
+
+    def sync(self) -> dict[str, int]:
+        """Have the disk know all records; return the length of each of their files in bytes."""
+        if not self._active:
+            return {}
+        lengths = {}
+        with explained(self._run_dir):
+            self._board.flush()
+            for file in _record_files(self._run_dir):
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+                    lengths[file.name] = os.fstat(stream.fileno()).st_size
+        return lengths
 
     def text(self, name: str, text: str) -> None:
         if self._active:
-            self._board.add_text(name, f"```\n{text}\n```", 0)
+            with explained(self._run_dir):
+                self._board.add_text(name, f"```\n{text}\n```", 0)
 
     def images(self, name: str, images: torch.Tensor, step: int) -> None:
         """Record (n, 3, H, W) images in [0, 1] as a grid."""
         if self._active:
-            self._board.add_images(name, images.float().cpu(), step)
+            with explained(self._run_dir):
+                self._board.add_images(name, images.float().cpu(), step)
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -89,17 +112,14 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _drop_lines_after(file: Path, step: int) -> None:
-    """Remove the records of steps that will be done again (and a last line cut short by a crash)."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, file)
+def _record_files(run_dir: Path) -> list[Path]:
+    return [*run_dir.glob(LINES), *run_dir.glob("events.out.tfevents.*")]
+
+
+def _cut_records(run_dir: Path, lengths: dict[str, int]) -> None:
+    """Leave of each file of records what `lengths` tells, and of other files nothing."""
+    for file in _record_files(run_dir):
+        if file.name not in lengths:
+            file.unlink()
+        elif file.stat().st_size > lengths[file.name]:
+            os.truncate(file, lengths[file.name])

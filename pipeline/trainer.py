@@ -5,11 +5,13 @@ Mixed precision, NCCL and CUDA have not been run on a GPU yet; the tests train o
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
-import tempfile
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,27 +24,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.audit import audit, in_one_line, setting_for, to_markdown
 from pipeline.checkpoint import CheckpointFolder, load_weights
-from pipeline.config import Config, flatten, to_yaml
+from pipeline.config import Config, to_yaml
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import Batch, EvaluationLoader, Share, TrainingLoader, choose_loader
 from pipeline.distributed import World, average_in_rank_order, join_world, set_precision
-from pipeline.errors import UserError
+from pipeline.errors import InterruptedRunError, UserError
 from pipeline.evaluate import evaluate
 from pipeline.metrics import Score, Totals
 from pipeline.models import create_model
 from pipeline.models.choice import Choice
 from pipeline.monitor import Monitor, peak_memory
 from pipeline.optim import create_optimizer, learning_rate
+from pipeline.resume import Conditions, check_same_run, spread
+from pipeline.run_dir import locked, make_run_dir, write_text
+from pipeline.stop import StopRequest
+from pipeline.watchdog import Watchdog
 
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRID_IMAGES = 16
 
-# What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
-# the accumulation because the number of parts of a global batch is.
-FREE_TO_CHANGE = {
-    "run_dir", "model.recompute", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "optim.accumulation",
-    "train.device", "train.compile", "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.elastic",
-}  # fmt: skip
+NEVER = 2**62  # a step that no run reaches
 
 
 @dataclass
@@ -63,24 +64,27 @@ def fit(config: Config) -> Progress:
 
     Neither knows nor asks who started it: plain python, torchrun or a scheduler.
 
+    From the first step on SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C end it between two steps with a checkpoint; before that
+    there is nothing to save, and they end the process as they usually do.
+
     Raises:
         UserError: something that the user can put right; see the message.
+        InterruptedRunError: a signal, or the loss of another rank, ended the run before its time.
     """
     with join_world(config.train.device) as world:
         return _fit(config, world)
 
 
 def _fit(config: Config, world: World) -> Progress:
-    trainer = Trainer(config, world)
-    trainer.resume()
-    trainer.start_recording()
-    try:
+    with ExitStack() as stack:
+        world.from_main(lambda: stack.enter_context(locked(Path(config.run_dir))))
+        trainer = Trainer(config, world)
+        trainer.resume()
+        stack.enter_context(trainer.recording())
         while trainer.progress.epoch < config.optim.epochs:
             trainer.train_epoch()
             score = trainer.validate()
             trainer.finish_epoch(score)
-    finally:
-        trainer.monitor.close()
     if world.is_main:
         print(trainer.summary(), flush=True)
     return trainer.progress
@@ -89,6 +93,7 @@ def _fit(config: Config, world: World) -> Progress:
 def dry_run(config: Config) -> str:
     """Build everything that `fit` would, train nothing, and return a description of the run."""
     with join_world(config.train.device) as world:
+        world.from_main(lambda: make_run_dir(Path(config.run_dir)))
         trainer = Trainer(config, world)
         trainer.resume()
         next(trainer.train_loader.batches(epoch=0))
@@ -108,12 +113,17 @@ class Trainer:
                 f"{config.optim.accumulation} accumulation: choose a multiple of {self.passes}"
             )
         self.findings = audit(config, self.passes)
-        world.from_main(self._prepare_run_dir)
         set_precision(config.train.precision)
         train_index, val_index = world.from_main(
             lambda: open_datasets(config.data, self.run_dir / "index", progress=True)
         )
-        self.classes, self.fingerprint = train_index.classes, train_index.fingerprint + val_index.fingerprint
+        self.conditions = Conditions(
+            classes=list(train_index.classes),
+            fingerprint=hashlib.sha256((train_index.fingerprint + val_index.fingerprint).encode()).hexdigest(),
+            images=[len(train_index), len(val_index)],
+            loader=choose_loader(config.data),
+            ranks=world.size,
+        )
         share = Share(world.rank, world.size, world.device, world.cores)
         self.train_loader = TrainingLoader(
             train_index,
@@ -129,7 +139,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        network = create_model(num_classes=len(self.classes), **dataclasses.asdict(config.model))
+        network = create_model(num_classes=len(self.conditions.classes), **dataclasses.asdict(config.model))
         self._check_image_size(network)
         self.network = network.to(world.device, memory_format=self.memory_format)
         self.training_network = self._wrap(self.network)
@@ -139,7 +149,12 @@ class Trainer:
         self.announced: Choice | None = None
         self.progress = Progress()
         self.epoch_totals, self.window_totals = Totals(world.device), Totals(world.device)
+        self.first_not_finite = torch.full((), NEVER, device=world.device)
         self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints")
+        self.record_lengths: dict[str, int] = {}
+        self.spread = self.spread_before = spread(world.size, config.optim.accumulation)
+        self.saved_at, self.saving_seconds = time.monotonic(), 0.0
+        self.stop_request, self.watchdog = StopRequest(), Watchdog(world, config.train.hang_seconds)
 
     @property
     def done_steps(self) -> int:
@@ -150,39 +165,44 @@ class Trainer:
         """Take up the run where its newest checkpoint left it."""
         state = self.world.from_main(self.checkpoints.load_newest)
         if state:
-            self._check_same_run(state)
+            check_same_run(state, self.config, self.conditions)
             load_weights(self.network, state["model"], str(self.checkpoints.last))
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
-            if self.world.is_main:  # the sums over all ranks go on at one of them
-                self.epoch_totals.values.copy_(state["epoch_totals"])
-                self.window_totals.values.copy_(state["window_totals"])
+            self.record_lengths = state["record_lengths"]
+            self.epoch_totals.restore(state["epoch_totals"], self.world)
+            self.window_totals.restore(state["window_totals"], self.world)
+            self.spread_before = spread(state["conditions"]["ranks"], state["config"]["optim"]["accumulation"])
 
-    def start_recording(self) -> None:
-        """Write what the run is into its directory, and open its records."""
-        if self.world.is_main:
-            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
-            title = f"{self.config.model.name} beside the paper's {setting_for(self.config).name} setting"
-            (self.run_dir / "audit.md").write_text(to_markdown(self.findings, title))
-        self.monitor = Monitor(self.run_dir, self.world, self.done_steps)
-        if self.done_steps:
-            self.monitor.say(f"resuming at epoch {self.progress.epoch}, step {self.progress.step} of {self.run_dir}")
-        else:
-            self.monitor.text("config", to_yaml(self.config))
-        self.monitor.say(self.description())
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the run's records, listen to signals and watch the ranks while this is entered."""
+        self.world.from_main(self._write_description)
+        self.monitor = Monitor(self.run_dir, self.world, self.done_steps, self.record_lengths)
+        try:
+            self._announce_start()
+            with self.stop_request, self.watchdog:
+                yield
+        finally:
+            self.monitor.close()
 
     def train_epoch(self) -> None:
         """Train from the present step to the end of the epoch."""
         epoch, steps = self.progress.epoch, self.train_loader.steps_per_epoch
+        if self.progress.step == steps:  # the run was interrupted while it validated
+            return
+        self._leave_if_asked()
         batches = Stopwatch(self.train_loader.batches(epoch, self.progress.step))
-        window_start, window_images = time.perf_counter(), 0
+        first, window_start, window_images = self.done_steps, time.perf_counter(), 0
         self.training_network.train()
         with self.monitor.progress(f"epoch {epoch}", steps, self.progress.step):
             for step in range(self.progress.step, steps):
                 last = step + 1 == steps
                 logs = last or (self.done_steps + 1) % self.config.train.log_every == 0
 
+                if self.done_steps > first or not self.config.train.compile:  # compiling takes minutes
+                    self.watchdog.beat(f"epoch {epoch}, step {step}")
                 rate = learning_rate(self.config.optim, self.done_steps, steps)
                 gradient_norm = self._optimizer_step(batches, rate, measure_gradient=logs)
                 self._announce_dense_block()
@@ -195,27 +215,28 @@ class Trainer:
                     timing = {
                         "images_per_second": window_images / seconds,
                         "data_wait_fraction": batches.take_seconds() / seconds,
+                        "checkpoint_seconds": self.saving_seconds,
                     }
                     self._log_window(rate, gradient_norm, timing)
                     window_start, window_images = time.perf_counter(), 0
-                every = self.config.train.checkpoint_every
-                if every and self.progress.step % every == 0 and not last:
-                    self.save(best=False)
+                    self.saving_seconds = 0.0
+                self._save_or_leave(last)
 
     def validate(self) -> Score:
         """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
         self.world.broadcast_buffers(self.network)
-        return evaluate(self.network, self.val_loader, self.world).score
+        return evaluate(self.network, self.val_loader, self.world, between_batches=self._leave_if_asked).score
 
     def finish_epoch(self, score: Score) -> None:
         """Record the epoch's errors and write its checkpoint."""
         progress = self.progress
-        train_score = self._finite(self.epoch_totals.score(self.world))
+        train_score = self.epoch_totals.score(self.world)
         self.epoch_totals = Totals(self.world.device)
         values = {
             "epoch/train_loss": train_score.loss,
             "epoch/train_top1_error": train_score.top1_error,
             "epoch/train_top5_error": train_score.top5_error,
+            "epoch/skipped_images": len(self.train_loader.index) - train_score.images,
             "val/loss": score.loss,
             "val/top1_error": score.top1_error,
             "val/top5_error": score.top5_error,
@@ -235,35 +256,31 @@ class Trainer:
         self.save(best)
 
     def save(self, best: bool) -> None:
-        """Write a checkpoint. Every rank must call this."""
-        totals = {
-            "epoch_totals": self.world.sum(self.epoch_totals.values).cpu(),
-            "window_totals": self.world.sum(self.window_totals.values).cpu(),
+        """Write a checkpoint. Every rank must call this; all return when the disk has it."""
+        start = time.monotonic()
+        self.watchdog.beat(f"checkpoint after epoch {self.progress.epoch}, step {self.progress.step}")
+        self._check_finite(*self.network.state_dict().values())
+        state = {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "config": dataclasses.asdict(self.config),
+            "classes": self.conditions.classes,
+            "conditions": dataclasses.asdict(self.conditions),
+            "epoch_totals": self.epoch_totals.by_rank(self.world),
+            "window_totals": self.window_totals.by_rank(self.world),
         }
-        tensors = [totals["epoch_totals"], *self.network.state_dict().values()]
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            self._stop_not_finite()
-        if self.world.is_main:
-            state = {
-                "model": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": dataclasses.asdict(self.progress),
-                "config": dataclasses.asdict(self.config),
-                "classes": list(self.classes),
-                "fingerprint": self.fingerprint,
-                "passes": self.passes,
-                "loader": choose_loader(self.config.data),
-                **totals,
-            }
-            self.checkpoints.save(state, best)
+        self.world.from_main(lambda: self.checkpoints.save(state | {"record_lengths": self.monitor.sync()}, best))
+        self.saved_at = time.monotonic()
+        self.saving_seconds += self.saved_at - start
 
     def description(self) -> str:
         """A few lines on what this run is."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         optim, ranks = self.config.optim, self.world.size
         return (
-            f"{self.config.model.name}: {parameters:,} parameters, {len(self.classes)} classes, "
+            f"{self.config.model.name}: {parameters:,} parameters, {len(self.conditions.classes)} classes, "
             f"{self.config.train.precision} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
             f"through the {_named_loader(self.config)} loader\n"
@@ -307,6 +324,8 @@ class Trainer:
                     logits.float(), batch.labels, reduction="none", label_smoothing=optim.label_smoothing
                 )
                 self.scaler.scale((losses * batch.weights).sum() * scale).backward()
+            finite = losses.detach().isfinite().logical_or(batch.weights == 0).all()
+            self.first_not_finite.clamp_(max=torch.where(finite, NEVER, self.done_steps))
             for totals in (self.epoch_totals, self.window_totals):
                 totals.add(logits.detach(), batch.labels, losses.detach(), batch.weights)
 
@@ -322,7 +341,8 @@ class Trainer:
         return norm
 
     def _log_window(self, rate: float, gradient_norm: float, timing: dict[str, float]) -> None:
-        score = self._finite(self.window_totals.score(self.world))
+        self._check_finite()
+        score = self.window_totals.score(self.world)
         self.window_totals = Totals(self.world.device)
         values = {
             "train/loss": score.loss,
@@ -332,6 +352,7 @@ class Trainer:
             "train/gradient_norm": gradient_norm,
             "speed/images_per_second": timing["images_per_second"],
             "speed/data_wait_fraction": timing["data_wait_fraction"],
+            "speed/checkpoint_seconds": timing["checkpoint_seconds"],
             "memory/peak_gib": peak_memory(self.world.device) / 2**30,
         }
         self.monitor.scalars(self.done_steps, self.progress.epoch, values)
@@ -348,16 +369,54 @@ class Trainer:
             self.monitor.say(f"dense blocks: {choice}")
             self.announced = choice
 
-    def _finite(self, score: Score) -> Score:
-        if not math.isfinite(score.loss):
-            self._stop_not_finite()
-        return score
+    def _save_or_leave(self, last: bool) -> None:
+        """What all ranks agree on after a step: to save a checkpoint, to leave after that, or to go on."""
+        every, minutes = self.config.train.checkpoint_every, self.config.train.checkpoint_minutes
+        by_steps = last or (every and self.progress.step % every == 0)
+        by_time = self.world.is_main and minutes and time.monotonic() - self.saved_at >= 60 * minutes
+        due, asked = self.world.largest([bool(by_steps or by_time), self.stop_request.signal])
+        if due or asked:
+            self.save(best=False)
+        if asked:
+            self._leave(asked)
 
-    def _stop_not_finite(self) -> None:
-        raise UserError(
-            f"the loss is not finite by step {self.done_steps} (epoch {self.progress.epoch}): lower optim.lr, or use "
-            "train.precision fp32; the checkpoints before it are kept"
+    def _leave_if_asked(self) -> None:
+        """Between two batches of an evaluation, and before the first step: there is nothing new to save."""
+        self.watchdog.beat(f"epoch {self.progress.epoch}, after step {self.progress.step}")
+        (asked,) = self.world.largest([self.stop_request.signal])
+        if asked:
+            self._leave(asked)
+
+    def _leave(self, asked: int) -> None:
+        raise InterruptedRunError(
+            f"rank {self.world.rank} leaves at epoch {self.progress.epoch}, step {self.progress.step} of {self.run_dir} "
+            f"on {signal.Signals(asked).name}"
         )
+
+    def _check_finite(self, *weights: Tensor) -> None:
+        """Stop all ranks if on any of them a loss was not finite, or one of these tensors is not."""
+        finite = all(weight.isfinite().all() for weight in weights)
+        earliest = min(self.first_not_finite.item(), NEVER if finite else self.done_steps - 1)
+        first = -self.world.largest([-earliest])[0]
+        if first == NEVER:
+            return
+        file = self.run_dir / "not-finite.json"
+        self.world.from_main(lambda: write_text(file, json.dumps(self._batches_until(first), indent=1)))
+        epoch, step = divmod(first, self.train_loader.steps_per_epoch)
+        raise UserError(
+            f"the loss is not finite at epoch {epoch}, step {step}: lower optim.lr, or use train.precision fp32; {file} "
+            "names the images of its batch, and the checkpoints before it are kept"
+        )
+
+    def _batches_until(self, step: int) -> list[dict[str, Any]]:
+        """The images of the step at which the loss was not finite and of the one whose update led there."""
+        batches = []
+        for before in range(max(0, step - 1), step + 1):
+            epoch, place = divmod(before, self.train_loader.steps_per_epoch)
+            ids = self.train_loader.global_ids(epoch, place).tolist()
+            names = [self.train_loader.index.names[i] for i in ids]
+            batches.append({"epoch": epoch, "step": place, "ids": ids, "names": names})
+        return batches
 
     def _wrap(self, network: nn.Module) -> nn.Module:
         if self.config.train.compile:
@@ -410,39 +469,21 @@ class Trainer:
                 f"part of a batch ({str(error).splitlines()[0]}): choose another data.crop_size or optim.batch_size"
             ) from None
 
-    def _prepare_run_dir(self) -> None:
-        try:
-            (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.run_dir).close()
-        except OSError as error:
-            raise UserError(
-                f"cannot write the run directory {self.run_dir} ({error.strerror}): set --run_dir"
-            ) from None
+    def _write_description(self) -> None:
+        """What the run is, into its directory."""
+        self.checkpoints.remove_temporary()
+        title = f"{self.config.model.name} beside the paper's {setting_for(self.config).name} setting"
+        write_text(self.run_dir / "config.yaml", to_yaml(self.config))
+        write_text(self.run_dir / "audit.md", to_markdown(self.findings, title))
 
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        """Refuse to continue a run under other conditions than it was started with."""
-        if not state.keys() >= {"optimizer", "scaler", "progress", "fingerprint", "passes", "loader"}:
-            self._refuse("its checkpoint holds a network but no training")
-        old, new = flatten(state["config"]), flatten(dataclasses.asdict(self.config))
-        for key, value in new.items():
-            if key in FREE_TO_CHANGE or key.startswith("published."):
-                continue
-            if key in old and old[key] != value:
-                self._refuse(f"{key} was {old[key]} and is now {value}")
-        if state["classes"] != list(self.classes):
-            self._refuse(f"its {len(state['classes'])} classes are not the {len(self.classes)} of the data now")
-        if state["fingerprint"] != self.fingerprint:
-            self._refuse(f"the files in {self.config.data.dir} are not those it was started with")
-        if state["loader"] != choose_loader(self.config.data):
-            self._refuse(f"its images came through the {state['loader']} loader, now {choose_loader(self.config.data)}")
-        if state["passes"] != self.passes and not self.config.train.elastic:
-            self._refuse(
-                f"a batch had {state['passes']} parts (ranks x accumulation) and now has {self.passes}, which changes "
-                "batch-norm statistics; --train.elastic true allows it"
-            )
-
-    def _refuse(self, why: str) -> None:
-        raise UserError(f"cannot resume {self.run_dir}: {why}; put it back, or start anew with another --run_dir")
+    def _announce_start(self) -> None:
+        if self.done_steps:
+            self.monitor.say(f"resuming at epoch {self.progress.epoch}, step {self.progress.step} of {self.run_dir}")
+        else:
+            self.monitor.text("config", to_yaml(self.config))
+        if self.spread != self.spread_before:
+            self.monitor.say(f"elastic: a batch was {self.spread_before} until here and is {self.spread} from here on")
+        self.monitor.say(self.description())
 
 
 class Stopwatch:

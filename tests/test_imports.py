@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 
 LAYERS = [
     {"pipeline.errors", "pipeline.machine"},
-    {"pipeline.config", "pipeline.distributed"},
+    {"pipeline.config", "pipeline.distributed", "pipeline.run_dir", "pipeline.stop"},
     {
         "pipeline.data",
         "pipeline.models",
@@ -19,6 +19,8 @@ LAYERS = [
         "pipeline.checkpoint",
         "pipeline.monitor",
         "pipeline.audit",
+        "pipeline.resume",
+        "pipeline.watchdog",
     },
     {"pipeline.evaluate"},
     {"pipeline.trainer"},

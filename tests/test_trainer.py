@@ -16,6 +16,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
 from pipeline.metrics import Score
+from pipeline.run_dir import make_run_dir
 
 
 def last_state(config) -> dict:
@@ -34,6 +35,20 @@ def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor])
 
 def records(config) -> list[dict]:
     return [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable_records(config) -> list[dict]:
+    """The records without what differs from run to run."""
+    return [
+        {key: v for key, v in record.items() if not key.startswith(("speed/", "memory/"))} for record in records(config)
+    ]
+
+
+def assert_no_doubles_on_the_board(config) -> None:
+    """TensorBoard's files hold what metrics.jsonl does."""
+    board = EventAccumulator(config.run_dir).Reload()
+    for tag in board.Tags()["scalars"]:
+        assert [event.step for event in board.Scalars(tag)] == [r["step"] for r in records(config) if tag in r], tag
 
 
 class InterruptionError(Exception):
@@ -67,8 +82,8 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
     scalars = set(board.Tags()["scalars"])
     assert scalars == {
         "train/loss", "train/top1_error", "train/top5_error", "train/learning_rate", "train/gradient_norm",
-        "speed/images_per_second", "speed/data_wait_fraction", "memory/peak_gib",
-        "epoch/train_loss", "epoch/train_top1_error", "epoch/train_top5_error",
+        "speed/images_per_second", "speed/data_wait_fraction", "speed/checkpoint_seconds", "memory/peak_gib",
+        "epoch/train_loss", "epoch/train_top1_error", "epoch/train_top5_error", "epoch/skipped_images",
         "val/loss", "val/top1_error", "val/top5_error",
     }  # fmt: skip
     for tag in ("train/loss", "val/top1_error"):
@@ -102,11 +117,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, secti
     assert_equal_weights(weights(whole), weights(cut))
     for part in ("scaler", "progress"):
         assert last_state(whole)[part] == last_state(cut)[part]
-    unequal = {"speed/images_per_second", "speed/data_wait_fraction", "memory/peak_gib"}
-    expected, actual = (
-        [{key: value for key, value in r.items() if key not in unequal} for r in records(c)] for c in (whole, cut)
-    )
-    assert actual == expected
+    assert comparable_records(cut) == comparable_records(whole)
+    assert_no_doubles_on_the_board(cut)
 
 
 def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch):
@@ -145,9 +157,9 @@ def test_a_step_follows_the_mean_loss_of_the_global_batch(tmp_path, images, leng
             for part, labels in parts[: min(4, images)]
         )
         gradients = torch.autograd.grad(loss / images, list(run.network.parameters()))
-        run.start_recording()
-        run.train_epoch()
-        run.monitor.close()
+        make_run_dir(run.run_dir)
+        with run.recording():
+            run.train_epoch()
         assert run.epoch_totals.score(world).images == images
         assert run.epoch_totals.score(world).loss == pytest.approx(loss.item() / images, rel=1e-5)
     for (name, p), gradient in zip(run.network.named_parameters(), gradients, strict=True):
@@ -164,9 +176,9 @@ def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path):
         assert done.returncode == 0, done.stderr
     # Both ranks evaluated with rank 0's batch-norm statistics, the ones in the checkpoint.
     with trainer.join_world("cpu") as world:
-        run = trainer.Trainer(
-            dataclasses.replace(spread, optim=dataclasses.replace(spread.optim, accumulation=2)), world
-        )
+        elastic = {"optim": dataclasses.replace(spread.optim, accumulation=2)}
+        elastic["train"] = dataclasses.replace(spread.train, elastic=True)
+        run = trainer.Trainer(dataclasses.replace(spread, **elastic), world)
         run.resume()
         assert run.validate().loss == pytest.approx(records(spread)[-1]["val/loss"], rel=1e-5)
     # Alone, every pass adds to the statistics.
@@ -182,14 +194,15 @@ def test_a_run_of_several_ranks_resumes_to_the_same_bits(tmp_path, ranks):
     done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(spread), ranks=ranks)
     assert done.returncode == 0, done.stderr
 
-    # Go back to the checkpoint in the middle of the second epoch, and end again.
+    # Go back to the checkpoint before the validation of the second epoch, and end again.
     folder = Path(spread.run_dir, "checkpoints")
-    end = weights(spread)
-    assert load_checkpoint(folder / "previous.pt")["progress"]["step"] == 3
+    end, lines = last_state(spread), comparable_records(spread)
+    assert load_checkpoint(folder / "previous.pt")["progress"]["step"] == 4
     (folder / "previous.pt").replace(folder / "last.pt")
     done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(spread), ranks=ranks)
-    assert done.returncode == 0 and "resuming at epoch 1, step 3" in done.stdout
-    assert_equal_weights(weights(spread), end)
+    assert done.returncode == 0 and "resuming at epoch 1, step 4" in done.stdout
+    assert_equal_weights(weights(spread), end["model"])
+    assert last_state(spread)["progress"] == end["progress"] and comparable_records(spread) == lines
 
 
 def one_step(folder: Path, **sections: dict) -> dict[str, torch.Tensor]:
@@ -257,7 +270,10 @@ def test_the_recorded_gradient_norm_does_not_depend_on_loss_scaling(tmp_path):
         ({"optim": {"lr": 0.2}}, "optim.lr was 0.1 and is now 0.2"),
         ({"model": {"name": "densenet40_k12"}}, "model.name was densenet_bc40_k12 and is now densenet40_k12"),
         ({"data": {"synthetic_images": 47}}, "data.synthetic_images was 46"),
-        ({"optim": {"accumulation": 2}}, "--train.elastic true allows it"),
+        (
+            {"optim": {"accumulation": 2}},
+            "a batch was 1 ranks x 1 passes and is now 1 ranks x 2 passes; .*--train.elastic true",
+        ),
     ],
 )
 def test_a_changed_run_is_not_resumed(tmp_path, changes, expected):
@@ -272,16 +288,23 @@ def test_a_changed_run_is_not_resumed(tmp_path, changes, expected):
     assert_equal_weights(weights(config), before[1])
 
 
-def test_another_number_of_parts_is_allowed_on_request(tmp_path):
+def test_another_number_of_parts_is_allowed_on_request(tmp_path, capsys):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
     config = small_config(tmp_path, optim={"epochs": 1, "accumulation": 2}, train={"elastic": True})
     assert trainer.fit(config).epoch == 1
+    assert "a batch was 1 ranks x 1 passes until here and is 1 ranks x 2 passes" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
     config = small_config(tmp_path, optim={"lr": 1e6}, train={"checkpoint_every": 1})
-    with pytest.raises(UserError, match="the loss is not finite by step"):
+    with pytest.raises(UserError, match="the loss is not finite at epoch 0, step 2: .*not-finite.json"):
         trainer.fit(config)
+    before, there = json.loads((tmp_path / "not-finite.json").read_text())
+    assert (before["step"], there["step"]) == (1, 2)
+    with trainer.join_world("cpu") as world:
+        loader = trainer.Trainer(config, world).train_loader
+        third = list(loader.batches(epoch=0))[2]
+    assert there["ids"] == third.ids.tolist() and there["names"] == [loader.index.names[i] for i in third.ids]
     for file in (tmp_path / "checkpoints").iterdir():
         assert all(value.isfinite().all() for value in load_checkpoint(file)["model"].values())
 

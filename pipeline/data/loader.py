@@ -1,5 +1,6 @@
 """From an index to batches on the device: draws plans, has an executor turn them into pixels, maps the colours."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import BatchPlan, evaluation_plans, steps_per_epoch, training_plans
+from pipeline.data.plan import BatchPlan, epoch_order, evaluation_plans, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferenceExecutor
 from pipeline.data.synthetic import SyntheticExecutor
 from pipeline.errors import UserError
@@ -68,6 +69,11 @@ class TrainingLoader:
         """Images in the global batch of this step of an epoch."""
         return min(self._batch_size, len(self.index) - step * self._batch_size)
 
+    def global_ids(self, epoch: int, step: int) -> np.ndarray:
+        """Rows of the index in the global batch of this step, (n) int64."""
+        start = step * self._batch_size
+        return epoch_order(len(self.index), self._seed, epoch)[start : start + self.global_batch(step)]
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield `accumulation` batches for each step from `first_step` to the end of the epoch."""
         plans = training_plans(
@@ -94,6 +100,11 @@ class EvaluationLoader:
     @cached_property
     def _executor(self) -> Executor:
         return create_executor(self.index, self._config, self._share, self._batch_size, views=self.crops)
+
+    @property
+    def rounds(self) -> int:
+        """Batches of the rank that has most."""
+        return math.ceil(math.ceil(len(self.index) / self._share.ranks) / self._batch_size)
 
     def batches(self) -> Iterator[Batch]:
         plans = evaluation_plans(

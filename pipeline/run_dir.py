@@ -1,0 +1,65 @@
+"""The folder of a run: made, checked, and used by one process at a time."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        UserError: that is not allowed, or nothing can be written there.
+    """
+    with explained(run_dir):
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / "lock").touch()
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it while this is entered, and until this process has ended.
+
+    Raises:
+        UserError: another process is training there, or `make_run_dir` failed.
+    """
+    make_run_dir(run_dir)
+    with explained(run_dir):
+        file = open(run_dir / "lock", "r+")  # noqa: SIM115 - closed below
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir} is in use by {file.read().strip() or 'another run'}: wait for its end, or set --run_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        with explained(run_dir):
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file of the run; `UserError` if that fails."""
+    with explained(file.parent):
+        file.write_text(text)
+
+
+@contextmanager
+def explained(run_dir: Path) -> Iterator[None]:
+    """Turn the failure to write into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run directory {run_dir} ({error.strerror}): make room, or set --run_dir; "
+            "the checkpoints in it are as they were"
+        ) from None

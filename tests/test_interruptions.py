@@ -1,0 +1,219 @@
+"""Signals, hangs and changed conditions: a run leaves with a checkpoint, is ended with a reason, or is refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPOSITORY, override_flags, run_module, small_config
+from test_trainer import (
+    InterruptionError,
+    assert_equal_weights,
+    assert_no_doubles_on_the_board,
+    comparable_records,
+    interrupt_after,
+    last_state,
+    records,
+    weights,
+)
+
+from pipeline import trainer
+from pipeline.checkpoint import load_checkpoint
+from pipeline.errors import InterruptedRunError, UserError
+from pipeline.resume import Conditions, check_same_run
+from pipeline.run_dir import locked
+from pipeline.stop import StopRequest
+from pipeline.watchdog import Status, blame
+
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("step", [0, 2, 3, 4])
+def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(tmp_path, monkeypatch, number, step):
+    """Four steps an epoch; without the signal only each epoch's end would be saved."""
+    whole, cut = (small_config(tmp_path / name) for name in ("whole", "cut"))
+    trainer.fit(whole)
+    real, handlers = trainer.Trainer._optimizer_step, [signal.getsignal(n) for n in SIGNALS]
+
+    def struck_step(self, *args, **kwargs):
+        if self.done_steps == step:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "_optimizer_step", struck_step)
+    epoch, done = divmod(step + 1, 4) if step != 3 else (0, 4)
+    with pytest.raises(InterruptedRunError, match=f"leaves at epoch {epoch}, step {done} of .* on {number.name}"):
+        trainer.fit(cut)
+    assert (last_state(cut)["progress"]["epoch"], last_state(cut)["progress"]["step"]) == (epoch, done)
+    for n, handler in zip(SIGNALS, handlers, strict=True):
+        signal.signal(n, handler)
+    monkeypatch.undo()
+    trainer.fit(cut)
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    assert_equal_weights(weights(cut), weights(whole))
+    assert comparable_records(cut) == comparable_records(whole)
+    assert_no_doubles_on_the_board(cut)
+
+
+def test_a_signal_during_validation_loses_no_training(tmp_path, monkeypatch):
+    whole, cut = (small_config(tmp_path / name, train={"eval_batch_size": 2}) for name in ("whole", "cut"))
+    trainer.fit(whole)
+    real, calls = trainer.Trainer._leave_if_asked, []
+
+    def struck(self):
+        calls.append(1)
+        if len(calls) == 4:  # one before the first step, then one before each batch of the first validation
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_leave_if_asked", struck)
+    with pytest.raises(InterruptedRunError, match="epoch 0, step 4"):
+        trainer.fit(cut)
+    monkeypatch.undo()
+    trainer.fit(cut)
+    assert_equal_weights(weights(cut), weights(whole))
+    assert last_state(cut)["progress"] == last_state(whole)["progress"]
+    assert comparable_records(cut) == comparable_records(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def same_handlers():
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_the_command_ends_with_one_line_and_code_75(tmp_path):
+    config = small_config(tmp_path, optim={"epochs": 1000, "milestones": [1]})
+    command = [sys.executable, "-m", "pipeline.train", "configs/demo.yaml", *override_flags(config)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    refused = run_module("pipeline.train", "configs/demo.yaml", *override_flags(config))
+    assert refused.returncode == 2
+    assert f"{tmp_path} is in use by process {process.pid} on" in refused.stderr.strip().splitlines()[-1]
+    process.terminate()
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 75
+    (line,) = complaint.strip().splitlines()
+    assert line.startswith("interrupted: rank 0 leaves at epoch") and line.endswith(
+        "start the same command again to go on"
+    )
+
+
+def test_a_run_directory_has_one_user_at_a_time(tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*--run_dir"):
+        locked(tmp_path / "run").__enter__()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    saved = []
+    real = trainer.Trainer.save
+    monkeypatch.setattr(
+        trainer.Trainer, "save", lambda self, best: saved.append(self.progress.step) or real(self, best)
+    )
+    trainer.fit(small_config(tmp_path / "often", optim={"epochs": 1}, train={"checkpoint_minutes": 1e-9}))
+    assert saved == [1, 2, 3, 4, 0]
+    saved.clear()
+    trainer.fit(small_config(tmp_path / "never", optim={"epochs": 1}, train={"checkpoint_minutes": 0}))
+    assert saved == [4, 0]
+
+
+HANGS = """
+import sys, threading, time
+from pipeline.distributed import join_world
+from pipeline.watchdog import Watchdog
+with join_world("cpu") as world, Watchdog(world, patience=2) as watchdog:
+    for step in range(4):
+        watchdog.beat(f"step {step}")
+        time.sleep(1)
+    if world.rank == world.size - 1:
+        time.sleep(100)
+    watchdog.beat("waiting for all")
+    world.largest([1])
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_hangs_is_named_and_ends_in_time(tmp_path, ranks):
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, *launcher, str(script)]
+    start = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert time.monotonic() - start < 60
+    assert done.returncode == (75 if ranks == 1 else 1)
+    assert f"rank {ranks - 1}: no progress for 2 s in 'step 3'" in done.stderr and "hangs.py" in done.stderr
+    if ranks == 2:
+        assert "rank 1 (process" in done.stderr and "is behind, in 'step 3'" in done.stderr
+        assert "exitcode  : 75" in done.stderr
+
+
+def test_blame():
+    def status(beats: int, ticks: int = 5) -> Status:
+        return Status(ticks, beats, f"step {beats}", "node1", 1000 + beats)
+
+    before = [status(7), status(7), status(6), status(7)]
+    after = [status(7, 8), status(7, 8), status(6, 8), status(7, 8)]
+    assert blame(before, after, reader=0) == "rank 2 (process 1006 on node1) is behind, in 'step 6'"
+    after[3] = before[3]
+    assert "rank 3 (process 1007 on node1) does not respond, last seen in 'step 7'" in blame(before, after, reader=0)
+    assert blame(before[:2], after[:2], reader=0) == "no rank is behind another"
+    assert blame([], [], reader=0) == "no rank is behind another"
+
+
+SAME = {"classes": ["cat", "dog"], "fingerprint": "a" * 64, "images": [10, 4], "loader": "dali", "ranks": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"classes": ["cat", "dgo"]}, "classes were 2 with 'dog' in place 1 and are now 2 with 'dgo'"),
+        ({"classes": ["cat", "dog", "eel"]}, "classes were 2 with 'none' in place 2 and are now 3 with 'eel'"),
+        (
+            {"fingerprint": "b" * 64},
+            "were 10 \\+ 4 images with the fingerprint aaaaaaaaaaaa and are now .* bbbbbbbbbbbb",
+        ),
+        ({"loader": "reference"}, "the loader was dali and is now reference"),
+        ({"ranks": 3}, "a batch was 2 ranks x 1 passes and is now 3 ranks x 1 passes; .*--train.elastic true"),
+    ],
+)
+def test_changed_conditions_are_refused_with_both_values(tmp_path, change, expected):
+    config = small_config(tmp_path)
+    trainer.fit(config)
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt") | {"conditions": SAME}
+    check_same_run(state, config, Conditions(**SAME))
+    with pytest.raises(UserError, match=expected):
+        check_same_run(state, config, Conditions(**(SAME | change)))
+
+
+def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path, monkeypatch):
+    config = small_config(tmp_path, optim={"epochs": 1}, train={"checkpoint_every": 1})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(InterruptionError):
+            trainer.fit(config)
+    words = ["configs/demo.yaml", *override_flags(config)]
+    refused = run_module("pipeline.train", *words, ranks=2)
+    assert refused.returncode == 1 and "a batch was 1 ranks x 1 passes and is now 2 ranks x 1 passes" in refused.stderr
+    done = run_module("pipeline.train", *words, "--train.elastic", "true", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "elastic: a batch was 1 ranks x 1 passes until here and is 2 ranks x 1 passes from here on" in done.stdout
+    assert [record["step"] for record in records(config)] == [2, 4, 4]
+    assert records(config)[-1]["epoch/skipped_images"] == 0  # one rank's sums and two ranks' are all 46 images
