@@ -35,6 +35,7 @@ Rgb = tuple[float, float, float]
 PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 Resize = Literal["torch", "pil-bilinear", "pil-bicubic"]
 Loader = Literal["auto", "dali", "reference", "synthetic"]
+CorruptImages = Literal["stop", "skip"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
 DenseBlock = Literal["auto", "plain", "lean", "fused"]
@@ -67,6 +68,9 @@ class DataConfig:
     development kit (.tar.gz)."""
     loader: Loader = "auto"
     """auto: DALI where it is installed, else reference (PIL). synthetic: generated images, no files."""
+    corrupt_images: CorruptImages = "stop"
+    """What an image that does not decode does to training. stop: ends it; skip: another of its batch stands in, without
+    counting. Evaluation always ends, because an error is over all images."""
     crop_size: Positive = 224
     """Side of the square that the network sees, in pixels."""
     resize_size: Positive = 256
@@ -154,7 +158,8 @@ class TrainConfig:
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Minutes between two checkpoints within an epoch; 0: no such rule."""
     hang_seconds: Annotated[int, Field(ge=5)] = 600
-    """Seconds without progress of a rank after which the run ends and says which rank the others waited for."""
+    """Seconds without progress after which a run ends and names the rank that the others wait for; more than a step, a
+    save or torch.compile takes."""
     elastic: bool = False
     """Let a checkpoint go on with another number of ranks or accumulation: the same batches and augmentation, but
     other batch-norm statistics."""

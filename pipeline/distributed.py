@@ -79,7 +79,7 @@ class World:
             try:
                 outcome = [make()]
             except UserError as error:
-                outcome = [error]
+                outcome = [UserError(str(error))]  # of its subclasses some do not pickle, and rank 0 speaks for all
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0, group=self.hosts)
         if isinstance(outcome[0], UserError):

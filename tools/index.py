@@ -1,38 +1,82 @@
 """Index a data set and say what is there: ``python -m tools.index DIR``.
 
 DIR is a folder of classes, a tar archive of classes, a tar of tars such as ILSVRC2012_img_train.tar, or (with --labels)
-a flat folder or archive. What is found is cached beside DIR, where training looks for it too.
+a flat folder or archive; or a folder that holds both `train` and `val`. What is found is cached beside the images, where
+training looks for it too.
+
+With --verify every image is first read and decoded, and those that are odd are listed with what comes of them. The exit
+code is 2 if the index or a run with the default configuration would stop at one, else 0.
 """
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from pipeline.config import DataConfig
+from pipeline.data.archive import image_groups
+from pipeline.data.dataset import open_datasets
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
-from pipeline.errors import ArgumentParser, exit_on_user_error
+from pipeline.data.verify import verify
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.index", description=__doc__)
     parser.add_argument("data", metavar="DIR", help="folder or tar archive")
-    parser.add_argument("--labels", metavar="FILE", help="label file or development kit, if DIR has no classes")
+    parser.add_argument("--labels", metavar="FILE", help="label file or development kit, if DIR (or its val) is flat")
     parser.add_argument("--classes", metavar="DIR", help="the training set, whose classes the labels count in")
     parser.add_argument("--cache", metavar="FOLDER", default="runs/index", help="for the cache if DIR is read-only")
+    parser.add_argument("--verify", action="store_true", help="read and decode every image, and list what is odd")
+    parser.add_argument("--against", metavar="DIR", help="verify this validation set too, and list what both hold")
     options = parser.parse_args()
-    if options.labels and not options.classes:
-        parser.error("--labels needs --classes, the folder or archive of the training set")
     root, fallback = Path(options.data), Path(options.cache)
-    cache = cache_beside(root, fallback)
+    config = DataConfig(dir=str(root), val_labels=options.labels and str(Path(options.labels).absolute()))
+    training, validation = root / config.train, root / config.val
+    both = training.exists() and validation.exists()
+    if options.labels and not options.classes and not both:
+        parser.error("--labels needs --classes, the folder or archive of the training set")
+    if options.against and (both or not options.verify):
+        parser.error(
+            f"--against needs --verify, and a DIR other than a folder that holds {config.train} and {config.val}"
+        )
     start = time.perf_counter()
-    if options.labels:
-        training = Path(options.classes)
-        classes = scan_classes(training, cache_beside(training, fallback), progress=True).classes
-        index = scan_flat(root, options.labels, classes, cache, progress=True)
+    if options.verify:
+        against = [validation] if both else [Path(options.against)] if options.against else []
+        list_odd_images(training if both else root, against)
+    if both:
+        indexes = open_datasets(config, fallback, progress=True)
+    elif options.labels:
+        classes = scan_classes(options.classes, cache_beside(Path(options.classes), fallback), progress=True).classes
+        indexes = [scan_flat(root, options.labels, classes, cache_beside(root, fallback), progress=True)]
     else:
-        index = scan_classes(root, cache, progress=True)
-    print(describe(index))
-    print(f"cache      {cache}\ntime       {time.perf_counter() - start:.1f} s")
+        indexes = [scan_classes(root, cache_beside(root, fallback), progress=True)]
+    for index in indexes:
+        print(describe(index))
+        print(f"cache      {cache_beside(Path(index.root), fallback)}")
+    print(f"time       {time.perf_counter() - start:.1f} s")
+
+
+def list_odd_images(training: Path, validation: list[Path]) -> None:
+    """Print a line for each thing that `verify` finds, and how many there are of each kind.
+
+    Raises:
+        UserError: the index or a run would stop.
+    """
+    kinds: Counter[tuple[str, str]] = Counter()
+    stops = 0
+    for finding in verify(image_groups(training), [group for root in validation for group in image_groups(root)]):
+        tqdm.write(str(finding))
+        kinds[finding.fault, finding.outcome] += 1
+        stops += finding.stops
+    for (fault, outcome), count in kinds.most_common():
+        print(f"{count:>10,}  {fault}: {outcome}")
+    if not kinds:
+        print("no image is odd")
+    if stops:
+        raise UserError(f"{stops:,} of the images listed would stop the index or a run: repair or remove them")
 
 
 def describe(index: DatasetIndex) -> str:

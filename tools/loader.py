@@ -29,11 +29,11 @@ from tqdm import tqdm
 from pipeline.config import DataConfig, load_config
 from pipeline.data.color import apply_colors
 from pipeline.data.dali_stages import CutExecutor
+from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes
 from pipeline.data.loader import EvaluationLoader, Executor, Share, TrainingLoader, create_executor
 from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
-from pipeline.data.reference import decode
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.loader_report import (
@@ -152,7 +152,7 @@ class TorchvisionExecutor:
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) uint8."""
         for plan, contents in self._reader.read_ahead(plans):
-            yield plan, torch.stack([self._views(plan, i, content) for i, content in enumerate(contents)])
+            yield plan, torch.stack([self._views(plan, i, content.result()) for i, content in enumerate(contents)])
 
     def _views(self, plan: BatchPlan, i: int, content: np.ndarray) -> Tensor:
         image = functional.crop(decode(content, self._index.place(plan.ids[i])), *plan.boxes[i].tolist())

@@ -21,13 +21,20 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class Member:
-    """One image: `name` within its class or flat folder, where its bytes are, and when its file changed (ns)."""
+    """One image: `name` within its `group`, where its bytes are, and when its file changed (ns)."""
 
+    group: str
     name: str
     file: str
     offset: int
     length: int
     time: int
+
+    @property
+    def place(self) -> str:
+        """Where the image lies, for people: its path, or its name and its archive."""
+        packed = self.offset > 0  # behind its header
+        return f"{os.path.join(self.group, self.name)} in {self.file}" if packed else self.file
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,12 @@ def class_groups(root: Path) -> list[Group]:
     Raises:
         UserError: `root` does not exist or holds no classes.
     """
-    _check_exists(root)
-    if root.is_dir():
-        names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
-        groups = [Group(name, str(root / name)) for name in names]
-    else:
-        groups = _groups_of_tar(str(root))
+    groups = _find_classes(root)
     if not groups:
         raise UserError(
             f"{root} holds no class folders with images: expected CLASS/IMAGE.jpg (or CLASS.tar in an archive)"
         )
-    return sorted(groups, key=lambda group: group.name)
+    return groups
 
 
 def flat_group(root: Path) -> Group:
@@ -111,6 +113,15 @@ def flat_group(root: Path) -> Group:
     """
     _check_exists(root)
     return Group("", str(root)) if root.is_dir() else Group("", str(root), 0, root.stat().st_size)
+
+
+def image_groups(root: Path) -> list[Group]:
+    """All images of a folder or tar archive, by class where it has classes.
+
+    Raises:
+        UserError: `root` does not exist.
+    """
+    return _find_classes(root) or [flat_group(root)]
 
 
 def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[str]:
@@ -189,6 +200,17 @@ def _check_exists(root: Path) -> None:
         raise UserError(f"{root} is neither a folder nor a tar archive")
 
 
+def _find_classes(root: Path) -> list[Group]:
+    """The classes of `root`, by name; none in a flat folder or archive."""
+    _check_exists(root)
+    if root.is_dir():
+        names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+        groups = [Group(name, str(root / name)) for name in names]
+    else:
+        groups = _groups_of_tar(str(root))
+    return sorted(groups, key=lambda group: group.name)
+
+
 def _groups_of_tar(file: str) -> list[Group]:
     status = os.stat(file)
     groups, folders = [], {}
@@ -197,7 +219,7 @@ def _groups_of_tar(file: str) -> list[Group]:
         if path.suffix == ".tar":
             groups.append(Group(path.stem, file, offset, length))
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.parent.name:
-            member = Member(path.name, file, offset, length, status.st_mtime_ns)
+            member = Member(path.parent.name, path.name, file, offset, length, status.st_mtime_ns)
             folders.setdefault(path.parent, []).append(member)
     groups += [Group(folder.name, file, 0, status.st_size, tuple(members)) for folder, members in folders.items()]
     for name, count in Counter(group.name for group in groups).items():
@@ -220,16 +242,17 @@ def _members_of_folder(group: Group) -> Iterator[Member]:
                 path = os.path.join(parent, name)
                 try:
                     status = os.stat(path)
-                except FileNotFoundError:
-                    raise UserError(f"the link {path} leads nowhere: repair or remove it") from None
-                yield Member(os.path.relpath(path, group.file), path, 0, status.st_size, status.st_mtime_ns)
+                    length, time = status.st_size, status.st_mtime_ns
+                except FileNotFoundError:  # a link that leads nowhere: whoever opens it complains
+                    length = time = 0
+                yield Member(group.name, os.path.relpath(path, group.file), path, 0, length, time)
 
 
 def _members_of_tar(group: Group) -> Iterator[Member]:
     time = os.stat(group.file).st_mtime_ns
     for name, offset, length in _tar_members(group.file, group.start, group.length):
         if name.lower().endswith(IMAGE_SUFFIXES):
-            yield Member(name, group.file, offset, length, time)
+            yield Member(group.name, name, group.file, offset, length, time)
 
 
 def _tar_members(file: str, start: int, length: int) -> Iterator[tuple[str, int, int]]:

@@ -1,11 +1,15 @@
 """Executes plans with DALI: one pipeline for training and evaluation, on GPU and on CPU.
 
+Images that DALI refuses, or may see otherwise than Pillow does, go into it decoded by Pillow (decoding.py).
+
 The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has not been run on a GPU yet.
 """
 
-import io
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,17 +18,15 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
-from PIL import Image
 from torch import Tensor
 
-from pipeline.config import Resize
+from pipeline.config import CorruptImages, Resize
+from pipeline.data.decoding import as_ppm, readable_by_dali
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reader import Reader
-from pipeline.data.reference import decode
-from pipeline.errors import LocalUserError
+from pipeline.data.stand_ins import collect
 
-DECODED = {"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM"}  # Pillow's names of what DALI reads
 PREFETCH = 2  # batches that DALI prepares ahead
 
 # Interpolation, antialias, and type of the result. Catmull-Rom overshoots 0..255, which the paper's code keeps, so that
@@ -39,6 +41,15 @@ RESIZES = {
 # adjust_orientation: a plan's boxes are in stored pixels, as Pillow and the Torch code see them. jpeg_fancy_upsampling:
 # on GPU too, as libjpeg-turbo does on CPU.
 AS_STORED = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A batch as it goes into the pipeline: images' bytes, each (length) uint8, and whether Pillow has decoded all."""
+
+    plan: BatchPlan
+    contents: list[np.ndarray]
+    by_pillow: bool
 
 
 class DaliExecutor:
@@ -58,8 +69,10 @@ class DaliExecutor:
         device: torch.device,
         batch_size: int,
         views: int,
+        corrupt_images: CorruptImages = "stop",
     ):
         self._index, self._crop_size, self._resize, self._views = index, crop_size, resize, views
+        self._corrupt_images = corrupt_images
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._decoder = "mixed" if device.type == "cuda" else "cpu"
@@ -68,14 +81,13 @@ class DaliExecutor:
         )
         self._pipeline: Pipeline | None = None
         self._reader = Reader(index)
-        self._batches: Iterator[tuple[BatchPlan, list[np.ndarray]]] = iter(())
-        self._pending: deque[tuple[BatchPlan, list[np.ndarray]]] = deque()
+        self._batches: Iterator[Fed] = iter(())
+        self._pending: deque[Fed] = deque()
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3): float32 for the resize "torch", else uint8; in 0..255.
 
-        Raises:
-            LocalUserError: a file does not decode.
+        Where images are corrupt, plan and pixels are those of `stand_ins.collect`, which says what it raises.
         """
         for plan, output in self._outputs(plans):
             yield plan, self._to_torch(output).view(-1, self._views, self._crop_size, self._crop_size, 3)
@@ -83,18 +95,40 @@ class DaliExecutor:
     def _outputs(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, TensorListCPU | TensorListGPU]]:
         # A run that was abandoned or failed leaves its batches in the pipeline, so only one that ended is used again.
         pipeline, self._pipeline = self._pipeline or self._build(), None
-        self._batches, self._pending = self._reader.read_ahead(plans), deque()
+        self._batches, self._pending = self._read(plans), deque()
         while True:
             try:
                 (output,) = pipeline.run()
             except StopIteration:
                 break
             except RuntimeError as error:
-                raise self._explain(error) from error
-            plan, _ = self._pending.popleft()
-            yield plan, output
+                self._feed_again(error)
+                pipeline = self._build()
+                continue
+            yield self._pending.popleft().plan, output
         pipeline.reset()
         self._pipeline = pipeline
+
+    def _read(self, plans: Iterable[BatchPlan]) -> Iterator[Fed]:
+        """The batches of some plans, with stand-ins where images are corrupt."""
+        for plan, futures in self._reader.read_ahead(plans, readable_by_dali):
+            yield Fed(*collect(plan, futures, self._corrupt_images), by_pillow=False)
+
+    def _feed_again(self, error: RuntimeError) -> None:
+        """Put the batches under way before those to come, with all images decoded by Pillow, as DALI names none.
+
+        Raises:
+            RuntimeError: that is what they were, so the error is another.
+        """
+        if all(batch.by_pillow for batch in self._pending):
+            raise error
+        again = []
+        with ThreadPoolExecutor(self._options["num_threads"]) as pool:
+            for batch in self._pending:
+                places = map(self._index.place, batch.plan.ids.tolist())
+                futures = [pool.submit(as_ppm, *image) for image in zip(batch.contents, places, strict=True)]
+                again.append(Fed(*collect(batch.plan, futures, self._corrupt_images), by_pillow=True))
+        self._batches, self._pending = chain(again, self._batches), deque()
 
     def _to_torch(self, output: TensorListCPU | TensorListGPU) -> Tensor:
         """The batch as one tensor: DALI's own memory on CPU, a copy on GPU, where DALI may write to it again too soon."""
@@ -156,11 +190,12 @@ class DaliExecutor:
 
     def _next_arrays(self) -> tuple:
         """DALI's source: the arrays of the next plan, in the order that the pipeline unpacks them."""
-        plan, contents = next(self._batches)
-        self._pending.append((plan, contents))
+        batch = next(self._batches)
+        self._pending.append(batch)
+        plan = batch.plan
         start, shape = np.ascontiguousarray(plan.boxes[:, :2]), np.ascontiguousarray(plan.boxes[:, 2:])
         size, corners = plan.sizes.astype(np.float32), np.ascontiguousarray(self._corners(plan))
-        arrays = (contents, start, shape, size, *self._region(plan), corners)
+        arrays = (batch.contents, start, shape, size, *self._region(plan), corners)
         if self._views == 1:
             return arrays
         # multi_paste asks which image of the batch each view is cut from: its own.
@@ -192,19 +227,3 @@ class DaliExecutor:
             turned = plan.mirrors[:, 0]
             start[turned, 1], end[turned, 1] = end[turned, 1], start[turned, 1]
         return start.astype(np.float32), end.astype(np.float32)
-
-    def _explain(self, error: RuntimeError) -> Exception:
-        """DALI names no file: look in the batches under way for one that Pillow cannot decode either."""
-        for plan, contents in self._pending:
-            for i, content in zip(plan.ids.tolist(), contents, strict=True):
-                try:
-                    decode(content, self._index.place(i))
-                except LocalUserError as complaint:
-                    return complaint
-                kind = Image.open(io.BytesIO(content)).format
-                if kind not in DECODED:
-                    return LocalUserError(
-                        f"the image {self._index.place(i)} is a {kind} file, which DALI does not decode: convert it, or use "
-                        "data.loader reference"
-                    )
-        return error

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,20 @@ from pipeline.data.archive import Group, Member, Section, check_classes, class_g
 from pipeline.errors import UserError
 
 THREADS = 16  # listing folders and reading headers waits for the disk, or for the network behind it
+
+
+class RefusedImageError(UserError):
+    """The index takes no such image.
+
+    Attributes:
+        fault: what is wrong with it, as "is not an image".
+        detail: what Pillow says of it.
+        remedy: what to do.
+    """
+
+    def __init__(self, place: str, fault: str, detail: str, remedy: str):
+        super().__init__(f"{place} {fault} ({detail}): {remedy}")
+        self.fault, self.detail, self.remedy = fault, detail, remedy
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,22 @@ def scan_flat(
     return _index(root, [group], [row], np.array([position[name] for name in found]), classes)
 
 
+def open_image(stream: BinaryIO, place: str) -> Image.Image:
+    """Open an image, of which this reads no more than the header.
+
+    Raises:
+        RefusedImageError: it is none, or none for these networks.
+    """
+    try:
+        image = Image.open(stream)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        detail = type(error).__name__
+        raise RefusedImageError(place, "is not an image that can be read", detail, "repair or remove it") from None
+    if image.mode.startswith(("I", "F")):
+        raise RefusedImageError(place, "has more than 8 bits a colour", image.mode, "convert or remove it")
+    return image
+
+
 def synthetic_index(images: int, classes: int, size: int, split: str) -> DatasetIndex:
     """Index of `images` generated square images of `size` pixels, evenly spread over `classes`."""
     key = hashlib.sha256(f"synthetic {split} {images} {classes} {size}".encode()).hexdigest()
@@ -194,19 +224,12 @@ def _stamp_of_files(members: list[Member]) -> str:
 
 def _read_size(member: Member) -> list[int]:
     """Height and width from an image's header."""
-    place = f"{member.name} in {member.file}" if member.offset else member.file
     try:
-        with (
-            io.BufferedReader(Section(member.file, member.offset, member.length), 16384) as stream,
-            Image.open(stream) as image,
-        ):
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{place} has {image.mode} pixels, more than 8 bits a colour: convert or remove it")
+        with io.BufferedReader(Section(member.file, member.offset, member.length), 16384) as stream:
+            image = open_image(stream, member.place)
             return [image.height, image.width]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{place} is not an image that can be read ({type(error).__name__}): repair or remove it"
-        ) from None
+    except OSError as error:
+        raise RefusedImageError(member.place, "cannot be read", error.strerror, "repair or remove it") from None
 
 
 def _index(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import DataConfig
+from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan, epoch_order, evaluation_plans, steps_per_epoch, training_plans
@@ -63,7 +63,8 @@ class TrainingLoader:
         self.index, self._config, self._share = index, config, share
         self._seed, self._batch_size, self._accumulation = seed, batch_size, accumulation
         self.steps_per_epoch = steps_per_epoch(len(index), batch_size)
-        self._executor = create_executor(index, config, share, batch_size // share.ranks // accumulation, views=1)
+        part = batch_size // share.ranks // accumulation
+        self._executor = create_executor(index, config, share, part, views=1, corrupt_images=config.corrupt_images)
 
     def global_batch(self, step: int) -> int:
         """Images in the global batch of this step of an epoch."""
@@ -128,17 +129,26 @@ def choose_loader(config: DataConfig) -> str:
     return config.loader
 
 
-def create_executor(index: DatasetIndex, config: DataConfig, share: Share, batch_size: int, views: int) -> Executor:
-    """Build the executor that the configuration asks for."""
+def create_executor(
+    index: DatasetIndex,
+    config: DataConfig,
+    share: Share,
+    batch_size: int,
+    views: int,
+    corrupt_images: CorruptImages = "stop",
+) -> Executor:
+    """Build the executor that the configuration asks for; what it does about corrupt images is not for all to choose."""
     name = choose_loader(config)
     threads = config.threads or share.threads
     if name == "synthetic":
         return SyntheticExecutor(index, config.crop_size)
     if name == "reference":
-        return ReferenceExecutor(index, config.crop_size, config.resize, threads)
+        return ReferenceExecutor(index, config.crop_size, config.resize, threads, corrupt_images)
     from pipeline.data.dali import DaliExecutor  # only where the wheel is installed
 
-    return DaliExecutor(index, config.crop_size, config.resize, threads, share.device, batch_size, views)
+    return DaliExecutor(
+        index, config.crop_size, config.resize, threads, share.device, batch_size, views, corrupt_images
+    )
 
 
 def _batches(

@@ -12,7 +12,7 @@ whose training and evaluation transforms the authors used.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -59,6 +59,10 @@ class BatchPlan:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> "BatchPlan":
+        """Return the plan of the images at these positions of this one, which may repeat."""
+        return BatchPlan(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

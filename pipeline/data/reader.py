@@ -2,8 +2,8 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -23,23 +23,32 @@ class Reader:
         self._pool = ThreadPoolExecutor(READ_THREADS)
         self._archive = open(index.root, "rb", buffering=0) if index.packed else None  # noqa: SIM115 - lives as long as this
 
-    def read_ahead(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list[np.ndarray]]]:
-        """Yield each plan with the bytes of its images, each (length) uint8.
+    def read_ahead(
+        self, plans: Iterable[BatchPlan], convert: Callable[[np.ndarray, str], np.ndarray] | None = None
+    ) -> Iterator[tuple[BatchPlan, list[Future[np.ndarray]]]]:
+        """Yield each plan with the bytes of its images, futures of (length) uint8.
 
-        Raises:
-            LocalUserError: a file cannot be read.
+        Args:
+            convert: what the reading threads make of an image's bytes and its place; see `DatasetIndex.place`.
         """
+
+        def read(i: int) -> np.ndarray:
+            content = self.read(i)
+            return convert(content, self._index.place(i)) if convert else content
+
         ahead: deque = deque()
         for plan in plans:
-            ahead.append((plan, [self._pool.submit(self.read, i) for i in plan.ids.tolist()]))
+            ahead.append((plan, [self._pool.submit(read, i) for i in plan.ids.tolist()]))
             if len(ahead) > BATCHES_AHEAD:
-                plan, futures = ahead.popleft()
-                yield plan, [future.result() for future in futures]
-        for plan, futures in ahead:
-            yield plan, [future.result() for future in futures]
+                yield ahead.popleft()
+        yield from ahead
 
     def read(self, i: int) -> np.ndarray:
-        """Return the bytes of image `i` of the index, (length) uint8."""
+        """Return the bytes of image `i` of the index, (length) uint8.
+
+        Raises:
+            LocalUserError: the file cannot be read, or has changed since the scan.
+        """
         index = self._index
         length = int(index.lengths[i])
         content = np.empty(length, np.uint8)

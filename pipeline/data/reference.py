@@ -3,10 +3,9 @@
 It also serves where DALI has no wheel (macOS, Windows).
 """
 
-import io
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -14,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import Resize
+from pipeline.config import CorruptImages, Resize
+from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reader import Reader
-from pipeline.errors import LocalUserError
+from pipeline.data.stand_ins import collect
 
 BATCHES_AHEAD = 2
 
@@ -26,15 +26,26 @@ BATCHES_AHEAD = 2
 class ReferenceExecutor:
     """Turns plans into pixels, a few batches ahead in threads."""
 
-    def __init__(self, index: DatasetIndex, crop_size: int, resize: Resize, threads: int):
+    def __init__(
+        self,
+        index: DatasetIndex,
+        crop_size: int,
+        resize: Resize,
+        threads: int,
+        corrupt_images: CorruptImages = "stop",
+    ):
         self._index = index
+        self._corrupt_images = corrupt_images
         self._crop_size = crop_size
         self._resize = resize
         self._reader = Reader(index)
         self._pool = ThreadPoolExecutor(threads)
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included."""
+        """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included.
+
+        Where images are corrupt, plan and pixels are those of `stand_ins.collect`, which says what it raises.
+        """
         ahead: deque = deque()
         for plan, contents in self._reader.read_ahead(plans):
             ahead.append(
@@ -45,13 +56,14 @@ class ReferenceExecutor:
         while ahead:
             yield self._collect(*ahead.popleft())
 
-    def _collect(self, plan: BatchPlan, futures: list) -> tuple[BatchPlan, Tensor]:
-        return plan, torch.from_numpy(np.stack([future.result() for future in futures]))
+    def _collect(self, plan: BatchPlan, futures: list[Future[np.ndarray]]) -> tuple[BatchPlan, Tensor]:
+        plan, views = collect(plan, futures, self._corrupt_images)
+        return plan, torch.from_numpy(np.stack(views))
 
-    def _views(self, plan: BatchPlan, i: int, content: np.ndarray) -> np.ndarray:
+    def _views(self, plan: BatchPlan, i: int, content: Future[np.ndarray]) -> np.ndarray:
         """(V, H, W, 3) views of the plan's i-th image, from its file's bytes."""
         top, left, height, width = plan.boxes[i].tolist()
-        image = decode(content, self._index.place(plan.ids[i])).crop((left, top, left + width, top + height))
+        image = decode(content.result(), self._index.place(plan.ids[i])).crop((left, top, left + width, top + height))
         new_height, new_width = plan.sizes[i].tolist()
         if self._resize == "torch":
             pixels = resize_as_torch7(np.asarray(image, np.float32), new_height, new_width)
@@ -64,19 +76,6 @@ class ReferenceExecutor:
             view = pixels[y : y + crop, x : x + crop]
             views.append(view[:, ::-1] if mirrored else view)
         return np.stack(views)
-
-
-def decode(content: np.ndarray, place: str) -> Image.Image:
-    """Decode a file's bytes to RGB.
-
-    Raises:
-        LocalUserError: they do not decode; says so of `place`.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise LocalUserError(f"the image {place} does not decode ({error}): repair or remove it") from None
 
 
 def resize_as_torch7(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

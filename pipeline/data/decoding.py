@@ -1,0 +1,58 @@
+"""Decoding with Pillow: of every image in the reference, of those that DALI may see otherwise in DALI's loader."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.data.formats import is_plain
+from pipeline.errors import LocalUserError
+
+warnings.filterwarnings("ignore", module="PIL")  # about metadata and transparency that nobody uses, and naming no file
+
+
+class CorruptImageError(LocalUserError):
+    """The bytes of an image do not decode, and never will.
+
+    Attributes:
+        place: where it lies, for people.
+        reason: what Pillow says of it.
+    """
+
+    def __init__(self, place: str, reason: str):
+        super().__init__(
+            f"the image {place} does not decode ({reason}): repair or remove it (python -m tools.index DIR --verify "
+            "lists all such; data.corrupt_images skip leaves them out of training)"
+        )
+        self.place, self.reason = place, reason
+
+
+def decode(content: np.ndarray, place: str) -> Image.Image:
+    """Decode a file's bytes, (length) uint8, to RGB.
+
+    Raises:
+        CorruptImageError: they do not decode; says so of `place`.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except MemoryError:  # may pass
+        raise
+    except UnidentifiedImageError:
+        raise CorruptImageError(place, "not an image") from None
+    except (
+        Exception
+    ) as error:  # over damaged bytes Pillow's formats stumble in any way: OSError, struct.error, KeyError
+        raise CorruptImageError(place, " ".join(str(error).split()) or type(error).__name__) from None
+
+
+def as_ppm(content: np.ndarray, place: str) -> np.ndarray:
+    """Decode a file's bytes and return them as those of a PPM file, which DALI reads to the bit; see `decode`."""
+    image = decode(content, place)
+    return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
+
+
+def readable_by_dali(content: np.ndarray, place: str) -> np.ndarray:
+    """Return the bytes of an image that DALI decodes as Pillow does: its own, or those of a PPM file; see `decode`."""
+    return content if is_plain(content) else as_ppm(content, place)

@@ -1,0 +1,51 @@
+"""What becomes of a batch in which images are corrupt."""
+
+import dataclasses
+import sys
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.config import CorruptImages
+from pipeline.data.decoding import CorruptImageError
+from pipeline.data.plan import BatchPlan
+from pipeline.errors import LocalUserError
+
+T = TypeVar("T")
+
+
+def collect(plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptImages) -> tuple[BatchPlan, list[T]]:
+    """Wait for the (n) results of a plan's images, and have others stand in for those that turn out corrupt.
+
+    The next sound image of the plan stands in, the first after the last, with all that is drawn for it and with weight
+    0: a function of the plan and the files' bytes alone, so that a run that resumes skips the same images.
+
+    Raises:
+        CorruptImageError: an image is corrupt, and `corrupt_images` is "stop".
+        LocalUserError: all are; or a file could not be read, which may pass, so that nothing stands in for it.
+    """
+    results = [_result(future) for future in futures]
+    sound = [not isinstance(result, CorruptImageError) for result in results]
+    if all(sound):
+        return plan, results
+    first = results[sound.index(False)]
+    if corrupt_images == "stop":
+        # Not `first`: in a frame of its own traceback it would keep all of them alive, DALI's threads included.
+        raise CorruptImageError(first.place, first.reason)
+    if not any(sound):
+        raise LocalUserError(
+            f"no image of a batch decodes, and none can stand in for {first.place} ({first.reason}): repair or remove it"
+        )
+    for result, weight in zip(results, plan.weights, strict=True):
+        if isinstance(result, CorruptImageError) and weight:
+            print(f"warning: skipping the image {result.place} ({result.reason})", file=sys.stderr, flush=True)
+    n = len(results)
+    rows = np.array([next(j % n for j in range(i, i + n) if sound[j % n]) for i in range(n)])
+    weights = np.where(sound, plan.weights, np.float32(0))
+    return dataclasses.replace(plan.take(rows), weights=weights), [results[row] for row in rows]
+
+
+def _result(future: Future[T]) -> T | CorruptImageError:
+    error = future.exception()  # not by raising it, which would tie it and the image's bytes to this frame in a cycle
+    return error if isinstance(error, CorruptImageError) else future.result()
