@@ -194,15 +194,14 @@ class Trainer:
             return
         self._leave_if_asked()
         batches = Stopwatch(self.train_loader.batches(epoch, self.progress.step))
-        first, window_start, window_images = self.done_steps, time.perf_counter(), 0
+        window_start, window_images = time.perf_counter(), 0
         self.training_network.train()
         with self.monitor.progress(f"epoch {epoch}", steps, self.progress.step):
             for step in range(self.progress.step, steps):
                 last = step + 1 == steps
                 logs = last or (self.done_steps + 1) % self.config.train.log_every == 0
 
-                if self.done_steps > first or not self.config.train.compile:  # compiling takes minutes
-                    self.watchdog.beat(f"epoch {epoch}, step {step}")
+                self.watchdog.beat(f"epoch {epoch}, step {step}")
                 rate = learning_rate(self.config.optim, self.done_steps, steps)
                 gradient_norm = self._optimizer_step(batches, rate, measure_gradient=logs)
                 self._announce_dense_block()
@@ -258,7 +257,7 @@ class Trainer:
     def save(self, best: bool) -> None:
         """Write a checkpoint. Every rank must call this; all return when the disk has it."""
         start = time.monotonic()
-        self.watchdog.beat(f"checkpoint after epoch {self.progress.epoch}, step {self.progress.step}")
+        self.watchdog.beat(f"saving a checkpoint at epoch {self.progress.epoch}, step {self.progress.step}")
         self._check_finite(*self.network.state_dict().values())
         state = {
             "model": self.network.state_dict(),
@@ -382,7 +381,7 @@ class Trainer:
 
     def _leave_if_asked(self) -> None:
         """Between two batches of an evaluation, and before the first step: there is nothing new to save."""
-        self.watchdog.beat(f"epoch {self.progress.epoch}, after step {self.progress.step}")
+        self.watchdog.beat(f"epoch {self.progress.epoch}, {self.progress.step} steps done")
         (asked,) = self.world.largest([self.stop_request.signal])
         if asked:
             self._leave(asked)

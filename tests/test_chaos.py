@@ -1,0 +1,36 @@
+"""A short version of the fault lab: real processes, really killed. And that it would notice what it looks for."""
+
+import pytest
+import torch
+from conftest import run_module, small_config
+
+from pipeline import trainer
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint
+from tools.chaos import same_bits
+
+SHORT = ["kill-saving", "signal", "bit-flip"]
+
+
+def test_a_run_survives_a_sample_of_the_faults(tmp_path):
+    done = run_module("tools.chaos", "--tries", 1, "--output", tmp_path, "--faults", *SHORT, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in (tmp_path / "chaos.md").read_text().splitlines()[2:] if line.endswith("| 1 | 1 | 1 |")]
+    assert [row.split(":")[0].strip("| ") for row in rows] == SHORT
+
+
+@pytest.mark.parametrize("change", ["none", "weight", "momentum", "record"])
+def test_a_difference_of_one_bit_or_record_is_noticed(tmp_path, change):
+    for name in ("a", "b"):
+        trainer.fit(small_config(tmp_path / name, optim={"epochs": 1}))
+    folder = CheckpointFolder(tmp_path / "b" / "checkpoints")
+    state = load_checkpoint(folder.last)
+    if change == "weight":
+        state["model"]["classifier.bias"].view(torch.int32)[0] ^= 1
+    elif change == "momentum":
+        last = max(state["optimizer"]["state"])
+        state["optimizer"]["state"][last]["momentum_buffer"].view(torch.int32)[0] ^= 1
+    elif change == "record":
+        lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "b" / "metrics.jsonl").write_text("".join(lines + lines[-1:]))
+    folder.save(state, best=False)
+    assert same_bits(tmp_path / "a", tmp_path / "b") == (change == "none")

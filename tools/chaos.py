@@ -1,0 +1,559 @@
+"""Do everything to a training run that machines and people do, and compare its end with an undisturbed run's.
+
+``python -m tools.chaos [--faults NAME ...] [--tries N]`` trains a network with two processes again and again, and
+kills, stops, starves and deceives it. Each time the same command is started again. A run has survived if it went on
+from a checkpoint (or, where it must, ended with one line that says why), and its bits are the same if weights,
+optimiser, progress and records at its end equal those of the run that nothing happened to.
+
+Linux only: it looks for the ranks in /proc.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint
+from pipeline.config import Config, from_dict, to_yaml
+from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
+from tools.measuring import writable_folder
+
+RANKS = 2
+STRIKES_A_RUN = 5
+HANG_SECONDS = 10
+TORCHRUN_PATIENCE = 40  # seconds that torchrun gives a rank which does not react, and some
+PATIENCE = 180  # seconds for whatever a run should do soon
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of `tries` tries of a fault: how many survived it, and ended with the same bits."""
+
+    tries: int
+    survived: int
+    equal: int
+
+
+class FaultError(Exception):
+    """The run did not do what it should; the message says what it did."""
+
+
+class Run:
+    """One start of the training command, in a session of its own, its output in a file."""
+
+    def __init__(self, config: Path, run_dir: Path, log: Path, file_size: int | None = None):
+        self.run_dir, self.log = run_dir, log
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        command += ["-m", "pipeline.train", str(config), "--run_dir", str(run_dir)]
+        with open(log, "wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)},  # torchrun leaves files behind
+                preexec_fn=_limit_files(file_size) if file_size else None,
+            )
+        self.ranks: dict[int, int] = {}  # process ids, once they train
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in (self.process.pid, *self.ranks.values()):
+            _send(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait_for_training(self) -> bool:
+        """Wait until the ranks have met and are about to train; False if the run ends before."""
+        if not self.wait_until(lambda: "(what a batch-norm statistic sees)" in self.output()):
+            return False
+        self.ranks = _ranks_below(self.process.pid)
+        return len(self.ranks) == RANKS
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_until(self, condition: Callable[[], bool], pause: float = 0.01) -> bool:
+        """Wait for `condition`; False if the run ends without it."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() > end:
+                raise FaultError(f"nothing happened: {self.output()[-2000:]}")
+            time.sleep(pause)
+        return True
+
+    def wait_for_saves(self, count: int) -> bool:
+        """Wait until `count` more checkpoints have been written; False if the run ends before."""
+        last = self.run_dir / "checkpoints" / "last.pt"
+        before, seen = _changed(last), 0
+
+        def counted() -> bool:
+            nonlocal before, seen
+            now = _changed(last)
+            if now is not None and now != before:
+                before, seen = now, seen + 1
+            return seen >= count
+
+        return self.wait_until(counted, pause=0.002)
+
+    def end(self, patience: float = PATIENCE) -> int:
+        """Wait until every process of the run is gone; return torchrun's exit code."""
+        try:
+            code = self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            raise FaultError(f"the run did not end: {self.output()[-2000:]}") from None
+        end = time.monotonic() + patience
+        while any(map(_alive, self.ranks.values())):
+            if time.monotonic() > end:
+                raise FaultError("a rank outlived the run")
+            time.sleep(0.05)
+        return code
+
+
+class Lab:
+    """A data set, a configuration, and what an undisturbed run of it ends with."""
+
+    def __init__(self, folder: Path, model: str, seed: int):
+        self.folder, self.random = folder, random.Random(seed)
+        self._starts = 0
+        write_images(folder / "images" / "train", classes=4, images=168, seed=0)
+        write_images(folder / "images" / "val", classes=4, images=32, seed=1)
+        self.config = from_dict(
+            {
+                "run_dir": "set by each start",
+                "model": {"name": model},
+                "data": {"dir": str(folder / "images"), "crop_size": 32, "resize_size": 36},
+                "optim": {"epochs": 2, "batch_size": 16, "milestones": [1], "lr": 0.05},
+                "train": {"device": "cpu", "checkpoint_every": 1, "log_every": 1, "hang_seconds": HANG_SECONDS},
+            },
+            "tools.chaos",
+        )
+        self.file = self.write_config("config.yaml", self.config)
+        self.undisturbed = self.new_run_dir()
+        self.finish(self.undisturbed)
+
+    def cost_of_a_save(self) -> str:
+        """Size and time of the undisturbed run's checkpoints."""
+        records = map(json.loads, (self.undisturbed / "metrics.jsonl").read_text().splitlines())
+        seconds = [s for record in records if (s := record.get("speed/checkpoint_seconds"))]
+        size = (self.undisturbed / "checkpoints" / "last.pt").stat().st_size
+        return f"a checkpoint of {size / 2**20:.0f} MiB takes {statistics.median(seconds):.2f} s (median of {len(seconds)})"
+
+    def write_config(self, name: str, config: Config) -> Path:
+        file = self.folder / name
+        file.write_text(to_yaml(config))
+        return file
+
+    def new_run_dir(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder, prefix="run"))
+
+    def start(self, run_dir: Path, config: Path | None = None, file_size: int | None = None) -> Run:
+        self._starts += 1
+        return Run(config or self.file, run_dir, self.folder / f"start{self._starts:04d}.log", file_size)
+
+    def finish(self, run_dir: Path, config: Path | None = None) -> str:
+        """Start the run and let it come to its end; return its output."""
+        with self.start(run_dir, config) as run:
+            if run.end(4 * PATIENCE) != 0:
+                raise FaultError(f"the run failed: {run.output()[-3000:]}")
+            return run.output()
+
+    def interrupted(self, saves: int) -> Path:
+        """The directory of a run that was told to stop after a few checkpoints."""
+        run_dir = self.new_run_dir()
+        with self.start(run_dir) as run:
+            run.wait_for_saves(saves)
+            _send(run.process.pid, signal.SIGTERM)
+            run.end()
+        return run_dir
+
+    def ends_alike(self, run_dir: Path, other: Path | None = None) -> bool:
+        """Whether a finished run ended as the undisturbed one; removes it if so."""
+        same = same_bits(run_dir, other or self.undisturbed)
+        if same:
+            shutil.rmtree(run_dir)
+        return same
+
+
+def same_bits(run_dir: Path, other: Path) -> bool:
+    """Whether two finished runs have the same weights, optimiser, progress and records."""
+    a, b = (load_checkpoint(CheckpointFolder(folder / "checkpoints").last) for folder in (run_dir, other))
+    states = all(_equal(a[part], b[part]) for part in ("model", "optimizer", "scaler", "progress"))
+    return states and _records(run_dir) == _records(other)
+
+
+def kill_a_rank(lab: Lab, tries: int) -> Outcome:
+    """SIGKILL to one rank at any moment from the first step on"""
+
+    def strike(run: Run) -> bool | None:
+        if not run.wait_for_training():
+            return None
+        time.sleep(lab.random.uniform(0, 4))
+        if run.process.poll() is not None:
+            return None
+        _send(run.ranks[lab.random.randrange(RANKS)], signal.SIGKILL)
+        return True
+
+    return _strike_again_and_again(lab, tries, strike)
+
+
+def kill_while_saving(lab: Lab, tries: int) -> Outcome:
+    """SIGKILL to rank 0, or to both ranks at once, in the middle of a save"""
+
+    def strike(run: Run) -> bool | None:
+        folder = run.run_dir / "checkpoints"
+        files = [folder / "last.tmp", folder / "best.tmp"]
+        saves_before = lab.random.randint(0, 2)
+        if not run.wait_for_training() or (saves_before and not run.wait_for_saves(saves_before)):
+            return None
+        if not run.wait_until(lambda: any(file.exists() for file in files), pause=0.0005):
+            return None
+        time.sleep(lab.random.uniform(0, 0.08))
+        for rank in range(lab.random.choice((1, RANKS))):
+            _send(run.ranks[rank], signal.SIGKILL)
+        run.end()
+        return any(file.exists() for file in files) or not (folder / "last.pt").exists()
+
+    return _strike_again_and_again(lab, tries, strike)
+
+
+def kill_torchrun(lab: Lab, tries: int) -> Outcome:
+    """SIGKILL to torchrun, which leaves the ranks without a parent; they must save and leave"""
+
+    def strike(run: Run) -> bool | None:
+        if not run.wait_for_training():
+            return None
+        time.sleep(lab.random.uniform(0, 2))
+        _send(run.process.pid, signal.SIGKILL)
+        run.end()
+        return True
+
+    return _strike_again_and_again(lab, tries, strike)
+
+
+def stop_by_signal(lab: Lab, tries: int) -> Outcome:
+    """SIGTERM, SIGUSR1 or SIGUSR2 to one rank or all, or SIGTERM to torchrun: all leave with a checkpoint, exit code 75"""
+
+    def strike(run: Run) -> bool | None:
+        if not run.wait_for_training():
+            return None
+        time.sleep(lab.random.uniform(0, 4))
+        if run.process.poll() is not None:
+            return None
+        number, target = lab.random.choice(STOP_SIGNALS), lab.random.choice(("torchrun", "a rank", "all ranks"))
+        if target == "torchrun":
+            _send(run.process.pid, signal.SIGTERM)
+        for rank in {"torchrun": [], "a rank": [lab.random.randrange(RANKS)], "all ranks": range(RANKS)}[target]:
+            _send(run.ranks[rank], number)
+        code = run.end()
+        left = run.output().count("interrupted: rank") == RANKS
+        if code != 0 and not (left and (target == "torchrun" or "exitcode  : 75" in run.output())):
+            raise FaultError(
+                f"{target} got {number.name}, but not all ranks left as they should: {run.output()[-3000:]}"
+            )
+        return code != 0
+
+    return _strike_again_and_again(lab, tries, strike)
+
+
+def _strike_again_and_again(lab: Lab, tries: int, strike: Callable[[Run], bool | None]) -> Outcome:
+    """Strike runs, each a few times, until `tries` strikes have hit what they were meant for.
+
+    Args:
+        strike: returns whether it has hit, or None if the run came to its end before.
+    """
+    hits = survived = equal = 0
+    while hits < tries:
+        run_dir, hits_of_run, was_hit = lab.new_run_dir(), 0, False
+        for start in range(STRIKES_A_RUN + 1):
+            whole = start == STRIKES_A_RUN or hits + hits_of_run == tries
+            must_resume = (run_dir / "checkpoints" / "last.pt").exists()
+            with lab.start(run_dir) as run:
+                hit = None if whole else strike(run)
+                code = run.end()
+                resumed = "resuming at" in run.output() or not must_resume
+                if hit is None and code != 0:
+                    raise FaultError(f"the run failed by itself: {run.output()[-3000:]}")
+            survived += was_hit and resumed
+            was_hit = bool(hit)
+            hits_of_run += was_hit
+            if code == 0:
+                break
+        hits += hits_of_run
+        equal += hits_of_run * lab.ends_alike(run_dir)
+        print(f"  {hits} of {tries}", flush=True)
+    return Outcome(hits, survived, equal)
+
+
+def freeze_a_rank(lab: Lab, tries: int) -> Outcome:
+    """SIGSTOP to one rank: the others must end the run in time, and name it"""
+
+    def once() -> tuple[bool, Path]:
+        run_dir, victim = lab.new_run_dir(), lab.random.randrange(RANKS)
+        with lab.start(run_dir) as run:
+            run.wait_for_training()
+            run.wait_for_saves(lab.random.randint(1, 4))
+            _send(run.ranks[victim], signal.SIGSTOP)
+            start = time.monotonic()
+            run.end(2 * HANG_SECONDS + TORCHRUN_PATIENCE)
+            named = (
+                f"rank {victim} (process {run.ranks[victim]} on" in run.output() and "does not respond" in run.output()
+            )
+            print(f"  ended {time.monotonic() - start:.0f} s after rank {victim} was stopped", flush=True)
+        return named and "resuming at" in lab.finish(run_dir), run_dir
+
+    return _repeat(lab, tries, once)
+
+
+def fill_the_disk(lab: Lab, tries: int) -> Outcome:
+    """a limit on the size of files, which ends a save as a full disk does"""
+
+    def once() -> tuple[bool, Path]:
+        run_dir = lab.interrupted(saves=lab.random.randint(1, 4))
+        last = run_dir / "checkpoints" / "last.pt"
+        before = last.read_bytes()
+        with lab.start(run_dir, file_size=lab.random.randrange(2**18, len(before))) as run:
+            code, output = run.end(), run.output()
+        survived = code != 0 and "cannot write a checkpoint" in output and last.read_bytes() == before
+        return survived and "resuming at" in lab.finish(run_dir), run_dir
+
+    return _repeat(lab, tries, once)
+
+
+def cut_the_checkpoint(lab: Lab, tries: int) -> Outcome:
+    """the last checkpoint cut short anywhere"""
+    return _damage(lab, tries, lambda content: content[: lab.random.randrange(len(content))])
+
+
+def flip_a_bit(lab: Lab, tries: int) -> Outcome:
+    """one bit of the last checkpoint flipped"""
+
+    def flip(content: bytes) -> bytes:
+        damaged = bytearray(content)
+        damaged[lab.random.randrange(len(content))] ^= 1 << lab.random.randrange(8)
+        return bytes(damaged)
+
+    return _damage(lab, tries, flip)
+
+
+def plant_a_pickle(lab: Lab, tries: int) -> Outcome:
+    """the last checkpoint replaced by a pickle that runs a command when it is loaded"""
+    return _damage(lab, tries, lambda _: pickle.dumps(_Hostile(lab.folder / "hostile-code-ran")))
+
+
+def _damage(lab: Lab, tries: int, damage: Callable[[bytes], bytes]) -> Outcome:
+    """The run must pass over the damaged checkpoint loudly, and go on from the one before."""
+
+    def once() -> tuple[bool, Path]:
+        run_dir = lab.interrupted(saves=lab.random.randint(2, 5))
+        last = run_dir / "checkpoints" / "last.pt"
+        last.write_bytes(damage(last.read_bytes()))
+        output = lab.finish(run_dir)
+        loud = "last.pt is damaged" in output and "resuming at" in output
+        return loud and not (lab.folder / "hostile-code-ran").exists(), run_dir
+
+    return _repeat(lab, tries, once)
+
+
+def remove_an_image(lab: Lab, tries: int) -> Outcome:
+    """an image removed under the running training, which must name it; put back before the next start"""
+
+    def once() -> tuple[bool, Path]:
+        run_dir = lab.new_run_dir()
+        image = lab.random.choice(sorted((lab.folder / "images" / "train").rglob("*.jpg")))
+        aside = lab.folder / "removed.jpg"
+        try:
+            with lab.start(run_dir) as run:
+                run.wait_for_training()
+                image.rename(aside)
+                code, output = run.end(), run.output()
+        finally:
+            aside.rename(image)
+        named = code != 0 and f"cannot read the image {image}" in output and "exitcode  : 2" in output
+        return named and "failed" not in lab.finish(run_dir), run_dir
+
+    return _repeat(lab, tries, once)
+
+
+def skip_a_corrupt_image(lab: Lab, tries: int) -> Outcome:
+    """an image cut short, with data.corrupt_images skip: a killed run skips what the undisturbed one skips"""
+    skipping = dataclasses.replace(lab.config, data=dataclasses.replace(lab.config.data, corrupt_images="skip"))
+    config, whole = lab.write_config("skip.yaml", skipping), lab.new_run_dir()
+    image = sorted((lab.folder / "images" / "train").rglob("*.jpg"))[0]
+    content = image.read_bytes()
+    image.write_bytes(content[:-100])
+    try:
+        whole_output = lab.finish(whole, config)
+
+        def once() -> tuple[bool, Path]:
+            run_dir = lab.new_run_dir()
+            with lab.start(run_dir, config) as run:
+                run.wait_for_training()
+                run.wait_for_saves(lab.random.randint(1, 12))
+                _send(run.process.pid, signal.SIGKILL)
+                run.end()
+            resumed = "resuming at" in lab.finish(run_dir, config)
+            return resumed and f"skipping the image {image}" in whole_output, run_dir
+
+        return _repeat(lab, tries, once, whole)
+    finally:
+        image.write_bytes(content)
+
+
+def _repeat(lab: Lab, tries: int, once: Callable[[], tuple[bool, Path]], expected: Path | None = None) -> Outcome:
+    """Let `once` try a fault `tries` times; it returns whether the run survived, and its directory."""
+    survived = equal = 0
+    for _ in range(tries):
+        well, run_dir = once()
+        survived += well
+        equal += lab.ends_alike(run_dir, expected)
+    return Outcome(tries, survived, equal)
+
+
+FAULTS: dict[str, tuple[Callable[[Lab, int], Outcome], int]] = {
+    "kill": (kill_a_rank, 30),
+    "kill-saving": (kill_while_saving, 50),
+    "kill-torchrun": (kill_torchrun, 5),
+    "signal": (stop_by_signal, 10),
+    "freeze": (freeze_a_rank, 4),
+    "disk-full": (fill_the_disk, 5),
+    "cut": (cut_the_checkpoint, 5),
+    "bit-flip": (flip_a_bit, 5),
+    "pickle": (plant_a_pickle, 3),
+    "remove-image": (remove_an_image, 3),
+    "corrupt-image": (skip_a_corrupt_image, 3),
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        prog="python -m tools.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="what to do to the runs [all]"
+    )
+    parser.add_argument("--tries", type=positive_integer, help="tries of each fault [3 to 50, by fault]")
+    parser.add_argument("--model", default="densenet121", help="network to train on 32 pixels [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of when and where faults strike [%(default)s]")
+    parser.add_argument("--output", default="runs/chaos", help="folder for table and logs [%(default)s]")
+    options = parser.parse_args()
+    folder = writable_folder(options.output, "chaos.md")
+    work = Path(tempfile.mkdtemp(dir=folder, prefix="work"))
+    print("the undisturbed run", flush=True)
+    lab = Lab(work, options.model, options.seed)
+    print(lab.cost_of_a_save(), flush=True)
+    lines = ["| fault | tries | survived | same bits |", "|---|--:|--:|--:|"]
+    failed = False
+    for name in options.faults:
+        fault, tries = FAULTS[name]
+        print(f"{name}: {fault.__doc__}", flush=True)
+        try:
+            outcome = fault(lab, options.tries or tries)
+        except FaultError as error:
+            print(error, file=sys.stderr)
+            outcome = Outcome(options.tries or tries, 0, 0)
+        failed |= not outcome.tries == outcome.survived == outcome.equal
+        lines.append(f"| {name}: {fault.__doc__} | {outcome.tries} | {outcome.survived} | {outcome.equal} |")
+        (folder / "chaos.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(["", *lines]))
+    if failed:
+        print(f"what went wrong is in {work}")
+        sys.exit(1)
+    shutil.rmtree(work)
+
+
+def write_images(root: Path, classes: int, images: int, seed: int) -> None:
+    """JPEG files of 40 x 40 pixels in class folders: coarse random patterns, a class's brighter than the one's before."""
+    generator = np.random.default_rng(seed)
+    for i in range(images):
+        folder = root / f"class{i % classes}"
+        folder.mkdir(parents=True, exist_ok=True)
+        cells = generator.integers(0, 128, (5, 5, 3)) + 40 * (i % classes)
+        Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize((40, 40)).save(folder / f"{i:04d}.jpg", quality=90)
+
+
+@dataclass
+class _Hostile:
+    """A pickle of this makes a file when it is loaded."""
+
+    file: Path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def _limit_files(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _ranks_below(parent: int) -> dict[int, int]:
+    """Process ids of torchrun's ranks, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(word[5:]): int(pid) for word in environment if word.startswith(b"RANK=")}
+    return found
+
+
+def _changed(file: Path) -> int | None:
+    """What is another number after each save; None before the first."""
+    try:
+        return os.stat(file).st_ino
+    except OSError:
+        return None
+
+
+def _equal(a: object, b: object) -> bool:
+    """Whether two nested structures of tensors and plain values are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b
+
+
+def _records(run_dir: Path) -> list[dict]:
+    """The run's records without what differs from run to run."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: v for key, v in line.items() if not key.startswith(("speed/", "memory/"))} for line in lines]
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
