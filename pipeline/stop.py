@@ -25,9 +25,10 @@ class StopRequest:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if failure is None:  # else a launcher may signal once more while the process is leaving, with its own exit code
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+        for number, handler in self._handlers.items():
+            # A process that leaves with its own exit code must not die of a launcher that asks once more.
+            leaves = failure is not None and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if leaves else handler)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if number == self.signal == signal.SIGINT:

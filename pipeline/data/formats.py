@@ -7,7 +7,7 @@ import numpy as np
 
 SOI, EOI, SOS, DHT, DQT, DRI, COM, ADOBE = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD, 0xFE, 0xEE
 HUFFMAN_FRAMES = range(0xC0, 0xC3)  # baseline, extended sequential, progressive
-ALL_BITS = -1  # of a coefficient; any other number is one of bits
+ALL_BITS = -1  # what a coefficient lacks before its first scan; later a number of bits
 NEUTRAL_MARKERS = {DHT, DQT, DRI, COM, *range(0xE0, 0xF0)} - {ADOBE}
 SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # within a scan only stuffing, restarts and fill bytes follow FF
 
