@@ -1,0 +1,204 @@
+"""Train on a cluster: ``python -m launch CONFIG.yaml ... [--nodes N] [--cluster FILE|local|slurm] [--dry-run]``.
+
+Words such as --optim.lr 0.2 override the configurations, --grid optim.lr=0.1,0.2 makes a run of each value. Several
+runs become one job array. ``python -m launch status|logs|cancel|resume RUN`` looks after a run, or all in a folder.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from launch.cluster import Cluster, add_flags, read_cluster
+from launch.estimate import estimate
+from launch.records import add_event, read_events, read_job
+from launch.status import duration, logs_of, read_status, runs_below, slurm_queue, to_text
+from launch.submission import script, submit
+from pipeline.config import Config, load_config, parse_command_line
+from pipeline.data.dataset import open_datasets
+from pipeline.data.plan import steps_per_epoch
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+
+VERBS = ("status", "logs", "cancel", "resume")
+
+
+def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in VERBS:
+        look_after(sys.argv[1], sys.argv[2:])
+    else:
+        start(sys.argv[1:])
+
+
+def start(arguments: list[str]) -> None:
+    """Submit the configurations that the command line names, or say what would be submitted."""
+    parser = ArgumentParser(
+        prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml", help="configurations, one run each")
+    parser.add_argument("--grid", action="append", default=[], metavar="KEY=A,B", help="a run of each value of a field")
+    parser.add_argument("--images-per-second", type=float, metavar="N", help="speed of one rank, for the estimate")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the script, submit nothing")
+    add_flags(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    cluster = read_cluster(options)
+    configs = [
+        read_config(file, overrides, values, several=len(options.configs) > 1)
+        for file in options.configs
+        for values in itertools.product(*(_grid_values(word) for word in options.grid))
+    ]
+    run_dirs = [config.run_dir for config in configs]
+    for run_dir in run_dirs:
+        if run_dirs.count(run_dir) > 1:
+            raise UserError(f"two of the runs have the run directory {run_dir}: give each config its own run_dir")
+    for config in configs:
+        _refuse_if_running(Path(config.run_dir))
+        print(describe(config, cluster, options.images_per_second), end="\n\n")
+    if options.dry_run:
+        if cluster.kind == "slurm":
+            print(script(configs, cluster))
+        return
+    for config, job in zip(configs, submit(configs, cluster), strict=True):
+        print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")
+
+
+def read_config(file: str, overrides: list[str], values: tuple[tuple[str, str], ...], several: bool) -> Config:
+    """Read one run's configuration, with paths that hold wherever the job starts.
+
+    Args:
+        values: of the fields of the grid, by key.
+        several: it is one of several files, so that a run directory of the command line is a folder for all.
+    """
+    words = [word for key, value in values for word in (f"--{key}", value)]
+    config, _ = parse_command_line([file, *overrides, *words], "python -m launch", __doc__)
+    folder = Path(config.run_dir, Path(file).stem) if several and _names_run_dir(overrides) else Path(config.run_dir)
+    suffix = "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in values)
+    data = dataclasses.replace(config.data, dir=os.path.abspath(config.data.dir))
+    return dataclasses.replace(config, run_dir=os.path.abspath(f"{folder}{suffix}"), data=data)
+
+
+def _names_run_dir(overrides: list[str]) -> bool:
+    return any(word.split("=")[0] == "--run_dir" for word in overrides)
+
+
+def describe(config: Config, cluster: Cluster, images_per_second: float | None) -> str:
+    """A run in a few lines: batch arithmetic, and the time it takes if a rank's speed is known.
+
+    Raises:
+        UserError: the data are not there, or the batch cannot be split over the ranks.
+    """
+    optim, ranks = config.optim, cluster.ranks
+    parts = ranks * optim.accumulation
+    if optim.batch_size % parts:
+        raise UserError(
+            f"{config.run_dir}: optim.batch_size {optim.batch_size} cannot be split over {cluster.nodes} nodes x "
+            f"{cluster.ranks_per_node} ranks x {optim.accumulation} accumulation: choose a multiple of {parts}"
+        )
+    train, val = open_datasets(config.data, Path(config.run_dir) / "index", progress=True)
+    lines = [
+        f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
+        f"{len(train.classes)} classes",
+        f"batch {optim.batch_size} = {cluster.nodes} nodes x {cluster.ranks_per_node} ranks x {optim.accumulation} passes "
+        f"x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
+        f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
+    ]
+    if images_per_second:
+        sizes, speed = (len(train), len(val)), images_per_second * ranks
+        time_ = estimate(sizes, optim.epochs, speed, cluster.minutes * 60, cluster.warning_seconds)
+        end = datetime.now() + timedelta(seconds=time_.run)
+        lines.append(
+            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {time_.epochs_per_start:.1f} epochs a start of "
+            f"{cluster.time}, {time_.starts} starts, {duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
+        )
+    return "\n".join(lines)
+
+
+def look_after(verb: str, arguments: list[str]) -> None:
+    """``status``, ``logs``, ``cancel`` or ``resume``."""
+    parser = ArgumentParser(prog=f"python -m launch {verb}")
+    parser.add_argument("run", metavar="RUN", help="a run's directory, or a folder of runs")
+    if verb == "logs":
+        parser.add_argument("--follow", action="store_true", help="go on as the logs grow")
+    options = parser.parse_args(arguments)
+    runs = runs_below(Path(options.run))
+    if verb == "status":
+        queue = _queue_for(runs)
+        print(to_text([read_status(run, queue) for run in runs]))
+    elif verb == "logs":
+        show_logs(runs, options.follow)
+    else:
+        for run in runs:
+            {"cancel": cancel, "resume": resume}[verb](run)
+
+
+def show_logs(runs: list[Path], follow: bool) -> None:
+    """All ranks' logs as one, each line with its rank, in the order in which they grow."""
+    places: dict[Path, int] = {}
+    while True:
+        for run in runs:
+            for rank, file in logs_of(read_job(run)).items():
+                with open(file, errors="replace") as stream:
+                    stream.seek(places.get(file, 0))
+                    for line in iter(stream.readline, ""):
+                        print(f"{f'{run.name} ' if len(runs) > 1 else ''}{rank}: {line}", end="", flush=True)
+                    places[file] = stream.tell()
+        if not follow:
+            return
+        time.sleep(1)
+
+
+def cancel(run: Path) -> None:
+    """End a run's job; its ranks write a checkpoint first."""
+    job = read_job(run)
+    add_event(run, "cancel", job=job.id)
+    if job.kind == "slurm":
+        done = subprocess.run(["scancel", job.id], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"scancel {job.id}: {done.stderr.strip()}")
+    else:
+        try:
+            os.kill(int(job.id), signal.SIGTERM)
+        except ProcessLookupError:
+            print(f"{run}: had ended")
+            return
+    print(f"{run}: job {job.id} is told to end")
+
+
+def resume(run: Path) -> None:
+    """Submit a run again, as it was submitted before."""
+    _refuse_if_running(run)
+    asked = next(event for event in reversed(read_events(run)) if event["event"] == "submit")
+    config = load_config(run / "submitted.yaml")
+    cluster = Cluster(**asked["cluster"])
+    (job,) = submit([config], cluster)
+    print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")
+
+
+def _queue_for(runs: list[Path]) -> dict[str, tuple[str, str, str]]:
+    """SLURM's queue, if one of the runs is SLURM's."""
+    return slurm_queue() if any(read_job(run).kind == "slurm" for run in runs) else {}
+
+
+def _refuse_if_running(run: Path) -> None:
+    if (run / "job.json").exists() and (run / "submitted.yaml").exists():
+        status = read_status(run, _queue_for([run]))
+        if status.state in ("pending", "running", "completing", "configuring", "submitted"):
+            raise UserError(
+                f"{run} is the run of job {status.job.id}, which is {status.state}: cancel it, or set --run_dir"
+            )
+
+
+def _grid_values(word: str) -> list[tuple[str, str]]:
+    key, sign, values = word.partition("=")
+    if not sign or not values:
+        raise UserError(f"--grid {word}: KEY=A,B is needed, as in --grid optim.lr=0.1,0.2")
+    return [(key, value) for value in values.split(",")]
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

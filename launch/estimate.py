@@ -1,0 +1,28 @@
+"""How long a run takes, and how often its job starts again: arithmetic for the dry run."""
+
+import math
+from dataclasses import dataclass
+
+VALIDATION_SPEED = 3.0  # forward alone, in units of a training step's forward, backward and update
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, and how they fall into starts of the job."""
+
+    epoch: float
+    run: float
+    epochs_per_start: float
+    starts: int
+
+
+def estimate(images: tuple[int, int], epochs: int, images_per_second: float, limit: float, warning: float) -> Estimate:
+    """Estimate a run from the speed of all ranks together.
+
+    Args:
+        images: in the training and in the validation set.
+        limit: seconds of one start, of which the last `warning` are not trained in.
+    """
+    epoch = (images[0] + images[1] / VALIDATION_SPEED) / images_per_second
+    usable = max(limit - warning, 1)
+    return Estimate(epoch, epochs * epoch, usable / epoch, math.ceil(epochs * epoch / usable))

@@ -1,0 +1,191 @@
+"""How runs are doing: from their own records, and from SLURM where it knows the job. No accounting is needed."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.records import Job, read_events, read_job
+from pipeline.config import Config, load_config
+from pipeline.errors import UserError
+
+LOG_LINES = 5
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run, as `status` shows it: `epoch` epochs and `step` steps are done; errors in percent, times in seconds."""
+
+    run_dir: Path
+    job: Job
+    state: str
+    machines: str
+    starts: int
+    epoch: int
+    epochs: int
+    step: int
+    top1_error: float | None
+    top5_error: float | None
+    images_per_second: float | None
+    remaining: float | None
+    reason: str
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The runs in a folder, or the folder itself if it is a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [folder] if (folder / "job.json").exists() else sorted(file.parent for file in folder.glob("*/job.json"))
+    if not found:
+        raise UserError(f"{folder} is no run that python -m launch has started, nor a folder of such runs")
+    return found
+
+
+def read_status(run_dir: Path, queue: dict[str, tuple[str, str, str]]) -> Status:
+    """Put together what is known of a run.
+
+    Args:
+        queue: state, machines and reason of SLURM's jobs; see `slurm_queue`.
+    """
+    job, events, config = read_job(run_dir), read_events(run_dir), load_config(run_dir / "submitted.yaml")
+    records = _records(run_dir)
+    starts = [event for event in events if event["event"] == "start"]
+    state, machines, reason = _state(job, events, queue)
+    validation = next((r for r in reversed(records) if "val/top1_error" in r), {})
+    speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
+    speed = sorted(speeds)[len(speeds) // 2] if speeds else None
+    return Status(
+        run_dir=run_dir,
+        job=job,
+        state=state,
+        machines=machines or (starts[-1]["machines"] if starts else ""),
+        starts=len(starts),
+        epoch=validation["epoch"] + 1 if validation else 0,
+        epochs=config.optim.epochs,
+        step=records[-1]["step"] if records else 0,
+        top1_error=validation.get("val/top1_error"),
+        top5_error=validation.get("val/top5_error"),
+        images_per_second=speed,
+        remaining=_remaining(config, records, speed),
+        reason=reason,
+    )
+
+
+def slurm_queue() -> dict[str, tuple[str, str, str]]:
+    """State, machines and reason of this user's jobs in SLURM's queue, by job id; empty where there is no SLURM."""
+    if shutil.which("squeue") is None:
+        return {}
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%N|%r", "--states=all"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"squeue does not answer: {done.stderr.strip()}")
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return {job: (state, machines, reason) for job, state, machines, reason in rows}
+
+
+def to_text(statuses: list[Status]) -> str:
+    """A table, and below it what failing ranks said last."""
+    head = ("run", "job", "state", "starts", "epoch", "step", "top-1 %", "top-5 %", "images/s", "remaining", "machines")
+    rows = [head, *(_row(status) for status in statuses)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for status in statuses:
+        if status.reason:
+            lines.append(f"{status.run_dir}: {status.reason}")
+        if status.state in ("failed", "stopped"):
+            lines += [f"    {line}" for line in last_words(status.job)]
+    return "\n".join(lines)
+
+
+def logs_of(job: Job) -> dict[int, Path]:
+    """The log of each rank, by rank."""
+    folder, name = Path(job.folder), job.id
+    found = {}
+    for rank in range(job.ranks):
+        for file in (folder / name / f"{name}_{rank}_log.out", folder / f"{name}_{rank}_log.out"):
+            if file.exists():
+                found[rank] = file
+    return found
+
+
+def last_words(job: Job) -> list[str]:
+    """The last lines of the rank that said most recently that something is wrong, else of rank 0."""
+    logs = logs_of(job)
+    tails = {rank: file.read_text(errors="replace").splitlines()[-50:] for rank, file in logs.items()}
+    wrong = [rank for rank, lines in tails.items() if any(line.startswith(("error:", "Traceback")) for line in lines)]
+    rank = wrong[0] if wrong else 0
+    return [f"rank {rank}: {line}" for line in tails.get(rank, [])[-LOG_LINES:]]
+
+
+def _row(status: Status) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return (
+        str(status.run_dir), status.job.id, status.state, str(status.starts), f"{status.epoch}/{status.epochs}",
+        str(status.step), number(status.top1_error, ".2f"), number(status.top5_error, ".2f"),
+        number(status.images_per_second, ".1f"), "-" if status.remaining is None else duration(status.remaining),
+        status.machines or "-",
+    )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Days and hours, hours and minutes, or minutes."""
+    minutes = round(seconds / 60)
+    if minutes >= 1440:
+        return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _state(job: Job, events: list[dict[str, Any]], queue: dict[str, tuple[str, str, str]]) -> tuple[str, str, str]:
+    """State, machines and reason: SLURM's word for a job that it has, else the run's own."""
+    last = events[-1] if events else {}
+    ended = last.get("event") == "end"
+    why = f"{last['why']}{last['message'] and ': ' + last['message'].splitlines()[-1]}" if ended else ""
+    if (
+        job.kind == "slurm"
+        and job.id in queue
+        and queue[job.id][0] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+    ):
+        state, machines, reason = queue[job.id]
+        return state.lower(), machines, reason if state == "PENDING" else ""
+    if ended and last["what"] in ("done", "stopped"):
+        return last["what"], "", "" if last["what"] == "done" else why
+    if any(event["event"] == "cancel" and event["job"] == job.id for event in events):
+        return "cancelled", "", ""
+    if job.kind == "local" and _alive(int(job.id)):
+        return "running", "", ""
+    if last.get("event") == "submit":
+        return "submitted", "", ""
+    return "gone", "", "the job ended without a word; python -m launch resume RUN goes on"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _remaining(config: Config, records: list[dict[str, Any]], speed: float | None) -> float | None:
+    """Seconds until the end at the present speed, validation not counted."""
+    if not speed or not records:
+        return None
+    epochs_done = [(r["step"], r["epoch"] + 1) for r in records if "val/top1_error" in r]
+    if not epochs_done:
+        return None
+    steps_per_epoch = epochs_done[-1][0] / epochs_done[-1][1]
+    steps = config.optim.epochs * steps_per_epoch - records[-1]["step"]
+    return steps * config.optim.batch_size / speed

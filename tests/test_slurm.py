@@ -1,0 +1,192 @@
+"""Trainings on a real SLURM, interrupted in every way that SLURM has: each ends with the bits of torchrun's.
+
+They run where `SLURM_CONF` names the cluster that ``tests/slurm/cluster up`` starts, which .ci/run does.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, run_module
+
+from launch.records import read_events, read_job
+from tools.chaos import same_bits, write_images
+
+CLUSTER = Path("/tmp/slurm-for-tests")
+PATIENCE = 300  # seconds
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("SLURM_CONF") != str(CLUSTER / "slurm.conf"), reason="tests/slurm/cluster is not up"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with images, and with `torchrun`: what a training of four processes of one machine ends with."""
+    root = tmp_path_factory.mktemp("slurm")
+    write_images(root / "images" / "train", classes=4, images=640, seed=0)
+    write_images(root / "images" / "val", classes=4, images=64, seed=1)
+    (root / "training.yaml").write_text(
+        json.dumps(
+            {
+                "model": {"name": "densenet_bc40_k12"},
+                "data": {"dir": str(root / "images"), "crop_size": 24, "resize_size": 26},
+                "optim": {"epochs": 6, "batch_size": 32, "milestones": [3, 5]},
+                "train": {"device": "cpu", "checkpoint_every": 5, "log_every": 5, "hang_seconds": 30},
+            }
+        )
+    )
+    done = run_module("pipeline.train", root / "training.yaml", "--run_dir", root / "torchrun", ranks=4)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def launch(*words: object) -> str:
+    done = run_module("launch", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def submit(folder: Path, name: str, *words: object) -> Path:
+    """Start the training of the folder on two nodes with two tasks each."""
+    request = ["--nodes", 2, "--tasks-per-node", 2, "--cpus-per-task", 1, "--partition", "low", "--time", "00:30:00"]
+    launch(folder / "training.yaml", "--run_dir", folder / name, *request, *words)
+    return folder / name
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def wait_until(condition: Callable[[], object], run: Path) -> None:
+    """Wait for `condition`; a requeued job need not wait the two minutes that SLURM makes it."""
+    end = time.monotonic() + PATIENCE
+    job = read_job(run).id
+    while not condition():
+        assert time.monotonic() < end, launch("status", run) + launch("logs", run)[-3000:]
+        if slurm("squeue", "--noheader", "--jobs", job, "--format=%T %r") == "PENDING BeginTime":
+            time.sleep(5)  # what is left of the last start must have gone
+            slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        time.sleep(0.5)
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    def there() -> bool:
+        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+        return bool(lines) and json.loads(lines[-1])["step"] >= steps
+
+    wait_until(there, run)
+
+
+def starts(run: Path) -> int:
+    return sum(event["event"] == "start" for event in read_events(run))
+
+
+def assert_ends_as_torchrun(run: Path, at_least: int) -> None:
+    wait_until(lambda: read_events(run)[-1]["event"] == "end" and read_events(run)[-1]["what"] != "again", run)
+    assert read_events(run)[-1]["what"] == "done", launch("logs", run)[-3000:]
+    assert starts(run) >= at_least
+    assert same_bits(run, run.parent / "torchrun")
+    status = launch("status", run)
+    assert " done " in status and "6/6" in status
+
+
+def ranks_of(run: Path, node: str = "node") -> list[int]:
+    """Process ids of the run's tasks on nodes whose names begin so."""
+    wanted = [f"SLURM_JOB_ID={read_job(run).id}".encode(), b"SLURM_PROCID=", f"SLURMD_NODENAME={node}".encode()]
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words, command = (entry / "environ").read_bytes().split(b"\0"), (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if all(any(word.startswith(want) for word in words) for want in wanted) and b"_submit" in command:
+            found.append(int(entry.name))
+    return found
+
+
+def test_two_nodes_train_as_torchrun_does(folder):
+    assert_ends_as_torchrun(submit(folder, "whole"), at_least=1)
+
+
+def test_a_killed_rank(folder):
+    run = submit(folder, "killed")
+    wait_for_steps(run, 20)
+    os.kill(ranks_of(run)[-1], signal.SIGKILL)
+    assert_ends_as_torchrun(run, at_least=2)
+
+
+def test_a_requeue_by_hand(folder):
+    run = submit(folder, "requeued")
+    wait_for_steps(run, 20)
+    slurm("scontrol", "requeue", read_job(run).id)
+    assert_ends_as_torchrun(run, at_least=2)
+
+
+def test_two_time_limits(folder):
+    run = submit(folder, "timed-out", "--time", "00:02:00", "--warning-seconds", 100)
+    for _ in range(2):
+        wait_for_steps(run, 20 * starts(run))
+        for pid in ranks_of(run):  # SLURM's own warning, which it gives up to a minute early, comes as this does
+            os.kill(pid, signal.SIGUSR2)
+        before = starts(run)
+        wait_until(lambda: starts(run) > before, run)  # noqa: B023
+    assert_ends_as_torchrun(run, at_least=3)
+
+
+def test_a_preemption(folder):
+    run = submit(folder, "preempted")
+    wait_for_steps(run, 20)
+    slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    wait_until(lambda: starts(run) == 2, run)
+    assert_ends_as_torchrun(run, at_least=2)
+
+
+def test_a_lost_node(folder):
+    """All that runs on it is killed at once: SLURM's daemon, its keeper of the job's step, and the ranks."""
+    run = submit(folder, "lost-node")
+    wait_for_steps(run, 20)
+    ranks = ranks_of(run, "node2")
+    keepers = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+    assert len(ranks) == 2 and all("slurmstepd" in Path(f"/proc/{pid}/cmdline").read_text() for pid in keepers)
+    for pid in (int((CLUSTER / "slurmd-node2.pid").read_text()), *keepers, *ranks):
+        os.kill(pid, signal.SIGKILL)
+    try:
+        wait_until(lambda: "down" in slurm("sinfo", "--noheader", "--nodes=node2", "--format=%t"), run)
+    finally:
+        subprocess.run([REPOSITORY / "tests" / "slurm" / "cluster", "node-up", "node2"], check=True)
+    assert_ends_as_torchrun(run, at_least=2)
+
+
+def test_an_array_of_two_runs(folder):
+    request = ["--nodes", 1, "--tasks-per-node", 1, "--cpus-per-task", 1]
+    words = ["--run_dir", folder / "array", "--grid", "optim.lr=0.1,0.05", "--optim.epochs", 2, "--optim.milestones", 1]
+    launch(folder / "training.yaml", *request, *words)
+    runs = [folder / "array-lr0.1", folder / "array-lr0.05"]
+    assert [read_job(run).id.split("_")[1] for run in runs] == ["0", "1"]
+    for run in runs:
+        wait_until(lambda: read_events(run)[-1]["event"] == "end", run)  # noqa: B023
+        assert read_events(run)[-1]["what"] == "done"
+    assert launch("status", folder).count("array-lr") == 2
+
+
+def test_cancel_and_resume(folder):
+    run = submit(folder, "cancelled")
+    wait_for_steps(run, 20)
+    launch("cancel", run)
+    wait_until(lambda: " cancelled " in launch("status", run), run)
+    assert slurm("squeue", "--noheader", "--jobs", read_job(run).id, "--format=%T") == ""
+    launch("resume", run)
+    assert_ends_as_torchrun(run, at_least=2)
+
+
+def test_a_mistake_is_not_tried_again(folder):
+    run = submit(folder, "mistaken", "--optim.lr", 1e6)
+    wait_until(lambda: read_events(run)[-1]["event"] == "end", run)
+    assert read_events(run)[-1]["what"] == "stopped" and "loss is not finite" in read_events(run)[-1]["message"]
+    assert "the loss is not finite" in launch("status", run)

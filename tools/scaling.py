@@ -1,0 +1,160 @@
+"""Expected scaling of a training over many GPUs: ``python -m tools.scaling [--batch-size N] [--speed MODEL=N ...]``.
+
+A model on paper, from bandwidths that are stated and not measured: it says where a global batch stops scaling, and
+what limits it there. For N GPUs with b = batch / N images each, a step takes
+
+    compute      launch + b / speed             launch: what a step costs whatever its size
+    all-reduce   2 (N-1)/N bytes / bandwidth + 2 log2(N) latency, of which the backward pass hides what it can:
+                 two thirds of the compute, but not the last bucket of 25 MB
+    loader       b / loader speed, beside the compute
+    and its share of a checkpoint in ten minutes and of a validation after each epoch, which is divided by the ranks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.models import create_model
+from tools.measuring import table
+
+MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
+GMACS = {"densenet121": 2.834, "densenet161": 7.728, "densenet169": 3.360, "densenet201": 4.291, "densenet264": 5.752}
+TRAINING_IMAGES, VALIDATION_IMAGES = 1_281_167, 50_000
+BUCKET = 25 * 2**20  # bytes, DDP's default
+BACKWARD = 2 / 3  # of a step's compute
+CHECKPOINT_INTERVAL = 600  # seconds
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the model assumes. Bandwidths in bytes a second, times in seconds.
+
+    Attributes:
+        within: all-reduce bandwidth among the GPUs of a node.
+        between: network bandwidth of a node.
+        latency: of a message between nodes.
+        launch: of a step's kernels and host work, whatever the batch.
+        loader: images a second that the CPU cores of one GPU load.
+        checkpoint: a checkpoint's time for each byte.
+    """
+
+    gpus_per_node: int
+    within: float
+    between: float
+    latency: float
+    launch: float
+    loader: float
+    checkpoint: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one optimiser step by what they go into."""
+
+    compute: float
+    exposed_all_reduce: float
+    loader_wait: float
+    checkpoint: float
+    validation: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exposed_all_reduce + self.loader_wait + self.checkpoint + self.validation
+
+
+def step_time(gpus: int, batch: int, parameters: int, speed: float, machines: Machines) -> Step:
+    """Model one step of the global `batch` over `gpus`, each of which computes `speed` images a second."""
+    local = batch / gpus
+    compute = machines.launch + local / speed
+    exposed = _exposed_all_reduce(gpus, 4 * parameters, BACKWARD * compute, machines)
+    loader_wait = max(0.0, local / machines.loader - compute - exposed)
+    busy = compute + exposed + loader_wait
+    steps = math.ceil(TRAINING_IMAGES / batch)
+    validation = math.ceil(VALIDATION_IMAGES / gpus) / min(3 * speed, machines.loader) / steps
+    checkpoint = 8 * parameters * machines.checkpoint * busy / CHECKPOINT_INTERVAL  # weights and momentum
+    return Step(compute, exposed, loader_wait, checkpoint, validation)
+
+
+def _exposed_all_reduce(gpus: int, size: int, backward: float, machines: Machines) -> float:
+    """Seconds of the all-reduce of `size` bytes that the backward pass does not hide."""
+    if gpus == 1:
+        return 0.0
+    nodes = math.ceil(gpus / machines.gpus_per_node)
+    bandwidth = machines.within if nodes == 1 else min(machines.within, machines.between)
+    messages = math.ceil(size / BUCKET)
+    latency = 2 * math.ceil(math.log2(gpus)) * machines.latency
+
+    def duration(part: float) -> float:
+        return 2 * (gpus - 1) / gpus * part / bandwidth
+
+    last = duration(min(size, BUCKET)) + latency
+    hidden = duration(max(0, size - BUCKET)) + (messages - 1) * latency
+    return last + max(0.0, hidden - backward)
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=positive_integer, default=256, help="global batch [%(default)s]")
+    parser.add_argument("--tflops", type=float, default=20.0, help="TFLOP/s a GPU reaches in training [%(default)s]")
+    parser.add_argument("--speed", action="append", default=[], metavar="MODEL=N", help="or its measured images/s")
+    parser.add_argument("--gpus-per-node", type=positive_integer, default=8, help="[%(default)s]")
+    parser.add_argument("--within", type=float, default=200.0, help="GB/s all-reduce bandwidth in a node [%(default)s]")
+    parser.add_argument("--between", type=float, default=25.0, help="GB/s network bandwidth of a node [%(default)s]")
+    parser.add_argument("--latency", type=float, default=10.0, help="microseconds of a message [%(default)s]")
+    parser.add_argument("--launch", type=float, default=25.0, help="ms of a step whatever its size [%(default)s]")
+    parser.add_argument(
+        "--loader", type=float, default=2000.0, help="images/s that a GPU's CPU cores load [%(default)s]"
+    )
+    parser.add_argument("--disk", type=float, default=0.3, help="GB/s at which a checkpoint is written [%(default)s]")
+    options = parser.parse_args()
+    machines = Machines(
+        gpus_per_node=options.gpus_per_node,
+        within=options.within * 1e9,
+        between=options.between * 1e9,
+        latency=options.latency * 1e-6,
+        launch=options.launch * 1e-3,
+        loader=options.loader,
+        checkpoint=1 / (options.disk * 1e9),
+    )
+    measured = dict(_model_and_speed(word) for word in options.speed)
+    counts = [2**k for k in range(11) if 2**k <= options.batch_size]
+    print(
+        f"Global batch {options.batch_size}; images/s of all GPUs, efficiency against one GPU, and what an epoch takes.\n"
+    )
+    rows = []
+    for name in MODELS:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in create_model(name, num_classes=1000).parameters())
+        # Forward, and backward to data and to weights: three times the multiply-adds, each two operations.
+        speed = measured.get(name, options.tflops * 1e12 / (6e9 * GMACS[name]))
+        alone = options.batch_size / step_time(1, options.batch_size, parameters, speed, machines).total
+        for gpus in counts:
+            step = step_time(gpus, options.batch_size, parameters, speed, machines)
+            images = options.batch_size / step.total
+            parts = {"all-reduce": step.exposed_all_reduce, "launch": machines.launch, "loader": step.loader_wait}
+            parts["compute"] = step.compute - machines.launch
+            rows.append(
+                [
+                    name, max(parts, key=parts.get), str(gpus), str(options.batch_size // gpus), f"{images:,.0f}",
+                    f"{images / alone / gpus:.0%}", f"{TRAINING_IMAGES / images / 60:.1f} min",
+                ]
+            )  # fmt: skip
+    titles = ["network", "most of a step", "GPUs", "images each", "images/s", "efficiency", "epoch"]
+    print("\n".join(table(titles, rows, names=2)))
+
+
+def _model_and_speed(word: str) -> tuple[str, float]:
+    model, _, speed = word.partition("=")
+    try:
+        value = float(speed)
+    except ValueError:
+        value = 0.0
+    if model not in MODELS or value <= 0:
+        raise UserError(f"--speed {word}: MODEL=IMAGES_PER_SECOND is needed, with one of {', '.join(MODELS)}")
+    return model, value
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
