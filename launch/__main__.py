@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +156,8 @@ def show_logs(runs: list[Path], follow: bool) -> None:
 def cancel(run: Path) -> None:
     """End a run's job; its ranks write a checkpoint first."""
     job = read_job(run)
+    if job.kind == "local" and job.host != socket.gethostname():
+        raise UserError(f"{run} runs in processes of {job.host}: cancel it there")
     add_event(run, "cancel", job=job.id)
     if job.kind == "slurm":
         done = subprocess.run(["scancel", job.id], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def to_text(statuses: list[Status]) -> str:
     for status in statuses:
         if status.reason:
             lines.append(f"{status.run_dir}: {status.reason}")
-        if status.state in ("failed", "stopped"):
+        if status.state == "stopped":
             lines += [f"    {line}" for line in last_words(status.job)]
     return "\n".join(lines)
 
@@ -158,7 +159,7 @@ def _state(job: Job, events: list[dict[str, Any]], queue: dict[str, tuple[str, s
         return last["what"], "", "" if last["what"] == "done" else why
     if any(event["event"] == "cancel" and event["job"] == job.id for event in events):
         return "cancelled", "", ""
-    if job.kind == "local" and _alive(int(job.id)):
+    if job.kind == "local" and job.host == socket.gethostname() and _alive(int(job.id)):
         return "running", "", ""
     if last.get("event") == "submit":
         return "submitted", "", ""
