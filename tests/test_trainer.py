@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import override_flags, run_module, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
@@ -17,6 +18,12 @@ from pipeline.config import to_yaml
 from pipeline.errors import UserError
 from pipeline.metrics import Score
 from pipeline.run_dir import make_run_dir
+
+
+@pytest.fixture(autouse=True)
+def board_files_in_order(monkeypatch):
+    """TensorBoard reads a run's files by name, which ends in a count of this process: 10 would be read before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def last_state(config) -> dict:
