@@ -4,10 +4,11 @@ Sources: the paper's Sections 3, 4.1 and 4.2, and the Torch code that it names (
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, Dataset
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
 CIFAR_NETWORKS = {
@@ -40,7 +41,8 @@ class Setting:
     """What the paper did on one kind of data, where the kinds differ."""
 
     name: str
-    networks: set[str]
+    networks: Collection[str]
+    dropout: float
     epochs: int
     batch: int
     drops: tuple[float, ...]  # of the learning rate, as fractions of the epochs
@@ -50,33 +52,63 @@ class Setting:
 IMAGENET = Setting(
     name="ImageNet",
     networks=IMAGENET_NETWORKS,
+    dropout=0.0,
     epochs=90,
     batch=256,
     drops=(1 / 3, 2 / 3),
     data={
+        "dataset": "images",
+        "holdout": 0,
+        "training_crop": "area",
         "crop_area": (0.08, 1.0),
         "crop_aspect": (3 / 4, 4 / 3),
         "crop_size": 224,
         "resize_size": 256,
+        "mirror": True,
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "color_jitter": 0.4,
         "lighting": 0.1,
     },
 )
-CIFAR = Setting(
-    name="CIFAR with augmentation (C10+, C100+)",
-    networks=CIFAR_NETWORKS,
-    epochs=300,
-    batch=64,
-    drops=(1 / 2, 3 / 4),
-    data={"crop_size": 32, "resize_size": 32, "color_jitter": 0.0, "lighting": 0.0},
-)
+
+
+def _cifar(
+    name: str, dataset: Dataset, mean: tuple[float, float, float], std: tuple[float, float, float], holdout: int = 0
+) -> tuple[Setting, Setting]:
+    """A small data set without augmentation, and with it (Section 4.1 and 4.2)."""
+    data = {"dataset": dataset, "holdout": holdout, "mean": mean, "std": std}
+    size = {"crop_size": 32, "resize_size": 32, "color_jitter": 0.0, "lighting": 0.0, "training_crop": "pad"}
+    plain = Setting(
+        name=name,
+        networks=CIFAR_NETWORKS,
+        dropout=0.2,
+        epochs=300,
+        batch=64,
+        drops=(1 / 2, 3 / 4),
+        data={**data, **size, "padding": 0, "mirror": False},
+    )
+    return plain, replace(plain, name=f"{name}+", dropout=0.0, data={**data, **size, "padding": 4, "mirror": True})
+
+
+# Mean and standard deviation as fb.resnet.torch has them, in 1/255: datasets/cifar10.lua and cifar100.lua.
+C10, C10_PLUS = _cifar("C10", "cifar10", (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616))
+C100, C100_PLUS = _cifar("C100", "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+# Pixels are divided by 255 and no more; the best epoch is chosen on 6,000 training images.
+SVHN = replace(_cifar("SVHN", "svhn", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), holdout=6000)[0], epochs=40)
 
 
 def setting_for(config: Config) -> Setting:
-    """The paper's setting that a configuration is nearest to, by its network."""
-    return CIFAR if re.fullmatch(r"densenet.*_k\d+", config.model.name) else IMAGENET
+    """The paper's setting that a configuration is nearest to, by its data set, else its network, and its augmentation."""
+    data = config.data
+    augmented = data.mirror or data.training_crop == "area" or data.padding > 0
+    if data.dataset == "svhn":
+        return SVHN
+    if data.dataset == "cifar100":
+        return C100_PLUS if augmented else C100
+    if data.dataset != "images" or re.fullmatch(r"densenet.*_k\d+", config.model.name):
+        return C10_PLUS if augmented else C10
+    return IMAGENET
 
 
 def audit(config: Config, parts: int) -> list[Finding]:
@@ -96,7 +128,7 @@ def audit(config: Config, parts: int) -> list[Finding]:
     compare("network", "one of the paper's", name, "another network", name in setting.networks)
     init = "N(0, sqrt(2 / fan-out))" if not name.startswith("timm:") else "timm's"
     compare("initial weights of convolutions", "N(0, sqrt(2 / fan-out))", init)
-    compare("dropout", 0.0, config.model.dropout, "the paper uses 0.2 where it does not augment")
+    compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
 
     compare("epochs", setting.epochs, optim.epochs)
     compare(
@@ -130,15 +162,12 @@ def audit(config: Config, parts: int) -> list[Finding]:
     compare(
         "images", "photographs", "photographs" if real else "synthetic", "no result on synthetic images is one", real
     )
-    if setting is CIFAR:
-        compare("training crop", "zero-pad 4, random 32x32", f"random area {_text(data.crop_area)}, resized")
     for field, paper in setting.data.items():
         here = getattr(data, field)
         compare(_LABELS[field], paper, here, same=_near(paper, here))
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.loader shows by how little.
         compare("resize filter, training and evaluation", "torch", data.resize, RESIZE_EFFECT)
-    compare("mirroring", True, data.mirror)
     return findings
 
 
@@ -169,6 +198,11 @@ def to_markdown(findings: list[Finding], title: str) -> str:
 
 
 _LABELS: dict[str, str] = {
+    "dataset": "data set",
+    "holdout": "training images held out for validation",
+    "training_crop": "training crop",
+    "padding": "training crop: pixels of padding",
+    "mirror": "mirroring",
     "crop_area": "training crop: area",
     "crop_aspect": "training crop: aspect",
     "crop_size": "crop size",
@@ -180,7 +214,9 @@ _LABELS: dict[str, str] = {
 }
 
 
-def _near(a: float | tuple[float, ...], b: float | tuple[float, ...]) -> bool:
+def _near(a: Any, b: Any) -> bool:
+    if isinstance(a, str):
+        return a == b
     a, b = (value if isinstance(value, tuple) else (value,) for value in (a, b))
     return len(a) == len(b) and all(abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
 

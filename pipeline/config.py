@@ -35,6 +35,8 @@ Rgb = tuple[float, float, float]
 PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 Resize = Literal["torch", "pil-bilinear", "pil-bicubic"]
 Loader = Literal["auto", "dali", "reference", "synthetic"]
+Dataset = Literal["images", "cifar10", "cifar100", "svhn", "fashion-mnist"]
+TrainingCrop = Literal["area", "pad"]
 CorruptImages = Literal["stop", "skip"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -59,6 +61,10 @@ class ModelConfig:
 class DataConfig:
     dir: str = "data/imagenet"
     """Folder of the data set."""
+    dataset: Dataset = "images"
+    """images: files of images, see data.train; else a data set of that name as torchvision keeps it in data.dir."""
+    download: bool = False
+    """Have torchvision fetch its data set if data.dir lacks it."""
     train: str = "train"
     """Training images, relative to data.dir: CLASS/IMAGE in a folder or tar, or ILSVRC2012_img_train.tar as it is."""
     val: str = "val"
@@ -68,6 +74,8 @@ class DataConfig:
     development kit (.tar.gz)."""
     loader: Loader = "auto"
     """auto: DALI where it is installed, else reference (PIL). synthetic: generated images, no files."""
+    holdout: NonNegative = 0
+    """Training images that are held out and validated on in place of data.val: the same whatever the seed."""
     corrupt_images: CorruptImages = "stop"
     """What an image that does not decode does to training. stop: ends it; skip: another of its batch stands in, without
     counting. Evaluation always ends, because an error is over all images."""
@@ -77,6 +85,11 @@ class DataConfig:
     """Short side to which an image is resized before the evaluation crops, in pixels."""
     resize: Resize = "torch"
     """Resize filter. torch: the paper's (Catmull-Rom, align-corners, no antialias); pil-*: Pillow's, with antialias."""
+    training_crop: TrainingCrop = "area"
+    """area: a random area and aspect, resized to crop_size (the paper on ImageNet); pad: a random place in the image of
+    resize_size with data.padding around it (the paper on CIFAR)."""
+    padding: NonNegative = 4
+    """Pixels on each side around an image for the training crop "pad"; of the mean colour, so that they become 0."""
     crop_area: PositiveRange = (0.08, 1.0)
     """Range of a random crop's area as a fraction of the image's."""
     crop_aspect: PositiveRange = (3 / 4, 4 / 3)
@@ -102,6 +115,14 @@ class DataConfig:
     def _crop_fits(self) -> "DataConfig":
         if self.resize_size < self.crop_size:
             raise ValueError(f"resize_size ({self.resize_size}) must be at least crop_size ({self.crop_size})")
+        return self
+
+    @model_validator(mode="after")
+    def _dataset_has_a_loader(self) -> "DataConfig":
+        if self.dataset != "images" and self.loader == "synthetic":
+            raise ValueError(f"dataset {self.dataset} has images of its own: loader cannot be synthetic")
+        if self.dataset != "images" and self.val_labels:
+            raise ValueError(f"dataset {self.dataset} has labels of its own: val_labels is for images")
         return self
 
 

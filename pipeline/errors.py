@@ -15,6 +15,7 @@ from typing import NoReturn
 EXIT_USER_ERROR = 2
 EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one left
 EXIT_KEYBOARD = 130
+EXIT_BROKEN_PIPE = 141
 
 
 class UserError(Exception):
@@ -70,6 +71,9 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:
         sys.exit(EXIT_KEYBOARD)
+    except BrokenPipeError:  # whoever read the output, as `head`, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        sys.exit(EXIT_BROKEN_PIPE)
     except Exception:
         record_for_torchrun(traceback.format_exc())
         raise

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 # What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
 # the accumulation because it is compared together with the number of ranks.
 FREE_TO_CHANGE = {
-    "run_dir", "model.recompute", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
+    "run_dir", "model.recompute", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.download",
     "data.corrupt_images", "optim.accumulation", "train.device", "train.compile", "train.eval_batch_size", "train.log_every",
     "train.checkpoint_every", "train.checkpoint_minutes", "train.hang_seconds", "train.elastic",
 }  # fmt: skip

@@ -7,7 +7,7 @@ from conftest import REPOSITORY, override_flags
 from pipeline.config import flatten, from_dict, load_config, parse_command_line, to_yaml
 from pipeline.errors import UserError
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 DENSENET121 = str(REPOSITORY / "configs" / "densenet121.yaml")
 
 

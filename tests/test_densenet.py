@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.models import create_model
+from pipeline.models.densenet import DenseBlock
 
 PARAMETERS = {
     "densenet121": 7_978_856,
@@ -73,6 +75,38 @@ def test_cifar_networks_halve_the_map_twice(name):
     with torch.no_grad():
         assert network.features(torch.zeros(1, 3, 32, 32)).shape[2:] == (8, 8)
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem_channels", "layers"),
+    [
+        ("densenet_b46_k6", 16, 7),
+        ("densenet_c22_k8", 16, 6),
+        ("densenet_bc22_k6", 12, 3),
+        ("densenet10_k5", 16, 2),
+    ],
+)
+def test_networks_by_depth_and_growth_rate(name, stem_channels, layers):
+    network = create_model(name, num_classes=4)
+    blocks = [module for module in network.modules() if isinstance(module, DenseBlock)]
+    assert [len(block) for block in blocks] == [layers] * 3
+    kind, depth, growth_rate = re.fullmatch(r"densenet_?([bc]*)(\d+)_k(\d+)", name).groups()
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) + 1 == int(depth)  # the classifier
+    assert convolutions[0].out_channels == stem_channels
+    assert ("conv2" in dict(blocks[0][0].named_children())) == ("b" in kind)
+    into = stem_channels + layers * int(growth_rate)
+    transition = network.features.transition1.conv
+    assert (transition.in_channels, transition.out_channels) == (into, into // 2 if "c" in kind else into)
+    assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("densenet_bc99_k12", 94), ("densenet3_k12", 7), ("densenet_b8_k12", 10)]
+)
+def test_depths_that_no_network_has_are_refused(name, nearest):
+    with pytest.raises(UserError, match=f"no network '{name}': its depth must be .* as {nearest},"):
+        create_model(name)
 
 
 def test_timm_models_by_name():

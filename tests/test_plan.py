@@ -92,7 +92,7 @@ def test_crops_are_what_the_torch_code_makes_of_the_draws():
     random = np.random.default_rng(0)
     sizes = [(375, 500), (500, 333), (60, 400), (224, 224), (30, 31)] * 40
     draws = random.random((50, len(sizes)))
-    boxes, resized, offsets = planning._random_crops(np.array(sizes), DRAWN, iter(draws))
+    boxes, resized, offsets = planning._random_areas(np.array(sizes), DRAWN, iter(draws))
     fallbacks = 0
     for i, (height, width) in enumerate(sizes):
         expected = None

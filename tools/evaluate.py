@@ -8,6 +8,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 
 from pipeline.audit import audit, in_one_line
 from pipeline.checkpoint import load_checkpoint, load_weights
-from pipeline.config import Config, DataConfig, from_dict
-from pipeline.data.index import DatasetIndex, scan_classes, scan_flat
+from pipeline.config import Config, DataConfig, Dataset, from_dict
+from pipeline.data.arrays import index_arrays
+from pipeline.data.index import ArraySource, DatasetIndex, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Share, choose_loader
 from pipeline.distributed import World, join_world, set_precision
-from pipeline.errors import ArgumentParser, LocalUserError, exit_on_user_error, positive_integer
+from pipeline.errors import ArgumentParser, LocalUserError, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.models import create_model
 
@@ -39,7 +41,7 @@ def main() -> None:
         network = network.to(world.device, memory_format=torch.channels_last)
         set_precision("fp32")
 
-        index = world.from_main(lambda: open_images(Path(options.data), options.labels, classes))
+        index = world.from_main(lambda: open_images(data, options.labels, classes))
         share = Share(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, share, batch_size=options.batch_size, crops=options.crops)
         evaluation = evaluate(network, loader, world, options.average)
@@ -49,8 +51,16 @@ def main() -> None:
                 print(f"trained by: {in_one_line(audit(config, checkpoint['passes']))}")
 
 
-def open_images(folder: Path, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
-    """Index `folder` (or a tar archive): by class, a data set with classes under val/, or flat with a label file."""
+def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
+    """Index `data.dir`, a folder or tar archive: by class, a data set with classes under val/, or flat with a label file; or
+    the test images of one of torchvision's data sets."""
+    folder = Path(data.dir)
+    if data.dataset != "images":
+        if labels_file:
+            raise UserError(
+                f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
+            )
+        return index_arrays(ArraySource(data.dataset, data.dir, "test")).with_classes(classes)
     if labels_file:
         return scan_flat(folder, labels_file, classes, progress=True)
     if (folder / "val").is_dir() and "val" not in classes:
@@ -123,9 +133,10 @@ def _write_predictions(file: Path, evaluation: Evaluation, index: DatasetIndex) 
 
 
 def _data_config(config: Config, options: argparse.Namespace) -> DataConfig:
-    given = {name: getattr(options, name) for name in ("resize", "resize_size", "crop_size", "loader", "threads")}
+    names = ("dataset", "resize", "resize_size", "crop_size", "loader", "threads")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     tree = dataclasses.asdict(config)
-    tree["data"] |= {name: value for name, value in given.items() if value is not None}
+    tree["data"] |= {"dir": options.data, **given}
     return from_dict(tree, "the command line").data
 
 
@@ -143,6 +154,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file of a run's checkpoints/")
     parser.add_argument("--data", metavar="DIR", required=True, help="class folders, or a data set with val/ in it")
+    parser.add_argument("--dataset", choices=typing.get_args(Dataset), help="what DIR holds [as the run's data.dir]")
     parser.add_argument("--labels", metavar="FILE", help="label file, if DIR is a flat folder of images")
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(

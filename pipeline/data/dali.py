@@ -20,7 +20,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 
-from pipeline.config import CorruptImages, Resize
+from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.decoding import as_ppm, readable_by_dali
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
@@ -63,16 +63,21 @@ class DaliExecutor:
     def __init__(
         self,
         index: DatasetIndex,
-        crop_size: int,
-        resize: Resize,
+        config: DataConfig,
         threads: int,
         device: torch.device,
         batch_size: int,
         views: int,
         corrupt_images: CorruptImages = "stop",
     ):
-        self._index, self._crop_size, self._resize, self._views = index, crop_size, resize, views
-        self._corrupt_images = corrupt_images
+        self._index, self._views, self._corrupt_images = index, views, corrupt_images
+        self._crop_size, self._resize = config.crop_size, config.resize
+        # A crop that reaches beyond its image finds the mean colour there, which is no byte.
+        self._around = (
+            dict(out_of_bounds_policy="pad", fill_values=[255 * mean for mean in config.mean], dtype=types.FLOAT)
+            if config.training_crop == "pad"
+            else {}
+        )
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._decoder = "mixed" if device.type == "cuda" else "cpu"
@@ -85,7 +90,7 @@ class DaliExecutor:
         self._pending: deque[Fed] = deque()
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Yield each plan with its pixels, (n, V, H, W, 3): float32 for the resize "torch", else uint8; in 0..255.
+        """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255: uint8 if Pillow's resizes leave them so, else float32.
 
         Where images are corrupt, plan and pixels are those of `stand_ins.collect`, which says what it raises.
         """
@@ -135,7 +140,7 @@ class DaliExecutor:
         tensor = output.as_tensor()
         if self._stream is None:
             return torch.from_dlpack(tensor)
-        dtype = torch.float32 if self._resize == "torch" else torch.uint8
+        dtype = torch.float32 if self._resize == "torch" or self._around else torch.uint8
         with torch.cuda.stream(self._stream):  # not the training stream, whose queue the host must not wait for
             copy = torch.empty(tensor.shape(), dtype=dtype, device=self._device)
             feed_ndarray(tensor, copy, cuda_stream=self._stream)
@@ -151,7 +156,7 @@ class DaliExecutor:
             )
             images = self._resized(self._decoded(content, start, shape), size, roi_start, roi_end)
             if self._views == 1:
-                return fn.slice(images, start=corners, shape=[self._crop_size] * 2, axes=[0, 1])
+                return fn.slice(images, start=corners, shape=[self._crop_size] * 2, axes=[0, 1], **self._around)
             return self._all_views(images, corners, *own_ids)
 
         pipeline = define()

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.config import Dataset
 from pipeline.data.archive import Group, Member, Section, check_classes, class_groups, flat_group, read_labels
 from pipeline.errors import UserError
 
@@ -40,18 +41,33 @@ class RefusedImageError(UserError):
 
 
 @dataclass(frozen=True)
+class ArraySource:
+    """A split of one of torchvision's data sets in a folder, which each process reads into memory for itself.
+
+    Attributes:
+        download: have torchvision fetch what the folder lacks.
+    """
+
+    dataset: Dataset
+    dir: str
+    split: Literal["train", "test"]
+    download: bool = False
+
+
+@dataclass(frozen=True)
 class DatasetIndex:
     """The images of one data set, in a fixed order that does not depend on whether they are unpacked.
 
     Attributes:
         root: folder or archive that was scanned.
-        names: (N) ``CLASS/IMAGE``, or ``IMAGE`` in a flat set; sorted within each class.
+        names: (N) ``CLASS/IMAGE``, sorted within each class, or ``IMAGE`` in a flat set.
         labels: (N) int64, index into `classes`.
         sizes: (N, 2) int32, height and width in pixels as stored (EXIF orientation is not applied).
-        classes: class names, sorted; for class folders the folders' names.
+        classes: class names; for class folders the folders' names, sorted.
         fingerprint: SHA-256 of class names, image names, labels and lengths.
         offsets, lengths: (N) int64, the image's bytes within its file.
         packed: `root` is an archive that holds all images; else each is a file of its own below `root`.
+        arrays: where the images come from if they are held in memory; `offsets` are then their places there.
     """
 
     root: str
@@ -63,6 +79,7 @@ class DatasetIndex:
     offsets: np.ndarray
     lengths: np.ndarray
     packed: bool
+    arrays: ArraySource | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +91,13 @@ class DatasetIndex:
     def place(self, i: int) -> str:
         """Where image `i` lies, for people: its path, or its name and its archive."""
         return f"{self.names[i]} in {self.root}" if self.packed else self.file(i)
+
+    def take(self, rows: np.ndarray) -> "DatasetIndex":
+        """Return the index of these rows, (n) int64."""
+        digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes())
+        parts = {name: getattr(self, name)[rows] for name in ("labels", "sizes", "offsets", "lengths")}
+        names = tuple(self.names[row] for row in rows.tolist())
+        return dataclasses.replace(self, names=names, fingerprint=digest.hexdigest(), **parts)
 
     def with_classes(self, classes: tuple[str, ...]) -> "DatasetIndex":
         """Return this index with labels that count in `classes`, of which its own may be a part.

@@ -143,12 +143,10 @@ def create_executor(
     if name == "synthetic":
         return SyntheticExecutor(index, config.crop_size)
     if name == "reference":
-        return ReferenceExecutor(index, config.crop_size, config.resize, threads, corrupt_images)
+        return ReferenceExecutor(index, config, threads, corrupt_images)
     from pipeline.data.dali import DaliExecutor  # only where the wheel is installed
 
-    return DaliExecutor(
-        index, config.crop_size, config.resize, threads, share.device, batch_size, views, corrupt_images
-    )
+    return DaliExecutor(index, config, threads, share.device, batch_size, views, corrupt_images)
 
 
 def _batches(

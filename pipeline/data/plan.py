@@ -42,7 +42,7 @@ class BatchPlan:
         weights: (n) float32, 1, or 0 for a stand-in that keeps a batch from being empty.
         boxes: (n, 4) int32, top, left, height and width in pixels of the stored image.
         sizes: (n, 2) int32, height and width to which the box is resized.
-        offsets: (n, V, 2) int32, top and left of each view in the resized image.
+        offsets: (n, V, 2) int32, top and left of each view in the resized image, around which is the mean colour.
         mirrors: (n, V) bool, views that are mirrored left to right.
         color: (n, 3, 3) A, mean_color: (n, 3, 3) B, shift: (n, 3) t; float32.
     """
@@ -127,7 +127,8 @@ def _training_batch(
 ) -> BatchPlan:
     ids = order[positions.start : positions.stop]
     draws = iter(_uniforms(seed, epoch, positions).T)
-    boxes, sizes, offsets = _random_crops(index.sizes[ids], config, draws)
+    random_crops = {"area": _random_areas, "pad": _random_places}[config.training_crop]
+    boxes, sizes, offsets = random_crops(index.sizes[ids], config, draws)
     color, mean_color, shift = _color_maps(config, draws)
     mirrors = (next(draws) < 0.5) & config.mirror
     return BatchPlan(
@@ -203,7 +204,7 @@ def _views(size: np.ndarray, crop: int, crops: int) -> list[tuple[int, int, bool
     return [(top, left, False) for top, left in places] + [(top, right - left, True) for top, left in places]
 
 
-def _random_crops(
+def _random_areas(
     sizes: np.ndarray, config: DataConfig, draws: Iterator[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (n, 4), resized sizes (n, 2) and offsets (n, 2) of transforms.lua's RandomSizedCrop.
@@ -231,6 +232,16 @@ def _random_crops(
         offsets[fits] = 0
         searching &= ~fits
     return boxes, resized, offsets
+
+
+def _random_places(
+    sizes: np.ndarray, config: DataConfig, draws: Iterator[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (n, 4), resized sizes (n, 2) and offsets (n, 2) of transforms.lua's RandomCrop: any place in the padded image."""
+    resized = _short_side_to(sizes, config.resize_size)
+    places = resized + 2 * config.padding - config.crop_size + 1
+    offsets = np.floor(np.stack([next(draws), next(draws)], axis=1) * places) - config.padding
+    return _whole(sizes), resized, offsets.astype(np.int32)
 
 
 def _normalisation(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from pipeline.data.arrays import read_arrays
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 from pipeline.errors import LocalUserError
@@ -16,12 +17,14 @@ BATCHES_AHEAD = 2
 
 
 class Reader:
-    """Reads from loose files and archives alike."""
+    """Reads from loose files, archives and memory alike."""
 
     def __init__(self, index: DatasetIndex):
         self._index = index
         self._pool = ThreadPoolExecutor(READ_THREADS)
-        self._archive = open(index.root, "rb", buffering=0) if index.packed else None  # noqa: SIM115 - lives as long as this
+        self._pixels = read_arrays(index.arrays).pixels if index.arrays else None
+        archive = index.packed and not index.arrays
+        self._archive = open(index.root, "rb", buffering=0) if archive else None  # noqa: SIM115 - lives as long as this
 
     def read_ahead(
         self, plans: Iterable[BatchPlan], convert: Callable[[np.ndarray, str], np.ndarray] | None = None
@@ -29,12 +32,12 @@ class Reader:
         """Yield each plan with the bytes of its images, futures of (length) uint8.
 
         Args:
-            convert: what the reading threads make of an image's bytes and its place; see `DatasetIndex.place`.
+            convert: what the reading threads make of a file's bytes and its place; see `DatasetIndex.place`.
         """
 
         def read(i: int) -> np.ndarray:
             content = self.read(i)
-            return convert(content, self._index.place(i)) if convert else content
+            return convert(content, self._index.place(i)) if convert and not self._index.arrays else content
 
         ahead: deque = deque()
         for plan in plans:
@@ -44,12 +47,14 @@ class Reader:
         yield from ahead
 
     def read(self, i: int) -> np.ndarray:
-        """Return the bytes of image `i` of the index, (length) uint8.
+        """Return the bytes of image `i` of the index, (length) uint8; those of a PPM or PGM file if it is in memory.
 
         Raises:
             LocalUserError: the file cannot be read, or has changed since the scan.
         """
         index = self._index
+        if self._pixels is not None:
+            return to_pnm(self._pixels[index.offsets[i]])
         length = int(index.lengths[i])
         content = np.empty(length, np.uint8)
         try:
@@ -65,3 +70,9 @@ class Reader:
                 f"the image {index.place(i)} ends after {got} of {length} bytes: it changed since the scan"
             )
         return content
+
+
+def to_pnm(pixels: np.ndarray) -> np.ndarray:
+    """The bytes of a PPM file with (H, W, 3) uint8 pixels, or of a PGM file with (H, W), which are read to the bit."""
+    header = b"P%d %d %d 255\n" % (6 if pixels.ndim == 3 else 5, pixels.shape[1], pixels.shape[0])
+    return np.frombuffer(header + pixels.tobytes(), np.uint8)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import CorruptImages, Resize
+from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
@@ -29,15 +29,11 @@ class ReferenceExecutor:
     def __init__(
         self,
         index: DatasetIndex,
-        crop_size: int,
-        resize: Resize,
+        config: DataConfig,
         threads: int,
         corrupt_images: CorruptImages = "stop",
     ):
-        self._index = index
-        self._corrupt_images = corrupt_images
-        self._crop_size = crop_size
-        self._resize = resize
+        self._index, self._config, self._corrupt_images = index, config, corrupt_images
         self._reader = Reader(index)
         self._pool = ThreadPoolExecutor(threads)
 
@@ -65,17 +61,28 @@ class ReferenceExecutor:
         top, left, height, width = plan.boxes[i].tolist()
         image = decode(content.result(), self._index.place(plan.ids[i])).crop((left, top, left + width, top + height))
         new_height, new_width = plan.sizes[i].tolist()
-        if self._resize == "torch":
+        resize, crop = self._config.resize, self._config.crop_size
+        if resize == "torch":
             pixels = resize_as_torch7(np.asarray(image, np.float32), new_height, new_width)
         else:
-            kernel = {"pil-bilinear": Image.Resampling.BILINEAR, "pil-bicubic": Image.Resampling.BICUBIC}[self._resize]
+            kernel = {"pil-bilinear": Image.Resampling.BILINEAR, "pil-bicubic": Image.Resampling.BICUBIC}[resize]
             pixels = np.asarray(image.resize((new_width, new_height), kernel), np.float32)
-        crop = self._crop_size
         views = []
         for (y, x), mirrored in zip(plan.offsets[i].tolist(), plan.mirrors[i], strict=True):
-            view = pixels[y : y + crop, x : x + crop]
+            view = cut(pixels, y, x, crop, 255 * np.array(self._config.mean, np.float32))
             views.append(view[:, ::-1] if mirrored else view)
         return np.stack(views)
+
+
+def cut(pixels: np.ndarray, top: int, left: int, crop: int, around: np.ndarray) -> np.ndarray:
+    """Cut (crop, crop, 3) out of (h, w, 3) pixels; where that lies outside of them there is the colour `around`."""
+    height, width = pixels.shape[:2]
+    view = np.empty((crop, crop, 3), pixels.dtype)
+    view[:] = around
+    y, x = max(top, 0), max(left, 0)
+    inside = pixels[y : min(top + crop, height), x : min(left + crop, width)]
+    view[y - top : y - top + inside.shape[0], x - left : x - left + inside.shape[1]] = inside
+    return view
 
 
 def resize_as_torch7(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

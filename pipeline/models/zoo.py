@@ -1,5 +1,6 @@
-"""The networks by name: those of the paper, and timm's as ``timm:NAME``."""
+"""The networks by name: those of the paper, others of its family by depth and growth rate, and timm's as ``timm:NAME``."""
 
+import re
 from typing import Any
 
 from torch import nn
@@ -14,32 +15,50 @@ def _imagenet(*block_sizes: int, growth_rate: int = 32) -> dict[str, Any]:
     return dict(growth_rate=growth_rate, block_sizes=block_sizes, stem="imagenet", stem_channels=2 * growth_rate)
 
 
-def _cifar(depth: int, growth_rate: int, bc: bool = False) -> dict[str, Any]:
-    """Section 4.1: three blocks of equal depth; `depth` counts convolutions and the classifier."""
-    layers = (depth - 4) // (6 if bc else 3)
+_CIFAR_NAME = re.compile(r"densenet(?:_(?P<kind>b|c|bc))?(?P<depth>\d{1,4})_k(?P<growth_rate>\d{1,4})")
+
+
+def cifar_densenet(name: str) -> dict[str, Any] | None:
+    """The arguments of the network for CIFAR and SVHN of this name, None if it is none such (Section 4.1).
+
+    ``densenet_bc100_k12`` has depth L=100 and growth rate k=12, bottlenecks (b) and compression 0.5 (c), where
+    ``densenet100_k12`` has neither. The depth counts the convolutions and the classifier; three blocks share it equally.
+
+    Raises:
+        UserError: no network has that depth.
+    """
+    match = _CIFAR_NAME.fullmatch(name)
+    if not match:
+        return None
+    kind, depth, growth_rate = match["kind"] or "", int(match["depth"]), int(match["growth_rate"])
+    layers, rest = divmod(depth - 4, 6 if "b" in kind else 3)
+    if layers < 1 or rest or not growth_rate:
+        step = 6 if "b" in kind else 3
+        raise UserError(
+            f"model.name: there is no network '{name}': its depth must be 4 + {step} times the layers of a block, as "
+            f"{4 + step * max(1, layers)}, and its growth rate at least 1"
+        )
     return dict(
         growth_rate=growth_rate,
         block_sizes=(layers,) * 3,
         stem="cifar",
-        stem_channels=2 * growth_rate if bc else 16,
-        bottleneck=bc,
-        compression=0.5 if bc else 1.0,
+        stem_channels=2 * growth_rate if kind == "bc" else 16,
+        bottleneck="b" in kind,
+        compression=0.5 if "c" in kind else 1.0,
     )
 
 
+CIFAR_NETWORKS = (
+    "densenet40_k12", "densenet100_k12", "densenet100_k24", "densenet_bc100_k12", "densenet_bc250_k24", "densenet_bc190_k40",
+)  # fmt: skip
 DENSENETS: dict[str, dict[str, Any]] = {
     "densenet121": _imagenet(6, 12, 24, 16),
     "densenet161": _imagenet(6, 12, 36, 24, growth_rate=48),
     "densenet169": _imagenet(6, 12, 32, 32),
     "densenet201": _imagenet(6, 12, 48, 32),
     "densenet264": _imagenet(6, 12, 64, 48),
-    "densenet40_k12": _cifar(40, 12),
-    "densenet100_k12": _cifar(100, 12),
-    "densenet100_k24": _cifar(100, 24),
-    "densenet_bc100_k12": _cifar(100, 12, bc=True),
-    "densenet_bc250_k24": _cifar(250, 24, bc=True),
-    "densenet_bc190_k40": _cifar(190, 40, bc=True),
-    "densenet_bc40_k12": _cifar(40, 12, bc=True),  # not in the paper: small enough for the demo
+    **{name: cifar_densenet(name) for name in CIFAR_NETWORKS},
+    "densenet_bc40_k12": cifar_densenet("densenet_bc40_k12"),  # not in the paper: small enough for the demo
 }
 
 
@@ -53,7 +72,7 @@ def create_model(
     """Build a network with freshly drawn weights from torch's global generator.
 
     Args:
-        name: a key of `DENSENETS`, or ``timm:NAME`` for any of timm's models.
+        name: a key of `DENSENETS`, a name that `cifar_densenet` knows, or ``timm:NAME`` for any of timm's models.
         dense_block: how our own networks compute (choice.py); no matter for timm's.
         recompute: whose bottlenecks are computed again in the backward pass, likewise.
 
@@ -62,14 +81,14 @@ def create_model(
     """
     if name.startswith("timm:"):
         return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout)
-    if name not in DENSENETS:
+    spec = DENSENETS.get(name) or cifar_densenet(name)
+    if spec is None:
         nearest = did_you_mean(name, DENSENETS)
         raise UserError(
-            f"model.name: there is no network '{name}'{nearest}; choose {', '.join(DENSENETS)} or timm:NAME"
+            f"model.name: there is no network '{name}'{nearest}; choose {', '.join(DENSENETS)}, another depth or growth "
+            "rate of the latter kinds, or timm:NAME"
         )
-    return DenseNet(
-        **DENSENETS[name], dropout=dropout, num_classes=num_classes, dense_block=dense_block, recompute=recompute
-    )
+    return DenseNet(**spec, dropout=dropout, num_classes=num_classes, dense_block=dense_block, recompute=recompute)
 
 
 def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module:

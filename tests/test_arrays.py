@@ -1,0 +1,174 @@
+"""torchvision's data sets in memory: the same plans, loaders, training and evaluation as files of images."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision_sets
+from conftest import run_module, small_config
+from PIL import Image
+
+from pipeline import trainer
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import DataConfig
+from pipeline.data.arrays import index_arrays
+from pipeline.data.dataset import open_datasets
+from pipeline.data.index import ArraySource, scan_classes
+from pipeline.data.loader import EvaluationLoader, Share, TrainingLoader
+from pipeline.data.plan import training_plans
+from pipeline.errors import UserError
+
+CPU = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+FASHION = {
+    "dataset": "fashion-mnist", "loader": "auto", "crop_size": 28, "resize_size": 28, "training_crop": "pad",
+    "color_jitter": 0, "lighting": 0, "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.3, 0.4],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory):
+    return torchvision_sets.write_fashion_mnist(tmp_path_factory.mktemp("fashion"))
+
+
+def data_config(root, **fields) -> DataConfig:
+    return small_config(root, data={**FASHION, "dir": str(root), **fields}).data
+
+
+@pytest.mark.parametrize(
+    ("dataset", "classes"), [("cifar10", 10), ("cifar100", 100), ("svhn", 10), ("fashion-mnist", 10)]
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pixels_labels_and_classes_are_torchvisions(tmp_path, monkeypatch, dataset, classes, split):
+    """Read back through DALI, without augmentation, and compared with what was written."""
+    size, channels, present = (28, 1, 3) if dataset == "fashion-mnist" else (32, 3, classes)
+    if dataset == "fashion-mnist":
+        torchvision_sets.write_fashion_mnist(tmp_path)
+    elif dataset == "svhn":
+        torchvision_sets.write_svhn(tmp_path, monkeypatch)
+    else:
+        torchvision_sets.write_cifar(tmp_path, monkeypatch, classes)
+    parts = ("train", "extra") if (dataset, split) == ("svhn", "train") else (split,)
+    written = [torchvision_sets.split_of(part, size, channels, present) for part in parts]
+    images, labels = (np.concatenate([part[i] for part in written]) for i in (0, 1))
+
+    index = index_arrays(ArraySource(dataset, str(tmp_path), split))
+    np.testing.assert_array_equal(index.labels, labels)
+    assert len(index.classes) == classes and index.sizes.tolist() == [[size, size]] * len(labels)
+    config = dataclasses.replace(
+        data_config(tmp_path), crop_size=size, resize_size=size, mean=(0, 0, 0), std=(1, 1, 1), dataset=dataset
+    )
+    for batch in EvaluationLoader(index, config, CPU, batch_size=16, crops=1).batches():
+        expected = np.broadcast_to(images[batch.ids] / 255, (len(batch.ids), size, size, 3))
+        np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1), expected, atol=1e-6)
+        np.testing.assert_array_equal(batch.labels, labels[batch.ids])
+
+
+@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("resize", ["torch", "pil-bilinear"])
+def test_padded_crops_are_the_torch_codes(fashion, loader, resize):
+    """Normalise, pad with zeros, cut anywhere, mirror: fb.resnet.torch datasets/cifar10.lua, in float64."""
+    config = data_config(fashion, loader=loader, resize=resize, padding=3)
+    index = index_arrays(ArraySource("fashion-mnist", str(fashion), "train"))
+    images, _ = torchvision_sets.split_of("train", 28, 1, 3)
+    options = dict(seed=1, batch_size=8, accumulation=1)
+    batches = TrainingLoader(index, config, CPU, **options).batches(epoch=0)
+    plans = training_plans(index, config, epoch=0, first_step=0, rank=0, ranks=1, **options)
+    places = set()
+    for batch, plan in zip(batches, plans, strict=True):
+        for i, image_id in enumerate(batch.ids):
+            image = (np.repeat(images[image_id] / 255, 3, axis=2) - config.mean) / config.std
+            padded = np.pad(image, ((3, 3), (3, 3), (0, 0)))
+            top, left = plan.offsets[i, 0] + 3
+            expected = padded[top : top + 28, left : left + 28]
+            expected = expected[:, ::-1] if plan.mirrors[i, 0] else expected
+            np.testing.assert_allclose(batch.images[i].permute(1, 2, 0), expected, atol=2e-6)
+            places.add((top, left, bool(plan.mirrors[i, 0])))
+    assert len(places) > 20
+
+
+@pytest.mark.parametrize("loader", ["dali", "reference"])
+def test_padding_without_augmentation_is_the_image(fashion, loader):
+    config = data_config(fashion, loader=loader, padding=0, mirror=False)
+    index = index_arrays(ArraySource("fashion-mnist", str(fashion), "train"))
+    (batch,) = TrainingLoader(index, config, CPU, seed=1, batch_size=37, accumulation=1).batches(epoch=0)
+    evaluated = next(EvaluationLoader(index, config, CPU, batch_size=37, crops=1).batches())
+    assert torch.equal(batch.images, evaluated.images[batch.ids])
+
+
+def test_class_folders_of_small_images_go_the_same_way(tmp_path, fashion):
+    """CIFAR as PNG files gives the very batches that it gives as arrays."""
+    images, labels = torchvision_sets.split_of("train", 28, 1, 3)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / f"{label}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{i:04d}.png")
+    files, config = scan_classes(tmp_path), data_config(fashion, padding=2)
+    order = np.array([int(name[2:6]) for name in files.names])
+    arrays = index_arrays(ArraySource("fashion-mnist", str(fashion), "train")).take(order)
+    options = dict(seed=1, batch_size=10, accumulation=1)
+    both = [TrainingLoader(index, config, CPU, **options).batches(epoch=0) for index in (files, arrays)]
+    for a, b in zip(*both, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("loader", ["auto", "synthetic"])
+def test_images_held_out_are_the_validation_set(fashion, loader):
+    dataset = "fashion-mnist" if loader == "auto" else "images"
+    config = data_config(fashion, holdout=7, loader=loader, dataset=dataset, synthetic_images=37)
+    whole, _ = open_datasets(dataclasses.replace(config, holdout=0), fashion, False)
+    train, val = open_datasets(config, fashion, False)
+    assert len(train) == 30 and len(val) == 7
+    assert sorted(train.names + val.names) == sorted(whole.names)
+    label_of = dict(zip(whole.names, whole.labels, strict=True))
+    assert [label_of[name] for name in val.names] == val.labels.tolist()
+    assert len({whole.fingerprint, train.fingerprint, val.fingerprint}) == 3
+    with pytest.raises(UserError, match="data.holdout 37 leaves none of the 37"):
+        open_datasets(dataclasses.replace(config, holdout=37), fashion, False)
+
+
+def test_training_resumes_with_the_same_bits_and_evaluates_on_the_test_images(tmp_path, fashion, monkeypatch):
+    def config(name):
+        data = {**FASHION, "dir": str(fashion), "holdout": 5}
+        optim = {"epochs": 2, "batch_size": 8, "milestones": []}
+        return small_config(tmp_path / name, data=data, optim=optim, train={"checkpoint_every": 1})
+
+    whole = trainer.fit(config("whole"))
+
+    real, steps = trainer.Trainer._optimizer_step, []
+
+    def fail_at_the_third(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            raise InterruptedError
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_optimizer_step", fail_at_the_third)
+        with pytest.raises(InterruptedError):
+            trainer.fit(config("cut"))
+    assert trainer.fit(config("cut")) == whole
+    a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+    command = ("tools.evaluate", tmp_path / "whole" / "checkpoints" / "last.pt", "--data", fashion)
+    for ranks in (1, 2):
+        done = run_module(*command, "--json", tmp_path / f"{ranks}.json", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
+    assert one == two and one["images"] == 11 and one["classes"] == 10 and one["classes_present"] == 3
+
+
+def test_mistakes_are_one_line(tmp_path, fashion):
+    with pytest.raises(UserError, match="cannot read the test images of cifar10 in .*data.download"):
+        index_arrays(ArraySource("cifar10", str(tmp_path), "test"))
+    with pytest.raises(UserError, match="loader cannot be synthetic"):
+        data_config(fashion, loader="synthetic")
+    with pytest.raises(UserError, match="val_labels is for images"):
+        data_config(fashion, val_labels="x.txt")
+    torchvision_sets.write_fashion_mnist(tmp_path)
+    for damage in (b"", b"\0\0", b"\0\0\x08\x01\0\0\0\x0b12"):
+        (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(damage)
+        with pytest.raises(UserError, match="cannot read the test images of fashion-mnist"):
+            index_arrays(ArraySource("fashion-mnist", str(tmp_path), "test"))

@@ -1,0 +1,53 @@
+"""The paper's Table 2: each configuration holds its row's facts and trains a step."""
+
+import re
+
+import pytest
+import torchvision_sets
+from conftest import REPOSITORY
+
+from pipeline import trainer
+from pipeline.config import load_config
+
+CONFIGS = sorted((REPOSITORY / "configs" / "table2").glob("*.yaml"))
+# Test errors in percent (Table 2): C10, C10+, C100, C100+, SVHN.
+ERRORS = {
+    "densenet40_k12": (7.00, 5.24, 27.55, 24.42, 1.79),
+    "densenet100_k12": (5.77, 4.10, 23.79, 20.20, 1.67),
+    "densenet100_k24": (5.83, 3.74, 23.42, 19.25, 1.59),
+    "densenet_bc100_k12": (5.92, 4.51, 24.15, 22.27, 1.76),
+    "densenet_bc250_k24": (5.19, 3.62, 19.64, 17.60, 1.74),
+    "densenet_bc190_k40": (None, 3.46, None, 17.18, None),
+}
+COLUMNS = ("c10", "c10+", "c100", "c100+", "svhn")
+ROWS = {f"{name}_{column}": error for name, row in ERRORS.items() for column, error in zip(COLUMNS, row, strict=True)}
+
+
+def test_there_is_one_for_each_figure():
+    assert {path.stem for path in CONFIGS} == {name for name, error in ROWS.items() if error}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_row_is_the_papers_and_trains_a_step(tmp_path, monkeypatch, path):
+    name, column = path.stem.rsplit("_", 1)
+    published = load_config(path)
+    assert published.model.name == name and published.published.top1 == ROWS[path.stem]
+    assert float(re.search(r"Published: test error ([\d.]+) %", path.read_text())[1]) == ROWS[path.stem]
+    assert published.data.dataset == {"c10": "cifar10", "c100": "cifar100", "svhn": "svhn"}[column.rstrip("+")]
+    augmented, epochs = column.endswith("+"), 40 if column == "svhn" else 300
+    assert (published.data.padding, published.data.mirror, published.model.dropout) == (
+        (4, True, 0) if augmented else (0, False, 0.2)
+    )
+    assert (published.optim.epochs, published.optim.milestones) == (epochs, (epochs // 2, epochs * 3 // 4))
+
+    monkeypatch.setattr(torchvision_sets, "IMAGES", {"train": 2, "extra": 2, "test": 2})
+    if column == "svhn":
+        torchvision_sets.write_svhn(tmp_path, monkeypatch)
+    else:
+        torchvision_sets.write_cifar(tmp_path, monkeypatch, 100 if column.startswith("c100") else 10)
+    overrides = {
+        "run_dir": str(tmp_path / "run"), "data.dir": str(tmp_path), "data.crop_size": 8, "data.resize_size": 8,
+        "data.holdout": 2 if column == "svhn" else 0, "optim.epochs": 1, "optim.batch_size": 2, "train.device": "cpu",
+    }  # fmt: skip
+    progress = trainer.fit(load_config(path, overrides))
+    assert progress.epoch == 1 and 0 <= progress.last_top1_error <= 100
