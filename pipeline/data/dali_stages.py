@@ -6,7 +6,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.config import Resize
+from pipeline.config import DataConfig, Resize
 from pipeline.data.dali import AS_STORED, DaliExecutor
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
@@ -20,7 +20,7 @@ class CutExecutor(DaliExecutor):
     """Runs plans of one view up to and including the stage `last`; the results stay DALI's, of any size."""
 
     def __init__(self, last: str, index: DatasetIndex, resize: Resize, threads: int, batch_size: int):
-        super().__init__(index, 1, resize, threads, torch.device("cpu"), batch_size, views=1)
+        super().__init__(index, DataConfig(resize=resize), threads, torch.device("cpu"), batch_size, views=1)
         self._last = last
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list]]:

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.data.formats import is_plain
+from pipeline.data.formats import is_plain, to_pnm
 from pipeline.errors import LocalUserError
 
 warnings.filterwarnings("ignore", module="PIL")  # about metadata and transparency that nobody uses, and naming no file
@@ -49,8 +49,7 @@ def decode(content: np.ndarray, place: str) -> Image.Image:
 
 def as_ppm(content: np.ndarray, place: str) -> np.ndarray:
     """Decode a file's bytes and return them as those of a PPM file, which DALI reads to the bit; see `decode`."""
-    image = decode(content, place)
-    return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
+    return to_pnm(np.asarray(decode(content, place)))
 
 
 def readable_by_dali(content: np.ndarray, place: str) -> np.ndarray:

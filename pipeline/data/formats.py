@@ -29,6 +29,12 @@ def is_plain(content: np.ndarray) -> bool:
         return False
 
 
+def to_pnm(pixels: np.ndarray) -> np.ndarray:
+    """The bytes of a PPM file with (H, W, 3) uint8 pixels, or of a PGM file with (H, W), which both read to the bit."""
+    header = b"P%d %d %d 255\n" % (6 if pixels.ndim == 3 else 5, pixels.shape[1], pixels.shape[0])
+    return np.frombuffer(header + pixels.tobytes(), np.uint8)
+
+
 def _is_plain_jpeg(view: memoryview) -> bool:
     if view[0] != 0xFF or view[1] != SOI:
         return False

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from pipeline.data.arrays import read_arrays
+from pipeline.data.formats import to_pnm
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 from pipeline.errors import LocalUserError
@@ -70,9 +71,3 @@ class Reader:
                 f"the image {index.place(i)} ends after {got} of {length} bytes: it changed since the scan"
             )
         return content
-
-
-def to_pnm(pixels: np.ndarray) -> np.ndarray:
-    """The bytes of a PPM file with (H, W, 3) uint8 pixels, or of a PGM file with (H, W), which are read to the bit."""
-    header = b"P%d %d %d 255\n" % (6 if pixels.ndim == 3 else 5, pixels.shape[1], pixels.shape[0])
-    return np.frombuffer(header + pixels.tobytes(), np.uint8)
