@@ -174,6 +174,8 @@ class TrainConfig:
     """Images a rank evaluates at once."""
     log_every: Positive = 20
     """Steps between two log lines."""
+    reuse_every: NonNegative = 10
+    """Epochs between two pictures of feature reuse (the paper's Figure 5) in TensorBoard; 0: none."""
     checkpoint_every: NonNegative = 0
     """Steps between two checkpoints within an epoch; 0: no such rule."""
     checkpoint_minutes: NonNegativeFloat = 10.0

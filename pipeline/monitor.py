@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -15,6 +16,9 @@ from tqdm import tqdm
 
 from pipeline.distributed import World
 from pipeline.run_dir import explained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LINES = "metrics.jsonl"
 
@@ -79,6 +83,12 @@ class Monitor:
         if self._active:
             with explained(self._run_dir):
                 self._board.add_images(name, images.float().cpu(), step)
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        """Record a picture that Matplotlib has drawn."""
+        if self._active:
+            with explained(self._run_dir):
+                self._board.add_figure(name, figure, step)
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""

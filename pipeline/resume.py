@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 FREE_TO_CHANGE = {
     "run_dir", "model.recompute", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.download",
     "data.corrupt_images", "optim.accumulation", "train.device", "train.compile", "train.eval_batch_size", "train.log_every",
+    "train.reuse_every",
     "train.checkpoint_every", "train.checkpoint_minutes", "train.hang_seconds", "train.elastic",
 }  # fmt: skip
 

@@ -30,9 +30,11 @@ from pipeline.data.loader import Batch, EvaluationLoader, Share, TrainingLoader,
 from pipeline.distributed import World, average_in_rank_order, join_world, set_precision
 from pipeline.errors import InterruptedRunError, UserError
 from pipeline.evaluate import evaluate
+from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.metrics import Score, Totals
 from pipeline.models import create_model
 from pipeline.models.choice import Choice
+from pipeline.models.densenet import DenseNet
 from pipeline.monitor import Monitor, peak_memory
 from pipeline.optim import create_optimizer, learning_rate
 from pipeline.resume import Conditions, check_same_run, spread
@@ -252,6 +254,7 @@ class Trainer:
             f"({score.images} images){' *' if best else ''}"
         )
         progress.epoch, progress.step = progress.epoch + 1, 0
+        self._show_reuse()
         self.save(best)
 
     def save(self, best: bool) -> None:
@@ -452,6 +455,14 @@ class Trainer:
         )
         images: Tensor = (batch.images[:GRID_IMAGES] * std + mean).clamp(0, 1)
         self.monitor.images("train/images", images, self.done_steps)
+
+    def _show_reuse(self) -> None:
+        """Picture the network's feature reuse every few epochs and at the end."""
+        every, epoch = self.config.train.reuse_every, self.progress.epoch
+        due = every and (epoch % every == 0 or epoch == self.config.optim.epochs)
+        if due and self.world.is_main and isinstance(self.network, DenseNet):
+            title = f"{self.config.model.name} after {epoch} epochs"
+            self.monitor.figure("feature reuse", draw_reuse(feature_reuse(self.network), title), self.done_steps)
 
     def _check_image_size(self, network: nn.Module) -> None:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""

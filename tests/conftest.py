@@ -82,7 +82,7 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
         "train": {"log_every": 2, "device": "cpu"},
     }
     for name, fields in sections.items():
-        tree[name] = {**tree[name], **fields} if isinstance(fields, dict) else fields
+        tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
     return from_dict(tree, "test")
 
 

@@ -22,7 +22,7 @@ LAYERS = [
         "pipeline.resume",
         "pipeline.watchdog",
     },
-    {"pipeline.evaluate"},
+    {"pipeline.evaluate", "pipeline.feature_reuse"},
     {"pipeline.trainer"},
     {"pipeline.train"},
     {"tools", "launch"},

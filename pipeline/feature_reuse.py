@@ -1,0 +1,56 @@
+"""How much each layer uses the maps of each earlier one: the paper's Figure 5 (Section 5, "Feature Reuse")."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.models.densenet import DenseNet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@torch.no_grad()
+def feature_reuse(network: DenseNet) -> list[np.ndarray]:
+    """Mean absolute weight by source and target, of each dense block.
+
+    Returns:
+        For a block of L layers (L + 1, L + 1) float32: row 0 is the block's input and row s layer s, column t - 1 is layer t
+        and the last one what follows the block, a transition or the classifier. NaN where the target comes before the source.
+    """
+    blocks = []
+    for i in range(1, network.block_count + 1):
+        layers = list(network.features.get_submodule(f"denseblock{i}"))
+        last = network.features.get_submodule(f"transition{i}").conv if i < network.block_count else network.classifier
+        into = layers[0].norm1.num_features
+        growth = last.weight.shape[1] - into
+        sources = [into] + [growth // len(layers)] * len(layers)
+        reuse = np.full((len(layers) + 1, len(layers) + 1), np.nan, np.float32)
+        for t, target in enumerate([*(layer.conv1 for layer in layers), last]):
+            by_map = target.weight.abs().transpose(0, 1).flatten(1).float().mean(dim=1)
+            reuse[: t + 1, t] = [part.mean().item() for part in by_map.split(sources[: t + 1])]
+        blocks.append(reuse)
+    return blocks
+
+
+def draw_reuse(blocks: list[np.ndarray], title: str) -> "Figure":
+    """A heat map of each block; each column's largest weight is 1."""
+    from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(4.2 * len(blocks) + 0.8, 4.4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(blocks), squeeze=False)[0]
+    for number, (reuse, axes) in enumerate(zip(blocks, panels, strict=True), start=1):
+        size = len(reuse)
+        image = axes.imshow(
+            reuse / np.nanmax(reuse, axis=0), vmin=0, vmax=1, extent=(0.5, size + 0.5, size - 0.5, -0.5)
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.axvspan(size - 0.5, size + 0.5, fill=False, linewidth=2)
+        follower = "classifier" if number == len(blocks) else f"transition {number}"
+        axes.set(title=f"dense block {number}", xlabel=f"target layer (the last: {follower})")
+    panels[0].set_ylabel("source layer (0: the block's input)")
+    figure.colorbar(image, ax=list(panels), label="mean |weight|, of each target's largest")
+    return figure

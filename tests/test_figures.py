@@ -1,0 +1,67 @@
+"""tools.figures makes its pictures from real run directories, and the facts that it draws are right."""
+
+import json
+
+import numpy as np
+import pytest
+import torchvision_sets
+from conftest import run_module, small_config
+from PIL import Image
+
+from pipeline import trainer
+from pipeline.models import create_model
+from tools.facts import multiply_accumulates, on_meta, parameters
+from tools.figures import draw_imagenet, draw_small_images, read_run, runs_in
+
+# Billions of multiply-accumulates of convolutions and linear layers at 224 and at 32 pixels.
+WORK = {
+    "densenet121": (224, 2.834), "densenet161": (224, 7.728), "densenet169": (224, 3.360), "densenet201": (224, 4.291),
+    "densenet264": (224, 5.752), "densenet40_k12": (32, 0.265), "densenet100_k12": (32, 1.770),
+    "densenet100_k24": (32, 6.890), "densenet_bc100_k12": (32, 0.288), "densenet_bc250_k24": (32, 5.419),
+    "densenet_bc190_k40": (32, 9.302),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_multiply_accumulates_are_the_papers(name):
+    size, expected = WORK[name]
+    network = on_meta(create_model, name, 1000 if size == 224 else 10, dense_block="plain")
+    assert multiply_accumulates(network, size) / 1e9 == pytest.approx(expected, abs=1e-3)
+
+
+def points(axes) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_label(): [tuple(map(float, xy)) for xy in line.get_xydata()] for line in axes.lines}
+
+
+def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
+    torchvision_sets.write_cifar(tmp_path / "cifar", monkeypatch, 10)
+    data = {"dataset": "cifar10", "dir": str(tmp_path / "cifar"), "loader": "auto", "training_crop": "pad"}
+    runs = tmp_path / "runs"
+    trainer.fit(small_config(runs / "synthetic"))
+    trainer.fit(small_config(runs / "cifar", data=data, published={"source": "someone", "top1": 5.0}))
+
+    checkpoint = runs / "cifar" / "checkpoints" / "best.pt"
+    done = run_module("tools.figures", runs, checkpoint, "--output", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    files = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert files == {"curves.png", "parameters.png", "reuse-cifar.png", "reuse-synthetic.png", "reuse-best.png"}
+    for file in files:
+        assert len(np.unique(np.asarray(Image.open(tmp_path / "figures" / file)))) > 100  # no blank page
+
+    found = [read_run(run) for run in runs_in(runs)]
+    assert [(run.name, run.data) for run in found] == [("cifar", "C10+"), ("synthetic", "imagenet")]
+    lines = [json.loads(line) for line in (runs / "cifar" / "metrics.jsonl").read_text().splitlines()]
+    own = parameters(create_model("densenet_bc40_k12", 10)) / 1e6
+    panel = points(draw_small_images(found).axes[0])
+    assert panel["ours: cifar"] == [(own, [r for r in lines if "val/loss" in r][-1]["val/top1_error"])]
+    assert (0.769162, 4.51) in panel["DenseNet-BC, paper"] and (1.019722, 5.24) in panel["DenseNet, paper"]
+
+    axes = draw_imagenet(found).axes[0]
+    assert (7.978856, 25.02) in points(axes)["DenseNet, paper"]
+    assert points(axes)["ResNet, fb.resnet.torch"][1] == (25.557032, 24.01)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for path, expected in ((tmp_path, "holds no run"), (tmp_path / "none.pt", "cannot read the checkpoint")):
+        done = run_module("tools.figures", path, "--output", tmp_path / "figures")
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,230 @@
+"""The paper's figures with our runs in them: ``python -m tools.figures RUN-OR-CHECKPOINT ... [--output DIR]``.
+
+Of the runs in the given folders: training curves, error against parameters (Figure 4) and, on ImageNet, against parameters
+and multiply-accumulates (Figure 3), beside what the paper reports; of each run and each checkpoint, the reuse of features
+(Figure 5).
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
+
+from pipeline.audit import setting_for
+from pipeline.checkpoint import load_checkpoint, load_weights
+from pipeline.config import Config, from_dict
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.feature_reuse import draw_reuse, feature_reuse
+from pipeline.models import create_model
+from pipeline.models.densenet import DenseNet
+from tools import published
+from tools.facts import multiply_accumulates, on_meta, parameters
+from tools.measuring import writable_folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory: its name, configuration, number of classes, and its records of whole epochs."""
+
+    name: str
+    config: Config
+    classes: int
+    epochs: list[dict]
+
+    @property
+    def error(self) -> float:
+        """Validation top-1 error of the last epoch, which the paper reports."""
+        return self.epochs[-1]["val/top1_error"]
+
+    @property
+    def data(self) -> str:
+        """What it was trained on, as the paper calls it, or by its folder."""
+        config = self.config.data
+        if config.dataset == "images":
+            return "ImageNet" if self.classes == 1000 else Path(config.dir).name
+        return config.dataset if config.dataset == "fashion-mnist" else setting_for(self.config).name
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.figures", description=__doc__)
+    parser.add_argument(
+        "paths", nargs="+", metavar="RUN-OR-CHECKPOINT", help="run directories, folders of them, or .pt files"
+    )
+    parser.add_argument("--output", metavar="DIR", default="figures", help="where the pictures go [figures]")
+    options = parser.parse_args()
+    output = writable_folder(options.output, "curves.png")
+    run_dirs = [run for path in map(Path, options.paths) if path.is_dir() for run in runs_in(path)]
+    checkpoints = {run.name: run / "checkpoints" / "last.pt" for run in run_dirs}
+    checkpoints |= {path.stem: path for path in map(Path, options.paths) if not path.is_dir()}
+
+    written = []
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    if runs:
+        written.append(save(draw_curves(runs), output / "curves.png"))
+        written.append(save(draw_small_images(runs), output / "parameters.png"))
+        if imagenet := [run for run in runs if run.data == "ImageNet"]:
+            written.append(save(draw_imagenet(imagenet), output / "imagenet.png"))
+    for name, path in checkpoints.items():
+        network = load_network(path)
+        if isinstance(network, DenseNet):
+            picture = draw_reuse(feature_reuse(network), f"{name}: average absolute weight by source and target layer")
+            written.append(save(picture, output / f"reuse-{name}.png"))
+    print("\n".join(map(str, written)))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder, if it is a run that has ended an epoch, or those in it.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [
+        file.parent
+        for file in (folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl")))
+        if file.exists() and "val/top1_error" in file.read_text()
+    ]
+    if not found:
+        raise UserError(
+            f"{folder} holds no run that has ended an epoch: give a run directory, a folder of runs, or a .pt file"
+        )
+    return found
+
+
+def read_run(run_dir: Path) -> Run:
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    config = from_dict(checkpoint["config"], str(run_dir))
+    epochs = [record for record in records if "val/top1_error" in record]
+    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs)
+
+
+def load_network(path: Path) -> nn.Module:
+    checkpoint = load_checkpoint(path)
+    config = from_dict(checkpoint["config"], str(path))
+    network = create_model(num_classes=len(checkpoint["classes"]), **dataclasses.asdict(config.model))
+    load_weights(network, checkpoint["model"], str(path))
+    return network
+
+
+def draw_curves(runs: list[Run]) -> Figure:
+    """Error in validation (solid) and in training (dashed) by epoch, with what is published as a dotted line."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        epochs = [record["epoch"] + 1 for record in run.epochs]
+        (line,) = axes.plot(epochs, [r["val/top1_error"] for r in run.epochs], label=f"{run.name}, validation")
+        axes.plot(
+            epochs,
+            [r["epoch/train_top1_error"] for r in run.epochs],
+            "--",
+            color=line.get_color(),
+            label=f"{run.name}, training",
+        )
+        if run.config.published.top1 is not None:
+            axes.axhline(
+                run.config.published.top1,
+                linestyle=":",
+                color=line.get_color(),
+                label=f"{run.config.published.source}: {run.config.published.top1} %",
+            )
+    axes.set(xlabel="epochs", ylabel="top-1 error, %", title="Training curves", ylim=(0, None))
+    axes.legend()
+    return figure
+
+
+def draw_small_images(runs: list[Run]) -> Figure:
+    """Error against parameters: a panel for each data set on which there are runs, and the paper's C10+."""
+    panels = list(dict.fromkeys(["C10+", *(run.data for run in runs if run.data != "ImageNet")]))
+    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    for title, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        if title in published.COLUMNS:
+            draw_papers_points(axes, title)
+        for run in (run for run in runs if run.data == title):
+            point = (millions(parameters(network_of(run))), run.error)
+            draw_points(axes, {run.name: point}, "*", f"ours: {run.name}")
+            if title not in published.COLUMNS and run.config.published.top1 is not None:
+                draw_points(
+                    axes,
+                    {run.config.model.name: (point[0], run.config.published.top1)},
+                    "o",
+                    run.config.published.source,
+                )
+        axes.set(xlabel="million parameters", ylabel="top-1 error, %", title=title)
+        axes.legend()
+    return figure
+
+
+def draw_papers_points(axes: Axes, title: str) -> None:
+    column = published.COLUMNS.index(title)
+    points = {
+        name: (millions(parameters(on_meta(create_model, name, 10))), errors[column])
+        for name, errors in published.DENSENETS_ON_SMALL_IMAGES.items()
+        if errors[column] is not None
+    }
+    for kind, marker in (("DenseNet", "o"), ("DenseNet-BC", "s")):
+        own = {name: point for name, point in points.items() if ("_bc" in name) == (kind == "DenseNet-BC")}
+        draw_points(axes, own, marker, f"{kind}, paper")
+    if title in ("C10+", "C100+"):
+        place = 1 if title == "C10+" else 2
+        resnets = {f"ResNet-{depth}": (row[0], row[place]) for depth, row in published.RESNETS_ON_SMALL_IMAGES.items()}
+        draw_points(axes, resnets, "^", "pre-activation ResNet, paper")
+
+
+def draw_imagenet(runs: list[Run]) -> Figure:
+    """Error against parameters and against multiply-accumulates, of the paper's networks and of our runs."""
+    import torchvision  # takes seconds
+
+    densenets, resnets = published.DENSENETS_ON_IMAGENET, published.RESNETS_ON_IMAGENET
+    series = [
+        ("DenseNet, paper", "o", [(name, on_meta(create_model, name, dense_block="plain")) for name in densenets]),
+        ("ResNet, fb.resnet.torch", "^", [(name, on_meta(getattr(torchvision.models, name))) for name in resnets]),
+        *((f"ours: {run.name}", "*", [(run.name, network_of(run))]) for run in runs),
+    ]
+    errors = densenets | resnets | {run.name: run.error for run in runs}
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    by_size, by_work = figure.subplots(1, 2)
+    for label, marker, networks in series:
+        sizes = {name: (millions(parameters(network)), errors[name]) for name, network in networks}
+        work = {name: (multiply_accumulates(network, 224) / 1e9, errors[name]) for name, network in networks}
+        draw_points(by_size, sizes, marker, label)
+        draw_points(by_work, work, marker, label)
+    by_size.set(xlabel="million parameters", ylabel="top-1 error, %")
+    by_work.set(xlabel="billion multiply-accumulates at 224 x 224", ylabel="top-1 error, %")
+    by_size.legend()
+    return figure
+
+
+def draw_points(axes: Axes, points: dict[str, tuple[float, float]], marker: str, label: str) -> None:
+    """Points (x, error) with their names; several are joined."""
+    ordered = sorted(points.items(), key=lambda item: item[1])
+    axes.plot(
+        *zip(*(point for _, point in ordered), strict=True),
+        marker=marker,
+        markersize=12 if marker == "*" else 6,
+        label=label,
+    )
+    for name, point in ordered:
+        axes.annotate(name, point, textcoords="offset points", xytext=(5, 5), fontsize=7)
+    axes.margins(x=0.2, y=0.1)
+
+
+def network_of(run: Run) -> nn.Module:
+    options = dataclasses.asdict(run.config.model) | {"dense_block": "plain"}
+    return on_meta(create_model, num_classes=run.classes, **options)
+
+
+def millions(count: int) -> float:
+    return count / 1e6
+
+
+def save(figure: Figure, file: Path) -> Path:
+    figure.savefig(file, dpi=110)
+    return file
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
