@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.errors import UserError
 
 FORMAT = 2
 _DIGEST_LENGTH = 64  # hexadecimal digits
+_CHECKSUM_AT_END = re.compile(rb"\x40\x00[0-9a-f]{64}\Z")  # a zip comment of that length
 _REQUIRED = {"format": int, "model": dict, "config": dict, "classes": list}
 
 
@@ -75,6 +77,11 @@ class CheckpointFolder:
         if damaged:
             raise UserError(f"{damaged[-1]}; no other checkpoint is left: remove {self.last.parent} to start anew")
         return None
+
+
+def is_checkpoint(content: bytes) -> bool:
+    """Whether a file's bytes are a checkpoint of this project, damaged perhaps."""
+    return _CHECKSUM_AT_END.search(content, len(content) - _DIGEST_LENGTH - 2) is not None
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

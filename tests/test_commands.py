@@ -122,7 +122,7 @@ def write_checkpoint(folder: Path, name: str, weights_of: str | None = None, cla
 
 def test_evaluating_what_is_no_checkpoint(user_error, image_folders, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
-    assert "text.pt is damaged, or not a checkpoint" in user_error(
+    assert "text.pt is damaged, or no file of weights" in user_error(
         evaluate, tmp_path / "text.pt", "--data", image_folders
     )
     assert "missing.pt: No such file" in user_error(evaluate, tmp_path / "missing.pt", "--data", image_folders)

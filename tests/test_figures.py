@@ -62,6 +62,6 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    for path, expected in ((tmp_path, "holds no run"), (tmp_path / "none.pt", "cannot read the checkpoint")):
+    for path, expected in ((tmp_path, "holds no run"), (tmp_path / "none.pt", "cannot read the weights")):
         done = run_module("tools.figures", path, "--output", tmp_path / "figures")
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1

@@ -22,7 +22,7 @@ LAYERS = [
         "pipeline.resume",
         "pipeline.watchdog",
     },
-    {"pipeline.evaluate", "pipeline.feature_reuse"},
+    {"pipeline.evaluate", "pipeline.feature_reuse", "pipeline.weights"},
     {"pipeline.trainer"},
     {"pipeline.train"},
     {"tools", "launch"},

@@ -1,7 +1,7 @@
-"""Evaluate a checkpoint: ``python -m tools.evaluate CHECKPOINT --data DIR [--crops 10]``, also under torchrun.
+"""Evaluate a network: ``python -m tools.evaluate WEIGHTS --data DIR [--crops 10]``, also under torchrun.
 
-Everything about the images (crop and resize sizes, resize filter, mean and standard deviation) is as the checkpoint's
-run had it unless given here.
+Everything about the images (crop and resize sizes, resize filter, mean and standard deviation) is as the
+weights' run had it unless given here.
 """
 
 import argparse
@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from pipeline.audit import audit, in_one_line
-from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, Dataset, from_dict
 from pipeline.data.arrays import index_arrays
 from pipeline.data.index import ArraySource, DatasetIndex, scan_classes, scan_flat
@@ -23,32 +21,28 @@ from pipeline.data.loader import EvaluationLoader, Share, choose_loader
 from pipeline.distributed import World, join_world, set_precision
 from pipeline.errors import ArgumentParser, LocalUserError, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import Evaluation, evaluate
-from pipeline.models import create_model
+from pipeline.weights import Weights
+from tools.convert import add_weights_arguments, read_weights_of
 
 
 def main() -> None:
     options = _parser().parse_args()
     with join_world(options.device) as world:
-        checkpoint = world.from_main(lambda: load_checkpoint(options.checkpoint))
-        config = from_dict(checkpoint["config"], options.checkpoint)
+        weights = world.from_main(lambda: read_weights_of(options))
+        if weights.note and world.is_main:
+            print(f"{options.weights}: {weights.note}")
         if world.is_main:
             _check_writable(options.json, options.predictions)
-        data = _data_config(config, options)
-        classes = tuple(checkpoint["classes"])
-
-        network = create_model(num_classes=len(classes), **dataclasses.asdict(config.model))
-        load_weights(network, checkpoint["model"], options.checkpoint)
-        network = network.to(world.device, memory_format=torch.channels_last)
+        data = _data_config(weights.config, options)
+        network = weights.network.to(world.device, memory_format=torch.channels_last)
         set_precision("fp32")
 
-        index = world.from_main(lambda: open_images(data, options.labels, classes))
+        index = world.from_main(lambda: open_images(data, options.labels, weights.classes))
         share = Share(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, share, batch_size=options.batch_size, crops=options.crops)
         evaluation = evaluate(network, loader, world, options.average)
         if world.is_main:
-            report(evaluation, config, data, index, options, world)
-            if "passes" in checkpoint:
-                print(f"trained by: {in_one_line(audit(config, checkpoint['passes']))}")
+            report(evaluation, weights, data, index, options, world)
 
 
 def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
@@ -70,17 +64,17 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
 
 def report(
     evaluation: Evaluation,
-    config: Config,
+    weights: Weights,
     data: DataConfig,
     index: DatasetIndex,
     options: argparse.Namespace,
     world: World,
 ) -> None:
     """Print the errors, and write the files that were asked for."""
-    score, published = evaluation.score, config.published
+    score, config, published = evaluation.score, weights.config, weights.config.published
     suffix = "_10crop" if options.crops == 10 else ""
     result: dict[str, Any] = {
-        "checkpoint": options.checkpoint,
+        "weights": options.weights,
         "model": config.model.name,
         "data": index.root,
         "images": score.images,
@@ -114,6 +108,8 @@ def report(
         print(f"images of {result['classes_present']} of the {len(index.classes)} classes")
     if result["published"]["top1_error"] is not None:
         print(f"{published.source or 'published'}: top-1 error {result['published']['top1_error']} %")
+    if weights.audit:
+        print(f"training: {weights.audit}")
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     if options.predictions:
@@ -152,7 +148,7 @@ def _check_writable(*paths: str | None) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file of a run's checkpoints/")
+    add_weights_arguments(parser)
     parser.add_argument("--data", metavar="DIR", required=True, help="class folders, or a data set with val/ in it")
     parser.add_argument("--dataset", choices=typing.get_args(Dataset), help="what DIR holds [as the run's data.dir]")
     parser.add_argument("--labels", metavar="FILE", help="label file, if DIR is a flat folder of images")

@@ -1,7 +1,7 @@
-"""The paper's figures with our runs in them: ``python -m tools.figures RUN-OR-CHECKPOINT ... [--output DIR]``.
+"""The paper's figures with our runs in them: ``python -m tools.figures RUN-OR-WEIGHTS ... [--output DIR]``.
 
 Of the runs in the given folders: training curves, error against parameters (Figure 4) and, on ImageNet, against parameters
-and multiply-accumulates (Figure 3), beside what the paper reports; of each run and each checkpoint, the reuse of features
+and multiply-accumulates (Figure 3), beside what the paper reports; of each run and each file of weights, the reuse of features
 (Figure 5).
 """
 
@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from pipeline.audit import setting_for
-from pipeline.checkpoint import load_checkpoint, load_weights
+from pipeline.checkpoint import load_checkpoint
 from pipeline.config import Config, from_dict
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
+from pipeline.weights import read_weights
 from tools import published
 from tools.facts import multiply_accumulates, on_meta, parameters
 from tools.measuring import writable_folder
@@ -52,7 +53,7 @@ class Run:
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.figures", description=__doc__)
     parser.add_argument(
-        "paths", nargs="+", metavar="RUN-OR-CHECKPOINT", help="run directories, folders of them, or .pt files"
+        "paths", nargs="+", metavar="RUN-OR-WEIGHTS", help="run directories, folders of them, or weights"
     )
     parser.add_argument("--output", metavar="DIR", default="figures", help="where the pictures go [figures]")
     options = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
         if imagenet := [run for run in runs if run.data == "ImageNet"]:
             written.append(save(draw_imagenet(imagenet), output / "imagenet.png"))
     for name, path in checkpoints.items():
-        network = load_network(path)
+        network = read_weights(path).network
         if isinstance(network, DenseNet):
             picture = draw_reuse(feature_reuse(network), f"{name}: average absolute weight by source and target layer")
             written.append(save(picture, output / f"reuse-{name}.png"))
@@ -100,14 +101,6 @@ def read_run(run_dir: Path) -> Run:
     config = from_dict(checkpoint["config"], str(run_dir))
     epochs = [record for record in records if "val/top1_error" in record]
     return Run(run_dir.name, config, len(checkpoint["classes"]), epochs)
-
-
-def load_network(path: Path) -> nn.Module:
-    checkpoint = load_checkpoint(path)
-    config = from_dict(checkpoint["config"], str(path))
-    network = create_model(num_classes=len(checkpoint["classes"]), **dataclasses.asdict(config.model))
-    load_weights(network, checkpoint["model"], str(path))
-    return network
 
 
 def draw_curves(runs: list[Run]) -> Figure:

@@ -102,13 +102,26 @@ class DatasetIndex:
     def with_classes(self, classes: tuple[str, ...]) -> "DatasetIndex":
         """Return this index with labels that count in `classes`, of which its own may be a part.
 
+        Where they are not the same, names are compared by their letters and digits alone: no folder is called T-shirt/top.
+
         Raises:
             UserError: an image's class is not among `classes`.
         """
-        check_classes(self.root, list(self.classes), classes)
         position = {name: i for i, name in enumerate(classes)}
-        own = np.array([position[name] for name in self.classes], np.int64)
+        names = [name if name in position else _called_alike(name, classes) for name in self.classes]
+        check_classes(self.root, names, classes)
+        own = np.array([position[name] for name in names], np.int64)
         return dataclasses.replace(self, labels=own[self.labels], classes=classes)
+
+
+def _called_alike(name: str, classes: tuple[str, ...]) -> str:
+    """The only one of `classes` with the same letters and digits, else `name`."""
+    alike = [other for other in classes if _letters_and_digits(other) == _letters_and_digits(name)]
+    return alike[0] if len(alike) == 1 else name
+
+
+def _letters_and_digits(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def scan_classes(root: str | Path, cache: Path | None = None, progress: bool = False) -> DatasetIndex:

@@ -1,0 +1,306 @@
+"""Weights from anywhere into our networks and timm's, and out again.
+
+Read are checkpoints of this project, safetensors and PyTorch files (without running code in them) of torchvision, timm,
+openmmlab (mmpretrain, openmixup) and of ports of the authors' Torch code. Written is what torchvision and timm load as it is.
+"""
+
+import dataclasses
+import io
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pipeline.audit import audit, in_one_line
+from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
+from pipeline.config import Config, DataConfig, ModelConfig, from_dict
+from pipeline.errors import UserError
+from pipeline.models import create_model
+from pipeline.models.zoo import DENSENETS
+
+METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
+NESTS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+)  # where others keep the weights among other things
+EMA_NESTS = ("state_dict_ema", "model_ema", "ema_state_dict")
+PREFIXES = re.compile(r"(module|model|_orig_mod|net|network)\.")
+
+# Names that others give to our modules.
+RENAMES = [
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), lambda m: f"{m[1]}{m[2]}."),  # torchvision before 0.3
+    (re.compile(r"backbone\.stem\.0\."), lambda m: "features.conv0."),  # openmmlab from here on
+    (re.compile(r"backbone\.stem\.1\."), lambda m: "features.norm0."),
+    (
+        re.compile(r"backbone\.stages\.(\d+)\.block\.(\d+)\."),
+        lambda m: f"features.denseblock{int(m[1]) + 1}.denselayer{int(m[2]) + 1}.",
+    ),
+    (
+        re.compile(r"backbone\.transitions\.(\d+)\.(norm|conv)\."),
+        lambda m: f"features.transition{int(m[1]) + 1}.{m[2]}.",
+    ),
+    (re.compile(r"backbone\.transitions\.\d+\.0\."), lambda m: "features.norm5."),
+    (re.compile(r"head\.fc(?:_cls)?\."), lambda m: "classifier."),
+]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network with its weights, and what is known of it.
+
+    Attributes:
+        origin: the file.
+        network: on the CPU, in evaluation mode.
+        config: the run's; of foreign weights the model and how images are prepared, all else at its default.
+        classes: names of the outputs.
+        passes: ranks times accumulation of the run, None if that is not known.
+        note: how the names of foreign weights were understood, empty for our own.
+    """
+
+    origin: str
+    network: nn.Module
+    config: Config
+    classes: tuple[str, ...]
+    passes: int | None
+    note: str = ""
+
+    @property
+    def audit(self) -> str | None:
+        """How the training differed from the paper's, None if that is not known."""
+        return None if self.passes is None else in_one_line(audit(self.config, self.passes))
+
+
+def read_weights(
+    path: str | Path, model: str | None = None, classes: tuple[str, ...] | None = None, ema: bool = False
+) -> Weights:
+    """Read weights onto the CPU, whoever has written them.
+
+    Args:
+        model: the network of foreign weights, which one of `DENSENETS` is found by itself.
+        classes: names of its outputs; those of 1000 are ImageNet's WordNet ids unless given, others are their numbers.
+        ema: take the running average of the weights where a foreign file has both.
+
+    Raises:
+        UserError: the file is missing, damaged, holds something else, or weights that do not fit the network.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
+    if is_checkpoint(content):
+        own, state = _of_checkpoint(load_checkpoint(path)), None
+    elif content[8:9] == b"{":
+        own, state = _read_safetensors(path)
+    else:
+        own, state = None, _read_torch(path, content, ema)
+    if own:
+        if model and model != own[1].model.name:
+            raise UserError(f"{path} holds weights of {own[1].model.name}, not of {model}")
+        state, config, names, passes = own
+        if classes and len(classes) != len(names):
+            raise UserError(f"{path} has {len(names)} outputs, and {len(classes)} names of classes were given")
+        network = create_model(num_classes=len(names), **dataclasses.asdict(config.model))
+        load_weights(network, state, str(path))
+        return Weights(str(path), network.eval(), config, classes or names, passes)
+    return _foreign(path, state, model, classes)
+
+
+def write_safetensors(weights: Weights, path: Path) -> None:
+    """Write weights with their configuration, class names and audit as metadata.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    about = {
+        "config": dataclasses.asdict(weights.config),
+        "classes": weights.classes,
+        "passes": weights.passes,
+        "audit": weights.audit,
+    }
+    state = {name: tensor.contiguous() for name, tensor in weights.network.state_dict().items()}
+    _write(path, save(state, metadata={"format": "pt", METADATA: json.dumps(about)}))
+
+
+def write_torch(weights: Weights, path: Path) -> None:
+    """Write the bare state dictionary for ``torch.load``; see `write_safetensors`."""
+    buffer = io.BytesIO()
+    torch.save(dict(weights.network.state_dict()), buffer)
+    _write(path, buffer.getvalue())
+
+
+def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], str]:
+    """Find each entry of a network's state dictionary in another's, each of which is used once.
+
+    By name after the known renamings, else by order if all shapes agree in it, as in ports that number their modules.
+    Counts of batches, which old files lack, are 0 then.
+
+    Returns:
+        The state dictionary with our names, and a note on how names were understood, empty if they were ours.
+
+    Raises:
+        UserError: something is left over on either side, or of another shape.
+    """
+    stripped = _strip(theirs)
+    renamed = {_rename(name): tensor for name, tensor in stripped.items()}
+    counts = {name for name in own if name.endswith("num_batches_tracked")}
+    found = {
+        name: tensor for name, tensor in renamed.items() if name in own or not name.endswith("num_batches_tracked")
+    }
+    wanted = [name for name in own if name not in counts]
+    note = "" if renamed.keys() == theirs.keys() else "names translated"
+    if not found.keys() >= set(wanted) or not own.keys() >= found.keys():
+        values = [tensor for name, tensor in stripped.items() if not name.endswith("num_batches_tracked")]
+        if [value.shape for value in values] != [own[name].shape for name in wanted]:
+            _refuse(wanted, own, found, origin)
+        found, note = dict(zip(wanted, values, strict=True)), "names unknown, matched by order and shape"
+    for name in own:
+        if name in found and found[name].shape != own[name].shape:
+            raise UserError(
+                f"{origin}: '{name}' has another shape ({tuple(found[name].shape)} there, {tuple(own[name].shape)} in the "
+                "network): another architecture or number of classes"
+            )
+    return {name: found.get(name, torch.zeros((), dtype=torch.int64)) for name in own}, note
+
+
+def _of_checkpoint(state: dict[str, Any]) -> tuple[dict[str, Tensor], Config, tuple[str, ...], int | None]:
+    config = from_dict(state["config"], "the checkpoint")
+    ranks = state.get("conditions", {}).get("ranks")
+    return state["model"], config, tuple(state["classes"]), ranks and ranks * config.optim.accumulation
+
+
+def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | None]:
+    """What a file of ours holds, as `_of_checkpoint`; or the tensors of a foreign one."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            about = (file.metadata() or {}).get(METADATA)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged, or no safetensors file ({' '.join(str(error).split())})") from None
+    if about is None:
+        return None, state
+    try:
+        about = json.loads(about)
+        config = from_dict(about["config"], str(path))
+        return (state, config, tuple(map(str, about["classes"])), about["passes"]), None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
+
+
+def _read_torch(path: Path, content: bytes, ema: bool) -> dict[str, Tensor]:
+    """The tensors of a foreign file, without running code that it may hold."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols, besides what goes wrong
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no file of weights, or holds more than tensors and plain values ({str(error).splitlines()[0]})"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is damaged, or no file of weights") from None
+    nest = next(
+        (key for key in (EMA_NESTS if ema else NESTS) if isinstance(found, dict) and isinstance(found.get(key), dict)),
+        None,
+    )
+    if ema and nest is None:
+        raise UserError(f"{path} has no running average of weights ({', '.join(EMA_NESTS)}): leave out --ema")
+    state = found[nest] if nest else found
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"{path} holds no state dictionary: nothing but tensors by name, or that under one of {', '.join(NESTS)}"
+        )
+    return state
+
+
+def _foreign(path: Path, state: dict[str, Tensor], model: str | None, classes: tuple[str, ...] | None) -> Weights:
+    outputs = next((len(tensor) for tensor in reversed(state.values()) if tensor.dim() == 2), 0)
+    if classes is None:
+        classes = imagenet_ids() if outputs == 1000 else tuple(map(str, range(outputs)))
+    elif len(classes) != outputs:
+        raise UserError(f"{path} has {outputs} outputs, and {len(classes)} names of classes were given")
+    name = model or _recognise(state, outputs, path)
+    network = create_model(name, num_classes=outputs)
+    matched, note = match(network.state_dict(), state, str(path))
+    network.load_state_dict(matched)
+    config = Config(model=ModelConfig(name=name), data=preprocessing_of(name))
+    return Weights(str(path), network.eval(), config, classes, None, note)
+
+
+def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
+    """The one of our networks that has as many and such tensors."""
+    shapes = sorted(tuple(t.shape) for name, t in state.items() if not name.endswith("num_batches_tracked"))
+    for name in DENSENETS:
+        with torch.device("meta"):
+            own = create_model(name, num_classes=outputs).state_dict()
+        if sorted(tuple(t.shape) for key, t in own.items() if not key.endswith("num_batches_tracked")) == shapes:
+            return name
+    raise UserError(f"{path} holds the weights of none of our networks: name another with --model timm:NAME")
+
+
+def preprocessing_of(name: str) -> DataConfig:
+    """How images are prepared for a network's published weights: as the paper does, or as timm's configuration says."""
+    if not name.startswith("timm:"):
+        return DataConfig()
+    import timm  # takes seconds to import
+
+    about = timm.create_model(name.removeprefix("timm:")).pretrained_cfg
+    crop = about["input_size"][1]
+    return DataConfig(
+        crop_size=crop,
+        resize_size=int(crop / about["crop_pct"]),
+        resize="pil-bilinear" if about["interpolation"] == "bilinear" else "pil-bicubic",
+        mean=about["mean"],
+        std=about["std"],
+    )
+
+
+def imagenet_ids() -> tuple[str, ...]:
+    """WordNet ids of ImageNet's 1000 classes, in the order of the outputs of everyone's networks."""
+    from timm.data import ImageNetInfo  # takes seconds to import
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries without prefixes that wrappers have put before all of them."""
+    names = list(state)
+    while all(PREFIXES.match(name) for name in names) and len({name.split(".")[0] for name in names}) == 1:
+        names = [name.split(".", 1)[1] for name in names]
+    return dict(zip(names, state.values(), strict=True))
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = pattern.sub(replacement, name, count=1)
+    return name
+
+
+def _refuse(wanted: list[str], own: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
+    lacking = [name for name in wanted if name not in found]
+    left_over = [name for name in found if name not in own]
+    parts = []
+    if lacking:
+        parts.append(f"{len(lacking)} of the network's {len(wanted)} tensors are not there, as '{lacking[0]}'")
+    if left_over:
+        parts.append(f"{len(left_over)} are left over, as '{left_over[0]}'")
+    raise UserError(f"{origin} holds the weights of another architecture: {'; '.join(parts)}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,239 @@
+"""Weights of torchvision, timm, openmmlab and ports of the Torch code, in and out again to the bit."""
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import run_module, small_config, with_random_norms
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline import trainer
+from pipeline.errors import UserError
+from pipeline.models import create_model
+from pipeline.weights import imagenet_ids, read_weights, write_safetensors, write_torch
+
+CLASSES = 7
+
+
+@pytest.fixture(scope="module")
+def theirs() -> nn.Module:
+    torch.manual_seed(0)
+    return with_random_norms(torchvision.models.densenet121(num_classes=CLASSES)).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def old_torchvision(state):
+    def rename(name):
+        for kind in ("norm", "conv"):
+            for number in "12":
+                if "denselayer" in name:
+                    name = name.replace(f".{kind}{number}.", f".{kind}.{number}.")
+        return name
+
+    return {rename(name): value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def openmmlab(state):
+    """As mmpretrain/models/backbones/densenet.py and its linear head build it."""
+    plan = [("features.conv0", "backbone.stem.0"), ("features.norm0", "backbone.stem.1")]
+    for i, layers in enumerate((6, 12, 24, 16)):
+        for j in range(layers):
+            for part in ("norm1", "conv1", "norm2", "conv2"):
+                plan.append(
+                    (f"features.denseblock{i + 1}.denselayer{j + 1}.{part}", f"backbone.stages.{i}.block.{j}.{part}")
+                )
+        if i < 3:
+            plan += [
+                (f"features.transition{i + 1}.{part}", f"backbone.transitions.{i}.{part}") for part in ("norm", "conv")
+            ]
+    plan += [("features.norm5", "backbone.transitions.3.0"), ("classifier", "head.fc")]
+    renamed = {
+        f"{there}.{leaf}": state[f"{here}.{leaf}"]
+        for here, there in plan
+        for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        if f"{here}.{leaf}" in state
+    }
+    assert len(renamed) == len(state)
+    return {"meta": {"epoch": 90}, "state_dict": renamed}
+
+
+def numbered(state):
+    """A chain of numbered modules, as converters of Torch7 models write it; such files count no batches."""
+    modules = OrderedDict()
+    for name, value in state.items():
+        if not name.endswith("num_batches_tracked"):
+            modules.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = value
+    return {f"{i}.{leaf}": value for i, module in enumerate(modules.values()) for leaf, value in module.items()}
+
+
+DRESSES = {
+    "torchvision": (lambda state: state, ""),
+    "torchvision before 0.3": (old_torchvision, "names translated"),
+    "DistributedDataParallel": (
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        "names translated",
+    ),
+    "compiled, nested": (
+        lambda state: {"epoch": 3, "model": {f"_orig_mod.{n}": v for n, v in state.items()}},
+        "names translated",
+    ),
+    "openmmlab": (openmmlab, "names translated"),
+    "numbered": (numbered, "names unknown, matched by order and shape"),
+}
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+def test_weights_of_others_give_their_logits(tmp_path, theirs, images, dress):
+    make, note = DRESSES[dress]
+    torch.save(make(theirs.state_dict()), tmp_path / "weights.pth")
+    weights = read_weights(tmp_path / "weights.pth")
+    assert (weights.config.model.name, weights.note) == ("densenet121", note)
+    assert weights.classes == tuple("0123456") and weights.passes is None
+    for name, value in theirs.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(weights.network.state_dict()[name], value), name
+    with torch.no_grad():
+        expected = theirs(images)
+        assert (weights.network(images) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_timms_weights_and_the_way_to_timm_and_back(tmp_path):
+    torch.manual_seed(0)
+    network = with_random_norms(timm.create_model("densenet121", num_classes=CLASSES))
+    torch.save({"state_dict": network.state_dict(), "arch": "densenet121"}, tmp_path / "timm.pth")
+    read = read_weights(tmp_path / "timm.pth")
+    write_safetensors(read, tmp_path / "ours.safetensors")
+    again = timm.create_model("densenet121", num_classes=CLASSES, checkpoint_path=str(tmp_path / "ours.safetensors"))
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_the_way_to_torchvision_and_back_is_exact(tmp_path):
+    torch.manual_seed(0)
+    ours = with_random_norms(create_model("densenet169", CLASSES))
+    torch.save(ours.state_dict(), tmp_path / "a.pth")
+    read = read_weights(tmp_path / "a.pth")
+    assert read.config.model.name == "densenet169"
+    write_safetensors(read, tmp_path / "b.safetensors")
+    write_torch(read, tmp_path / "b.pth")
+    for state in (load_file(tmp_path / "b.safetensors"), torch.load(tmp_path / "b.pth")):
+        theirs = torchvision.models.densenet169(num_classes=CLASSES)
+        theirs.load_state_dict(state)
+        save_file(theirs.state_dict(), tmp_path / "c.safetensors")
+        back = read_weights(tmp_path / "c.safetensors")
+        assert all(torch.equal(value, ours.state_dict()[name]) for name, value in back.network.state_dict().items())
+
+
+def test_a_runs_weights_keep_what_is_known_of_them(tmp_path):
+    config = small_config(tmp_path / "run", optim={"accumulation": 2})
+    trainer.fit(config)
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.pt"
+    done = run_module("tools.convert", checkpoint, tmp_path / "out.safetensors")
+    assert done.returncode == 0 and done.stdout.startswith("densenet_bc40_k12, 175,191 parameters, 3 classes: "), (
+        done.stderr
+    )
+    a, b = read_weights(checkpoint), read_weights(tmp_path / "out.safetensors")
+    assert (a.config, a.classes, a.passes, a.audit) == (b.config, b.classes, b.passes, b.audit)
+    assert a.config == config and a.passes == 2 and "images in a batch-norm statistic (6; paper 64)" in a.audit
+    assert all(torch.equal(value, b.network.state_dict()[name]) for name, value in a.network.state_dict().items())
+
+
+def test_running_averages_of_weights_are_taken_on_request(tmp_path, theirs):
+    average = {name: value + 1 for name, value in theirs.state_dict().items()}
+    torch.save({"state_dict": theirs.state_dict(), "state_dict_ema": average}, tmp_path / "a.pth")
+    torch.save(theirs.state_dict(), tmp_path / "b.pth")
+    state = read_weights(tmp_path / "a.pth", ema=True).network.state_dict()
+    assert torch.equal(state["classifier.bias"], average["classifier.bias"])
+    with pytest.raises(UserError, match="no running average"):
+        read_weights(tmp_path / "b.pth", ema=True)
+
+
+def test_networks_of_timm_come_with_timms_preprocessing(tmp_path):
+    name = "tf_efficientnet_lite0"
+    network = with_random_norms(timm.create_model(name))
+    values = [value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")]
+    torch.save({f"x{i}": value for i, value in enumerate(values)}, tmp_path / "a.pth")
+    weights = read_weights(tmp_path / "a.pth", f"timm:{name}")
+    data = weights.config.data
+    assert (data.mean, data.std, data.resize, data.crop_size, data.resize_size) == (
+        (0.5,) * 3, (0.5,) * 3, "pil-bicubic", 224, 256,
+    )  # fmt: skip
+    assert weights.classes[:2] == ("n01440764", "n01443537") and len(weights.classes) == 1000
+    state = weights.network.state_dict()
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in state.items() if value.dim())
+
+
+def test_imagenets_ids_are_sorted():
+    assert list(imagenet_ids()) == sorted(imagenet_ids()) and len(set(imagenet_ids())) == 1000
+
+
+class Hostile:
+    def __reduce__(self):
+        return Path.touch, (Path("hostile-was-here"),)
+
+
+def wrong_files(folder: Path, state: dict) -> dict[str, str]:
+    """File name -> what is said of it."""
+    torch.save(state, folder / "whole.pth")
+    content = (folder / "whole.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(content[: len(content) // 2])
+    (folder / "text.pth").write_text("no weights at all, but a text")
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "hostile.pth").write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    torch.save({"state_dict": Hostile()}, folder / "hostile-zip.pth")
+    save_file(state, folder / "whole.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:-5])
+    torch.save({"epoch": 3}, folder / "nothing.pth")
+    torch.save([1, 2], folder / "list.pth")
+    other = torchvision.models.resnet18(num_classes=CLASSES).state_dict()
+    torch.save(other, folder / "resnet.pth")
+    torch.save(
+        {name: value for name, value in state.items() if "denseblock4.denselayer3" not in name}, folder / "gap.pth"
+    )
+    return {
+        "none.pth": "cannot read the weights",
+        "cut.pth": "damaged, or no file of weights",
+        "text.pth": "no file of weights",
+        "empty.pth": "damaged, or no file of weights",
+        "hostile.pth": "holds more than tensors and plain values",
+        "hostile-zip.pth": "holds more than tensors and plain values",
+        "cut.safetensors": "damaged, or no safetensors file",
+        "nothing.pth": "holds no state dictionary",
+        "list.pth": "holds no state dictionary",
+        "resnet.pth": "the weights of none of our networks: name another with --model timm:NAME",
+        "gap.pth": "the weights of none of our networks",
+    }
+
+
+def test_wrong_files_get_one_line_and_run_no_code(tmp_path, monkeypatch, theirs):
+    monkeypatch.chdir(tmp_path)
+    for name, expected in wrong_files(tmp_path, theirs.state_dict()).items():
+        with pytest.raises(UserError, match=expected) as error:
+            read_weights(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not Path("hostile-was-here").exists()
+    with pytest.raises(UserError, match="10 names of classes were given"):
+        read_weights(tmp_path / "whole.pth", classes=tuple("abcdefghij"))
+    with pytest.raises(
+        UserError, match="another architecture: .* tensors are not there, as 'features.*; .* left over, as"
+    ):
+        read_weights(tmp_path / "resnet.pth", "densenet121")
+    with pytest.raises(UserError, match="4 of the network's 606 tensors are not there") as error:
+        gap = {n: v for n, v in theirs.state_dict().items() if "denseblock4.denselayer3.norm1" not in n}
+        torch.save(gap, tmp_path / "gap.pth")
+        read_weights(tmp_path / "gap.pth", "densenet121")
+    for words, expected in (
+        (("cut.pth", "out.safetensors"), "damaged"),
+        (("whole.pth", "out.txt"), "the name must end in"),
+        (("whole.pth", "out.pth", "--classes", "none"), "cannot read --classes none"),
+    ):
+        done = run_module("tools.convert", *(tmp_path / word if "." in word else word for word in words))
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,62 @@
+"""Weights of any origin as one file for all: ``python -m tools.convert WEIGHTS OUTPUT.safetensors``.
+
+Reads checkpoints of this project and the weights of torchvision, timm, openmmlab and ports of the Torch code. The file has
+torchvision's names, which torchvision and timm load as they are, and as metadata how images are prepared, the class names
+and how the training differed from the paper's. An OUTPUT.pth is a bare state dictionary for torch.load.
+"""
+
+from pathlib import Path
+
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.weights import Weights, read_weights, write_safetensors, write_torch
+from tools.facts import parameters
+
+WRITERS = {".safetensors": write_safetensors, ".pth": write_torch}
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.convert", description=__doc__)
+    add_weights_arguments(parser)
+    parser.add_argument("output", metavar="OUTPUT", help="a file that ends in .safetensors or .pth")
+    options = parser.parse_args()
+    output = Path(options.output)
+    if output.suffix not in WRITERS:
+        raise UserError(f"{output}: the name must end in {' or '.join(WRITERS)}")
+    weights = read_weights_of(options)
+    WRITERS[output.suffix](weights, output)
+    print(f"{describe(weights)}: {output}")
+
+
+def add_weights_arguments(parser: ArgumentParser) -> None:
+    """Add what `read_weights_of` reads."""
+    parser.add_argument(
+        "weights", metavar="WEIGHTS", help="a checkpoint, or a .safetensors, .pth or .pt file of anyone"
+    )
+    parser.add_argument("--model", metavar="NAME", help="network of foreign weights, as timm:resnet50 [found if ours]")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="names of the outputs, one a line [the file's, or ImageNet's]"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the running average of the weights, if a foreign file has it"
+    )
+
+
+def read_weights_of(options) -> Weights:
+    names = None
+    if options.classes:
+        try:
+            names = tuple(line.strip() for line in Path(options.classes).read_text().splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --classes {options.classes}: {error}") from None
+    return read_weights(options.weights, options.model, names, options.ema)
+
+
+def describe(weights: Weights) -> str:
+    note = f" ({weights.note})" if weights.note else ""
+    return (
+        f"{weights.config.model.name}, {parameters(weights.network):,} parameters, {len(weights.classes)} classes{note}"
+    )
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
