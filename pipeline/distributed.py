@@ -72,6 +72,14 @@ class World:
         dist.all_gather_object(values, value, group=self.hosts)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """Return every rank's `value` (picklable), by rank, on rank 0, and an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.hosts)
+        return values or []
+
     def from_main(self, make: Callable[[], Any]) -> Any:
         """Call `make` on rank 0 and return its result, or raise its `UserError`, on every rank."""
         outcome: list[Any] = [None]
@@ -167,6 +175,9 @@ def _meet(world: World) -> dict[str, Any]:
 def _is_lost_contact(error: RuntimeError) -> bool:
     """Whether another rank's end, and nothing of this rank's own, is behind this exception."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_precision(precision: str) -> None:

@@ -25,11 +25,15 @@ class Evaluation:
         score: totals over all images.
         top5: (N, 5) int64, most probable classes first (fewer columns with fewer classes).
         probability: (N) float32, softmax probability of the first.
+        losses: (N) float32, cross-entropy.
+        logits: (N, classes) float32, averaged over the views of each image; None unless asked for, and on other ranks than 0.
     """
 
     score: Score
     top5: np.ndarray
     probability: np.ndarray
+    losses: np.ndarray
+    logits: np.ndarray | None
 
 
 @torch.inference_mode()
@@ -39,8 +43,9 @@ def evaluate(
     world: World,
     average: Average = "logits",
     between_batches: Callable[[], None] = lambda: None,
+    keep_logits: bool = False,
 ) -> Evaluation:
-    """Evaluate in the precision of the weights, without autocast. Every rank must call this.
+    """Evaluate in the precision of the weights, unless the caller has entered an autocast. Every rank must call this.
 
     Args:
         average: what is averaged over the views of an image: logits, which ranks classes as the authors' Torch code
@@ -49,7 +54,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    ids, top5, probability, losses = [], [], [], []
+    ids, top5, probability, losses, logits = [], [], [], [], []
     batches = loader.batches()
     for _ in range(loader.rounds):
         between_batches()
@@ -62,8 +67,12 @@ def evaluate(
         top5.append(best.indices.cpu().numpy())
         probability.append((best.values[:, 0] - answers.logsumexp(dim=1)).exp().cpu().numpy())
         losses.append(F.cross_entropy(answers, batch.labels, reduction="none").cpu().numpy())
+        if keep_logits:
+            logits.append(answers.cpu().numpy())
     model.train(was_training)
 
+    shares = world.gather_to_main((ids, logits)) if keep_logits else []
+    all_logits = _concatenate(shares) if shares else None
     ids, top5, probability, losses = _concatenate(world.gather((ids, top5, probability, losses)))
     order = np.argsort(ids)
     if not np.array_equal(ids[order], np.arange(len(loader.index))):
@@ -76,7 +85,7 @@ def evaluate(
         top5_right=int(right.any(axis=1).sum()),
         loss_sum=float(losses.sum(dtype=np.float64)),
     )
-    return Evaluation(score, top5, probability[order])
+    return Evaluation(score, top5, probability[order], losses, all_logits[1][order] if all_logits else None)
 
 
 def _concatenate(shares: list[tuple[list[np.ndarray], ...]]) -> tuple[np.ndarray, ...]:

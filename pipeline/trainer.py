@@ -27,7 +27,7 @@ from pipeline.checkpoint import CheckpointFolder, load_weights
 from pipeline.config import Config, to_yaml
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import Batch, EvaluationLoader, Share, TrainingLoader, choose_loader
-from pipeline.distributed import World, average_in_rank_order, join_world, set_precision
+from pipeline.distributed import AUTOCAST_TYPES, World, average_in_rank_order, join_world, set_precision
 from pipeline.errors import InterruptedRunError, UserError
 from pipeline.evaluate import evaluate
 from pipeline.feature_reuse import draw_reuse, feature_reuse
@@ -42,7 +42,6 @@ from pipeline.run_dir import locked, make_run_dir, write_text
 from pipeline.stop import StopRequest
 from pipeline.watchdog import Watchdog
 
-AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRID_IMAGES = 16
 
 NEVER = 2**62  # a step that no run reaches

@@ -1,21 +1,29 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import timm.data
 import torch
 import torch7
-from conftest import run_module, small_config
+from conftest import index_of, run_module, small_config, with_random_norms
 from PIL import Image
 
-from pipeline.checkpoint import CheckpointFolder
-from pipeline.config import DataConfig
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint
+from pipeline.config import Config, DataConfig
 from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Share
 from pipeline.distributed import World
-from pipeline.evaluate import evaluate
+from pipeline.errors import UserError
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.metrics import Score
 from pipeline.models import create_model
+from pipeline.weights import Weights, imagenet_ids
+from tools.evaluate import published_errors, real_labels_score
+from tools.significance import mcnemar, wilson_interval
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 SHARE = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
@@ -116,25 +124,136 @@ def test_an_image_that_is_missing_or_doubled_is_an_error(image_folders, network)
 
 def test_the_tool_gives_the_same_result_on_1_2_and_3_ranks(image_folders, checkpoint, tmp_path):
     """11 images divide by none of them."""
-    results, predictions = [], []
+    results, answers, logits = [], [], []
     for ranks in (1, 2, 3):
-        files = ["--json", tmp_path / f"{ranks}.json", "--predictions", tmp_path / f"{ranks}.csv"]
-        done = run_module(
-            "tools.evaluate", checkpoint, "--data", image_folders, "--crops", 10, "--batch-size", 2, *files, ranks=ranks
-        )
+        words = ["--data", image_folders, "--crops", 10, "--batch-size", 2, "--report", tmp_path / f"{ranks}"]
+        done = run_module("tools.evaluate", checkpoint, *words, ranks=ranks)
         assert done.returncode == 0, done.stderr
-        results.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
-        predictions.append(list(csv.DictReader((tmp_path / f"{ranks}.csv").read_text().splitlines())))
+        (result,) = json.loads((tmp_path / f"{ranks}" / "report.json").read_text())["evaluations"]
+        results.append(result)
+        answers.append(list(csv.DictReader((tmp_path / f"{ranks}" / f"{result['name']}.csv").read_text().splitlines())))
+        logits.append(np.load(tmp_path / f"{ranks}" / f"{result['name']}.npy"))
     assert results[0]["images"] == 11 and results[0]["crops"] == 10 and results[0]["average"] == "logits"
-    for key in ("images", "top1_error", "top5_error", "top1_wrong", "top5_wrong"):
+    for key in ("images", "top1_error", "top5_error", "top1_wrong", "top5_wrong", "by_class", "confusions"):
         assert results[0][key] == results[1][key] == results[2][key]
-    assert (
-        results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6) == pytest.approx(results[2]["loss"], rel=1e-6)
-    )
-    assert len({row["answer1"] for row in predictions[0]}) > 1
-    for rows in predictions:
+    for ours in logits[1:]:
+        np.testing.assert_allclose(ours, logits[0], atol=1e-5)
+    assert len({row["answer1"] for row in answers[0]}) > 1
+    for rows in answers:
         for column in ("file", "class", "answer1", "answer2", "answer3"):
-            assert [row[column] for row in rows] == [row[column] for row in predictions[0]]
-        ours, first = ([float(row["probability"]) for row in r] for r in (rows, predictions[0]))
+            assert [row[column] for row in rows] == [row[column] for row in answers[0]]
+        ours, first = ([float(row["probability"]) for row in r] for r in (rows, answers[0]))
         assert ours == pytest.approx(first, abs=2e-6)
         assert sum(row["answer1"] != row["class"] for row in rows) == results[0]["top1_wrong"]
+    labels = [int(row["class"][-1]) for row in answers[0]]
+    assert (logits[0].argmax(axis=1) != labels).sum() == results[0]["top1_wrong"]
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits[0]), torch.tensor(labels)).item()
+    assert loss == pytest.approx(results[0]["loss"], rel=1e-5)
+
+
+def timms_preparation(name: str, index):
+    """timm's own evaluation transform of each image, (N, 3, H, W)."""
+    options = timm.data.resolve_data_config(model=timm.create_model(name))
+    transform = timm.data.create_transform(**options)
+    return torch.stack([transform(Image.open(index.file(i)).convert("RGB")) for i in range(len(index))])
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "densenet121"])
+def test_logits_are_timms(name, tmp_path, image_folders):
+    """Random weights of timm through the tool, with timm's preprocessing, against timm's transform and network."""
+    torch.manual_seed(0)
+    network = with_random_norms(timm.create_model(name, num_classes=3)).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "names.txt").write_text("class0\nclass1\nclass2\n")
+    words = [tmp_path / "weights.pth", "--data", image_folders, "--classes", tmp_path / "names.txt"]
+    words += ["--report", tmp_path / "report", "--loader", "reference"]
+    words += ["--model", f"timm:{name}"] if name != "densenet121" else ["--resize", "pil-bicubic"]
+    if name == "densenet121":  # timm's resize for it is 224 / 0.875
+        assert timm.create_model(name).pretrained_cfg["crop_pct"] == 0.875
+    done = run_module("tools.evaluate", *words)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = network(timms_preparation(name, scan_classes(image_folders / "val"))).numpy()
+    ours = np.load(tmp_path / "report" / "weights.npy")
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path):
+    """The second answers always class0."""
+    state = load_checkpoint(checkpoint)
+    state["model"]["classifier.weight"].zero_()
+    state["model"]["classifier.bias"].copy_(torch.tensor([3.0, 2, 1]))
+    state["config"]["published"] = {"source": "someone", "top1": 12.5, "top5": 1.5}
+    fixed = CheckpointFolder(tmp_path / "fixed" / "checkpoints")
+    fixed.last.parent.mkdir(parents=True)
+    fixed.save(state, best=False)
+    done = run_module(
+        "tools.evaluate", checkpoint, fixed.last, "--data", image_folders, "--report", tmp_path / "report"
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "report" / "report.json").read_text())
+    first, second = summary["evaluations"]
+    assert second["name"] == "fixed-last" and second["top1_wrong"] == 7 and second["top5_wrong"] == 0
+    assert second["top1_interval"] == pytest.approx((35.38, 84.83), abs=0.01)  # 7 of 11
+    assert second["by_class"][0] == {"class": "class0", "images": 4, "top1_error": 0, "top5_error": 0}
+    assert second["confusions"] == [
+        {"class": "class1", "answer": "class0", "images": 4},
+        {"class": "class2", "answer": "class0", "images": 3},
+    ]
+    assert second["published"] == [{"source": "someone", "top1_error": 12.5, "top5_error": 1.5}]
+    rows = [
+        list(csv.DictReader((tmp_path / "report" / f"{result['name']}.csv").read_text().splitlines()))
+        for result in (first, second)
+    ]
+    wrong = [[row["answer1"] != row["class"] for row in table] for table in rows]
+    (comparison,) = summary["comparisons"]
+    only_first, only_second = (sum(x and not y for x, y in zip(*pair, strict=True)) for pair in (wrong, wrong[::-1]))
+    assert (comparison["only_a_wrong"], comparison["only_b_wrong"]) == (only_first, only_second)
+    text, page = (tmp_path / "report" / "report.md").read_text(), (tmp_path / "report" / "report.html").read_text()
+    assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
+    assert page.count("<img src=") == sum(map(sum, wrong)) and "class0 (67 %), is class1" in page
+    assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in done.stdout and "(McNemar)" in done.stdout
+
+
+def test_intervals_and_comparisons_are_the_textbooks():
+    low, high = wilson_interval(10, 50)
+    assert (low, high) == pytest.approx((11.244, 33.037), abs=1e-3)  # R's binom.confint(10, 50, methods="wilson")
+    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(100)
+    assert mcnemar(0, 0) == 1 and mcnemar(5, 5) == 1
+    assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)  # two tails of the binomial distribution
+
+
+def test_real_labels_judge_by_any_label_and_pass_over_images_without(tmp_path):
+    labels = json.loads(Path(timm.data.__file__).with_name("_info").joinpath("imagenet_real_labels.json").read_text())
+    without = next(i for i, right in enumerate(labels) if not right)
+    several = [i for i, right in enumerate(labels) if len(right) > 1][:3]
+    numbers = [i + 1 for i in (*several, without)]
+    answers = [labels[several[0]][0], max(labels[several[1]]) - 1000, labels[several[2]][-1], 7]
+    index = dataclasses.replace(
+        index_of([(9, 9)] * 4),
+        names=tuple(f"n01/ILSVRC2012_val_{number:08d}.JPEG" for number in numbers),
+        classes=imagenet_ids(),
+    )
+    top5 = np.array(answers)[:, None] + np.arange(5)
+    zeros = np.zeros(4, np.float32)
+    evaluation = Evaluation(Score(4, 0, 0, 0.0), top5, zeros, zeros, None)
+    assert real_labels_score(evaluation, index)["images"] == 3
+    assert real_labels_score(evaluation, index)["top1_error"] == pytest.approx(100 / 3)
+    assert real_labels_score(evaluation, dataclasses.replace(index, classes=("a",) * 1000)) is None
+
+
+def test_published_errors_stand_beside_networks_of_imagenet():
+    weights = Weights("x", torch.nn.Identity(), Config(), imagenet_ids(), None)
+    assert [(row["source"], row["top1_error"]) for row in published_errors(weights, 1)] == [
+        ("the paper", 25.02),
+        ("openmixup", 25.04),
+    ]
+    assert published_errors(weights, 10) == [{"source": "the paper", "top1_error": 23.61, "top5_error": 6.66}]
+    assert published_errors(dataclasses.replace(weights, classes=("a", "b")), 1) == []
+
+
+def test_classes_are_matched_by_letters_and_digits(image_folders):
+    index = scan_classes(image_folders / "val")
+    assert index.with_classes(("Class-2", "CLASS 0", "class1")).labels.tolist() == [(k + 1) % 3 for k in index.labels]
+    with pytest.raises(UserError, match="the class 'class0' is none of the network's"):
+        index.with_classes(("class-0", "Class0", "class1", "class2"))  # which of the two?

@@ -3,8 +3,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 import torch7
 from conftest import index_of
+from torchvision import transforms
 
 from pipeline.config import DataConfig
 from pipeline.data import plan as planning
@@ -224,3 +226,24 @@ def test_evaluation_crops_are_the_torch_codes(size):
         for (top, left), mirrored, view in zip(plan.offsets[0], plan.mirrors[0], expected, strict=True):
             ours = image[top : top + 224, left : left + 224]
             np.testing.assert_array_equal(ours[:, ::-1] if mirrored else ours, view)
+
+
+@pytest.mark.parametrize("crops", [1, 10])
+def test_evaluation_crops_with_pillows_filters_are_torchvisions(crops):
+    """Odd and even differences, and sizes at which the two rules of truncation could part."""
+    sizes = [(375, 500), (500, 333), (261, 256), (256, 263), (301, 499), (49, 52), (55, 45)]
+    config = DataConfig(resize="pil-bicubic")
+    plans = evaluation_plans(index_of(sizes), config, crops=crops, batch_size=1, rank=0, ranks=1)
+    for size, plan in zip(sizes, plans, strict=True):
+        rows, columns = np.mgrid[: size[0], : size[1]]
+        places = torch.from_numpy(np.stack([rows, columns, rows * 0]))
+        resized = transforms.Resize(256, transforms.InterpolationMode.NEAREST)(places)
+        assert plan.sizes[0].tolist() == list(resized.shape[1:])
+        rows, columns = np.mgrid[: resized.shape[1], : resized.shape[2]]
+        places = torch.from_numpy(np.stack([rows, columns, rows * 0]))
+        expected = [transforms.CenterCrop(224)(places)] if crops == 1 else transforms.TenCrop(224)(places)
+        ours = []
+        for (top, left), mirrored in zip(plan.offsets[0], plan.mirrors[0], strict=True):
+            view = places[:, top : top + 224, left : left + 224]
+            ours.append(view.flip(2) if mirrored else view)
+        assert {view.numpy().tobytes() for view in ours} == {view.contiguous().numpy().tobytes() for view in expected}

@@ -5,6 +5,7 @@ torchvision's names, which torchvision and timm load as they are, and as metadat
 and how the training differed from the paper's. An OUTPUT.pth is a bare state dictionary for torch.load.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
@@ -22,16 +23,15 @@ def main() -> None:
     output = Path(options.output)
     if output.suffix not in WRITERS:
         raise UserError(f"{output}: the name must end in {' or '.join(WRITERS)}")
-    weights = read_weights_of(options)
+    weights = read_weights_of(options, options.weights)
     WRITERS[output.suffix](weights, output)
     print(f"{describe(weights)}: {output}")
 
 
-def add_weights_arguments(parser: ArgumentParser) -> None:
+def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None:
     """Add what `read_weights_of` reads."""
-    parser.add_argument(
-        "weights", metavar="WEIGHTS", help="a checkpoint, or a .safetensors, .pth or .pt file of anyone"
-    )
+    text = "a checkpoint, or a .safetensors, .pth or .pt file of anyone"
+    parser.add_argument("weights", nargs="+" if several else None, metavar="WEIGHTS", help=text)
     parser.add_argument("--model", metavar="NAME", help="network of foreign weights, as timm:resnet50 [found if ours]")
     parser.add_argument(
         "--classes", metavar="FILE", help="names of the outputs, one a line [the file's, or ImageNet's]"
@@ -41,14 +41,15 @@ def add_weights_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def read_weights_of(options) -> Weights:
+def read_weights_of(options: Namespace, file: str) -> Weights:
+    """Read one of the files that the command line names."""
     names = None
     if options.classes:
         try:
             names = tuple(line.strip() for line in Path(options.classes).read_text().splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --classes {options.classes}: {error}") from None
-    return read_weights(options.weights, options.model, names, options.ema)
+    return read_weights(file, options.model, names, options.ema)
 
 
 def describe(weights: Weights) -> str:

@@ -64,7 +64,7 @@ def _evaluate(torchrun: list[str], checkpoint: Path, data: Path, crops: int, dev
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         arguments = [checkpoint, "--data", data, "--crops", crops, "--device", device, "--json", file.name]
         _run([*torchrun, "-m", "tools.evaluate", *map(str, arguments)])
-        return json.load(file)
+        return json.load(file)["evaluations"][0]
 
 
 def _run(command: list[str]) -> None:

@@ -1,48 +1,84 @@
-"""Evaluate a network: ``python -m tools.evaluate WEIGHTS --data DIR [--crops 10]``, also under torchrun.
+"""Evaluate networks: ``python -m tools.evaluate WEIGHTS ... --data DIR [--crops 10]``, also under torchrun.
 
-Everything about the images (crop and resize sizes, resize filter, mean and standard deviation) is as the
-weights' run had it unless given here.
+WEIGHTS are checkpoints of this project or files of torchvision, timm or openmmlab. Everything about the images (crop and
+resize sizes, resize filter, mean and standard deviation) is as the weights' run had it unless given here. Several networks
+are compared on the same images.
 """
 
 import argparse
-import csv
 import dataclasses
+import itertools
 import json
+import re
+import time
 import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from pipeline.config import Config, DataConfig, Dataset, from_dict
+from pipeline.config import Config, DataConfig, Dataset, Precision, Resize, from_dict
 from pipeline.data.arrays import index_arrays
 from pipeline.data.index import ArraySource, DatasetIndex, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Share, choose_loader
-from pipeline.distributed import World, join_world, set_precision
+from pipeline.distributed import AUTOCAST_TYPES, World, join_world, set_precision
 from pipeline.errors import ArgumentParser, LocalUserError, UserError, exit_on_user_error, positive_integer
-from pipeline.evaluate import Evaluation, evaluate
-from pipeline.weights import Weights
+from pipeline.evaluate import Average, Evaluation, evaluate
+from pipeline.weights import Weights, imagenet_ids
+from tools import published
 from tools.convert import add_weights_arguments, read_weights_of
+from tools.evaluation_report import to_text, write_report
+from tools.facts import multiply_accumulates, on_meta, parameters
+from tools.significance import mcnemar, wilson_interval
+
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
+CONFUSIONS = 20  # pairs of classes that are named
 
 
 def main() -> None:
     options = _parser().parse_args()
     with join_world(options.device) as world:
-        weights = world.from_main(lambda: read_weights_of(options))
-        if weights.note and world.is_main:
-            print(f"{options.weights}: {weights.note}")
         if world.is_main:
-            _check_writable(options.json, options.predictions)
-        data = _data_config(weights.config, options)
-        network = weights.network.to(world.device, memory_format=torch.channels_last)
-        set_precision("fp32")
+            _check_writable(options)
+        names = _names(options.weights)
+        found = [evaluate_file(file, name, options, world) for file, name in zip(options.weights, names, strict=True)]
+        if world.is_main:
+            results, evaluations, indexes = ([entry[i] for entry in found] for i in range(3))
+            summary = {"evaluations": results, "comparisons": compare(results, evaluations, indexes)}
+            print(to_text(summary))
+            if options.json:
+                Path(options.json).write_text(json.dumps(summary, indent=2) + "\n")
+            if options.report:
+                write_report(Path(options.report), summary, evaluations, indexes)
 
-        index = world.from_main(lambda: open_images(data, options.labels, weights.classes))
-        share = Share(world.rank, world.size, world.device, world.cores)
-        loader = EvaluationLoader(index, data, share, batch_size=options.batch_size, crops=options.crops)
-        evaluation = evaluate(network, loader, world, options.average)
-        if world.is_main:
-            report(evaluation, weights, data, index, options, world)
+
+def evaluate_file(
+    file: str, name: str, options: argparse.Namespace, world: World
+) -> tuple[dict[str, Any], Evaluation, DatasetIndex]:
+    """Evaluate one file of weights; return what there is to say of it on rank 0, the answers and the images."""
+    weights = world.from_main(lambda: read_weights_of(options, file))
+    data = data_config(weights.config, options)
+    index = world.from_main(lambda: open_images(data, options.labels, weights.classes))
+    share = Share(world.rank, world.size, world.device, world.cores)
+    loader = EvaluationLoader(index, data, share, batch_size=options.batch_size, crops=options.crops)
+
+    network = weights.network.to(world.device, memory_format=torch.channels_last)
+    set_precision(options.precision)
+    dtype = AUTOCAST_TYPES.get(options.precision)
+    start = time.perf_counter()
+    with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
+        evaluation = evaluate(
+            torch.compile(network) if options.compile else network,
+            loader,
+            world,
+            options.average,
+            keep_logits=bool(options.report),
+        )
+    seconds = time.perf_counter() - start
+    result = describe(weights, data, index, evaluation, options) if world.is_main else {}
+    result |= {"name": name, "weights": file, "ranks": world.size, "images_per_second": len(index) / seconds}
+    return result, evaluation, index
 
 
 def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
@@ -62,83 +98,156 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     return scan_classes(folder, progress=True).with_classes(classes)
 
 
-def report(
-    evaluation: Evaluation,
-    weights: Weights,
-    data: DataConfig,
-    index: DatasetIndex,
-    options: argparse.Namespace,
-    world: World,
-) -> None:
-    """Print the errors, and write the files that were asked for."""
-    score, config, published = evaluation.score, weights.config, weights.config.published
-    suffix = "_10crop" if options.crops == 10 else ""
-    result: dict[str, Any] = {
-        "weights": options.weights,
+def describe(
+    weights: Weights, data: DataConfig, index: DatasetIndex, evaluation: Evaluation, options: argparse.Namespace
+) -> dict[str, Any]:
+    """All that is reported of one network but its speed."""
+    score, config = evaluation.score, weights.config
+    wrong = [score.images - score.top1_right, score.images - score.top5_right]
+    spec = dataclasses.asdict(config.model) | {"dense_block": "plain", "num_classes": len(weights.classes)}
+    return {
         "model": config.model.name,
+        "note": weights.note,
+        "parameters": parameters(weights.network),
+        "multiply_accumulates": multiply_accumulates(on_meta(_build, spec), data.crop_size),
         "data": index.root,
         "images": score.images,
         "classes": len(index.classes),
         "classes_present": len(set(index.labels.tolist())),
         "crops": options.crops,
         "average": options.average,
+        "precision": options.precision,
         "resize": data.resize,
         "resize_size": data.resize_size,
         "crop_size": data.crop_size,
         "loader": choose_loader(data),
         "top1_error": score.top1_error,
         "top5_error": score.top5_error,
-        "top1_wrong": score.images - score.top1_right,
-        "top5_wrong": score.images - score.top5_right,
+        "top1_wrong": wrong[0],
+        "top5_wrong": wrong[1],
+        "top1_interval": wilson_interval(wrong[0], score.images),
+        "top5_interval": wilson_interval(wrong[1], score.images),
         "loss": score.loss,
-        "published": {
-            "source": published.source,
-            "top1_error": getattr(published, "top1" + suffix),
-            "top5_error": getattr(published, "top5" + suffix),
-        },
+        "real": real_labels_score(evaluation, index),
+        "published": published_errors(weights, options.crops),
+        "training": weights.audit,
+        **by_class(evaluation, index),
     }
-    views = "1 crop" if options.crops == 1 else f"10 crops ({options.average} averaged)"
-    print(
-        f"{config.model.name}, {views}, {data.resize} resize to {data.resize_size}, crop {data.crop_size}, "
-        f"{result['loader']} loader, {world.size} rank{'s' if world.size > 1 else ''}\n"
-        f"top-1 error {score.top1_error:.2f} %  ({result['top1_wrong']} of {score.images} wrong)\n"
-        f"top-5 error {score.top5_error:.2f} %  ({result['top5_wrong']} of {score.images} wrong)"
-    )
-    if result["classes_present"] < len(index.classes):
-        print(f"images of {result['classes_present']} of the {len(index.classes)} classes")
-    if result["published"]["top1_error"] is not None:
-        print(f"{published.source or 'published'}: top-1 error {result['published']['top1_error']} %")
-    if weights.audit:
-        print(f"training: {weights.audit}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    if options.predictions:
-        _write_predictions(Path(options.predictions), evaluation, index)
 
 
-def _write_predictions(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
-    """One CSV line an image: file, its class, the probability of the first answer, and the answers in order."""
-    with open(file, "w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["file", "class", "probability", *(f"answer{i + 1}" for i in range(evaluation.top5.shape[1]))])
-        for path, label, probability, top5 in zip(
-            index.names, index.labels, evaluation.probability, evaluation.top5, strict=True
-        ):
-            answers = [index.classes[k] for k in top5]
-            writer.writerow([path, index.classes[label], f"{probability:.6f}", *answers])
+def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict[str, Any]]]:
+    """Errors of each class that occurs, and the commonest confusions of two classes."""
+    labels, answers, names = index.labels, evaluation.top5[:, 0], index.classes
+    images = np.bincount(labels, minlength=len(names))
+    wrong = np.bincount(labels[answers != labels], minlength=len(names))
+    wrong5 = np.bincount(labels[(evaluation.top5 != labels[:, None]).all(axis=1)], minlength=len(names))
+    pairs, counts = np.unique(np.stack([labels, answers])[:, answers != labels], axis=1, return_counts=True)
+    commonest = np.argsort(-counts, kind="stable")[:CONFUSIONS]
+    return {
+        "by_class": [
+            {
+                "class": names[k],
+                "images": int(images[k]),
+                "top1_error": 100 * wrong[k] / images[k],
+                "top5_error": 100 * wrong5[k] / images[k],
+            }
+            for k in np.flatnonzero(images).tolist()
+        ],
+        "confusions": [
+            {"class": names[pairs[0, i]], "answer": names[pairs[1, i]], "images": int(counts[i])} for i in commonest
+        ],
+    }
 
 
-def _data_config(config: Config, options: argparse.Namespace) -> DataConfig:
-    names = ("dataset", "resize", "resize_size", "crop_size", "loader", "threads")
+def real_labels_score(evaluation: Evaluation, index: DatasetIndex) -> dict[str, Any] | None:
+    """Top-1 error by the ReaL labels (Beyer et al. 2020), any of which is right and of which some images have none.
+
+    None if these are not ImageNet's validation images by their own names.
+    """
+    numbers = [VALIDATION_NAME.search(name) for name in index.names]
+    if not all(numbers) or index.classes != imagenet_ids():
+        return None
+    import timm.data  # takes seconds to import
+
+    labels = json.loads(Path(timm.data.__file__).with_name("_info").joinpath("imagenet_real_labels.json").read_text())
+    judged = [
+        (answer in right)
+        for number, answer in zip(numbers, evaluation.top5[:, 0].tolist(), strict=True)
+        if (right := labels[int(number[1]) - 1])
+    ]
+    wrong = len(judged) - sum(judged)
+    if not judged:
+        return None
+    return {
+        "images": len(judged),
+        "top1_error": 100 * wrong / len(judged),
+        "interval": wilson_interval(wrong, len(judged)),
+    }
+
+
+def published_errors(weights: Weights, crops: int) -> list[dict[str, Any]]:
+    """What others report for this network: what the run's configuration says; on ImageNet the paper's and openmixup's."""
+    own, name = weights.config.published, weights.config.model.name
+    suffix = "_10crop" if crops == 10 else ""
+    rows = [(own.source or "published", (getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")))]
+    if weights.classes == imagenet_ids():
+        if own.source is None:
+            rows.append(("the paper", published.DENSENETS_ON_IMAGENET[crops].get(name, (None, None))))
+        if crops == 1:
+            rows.append(("openmixup", published.OPENMIXUP_ON_IMAGENET.get(name, (None, None))))
+    return [
+        {"source": source, "top1_error": top1, "top5_error": top5} for source, (top1, top5) in rows if top1 is not None
+    ]
+
+
+def compare(
+    results: list[dict[str, Any]], evaluations: list[Evaluation], indexes: list[DatasetIndex]
+) -> list[dict[str, Any]]:
+    """Each two networks on the same images, whose classes must have the same names."""
+    rows = []
+    for a, b in itertools.combinations(range(len(results)), 2):
+        if indexes[a].names != indexes[b].names:
+            raise UserError(
+                f"{results[a]['weights']} and {results[b]['weights']} were not evaluated on the same images"
+            )
+        wrong = [evaluations[i].top5[:, 0] != indexes[i].labels for i in (a, b)]
+        only_a, only_b = int((wrong[0] & ~wrong[1]).sum()), int((wrong[1] & ~wrong[0]).sum())
+        rows.append(
+            {
+                "a": results[a]["name"],
+                "b": results[b]["name"],
+                "only_a_wrong": only_a,
+                "only_b_wrong": only_b,
+                "p": mcnemar(only_a, only_b),
+            }
+        )
+    return rows
+
+
+def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
+    names = ("dataset", "resize", "resize_size", "crop_size", "mean", "std", "loader", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     tree = dataclasses.asdict(config)
-    tree["data"] |= {"dir": options.data, **given}
+    tree["data"] |= {"dir": options.data, "holdout": 0, **given}
     return from_dict(tree, "the command line").data
 
 
-def _check_writable(*paths: str | None) -> None:
+def _build(spec: dict[str, Any]) -> torch.nn.Module:
+    from pipeline.models import create_model
+
+    return create_model(**spec)
+
+
+def _names(files: list[str]) -> list[str]:
+    """A short name for each file: its own, of a run's checkpoints with the run's before it; numbered if that is not enough."""
+    paths = [Path(file).resolve() for file in files]
+    names = [f"{p.parent.parent.name}-{p.stem}" if p.parent.name == "checkpoints" else p.stem for p in paths]
+    return [f"{name}-{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _check_writable(options: argparse.Namespace) -> None:
     """Refuse output files that cannot be written before the work, not after it."""
-    for path in filter(None, paths):
+    for path in filter(None, (options.json, options.report and f"{options.report}/report.json")):
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             open(path, "a").close()
@@ -146,30 +255,45 @@ def _check_writable(*paths: str | None) -> None:
             raise LocalUserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def _rgb(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split(","))
+    return values * 3 if len(values) == 1 else values
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
-    add_weights_arguments(parser)
+    add_weights_arguments(parser, several=True)
     parser.add_argument("--data", metavar="DIR", required=True, help="class folders, or a data set with val/ in it")
     parser.add_argument("--dataset", choices=typing.get_args(Dataset), help="what DIR holds [as the run's data.dir]")
     parser.add_argument("--labels", metavar="FILE", help="label file, if DIR is a flat folder of images")
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(
         "--average",
-        choices=("logits", "softmax"),
+        choices=typing.get_args(Average),
         default="logits",
         help="over ten crops; the paper's code: logits [logits]",
     )
-    parser.add_argument("--resize", choices=("torch", "pil-bilinear", "pil-bicubic"), help="resize filter [the run's]")
+    parser.add_argument("--resize", choices=typing.get_args(Resize), help="resize filter [the run's]")
     parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side after the resize [the run's]")
     parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of a crop [the run's]")
+    parser.add_argument("--mean", type=_rgb, metavar="R,G,B", help="mean that is subtracted, in [0, 1] [the run's]")
+    parser.add_argument("--std", type=_rgb, metavar="R,G,B", help="standard deviation that divides [the run's]")
     parser.add_argument(
         "--batch-size", type=positive_integer, metavar="N", default=32, help="images at once on each rank [32]"
     )
+    parser.add_argument(
+        "--precision", choices=typing.get_args(Precision), default="fp32", help="autocast to bf16 or fp16 [fp32]"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="loader threads of each rank [all cores]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
-    parser.add_argument("--predictions", metavar="FILE", help="write each image's predicted classes as CSV")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write results as JSON, Markdown and a page with the worst mistakes, and each image's answers and logits",
+    )
     return parser
 
 

@@ -171,7 +171,8 @@ def draw_imagenet(runs: list[Run]) -> Figure:
     """Error against parameters and against multiply-accumulates, of the paper's networks and of our runs."""
     import torchvision  # takes seconds
 
-    densenets, resnets = published.DENSENETS_ON_IMAGENET, published.RESNETS_ON_IMAGENET
+    densenets = {name: errors[0] for name, errors in published.DENSENETS_ON_IMAGENET[1].items()}
+    resnets = published.RESNETS_ON_IMAGENET
     series = [
         ("DenseNet, paper", "o", [(name, on_meta(create_model, name, dense_block="plain")) for name in densenets]),
         ("ResNet, fb.resnet.torch", "^", [(name, on_meta(getattr(torchvision.models, name))) for name in resnets]),

@@ -1,4 +1,4 @@
-"""Errors in percent that others have published, to draw our own runs among."""
+"""What others have published, to show our own runs beside: errors in percent."""
 
 # The paper's Table 2: C10, C10+, C100, C100+, SVHN.
 COLUMNS = ("C10", "C10+", "C100", "C100+", "SVHN")
@@ -13,6 +13,29 @@ DENSENETS_ON_SMALL_IMAGES = {
 # Pre-activation ResNets by depth, as Table 2 quotes them: millions of parameters, C10+, C100+.
 RESNETS_ON_SMALL_IMAGES = {164: (1.7, 5.46, 24.33), 1001: (10.2, 4.62, 22.71)}
 
-# ImageNet validation, top-1, one crop: the paper's Table 3, and the ResNets of fb.resnet.torch's README, which Figure 3 shows.
-DENSENETS_ON_IMAGENET = {"densenet121": 25.02, "densenet169": 23.80, "densenet201": 22.58, "densenet264": 22.15}
+# ImageNet's validation images, top-1 and top-5: the paper's Table 3 by number of crops; the accuracies of openmixup's page,
+# of the same weights as torchvision's; and one crop of the ResNets of fb.resnet.torch's README, which Figure 3 shows.
+DENSENETS_ON_IMAGENET = {
+    1: {
+        "densenet121": (25.02, 7.71),
+        "densenet169": (23.80, 6.85),
+        "densenet201": (22.58, 6.34),
+        "densenet264": (22.15, 6.12),
+    },
+    10: {
+        "densenet121": (23.61, 6.66),
+        "densenet169": (22.08, 5.92),
+        "densenet201": (21.46, 5.54),
+        "densenet264": (20.80, 5.29),
+    },
+}
+OPENMIXUP_ON_IMAGENET = {
+    name: (round(100 - top1, 2), round(100 - top5, 2))
+    for name, top1, top5 in (
+        ("densenet121", 74.96, 92.21),
+        ("densenet169", 76.08, 93.11),
+        ("densenet201", 77.32, 93.64),
+        ("densenet161", 77.61, 93.83),
+    )
+}
 RESNETS_ON_IMAGENET = {"resnet34": 26.73, "resnet50": 24.01, "resnet101": 22.44, "resnet152": 22.16}

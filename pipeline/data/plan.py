@@ -11,7 +11,7 @@ whose training and evaluation transforms the authors used.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -145,8 +145,11 @@ def _training_batch(
 
 
 def _evaluation_batch(index: DatasetIndex, config: DataConfig, ids: np.ndarray, crops: int) -> BatchPlan:
-    sizes = _short_side_to(index.sizes[ids], config.resize_size)
-    views = [_views(size, config.crop_size, crops) for size in sizes]
+    if config.resize == "torch":
+        sizes, centre = _short_side_to(index.sizes[ids], config.resize_size), _centre
+    else:  # as torchvision and timm, whose filters those are
+        sizes, centre = _short_side_to_as_torchvision(index.sizes[ids], config.resize_size), _centre_as_torchvision
+    views = [_views(size, config.crop_size, crops, centre) for size in sizes]
     n = len(ids)
     color, shift = _normalisation(config)
     return BatchPlan(
@@ -189,14 +192,24 @@ def _short_side_to(sizes: np.ndarray, short: int) -> np.ndarray:
     return np.stack([new_height, new_width], axis=1).astype(np.int32)
 
 
+def _short_side_to_as_torchvision(sizes: np.ndarray, short: int) -> np.ndarray:
+    """As `_short_side_to`, but for rounding in the last bit (torchvision/transforms/functional.py, resize)."""
+    sides = sizes.astype(np.int64)
+    return (short * sides / sides.min(axis=1, keepdims=True)).astype(np.int32)
+
+
 def _centre(length: int, crop: int) -> int:
     return math.ceil((length - crop) / 2)
 
 
-def _views(size: np.ndarray, crop: int, crops: int) -> list[tuple[int, int, bool]]:
+def _centre_as_torchvision(length: int, crop: int) -> int:
+    return round((length - crop) / 2)  # halves to even
+
+
+def _views(size: np.ndarray, crop: int, crops: int, centre: Callable[[int, int], int]) -> list[tuple[int, int, bool]]:
     """(top, left, mirrored) of the centre crop, or of the ten: centre and corners of the image and of its mirror image."""
     bottom, right = int(size[0]) - crop, int(size[1]) - crop
-    middle = (_centre(int(size[0]), crop), _centre(int(size[1]), crop))
+    middle = (centre(int(size[0]), crop), centre(int(size[1]), crop))
     if crops == 1:
         return [(*middle, False)]
     places = [middle, (0, 0), (0, right), (bottom, 0), (bottom, right)]

@@ -1,0 +1,191 @@
+"""What tools/evaluate.py found, as text, Markdown, JSON and a page with pictures."""
+
+import base64
+import csv
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.decoding import decode
+from pipeline.data.index import DatasetIndex
+from pipeline.data.reader import Reader
+from pipeline.evaluate import Evaluation
+from tools.measuring import table
+
+WORST = 24  # mistakes that are shown as pictures
+THUMBNAIL = 160  # pixels
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left }
+.mistakes { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 170px } img { max-width: 100% }
+figcaption { font-size: 12px; overflow-wrap: anywhere }
+"""
+
+
+def to_text(summary: dict[str, Any]) -> str:
+    """What the command prints."""
+    lines = [line for result in summary["evaluations"] for line in _lines(result)]
+    if len(summary["evaluations"]) > 1:
+        lines += ["", *overview(summary["evaluations"])]
+    return "\n".join([*lines, *(_comparison(row) for row in summary["comparisons"])])
+
+
+def write_report(
+    folder: Path, summary: dict[str, Any], evaluations: list[Evaluation], indexes: list[DatasetIndex]
+) -> None:
+    """Write report.json, report.md and report.html, and NAME.csv and NAME.npy with each image's answers and logits."""
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "report.md").write_text(to_markdown(summary))
+    for result, evaluation, index in zip(summary["evaluations"], evaluations, indexes, strict=True):
+        write_answers(folder / f"{result['name']}.csv", evaluation, index)
+        np.save(folder / f"{result['name']}.npy", evaluation.logits)
+    (folder / "report.html").write_text(to_html(summary, evaluations, indexes))
+    print(f"report: {folder / 'report.html'}")
+
+
+def overview(results: list[dict[str, Any]]) -> list[str]:
+    """A table with a row for each network and for each published figure of it."""
+    rows = []
+    for r in results:
+        size = [f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_accumulates'] / 1e9:.2f}"]
+        real = f"{r['real']['top1_error']:.2f}" if r["real"] else ""
+        own = [_with_interval(r[f"top{k}_error"], r[f"top{k}_interval"]) for k in (1, 5)]
+        rows.append([r["name"], r["model"], *size, *own, real])
+        for p in r["published"]:
+            top5 = "" if p["top5_error"] is None else f"{p['top5_error']:.2f}"
+            rows.append([f"  {p['source']}", r["model"], *size, f"{p['top1_error']:.2f}", top5, ""])
+    titles = [
+        "weights",
+        "model",
+        "M params",
+        "GMACs",
+        "top-1 error, % (95 %)",
+        "top-5 error, % (95 %)",
+        "ReaL error, %",
+    ]
+    return table(titles, rows, 2)
+
+
+def to_markdown(summary: dict[str, Any]) -> str:
+    first = summary["evaluations"][0]
+    lines = [
+        "# Evaluation",
+        "",
+        f"{first['images']:,} images of {first['data']}.",
+        "",
+        *overview(summary["evaluations"]),
+        "",
+    ]
+    lines += [f"- {_comparison(row)}" for row in summary["comparisons"]]
+    for result in summary["evaluations"]:
+        lines += ["", f"## {result['name']}", "", *(f"- {line}" for line in _lines(result)), "", "### Classes", ""]
+        lines += [*table(*_class_table(result), 1), "", "### Commonest confusions", ""]
+        lines += table(*_confusion_table(result), 2)
+    return "\n".join(lines) + "\n"
+
+
+def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: list[DatasetIndex]) -> str:
+    """One page, with its pictures in it."""
+    titles, _, *rows = (
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in overview(summary["evaluations"])
+    )
+    parts = ["<h1>Evaluation</h1>", _html_table(titles, rows)]
+    parts += [f"<p>{html.escape(_comparison(row))}</p>" for row in summary["comparisons"]]
+    for result, evaluation, index in zip(summary["evaluations"], evaluations, indexes, strict=True):
+        parts.append(f"<h2>{html.escape(result['name'])}</h2>")
+        parts += [f"<p>{html.escape(line)}</p>" for line in _lines(result)]
+        parts += ["<h3>Worst mistakes</h3>", f'<div class="mistakes">{_pictures(evaluation, index)}</div>']
+        parts += ["<h3>Commonest confusions</h3>", _html_table(*_confusion_table(result))]
+        parts += ["<h3>Classes</h3>", _html_table(*_class_table(result))]
+    head = f'<meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n'
+
+
+def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
+    """One CSV line an image: file, its class, the probability of the first answer, the loss, and the answers in order."""
+    with open(file, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        answers = [f"answer{i + 1}" for i in range(evaluation.top5.shape[1])]
+        writer.writerow(["file", "class", "probability", "loss", *answers])
+        columns = (index.names, index.labels, evaluation.probability, evaluation.losses, evaluation.top5)
+        for name, label, probability, loss, top5 in zip(*columns, strict=True):
+            named = [index.classes[k] for k in top5]
+            writer.writerow([name, index.classes[label], f"{probability:.6f}", f"{loss:.6f}", *named])
+
+
+def _lines(r: dict[str, Any]) -> list[str]:
+    views = "1 crop" if r["crops"] == 1 else f"10 crops ({r['average']} averaged)"
+    lines = [
+        f"{r['model']}, {views}, {r['resize']} resize to {r['resize_size']}, crop {r['crop_size']}, {r['loader']} loader, "
+        f"{r['precision']}, {r['ranks']} rank{'s' if r['ranks'] > 1 else ''}, {r['images_per_second']:.1f} images/s",
+        *(
+            f"top-{k} error {r[f'top{k}_error']:.2f} %  ({r[f'top{k}_wrong']} of {r['images']} wrong; 95 % interval "
+            f"{r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
+            for k in (1, 5)
+        ),
+    ]
+    if r["real"]:
+        lines.append(f"top-1 error {r['real']['top1_error']:.2f} % by the ReaL labels of {r['real']['images']} images")
+    if r["classes_present"] < r["classes"]:
+        lines.append(f"images of {r['classes_present']} of the {r['classes']} classes")
+    for p in r["published"]:
+        top5 = "" if p["top5_error"] is None else f", top-5 error {p['top5_error']} %"
+        lines.append(f"{p['source']}: top-1 error {p['top1_error']} %{top5}")
+    if r["training"]:
+        lines.append(f"training: {r['training']}")
+    return [f"{r['weights']}: {r['note']}", *lines] if r["note"] else lines
+
+
+def _comparison(row: dict[str, Any]) -> str:
+    return (
+        f"{row['a']} and {row['b']}: {row['only_a_wrong']} images only the first has wrong, {row['only_b_wrong']} only the "
+        f"second; p = {row['p']:.2g} if they were equally good (McNemar)"
+    )
+
+
+def _with_interval(error: float, interval: tuple[float, float]) -> str:
+    return f"{error:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def _class_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    worst_first = sorted(result["by_class"], key=lambda row: -row["top1_error"])
+    rows = [
+        [row["class"], str(row["images"]), f"{row['top1_error']:.2f}", f"{row['top5_error']:.2f}"]
+        for row in worst_first
+    ]
+    return ["class", "images", "top-1 error, %", "top-5 error, %"], rows
+
+
+def _confusion_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    return ["class", "answer", "images"], [[r["class"], r["answer"], str(r["images"])] for r in result["confusions"]]
+
+
+def _html_table(titles: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(titles, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
+    """The wrong answers of which the network was surest."""
+    wrong = np.flatnonzero(evaluation.top5[:, 0] != index.labels)
+    surest = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:WORST]
+    reader, parts = Reader(index), []
+    for i in surest.tolist():
+        image = decode(reader.read(i), index.place(i))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=85)
+        source = base64.b64encode(jpeg.getvalue()).decode()
+        answer, label = index.classes[evaluation.top5[i, 0]], index.classes[index.labels[i]]
+        caption = f"{html.escape(answer)} ({100 * evaluation.probability[i]:.0f} %), is {html.escape(label)}"
+        parts.append(
+            f'<figure><img src="data:image/jpeg;base64,{source}" alt=""><figcaption>{caption}<br>'
+            f"{html.escape(index.names[i])}</figcaption></figure>"
+        )
+    return "\n".join(parts)
