@@ -53,6 +53,7 @@ def script(configs: list[Config], cluster: Cluster) -> str:
     executor = _executor(configs, cluster, folder)
     if len(configs) > 1:
         executor.parameters["map_count"] = len(configs)
+    # submitit shows a script only after it has submitted it; these are the parts of which it makes one.
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 

@@ -8,7 +8,7 @@ from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from tools.chaos import same_bits
 
-SHORT = ["kill-saving", "signal", "bit-flip"]
+SHORT = ["kill-saving", "signal"]
 
 
 def test_a_run_survives_a_sample_of_the_faults(tmp_path):

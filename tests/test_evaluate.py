@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.metrics import Score
 from pipeline.models import create_model
-from pipeline.weights import Weights, imagenet_ids
+from pipeline.weights import Weights, imagenet_ids, read_weights
 from tools.evaluate import published_errors, real_labels_score
 from tools.significance import mcnemar, wilson_interval
 
@@ -213,6 +213,20 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path):
     assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
     assert page.count("<img src=") == sum(map(sum, wrong)) and "class0 (67 %), is class1" in page
     assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in done.stdout and "(McNemar)" in done.stdout
+
+
+def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint, tmp_path):
+    words = ["--crop-size", 24, "--resize-size", 28, "--mean", "0.5", "--std", "0.2,0.3,0.4", "--precision", "bf16"]
+    done = run_module("tools.evaluate", checkpoint, "--data", image_folders, *words, "--report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "report.json").read_text())["evaluations"]
+    assert (result["crop_size"], result["resize_size"], result["precision"]) == (24, 28, "bf16")
+    weights = read_weights(checkpoint)
+    data = DataConfig(crop_size=24, resize_size=28, mean=(0.5,) * 3, std=(0.2, 0.3, 0.4))
+    loader = EvaluationLoader(scan_classes(image_folders / "val"), data, SHARE, batch_size=11, crops=1)
+    exact = evaluate(weights.network, loader, ALONE, keep_logits=True).logits
+    ours = np.load(tmp_path / f"{result['name']}.npy")
+    assert 1e-5 < np.abs(ours - exact).max() < 0.1 * np.abs(exact).max()  # bf16 has 8 bits
 
 
 def test_intervals_and_comparisons_are_the_textbooks():

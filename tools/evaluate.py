@@ -25,6 +25,7 @@ from pipeline.data.loader import EvaluationLoader, Share, choose_loader
 from pipeline.distributed import AUTOCAST_TYPES, World, join_world, set_precision
 from pipeline.errors import ArgumentParser, LocalUserError, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import Average, Evaluation, evaluate
+from pipeline.models import create_model
 from pipeline.weights import Weights, imagenet_ids
 from tools import published
 from tools.convert import add_weights_arguments, read_weights_of
@@ -109,7 +110,7 @@ def describe(
         "model": config.model.name,
         "note": weights.note,
         "parameters": parameters(weights.network),
-        "multiply_accumulates": multiply_accumulates(on_meta(_build, spec), data.crop_size),
+        "multiply_accumulates": multiply_accumulates(on_meta(create_model, **spec), data.crop_size),
         "data": index.root,
         "images": score.images,
         "classes": len(index.classes),
@@ -230,12 +231,6 @@ def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
     tree = dataclasses.asdict(config)
     tree["data"] |= {"dir": options.data, "holdout": 0, **given}
     return from_dict(tree, "the command line").data
-
-
-def _build(spec: dict[str, Any]) -> torch.nn.Module:
-    from pipeline.models import create_model
-
-    return create_model(**spec)
 
 
 def _names(files: list[str]) -> list[str]:
