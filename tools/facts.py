@@ -18,10 +18,27 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@torch.no_grad()
 def multiply_accumulates(network: nn.Module, size: int) -> int:
-    """Of the convolutions and linear layers, for one image of `size` x `size` pixels."""
+    """Of the convolutions and matrix products, for one image of `size` x `size` pixels."""
+    return multiply_accumulates_by_module(network, size)[""]
+
+
+@torch.no_grad()
+def multiply_accumulates_by_module(network: nn.Module, size: int) -> dict[str, int]:
+    """Those of each module by its name, "" for the whole network; see `multiply_accumulates`.
+
+    A container whose modules are called one by one has the sum of theirs.
+    """
     device = next(network.parameters()).device
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, size, size, device=device))
-    return counter.get_total_flops() // 2
+    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+    root = type(network).__name__
+
+    def count(module: nn.Module, name: str) -> int:
+        called = f"{root}.{name}" if name else root
+        if called in flops:
+            return flops[called] // 2
+        return sum(count(child, f"{name}.{part}".lstrip(".")) for part, child in module.named_children())
+
+    return {name: count(module, name) for name, module in network.named_modules()}

@@ -1,0 +1,164 @@
+"""tools.predict gives the probabilities that the Torch code's transforms and torchvision's give, image by image."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch7
+from conftest import photo, run_module
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+from pipeline.config import Config, DataConfig, ModelConfig
+from pipeline.errors import UserError
+from pipeline.models import create_model
+from pipeline.weights import Weights, imagenet_ids, write_safetensors
+from tools import predict
+
+CLASSES = ("n01440764", "sparrow", "n99999999", "oak")
+MODEL = "densenet_bc22_k6"
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of several sizes, some in folders below, with a text beside them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "b" / "deep").mkdir(parents=True)
+    for i, name in enumerate(("c.jpg", "a.JPEG", "b/d.png", "b/deep/e.jpg")):
+        photo(i, 48 + 9 * i, 70 - 8 * i).point(lambda value, i=i: value // 2 + 30 * i).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+IN_ORDER = ("a.JPEG", "b/d.png", "b/deep/e.jpg", "c.jpg")
+
+
+def views_of(file, resize: str, crops: int) -> torch.Tensor:
+    """(crops, 3, 32, 32) float64, without anything of pipeline/data."""
+    image = Image.open(file).convert("RGB")
+    if resize == "torch":
+        pixels = np.asarray(image, np.float64) / 255
+        pixels = torch7.scale(pixels, *torch7.short_side_to(*pixels.shape[:2], 36))
+        views = torch7.ten_crop(pixels, 32) if crops == 10 else [torch7.centre_crop(pixels, 32)]
+        views = [torch7.normalise(view, MEAN, STD) for view in views]
+        return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+    kernel = {
+        "pil-bilinear": transforms.InterpolationMode.BILINEAR,
+        "pil-bicubic": transforms.InterpolationMode.BICUBIC,
+    }
+    steps = [transforms.Resize(36, kernel[resize]), transforms.CenterCrop(32), transforms.ToTensor()]
+    return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)[None].double()
+
+
+@pytest.fixture(scope="module")
+def network(folder) -> nn.Module:
+    """A network whose logits have mean 0 and deviation 3 over the images."""
+    torch.manual_seed(0)
+    network = create_model(MODEL, len(CLASSES))
+    views = torch.cat([views_of(folder / name, "torch", 1) for name in IN_ORDER]).float()
+    with torch.no_grad():
+        for _ in range(20):
+            network.train()(views)
+        logits = network.eval()(views)
+        network.classifier.weight.mul_(3 / logits.std(dim=0)[:, None])
+        network.classifier.bias.copy_(-3 * logits.mean(dim=0) / logits.std(dim=0))
+    return network
+
+
+def weights_file(path, network: nn.Module, resize: str):
+    """As of a run on other data in memory, whose loader and padding mean nothing here."""
+    data = DataConfig(
+        dataset="cifar10", training_crop="pad", crop_size=32, resize_size=36, resize=resize, mean=MEAN, std=STD
+    )
+    config = Config(model=ModelConfig(name=MODEL), data=data)
+    write_safetensors(Weights("here", network, config, CLASSES, None), path)
+    return path
+
+
+def answers_of(monkeypatch, tmp_path, *words) -> list[dict]:
+    monkeypatch.setattr("sys.argv", ["tools.predict", *map(str, words), "--json", str(tmp_path / "out.json")])
+    predict.main()
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize(("resize", "crops"), [("torch", 1), ("torch", 10), ("pil-bilinear", 1), ("pil-bicubic", 1)])
+def test_probabilities_are_those_of_an_independent_computation(monkeypatch, tmp_path, folder, network, resize, crops):
+    weights = weights_file(tmp_path / "w.safetensors", network, resize)
+    words = (weights, folder, "--crops", crops, "--top", 9)
+    answers = answers_of(monkeypatch, tmp_path, *words, "--loader", "reference")
+    by_default = answers_of(monkeypatch, tmp_path, *words)
+    assert [entry["file"] for entry in answers] == [str(folder / name) for name in IN_ORDER]
+    double = create_model(MODEL, len(CLASSES), dense_block="plain").double().eval()
+    double.load_state_dict(network.state_dict())
+    firsts = set()
+    for entry, other in zip(answers, by_default, strict=True):
+        with torch.no_grad():
+            expected = double(views_of(entry["file"], resize, crops)).mean(dim=0).softmax(dim=0)
+        order = expected.argsort(descending=True).tolist()
+        assert [answer["class"] for answer in entry["answers"]] == [CLASSES[i] for i in order]
+        ours = [answer["probability"] for answer in entry["answers"]]
+        assert ours == pytest.approx(expected[order].tolist(), abs=1e-5)
+        assert other["file"] == entry["file"]  # DALI's pixels are not Pillow's to the bit
+        probabilities = {answer["class"]: answer["probability"] for answer in other["answers"]}
+        assert [probabilities[CLASSES[i]] for i in order] == pytest.approx(ours, abs=0.05)
+        firsts.add(order[0])
+    assert len(firsts) > 1
+
+
+@pytest.fixture
+def weights(tmp_path, network):
+    return weights_file(tmp_path / "w.safetensors", network, "pil-bilinear")
+
+
+def test_files_come_in_their_order_and_wordnets_ids_with_their_names(folder, weights, tmp_path):
+    files = [folder / "c.jpg", folder / "b", folder / "c.jpg"]
+    done = run_module("tools.predict", weights, *files, "--top", 3, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    expected = [str(folder / name) for name in ("c.jpg", "b/d.png", "b/deep/e.jpg", "c.jpg")]
+    assert lines[::4] == expected and len(lines) == 16 and lines[:4] == lines[12:]
+    answers = json.loads((tmp_path / "out.json").read_text())
+    assert [entry["file"] for entry in answers] == expected
+    names = {"n01440764": "tench, Tinca tinca"}
+    for i, entry in enumerate(answers):
+        assert len(entry["answers"]) == 3
+        for line, answer in zip(lines[4 * i + 1 : 4 * i + 4], entry["answers"], strict=True):
+            assert answer["name"] == names.get(answer["class"])  # WordNet knows no n99999999
+            probability = f"{100 * answer['probability']:6.2f} %"
+            assert line == "  ".join(["", probability, answer["class"], answer["name"] or ""]).rstrip()
+
+
+def test_all_of_imagenets_classes_have_names():
+    assert len(predict.human_names(imagenet_ids())) == 1000
+    assert predict.human_names(("bag", "n123", "shirt")) == {}
+
+
+def test_mistakes_are_one_line(monkeypatch, tmp_path, folder, weights):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no image")
+    whole = (folder / "c.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / "deep.png")
+    os.symlink(tmp_path / "nowhere", tmp_path / "empty.jpg")
+    for words, expected in (
+        ((weights, "none.jpg"), "there is no image or folder none.jpg"),
+        ((weights, tmp_path / "empty.jpg"), "there is no image or folder"),
+        ((weights, tmp_path / "empty"), r"empty holds no images \(.jpeg, .jpg,"),
+        ((weights, folder / "notes.txt"), "notes.txt is not an image that can be read"),
+        ((weights, folder / "c.jpg", tmp_path / "text.jpg"), "text.jpg is not an image that can be read"),
+        ((weights, tmp_path / "cut.jpg"), "cut.jpg does not decode"),
+        ((weights, tmp_path / "deep.png"), "deep.png has more than 8 bits a colour"),
+        ((weights, folder / "c.jpg", "--top", "0"), "a positive number is needed"),
+        ((weights,), "IMAGE-OR-FOLDER"),
+        ((folder / "c.jpg", folder / "c.jpg"), "c.jpg is no file of weights"),
+    ):
+        with pytest.raises(UserError, match=expected) as error:
+            answers_of(monkeypatch, tmp_path, *words)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr("sys.argv", ["", str(weights), str(folder), "--json", str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="cannot write --json .*empty: Is a directory"):
+        predict.main()

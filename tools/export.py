@@ -1,0 +1,143 @@
+"""Networks for other runtimes: ``python -m tools.export WEIGHTS OUTPUT.onnx``, or ``OUTPUT.pt2`` for torch.export.load.
+
+The network is in evaluation mode and takes (N, 3, S, S) prepared images, any N of them, with S the crop of the weights' run.
+The file says how images are prepared and what the outputs are called, and is written only if its logits are PyTorch's.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.models.densenet import DenseNet
+from pipeline.weights import Weights
+from tools.convert import add_weights_arguments, read_weights_of
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-4  # of logits, and relative to the largest where that is above 1
+BATCH_SIZES = (1, 3)  # that are tried; neither is the one that is traced
+FILTERS = {
+    "torch": "Catmull-Rom, corners aligned, no antialias",
+    "pil-bilinear": "bilinear with antialias, as Pillow's",
+    "pil-bicubic": "bicubic with antialias, as Pillow's",
+}
+
+Run = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.export", description=__doc__)
+    add_weights_arguments(parser)
+    parser.add_argument("output", metavar="OUTPUT", help="a file that ends in .onnx or .pt2")
+    options = parser.parse_args()
+    output = Path(options.output)
+    if output.suffix not in FORMATS:
+        raise UserError(f"{output}: the name must end in {' or '.join(FORMATS)}")
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if output.suffix == ".onnx" and missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}: install requirements.txt, or give an OUTPUT.pt2")
+    content, difference = export(read_weights_of(options, options.weights), output.suffix)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from None
+    print(f"{output}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}")
+
+
+def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
+    """Return the file of this suffix, and the largest difference of its logits from PyTorch's.
+
+    Raises:
+        UserError: the network cannot be traced, or the file computes something else.
+    """
+    network, size, (serialise, load) = weights.network, weights.config.data.crop_size, FORMATS[suffix]
+    if isinstance(network, DenseNet):
+        network.dense_block = "plain"
+    try:
+        program = torch.export.export(network, (images_of(2, size),), dynamic_shapes=({0: Dim("batch")},))
+        content = serialise(program, metadata_of(weights))
+    except RuntimeError as error:  # of torch.export and torch.onnx, over some of timm's networks
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{weights.config.model.name} cannot be exported to {suffix}: {reason}") from None
+    return content, compare(network, load(content), size)
+
+
+@torch.no_grad()
+def compare(network: nn.Module, run: Run, size: int) -> float:
+    """Largest difference of `run` from the network on random images.
+
+    Raises:
+        UserError: it is above `TOLERANCE`.
+    """
+    largest = 0.0
+    for batch_size in BATCH_SIZES:
+        images = images_of(batch_size, size)
+        expected = network(images)
+        difference = (run(images) - expected).abs().max().item()
+        allowed = TOLERANCE * max(1, expected.abs().max().item())
+        if not difference <= allowed:  # nor NaN
+            raise UserError(
+                f"the exported network's logits differ from PyTorch's by {difference:.2g}, above {allowed:.2g}: not written"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def metadata_of(weights: Weights) -> dict[str, str]:
+    """What a user of the network must know: its name, and as JSON how images are prepared and what the outputs are called."""
+    data = weights.config.data
+    preparation = {
+        "resize_short_side": data.resize_size,
+        "resize_filter": FILTERS[data.resize],
+        "centre_crop": data.crop_size,
+        "colors": "RGB, 0 to 1",
+        "mean": data.mean,
+        "std": data.std,
+    }
+    return {
+        "model": weights.config.model.name,
+        "preprocessing": json.dumps(preparation),
+        "classes": json.dumps(weights.classes),
+    }
+
+
+def serialise_onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
+    names = dict(input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},))
+    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    onnx_program.model.metadata_props.update(metadata)
+    return onnx_program.model_proto.SerializeToString()
+
+
+def load_onnx(content: bytes) -> Run:
+    import onnxruntime  # which not everybody has
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def serialise_pt2(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files=metadata)
+    return buffer.getvalue()
+
+
+def load_pt2(content: bytes) -> Run:
+    return torch.export.load(io.BytesIO(content)).module()
+
+
+def images_of(batch_size: int, size: int) -> Tensor:
+    return torch.randn(batch_size, 3, size, size)
+
+
+FORMATS = {".onnx": (serialise_onnx, load_onnx), ".pt2": (serialise_pt2, load_pt2)}
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,196 @@
+"""What a network consists of and costs: ``python -m tools.inspect MODEL [--size 224] [--classes 1000] [--batch N]``.
+
+Of our DenseNets it prints the paper's Table 1 with the parameters and multiply-accumulates of each stage, of timm's networks
+their outermost modules. Activation memory is measured: a forward pass in training (float32, channels-last, on CPU) says what
+it keeps for the backward pass. Each piece of memory counts once, the images included; parameters and the statistics that
+batch norms run do not count, as they are there anyway.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_hook
+
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.models import create_model
+from pipeline.models.densenet import DenseNet
+from pipeline.models.zoo import cifar_densenet
+from tools.facts import multiply_accumulates_by_module, parameters
+from tools.measuring import table
+
+# dense_block and recompute
+MODES = [("plain", "none"), *((block, blocks) for block in ("lean", "fused") for blocks in ("none", "first", "all"))]
+KINDS = {nn.Conv2d: "conv", nn.MaxPool2d: "max pool", nn.AvgPool2d: "average pool"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table.
+
+    Attributes:
+        layers: what it consists of.
+        output: its shape for one image, empty where it is not known.
+    """
+
+    name: str
+    layers: str
+    output: tuple[int, ...]
+    parameters: int
+    multiply_accumulates: int
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.inspect", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="a network of pipeline/models/zoo.py, or timm:NAME")
+    parser.add_argument("--size", type=positive_integer, metavar="PIXELS", help="side of an image [the network's own]")
+    parser.add_argument("--classes", type=positive_integer, metavar="N", help="outputs [1000, CIFAR's networks 10]")
+    parser.add_argument(
+        "--batch", type=positive_integer, metavar="N", default=2, help="images of the pass that is measured [2]"
+    )
+    options = parser.parse_args()
+    classes = options.classes or (10 if cifar_densenet(options.model) else 1000)
+    network = create_model(options.model, classes, dense_block="plain")
+    size = options.size or own_size(network)
+    try:
+        stages = stages_of(network, size)
+        memory = memory_rows(network, torch.randn(options.batch, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:  # what networks raise over images of a wrong size
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{options.model} cannot take {options.batch} images of {size} x {size} pixels: {reason}"
+        ) from None
+
+    count, work = parameters(network), sum(stage.multiply_accumulates for stage in stages)
+    print(f"{options.model}: {size} x {size} pixels, {classes} classes")
+    print(f"{count:,} parameters, {work / 1e9:.3f} billion multiply-accumulates an image\n")
+    print("\n".join(stage_table(stages)))
+    print(f"\nKept for the backward pass, measured with {options.batch} images:\n")
+    print("\n".join(table(["dense_block", "recompute", "computed", "MiB an image"], memory, names=3)))
+
+
+def own_size(network: nn.Module) -> int:
+    """Side of the images that a network is made for, in pixels."""
+    if isinstance(network, DenseNet):
+        return 224 if hasattr(network.features, "pool0") else 32
+    return network.pretrained_cfg["input_size"][1]
+
+
+def stages_of(network: nn.Module, size: int) -> list[Stage]:
+    """The rows of a network's table, which add up to its parameters and multiply-accumulates."""
+    network = copy.deepcopy(network).to("meta").eval()  # on CPU torch does not count its attention
+    names = {module: name for name, module in network.named_modules()}
+    shapes = {}
+
+    def record(module: nn.Module, _: tuple, output: object) -> None:
+        if module in names and isinstance(output, Tensor):
+            shapes[names[module]] = tuple(output.shape[1:])
+
+    with register_module_forward_hook(record):
+        work = multiply_accumulates_by_module(network, size)
+    if isinstance(network, DenseNet):
+        rows = densenet_rows(network, last_side=shapes["features.norm5"][-1])
+    else:
+        rows = [(name, type(module).__name__, [name]) for name, module in network.named_children()]
+    stages, counted = [], set()
+    for title, layers, parts in rows:
+        own = {p for part in parts for p in network.get_submodule(part).parameters()} - counted  # modules may share
+        counted |= own
+        numbers = sum(p.numel() for p in own), sum(work[part] for part in parts)
+        stages.append(Stage(title, layers, shapes.get(parts[-1], ()), *numbers))
+    rest = Stage(
+        name="the rest",
+        layers="outside of these modules",
+        output=(),
+        parameters=parameters(network) - sum(stage.parameters for stage in stages),
+        multiply_accumulates=work[""] - sum(stage.multiply_accumulates for stage in stages),
+    )
+    return [*stages, rest] if rest.parameters or rest.multiply_accumulates else stages
+
+
+def densenet_rows(network: DenseNet, last_side: int) -> list[tuple[str, str, list[str]]]:
+    """The paper's Table 1: each row's name, what it consists of, and the names of its modules.
+
+    Args:
+        last_side: of the last block's maps, in pixels.
+    """
+    features = network.features
+    stem = [f"features.{name}" for name in ("conv0", "norm0", "relu0") if hasattr(features, name)]
+    rows = [("convolution", describe(features.conv0), stem)]
+    if hasattr(features, "pool0"):
+        rows.append(("pooling", describe(features.pool0), ["features.pool0"]))
+    for i in range(1, network.block_count + 1):
+        block = features.get_submodule(f"denseblock{i}")
+        layer = ", ".join(describe(part) for part in block[0] if isinstance(part, nn.Conv2d))
+        rows.append((f"dense block {i}", f"[{layer}] x {len(block)}", [f"features.denseblock{i}"]))
+        if i < network.block_count:
+            name = f"features.transition{i}"
+            transition = network.get_submodule(name)
+            rows.append(
+                (f"transition {i}", describe(transition.conv), [f"{name}.{part}" for part in ("norm", "relu", "conv")])
+            )
+            rows.append((f"transition {i}", describe(transition.pool), [f"{name}.pool"]))
+    classification = f"{last_side}x{last_side} global average pool, {network.classifier.out_features}D fully-connected"
+    return [*rows, ("classification", classification, ["features.norm5", "classifier"])]
+
+
+def describe(layer: nn.Module) -> str:
+    """A convolution or pooling as the paper writes it."""
+    side, stride = (value[0] if isinstance(value, tuple) else value for value in (layer.kernel_size, layer.stride))
+    return f"{side}x{side} {KINDS[type(layer)]}{f', stride {stride}' if stride > 1 else ''}"
+
+
+def stage_table(stages: list[Stage]) -> list[str]:
+    """Lines of the table with a last row of sums."""
+    count = sum(stage.parameters for stage in stages)
+    work = sum(stage.multiply_accumulates for stage in stages)
+    rows = [
+        [
+            stage.name,
+            " x ".join(map(str, stage.output)),
+            stage.layers,
+            f"{stage.parameters:,}",
+            f"{stage.multiply_accumulates / 1e6:,.1f}",
+        ]
+        for stage in [*stages, Stage("all", "", (), count, work)]
+    ]
+    return table(["stage", "output", "layers", "parameters", "million multiply-accumulates"], rows, names=3)
+
+
+def memory_rows(network: nn.Module, images: Tensor) -> list[list[str]]:
+    """Of each mode of the dense blocks: its names, what was computed (choice.py) and MiB an image."""
+    network = network.to(memory_format=torch.channels_last).train()
+    images = images.contiguous(memory_format=torch.channels_last)
+    if not isinstance(network, DenseNet):
+        return [["", "", "as timm does", mebibytes(kept_bytes(network, images) / len(images))]]
+    rows = []
+    for network.dense_block, network.recompute in MODES:
+        kept = kept_bytes(network, images)
+        rows.append([network.dense_block, network.recompute, str(network.choice), mebibytes(kept / len(images))])
+    return rows
+
+
+def kept_bytes(network: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass, besides the network's parameters and buffers."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # which lives on, so that no address is used twice
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(images)
+    for tensor in (*network.parameters(), *network.buffers()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

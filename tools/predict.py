@@ -1,0 +1,142 @@
+"""What a network sees in images: ``python -m tools.predict WEIGHTS IMAGE-OR-FOLDER ... [--top 5] [--crops 10]``.
+
+Images are prepared as the weights' run evaluated them. Of folders all images are taken, those in folders below included.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import DataConfig
+from pipeline.data.archive import IMAGE_SUFFIXES, flat_group
+from pipeline.data.index import DatasetIndex, open_image
+from pipeline.data.loader import EvaluationLoader, Share
+from pipeline.distributed import World, join_world, set_precision
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from tools.convert import add_weights_arguments, read_weights_of
+
+BATCH_SIZE = 32
+WORDNET_ID = re.compile(r"n\d{8}")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.predict", description=__doc__)
+    add_weights_arguments(parser)
+    parser.add_argument("paths", nargs="+", metavar="IMAGE-OR-FOLDER", help="image files, or folders of them")
+    parser.add_argument("--top", type=positive_integer, metavar="N", default=5, help="classes of each image [5]")
+    parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
+    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
+    parser.add_argument("--json", metavar="FILE", help="write the answers as JSON")
+    options = parser.parse_args()
+    weights = read_weights_of(options, options.weights)
+    # Only how images are prepared is the run's: it may have had others, in memory or none at all.
+    data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader)
+    index = index_files(find_images(options.paths), weights.classes)
+    names = human_names(weights.classes)
+    set_precision("fp32")
+    answers = []
+    with join_world() as world:
+        network = weights.network.to(world.device, memory_format=torch.channels_last)
+        for file, probabilities in predict(network, index, data, options.crops, world):
+            best = probabilities.topk(min(options.top, len(index.classes)))
+            found = [
+                {"class": index.classes[i], "name": names.get(index.classes[i]), "probability": probability}
+                for probability, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+            answers.append({"file": file, "answers": found})
+            lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
+            print("\n".join([file, *lines]), flush=True)
+    if options.json:
+        write_json(Path(options.json), answers)
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """The files of `paths` and, in sorted order, the images in those that are folders.
+
+    Raises:
+        UserError: a path does not exist, or is a folder without images.
+    """
+    files = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"there is no image or folder {path}")
+        found = [member.file for member in flat_group(Path(path)).members()] if os.path.isdir(path) else [path]
+        if not found:
+            raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        files += found
+    return files
+
+
+def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
+    """An index of loose images; labels and fingerprint say nothing.
+
+    Raises:
+        UserError: a file cannot be read, or is no image that the networks take.
+    """
+    sizes, lengths = [], []
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                image = open_image(stream, file)
+                sizes.append((image.height, image.width))
+                lengths.append(os.fstat(stream.fileno()).st_size)
+        except OSError as error:
+            raise UserError(f"cannot read the image {file}: {error.strerror}") from None
+    nothing = np.zeros(len(files), np.int64)
+    return DatasetIndex(
+        root="",
+        names=tuple(files),
+        labels=nothing,
+        sizes=np.array(sizes, np.int32),
+        classes=classes,
+        fingerprint="",
+        offsets=nothing,
+        lengths=np.array(lengths, np.int64),
+        packed=False,
+    )
+
+
+@torch.inference_mode()
+def predict(
+    network: nn.Module, index: DatasetIndex, data: DataConfig, crops: int, world: World
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each file of the index with its (classes) probabilities on the CPU; of ten crops the logits are averaged."""
+    share = Share(0, 1, world.device, world.cores)
+    loader = EvaluationLoader(index, data, share, batch_size=BATCH_SIZE, crops=crops)
+    for batch in loader.batches():
+        logits = network(batch.images).float().unflatten(0, (-1, batch.views)).mean(dim=1)
+        for i, probabilities in zip(batch.ids.tolist(), logits.softmax(dim=1).cpu(), strict=True):
+            yield index.file(i), probabilities
+
+
+def human_names(classes: tuple[str, ...]) -> dict[str, str]:
+    """What WordNet calls those classes that are ids of it."""
+    ids = [name for name in classes if WORDNET_ID.fullmatch(name)]
+    if not ids:
+        return {}
+    from timm.data import ImageNetInfo  # takes seconds to import
+
+    names, info = {}, ImageNetInfo()
+    for name in ids:
+        with suppress(KeyError):  # an id that timm does not know
+            names[name] = info.label_name_to_description(name)
+    return names
+
+
+def write_json(file: Path, content: object) -> None:
+    try:
+        file.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write --json {file}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
