@@ -162,7 +162,7 @@ def test_evaluating_a_flat_folder_with_a_label_file(tmp_path, monkeypatch, capsy
     ]
     monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
     evaluate()
-    result = json.loads((tmp_path / "r.json").read_text())
+    (result,) = json.loads((tmp_path / "r.json").read_text())["evaluations"]
     assert (result["images"], result["classes"], result["classes_present"]) == (5, 3, 2)
     assert "images of 2 of the 3 classes" in capsys.readouterr().out
 
