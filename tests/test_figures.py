@@ -44,7 +44,14 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     done = run_module("tools.figures", runs, checkpoint, "--output", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
     files = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert files == {"curves.png", "parameters.png", "reuse-cifar.png", "reuse-synthetic.png", "reuse-best.png"}
+    assert files == {
+        "curves.png",
+        "parameters.png",
+        "imagenet.png",
+        "reuse-cifar.png",
+        "reuse-synthetic.png",
+        "reuse-best.png",
+    }
     for file in files:
         assert len(np.unique(np.asarray(Image.open(tmp_path / "figures" / file)))) > 100  # no blank page
 

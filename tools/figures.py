@@ -1,8 +1,8 @@
 """The paper's figures with our runs in them: ``python -m tools.figures RUN-OR-WEIGHTS ... [--output DIR]``.
 
-Of the runs in the given folders: training curves, error against parameters (Figure 4) and, on ImageNet, against parameters
-and multiply-accumulates (Figure 3), beside what the paper reports; of each run and each file of weights, the reuse of features
-(Figure 5).
+Beside what the paper reports, of the runs in the given folders: training curves, error against parameters (Figure 4) and,
+on ImageNet, against parameters and multiply-accumulates (Figure 3). Of each run and each file of weights: the reuse of
+features (Figure 5).
 """
 
 import dataclasses
@@ -67,8 +67,7 @@ def main() -> None:
     if runs:
         written.append(save(draw_curves(runs), output / "curves.png"))
         written.append(save(draw_small_images(runs), output / "parameters.png"))
-        if imagenet := [run for run in runs if run.data == "ImageNet"]:
-            written.append(save(draw_imagenet(imagenet), output / "imagenet.png"))
+        written.append(save(draw_imagenet([run for run in runs if run.data == "ImageNet"]), output / "imagenet.png"))
     for name, path in checkpoints.items():
         network = read_weights(path).network
         if isinstance(network, DenseNet):
