@@ -43,6 +43,7 @@ class Setting:
     name: str
     networks: Collection[str]
     dropout: float
+    ranks: int  # GPUs of the Torch code, which divide the batch
     epochs: int
     batch: int
     drops: tuple[float, ...]  # of the learning rate, as fractions of the epochs
@@ -53,6 +54,7 @@ IMAGENET = Setting(
     name="ImageNet",
     networks=IMAGENET_NETWORKS,
     dropout=0.0,
+    ranks=4,
     epochs=90,
     batch=256,
     drops=(1 / 3, 2 / 3),
@@ -83,6 +85,7 @@ def _cifar(
         name=name,
         networks=CIFAR_NETWORKS,
         dropout=0.2,
+        ranks=1,
         epochs=300,
         batch=64,
         drops=(1 / 2, 3 / 4),

@@ -82,7 +82,7 @@ class DataConfig:
     crop_size: Positive = 224
     """Side of the square that the network sees, in pixels."""
     resize_size: Positive = 256
-    """Short side to which an image is resized before the evaluation crops, in pixels."""
+    """Short side to which an image is resized before the evaluation crops, and the training crop "pad", in pixels."""
     resize: Resize = "torch"
     """Resize filter. torch: the paper's (Catmull-Rom, align-corners, no antialias); pil-*: Pillow's, with antialias."""
     training_crop: TrainingCrop = "area"

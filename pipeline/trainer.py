@@ -301,7 +301,8 @@ class Trainer:
         ]
         if published.top1 is not None:
             top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
-            lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}")
+            note = " (test images; ours are held-out training images)" if self.config.data.holdout else ""
+            lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
         lines.append(f"a batch-norm statistic saw {self.config.optim.batch_size // self.passes} images")
         lines.append(f"recipe: {in_one_line(self.findings)}")
         return "\n".join(lines)

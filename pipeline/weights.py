@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.audit import audit, in_one_line
+from pipeline.audit import C10, C100, audit, in_one_line
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, ModelConfig, from_dict
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from pipeline.models.zoo import DENSENETS
+from pipeline.models.zoo import DENSENETS, cifar_densenet
 
 METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
 NESTS = (
@@ -100,12 +100,15 @@ def read_weights(
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
+    own = state = None
     if is_checkpoint(content):
-        own, state = _of_checkpoint(load_checkpoint(path)), None
+        own = _of_checkpoint(load_checkpoint(path), str(path))
     elif content[8:9] == b"{":
         own, state = _read_safetensors(path)
     else:
-        own, state = None, _read_torch(path, content, ema)
+        state = _read_torch(path, content, ema)
+    if ema and (own or content[8:9] == b"{"):
+        raise UserError(f"{path} holds one set of weights and no running average of them: leave out --ema")
     if own:
         if model and model != own[1].model.name:
             raise UserError(f"{path} holds weights of {own[1].model.name}, not of {model}")
@@ -144,7 +147,8 @@ def write_torch(weights: Weights, path: Path) -> None:
 def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], str]:
     """Find each entry of a network's state dictionary in another's, each of which is used once.
 
-    By name after the known renamings, else by order if all shapes agree in it, as in ports that number their modules.
+    By name after the known renamings, else by order if all shapes agree in it, and all names of a module's tensors, as in
+    ports that number their modules.
     Counts of batches, which old files lack, are 0 then.
 
     Returns:
@@ -153,8 +157,8 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
     Raises:
         UserError: something is left over on either side, or of another shape.
     """
-    stripped = _strip(theirs)
-    renamed = {_rename(name): tensor for name, tensor in stripped.items()}
+    stripped = theirs if own.keys() & theirs.keys() else _strip(theirs)
+    renamed = {name if name in own else _rename(name): tensor for name, tensor in stripped.items()}
     counts = {name for name in own if name.endswith("num_batches_tracked")}
     found = {
         name: tensor for name, tensor in renamed.items() if name in own or not name.endswith("num_batches_tracked")
@@ -162,10 +166,13 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
     wanted = [name for name in own if name not in counts]
     note = "" if renamed.keys() == theirs.keys() else "names translated"
     if not found.keys() >= set(wanted) or not own.keys() >= found.keys():
-        values = [tensor for name, tensor in stripped.items() if not name.endswith("num_batches_tracked")]
-        if [value.shape for value in values] != [own[name].shape for name in wanted]:
+        values = {name: tensor for name, tensor in stripped.items() if not name.endswith("num_batches_tracked")}
+        if len(values) != len(wanted) or not all(
+            values[name].shape == own[other].shape and _leaf(name) in (None, _leaf(other))
+            for name, other in zip(values, wanted, strict=True)
+        ):
             _refuse(wanted, own, found, origin)
-        found, note = dict(zip(wanted, values, strict=True)), "names unknown, matched by order and shape"
+        found, note = dict(zip(wanted, values.values(), strict=True)), "names unknown, matched by order and shape"
     for name in own:
         if name in found and found[name].shape != own[name].shape:
             raise UserError(
@@ -175,8 +182,14 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
     return {name: found.get(name, torch.zeros((), dtype=torch.int64)) for name in own}, note
 
 
-def _of_checkpoint(state: dict[str, Any]) -> tuple[dict[str, Tensor], Config, tuple[str, ...], int | None]:
-    config = from_dict(state["config"], "the checkpoint")
+def _leaf(name: str) -> str | None:
+    """Which of its module's tensors this is; four of a batch norm's have the same shape."""
+    leaf = name.rpartition(".")[2]
+    return leaf if leaf in ("weight", "bias", "running_mean", "running_var") else None
+
+
+def _of_checkpoint(state: dict[str, Any], origin: str) -> tuple[dict[str, Tensor], Config, tuple[str, ...], int | None]:
+    config = from_dict(state["config"], origin)
     ranks = state.get("conditions", {}).get("ranks")
     return state["model"], config, tuple(state["classes"]), ranks and ranks * config.optim.accumulation
 
@@ -193,10 +206,12 @@ def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | Non
         return None, state
     try:
         about = json.loads(about)
-        config = from_dict(about["config"], str(path))
-        return (state, config, tuple(map(str, about["classes"])), about["passes"]), None
+        passes, classes = about["passes"], tuple(map(str, about["classes"]))
+        if not isinstance(about["config"], dict) or not (passes is None or (isinstance(passes, int) and passes > 0)):
+            raise ValueError("config or passes")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
+    return (state, from_dict(about["config"], str(path)), classes, passes), None
 
 
 def _read_torch(path: Path, content: bytes, ema: bool) -> dict[str, Tensor]:
@@ -208,7 +223,9 @@ def _read_torch(path: Path, content: bytes, ema: bool) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is no file of weights, or holds more than tensors and plain values ({str(error).splitlines()[0]})"
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError):
+    except MemoryError:
+        raise
+    except Exception:  # over damaged bytes torch stumbles in any way
         raise UserError(f"{path} is damaged, or no file of weights") from None
     nest = next(
         (key for key in (EMA_NESTS if ema else NESTS) if isinstance(found, dict) and isinstance(found.get(key), dict)),
@@ -217,7 +234,13 @@ def _read_torch(path: Path, content: bytes, ema: bool) -> dict[str, Tensor]:
     if ema and nest is None:
         raise UserError(f"{path} has no running average of weights ({', '.join(EMA_NESTS)}): leave out --ema")
     state = found[nest] if nest else found
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if isinstance(state, dict):  # torch.optim.swa_utils.AveragedModel counts beside the weights
+        state = {name: value for name, value in state.items() if name != "n_averaged"}
+    if (
+        not state
+        or not isinstance(state, dict)
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise UserError(
             f"{path} holds no state dictionary: nothing but tensors by name, or that under one of {', '.join(NESTS)}"
         )
@@ -225,7 +248,7 @@ def _read_torch(path: Path, content: bytes, ema: bool) -> dict[str, Tensor]:
 
 
 def _foreign(path: Path, state: dict[str, Tensor], model: str | None, classes: tuple[str, ...] | None) -> Weights:
-    outputs = next((len(tensor) for tensor in reversed(state.values()) if tensor.dim() == 2), 0)
+    outputs = _outputs(state, model, path)
     if classes is None:
         classes = imagenet_ids() if outputs == 1000 else tuple(map(str, range(outputs)))
     elif len(classes) != outputs:
@@ -234,8 +257,20 @@ def _foreign(path: Path, state: dict[str, Tensor], model: str | None, classes: t
     network = create_model(name, num_classes=outputs)
     matched, note = match(network.state_dict(), state, str(path))
     network.load_state_dict(matched)
-    config = Config(model=ModelConfig(name=name), data=preprocessing_of(name))
+    config = Config(model=ModelConfig(name=name), data=preprocessing_of(name, network))
     return Weights(str(path), network.eval(), config, classes, None, note)
+
+
+def _outputs(state: dict[str, Tensor], model: str | None, path: Path) -> int:
+    """Rows of the classifier's matrix, which in a DenseNet is the only one."""
+    matrices = [tensor for tensor in state.values() if tensor.dim() == 2]
+    if model and model.startswith("timm:"):
+        classifier = create_model(model, num_classes=1).pretrained_cfg["classifier"]
+        named = [tensor for name, tensor in state.items() if name.endswith(f"{classifier}.weight")]
+        matrices = named or matrices[-1:]
+    if not matrices:
+        raise UserError(f"{path} holds the weights of no classifier")
+    return len(matrices[-1])
 
 
 def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
@@ -246,20 +281,32 @@ def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
             own = create_model(name, num_classes=outputs).state_dict()
         if sorted(tuple(t.shape) for key, t in own.items() if not key.endswith("num_batches_tracked")) == shapes:
             return name
-    raise UserError(f"{path} holds the weights of none of our networks: name another with --model timm:NAME")
+    raise UserError(
+        f"{path} holds the weights of none of the paper's networks: name it with --model, as densenet_bc22_k6 or timm:resnet50"
+    )
 
 
-def preprocessing_of(name: str) -> DataConfig:
-    """How images are prepared for a network's published weights: as the paper does, or as timm's configuration says."""
+def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
+    """How images are prepared for a network's published weights: as the paper does, or as timm's configuration says.
+
+    Raises:
+        UserError: timm prepares them in a way that this project does not.
+    """
+    if cifar_densenet(name):
+        setting = C100 if network.classifier.out_features == 100 else C10
+        return DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
     if not name.startswith("timm:"):
         return DataConfig()
-    import timm  # takes seconds to import
-
-    about = timm.create_model(name.removeprefix("timm:")).pretrained_cfg
-    crop = about["input_size"][1]
+    about = network.pretrained_cfg
+    _, height, width = about["input_size"]
+    if about.get("crop_mode", "center") != "center" or height != width or about["crop_pct"] > 1:
+        raise UserError(
+            f"{name} wants images of {height} x {width} pixels, crop mode {about.get('crop_mode')} and crop_pct "
+            f"{about['crop_pct']}: only square centre crops are known here"
+        )
     return DataConfig(
-        crop_size=crop,
-        resize_size=int(crop / about["crop_pct"]),
+        crop_size=height,
+        resize_size=int(height / about["crop_pct"]),
         resize="pil-bilinear" if about["interpolation"] == "bilinear" else "pil-bicubic",
         mean=about["mean"],
         std=about["std"],

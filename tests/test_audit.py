@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 from conftest import REPOSITORY
 
-from pipeline.audit import audit, differences, in_one_line, to_markdown
+from pipeline.audit import CIFAR_NETWORKS, IMAGENET_NETWORKS, audit, differences, in_one_line, to_markdown
 from pipeline.config import flatten, from_dict, load_config
+from pipeline.models import zoo
 from tools.audit import main
 
 DENSENET121 = REPOSITORY / "configs" / "densenet121.yaml"
@@ -37,8 +38,16 @@ DEPARTURES_OF_TABLE2 = [
 
 
 @pytest.mark.parametrize("path", TABLE2, ids=lambda path: path.stem)
-def test_table2_configs_are_the_papers(path):
-    assert differences(audit(load_config(path), parts=1)) == []
+def test_table2_configs_are_the_papers(monkeypatch, capsys, path):
+    monkeypatch.setattr("sys.argv", ["audit", str(path)])
+    main()
+    assert (
+        "on 1 rank beside" in (printed := capsys.readouterr().out) and "The same as the paper in every part." in printed
+    )
+
+
+def test_names_of_networks_are_the_zoos():
+    assert set(CIFAR_NETWORKS) == set(zoo.CIFAR_NETWORKS) and set(IMAGENET_NETWORKS) < set(zoo.DENSENETS)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,18 @@ def test_evaluation_crops_are_the_torch_codes(size):
             np.testing.assert_array_equal(ours[:, ::-1] if mirrored else ours, view)
 
 
+def test_padded_crops_are_at_every_place_equally_often():
+    """transforms.lua's RandomCrop: torch.random(0, size + 2 padding - crop), both ends included."""
+    config = DataConfig(training_crop="pad", crop_size=28, resize_size=30, padding=3)
+    plans = train(index=index_of([(30, 33)] * 6000), batch_size=2000, config=config)
+    assert (stacked(plans, "sizes") == [30, 33]).all() and (stacked(plans, "boxes") == [0, 0, 30, 33]).all()
+    offsets = stacked(plans, "offsets")[:, 0]
+    for axis, last in ((0, 30 + 3 - 28), (1, 33 + 3 - 28)):
+        places, counts = np.unique(offsets[:, axis], return_counts=True)
+        assert places.tolist() == list(range(-3, last + 1))
+        assert np.abs(counts / 6000 * len(places) - 1).max() < 0.17  # 4 standard deviations of 6000 / 12
+
+
 @pytest.mark.parametrize("crops", [1, 10])
 def test_evaluation_crops_with_pillows_filters_are_torchvisions(crops):
     """Odd and even differences, and sizes at which the two rules of truncation could part."""

@@ -1,5 +1,6 @@
 """Weights of torchvision, timm, openmmlab and ports of the Torch code, in and out again to the bit."""
 
+import json
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from pipeline import trainer
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from pipeline.weights import imagenet_ids, read_weights, write_safetensors, write_torch
+from pipeline.weights import imagenet_ids, preprocessing_of, read_weights, write_safetensors, write_torch
 
 CLASSES = 7
 
@@ -147,11 +148,15 @@ def test_a_runs_weights_keep_what_is_known_of_them(tmp_path):
 
 
 def test_running_averages_of_weights_are_taken_on_request(tmp_path, theirs):
-    average = {name: value + 1 for name, value in theirs.state_dict().items()}
-    torch.save({"state_dict": theirs.state_dict(), "state_dict_ema": average}, tmp_path / "a.pth")
+    average = torch.optim.swa_utils.AveragedModel(theirs)
+    average.module.classifier.bias.data += 1
+    torch.save({"model": theirs.state_dict(), "model_ema": average.state_dict()}, tmp_path / "a.pth")
     torch.save(theirs.state_dict(), tmp_path / "b.pth")
+    save_file(theirs.state_dict(), tmp_path / "c.safetensors")
     state = read_weights(tmp_path / "a.pth", ema=True).network.state_dict()
-    assert torch.equal(state["classifier.bias"], average["classifier.bias"])
+    assert torch.equal(state["classifier.bias"], theirs.classifier.bias + 1)
+    with pytest.raises(UserError, match="no running average"):
+        read_weights(tmp_path / "c.safetensors", ema=True)
     with pytest.raises(UserError, match="no running average"):
         read_weights(tmp_path / "b.pth", ema=True)
 
@@ -175,6 +180,41 @@ def test_imagenets_ids_are_sorted():
     assert list(imagenet_ids()) == sorted(imagenet_ids()) and len(set(imagenet_ids())) == 1000
 
 
+@pytest.mark.parametrize("name", ["regnetx_002", "resnetv2_50", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_timms_own_names_are_left_alone(tmp_path, name, suffix):
+    """Heads that are called as openmmlab's, that are convolutions, or that are not the only matrix."""
+    network = timm.create_model(name, num_classes=CLASSES)
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(network.state_dict(), path)
+    weights = read_weights(path, f"timm:{name}")
+    assert weights.note == "" and len(weights.classes) == CLASSES
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in weights.network.state_dict().items())
+
+
+def test_modules_whose_tensors_come_in_another_order_are_refused(tmp_path, theirs):
+    state = numbered(theirs.state_dict())
+    modules = sorted({name.split(".")[0] for name in state}, key=int)
+    order = ("running_mean", "running_var", "weight", "bias")
+    permuted = {f"{m}.{leaf}": state[f"{m}.{leaf}"] for m in modules for leaf in order if f"{m}.{leaf}" in state}
+    torch.save(permuted, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="another architecture"):
+        read_weights(tmp_path / "a.pth", "densenet121")
+
+
+def test_small_networks_are_prepared_for_as_the_paper_does(tmp_path):
+    torch.save(create_model("densenet_bc100_k12", 100).state_dict(), tmp_path / "a.pth")
+    data = read_weights(tmp_path / "a.pth").config.data
+    assert (data.crop_size, data.resize_size, data.mean) == (32, 32, (0.5071, 0.4867, 0.4408))
+
+
+def test_preparations_that_this_project_does_not_know_are_refused(tmp_path):
+    network = timm.create_model("efficientnet_b0", num_classes=CLASSES)
+    network.pretrained_cfg["crop_mode"] = "squash"
+    with pytest.raises(UserError, match="crop mode squash"):
+        preprocessing_of("timm:efficientnet_b0", network)
+
+
 class Hostile:
     def __reduce__(self):
         return Path.touch, (Path("hostile-was-here"),)
@@ -185,6 +225,12 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
     torch.save(state, folder / "whole.pth")
     content = (folder / "whole.pth").read_bytes()
     (folder / "cut.pth").write_bytes(content[: len(content) // 2])
+    torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
+    old = (folder / "old.pth").read_bytes()
+    (folder / "cut-old.pth").write_bytes(old[:5000])
+    torch.save({0: torch.zeros(2)}, folder / "numbers.pth")
+    about = {"config": [1], "classes": ["a"], "passes": None}
+    save_file(state, folder / "about.safetensors", {"densenet-pipeline": json.dumps(about)})
     (folder / "text.pth").write_text("no weights at all, but a text")
     (folder / "empty.pth").write_bytes(b"")
     (folder / "hostile.pth").write_bytes(pickle.dumps({"state_dict": Hostile()}))
@@ -201,6 +247,9 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
     return {
         "none.pth": "cannot read the weights",
         "cut.pth": "damaged, or no file of weights",
+        "cut-old.pth": "no file of weights",
+        "numbers.pth": "holds no state dictionary",
+        "about.safetensors": "metadata that this version does not understand",
         "text.pth": "no file of weights",
         "empty.pth": "damaged, or no file of weights",
         "hostile.pth": "holds more than tensors and plain values",
@@ -208,8 +257,8 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
         "cut.safetensors": "damaged, or no safetensors file",
         "nothing.pth": "holds no state dictionary",
         "list.pth": "holds no state dictionary",
-        "resnet.pth": "the weights of none of our networks: name another with --model timm:NAME",
-        "gap.pth": "the weights of none of our networks",
+        "resnet.pth": "the weights of none of the paper's networks: name it with --model",
+        "gap.pth": "the weights of none of the paper's networks",
     }
 
 

@@ -12,7 +12,7 @@ from torchvision import datasets
 IMAGES = {"train": 37, "test": 11, "extra": 9}
 
 
-def pixels(split: str, size: int, channels: int, labels: np.ndarray, classes: int) -> np.ndarray:
+def pixels(size: int, channels: int, labels: np.ndarray, classes: int) -> np.ndarray:
     """(N, size, size, channels) noise whose brightness shows the class."""
     random = np.random.default_rng(len(labels) + size)
     noise = random.integers(0, 120, (len(labels), size, size, channels), np.uint8)
@@ -21,7 +21,7 @@ def pixels(split: str, size: int, channels: int, labels: np.ndarray, classes: in
 
 def split_of(split: str, size: int, channels: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     labels = np.arange(IMAGES[split]) % classes
-    return pixels(split, size, channels, labels, classes), labels
+    return pixels(size, channels, labels, classes), labels
 
 
 def write_fashion_mnist(root: Path) -> Path:

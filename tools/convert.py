@@ -32,7 +32,9 @@ def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None
     """Add what `read_weights_of` reads."""
     text = "a checkpoint, or a .safetensors, .pth or .pt file of anyone"
     parser.add_argument("weights", nargs="+" if several else None, metavar="WEIGHTS", help=text)
-    parser.add_argument("--model", metavar="NAME", help="network of foreign weights, as timm:resnet50 [found if ours]")
+    parser.add_argument(
+        "--model", metavar="NAME", help="network of foreign weights, as timm:resnet50 [found if it is the paper's]"
+    )
     parser.add_argument(
         "--classes", metavar="FILE", help="names of the outputs, one a line [the file's, or ImageNet's]"
     )

@@ -135,7 +135,7 @@ def draw_small_images(runs: list[Run]) -> Figure:
     for title, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         if title in published.COLUMNS:
             draw_papers_points(axes, title)
-        for run in (run for run in runs if run.data == title):
+        for run in (run for run in runs if run.data == title and not run.config.data.holdout):  # errors of test images
             point = (millions(parameters(network_of(run))), run.error)
             draw_points(axes, {run.name: point}, "*", f"ours: {run.name}")
             if title not in published.COLUMNS and run.config.published.top1 is not None:

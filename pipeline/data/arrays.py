@@ -1,5 +1,6 @@
 """CIFAR-10, CIFAR-100, SVHN and Fashion-MNIST in memory, as torchvision's own loaders read them."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.data.index import ArraySource, DatasetIndex
-from pipeline.errors import UserError
+from pipeline.errors import LocalUserError
 
 CLASSES_OF_TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
 SVHN_TRAINING = ("train", "extra")  # the paper, Section 4.1, trains on both
@@ -33,7 +34,7 @@ def read_arrays(source: ArraySource) -> Arrays:
     """Read a split.
 
     Raises:
-        UserError: it is not there, is damaged, or cannot be fetched.
+        LocalUserError: it is not there, is damaged, or cannot be fetched.
     """
     parts = SVHN_TRAINING if (source.dataset, source.split) == ("svhn", "train") else (source.split,)
     read = [_read_part(source, part) for part in parts]
@@ -48,7 +49,7 @@ def index_arrays(source: ArraySource) -> DatasetIndex:
     height, width = arrays.pixels.shape[1:3]
     digest = hashlib.sha256("\0".join(arrays.classes).encode())
     digest.update(arrays.labels.tobytes())
-    digest.update(arrays.pixels.tobytes())
+    digest.update(arrays.pixels)
     return DatasetIndex(
         root=source.dir,
         names=tuple(f"{source.dataset}/{source.split}/{i:05d}" for i in range(n)),
@@ -59,7 +60,7 @@ def index_arrays(source: ArraySource) -> DatasetIndex:
         offsets=np.arange(n, dtype=np.int64),
         lengths=np.full(n, arrays.pixels[0].size, np.int64),
         packed=True,
-        arrays=source,
+        arrays=dataclasses.replace(source, download=False),  # other ranks read what this one has fetched
     )
 
 
@@ -73,12 +74,17 @@ def _read_part(source: ArraySource, part: str) -> Arrays:
     except MemoryError:
         raise
     except Exception as error:  # over damaged files torchvision stumbles in any way
-        raise UserError(
+        raise LocalUserError(
             f"cannot read the {part} images of {source.dataset} in {source.dir} ({' '.join(str(error).split())}): put "
             "torchvision's files there, set data.download true, or choose another data.dataset"
         ) from None
     pixels, labels = np.asarray(found.data), np.asarray(found.labels if svhn else found.targets, np.int64)
     if svhn:
         pixels = pixels.transpose(0, 2, 3, 1)
-    classes = map(str, range(10)) if svhn else found.classes
-    return Arrays(np.ascontiguousarray(pixels), labels, tuple(classes))
+    classes = tuple(map(str, range(10)) if svhn else found.classes)
+    if len(pixels) != len(labels) or not np.isin(labels, range(len(classes))).all():
+        raise LocalUserError(
+            f"the {part} images of {source.dataset} in {source.dir} are damaged: {len(pixels)} images, {len(labels)} labels "
+            f"from {labels.min()} to {labels.max()}"
+        )
+    return Arrays(np.ascontiguousarray(pixels), labels, classes)

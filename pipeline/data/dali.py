@@ -75,7 +75,7 @@ class DaliExecutor:
         # A crop that reaches beyond its image finds the mean colour there, which is no byte.
         self._around = (
             dict(out_of_bounds_policy="pad", fill_values=[255 * mean for mean in config.mean], dtype=types.FLOAT)
-            if config.training_crop == "pad"
+            if config.training_crop == "pad" and views == 1
             else {}
         )
         self._device = device

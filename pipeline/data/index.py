@@ -51,7 +51,7 @@ class ArraySource:
     dataset: Dataset
     dir: str
     split: Literal["train", "test"]
-    download: bool = False
+    download: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DatasetIndex:
         labels: (N) int64, index into `classes`.
         sizes: (N, 2) int32, height and width in pixels as stored (EXIF orientation is not applied).
         classes: class names; for class folders the folders' names, sorted.
-        fingerprint: SHA-256 of class names, image names, labels and lengths.
+        fingerprint: SHA-256 of class names, image names, labels and lengths; of images in memory, of their pixels too.
         offsets, lengths: (N) int64, the image's bytes within its file.
         packed: `root` is an archive that holds all images; else each is a file of its own below `root`.
         arrays: where the images come from if they are held in memory; `offsets` are then their places there.
@@ -109,6 +109,8 @@ class DatasetIndex:
         """
         position = {name: i for i, name in enumerate(classes)}
         names = [name if name in position else _called_alike(name, classes) for name in self.classes]
+        if len(set(names)) < len(names):  # two of them are alike
+            names = list(self.classes)
         check_classes(self.root, names, classes)
         own = np.array([position[name] for name in names], np.int64)
         return dataclasses.replace(self, labels=own[self.labels], classes=classes)
@@ -116,7 +118,8 @@ class DatasetIndex:
 
 def _called_alike(name: str, classes: tuple[str, ...]) -> str:
     """The only one of `classes` with the same letters and digits, else `name`."""
-    alike = [other for other in classes if _letters_and_digits(other) == _letters_and_digits(name)]
+    key = _letters_and_digits(name)
+    alike = [other for other in classes if key and _letters_and_digits(other) == key]
     return alike[0] if len(alike) == 1 else name
 
 
