@@ -19,7 +19,7 @@ from pathlib import Path
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
 from launch.records import add_event, read_events, read_job
-from launch.status import duration, logs_of, read_status, runs_below, slurm_queue, to_text
+from launch.status import ENDED, Queue, duration, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import script, submit
 from pipeline.config import Config, load_config, parse_command_line
 from pipeline.data.dataset import open_datasets
@@ -133,8 +133,16 @@ def look_after(verb: str, arguments: list[str]) -> None:
     elif verb == "logs":
         show_logs(runs, options.follow)
     else:
+        failed = []
         for run in runs:
-            {"cancel": cancel, "resume": resume}[verb](run)
+            try:
+                {"cancel": cancel, "resume": resume}[verb](run)
+            except UserError as error:  # the others have a right to theirs
+                failed.append(error)
+        for error in failed[:-1]:
+            print(f"error: {error}", file=sys.stderr)
+        if failed:
+            raise failed[-1]
 
 
 def show_logs(runs: list[Path], follow: bool) -> None:
@@ -158,31 +166,33 @@ def cancel(run: Path) -> None:
     job = read_job(run)
     if job.kind == "local" and job.host != socket.gethostname():
         raise UserError(f"{run} runs in processes of {job.host}: cancel it there")
+    status = read_status(run, _queue_for([run]))
+    if status.state in ENDED:
+        print(f"{run}: has ended already ({status.state})")
+        return
     add_event(run, "cancel", job=job.id)
     if job.kind == "slurm":
         done = subprocess.run(["scancel", job.id], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"scancel {job.id}: {done.stderr.strip()}")
+            raise UserError(f"scancel {job.id}: {' '.join(done.stderr.split())}")
     else:
-        try:
-            os.kill(int(job.id), signal.SIGTERM)
-        except ProcessLookupError:
-            print(f"{run}: had ended")
-            return
+        os.kill(int(job.id), signal.SIGTERM)
     print(f"{run}: job {job.id} is told to end")
 
 
 def resume(run: Path) -> None:
     """Submit a run again, as it was submitted before."""
     _refuse_if_running(run)
-    asked = next(event for event in reversed(read_events(run)) if event["event"] == "submit")
+    asked = next((event for event in reversed(read_events(run)) if event["event"] == "submit"), None)
+    if asked is None:
+        raise UserError(f"{run} was never submitted: start it with python -m launch CONFIG.yaml")
     config = load_config(run / "submitted.yaml")
     cluster = Cluster(**asked["cluster"])
     (job,) = submit([config], cluster)
     print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")
 
 
-def _queue_for(runs: list[Path]) -> dict[str, tuple[str, str, str]]:
+def _queue_for(runs: list[Path]) -> Queue:
     """SLURM's queue, if one of the runs is SLURM's."""
     return slurm_queue() if any(read_job(run).kind == "slurm" for run in runs) else {}
 
@@ -190,7 +200,7 @@ def _queue_for(runs: list[Path]) -> dict[str, tuple[str, str, str]]:
 def _refuse_if_running(run: Path) -> None:
     if (run / "job.json").exists() and (run / "submitted.yaml").exists():
         status = read_status(run, _queue_for([run]))
-        if status.state in ("pending", "running", "completing", "configuring", "submitted"):
+        if status.state not in ENDED:
             raise UserError(
                 f"{run} is the run of job {status.job.id}, which is {status.state}: cancel it, or set --run_dir"
             )

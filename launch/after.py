@@ -15,14 +15,18 @@ from launch.records import add_event, read_events, read_job
 from launch.task import end_file, read_end
 from pipeline.errors import EXIT_RESUME, EXIT_USER_ERROR
 
+IDLE_STARTS = 10  # interruptions in a row without a new checkpoint: a start takes longer than its time limit
 
-def decide(code: int, rank_codes: list[int | None], failed_at: list[str | None], failures: int) -> tuple[str, str]:
+
+def decide(
+    code: int, rank_codes: list[int | None], ends: list[tuple[int, str | None]], failures: int
+) -> tuple[str, str]:
     """What follows an end, ("done", "stopped" or "again"), and why.
 
     Args:
         code: of all ranks together, which may be that of one that was killed after another had failed.
         rank_codes: what ranks left word of.
-        failed_at: what names the newest checkpoint at the end of each failed start so far, this one included.
+        ends: code of each start since the run was submitted, this one included, and what names its newest checkpoint.
         failures: failures in a row without a new checkpoint after which there is no further start.
     """
     if code == 0:
@@ -30,10 +34,20 @@ def decide(code: int, rank_codes: list[int | None], failed_at: list[str | None],
     if EXIT_USER_ERROR in rank_codes:
         return "stopped", "needs a person"
     if code == EXIT_RESUME:
+        if _stands_still(ends, IDLE_STARTS):
+            return (
+                "stopped",
+                f"{IDLE_STARTS} starts were interrupted before they could write a checkpoint: give more --time",
+            )
         return "again", "interrupted"
-    if len(failed_at) >= failures and len(set(failed_at[-failures:])) == 1:
+    if _stands_still([end for end in ends if end[0] != EXIT_RESUME], failures):
         return "stopped", f"{failures} starts have come no further than the same checkpoint"
     return "again", f"failed with exit code {code}"
+
+
+def _stands_still(ends: list[tuple[int, str | None]], starts: int) -> bool:
+    """Whether the last so many have left the same checkpoint."""
+    return len(ends) >= starts and len({checkpoint for _, checkpoint in ends[-starts:]}) == 1
 
 
 def end(run_dir: Path, code: int) -> str:
@@ -43,8 +57,9 @@ def end(run_dir: Path, code: int) -> str:
     ends = [file for rank in range(job.ranks) if (file := end_file(run_dir, str(started), rank)).exists()]
     words = [read_end(file) for file in ends]
     checkpoint = _name_of(run_dir / "checkpoints" / "last.pt")
-    failed_at = [event["checkpoint"] for event in events if event["event"] == "end" and event["code"] != EXIT_RESUME]
-    what, why = decide(code, [word.get("code") for word in words], [*failed_at, checkpoint], job.failures)
+    submitted = max((i for i, event in enumerate(events) if event["event"] == "submit"), default=0)
+    before = [(event["code"], event["checkpoint"]) for event in events[submitted:] if event["event"] == "end"]
+    what, why = decide(code, [word.get("code") for word in words], [*before, (code, checkpoint)], job.failures)
     messages = [word["message"] for word in words if word.get("message") and word.get("code") != EXIT_RESUME]
     message = messages[0] if messages else ""
     add_event(run_dir, "end", start=started, code=code, checkpoint=checkpoint, what=what, why=why, message=message)

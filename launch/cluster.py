@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline.errors import UserError, did_you_mean
 
 Positive = Annotated[int, Field(gt=0)]
-TimeLimit = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]
+TimeLimit = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d{2}:\d{2}$")]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -53,6 +53,12 @@ class Cluster:
     """Further arguments of srun."""
     failures: Positive = 3
     """Failures in a row, without a new checkpoint between them, after which a run is not started again."""
+
+    @model_validator(mode="after")
+    def _warning_leaves_time(self) -> "Cluster":
+        if self.warning_seconds >= self.minutes * 60:
+            raise ValueError(f"warning_seconds {self.warning_seconds} must be less than the time limit {self.time}")
+        return self
 
     @property
     def ranks_per_node(self) -> int:
@@ -111,6 +117,8 @@ def read_cluster(options: Any) -> Cluster:
         return _ADAPTER.validate_python(tree | flags)
     except ValidationError as failure:
         error = failure.errors()[0]
+        if error["type"] == "value_error":  # of a check above, which names the fields
+            raise UserError(f"{origin}: {error['ctx']['error']}") from None
         key = str(error["loc"][0])
         where = f"--{key.replace('_', '-')}" if key in flags else f"{origin}: '{key}'"
         if error["type"] == "unexpected_keyword_argument":
@@ -129,7 +137,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree or {}, dict):
         raise UserError(f"{path} must be a mapping of fields such as partition")
-    return tree or {}
+    tree = tree or {}
+    if isinstance(tree.get("time"), int):  # YAML takes 24:00:00 for a number of base 60
+        tree["time"] = f"{tree['time'] // 3600}:{tree['time'] // 60 % 60:02}:{tree['time'] % 60:02}"
+    return tree
 
 
 def _name_and_value(word: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """The local twin of a cluster: ranks as processes of this machine, started again as a SLURM job would be.
 
-``python -m launch.local RUN_DIR SECONDS WARNING`` is the controller, one a run.
+``python -m launch.local RUN_DIR FOLDER RANKS SECONDS WARNING`` is the controller, one a run.
 """
 
 import os
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from launch.after import end
-from launch.records import read_job
 from pipeline.errors import EXIT_RESUME
 
 KILL_WAIT = 30  # seconds between asking a rank to leave and killing it, as SLURM's
@@ -21,8 +20,9 @@ KILL_WAIT = 30  # seconds between asking a rank to leave and killing it, as SLUR
 class Controller:
     """Starts the ranks of one run, and starts them again until `after.end` says that it is over."""
 
-    def __init__(self, run_dir: Path, seconds: float, warning: float):
-        self._run_dir, self._seconds, self._warning = run_dir, seconds, warning
+    def __init__(self, run_dir: Path, folder: Path, ranks: int, seconds: float, warning: float):
+        self._run_dir, self._folder, self._count = run_dir, folder, ranks
+        self._seconds, self._warning = seconds, warning
         self._ranks: list[subprocess.Popen] = []
         self._cancelled = False
 
@@ -38,17 +38,16 @@ class Controller:
 
     def _start(self, start: str) -> int:
         """Run all ranks once; return 0, or how the first to fail has ended."""
-        job = read_job(self._run_dir)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        for rank in range(job.ranks):
+        for rank in range(self._count):
             environment = {
                 **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-                "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks), "LOCAL_WORLD_SIZE": str(job.ranks),
+                "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self._count), "LOCAL_WORLD_SIZE": str(self._count),
             }  # fmt: skip
             command = [sys.executable, "-m", "launch.task", str(self._run_dir), start]
-            with open(Path(job.folder) / f"{os.getpid()}_{rank}_log.out", "ab") as log:
+            with open(self._folder / f"{os.getpid()}_{rank}_log.out", "ab") as log:
                 self._ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         code, warned, begin = None, False, time.monotonic()
         while code is None:
@@ -85,4 +84,5 @@ class Controller:
 
 
 if __name__ == "__main__":
-    sys.exit(Controller(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])).run())
+    run_dir, folder, ranks, *times = sys.argv[1:]
+    sys.exit(Controller(Path(run_dir), Path(folder), int(ranks), *map(float, times)).run())

@@ -13,7 +13,15 @@ from launch.records import Job, read_events, read_job
 from pipeline.config import Config, load_config
 from pipeline.errors import UserError
 
+Queue = dict[str, tuple[str, str, str]]  # state, machines and reason of SLURM's jobs, by id
+
 LOG_LINES = 5
+ENDED = ("done", "stopped", "cancelled", "gone")
+# Of SLURM's states; in all others the job may still run, as when it is suspended.
+FINAL_STATES = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def runs_below(folder: Path) -> list[Path]:
     return found
 
 
-def read_status(run_dir: Path, queue: dict[str, tuple[str, str, str]]) -> Status:
+def read_status(run_dir: Path, queue: Queue) -> Status:
     """Put together what is known of a run.
 
     Args:
@@ -56,7 +64,7 @@ def read_status(run_dir: Path, queue: dict[str, tuple[str, str, str]]) -> Status
     job, events, config = read_job(run_dir), read_events(run_dir), load_config(run_dir / "submitted.yaml")
     records = _records(run_dir)
     starts = [event for event in events if event["event"] == "start"]
-    state, machines, reason = _state(job, events, queue)
+    state, machines, reason = _state(run_dir, job, events, queue)
     validation = next((r for r in reversed(records) if "val/top1_error" in r), {})
     speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
     speed = sorted(speeds)[len(speeds) // 2] if speeds else None
@@ -77,14 +85,14 @@ def read_status(run_dir: Path, queue: dict[str, tuple[str, str, str]]) -> Status
     )
 
 
-def slurm_queue() -> dict[str, tuple[str, str, str]]:
+def slurm_queue() -> Queue:
     """State, machines and reason of this user's jobs in SLURM's queue, by job id; empty where there is no SLURM."""
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%N|%r", "--states=all"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"squeue does not answer: {done.stderr.strip()}")
+        raise UserError(f"squeue does not answer: {' '.join(done.stderr.split())}")
     rows = [line.split("|") for line in done.stdout.splitlines()]
     return {job: (state, machines, reason) for job, state, machines, reason in rows}
 
@@ -115,7 +123,7 @@ def logs_of(job: Job) -> dict[int, Path]:
 
 
 def last_words(job: Job) -> list[str]:
-    """The last lines of the rank that said most recently that something is wrong, else of rank 0."""
+    """The last lines of the first rank whose log says that something is wrong, else of rank 0."""
     logs = logs_of(job)
     tails = {rank: file.read_text(errors="replace").splitlines()[-50:] for rank, file in logs.items()}
     wrong = [rank for rank, lines in tails.items() if any(line.startswith(("error:", "Traceback")) for line in lines)]
@@ -143,35 +151,37 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _state(job: Job, events: list[dict[str, Any]], queue: dict[str, tuple[str, str, str]]) -> tuple[str, str, str]:
+def _state(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) -> tuple[str, str, str]:
     """State, machines and reason: SLURM's word for a job that it has, else the run's own."""
     last = events[-1] if events else {}
     ended = last.get("event") == "end"
     why = f"{last['why']}{last['message'] and ': ' + last['message'].splitlines()[-1]}" if ended else ""
-    if (
-        job.kind == "slurm"
-        and job.id in queue
-        and queue[job.id][0] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-    ):
+    if job.kind == "slurm" and job.id in queue and queue[job.id][0] not in FINAL_STATES:
         state, machines, reason = queue[job.id]
         return state.lower(), machines, reason if state == "PENDING" else ""
     if ended and last["what"] in ("done", "stopped"):
         return last["what"], "", "" if last["what"] == "done" else why
     if any(event["event"] == "cancel" and event["job"] == job.id for event in events):
         return "cancelled", "", ""
-    if job.kind == "local" and job.host == socket.gethostname() and _alive(int(job.id)):
+    if job.kind == "local" and job.host == socket.gethostname() and _alive(int(job.id), run_dir):
         return "running", "", ""
     if last.get("event") == "submit":
         return "submitted", "", ""
     return "gone", "", "the job ended without a word; python -m launch resume RUN goes on"
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: int, run_dir: Path) -> bool:
+    """Whether this process is the controller of this run: another may have its number by now."""
+    if not Path("/proc/self").exists():  # not Linux
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return False
+        return True
     try:
-        os.kill(pid, 0)
+        return os.fsencode(os.path.abspath(run_dir)) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return True
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:

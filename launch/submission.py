@@ -1,6 +1,7 @@
 """From configurations to jobs: checks, the code as it is now, and SLURM's or the local twin's start."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -28,17 +29,14 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
     Raises:
         UserError: there is no SLURM, or it refuses the request.
     """
+    if cluster.kind == "local" and cluster.nodes > 1:
+        raise UserError("--cluster local is one machine: --nodes must be 1")
     folder = _new_folder(configs)
     for package in PACKAGES:
         shutil.copytree(REPOSITORY / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "runs.json").write_text(json.dumps([config.run_dir for config in configs]))
     for config in configs:
         Path(config.run_dir, "submitted.yaml").write_text(to_yaml(config))
-        # A local job begins before its id is known.
-        write_job(
-            Path(config.run_dir),
-            Job("0", cluster.kind, socket.gethostname(), str(folder), cluster.ranks, cluster.failures),
-        )
     ids = _start_slurm(configs, cluster, folder) if cluster.kind == "slurm" else _start_local(configs, cluster, folder)
     jobs = [Job(i, cluster.kind, socket.gethostname(), str(folder), cluster.ranks, cluster.failures) for i in ids]
     for config, job in zip(configs, jobs, strict=True):
@@ -105,11 +103,10 @@ def _start_slurm(configs: list[Config], cluster: Cluster, folder: Path) -> list[
 
 
 def _start_local(configs: list[Config], cluster: Cluster, folder: Path) -> list[str]:
-    if cluster.nodes > 1:
-        raise UserError("--cluster local is one machine: --nodes must be 1")
     ids = []
+    times = cluster.minutes * 60, cluster.warning_seconds
     for config in configs:
-        command = [sys.executable, "-m", "launch.local", config.run_dir, cluster.minutes * 60, cluster.warning_seconds]
+        command = [sys.executable, "-m", "launch.local", config.run_dir, folder, cluster.ranks, *times]
         with open(folder / "controller.log", "ab") as log:
             process = subprocess.Popen(
                 [str(word) for word in command],
@@ -125,9 +122,13 @@ def _start_local(configs: list[Config], cluster: Cluster, folder: Path) -> list[
 
 def _new_folder(configs: list[Config]) -> Path:
     """The submission's own folder, beside the first run's."""
-    folder = Path(configs[0].run_dir).parent / "jobs" / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+    jobs, name = Path(configs[0].run_dir).parent / "jobs", time.strftime("%Y%m%d-%H%M%S")
     try:
-        folder.mkdir(parents=True)
+        jobs.mkdir(parents=True, exist_ok=True)
+        taken = {file.name for file in jobs.iterdir()}
+        names = (f"{name}-{os.getpid()}-{i}" for i in itertools.count(1))
+        folder = jobs / next(free for free in names if free not in taken)
+        folder.mkdir()
         for config in configs:
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

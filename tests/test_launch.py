@@ -10,10 +10,10 @@ from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, weights
 
 from launch.__main__ import start
-from launch.after import decide
+from launch.after import decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
-from launch.records import read_events, read_job
+from launch.records import Job, add_event, read_events, read_job, write_job
 from pipeline.errors import ArgumentParser, UserError
 from tools.scaling import Machines, step_time
 
@@ -34,6 +34,8 @@ def test_a_sites_file_and_flags_that_win(tmp_path):
     assert asked.minutes == 36 * 60 + 31 and asked.setup == ("module load cuda",)
     assert asked.sbatch == {"reservation": "a", "exclusive": "user"}
     assert cluster("--cluster", "local", "--tasks-per-node", "3").ranks == 3
+    site.write_text("time: 24:00:00")  # which YAML takes for a number of base 60
+    assert cluster("--cluster", str(site)).minutes == 24 * 60
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ def test_a_sites_file_and_flags_that_win(tmp_path):
     [
         (["--nodes", "none"], "--nodes: Input should be a valid integer.*'none'"),
         (["--time", "2 days"], "--time: .*'2 days'"),
+        (["--time", "0:02:00"], "warning_seconds 120 must be less than the time limit 0:02:00"),
         (["--sbatch", "exclusive"], "--sbatch exclusive: NAME=VALUE is needed"),
         (["--cluster", "nowhere.yaml"], "cannot read the cluster file nowhere.yaml .*local or slurm"),
         (["--cluster", "site.yaml"], "site.yaml: 'partiton' is not a known key \\(did you mean 'partition'"),
@@ -54,21 +57,35 @@ def test_mistakes_name_the_flag_or_the_key(tmp_path, monkeypatch, words, expecte
 
 
 @pytest.mark.parametrize(
-    ("code", "rank_codes", "failed_at", "expected"),
+    ("code", "rank_codes", "ends", "expected"),
     [
-        (0, [], ["a"], "done"),
-        (137, [75, None, 75], ["a"], "again"),
-        (137, [75, None, 75], ["a", "b", "c"], "again"),
-        (137, [75, None, 75], ["a", "a", "a"], "stopped"),
-        (137, [], [None, None, None], "stopped"),
-        (137, [], ["a", "a"], "again"),
-        (75, [75, 75], ["a", "a", "a"], "again"),
-        (137, [2, 137], ["a"], "stopped"),
-        (2, [2, 2], ["a"], "stopped"),
+        (0, [], [(0, "a")], "done"),
+        (137, [75, None, 75], [(137, "a")], "again"),
+        (137, [75, None, 75], [(137, "a"), (137, "b"), (137, "c")], "again"),
+        (137, [75, None, 75], [(137, "a"), (137, "a"), (137, "a")], "stopped"),
+        (137, [75, None, 75], [(137, "a"), (75, "a"), (137, "a"), (75, "a"), (137, "a")], "stopped"),
+        (137, [], [(137, None)] * 3, "stopped"),
+        (137, [], [(137, "a")] * 2, "again"),
+        (75, [75, 75], [(75, "a")] * 9, "again"),
+        (75, [75, 75], [(75, "a")] * 10, "stopped"),
+        (75, [75, 75], [(75, "a")] * 9 + [(75, "b")], "again"),
+        (137, [2, 137], [(137, "a")], "stopped"),
+        (2, [2, 2], [(2, "a")], "stopped"),
     ],
 )
-def test_what_follows_an_end(code, rank_codes, failed_at, expected):
-    assert decide(code, rank_codes, failed_at, failures=3)[0] == expected
+def test_what_follows_an_end(code, rank_codes, ends, expected):
+    assert decide(code, rank_codes, ends, failures=3)[0] == expected
+
+
+def test_failures_before_a_run_was_submitted_again_do_not_count(tmp_path):
+    write_job(tmp_path, Job("1", "local", "here", str(tmp_path), ranks=2, failures=3))
+    what = []
+    for submission in range(2):
+        add_event(tmp_path, "submit", job=str(submission), cluster={})
+        for number in range(3):
+            add_event(tmp_path, "start", start=f"{submission}.{number}")
+            what.append(end(tmp_path, 137))
+    assert what == ["again", "again", "stopped"] * 2
 
 
 def test_an_estimate_counts_what_a_start_can_use():
@@ -127,8 +144,10 @@ def test_the_local_twin_is_cancelled_with_a_checkpoint_and_resumed(tmp_path):
     assert "is told to end" in run_module("launch", "cancel", run).stdout
     wait_for(lambda: read_events(run)[-1]["event"] == "end")
     assert " cancelled " in run_module("launch", "status", run).stdout
-    assert run_module("launch", "resume", run).returncode == 0
+    assert run_module("launch", "resume", tmp_path).returncode == 0  # all in the folder
     wait_for(lambda: read_events(run)[-1].get("what") == "done")
+    assert "has ended already (done)" in run_module("launch", "cancel", tmp_path).stdout
+    assert " done " in run_module("launch", "status", run).stdout
     assert "0: resuming at" in run_module("launch", "logs", run).stdout
 
 
@@ -145,6 +164,9 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     assert f"{tmp_path}/run/densenet169: " in capsys.readouterr().out
     with pytest.raises(UserError, match="batch_size 12 cannot be split over 1 nodes x 5 ranks.*multiple of 5"):
         start(local_words(config, "--dry-run", "--tasks-per-node", 5))
+    with pytest.raises(UserError, match="--nodes must be 1"):
+        start(local_words(config, "--nodes", 2, "--optim.batch_size", 12))
+    assert not (tmp_path / "run" / "job.json").exists() and not (tmp_path / "jobs").exists()
     with pytest.raises(UserError, match="--grid optim.lr: KEY=A,B is needed"):
         start(local_words(config, "--dry-run", "--grid", "optim.lr"))
     with pytest.raises(UserError, match="did you mean '--optim.lr'"):
