@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.loader import EvaluationLoader
 from pipeline.distributed import World
+from pipeline.errors import UserError
 from pipeline.metrics import Score
 
 Average = Literal["logits", "softmax"]
@@ -34,6 +35,23 @@ class Evaluation:
     probability: np.ndarray
     losses: np.ndarray
     logits: np.ndarray | None
+
+
+@torch.inference_mode()
+def check_image_size(network: nn.Module, size: int, name: str) -> None:
+    """Refuse images of `size` x `size` pixels that the network cannot take.
+
+    Raises:
+        UserError: it cannot; `name` is the network's.
+    """
+    device = next(network.parameters()).device
+    try:
+        network(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{name} cannot take images of {size} x {size} pixels ({reason}): choose another crop size"
+        ) from None
 
 
 @torch.inference_mode()

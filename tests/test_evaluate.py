@@ -1,6 +1,8 @@
 import csv
 import dataclasses
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, DataConfig
-from pipeline.data.index import scan_classes
+from pipeline.data.index import scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Share
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -23,6 +25,7 @@ from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.weights import Weights, imagenet_ids, read_weights
 from tools.evaluate import published_errors, real_labels_score
+from tools.evaluation_report import write_answers, write_report
 from tools.significance import mcnemar, wilson_interval
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -213,6 +216,69 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path):
     assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
     assert page.count("<img src=") == sum(map(sum, wrong)) and "class0 (67 %), is class1" in page
     assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in done.stdout and "(McNemar)" in done.stdout
+
+
+def test_networks_with_their_classes_in_another_order_are_compared(image_folders, checkpoint, tmp_path):
+    """The same network with its outputs turned round, and the same again: no image tells them apart."""
+    state = load_checkpoint(checkpoint)
+    order = [2, 0, 1]
+    state["classes"] = [state["classes"][k] for k in order]
+    for name in ("classifier.weight", "classifier.bias"):
+        state["model"][name] = state["model"][name][order]
+    turned = CheckpointFolder(tmp_path)
+    turned.save(state, best=True)
+    words = ["--data", image_folders, "--report", tmp_path / "report"]
+    done = run_module("tools.evaluate", checkpoint, turned.last, turned.best, *words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert len({result["name"] for result in summary["evaluations"]}) == 3
+    assert len({result["top1_wrong"] for result in summary["evaluations"]}) == 1
+    assert [(row["only_a_wrong"], row["only_b_wrong"], row["p"]) for row in summary["comparisons"]] == [(0, 0, 1)] * 3
+
+
+def test_mistakes_show_before_the_work(image_folders, checkpoint, tmp_path):
+    state = load_checkpoint(checkpoint)
+    state["model"]["classifier.bias"][0] = float("nan")
+    nan = CheckpointFolder(tmp_path)
+    nan.save(state, best=False)
+    for words, expected in (
+        ([checkpoint, "none.pt"], "cannot read the weights none.pt"),
+        ([checkpoint, "--crop-size", 2, "--resize-size", 2], "cannot take images of 2 x 2 pixels"),
+        ([checkpoint, checkpoint, "--predictions", tmp_path / "a.csv"], "--predictions is for one WEIGHTS"),
+        ([checkpoint, "--json", tmp_path], "cannot write --json .*: Is a directory"),
+        ([nan.last], "last.pt: the answers are not finite"),
+    ):
+        done = run_module("tools.evaluate", *words, "--data", image_folders)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
+        assert re.search(expected, done.stderr)
+
+
+def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
+    (tmp_path / "images").mkdir()
+    names = ("a<b>.png", os.fsdecode(b"\xff.png"))
+    for name in names:
+        Image.new("RGB", (9, 9)).save(tmp_path / "images" / name)
+    index = scan_flat(tmp_path / "images", labels_of(tmp_path, names), ("x&y", "|"))
+    zeros = np.zeros(2, np.float32)
+    evaluation = Evaluation(Score(2, 0, 2, 0.0), np.array([[1, 0], [1, 0]]), zeros, zeros, None)
+    row = {"class": "x&y", "images": 2, "top1_error": 100, "top5_error": 0}
+    result = {
+        "name": "n", "weights": "w", "note": "", "model": "m", "parameters": 1, "multiply_accumulates": 1, "data": "d",
+        "images": 2, "classes": 2, "classes_present": 1, "crops": 1, "average": "logits", "precision": "fp32",
+        "resize": "torch", "resize_size": 9, "crop_size": 9, "loader": "dali", "top1_error": 100, "top5_error": 0,
+        "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
+        "published": [], "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
+    }  # fmt: skip
+    write_report(tmp_path, {"evaluations": [result], "comparisons": []}, [evaluation], [index])
+    write_answers(tmp_path / "a.csv", evaluation, index)
+    page = (tmp_path / "report.html").read_bytes()
+    assert b"a&lt;b&gt;.png" in page and b"<b>" not in page and b"is x&amp;y" in page and page.count(b"<img") == 2
+    assert b"\xff.png" in (tmp_path / "a.csv").read_bytes()
+
+
+def labels_of(folder: Path, names: tuple[str, ...]) -> Path:
+    (folder / "labels.txt").write_text("x&y\n" * len(names))
+    return folder / "labels.txt"
 
 
 def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint, tmp_path):

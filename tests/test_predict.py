@@ -137,7 +137,7 @@ def test_all_of_imagenets_classes_have_names():
     assert predict.human_names(("bag", "n123", "shirt")) == {}
 
 
-def test_mistakes_are_one_line(monkeypatch, tmp_path, folder, weights):
+def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, folder, weights):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("no image")
     whole = (folder / "c.jpg").read_bytes()
@@ -160,5 +160,7 @@ def test_mistakes_are_one_line(monkeypatch, tmp_path, folder, weights):
             answers_of(monkeypatch, tmp_path, *words)
         assert "\n" not in str(error.value)
     monkeypatch.setattr("sys.argv", ["", str(weights), str(folder), "--json", str(tmp_path / "empty")])
+    capsys.readouterr()
     with pytest.raises(UserError, match="cannot write --json .*empty: Is a directory"):
         predict.main()
+    assert capsys.readouterr().out == ""  # before the work

@@ -139,7 +139,7 @@ def main() -> None:
     options = _parser().parse_args()
     settings = choose_settings(options)
     names = choose_contestants(options)
-    output = writable_folder(options.output, f"benchmark-{options.task}.json")
+    output = writable_folder(options.output)
     results = {
         "task": options.task,
         "machine": describe_machine(["torch", "torchvision", "timm"]),

@@ -459,7 +459,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of when and where faults strike [%(default)s]")
     parser.add_argument("--output", default="runs/chaos", help="folder for table and logs [%(default)s]")
     options = parser.parse_args()
-    folder = writable_folder(options.output, "chaos.md")
+    folder = writable_folder(options.output)
     work = Path(tempfile.mkdtemp(dir=folder, prefix="work"))
     print("the undisturbed run", flush=True)
     lab = Lab(work, options.model, options.seed)

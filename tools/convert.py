@@ -5,6 +5,7 @@ torchvision's names, which torchvision and timm load as they are, and as metadat
 and how the training differed from the paper's. An OUTPUT.pth is a bare state dictionary for torch.load.
 """
 
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def read_weights_of(options: Namespace, file: str) -> Weights:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --classes {options.classes}: {error}") from None
     return read_weights(file, options.model, names, options.ema)
+
+
+def short_names(files: list[str]) -> list[str]:
+    """A name for each file: its own, of a run's checkpoints with the run's before it; numbered if that is not enough."""
+    names: list[str] = []
+    for path in (Path(file).resolve() for file in files):
+        name = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
+        numbered = (f"{name}-{i}" for i in itertools.count(2))
+        names.append(name if name not in names else next(free for free in numbered if free not in names))
+    return names
 
 
 def describe(weights: Weights) -> str:

@@ -12,6 +12,7 @@ import json
 import re
 import time
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +21,95 @@ import torch
 
 from pipeline.config import Config, DataConfig, Dataset, Precision, Resize, from_dict
 from pipeline.data.arrays import index_arrays
-from pipeline.data.index import ArraySource, DatasetIndex, scan_classes, scan_flat
+from pipeline.data.index import ArraySource, DatasetIndex, known_cache, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Share, choose_loader
 from pipeline.distributed import AUTOCAST_TYPES, World, join_world, set_precision
-from pipeline.errors import ArgumentParser, LocalUserError, UserError, exit_on_user_error, positive_integer
-from pipeline.evaluate import Average, Evaluation, evaluate
-from pipeline.models import create_model
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.evaluate import Average, Evaluation, check_image_size, evaluate
 from pipeline.weights import Weights, imagenet_ids
 from tools import published
-from tools.convert import add_weights_arguments, read_weights_of
-from tools.evaluation_report import to_text, write_report
-from tools.facts import multiply_accumulates, on_meta, parameters
+from tools.convert import add_weights_arguments, read_weights_of, short_names
+from tools.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
+from tools.facts import multiply_accumulates, network_without_weights, parameters
+from tools.measuring import writable_file, writable_folder
 from tools.significance import mcnemar, wilson_interval
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 CONFUSIONS = 20  # pairs of classes that are named
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """A file of weights, ready to be evaluated."""
+
+    file: str
+    name: str
+    weights: Weights
+    data: DataConfig
+    index: DatasetIndex
+
+
 def main() -> None:
     options = _parser().parse_args()
     with join_world(options.device) as world:
+        contestants = world.from_main(lambda: open_contestants(options))
+        for contestant in contestants:
+            check_image_size(contestant.weights.network, contestant.data.crop_size, contestant.name)
+        results, evaluations = [], []
+        for contestant in contestants:
+            result, evaluation = evaluate_one(contestant, options, world)
+            if world.is_main:
+                print(result_to_text(result), flush=True)
+                write_answers_of(contestant, evaluation, options)
+            results.append(result)
+            evaluations.append(dataclasses.replace(evaluation, logits=None))  # 200 MB each on ImageNet
         if world.is_main:
-            _check_writable(options)
-        names = _names(options.weights)
-        found = [evaluate_file(file, name, options, world) for file, name in zip(options.weights, names, strict=True)]
-        if world.is_main:
-            results, evaluations, indexes = ([entry[i] for entry in found] for i in range(3))
+            indexes = [contestant.index for contestant in contestants]
             summary = {"evaluations": results, "comparisons": compare(results, evaluations, indexes)}
-            print(to_text(summary))
+            if len(results) > 1:
+                print(comparisons_to_text(summary))
             if options.json:
                 Path(options.json).write_text(json.dumps(summary, indent=2) + "\n")
             if options.report:
                 write_report(Path(options.report), summary, evaluations, indexes)
 
 
-def evaluate_file(
-    file: str, name: str, options: argparse.Namespace, world: World
-) -> tuple[dict[str, Any], Evaluation, DatasetIndex]:
-    """Evaluate one file of weights; return what there is to say of it on rank 0, the answers and the images."""
-    weights = world.from_main(lambda: read_weights_of(options, file))
-    data = data_config(weights.config, options)
-    index = world.from_main(lambda: open_images(data, options.labels, weights.classes))
+def open_contestants(options: argparse.Namespace) -> list[Contestant]:
+    """Read all weights and index the images, so that mistakes show before hours of work and not after them.
+
+    Raises:
+        UserError: see `read_weights` and `open_images`; the files have not the same images; an output cannot be written.
+    """
+    for flag in ("json", "predictions"):
+        if path := getattr(options, flag):
+            writable_file(path, f"--{flag}")
+    if options.report:
+        writable_folder(options.report, "--report")
+    if options.predictions and len(options.weights) > 1:
+        raise UserError("--predictions is for one WEIGHTS: --report DIR writes a file of answers for each")
+    contestants: list[Contestant] = []
+    for file, name in zip(options.weights, short_names(options.weights), strict=True):
+        weights = read_weights_of(options, file)
+        data = data_config(weights.config, options)
+        same = [c for c in contestants if (c.data.dataset, c.index.classes) == (data.dataset, weights.classes)]
+        index = same[0].index if same else open_images(data, options.labels, weights.classes)
+        if contestants and index.names != contestants[0].index.names:
+            raise UserError(f"{file} and {contestants[0].file} are not for the same images: evaluate them one by one")
+        contestants.append(Contestant(file, name, weights, data, index))
+    return contestants
+
+
+def evaluate_one(
+    contestant: Contestant, options: argparse.Namespace, world: World
+) -> tuple[dict[str, Any], Evaluation]:
+    """Evaluate one network; return what there is to say of it, on rank 0, and its answers.
+
+    Raises:
+        UserError: its answers are no numbers.
+    """
+    weights, data, index = contestant.weights, contestant.data, contestant.index
     share = Share(world.rank, world.size, world.device, world.cores)
     loader = EvaluationLoader(index, data, share, batch_size=options.batch_size, crops=options.crops)
-
     network = weights.network.to(world.device, memory_format=torch.channels_last)
     set_precision(options.precision)
     dtype = AUTOCAST_TYPES.get(options.precision)
@@ -77,9 +123,22 @@ def evaluate_file(
             keep_logits=bool(options.report),
         )
     seconds = time.perf_counter() - start
+    if not np.isfinite(evaluation.losses).all():
+        raise UserError(
+            f"{contestant.file}: the answers are not finite: damaged weights, or numbers too large for --precision"
+        )
     result = describe(weights, data, index, evaluation, options) if world.is_main else {}
-    result |= {"name": name, "weights": file, "ranks": world.size, "images_per_second": len(index) / seconds}
-    return result, evaluation, index
+    about = {"name": contestant.name, "weights": contestant.file, "ranks": world.size}
+    return about | {"images_per_second": len(index) / seconds} | result, evaluation
+
+
+def write_answers_of(contestant: Contestant, evaluation: Evaluation, options: argparse.Namespace) -> None:
+    """The files of each image's answers and logits that were asked for."""
+    if options.predictions:
+        write_answers(Path(options.predictions), evaluation, contestant.index)
+    if options.report:
+        np.save(Path(options.report, f"{contestant.name}.npy"), evaluation.logits)
+        write_answers(Path(options.report, f"{contestant.name}.csv"), evaluation, contestant.index)
 
 
 def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
@@ -92,11 +151,12 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
                 f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
             )
         return index_arrays(ArraySource(data.dataset, data.dir, "test")).with_classes(classes)
-    if labels_file:
-        return scan_flat(folder, labels_file, classes, progress=True)
-    if (folder / "val").is_dir() and "val" not in classes:
+    if (folder / "val").is_dir() and "val" not in classes and not labels_file:
         folder = folder / "val"
-    return scan_classes(folder, progress=True).with_classes(classes)
+    cache = known_cache(folder)
+    if labels_file:
+        return scan_flat(folder, labels_file, classes, cache, progress=True)
+    return scan_classes(folder, cache, progress=True).with_classes(classes)
 
 
 def describe(
@@ -105,12 +165,13 @@ def describe(
     """All that is reported of one network but its speed."""
     score, config = evaluation.score, weights.config
     wrong = [score.images - score.top1_right, score.images - score.top5_right]
-    spec = dataclasses.asdict(config.model) | {"dense_block": "plain", "num_classes": len(weights.classes)}
     return {
         "model": config.model.name,
         "note": weights.note,
         "parameters": parameters(weights.network),
-        "multiply_accumulates": multiply_accumulates(on_meta(create_model, **spec), data.crop_size),
+        "multiply_accumulates": multiply_accumulates(
+            network_without_weights(config.model, len(weights.classes)), data.crop_size
+        ),
         "data": index.root,
         "images": score.images,
         "classes": len(index.classes),
@@ -204,13 +265,9 @@ def published_errors(weights: Weights, crops: int) -> list[dict[str, Any]]:
 def compare(
     results: list[dict[str, Any]], evaluations: list[Evaluation], indexes: list[DatasetIndex]
 ) -> list[dict[str, Any]]:
-    """Each two networks on the same images, whose classes must have the same names."""
+    """Each two networks on the same images."""
     rows = []
     for a, b in itertools.combinations(range(len(results)), 2):
-        if indexes[a].names != indexes[b].names:
-            raise UserError(
-                f"{results[a]['weights']} and {results[b]['weights']} were not evaluated on the same images"
-            )
         wrong = [evaluations[i].top5[:, 0] != indexes[i].labels for i in (a, b)]
         only_a, only_b = int((wrong[0] & ~wrong[1]).sum()), int((wrong[1] & ~wrong[0]).sum())
         rows.append(
@@ -229,25 +286,8 @@ def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
     names = ("dataset", "resize", "resize_size", "crop_size", "mean", "std", "loader", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     tree = dataclasses.asdict(config)
-    tree["data"] |= {"dir": options.data, "holdout": 0, **given}
+    tree["data"] |= {"dir": options.data, "threads": 0, **given}
     return from_dict(tree, "the command line").data
-
-
-def _names(files: list[str]) -> list[str]:
-    """A short name for each file: its own, of a run's checkpoints with the run's before it; numbered if that is not enough."""
-    paths = [Path(file).resolve() for file in files]
-    names = [f"{p.parent.parent.name}-{p.stem}" if p.parent.name == "checkpoints" else p.stem for p in paths]
-    return [f"{name}-{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def _check_writable(options: argparse.Namespace) -> None:
-    """Refuse output files that cannot be written before the work, not after it."""
-    for path in filter(None, (options.json, options.report and f"{options.report}/report.json")):
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            open(path, "a").close()
-        except OSError as error:
-            raise LocalUserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _rgb(text: str) -> tuple[float, ...]:
@@ -284,6 +324,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="loader threads of each rank [all cores]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--predictions", metavar="FILE", help="write each image's answers as CSV")
     parser.add_argument(
         "--report",
         metavar="DIR",

@@ -18,6 +18,7 @@ from tools.measuring import table
 
 WORST = 24  # mistakes that are shown as pictures
 THUMBNAIL = 160  # pixels
+ANY_NAME = dict(encoding="utf-8", errors="surrogateescape")  # file names that are not UTF-8 come back as they were
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left }
@@ -26,29 +27,28 @@ figcaption { font-size: 12px; overflow-wrap: anywhere }
 """
 
 
-def to_text(summary: dict[str, Any]) -> str:
-    """What the command prints."""
-    lines = [line for result in summary["evaluations"] for line in _lines(result)]
-    if len(summary["evaluations"]) > 1:
-        lines += ["", *overview(summary["evaluations"])]
-    return "\n".join([*lines, *(_comparison(row) for row in summary["comparisons"])])
+def result_to_text(result: dict[str, Any]) -> str:
+    """What the command prints of one network."""
+    return "\n".join(_lines(result))
+
+
+def comparisons_to_text(summary: dict[str, Any]) -> str:
+    """What the command prints of several networks together."""
+    return "\n".join(["", *table(*_overview(summary["evaluations"]), 2), *map(_comparison, summary["comparisons"])])
 
 
 def write_report(
     folder: Path, summary: dict[str, Any], evaluations: list[Evaluation], indexes: list[DatasetIndex]
 ) -> None:
-    """Write report.json, report.md and report.html, and NAME.csv and NAME.npy with each image's answers and logits."""
+    """Write report.json, report.md and report.html."""
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "report.md").write_text(to_markdown(summary))
-    for result, evaluation, index in zip(summary["evaluations"], evaluations, indexes, strict=True):
-        write_answers(folder / f"{result['name']}.csv", evaluation, index)
-        np.save(folder / f"{result['name']}.npy", evaluation.logits)
-    (folder / "report.html").write_text(to_html(summary, evaluations, indexes))
+    (folder / "report.md").write_text(to_markdown(summary), **ANY_NAME)
+    (folder / "report.html").write_text(to_html(summary, evaluations, indexes), **ANY_NAME)
     print(f"report: {folder / 'report.html'}")
 
 
-def overview(results: list[dict[str, Any]]) -> list[str]:
-    """A table with a row for each network and for each published figure of it."""
+def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows: a row for each network and for each published figure of it."""
     rows = []
     for r in results:
         size = [f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_accumulates'] / 1e9:.2f}"]
@@ -67,7 +67,7 @@ def overview(results: list[dict[str, Any]]) -> list[str]:
         "top-5 error, % (95 %)",
         "ReaL error, %",
     ]
-    return table(titles, rows, 2)
+    return titles, rows
 
 
 def to_markdown(summary: dict[str, Any]) -> str:
@@ -77,7 +77,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         "",
         f"{first['images']:,} images of {first['data']}.",
         "",
-        *overview(summary["evaluations"]),
+        *table(*_overview(summary["evaluations"]), 2),
         "",
     ]
     lines += [f"- {_comparison(row)}" for row in summary["comparisons"]]
@@ -90,10 +90,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
 
 def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: list[DatasetIndex]) -> str:
     """One page, with its pictures in it."""
-    titles, _, *rows = (
-        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in overview(summary["evaluations"])
-    )
-    parts = ["<h1>Evaluation</h1>", _html_table(titles, rows)]
+    parts = ["<h1>Evaluation</h1>", _html_table(*_overview(summary["evaluations"]))]
     parts += [f"<p>{html.escape(_comparison(row))}</p>" for row in summary["comparisons"]]
     for result, evaluation, index in zip(summary["evaluations"], evaluations, indexes, strict=True):
         parts.append(f"<h2>{html.escape(result['name'])}</h2>")
@@ -107,7 +104,7 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
 
 def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
     """One CSV line an image: file, its class, the probability of the first answer, the loss, and the answers in order."""
-    with open(file, "w", newline="") as stream:
+    with open(file, "w", newline="", **ANY_NAME) as stream:
         writer = csv.writer(stream)
         answers = [f"answer{i + 1}" for i in range(evaluation.top5.shape[1])]
         writer.writerow(["file", "class", "probability", "loss", *answers])

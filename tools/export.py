@@ -18,6 +18,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.models.densenet import DenseNet
 from pipeline.weights import Weights
 from tools.convert import add_weights_arguments, read_weights_of
+from tools.measuring import writable_file
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of logits, and relative to the largest where that is above 1
@@ -42,12 +43,15 @@ def main() -> None:
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if output.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: install requirements.txt, or give an OUTPUT.pt2")
-    content, difference = export(read_weights_of(options, options.weights), output.suffix)
+    existed = output.exists()
+    writable_file(options.output, "OUTPUT")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
+        content, difference = export(read_weights_of(options, options.weights), output.suffix)
+    except UserError:
+        if not existed:
+            output.unlink()
+        raise
+    output.write_bytes(content)
     print(f"{output}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}")
 
 

@@ -1,5 +1,6 @@
 """Figures of networks that follow from their definition: parameters and multiply-accumulates."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.config import ModelConfig
+from pipeline.models import create_model
+
 
 def on_meta(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Module:
     """Call `build`, and return its network for evaluation, without memory for the weights."""
     with torch.device("meta"):
         return build(*args, **options).eval()
+
+
+def network_without_weights(model: ModelConfig, classes: int) -> nn.Module:
+    """The network that a configuration names, on the device meta."""
+    return on_meta(create_model, num_classes=classes, **dataclasses.asdict(model) | {"dense_block": "plain"})
 
 
 def parameters(network: nn.Module) -> int:

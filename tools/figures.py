@@ -5,7 +5,6 @@ on ImageNet, against parameters and multiply-accumulates (Figure 3). Of each run
 features (Figure 5).
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
 from pipeline.weights import read_weights
 from tools import published
-from tools.facts import multiply_accumulates, on_meta, parameters
+from tools.convert import short_names
+from tools.facts import multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.measuring import writable_folder
 
 
@@ -38,8 +38,19 @@ class Run:
 
     @property
     def error(self) -> float:
-        """Validation top-1 error of the last epoch, which the paper reports."""
-        return self.epochs[-1]["val/top1_error"]
+        """Validation top-1 error in percent that the paper would report: on ImageNet the best, else the last epoch's."""
+        errors = [record["val/top1_error"] for record in self.epochs]
+        return min(errors) if self.data == "ImageNet" else errors[-1]
+
+    @property
+    def label(self) -> str:
+        """Its name for a legend, and how far it is if that is not at the end."""
+        done, planned = len(self.epochs), self.config.optim.epochs
+        return f"ours: {self.name}{'' if done == planned else f', epoch {done} of {planned}'}"
+
+    def network(self) -> nn.Module:
+        """The network without its weights."""
+        return network_without_weights(self.config.model, self.classes)
 
     @property
     def data(self) -> str:
@@ -57,10 +68,10 @@ def main() -> None:
     )
     parser.add_argument("--output", metavar="DIR", default="figures", help="where the pictures go [figures]")
     options = parser.parse_args()
-    output = writable_folder(options.output, "curves.png")
+    output = writable_folder(options.output)
     run_dirs = [run for path in map(Path, options.paths) if path.is_dir() for run in runs_in(path)]
-    checkpoints = {run.name: run / "checkpoints" / "last.pt" for run in run_dirs}
-    checkpoints |= {path.stem: path for path in map(Path, options.paths) if not path.is_dir()}
+    weights = [str(run / "checkpoints" / "last.pt") for run in run_dirs]
+    weights += [path for path in options.paths if not Path(path).is_dir()]
 
     written = []
     runs = [read_run(run_dir) for run_dir in run_dirs]
@@ -68,7 +79,7 @@ def main() -> None:
         written.append(save(draw_curves(runs), output / "curves.png"))
         written.append(save(draw_small_images(runs), output / "parameters.png"))
         written.append(save(draw_imagenet([run for run in runs if run.data == "ImageNet"]), output / "imagenet.png"))
-    for name, path in checkpoints.items():
+    for name, path in zip(short_names(weights), weights, strict=True):
         network = read_weights(path).network
         if isinstance(network, DenseNet):
             picture = draw_reuse(feature_reuse(network), f"{name}: average absolute weight by source and target layer")
@@ -96,7 +107,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 def read_run(run_dir: Path) -> Run:
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     config = from_dict(checkpoint["config"], str(run_dir))
     epochs = [record for record in records if "val/top1_error" in record]
     return Run(run_dir.name, config, len(checkpoint["classes"]), epochs)
@@ -121,7 +132,7 @@ def draw_curves(runs: list[Run]) -> Figure:
                 run.config.published.top1,
                 linestyle=":",
                 color=line.get_color(),
-                label=f"{run.config.published.source}: {run.config.published.top1} %",
+                label=f"{run.config.published.source or 'published'}: {run.config.published.top1} %",
             )
     axes.set(xlabel="epochs", ylabel="top-1 error, %", title="Training curves", ylim=(0, None))
     axes.legend()
@@ -136,8 +147,8 @@ def draw_small_images(runs: list[Run]) -> Figure:
         if title in published.COLUMNS:
             draw_papers_points(axes, title)
         for run in (run for run in runs if run.data == title and not run.config.data.holdout):  # errors of test images
-            point = (millions(parameters(network_of(run))), run.error)
-            draw_points(axes, {run.name: point}, "*", f"ours: {run.name}")
+            point = (millions(parameters(run.network())), run.error)
+            draw_points(axes, {run.name: point}, "*", run.label)
             if title not in published.COLUMNS and run.config.published.top1 is not None:
                 draw_points(
                     axes,
@@ -151,9 +162,9 @@ def draw_small_images(runs: list[Run]) -> Figure:
 
 
 def draw_papers_points(axes: Axes, title: str) -> None:
-    column = published.COLUMNS.index(title)
+    column, classes = published.COLUMNS.index(title), 100 if title.startswith("C100") else 10
     points = {
-        name: (millions(parameters(on_meta(create_model, name, 10))), errors[column])
+        name: (millions(parameters(on_meta(create_model, name, classes))), errors[column])
         for name, errors in published.DENSENETS_ON_SMALL_IMAGES.items()
         if errors[column] is not None
     }
@@ -173,16 +184,15 @@ def draw_imagenet(runs: list[Run]) -> Figure:
     densenets = {name: errors[0] for name, errors in published.DENSENETS_ON_IMAGENET[1].items()}
     resnets = published.RESNETS_ON_IMAGENET
     series = [
-        ("DenseNet, paper", "o", [(name, on_meta(create_model, name, dense_block="plain")) for name in densenets]),
-        ("ResNet, fb.resnet.torch", "^", [(name, on_meta(getattr(torchvision.models, name))) for name in resnets]),
-        *((f"ours: {run.name}", "*", [(run.name, network_of(run))]) for run in runs),
+        ("DenseNet, paper", "o", [(n, on_meta(create_model, n, dense_block="plain"), e) for n, e in densenets.items()]),
+        ("ResNet, fb.resnet.torch", "^", [(n, on_meta(getattr(torchvision.models, n)), e) for n, e in resnets.items()]),
+        *((run.label, "*", [(run.name, run.network(), run.error)]) for run in runs),
     ]
-    errors = densenets | resnets | {run.name: run.error for run in runs}
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_size, by_work = figure.subplots(1, 2)
     for label, marker, networks in series:
-        sizes = {name: (millions(parameters(network)), errors[name]) for name, network in networks}
-        work = {name: (multiply_accumulates(network, 224) / 1e9, errors[name]) for name, network in networks}
+        sizes = {name: (millions(parameters(network)), error) for name, network, error in networks}
+        work = {name: (multiply_accumulates(network, 224) / 1e9, error) for name, network, error in networks}
         draw_points(by_size, sizes, marker, label)
         draw_points(by_work, work, marker, label)
     by_size.set(xlabel="million parameters", ylabel="top-1 error, %")
@@ -203,11 +213,6 @@ def draw_points(axes: Axes, points: dict[str, tuple[float, float]], marker: str,
     for name, point in ordered:
         axes.annotate(name, point, textcoords="offset points", xytext=(5, 5), fontsize=7)
     axes.margins(x=0.2, y=0.1)
-
-
-def network_of(run: Run) -> nn.Module:
-    options = dataclasses.asdict(run.config.model) | {"dense_block": "plain"}
-    return on_meta(create_model, num_classes=run.classes, **options)
 
 
 def millions(count: int) -> float:

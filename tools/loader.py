@@ -89,7 +89,7 @@ class Lab:
 
 def main() -> None:
     options = _parser().parse_args()
-    output = writable_folder(options.output, "lab.json")
+    output = writable_folder(options.output)
     config = load_config(options.config).data if options.config else DataConfig()
     threads = options.threads or config.threads or available_cores()
     config = dataclasses.replace(config, resize=options.resize or config.resize, threads=threads)

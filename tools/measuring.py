@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,21 @@ def table(titles: list[str], rows: list[list[str]], names: int) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in aligned]
 
 
-def writable_folder(path: str, file: str) -> Path:
-    """Make the folder of --output, and refuse it before the work if `file` cannot be written there."""
+def writable_folder(path: str, flag: str = "--output") -> Path:
+    """Make the folder of a flag, and refuse it before the work if nothing can be written there."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / file).touch()
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
     except OSError as error:
-        raise UserError(f"cannot write into --output {path}: {error.strerror}") from None
+        raise UserError(f"cannot write into {flag} {path}: {error.strerror}") from None
+
+
+def writable_file(path: str, flag: str) -> Path:
+    """Make the folder of a flag's file, and refuse the file before the work if it cannot be written."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(f"cannot write {flag} {path}: {error.strerror}") from None
     return Path(path)

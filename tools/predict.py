@@ -21,7 +21,9 @@ from pipeline.data.index import DatasetIndex, open_image
 from pipeline.data.loader import EvaluationLoader, Share
 from pipeline.distributed import World, join_world, set_precision
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.evaluate import check_image_size
 from tools.convert import add_weights_arguments, read_weights_of
+from tools.measuring import writable_file
 
 BATCH_SIZE = 32
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
     parser.add_argument("--json", metavar="FILE", help="write the answers as JSON")
     options = parser.parse_args()
+    if options.json:
+        writable_file(options.json, "--json")
     weights = read_weights_of(options, options.weights)
     # Only how images are prepared is the run's: it may have had others, in memory or none at all.
     data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader)
@@ -45,6 +49,7 @@ def main() -> None:
     answers = []
     with join_world() as world:
         network = weights.network.to(world.device, memory_format=torch.channels_last)
+        check_image_size(network, data.crop_size, options.weights)
         for file, probabilities in predict(network, index, data, options.crops, world):
             best = probabilities.topk(min(options.top, len(index.classes)))
             found = [
@@ -53,9 +58,9 @@ def main() -> None:
             ]
             answers.append({"file": file, "answers": found})
             lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
-            print("\n".join([file, *lines]), flush=True)
+            print("\n".join([file, *lines]).encode(errors="surrogateescape").decode(errors="replace"), flush=True)
     if options.json:
-        write_json(Path(options.json), answers)
+        Path(options.json).write_text(json.dumps(answers, indent=2) + "\n")
 
 
 def find_images(paths: list[str]) -> list[str]:
@@ -129,13 +134,6 @@ def human_names(classes: tuple[str, ...]) -> dict[str, str]:
         with suppress(KeyError):  # an id that timm does not know
             names[name] = info.label_name_to_description(name)
     return names
-
-
-def write_json(file: Path, content: object) -> None:
-    try:
-        file.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write --json {file}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -209,6 +209,12 @@ def cache_beside(root: Path, otherwise: Path) -> Path:
     return folder / f".{root.name}.index.jsonl"
 
 
+def known_cache(root: Path) -> Path | None:
+    """The cache file beside `root`, if there is one."""
+    cache = root.parent / f".{root.name}.index.jsonl"
+    return cache if cache.exists() and os.access(cache, os.W_OK) else None
+
+
 def _scan(root: Path, groups: list[Group], cache: Path | None, progress: bool) -> list[dict[str, Any]]:
     """Names, offsets, lengths and sizes of each group's images."""
     known = _read_cache(cache)
