@@ -1,6 +1,5 @@
 """How runs are doing: from their own records, and from SLURM where it knows the job. No accounting is needed."""
 
-import json
 import os
 import shutil
 import socket
@@ -12,6 +11,7 @@ from typing import Any
 from launch.records import Job, read_events, read_job
 from pipeline.config import Config, load_config
 from pipeline.errors import UserError
+from pipeline.run_dir import read_records
 
 Queue = dict[str, tuple[str, str, str]]  # state, machines and reason of SLURM's jobs, by id
 
@@ -62,7 +62,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         queue: state, machines and reason of SLURM's jobs; see `slurm_queue`.
     """
     job, events, config = read_job(run_dir), read_events(run_dir), load_config(run_dir / "submitted.yaml")
-    records = _records(run_dir)
+    records = read_records(run_dir)
     starts = [event for event in events if event["event"] == "start"]
     state, machines, reason = _state(run_dir, job, events, queue)
     validation = next((r for r in reversed(records) if "val/top1_error" in r), {})
@@ -182,12 +182,6 @@ def _alive(pid: int, run_dir: Path) -> bool:
         return os.fsencode(os.path.abspath(run_dir)) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-
-
-def _records(run_dir: Path) -> list[dict[str, Any]]:
-    file = run_dir / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _remaining(config: Config, records: list[dict[str, Any]], speed: float | None) -> float | None:

@@ -15,12 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.distributed import World
-from pipeline.run_dir import explained
+from pipeline.run_dir import RECORDS, explained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-LINES = "metrics.jsonl"
 
 
 class Monitor:
@@ -38,7 +36,7 @@ class Monitor:
         if self._active:
             with explained(self._run_dir):
                 _cut_records(run_dir, lengths)
-                self._lines = open(run_dir / LINES, "a")  # noqa: SIM115 - closed by close()
+                self._lines = open(run_dir / RECORDS, "a")  # noqa: SIM115 - closed by close()
                 # A TensorBoard that has read the dropped records must forget them.
                 self._board = SummaryWriter(str(run_dir), purge_step=done_steps + 1)
 
@@ -123,7 +121,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _record_files(run_dir: Path) -> list[Path]:
-    return [*run_dir.glob(LINES), *run_dir.glob("events.out.tfevents.*")]
+    return [*run_dir.glob(RECORDS), *run_dir.glob("events.out.tfevents.*")]
 
 
 def _cut_records(run_dir: Path, lengths: dict[str, int]) -> None:

@@ -1,13 +1,24 @@
 """The folder of a run: made, checked, and used by one process at a time."""
 
 import fcntl
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
+
+RECORDS = "metrics.jsonl"
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` so far; one that is being written, or was cut short, is passed over."""
+    file = run_dir / RECORDS
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def make_run_dir(run_dir: Path) -> None:

@@ -155,7 +155,7 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
         The state dictionary with our names, and a note on how names were understood, empty if they were ours.
 
     Raises:
-        UserError: something is left over on either side, or of another shape.
+        UserError: something is left over on either side.
     """
     stripped = theirs if own.keys() & theirs.keys() else _strip(theirs)
     renamed = {name if name in own else _rename(name): tensor for name, tensor in stripped.items()}
@@ -173,12 +173,6 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
         ):
             _refuse(wanted, own, found, origin)
         found, note = dict(zip(wanted, values.values(), strict=True)), "names unknown, matched by order and shape"
-    for name in own:
-        if name in found and found[name].shape != own[name].shape:
-            raise UserError(
-                f"{origin}: '{name}' has another shape ({tuple(found[name].shape)} there, {tuple(own[name].shape)} in the "
-                "network): another architecture or number of classes"
-            )
     return {name: found.get(name, torch.zeros((), dtype=torch.int64)) for name in own}, note
 
 
@@ -256,7 +250,7 @@ def _foreign(path: Path, state: dict[str, Tensor], model: str | None, classes: t
     name = model or _recognise(state, outputs, path)
     network = create_model(name, num_classes=outputs)
     matched, note = match(network.state_dict(), state, str(path))
-    network.load_state_dict(matched)
+    load_weights(network, matched, str(path))
     config = Config(model=ModelConfig(name=name), data=preprocessing_of(name, network))
     return Weights(str(path), network.eval(), config, classes, None, note)
 

@@ -8,19 +8,14 @@ from conftest import REPOSITORY
 
 from pipeline import trainer
 from pipeline.config import load_config
+from tools.published import COLUMNS, DENSENETS_ON_SMALL_IMAGES
 
 CONFIGS = sorted((REPOSITORY / "configs" / "table2").glob("*.yaml"))
-# Test errors in percent (Table 2): C10, C10+, C100, C100+, SVHN.
-ERRORS = {
-    "densenet40_k12": (7.00, 5.24, 27.55, 24.42, 1.79),
-    "densenet100_k12": (5.77, 4.10, 23.79, 20.20, 1.67),
-    "densenet100_k24": (5.83, 3.74, 23.42, 19.25, 1.59),
-    "densenet_bc100_k12": (5.92, 4.51, 24.15, 22.27, 1.76),
-    "densenet_bc250_k24": (5.19, 3.62, 19.64, 17.60, 1.74),
-    "densenet_bc190_k40": (None, 3.46, None, 17.18, None),
+ROWS = {
+    f"{name}_{column.lower()}": error
+    for name, row in DENSENETS_ON_SMALL_IMAGES.items()
+    for column, error in zip(COLUMNS, row, strict=True)
 }
-COLUMNS = ("c10", "c10+", "c100", "c100+", "svhn")
-ROWS = {f"{name}_{column}": error for name, row in ERRORS.items() for column, error in zip(COLUMNS, row, strict=True)}
 
 
 def test_there_is_one_for_each_figure():

@@ -11,7 +11,6 @@ Linux only: it looks for the ranks in /proc.
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import pickle
 import random
@@ -34,6 +33,7 @@ from PIL import Image
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, from_dict, to_yaml
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
+from pipeline.run_dir import read_records
 from tools.measuring import writable_folder
 
 RANKS = 2
@@ -156,7 +156,7 @@ class Lab:
 
     def cost_of_a_save(self) -> str:
         """Size and time of the undisturbed run's checkpoints."""
-        records = map(json.loads, (self.undisturbed / "metrics.jsonl").read_text().splitlines())
+        records = read_records(self.undisturbed)
         seconds = [s for record in records if (s := record.get("speed/checkpoint_seconds"))]
         size = (self.undisturbed / "checkpoints" / "last.pt").stat().st_size
         return f"a checkpoint of {size / 2**20:.0f} MiB takes {statistics.median(seconds):.2f} s (median of {len(seconds)})"
@@ -551,8 +551,8 @@ def _equal(a: object, b: object) -> bool:
 
 def _records(run_dir: Path) -> list[dict]:
     """The run's records without what differs from run to run."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: v for key, v in line.items() if not key.startswith(("speed/", "memory/"))} for line in lines]
+    records = read_records(run_dir)
+    return [{key: v for key, v in record.items() if not key.startswith(("speed/", "memory/"))} for record in records]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.weights import Weights, read_weights, write_safetensors, write_torch
 from tools.facts import parameters
+from tools.measuring import writable_file
 
 WRITERS = {".safetensors": write_safetensors, ".pth": write_torch}
 
@@ -21,9 +22,7 @@ def main() -> None:
     add_weights_arguments(parser)
     parser.add_argument("output", metavar="OUTPUT", help="a file that ends in .safetensors or .pth")
     options = parser.parse_args()
-    output = Path(options.output)
-    if output.suffix not in WRITERS:
-        raise UserError(f"{output}: the name must end in {' or '.join(WRITERS)}")
+    output = writable_file(options.output, "OUTPUT", WRITERS)
     weights = read_weights_of(options, options.weights)
     WRITERS[output.suffix](weights, output)
     print(f"{describe(weights)}: {output}")

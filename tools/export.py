@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,20 +36,11 @@ def main() -> None:
     add_weights_arguments(parser)
     parser.add_argument("output", metavar="OUTPUT", help="a file that ends in .onnx or .pt2")
     options = parser.parse_args()
-    output = Path(options.output)
-    if output.suffix not in FORMATS:
-        raise UserError(f"{output}: the name must end in {' or '.join(FORMATS)}")
+    output = writable_file(options.output, "OUTPUT", FORMATS)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if output.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: install requirements.txt, or give an OUTPUT.pt2")
-    existed = output.exists()
-    writable_file(options.output, "OUTPUT")
-    try:
-        content, difference = export(read_weights_of(options, options.weights), output.suffix)
-    except UserError:
-        if not existed:
-            output.unlink()
-        raise
+    content, difference = export(read_weights_of(options, options.weights), output.suffix)
     output.write_bytes(content)
     print(f"{output}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}")
 

@@ -5,7 +5,6 @@ on ImageNet, against parameters and multiply-accumulates (Figure 3). Of each run
 features (Figure 5).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
+from pipeline.run_dir import read_records
 from pipeline.weights import read_weights
 from tools import published
 from tools.convert import short_names
@@ -93,11 +93,7 @@ def runs_in(folder: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    found = [
-        file.parent
-        for file in (folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl")))
-        if file.exists() and "val/top1_error" in file.read_text()
-    ]
+    found = [run for run in (folder, *sorted(folder.glob("*/"))) if whole_epochs(run)]
     if not found:
         raise UserError(
             f"{folder} holds no run that has ended an epoch: give a run directory, a folder of runs, or a .pt file"
@@ -105,11 +101,15 @@ def runs_in(folder: Path) -> list[Path]:
     return found
 
 
+def whole_epochs(run_dir: Path) -> list[dict]:
+    """The records of a run's epochs that have ended."""
+    return [record for record in read_records(run_dir) if "val/top1_error" in record]
+
+
 def read_run(run_dir: Path) -> Run:
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     config = from_dict(checkpoint["config"], str(run_dir))
-    epochs = [record for record in records if "val/top1_error" in record]
+    epochs = whole_epochs(run_dir)
     return Run(run_dir.name, config, len(checkpoint["classes"]), epochs)
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,21 @@ def writable_folder(path: str, flag: str = "--output") -> Path:
         raise UserError(f"cannot write into {flag} {path}: {error.strerror}") from None
 
 
-def writable_file(path: str, flag: str) -> Path:
-    """Make the folder of a flag's file, and refuse the file before the work if it cannot be written."""
+def writable_file(path: str, flag: str, suffixes: Collection[str] = ()) -> Path:
+    """Make the folder of a flag's file, and refuse the file before the work if it cannot be written or ends otherwise.
+
+    Args:
+        suffixes: those that it may end in, any if there are none.
+    """
+    file = Path(path)
+    if suffixes and file.suffix not in suffixes:
+        raise UserError(f"{flag} {path}: the name must end in {' or '.join(suffixes)}")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        open(file, "a").close()
+        if not existed:
+            file.unlink()
     except OSError as error:
         raise UserError(f"cannot write {flag} {path}: {error.strerror}") from None
-    return Path(path)
+    return file

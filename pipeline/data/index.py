@@ -211,7 +211,7 @@ def cache_beside(root: Path, otherwise: Path) -> Path:
 
 def known_cache(root: Path) -> Path | None:
     """The cache file beside `root`, if there is one."""
-    cache = root.parent / f".{root.name}.index.jsonl"
+    cache = cache_beside(root, otherwise=root.parent)
     return cache if cache.exists() and os.access(cache, os.W_OK) else None
 
 
