@@ -39,7 +39,7 @@ def draw_reuse(blocks: list[np.ndarray], title: str) -> "Figure":
     from matplotlib.figure import Figure  # takes a second to import
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.2 * len(blocks) + 0.8, 4.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(blocks) + 0.8, 4.6), layout="compressed")
     figure.suptitle(title)
     panels = figure.subplots(1, len(blocks), squeeze=False)[0]
     for number, (reuse, axes) in enumerate(zip(blocks, panels, strict=True), start=1):

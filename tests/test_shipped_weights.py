@@ -1,0 +1,23 @@
+"""The trained network of this repository, evaluated on the embedded images: a known answer."""
+
+import json
+
+from conftest import REPOSITORY, run_module
+
+from tools.demo import ARCHIVE, unpack
+
+WEIGHTS = REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors"
+WRONG = 109  # of the 2,000 test images
+ROUNDING = 2  # images whose two most probable classes are so near that another machine may order them otherwise
+
+
+def test_the_trained_network_is_as_good_as_the_readme_says(tmp_path):
+    unpack(ARCHIVE, tmp_path / "images")
+    words = ["--data", tmp_path / "images", "--dataset", "images", "--json", tmp_path / "result.json"]
+    done = run_module("tools.evaluate", WEIGHTS, *words)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "result.json").read_text())["evaluations"]
+    assert result["images"] == 2000 and result["classes_present"] == 10
+    assert abs(result["top1_wrong"] - WRONG) <= ROUNDING
+    hardest = sorted(result["by_class"], key=lambda row: row["top1_error"])[-3:]
+    assert {row["class"] for row in hardest} == {"Pullover", "Shirt", "T-shirt/top"}
