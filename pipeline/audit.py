@@ -102,16 +102,20 @@ SVHN = replace(_cifar("SVHN", "svhn", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), holdout=
 
 
 def setting_for(config: Config) -> Setting:
-    """The paper's setting that a configuration is nearest to, by its data set, else its network, and its augmentation."""
+    """The paper's setting that a configuration is nearest to, by its data set and augmentation.
+
+    Folders of images are ImageNet's, but those for a network of small images are the data set's whose mean is subtracted.
+    """
     data = config.data
     augmented = data.mirror or data.training_crop == "area" or data.padding > 0
-    if data.dataset == "svhn":
-        return SVHN
-    if data.dataset == "cifar100":
-        return C100_PLUS if augmented else C100
-    if data.dataset != "images" or re.fullmatch(r"densenet.*_k\d+", config.model.name):
-        return C10_PLUS if augmented else C10
-    return IMAGENET
+    small = (C10_PLUS, C100_PLUS, SVHN) if augmented else (C10, C100, SVHN)
+    if data.dataset != "images":
+        named = [setting for setting in small if setting.data["dataset"] == data.dataset]
+    elif re.fullmatch(r"densenet.*_k\d+", config.model.name):
+        named = [setting for setting in small if setting.data["mean"] == data.mean]
+    else:
+        return IMAGENET
+    return named[0] if named else small[0]
 
 
 def audit(config: Config, parts: int) -> list[Finding]:

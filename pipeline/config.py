@@ -241,11 +241,17 @@ def from_dict(tree: dict[str, Any], origin: str) -> Config:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML file and put `overrides` (``{"optim.lr": 0.2}``) over it.
 
+    The file's published errors do not hold for another network or data set.
+
     Raises:
         UserError: the file is missing or no mapping, a key is unknown, or a value is not of the field's type.
     """
     overrides = overrides or {}
     tree = _read_yaml(Path(path))
+    network = tree.get("model", {}).get("name", ModelConfig.name)
+    dataset = tree.get("data", {}).get("dataset", DataConfig.dataset)
+    if overrides.get("model.name", network) != network or overrides.get("data.dataset", dataset) != dataset:
+        tree.pop("published", None)
     for key, value in overrides.items():
         section, _, field = key.rpartition(".")
         target = tree.setdefault(section, {}) if section else tree

@@ -15,10 +15,18 @@ RECORDS = "metrics.jsonl"
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` so far; one that is being written, or was cut short, is passed over."""
+    """The lines of ``metrics.jsonl`` so far; one that is being written, was cut short or damaged is passed over."""
     file = run_dir / RECORDS
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return [record for line in lines if (record := _record(line))]
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def make_run_dir(run_dir: Path) -> None:

@@ -46,6 +46,13 @@ def test_table2_configs_are_the_papers(monkeypatch, capsys, path):
     )
 
 
+@pytest.mark.parametrize("path", TABLE2, ids=lambda path: path.stem)
+def test_class_folders_of_small_images_are_compared_with_the_set_that_they_hold(path):
+    config = load_config(path, {"data.dataset": "images"})
+    (only,) = differences(audit(config, parts=1))
+    assert (only.part, only.here) == ("data set", "images")
+
+
 def test_names_of_networks_are_the_zoos():
     assert set(CIFAR_NETWORKS) == set(zoo.CIFAR_NETWORKS) and set(IMAGENET_NETWORKS) < set(zoo.DENSENETS)
 

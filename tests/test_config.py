@@ -44,6 +44,16 @@ def test_every_field_can_be_overridden_on_the_command_line():
     assert parse(*override_flags(config)) == config
 
 
+def test_published_errors_are_of_the_files_network_and_data():
+    file = REPOSITORY / "configs" / "fashion-mnist.yaml"
+    same = {"model.name": "densenet_bc100_k12", "data.dataset": "fashion-mnist"}
+    assert load_config(file, same).published.top1 == 4.6
+    assert load_config(file, {"model.name": "densenet_bc22_k8"}).published.top1 is None
+    assert load_config(file, {"data.dataset": "cifar10", "published.top1": 4.5}).published.top1 == 4.5
+    assert load_config(DENSENET121, {"data.dataset": "images"}).published.top1 == 25.02
+    assert load_config(DENSENET121, {"data.dataset": "cifar10"}).published.source is None
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -42,7 +42,13 @@ def test_a_run_shows_it_in_tensorboard(tmp_path):
 
 
 def test_the_picture_has_a_panel_for_each_block(tmp_path):
-    figure = draw_reuse(feature_reuse(create_model("densenet121")), "a title")
+    blocks = feature_reuse(create_model("densenet121"))
+    figure = draw_reuse(blocks, "a title")
     panels = [axes for axes in figure.axes if axes.get_title().startswith("dense block")]
     assert len(panels) == 4 and panels[3].get_xlabel().endswith("classifier)")
+    for reuse, axes in zip(blocks, panels, strict=True):
+        layers = len(reuse) - 1
+        picture = axes.images[0]
+        np.testing.assert_allclose(picture.get_array().filled(np.nan), reuse / np.nanmax(reuse, axis=0))
+        assert picture.get_extent() == [0.5, layers + 1.5, layers + 0.5, -0.5]  # targets from 1, sources from 0
     figure.savefig(tmp_path / "reuse.png")

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torchvision_sets
 from conftest import run_module, small_config
@@ -53,22 +52,49 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
         "reuse-cifar-best.png",
     }
     for file in files:
-        assert np.asarray(Image.open(tmp_path / "figures" / file)).std() > 5  # no blank page
+        Image.open(tmp_path / "figures" / file).verify()
 
     found = [read_run(run) for run in runs_in(runs)]
-    assert [(run.name, run.data) for run in found] == [("cifar", "C10+"), ("densenet121", "imagenet")]
+    assert [(run.name, run.data) for run in found] == [("cifar", "C10+"), ("densenet121", "synthetic images")]
     lines = [json.loads(line) for line in (runs / "cifar" / "metrics.jsonl").read_text().splitlines()]
     own = parameters(create_model("densenet_bc40_k12", 10)) / 1e6
     panel = points(draw_small_images(found).axes[0])
     assert panel["ours: cifar"] == [(own, [r for r in lines if "val/loss" in r][-1]["val/top1_error"])]
     assert (0.769162, 4.51) in panel["DenseNet-BC, paper"] and (1.019722, 5.24) in panel["DenseNet, paper"]
 
-    axes = draw_imagenet(found).axes[0]  # among them a run that is called as one of the paper's networks
+    axes, by_work = draw_imagenet(found).axes  # among them a run that is called as one of the paper's networks
     assert points(axes)["ours: densenet121"][0][1] == found[1].error
     curves = points(draw_curves(found).axes[0])
     assert [y for _, y in curves["cifar, validation"]] == [r["val/top1_error"] for r in lines if "val/loss" in r]
+    assert {y for _, y in curves["someone: 5.0 %"]} == {5.0}
     assert (7.978856, 25.02) in points(axes)["DenseNet, paper"]
+    work = {error: x for x, error in points(by_work)["DenseNet, paper"]}
+    assert work[25.02] == pytest.approx(WORK["densenet121"][1], abs=1e-3)
+    ((own_work, _),) = points(by_work)["ours: densenet121"]  # a small network at its 16 pixels
+    assert own_work == pytest.approx(multiply_accumulates(found[1].network(), 16) / 1e9)
     assert points(axes)["ResNet, fb.resnet.torch"][1] == (25.557032, 24.01)
+
+
+def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch):
+    torchvision_sets.write_svhn(tmp_path / "svhn", monkeypatch)
+    data = {"dataset": "svhn", "dir": str(tmp_path / "svhn"), "loader": "auto", "training_crop": "pad", "holdout": 4}
+    trainer.fit(small_config(tmp_path / "held", data=data, published={"top1": 5.0}))
+    trainer.fit(small_config(tmp_path / "drawn"))
+    held, drawn = read_run(tmp_path / "held"), read_run(tmp_path / "drawn")
+    assert (held.data, drawn.data) == ("SVHN", "synthetic images")
+    assert held.label == "ours: held, held-out training images"
+    assert "published: 5.0 % (test images)" in points(draw_curves([held]).axes[0])
+    panels = {axes.get_title(): points(axes) for axes in draw_small_images([held, drawn]).axes}
+    assert panels["SVHN"][held.label][0][1] == held.error == min(r["val/top1_error"] for r in held.epochs)
+    assert drawn.label in panels["synthetic images"]
+
+
+def test_damaged_records_are_passed_over(tmp_path):
+    trainer.fit(small_config(tmp_path / "run"))
+    whole = read_run(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as records:
+        records.write(b'x}\n[1]\n\xff\x00\x00{"step": 1}\n{"step": 9, "val/top1')
+    assert read_run(tmp_path / "run").epochs == whole.epochs
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -150,7 +150,7 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
             raise UserError(
                 f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
             )
-        return index_arrays(ArraySource(data.dataset, data.dir, "test")).with_classes(classes)
+        return index_arrays(ArraySource(data.dataset, data.dir, "test", data.download)).with_classes(classes)
     if (folder / "val").is_dir() and "val" not in classes and not labels_file:
         folder = folder / "val"
     cache = known_cache(folder)
@@ -286,7 +286,7 @@ def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
     names = ("dataset", "resize", "resize_size", "crop_size", "mean", "std", "loader", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     tree = dataclasses.asdict(config)
-    tree["data"] |= {"dir": options.data, "threads": 0, **given}
+    tree["data"] |= {"dir": options.data, "download": options.download, "threads": 0, **given}
     return from_dict(tree, "the command line").data
 
 
@@ -300,6 +300,7 @@ def _parser() -> ArgumentParser:
     add_weights_arguments(parser, several=True)
     parser.add_argument("--data", metavar="DIR", required=True, help="class folders, or a data set with val/ in it")
     parser.add_argument("--dataset", choices=typing.get_args(Dataset), help="what DIR holds [as the run's data.dir]")
+    parser.add_argument("--download", action="store_true", help="fetch a data set of torchvision's if DIR lacks it")
     parser.add_argument("--labels", metavar="FILE", help="label file, if DIR is a flat folder of images")
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(

@@ -38,15 +38,16 @@ class Run:
 
     @property
     def error(self) -> float:
-        """Validation top-1 error in percent that the paper would report: on ImageNet the best, else the last epoch's."""
+        """Validation top-1 error in percent of the epoch that the paper reports: on CIFAR the last one, else the best."""
         errors = [record["val/top1_error"] for record in self.epochs]
-        return min(errors) if self.data == "ImageNet" else errors[-1]
+        return min(errors) if self.data in ("ImageNet", "SVHN") else errors[-1]
 
     @property
     def label(self) -> str:
         """Its name for a legend, and how far it is if that is not at the end."""
         done, planned = len(self.epochs), self.config.optim.epochs
-        return f"ours: {self.name}{'' if done == planned else f', epoch {done} of {planned}'}"
+        held_out = ", held-out training images" if self.config.data.holdout else ""
+        return f"ours: {self.name}{'' if done == planned else f', epoch {done} of {planned}'}{held_out}"
 
     def network(self) -> nn.Module:
         """The network without its weights."""
@@ -56,8 +57,10 @@ class Run:
     def data(self) -> str:
         """What it was trained on, as the paper calls it, or by its folder."""
         config = self.config.data
+        if config.loader == "synthetic":
+            return "synthetic images"
         if config.dataset == "images":
-            return "ImageNet" if self.classes == 1000 else Path(config.dir).name
+            return "ImageNet" if self.classes == 1000 else f"images in {Path(config.dir).name}"
         return config.dataset if config.dataset == "fashion-mnist" else setting_for(self.config).name
 
 
@@ -132,11 +135,16 @@ def draw_curves(runs: list[Run]) -> Figure:
                 run.config.published.top1,
                 linestyle=":",
                 color=line.get_color(),
-                label=f"{run.config.published.source or 'published'}: {run.config.published.top1} %",
+                label=f"{run.config.published.source or 'published'}: {run.config.published.top1} %{on_test_images(run)}",
             )
     axes.set(xlabel="epochs", ylabel="top-1 error, %", title="Training curves", ylim=(0, None))
     axes.legend()
     return figure
+
+
+def on_test_images(run: Run) -> str:
+    """A word on a published error beside one that is not of test images."""
+    return " (test images)" if run.config.data.holdout else ""
 
 
 def draw_small_images(runs: list[Run]) -> Figure:
@@ -146,7 +154,7 @@ def draw_small_images(runs: list[Run]) -> Figure:
     for title, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         if title in published.COLUMNS:
             draw_papers_points(axes, title)
-        for run in (run for run in runs if run.data == title and not run.config.data.holdout):  # errors of test images
+        for run in (run for run in runs if run.data == title):
             point = (millions(parameters(run.network())), run.error)
             draw_points(axes, {run.name: point}, "*", run.label)
             if title not in published.COLUMNS and run.config.published.top1 is not None:
@@ -154,7 +162,7 @@ def draw_small_images(runs: list[Run]) -> Figure:
                     axes,
                     {run.config.model.name: (point[0], run.config.published.top1)},
                     "o",
-                    run.config.published.source,
+                    f"{run.config.published.source or 'published'}{on_test_images(run)}",
                 )
         axes.set(xlabel="million parameters", ylabel="top-1 error, %", title=title)
         axes.legend()
@@ -181,22 +189,28 @@ def draw_imagenet(runs: list[Run]) -> Figure:
     """Error against parameters and against multiply-accumulates, of the paper's networks and of our runs."""
     import torchvision  # takes seconds
 
-    densenets = {name: errors[0] for name, errors in published.DENSENETS_ON_IMAGENET[1].items()}
-    resnets = published.RESNETS_ON_IMAGENET
+    densenets = [
+        (name, on_meta(create_model, name, dense_block="plain"), 224, top1)
+        for name, (top1, _) in published.DENSENETS_ON_IMAGENET[1].items()
+    ]
+    resnets = [
+        (name, on_meta(getattr(torchvision.models, name)), 224, error)
+        for name, error in published.RESNETS_ON_IMAGENET.items()
+    ]
     series = [
-        ("DenseNet, paper", "o", [(n, on_meta(create_model, n, dense_block="plain"), e) for n, e in densenets.items()]),
-        ("ResNet, fb.resnet.torch", "^", [(n, on_meta(getattr(torchvision.models, n)), e) for n, e in resnets.items()]),
-        *((run.label, "*", [(run.name, run.network(), run.error)]) for run in runs),
+        ("DenseNet, paper", "o", densenets),
+        ("ResNet, fb.resnet.torch", "^", resnets),
+        *((run.label, "*", [(run.name, run.network(), run.config.data.crop_size, run.error)]) for run in runs),
     ]
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_size, by_work = figure.subplots(1, 2)
     for label, marker, networks in series:
-        sizes = {name: (millions(parameters(network)), error) for name, network, error in networks}
-        work = {name: (multiply_accumulates(network, 224) / 1e9, error) for name, network, error in networks}
+        sizes = {name: (millions(parameters(network)), error) for name, network, _, error in networks}
+        work = {name: (multiply_accumulates(network, size) / 1e9, error) for name, network, size, error in networks}
         draw_points(by_size, sizes, marker, label)
         draw_points(by_work, work, marker, label)
     by_size.set(xlabel="million parameters", ylabel="top-1 error, %")
-    by_work.set(xlabel="billion multiply-accumulates at 224 x 224", ylabel="top-1 error, %")
+    by_work.set(xlabel="billion multiply-accumulates at 224 x 224, or at a run's own crop", ylabel="top-1 error, %")
     by_size.legend()
     return figure
 

@@ -190,7 +190,9 @@ def check_classes(origin: object, names: list[str], classes: tuple[str, ...]) ->
     known = set(classes)
     for name in names:
         if name not in known:
-            raise UserError(f"{origin}: the class '{name}' is none of the network's{did_you_mean(name, classes)}")
+            numbered = all(known_name.isdigit() for known_name in classes)
+            remedy = ", which are numbers: name them with --classes FILE" if numbered else did_you_mean(name, classes)
+            raise UserError(f"{origin}: the class '{name}' is none of the network's{remedy}")
 
 
 def _check_exists(root: Path) -> None:
