@@ -49,7 +49,7 @@ def start(arguments: list[str]) -> None:
     options, overrides = parser.parse_known_args(arguments)
     cluster = read_cluster(options)
     configs = [
-        read_config(file, overrides, values, several=len(options.configs) > 1)
+        read_config(file, overrides, values, several=len(options.configs) > 1, gpus=cluster.gpus_per_node > 0)
         for file in options.configs
         for values in itertools.product(*(_grid_values(word) for word in options.grid))
     ]
@@ -68,19 +68,24 @@ def start(arguments: list[str]) -> None:
         print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")
 
 
-def read_config(file: str, overrides: list[str], values: tuple[tuple[str, str], ...], several: bool) -> Config:
+def read_config(
+    file: str, overrides: list[str], values: tuple[tuple[str, str], ...], several: bool, gpus: bool
+) -> Config:
     """Read one run's configuration, with paths that hold wherever the job starts.
 
     Args:
         values: of the fields of the grid, by key.
         several: it is one of several files, so that a run directory of the command line is a folder for all.
+        gpus: the job asks for GPUs, so that it fails where it finds none and does not train on CPU.
     """
     words = [word for key, value in values for word in (f"--{key}", value)]
     config, _ = parse_command_line([file, *overrides, *words], "python -m launch", __doc__)
     folder = Path(config.run_dir, Path(file).stem) if several and _names_run_dir(overrides) else Path(config.run_dir)
     suffix = "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in values)
     data = dataclasses.replace(config.data, dir=os.path.abspath(config.data.dir))
-    return dataclasses.replace(config, run_dir=os.path.abspath(f"{folder}{suffix}"), data=data)
+    on_gpus = gpus and config.train.device == "auto"
+    train = dataclasses.replace(config.train, device="cuda") if on_gpus else config.train
+    return dataclasses.replace(config, run_dir=os.path.abspath(f"{folder}{suffix}"), data=data, train=train)
 
 
 def _names_run_dir(overrides: list[str]) -> bool:
