@@ -12,7 +12,7 @@ import re
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -79,9 +79,10 @@ class CheckpointFolder:
         return None
 
 
-def is_checkpoint(content: bytes) -> bool:
-    """Whether a file's bytes are a checkpoint of this project, damaged perhaps."""
-    return _CHECKSUM_AT_END.search(content, len(content) - _DIGEST_LENGTH - 2) is not None
+def is_checkpoint(file: BinaryIO) -> bool:
+    """Whether a file is a checkpoint of this project, damaged perhaps. Moves its position."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _DIGEST_LENGTH - 2))
+    return _CHECKSUM_AT_END.search(file.read()) is not None
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str
     """Copy a state dictionary into `model`.
 
     Raises:
-        UserError: a name or a shape differs; names the first.
+        UserError: a name or a shape differs, or a tensor is none of real numbers one by one; names the first.
     """
     own = model.state_dict()
     for name in own:
@@ -123,7 +124,9 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str
             raise UserError(
                 f"{origin}: '{name}' has another shape ({shapes}): another architecture or number of classes"
             )
-    for name in weights:
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"{origin}: '{name}' is sparse, quantized, complex or empty: dense real numbers are needed")
         if name not in own:
             raise UserError(
                 f"{origin} has '{name}', which the network lacks: it holds the weights of another architecture"

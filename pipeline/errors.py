@@ -1,6 +1,7 @@
 """How a command ends: on a user's mistake, on an interruption that it can go on from, or on a bug."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -74,6 +75,13 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # whoever read the output, as `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            record_for_torchrun(traceback.format_exc())
+            raise
+        file = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
     except Exception:
         record_for_torchrun(traceback.format_exc())
         raise

@@ -27,7 +27,8 @@ class Evaluation:
         top5: (N, 5) int64, most probable classes first (fewer columns with fewer classes).
         probability: (N) float32, softmax probability of the first.
         losses: (N) float32, cross-entropy.
-        logits: (N, classes) float32, averaged over the views of each image; None unless asked for, and on other ranks than 0.
+        logits: (N, classes) float32, averaged over the views of each image, or the logarithm of the averaged
+            probabilities; None unless asked for, and on other ranks than 0.
     """
 
     score: Score

@@ -4,6 +4,7 @@ Read are checkpoints of this project, safetensors and PyTorch files (without run
 openmmlab (mmpretrain, openmixup) and of ports of the authors' Torch code. Written is what torchvision and timm load as it is.
 """
 
+import argparse
 import dataclasses
 import io
 import json
@@ -35,7 +36,8 @@ NESTS = (
     "net",
     "network",
 )  # where others keep the weights among other things
-EMA_NESTS = ("state_dict_ema", "model_ema", "ema_state_dict")
+EMA_NESTS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
+REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
 PREFIXES = re.compile(r"(module|model|_orig_mod|net|network)\.")
 
 # Names that others give to our modules.
@@ -97,17 +99,19 @@ def read_weights(
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            safetensors = file.read(9)[8:] == b"{"
+            checkpoint = is_checkpoint(file)
     except OSError as error:
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
     own = state = None
-    if is_checkpoint(content):
+    if checkpoint:
         own = _of_checkpoint(load_checkpoint(path), str(path))
-    elif content[8:9] == b"{":
+    elif safetensors:
         own, state = _read_safetensors(path)
     else:
-        state = _read_torch(path, content, ema)
-    if ema and (own or content[8:9] == b"{"):
+        state = _read_torch(path, ema)
+    if ema and (own or safetensors):
         raise UserError(f"{path} holds one set of weights and no running average of them: leave out --ema")
     if own:
         if model and model != own[1].model.name:
@@ -133,7 +137,10 @@ def write_safetensors(weights: Weights, path: Path) -> None:
         "passes": weights.passes,
         "audit": weights.audit,
     }
-    state = {name: tensor.contiguous() for name, tensor in weights.network.state_dict().items()}
+    state = {  # cloned, as safetensors takes no tensor twice
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights.network.state_dict().items()
+    }
     _write(path, save(state, metadata={"format": "pt", METADATA: json.dumps(about)}))
 
 
@@ -149,16 +156,21 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
 
     By name after the known renamings, else by order if all shapes agree in it, and all names of a module's tensors, as in
     ports that number their modules.
-    Counts of batches, which old files lack, are 0 then.
+    Counts of batches are 0 then, as they are of files that lack them.
 
     Returns:
         The state dictionary with our names, and a note on how names were understood, empty if they were ours.
 
     Raises:
-        UserError: something is left over on either side.
+        UserError: something is left over on either side, or two names mean the same tensor.
     """
     stripped = theirs if own.keys() & theirs.keys() else _strip(theirs)
-    renamed = {name if name in own else _rename(name): tensor for name, tensor in stripped.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in stripped.items():
+        ours = name if name in own else _rename(name)
+        if ours in renamed:
+            raise UserError(f"{origin} has the network's '{ours}' twice, once as '{name}': which is to be taken?")
+        renamed[ours] = tensor
     counts = {name for name in own if name.endswith("num_batches_tracked")}
     found = {
         name: tensor for name, tensor in renamed.items() if name in own or not name.endswith("num_batches_tracked")
@@ -203,19 +215,25 @@ def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | Non
         passes, classes = about["passes"], tuple(map(str, about["classes"]))
         if not isinstance(about["config"], dict) or not (passes is None or (isinstance(passes, int) and passes > 0)):
             raise ValueError("config or passes")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
     return (state, from_dict(about["config"], str(path)), classes, passes), None
 
 
-def _read_torch(path: Path, content: bytes, ema: bool) -> dict[str, Tensor]:
+def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
     """The tensors of a foreign file, without running code that it may hold."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols, besides what goes wrong
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with (
+            warnings.catch_warnings(action="ignore"),  # about pickle protocols, besides what goes wrong
+            torch.serialization.safe_globals([argparse.Namespace]),  # which timm and torchvision save too
+            path.open("rb") as file,
+        ):
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refused = REFUSED_TYPE.search(str(error))
         raise UserError(
-            f"{path} is no file of weights, or holds more than tensors and plain values ({str(error).splitlines()[0]})"
+            f"{path} is no file of weights, or holds more than tensors and plain values"
+            f"{f' ({refused[1]})' if refused else ''}: torch.save the state dictionary alone"
         ) from None
     except MemoryError:
         raise

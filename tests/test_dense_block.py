@@ -309,6 +309,15 @@ def test_lean_under_autocast_is_as_near_to_float64_as_plain(dtype):
     assert errors["lean"] == errors["fused"] <= 1.1 * errors["plain"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch calls it deprecated
+def test_torch_jit_traces_the_modules():
+    network = create_model("densenet_bc22_k6", 3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(network, images)
+        torch.testing.assert_close(traced(images), network(images), rtol=1e-4, atol=1e-5)
+
+
 def test_torch_compile_takes_the_modules_whole():
     network = create_model("densenet_bc40_k12", CLASSES).double()
     expected = ours("densenet_bc40_k12", network, "plain")

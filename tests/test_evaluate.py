@@ -261,7 +261,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
     index = scan_flat(tmp_path / "images", labels_of(tmp_path, names), ("x&y", "|"))
     zeros = np.zeros(2, np.float32)
     evaluation = Evaluation(Score(2, 0, 2, 0.0), np.array([[1, 0], [1, 0]]), zeros, zeros, None)
-    row = {"class": "x&y", "images": 2, "top1_error": 100, "top5_error": 0}
+    row = {"class": "x&y|z", "images": 2, "top1_error": 100, "top5_error": 0}
     result = {
         "name": "n", "weights": "w", "note": "", "model": "m", "parameters": 1, "multiply_accumulates": 1, "data": "d",
         "images": 2, "classes": 2, "classes_present": 1, "crops": 1, "average": "logits", "precision": "fp32",
@@ -271,6 +271,8 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
     }  # fmt: skip
     write_report(tmp_path, {"evaluations": [result], "comparisons": []}, [evaluation], [index])
     write_answers(tmp_path / "a.csv", evaluation, index)
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| x&y" in line)
+    assert row.count("|") - row.count("\\|") == 5
     page = (tmp_path / "report.html").read_bytes()
     assert b"a&lt;b&gt;.png" in page and b"<b>" not in page and b"is x&amp;y" in page and page.count(b"<img") == 2
     assert b"\xff.png" in (tmp_path / "a.csv").read_bytes()

@@ -15,7 +15,7 @@ from torchvision import transforms
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from pipeline.weights import Weights, imagenet_ids, write_safetensors
+from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors
 from tools import predict
 
 CLASSES = ("n01440764", "sparrow", "n99999999", "oak")
@@ -159,6 +159,15 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, folder, weights):
         with pytest.raises(UserError, match=expected) as error:
             answers_of(monkeypatch, tmp_path, *words)
         assert "\n" not in str(error.value)
+    done = run_module("tools.predict", weights, folder / "c.jpg", "--json", "/dev/full")
+    assert (
+        done.returncode == 2 and done.stderr == "error: cannot write: No space left on device: make room on that disk\n"
+    )
+    damaged = read_weights(weights)
+    damaged.network.classifier.bias.data[0] = torch.nan
+    write_safetensors(damaged, tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError, match="damaged.safetensors: the answers are not finite"):
+        answers_of(monkeypatch, tmp_path, tmp_path / "damaged.safetensors", folder / "c.jpg")
     monkeypatch.setattr("sys.argv", ["", str(weights), str(folder), "--json", str(tmp_path / "empty")])
     capsys.readouterr()
     with pytest.raises(UserError, match="cannot write --json .*empty: Is a directory"):

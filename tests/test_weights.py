@@ -1,15 +1,18 @@
 """Weights of torchvision, timm, openmmlab and ports of the Torch code, in and out again to the bit."""
 
+import argparse
 import json
 import pickle
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+import timm.utils
 import torch
 import torchvision
-from conftest import run_module, small_config, with_random_norms
+from conftest import REPOSITORY, run_module, small_config, with_random_norms
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -147,6 +150,54 @@ def test_a_runs_weights_keep_what_is_known_of_them(tmp_path):
     assert all(torch.equal(value, b.network.state_dict()[name]) for name, value in a.network.state_dict().items())
 
 
+def test_checkpoints_of_timms_training_script(tmp_path, theirs):
+    """With its arguments and the average beside the weights."""
+    average = timm.utils.ModelEmaV2(theirs)
+    with torch.no_grad():
+        average.module.classifier.bias.fill_(3)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    arguments = argparse.Namespace(model="densenet121", lr=0.1)
+    saver = timm.utils.CheckpointSaver(
+        theirs, optimizer, arguments, average, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
+    saver.save_checkpoint(epoch=1, metric=80.0)
+    for ema, bias in ((False, theirs.classifier.bias), (True, torch.full((CLASSES,), 3.0))):
+        network = read_weights(tmp_path / "last.pth.tar", ema=ema).network
+        assert torch.equal(network.classifier.bias, bias)
+
+
+def test_no_tensor_is_taken_for_another(tmp_path, theirs):
+    state, stray = theirs.state_dict(), {"head.fc.weight": torch.full((CLASSES, 1024), 9.0)}
+    for file, both in (("a.pth", state | stray), ("b.pth", stray | state)):
+        torch.save(both, tmp_path / file)
+        with pytest.raises(UserError, match="'classifier.weight' twice"):
+            read_weights(tmp_path / file, "densenet121")
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.to_sparse, lambda t: t.to(torch.complex64), lambda t: t.to("meta")])
+def test_tensors_that_are_not_dense_and_real_are_refused(tmp_path, theirs, spoil):
+    state = theirs.state_dict()
+    torch.save(state | {"classifier.weight": spoil(state["classifier.weight"])}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="'classifier.weight' is sparse, quantized, complex or empty"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_a_file_of_any_size_is_only_looked_at(tmp_path):
+    with open(tmp_path / "huge.pth", "wb") as file:
+        file.truncate(2**39)  # takes no place on the disk
+    with pytest.raises(UserError, match="no file of weights"):
+        read_weights(tmp_path / "huge.pth")
+
+
+def test_a_tensor_with_two_names_is_written_under_both(tmp_path):
+    weights = read_weights(REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors")
+    block = weights.network.features.denseblock1
+    block.denselayer2.norm2 = block.denselayer1.norm2
+    write_safetensors(weights, tmp_path / "a.safetensors")
+    written = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(*(written[f"features.denseblock1.denselayer{i}.norm2.bias"] for i in (1, 2)))
+
+
 def test_running_averages_of_weights_are_taken_on_request(tmp_path, theirs):
     average = torch.optim.swa_utils.AveragedModel(theirs)
     average.module.classifier.bias.data += 1
@@ -237,6 +288,7 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
     torch.save({"state_dict": Hostile()}, folder / "hostile-zip.pth")
     save_file(state, folder / "whole.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:-5])
+    torch.save({"state_dict": state, "lr": np.float64(1)}, folder / "numpy.pth")
     torch.save({"epoch": 3}, folder / "nothing.pth")
     torch.save([1, 2], folder / "list.pth")
     other = torchvision.models.resnet18(num_classes=CLASSES).state_dict()
@@ -253,7 +305,8 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
         "text.pth": "no file of weights",
         "empty.pth": "damaged, or no file of weights",
         "hostile.pth": "holds more than tensors and plain values",
-        "hostile-zip.pth": "holds more than tensors and plain values",
+        "hostile-zip.pth": r"holds more than tensors and plain values \(\S*getattr\): torch.save the state",
+        "numpy.pth": r"holds more than tensors and plain values \(numpy\S+\): torch.save the state dictionary alone",
         "cut.safetensors": "damaged, or no safetensors file",
         "nothing.pth": "holds no state dictionary",
         "list.pth": "holds no state dictionary",
@@ -279,10 +332,12 @@ def test_wrong_files_get_one_line_and_run_no_code(tmp_path, monkeypatch, theirs)
         gap = {n: v for n, v in theirs.state_dict().items() if "denseblock4.denselayer3.norm1" not in n}
         torch.save(gap, tmp_path / "gap.pth")
         read_weights(tmp_path / "gap.pth", "densenet121")
+    (tmp_path / "twice.txt").write_text("a\nb\nb\n")
     for words, expected in (
         (("cut.pth", "out.safetensors"), "damaged"),
         (("whole.pth", "out.txt"), "the name must end in"),
         (("whole.pth", "out.pth", "--classes", "none"), "cannot read --classes none"),
+        (("whole.pth", "out.pth", "--classes", "twice.txt"), "twice.txt has 'b' twice"),
     ):
         done = run_module("tools.convert", *(tmp_path / word if "." in word else word for word in words))
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1

@@ -51,6 +51,9 @@ def read_weights_of(options: Namespace, file: str) -> Weights:
             names = tuple(line.strip() for line in Path(options.classes).read_text().splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --classes {options.classes}: {error}") from None
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise UserError(f"--classes {options.classes} has '{twice}' twice: give each output a name of its own")
     return read_weights(file, options.model, names, options.ema)
 
 

@@ -1,8 +1,9 @@
 """Evaluate networks: ``python -m tools.evaluate WEIGHTS ... --data DIR [--crops 10]``, also under torchrun.
 
 WEIGHTS are checkpoints of this project or files of torchvision, timm or openmmlab. Everything about the images (crop and
-resize sizes, resize filter, mean and standard deviation) is as the weights' run had it unless given here. Several networks
-are compared on the same images.
+resize sizes, resize filter, mean and standard deviation) is as the weights' run had it unless given here: as timm's
+configuration says for --model timm:NAME, as the paper has it for its networks from other files. Several networks are
+compared on the same images.
 """
 
 import argparse
@@ -47,14 +48,13 @@ class Contestant:
     weights: Weights
     data: DataConfig
     index: DatasetIndex
+    multiply_accumulates: int
 
 
 def main() -> None:
     options = _parser().parse_args()
     with join_world(options.device) as world:
         contestants = world.from_main(lambda: open_contestants(options))
-        for contestant in contestants:
-            check_image_size(contestant.weights.network, contestant.data.crop_size, contestant.name)
         results, evaluations = [], []
         for contestant in contestants:
             result, evaluation = evaluate_one(contestant, options, world)
@@ -78,7 +78,8 @@ def open_contestants(options: argparse.Namespace) -> list[Contestant]:
     """Read all weights and index the images, so that mistakes show before hours of work and not after them.
 
     Raises:
-        UserError: see `read_weights` and `open_images`; the files have not the same images; an output cannot be written.
+        UserError: see `read_weights` and `open_images`; the files have not the same images; a network cannot take them; an
+            output cannot be written.
     """
     for flag in ("json", "predictions"):
         if path := getattr(options, flag):
@@ -95,7 +96,10 @@ def open_contestants(options: argparse.Namespace) -> list[Contestant]:
         index = same[0].index if same else open_images(data, options.labels, weights.classes)
         if contestants and index.names != contestants[0].index.names:
             raise UserError(f"{file} and {contestants[0].file} are not for the same images: evaluate them one by one")
-        contestants.append(Contestant(file, name, weights, data, index))
+        check_image_size(weights.network, data.crop_size, name)
+        bare = network_without_weights(weights.config.model, len(weights.classes))
+        work = multiply_accumulates(bare, data.crop_size)
+        contestants.append(Contestant(file, name, weights, data, index, work))
     return contestants
 
 
@@ -127,7 +131,7 @@ def evaluate_one(
         raise UserError(
             f"{contestant.file}: the answers are not finite: damaged weights, or numbers too large for --precision"
         )
-    result = describe(weights, data, index, evaluation, options) if world.is_main else {}
+    result = describe(contestant, evaluation, options) if world.is_main else {}
     about = {"name": contestant.name, "weights": contestant.file, "ranks": world.size}
     return about | {"images_per_second": len(index) / seconds} | result, evaluation
 
@@ -159,19 +163,16 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     return scan_classes(folder, cache, progress=True).with_classes(classes)
 
 
-def describe(
-    weights: Weights, data: DataConfig, index: DatasetIndex, evaluation: Evaluation, options: argparse.Namespace
-) -> dict[str, Any]:
+def describe(contestant: Contestant, evaluation: Evaluation, options: argparse.Namespace) -> dict[str, Any]:
     """All that is reported of one network but its speed."""
+    weights, data, index = contestant.weights, contestant.data, contestant.index
     score, config = evaluation.score, weights.config
     wrong = [score.images - score.top1_right, score.images - score.top5_right]
     return {
         "model": config.model.name,
         "note": weights.note,
         "parameters": parameters(weights.network),
-        "multiply_accumulates": multiply_accumulates(
-            network_without_weights(config.model, len(weights.classes)), data.crop_size
-        ),
+        "multiply_accumulates": contestant.multiply_accumulates,
         "data": index.root,
         "images": score.images,
         "classes": len(index.classes),

@@ -60,7 +60,12 @@ def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
     except RuntimeError as error:  # of torch.export and torch.onnx, over some of timm's networks
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{weights.config.model.name} cannot be exported to {suffix}: {reason}") from None
-    return content, compare(network, load(content), size)
+    try:
+        run = load(content)
+    except Exception as error:  # onnxruntime's have no base of their own
+        reason = " ".join(str(error).split())
+        raise UserError(f"{weights.config.model.name} as {suffix} cannot be loaded ({reason}): not written") from None
+    return content, compare(network, run, size)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from pipeline.models import create_model
 def on_meta(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Module:
     """Call `build`, and return its network for evaluation, without memory for the weights."""
     with torch.device("meta"):
-        return build(*args, **options).eval()
+        return build(*args, **options).eval().requires_grad_(False)  # the counter stumbles over expanded parameters
 
 
 def network_without_weights(model: ModelConfig, classes: int) -> nn.Module:

@@ -80,7 +80,8 @@ def own_size(network: nn.Module) -> int:
 
 def stages_of(network: nn.Module, size: int) -> list[Stage]:
     """The rows of a network's table, which add up to its parameters and multiply-accumulates."""
-    network = copy.deepcopy(network).to("meta").eval()  # on CPU torch does not count its attention
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network.to("meta")  # on CPU torch does not count its attention
     names = {module: name for name, module in network.named_modules()}
     shapes = {}
 

@@ -41,8 +41,8 @@ def main() -> None:
     if options.json:
         writable_file(options.json, "--json")
     weights = read_weights_of(options, options.weights)
-    # Only how images are prepared is the run's: it may have had others, in memory or none at all.
-    data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader)
+    # Only how images are prepared is the run's: it may have had others, in memory or none at all, and other cores.
+    data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader, threads=0)
     index = index_files(find_images(options.paths), weights.classes)
     names = human_names(weights.classes)
     set_precision("fp32")
@@ -51,6 +51,8 @@ def main() -> None:
         network = weights.network.to(world.device, memory_format=torch.channels_last)
         check_image_size(network, data.crop_size, options.weights)
         for file, probabilities in predict(network, index, data, options.crops, world):
+            if not probabilities.isfinite().all():
+                raise UserError(f"{options.weights}: the answers are not finite: damaged weights")
             best = probabilities.topk(min(options.top, len(index.classes)))
             found = [
                 {"class": index.classes[i], "name": names.get(index.classes[i]), "probability": probability}

@@ -50,6 +50,8 @@ def _obstacle(features: nn.Module, x: Tensor) -> str:
     """Why the modules must be called one by one; empty if they need not."""
     if torch.compiler.is_compiling():
         return "torch.compile traces the modules"
+    if torch.jit.is_tracing():
+        return "torch.jit traces the modules"
     if x.dim() != 4:
         return "the input is no batch of images"
     if not features.training and torch.is_grad_enabled():
