@@ -75,16 +75,13 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # whoever read the output, as `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         sys.exit(EXIT_BROKEN_PIPE)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            record_for_torchrun(traceback.format_exc())
+    except Exception as error:
+        record_for_torchrun(traceback.format_exc())
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         file = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
-    except Exception:
-        record_for_torchrun(traceback.format_exc())
-        raise
 
 
 def record_for_torchrun(message: str) -> None:

@@ -1,14 +1,20 @@
 """torchvision's data sets in memory: the same plans, loaders, training and evaluation as files of images."""
 
 import dataclasses
+import functools
+import gzip
+import hashlib
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 import torchvision_sets
-from conftest import run_module, small_config
+from conftest import REPOSITORY, run_module, small_config
 from PIL import Image
+from torchvision import datasets
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
@@ -19,6 +25,7 @@ from pipeline.data.index import ArraySource, scan_classes
 from pipeline.data.loader import EvaluationLoader, Share, TrainingLoader
 from pipeline.data.plan import training_plans
 from pipeline.errors import UserError
+from tools import evaluate
 
 CPU = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 FASHION = {
@@ -177,3 +184,26 @@ def test_mistakes_are_one_line(tmp_path, fashion):
         )
         with pytest.raises(UserError, match=expected):
             index_arrays(ArraySource("fashion-mnist", str(tmp_path), "test"))
+
+
+def test_evaluation_fetches_the_images_that_it_lacks(tmp_path, monkeypatch):
+    """From a server on this machine in place of torchvision's mirror."""
+    raw = torchvision_sets.write_fashion_mnist(tmp_path / "there") / "FashionMNIST" / "raw"
+    resources = []
+    for file in sorted(raw.iterdir()):
+        packed = raw / f"{file.name}.gz"
+        packed.write_bytes(gzip.compress(file.read_bytes()))
+        resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
+    weights = REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors"
+    words = [str(weights), "--data", str(tmp_path / "here")]
+    with pytest.raises(UserError, match="or --download"):
+        evaluate.open_contestants(evaluate._parser().parse_args(words))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=raw)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
+        (contestant,) = evaluate.open_contestants(evaluate._parser().parse_args([*words, "--download"]))
+        server.shutdown()
+    assert len(contestant.index) == torchvision_sets.IMAGES["test"]

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, weights
 
-from launch.__main__ import read_config, start
+from launch.__main__ import start
 from launch.after import decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
@@ -151,10 +151,20 @@ def test_the_local_twin_is_cancelled_with_a_checkpoint_and_resumed(tmp_path):
     assert "0: resuming at" in run_module("launch", "logs", run).stdout
 
 
-def test_a_job_on_gpus_does_not_train_on_cpu():
-    file = str(REPOSITORY / "configs" / "densenet121.yaml")
-    for words, gpus, device in (([], True, "cuda"), ([], False, "auto"), (["--train.device", "cpu"], True, "cpu")):
-        assert read_config(file, words, (), several=False, gpus=gpus).train.device == device
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [
+        (["--gpus-per-node", "2"], "cuda"),
+        (["--tasks-per-node", "2"], "auto"),
+        (["--gpus-per-node", "2", "--train.device", "cpu"], "cpu"),
+    ],
+)
+def test_a_job_on_gpus_does_not_train_on_cpu(tmp_path, monkeypatch, words, device):
+    devices = []
+    monkeypatch.setattr("launch.__main__.describe", lambda config, *_: devices.append(config.train.device))
+    monkeypatch.chdir(REPOSITORY)
+    start(["configs/densenet121.yaml", "--cluster", "local", "--run_dir", str(tmp_path), "--dry-run", *words])
+    assert devices == [device]
 
 
 def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeypatch, capsys):

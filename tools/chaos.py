@@ -11,6 +11,7 @@ Linux only: it looks for the ranks in /proc.
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import pickle
 import random
@@ -33,7 +34,7 @@ from PIL import Image
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, from_dict, to_yaml
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.run_dir import read_records
+from pipeline.run_dir import RECORDS, read_records
 from tools.measuring import writable_folder
 
 RANKS = 2
@@ -550,9 +551,9 @@ def _equal(a: object, b: object) -> bool:
 
 
 def _records(run_dir: Path) -> list[dict]:
-    """The run's records without what differs from run to run."""
-    records = read_records(run_dir)
-    return [{key: v for key, v in record.items() if not key.startswith(("speed/", "memory/"))} for record in records]
+    """The run's records without what differs from run to run. A damaged line, which others pass over, is an error here."""
+    lines = [json.loads(line) for line in (run_dir / RECORDS).read_text().splitlines()]
+    return [{key: v for key, v in line.items() if not key.startswith(("speed/", "memory/"))} for line in lines]
 
 
 if __name__ == "__main__":

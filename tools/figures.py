@@ -38,7 +38,7 @@ class Run:
 
     @property
     def error(self) -> float:
-        """Validation top-1 error in percent of the epoch that the paper reports: on CIFAR the last one, else the best."""
+        """Validation top-1 error in percent that the paper would report: the best on ImageNet and SVHN, else the last."""
         errors = [record["val/top1_error"] for record in self.epochs]
         return min(errors) if self.data in ("ImageNet", "SVHN") else errors[-1]
 

@@ -191,7 +191,7 @@ def check_classes(origin: object, names: list[str], classes: tuple[str, ...]) ->
     for name in names:
         if name not in known:
             numbered = all(known_name.isdigit() for known_name in classes)
-            remedy = ", which are numbers: name them with --classes FILE" if numbered else did_you_mean(name, classes)
+            remedy = ", which are numbers (--classes FILE names them)" if numbered else did_you_mean(name, classes)
             raise UserError(f"{origin}: the class '{name}' is none of the network's{remedy}")
 
 
