@@ -21,7 +21,7 @@ from launch.estimate import estimate
 from launch.records import add_event, read_events, read_job
 from launch.status import ENDED, Queue, duration, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import script, submit
-from pipeline.config import Config, load_config, parse_command_line
+from pipeline.config import Config, load_stored_config, parse_command_line
 from pipeline.data.dataset import open_datasets
 from pipeline.data.plan import steps_per_epoch
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
@@ -99,18 +99,18 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None) 
         UserError: the data are not there, or the batch cannot be split over the ranks.
     """
     optim, ranks = config.optim, cluster.ranks
-    parts = ranks * optim.accumulation
+    parts = ranks * optim.grad_accum_steps
     if optim.batch_size % parts:
         raise UserError(
             f"{config.run_dir}: optim.batch_size {optim.batch_size} cannot be split over {cluster.nodes} nodes x "
-            f"{cluster.ranks_per_node} ranks x {optim.accumulation} accumulation: choose a multiple of {parts}"
+            f"{cluster.ranks_per_node} ranks x {optim.grad_accum_steps} accumulation steps: choose a multiple of {parts}"
         )
     train, val = open_datasets(config.data, Path(config.run_dir) / "index", progress=True)
     lines = [
         f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
         f"{len(train.classes)} classes",
-        f"batch {optim.batch_size} = {cluster.nodes} nodes x {cluster.ranks_per_node} ranks x {optim.accumulation} passes "
-        f"x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
+        f"batch {optim.batch_size} = {cluster.nodes} nodes x {cluster.ranks_per_node} ranks x {optim.grad_accum_steps} "
+        f"accumulation steps x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
         f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
     ]
     if images_per_second:
@@ -191,7 +191,7 @@ def resume(run: Path) -> None:
     asked = next((event for event in reversed(read_events(run)) if event["event"] == "submit"), None)
     if asked is None:
         raise UserError(f"{run} was never submitted: start it with python -m launch CONFIG.yaml")
-    config = load_config(run / "submitted.yaml")
+    config = load_stored_config(run / "submitted.yaml")
     cluster = Cluster(**asked["cluster"])
     (job,) = submit([config], cluster)
     print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")

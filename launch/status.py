@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.records import Job, read_events, read_job
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.run_dir import read_records
 
@@ -61,7 +61,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     Args:
         queue: state, machines and reason of SLURM's jobs; see `slurm_queue`.
     """
-    job, events, config = read_job(run_dir), read_events(run_dir), load_config(run_dir / "submitted.yaml")
+    job, events, config = read_job(run_dir), read_events(run_dir), load_stored_config(run_dir / "submitted.yaml")
     records = read_records(run_dir)
     starts = [event for event in events if event["event"] == "start"]
     state, machines, reason = _state(run_dir, job, events, queue)

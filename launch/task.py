@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.records import add_event
-from pipeline.config import load_config
+from pipeline.config import load_stored_config
 from pipeline.errors import UserError, exit_on_user_error
 
 PATIENCE = 300  # seconds for rank 0's address to show in the folder that all share
@@ -69,7 +69,7 @@ def read_end(file: Path) -> dict[str, Any]:
 def _train(run_dir: Path) -> None:
     from pipeline.trainer import fit
 
-    fit(load_config(run_dir / "submitted.yaml"))
+    fit(load_stored_config(run_dir / "submitted.yaml"))
 
 
 def _meet(run_dir: Path, start: str, rank: int, host: str) -> tuple[str, int]:

@@ -26,7 +26,7 @@ UNKNOWN = "effect not measured here"
 
 
 @dataclass(frozen=True)
-class Finding:
+class AuditRow:
     """One part of the setting. `effect` says what a difference is known to matter; empty where there is none."""
 
     part: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Setting:
+class PaperSetting:
     """What the paper did on one kind of data, where the kinds differ."""
 
     name: str
@@ -50,7 +50,7 @@ class Setting:
     data: dict[str, Any]  # fields of the data section
 
 
-IMAGENET = Setting(
+IMAGENET = PaperSetting(
     name="ImageNet",
     networks=IMAGENET_NETWORKS,
     dropout=0.0,
@@ -61,27 +61,27 @@ IMAGENET = Setting(
     data={
         "dataset": "images",
         "holdout": 0,
-        "training_crop": "area",
-        "crop_area": (0.08, 1.0),
-        "crop_aspect": (3 / 4, 4 / 3),
+        "train_crop": "random_resized_crop",
+        "scale": (0.08, 1.0),
+        "ratio": (3 / 4, 4 / 3),
         "crop_size": 224,
         "resize_size": 256,
-        "mirror": True,
+        "hflip": True,
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "color_jitter": 0.4,
-        "lighting": 0.1,
+        "pca_noise": 0.1,
     },
 )
 
 
 def _cifar(
     name: str, dataset: Dataset, mean: tuple[float, float, float], std: tuple[float, float, float], holdout: int = 0
-) -> tuple[Setting, Setting]:
+) -> tuple[PaperSetting, PaperSetting]:
     """A small data set without augmentation, and with it (Section 4.1 and 4.2)."""
     data = {"dataset": dataset, "holdout": holdout, "mean": mean, "std": std}
-    size = {"crop_size": 32, "resize_size": 32, "color_jitter": 0.0, "lighting": 0.0, "training_crop": "pad"}
-    plain = Setting(
+    size = {"crop_size": 32, "resize_size": 32, "color_jitter": 0.0, "pca_noise": 0.0, "train_crop": "random_crop"}
+    plain = PaperSetting(
         name=name,
         networks=CIFAR_NETWORKS,
         dropout=0.2,
@@ -89,9 +89,9 @@ def _cifar(
         epochs=300,
         batch=64,
         drops=(1 / 2, 3 / 4),
-        data={**data, **size, "padding": 0, "mirror": False},
+        data={**data, **size, "padding": 0, "hflip": False},
     )
-    return plain, replace(plain, name=f"{name}+", dropout=0.0, data={**data, **size, "padding": 4, "mirror": True})
+    return plain, replace(plain, name=f"{name}+", dropout=0.0, data={**data, **size, "padding": 4, "hflip": True})
 
 
 # Mean and standard deviation as fb.resnet.torch has them, in 1/255: datasets/cifar10.lua and cifar100.lua.
@@ -101,13 +101,13 @@ C100, C100_PLUS = _cifar("C100", "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 
 SVHN = replace(_cifar("SVHN", "svhn", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), holdout=6000)[0], epochs=40)
 
 
-def setting_for(config: Config) -> Setting:
+def setting_for(config: Config) -> PaperSetting:
     """The paper's setting that a configuration is nearest to, by its data set and augmentation.
 
     Folders of images are ImageNet's, but those for a network of small images are the data set's whose mean is subtracted.
     """
     data = config.data
-    augmented = data.mirror or data.training_crop == "area" or data.padding > 0
+    augmented = data.hflip or data.train_crop == "random_resized_crop" or data.padding > 0
     small = (C10_PLUS, C100_PLUS, SVHN) if augmented else (C10, C100, SVHN)
     if data.dataset != "images":
         named = [setting for setting in small if setting.data["dataset"] == data.dataset]
@@ -118,18 +118,18 @@ def setting_for(config: Config) -> Setting:
     return named[0] if named else small[0]
 
 
-def audit(config: Config, parts: int) -> list[Finding]:
+def audit(config: Config, parts: int) -> list[AuditRow]:
     """Compare a configuration with the paper.
 
     Args:
         parts: ranks times accumulation, into which a batch is cut; a batch-norm statistic sees one part.
     """
     setting, optim, data = setting_for(config), config.optim, config.data
-    findings: list[Finding] = []
+    rows: list[AuditRow] = []
 
     def compare(part: str, paper: Any, here: Any, effect: str = UNKNOWN, same: bool | None = None) -> None:
         same = here == paper if same is None else same
-        findings.append(Finding(part, _text(paper), _text(here), same, "" if same else effect))
+        rows.append(AuditRow(part, _text(paper), _text(here), same, "" if same else effect))
 
     name = config.model.name
     compare("network", "one of the paper's", name, "another network", name in setting.networks)
@@ -145,18 +145,18 @@ def audit(config: Config, parts: int) -> list[Finding]:
         "images in a batch-norm statistic",
         BATCH_NORM_IMAGES,
         optim.batch_size // parts,
-        "forced by the number of ranks: use as many as make it equal, or optim.accumulation",
+        "forced by the number of ranks: use as many as make it equal, or optim.grad_accum_steps",
     )
     compare("last, smaller batch of an epoch", "kept, mean over its images", "kept, mean over its images")
     compare("learning rate", 0.1, optim.lr)
     paper_drops = _text(tuple(round(drop * setting.epochs) for drop in setting.drops))
     own_drops = tuple(milestone / optim.epochs for milestone in optim.milestones)
-    by_steps = f"times {optim.lr_drop} at epochs {_text(optim.milestones)} of {optim.epochs}"
+    by_steps = f"times {optim.lr_gamma} at epochs {_text(optim.milestones)} of {optim.epochs}"
     compare(
         "learning-rate schedule",
         f"times 0.1 at epochs {paper_drops} of {setting.epochs}",
         by_steps if optim.schedule == "step" else f"{optim.schedule} over {optim.epochs} epochs",
-        same=optim.schedule == "step" and optim.lr_drop == 0.1 and _near(setting.drops, own_drops),
+        same=optim.schedule == "step" and optim.lr_gamma == 0.1 and _near(setting.drops, own_drops),
     )
     compare("warm-up epochs", 0.0, optim.warmup_epochs)
     compare("momentum", "0.9, Nesterov", f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}")
@@ -174,31 +174,31 @@ def audit(config: Config, parts: int) -> list[Finding]:
         compare(_LABELS[field], paper, here, same=_near(paper, here))
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.loader shows by how little.
-        compare("resize filter, training and evaluation", "torch", data.resize, RESIZE_EFFECT)
-    return findings
+        compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
+    return rows
 
 
-def differences(findings: list[Finding]) -> list[Finding]:
-    """The findings in which a run is not the paper's."""
-    return [finding for finding in findings if not finding.same]
+def differences(rows: list[AuditRow]) -> list[AuditRow]:
+    """The rows in which a run is not the paper's."""
+    return [finding for finding in rows if not finding.same]
 
 
-def in_one_line(findings: list[Finding]) -> str:
+def in_one_line(rows: list[AuditRow]) -> str:
     """The verdict, naming what differs."""
-    odd = [f"{f.part} ({f.here}; paper {f.paper})" for f in differences(findings)]
+    odd = [f"{f.part} ({f.here}; paper {f.paper})" for f in differences(rows)]
     return f"differs from the paper in {', '.join(odd)}" if odd else "the paper's recipe in every part"
 
 
-def to_markdown(findings: list[Finding], title: str) -> str:
+def to_markdown(rows: list[AuditRow], title: str) -> str:
     """A heading, the verdict, and a table."""
-    odd = differences(findings)
+    odd = differences(rows)
     verdict = (
         "The same as the paper in every part."
         if not odd
-        else f"Differs from the paper in {len(odd)} of {len(findings)} parts."
+        else f"Differs from the paper in {len(odd)} of {len(rows)} parts."
     )
     header = ("part", "the paper", "here", "", "what a difference matters")
-    rows = [(f.part, f.paper, f.here, "same" if f.same else "DIFFERS", f.effect) for f in findings]
+    rows = [(f.part, f.paper, f.here, "same" if f.same else "DIFFERS", f.effect) for f in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [_row(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
     return "\n".join([f"# {title}", "", verdict, "", *lines, *(_row(row, widths) for row in rows), ""])
@@ -207,17 +207,17 @@ def to_markdown(findings: list[Finding], title: str) -> str:
 _LABELS: dict[str, str] = {
     "dataset": "data set",
     "holdout": "training images held out for validation",
-    "training_crop": "training crop",
+    "train_crop": "training crop",
     "padding": "training crop: pixels of padding",
-    "mirror": "mirroring",
-    "crop_area": "training crop: area",
-    "crop_aspect": "training crop: aspect",
+    "hflip": "mirroring",
+    "scale": "training crop: area",
+    "ratio": "training crop: aspect",
     "crop_size": "crop size",
     "resize_size": "evaluation: short side",
     "mean": "mean that is subtracted",
     "std": "standard deviation that divides",
     "color_jitter": "brightness, contrast, saturation",
-    "lighting": "PCA lighting",
+    "pca_noise": "PCA lighting",
 }
 
 

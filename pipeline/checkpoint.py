@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from pipeline import renamed
 from pipeline.errors import UserError
 
 FORMAT = 2
@@ -106,6 +107,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of this project")
     if state["format"] != FORMAT:
         raise UserError(f"{path} is a checkpoint of format {state['format']}; this version reads {FORMAT}")
+    state["config"] = renamed.upgrade(state["config"])
     return state
 
 

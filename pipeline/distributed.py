@@ -49,14 +49,14 @@ class World:
         """CPU cores of this machine that fall to this rank."""
         return max(1, available_cores() // self.local_size)
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of `tensor` over all ranks (a new tensor, the same on each)."""
         total = tensor.clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
-    def largest(self, values: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
         """Return the largest that any rank gives, place by place. Waits for the hosts of all ranks, for no GPU."""
         if self.size == 1:
             return list(values)
@@ -72,7 +72,7 @@ class World:
         dist.all_gather_object(values, value, group=self.hosts)
         return values
 
-    def gather_to_main(self, value: Any) -> list[Any]:
+    def gather_to_rank0(self, value: Any) -> list[Any]:
         """Return every rank's `value` (picklable), by rank, on rank 0, and an empty list on the others."""
         if self.size == 1:
             return [value]
@@ -80,7 +80,7 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.hosts)
         return values or []
 
-    def from_main(self, make: Callable[[], Any]) -> Any:
+    def broadcast_from_rank0(self, make: Callable[[], Any]) -> Any:
         """Call `make` on rank 0 and return its result, or raise its `UserError`, on every rank."""
         outcome: list[Any] = [None]
         if self.is_main:
@@ -118,7 +118,7 @@ def average_in_rank_order(size: int, bucket: dist.GradBucket) -> torch.futures.F
 
 
 @contextmanager
-def join_world(device: str = "auto") -> Iterator[World]:
+def init_distributed(device: str = "auto") -> Iterator[World]:
     """Join the ranks that torchrun's environment names, or stand alone without it.
 
     Args:

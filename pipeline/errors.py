@@ -50,7 +50,7 @@ def positive_integer(text: str) -> int:
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the nearest of `choices`, or an empty string."""
-    nearest = get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    nearest = get_close_matches(name, list(choices), n=1, cutoff=0.65)
     return f" (did you mean '{nearest[0]}'?)" if nearest else ""
 
 

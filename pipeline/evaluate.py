@@ -90,7 +90,7 @@ def evaluate(
             logits.append(answers.cpu().numpy())
     model.train(was_training)
 
-    shares = world.gather_to_main((ids, logits)) if keep_logits else []
+    shares = world.gather_to_rank0((ids, logits)) if keep_logits else []
     all_logits = _concatenate(shares) if shares else None
     ids, top5, probability, losses = _concatenate(world.gather((ids, top5, probability, losses)))
     order = np.argsort(ids)
@@ -100,8 +100,8 @@ def evaluate(
     right = top5 == loader.index.labels[:, None]
     score = Score(
         images=len(ids),
-        top1_right=int(right[:, 0].sum()),
-        top5_right=int(right.any(axis=1).sum()),
+        top1_correct=int(right[:, 0].sum()),
+        top5_correct=int(right.any(axis=1).sum()),
         loss_sum=float(losses.sum(dtype=np.float64)),
     )
     return Evaluation(score, top5, probability[order], losses, all_logits[1][order] if all_logits else None)

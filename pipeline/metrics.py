@@ -10,27 +10,27 @@ from pipeline.distributed import World
 
 @dataclass(frozen=True)
 class Score:
-    """Totals over a number of images. Errors are in percent."""
+    """MetricAccumulator over a number of images. Errors are in percent."""
 
     images: int
-    top1_right: int
-    top5_right: int
+    top1_correct: int
+    top5_correct: int
     loss_sum: float
 
     @property
     def top1_error(self) -> float:
-        return 100 * (1 - self.top1_right / self.images)
+        return 100 * (1 - self.top1_correct / self.images)
 
     @property
     def top5_error(self) -> float:
-        return 100 * (1 - self.top5_right / self.images)
+        return 100 * (1 - self.top5_correct / self.images)
 
     @property
     def loss(self) -> float:
         return self.loss_sum / self.images
 
 
-class Totals:
+class MetricAccumulator:
     """Sums kept on the device; reading them (`score`) waits for the device and talks to all ranks."""
 
     def __init__(self, device: torch.device):
@@ -43,9 +43,9 @@ class Totals:
         self.values += torch.where(weights > 0, rows, 0).sum(dim=1)
 
     def score(self, world: World) -> Score | None:
-        """Totals over all ranks; None if there was no image. Every rank must call this."""
-        images, top1_right, top5_right, loss_sum = world.sum(self.values).tolist()
-        return Score(int(images), int(top1_right), int(top5_right), loss_sum) if images else None
+        """MetricAccumulator over all ranks; None if there was no image. Every rank must call this."""
+        images, top1_correct, top5_correct, loss_sum = world.all_reduce_sum(self.values).tolist()
+        return Score(int(images), int(top1_correct), int(top5_correct), loss_sum) if images else None
 
     def by_rank(self, world: World) -> Tensor:
         """Every rank's sums, (ranks, 4), for a checkpoint. Every rank must call this."""

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.distributed import World
-from pipeline.run_dir import RECORDS, explained
+from pipeline.run_dir import RECORDS, io_as_user_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ class Monitor:
         self._active, self._run_dir = world.is_main, run_dir
         self._bar: tqdm | None = None
         if self._active:
-            with explained(self._run_dir):
+            with io_as_user_error(self._run_dir):
                 _cut_records(run_dir, lengths)
                 self._lines = open(run_dir / RECORDS, "a")  # noqa: SIM115 - closed by close()
                 # A TensorBoard that has read the dropped records must forget them.
@@ -42,7 +42,7 @@ class Monitor:
 
     def close(self) -> None:
         if self._active:
-            with explained(self._run_dir):
+            with io_as_user_error(self._run_dir):
                 self._lines.close()
                 self._board.close()
 
@@ -52,7 +52,7 @@ class Monitor:
             finite = {
                 name: value if math.isfinite(value) else None for name, value in values.items()
             }  # JSON has no NaN
-            with explained(self._run_dir):
+            with io_as_user_error(self._run_dir):
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
                 self._lines.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
@@ -63,7 +63,7 @@ class Monitor:
         if not self._active:
             return {}
         lengths = {}
-        with explained(self._run_dir):
+        with io_as_user_error(self._run_dir):
             self._board.flush()
             for file in _record_files(self._run_dir):
                 with open(file, "rb") as stream:
@@ -73,19 +73,19 @@ class Monitor:
 
     def text(self, name: str, text: str) -> None:
         if self._active:
-            with explained(self._run_dir):
+            with io_as_user_error(self._run_dir):
                 self._board.add_text(name, f"```\n{text}\n```", 0)
 
     def images(self, name: str, images: torch.Tensor, step: int) -> None:
         """Record (n, 3, H, W) images in [0, 1] as a grid."""
         if self._active:
-            with explained(self._run_dir):
+            with io_as_user_error(self._run_dir):
                 self._board.add_images(name, images.float().cpu(), step)
 
     def figure(self, name: str, figure: "Figure", step: int) -> None:
         """Record a picture that Matplotlib has drawn."""
         if self._active:
-            with explained(self._run_dir):
+            with io_as_user_error(self._run_dir):
                 self._board.add_figure(name, figure, step)
 
     def say(self, line: str) -> None:

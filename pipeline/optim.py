@@ -28,4 +28,4 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
         progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     drops = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
-    return config.lr * config.lr_drop**drops
+    return config.lr * config.lr_gamma**drops

@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config import Config, flatten
+from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.parsing import flatten
 
 # What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
 # the accumulation because it is compared together with the number of ranks.
 FREE_TO_CHANGE = {
-    "run_dir", "model.recompute", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.download",
-    "data.corrupt_images", "optim.accumulation", "train.device", "train.compile", "train.eval_batch_size", "train.log_every",
-    "train.reuse_every",
-    "train.checkpoint_every", "train.checkpoint_minutes", "train.hang_seconds", "train.elastic",
+    "run_dir", "model.activation_checkpointing", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
+    "data.download", "data.corrupt_images", "optim.grad_accum_steps", "train.device", "train.compile", "train.eval_batch_size",
+    "train.log_every", "train.reuse_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
+    "train.allow_world_size_change",
 }  # fmt: skip
 
 
@@ -55,14 +56,21 @@ def check_same_run(state: dict[str, Any], config: Config, now: Conditions) -> No
         _refuse(config, f"the data in {config.data.dir} were {_named(before)} and are now {_named(now)}")
     if before.loader != now.loader:
         _refuse(config, f"the loader was {before.loader} and is now {now.loader}")
-    was, is_now = spread(before.ranks, old["optim.accumulation"]), spread(now.ranks, config.optim.accumulation)
-    if was != is_now and not config.train.elastic:
-        _refuse(config, f"a batch was {was} and is now {is_now}", "put it back, allow it with --train.elastic true")
+    was, is_now = (
+        batch_split(before.ranks, old["optim.grad_accum_steps"]),
+        batch_split(now.ranks, config.optim.grad_accum_steps),
+    )
+    if was != is_now and not config.train.allow_world_size_change:
+        _refuse(
+            config,
+            f"a batch was {was} and is now {is_now}",
+            "put it back, allow it with --train.allow_world_size_change true",
+        )
 
 
-def spread(ranks: int, accumulation: int) -> str:
+def batch_split(ranks: int, accumulation: int) -> str:
     """How a global batch is divided, in words."""
-    return f"{ranks} ranks x {accumulation} passes"
+    return f"{ranks} ranks x {accumulation} accumulation steps"
 
 
 def _named(data: Conditions) -> str:

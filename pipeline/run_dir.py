@@ -35,7 +35,7 @@ def make_run_dir(run_dir: Path) -> None:
     Raises:
         UserError: that is not allowed, or nothing can be written there.
     """
-    with explained(run_dir):
+    with io_as_user_error(run_dir):
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run_dir / "lock").touch()
 
@@ -48,7 +48,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         UserError: another process is training there, or `make_run_dir` failed.
     """
     make_run_dir(run_dir)
-    with explained(run_dir):
+    with io_as_user_error(run_dir):
         file = open(run_dir / "lock", "r+")  # noqa: SIM115 - closed below
     with file:
         try:
@@ -59,7 +59,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
-        with explained(run_dir):
+        with io_as_user_error(run_dir):
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
@@ -68,12 +68,12 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def write_text(file: Path, text: str) -> None:
     """Write a small file of the run; `UserError` if that fails."""
-    with explained(file.parent):
+    with io_as_user_error(file.parent):
         file.write_text(text)
 
 
 @contextmanager
-def explained(run_dir: Path) -> Iterator[None]:
+def io_as_user_error(run_dir: Path) -> Iterator[None]:
     """Turn the failure to write into one line."""
     try:
         yield

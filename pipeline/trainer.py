@@ -26,20 +26,20 @@ from pipeline.audit import audit, in_one_line, setting_for, to_markdown
 from pipeline.checkpoint import CheckpointFolder, load_weights
 from pipeline.config import Config, to_yaml
 from pipeline.data.dataset import open_datasets
-from pipeline.data.loader import Batch, EvaluationLoader, Share, TrainingLoader, choose_loader
-from pipeline.distributed import AUTOCAST_TYPES, World, average_in_rank_order, join_world, set_precision
+from pipeline.data.loader import Batch, EvaluationLoader, Shard, TrainingLoader, choose_loader
+from pipeline.distributed import AUTOCAST_TYPES, World, average_in_rank_order, init_distributed, set_precision
 from pipeline.errors import InterruptedRunError, UserError
 from pipeline.evaluate import evaluate
 from pipeline.feature_reuse import draw_reuse, feature_reuse
-from pipeline.metrics import Score, Totals
+from pipeline.metrics import MetricAccumulator, Score
 from pipeline.models import create_model
-from pipeline.models.choice import Choice
 from pipeline.models.densenet import DenseNet
+from pipeline.models.selection import Selection
 from pipeline.monitor import Monitor, peak_memory
 from pipeline.optim import create_optimizer, learning_rate
-from pipeline.resume import Conditions, check_same_run, spread
+from pipeline.preemption import PreemptionHandler
+from pipeline.resume import Conditions, batch_split, check_same_run
 from pipeline.run_dir import locked, make_run_dir, write_text
-from pipeline.stop import StopRequest
 from pipeline.watchdog import Watchdog
 
 GRID_IMAGES = 16
@@ -72,13 +72,13 @@ def fit(config: Config) -> Progress:
         UserError: something that the user can put right; see the message.
         InterruptedRunError: a signal, or the loss of another rank, ended the run before its time.
     """
-    with join_world(config.train.device) as world:
+    with init_distributed(config.train.device) as world:
         return _fit(config, world)
 
 
 def _fit(config: Config, world: World) -> Progress:
     with ExitStack() as stack:
-        world.from_main(lambda: stack.enter_context(locked(Path(config.run_dir))))
+        world.broadcast_from_rank0(lambda: stack.enter_context(locked(Path(config.run_dir))))
         trainer = Trainer(config, world)
         trainer.resume()
         stack.enter_context(trainer.recording())
@@ -93,8 +93,8 @@ def _fit(config: Config, world: World) -> Progress:
 
 def dry_run(config: Config) -> str:
     """Build everything that `fit` would, train nothing, and return a description of the run."""
-    with join_world(config.train.device) as world:
-        world.from_main(lambda: make_run_dir(Path(config.run_dir)))
+    with init_distributed(config.train.device) as world:
+        world.broadcast_from_rank0(lambda: make_run_dir(Path(config.run_dir)))
         trainer = Trainer(config, world)
         trainer.resume()
         next(trainer.train_loader.batches(epoch=0))
@@ -107,15 +107,15 @@ class Trainer:
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
         self.run_dir = Path(config.run_dir)
-        self.passes = world.size * config.optim.accumulation
-        if config.optim.batch_size % self.passes:
+        self.microbatches = world.size * config.optim.grad_accum_steps
+        if config.optim.batch_size % self.microbatches:
             raise UserError(
                 f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
-                f"{config.optim.accumulation} accumulation: choose a multiple of {self.passes}"
+                f"{config.optim.grad_accum_steps} accumulation steps: choose a multiple of {self.microbatches}"
             )
-        self.findings = audit(config, self.passes)
+        self.findings = audit(config, self.microbatches)
         set_precision(config.train.precision)
-        train_index, val_index = world.from_main(
+        train_index, val_index = world.broadcast_from_rank0(
             lambda: open_datasets(config.data, self.run_dir / "index", progress=True)
         )
         self.conditions = Conditions(
@@ -125,17 +125,17 @@ class Trainer:
             loader=choose_loader(config.data),
             ranks=world.size,
         )
-        share = Share(world.rank, world.size, world.device, world.cores)
+        shard = Shard(world.rank, world.size, world.device, world.cores)
         self.train_loader = TrainingLoader(
             train_index,
             config.data,
-            share,
+            shard,
             seed=config.seed,
             batch_size=config.optim.batch_size,
-            accumulation=config.optim.accumulation,
+            accumulation=config.optim.grad_accum_steps,
         )
         self.val_loader = EvaluationLoader(
-            val_index, config.data, share, batch_size=config.train.eval_batch_size, crops=1
+            val_index, config.data, shard, batch_size=config.train.eval_batch_size, crops=1
         )
 
         torch.manual_seed(config.seed)
@@ -147,15 +147,15 @@ class Trainer:
         self.optimizer = create_optimizer(self.network, config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
 
-        self.announced: Choice | None = None
+        self.announced: Selection | None = None
         self.progress = Progress()
-        self.epoch_totals, self.window_totals = Totals(world.device), Totals(world.device)
+        self.epoch_totals, self.window_totals = MetricAccumulator(world.device), MetricAccumulator(world.device)
         self.first_not_finite = torch.full((), NEVER, device=world.device)
         self.checkpoints = CheckpointFolder(self.run_dir / "checkpoints")
         self.record_lengths: dict[str, int] = {}
-        self.spread = self.spread_before = spread(world.size, config.optim.accumulation)
+        self.batch_split = self.batch_split_before = batch_split(world.size, config.optim.grad_accum_steps)
         self.saved_at, self.saving_seconds = time.monotonic(), 0.0
-        self.stop_request, self.watchdog = StopRequest(), Watchdog(world, config.train.hang_seconds)
+        self.preemption, self.watchdog = PreemptionHandler(), Watchdog(world, config.train.heartbeat_timeout)
 
     @property
     def done_steps(self) -> int:
@@ -164,7 +164,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the run where its newest checkpoint left it."""
-        state = self.world.from_main(self.checkpoints.load_newest)
+        state = self.world.broadcast_from_rank0(self.checkpoints.load_newest)
         if state:
             check_same_run(state, self.config, self.conditions)
             load_weights(self.network, state["model"], str(self.checkpoints.last))
@@ -174,16 +174,18 @@ class Trainer:
             self.record_lengths = state["record_lengths"]
             self.epoch_totals.restore(state["epoch_totals"], self.world)
             self.window_totals.restore(state["window_totals"], self.world)
-            self.spread_before = spread(state["conditions"]["ranks"], state["config"]["optim"]["accumulation"])
+            self.batch_split_before = batch_split(
+                state["conditions"]["ranks"], state["config"]["optim"]["grad_accum_steps"]
+            )
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the run's records, listen to signals and watch the ranks while this is entered."""
-        self.world.from_main(self._write_description)
+        self.world.broadcast_from_rank0(self._write_description)
         self.monitor = Monitor(self.run_dir, self.world, self.done_steps, self.record_lengths)
         try:
             self._announce_start()
-            with self.stop_request, self.watchdog:
+            with self.preemption, self.watchdog:
                 yield
         finally:
             self.monitor.close()
@@ -231,7 +233,7 @@ class Trainer:
         """Record the epoch's errors and write its checkpoint."""
         progress = self.progress
         train_score = self.epoch_totals.score(self.world)
-        self.epoch_totals = Totals(self.world.device)
+        self.epoch_totals = MetricAccumulator(self.world.device)
         values = {
             "epoch/train_loss": train_score.loss,
             "epoch/train_top1_error": train_score.top1_error,
@@ -272,7 +274,9 @@ class Trainer:
             "epoch_totals": self.epoch_totals.by_rank(self.world),
             "window_totals": self.window_totals.by_rank(self.world),
         }
-        self.world.from_main(lambda: self.checkpoints.save(state | {"record_lengths": self.monitor.sync()}, best))
+        self.world.broadcast_from_rank0(
+            lambda: self.checkpoints.save(state | {"record_lengths": self.monitor.sync()}, best)
+        )
         self.saved_at = time.monotonic()
         self.saving_seconds += self.saved_at - start
 
@@ -285,8 +289,8 @@ class Trainer:
             f"{self.config.train.precision} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
             f"through the {_named_loader(self.config)} loader\n"
-            f"batch {optim.batch_size} = {ranks} ranks x {optim.accumulation} passes x "
-            f"{optim.batch_size // self.passes} images (what a batch-norm statistic sees); "
+            f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
+            f"{optim.batch_size // self.microbatches} images (what a batch-norm statistic sees); "
             f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
         )
 
@@ -303,7 +307,7 @@ class Trainer:
             top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
             note = " (test images; ours are held-out training images)" if self.config.data.holdout else ""
             lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
-        lines.append(f"a batch-norm statistic saw {self.config.optim.batch_size // self.passes} images")
+        lines.append(f"a batch-norm statistic saw {self.config.optim.batch_size // self.microbatches} images")
         lines.append(f"recipe: {in_one_line(self.findings)}")
         return "\n".join(lines)
 
@@ -311,15 +315,15 @@ class Trainer:
         """One step on the global batch; return the gradient's norm if asked."""
         optim, world = self.config.optim, self.world
         global_batch = self.train_loader.global_batch(self.progress.step)
-        for part in range(optim.accumulation):
+        for part in range(optim.grad_accum_steps):
             batch = next(batches)
             if self.progress.step == 0 and part == 0:
                 self._show_images(batch)
-            self._seed_dropout(world.rank * optim.accumulation + part)
+            self._seed_dropout(world.rank * optim.grad_accum_steps + part)
             # DDP averages gradients over ranks; together with this scale a step follows the mean loss of the global
             # batch even where its parts differ in size.
             scale = world.size / global_batch
-            with self._without_reduction(part + 1 < optim.accumulation):
+            with self._without_reduction(part + 1 < optim.grad_accum_steps):
                 with self._autocast():
                     logits = self.training_network(batch.images.contiguous(memory_format=self.memory_format))
                 losses = F.cross_entropy(
@@ -345,7 +349,7 @@ class Trainer:
     def _log_window(self, rate: float, gradient_norm: float, timing: dict[str, float]) -> None:
         self._check_finite()
         score = self.window_totals.score(self.world)
-        self.window_totals = Totals(self.world.device)
+        self.window_totals = MetricAccumulator(self.world.device)
         values = {
             "train/loss": score.loss,
             "train/top1_error": score.top1_error,
@@ -366,17 +370,17 @@ class Trainer:
 
     def _announce_dense_block(self) -> None:
         """Say which implementation of the dense block is at work, and again if that changes."""
-        choice = getattr(self.network, "choice", None)  # timm's networks have none
-        if choice != self.announced:
-            self.monitor.say(f"dense blocks: {choice}")
-            self.announced = choice
+        selection = getattr(self.network, "selection", None)  # timm's networks have none
+        if selection != self.announced:
+            self.monitor.say(f"dense blocks: {selection}")
+            self.announced = selection
 
     def _save_or_leave(self, last: bool) -> None:
         """What all ranks agree on after a step: to save a checkpoint, to leave after that, or to go on."""
         every, minutes = self.config.train.checkpoint_every, self.config.train.checkpoint_minutes
         by_steps = last or (every and self.progress.step % every == 0)
         by_time = self.world.is_main and minutes and time.monotonic() - self.saved_at >= 60 * minutes
-        due, asked = self.world.largest([bool(by_steps or by_time), self.stop_request.signal])
+        due, asked = self.world.all_reduce_max([bool(by_steps or by_time), self.preemption.signal])
         if due or asked:
             self.save(best=False)
         if asked:
@@ -385,7 +389,7 @@ class Trainer:
     def _leave_if_asked(self) -> None:
         """Between two batches of an evaluation, and before the first step: there is nothing new to save."""
         self.watchdog.beat(f"epoch {self.progress.epoch}, {self.progress.step} steps done")
-        (asked,) = self.world.largest([self.stop_request.signal])
+        (asked,) = self.world.all_reduce_max([self.preemption.signal])
         if asked:
             self._leave(asked)
 
@@ -399,11 +403,11 @@ class Trainer:
         """Stop all ranks if on any of them a loss was not finite, or one of these tensors is not."""
         finite = all(weight.isfinite().all() for weight in weights)
         earliest = min(self.first_not_finite.item(), NEVER if finite else self.done_steps - 1)
-        first = -self.world.largest([-earliest])[0]
+        first = -self.world.all_reduce_max([-earliest])[0]
         if first == NEVER:
             return
         file = self.run_dir / "not-finite.json"
-        self.world.from_main(lambda: write_text(file, json.dumps(self._batches_until(first), indent=1)))
+        self.world.broadcast_from_rank0(lambda: write_text(file, json.dumps(self._batches_until(first), indent=1)))
         epoch, step = divmod(first, self.train_loader.steps_per_epoch)
         raise UserError(
             f"the loss is not finite at epoch {epoch}, step {step}: lower optim.lr, or use train.precision fp32; {file} "
@@ -468,7 +472,9 @@ class Trainer:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
-        smallest_part = min(2, max(1, last_batch // self.passes))  # batch-norm wants more than one value a channel
+        smallest_part = min(
+            2, max(1, last_batch // self.microbatches)
+        )  # batch-norm wants more than one value a channel
         probe = copy.deepcopy(network).train()
         try:
             with torch.no_grad():
@@ -491,8 +497,8 @@ class Trainer:
             self.monitor.say(f"resuming at epoch {self.progress.epoch}, step {self.progress.step} of {self.run_dir}")
         else:
             self.monitor.text("config", to_yaml(self.config))
-        if self.spread != self.spread_before:
-            self.monitor.say(f"elastic: a batch was {self.spread_before} until here and is {self.spread} from here on")
+        if self.batch_split != self.batch_split_before:
+            self.monitor.say(f"a batch was {self.batch_split_before} until here and is {self.batch_split} from here on")
         self.monitor.say(self.description())
 
 

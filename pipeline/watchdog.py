@@ -1,6 +1,6 @@
 """Ends a run whose ranks make no progress, and says which of them the others wait for.
 
-Every rank has a thread that keeps what the rank is doing in the store that all share. A rank that is stuck for too
+Every rank has a thread that keeps what the rank is doing in the store that all shard. A rank that is stuck for too
 long reads what the others do: one whose thread is silent has been stopped or lost its machine; one that has come less
 far than the others is what they wait for.
 """
@@ -88,13 +88,13 @@ class Watchdog:
 
     def _end(self) -> None:
         idle = f"rank {self._rank}: no progress for {self._patience:.0f} s in '{self._activity}'"
-        error = f"{idle}; {self._blame()}"
+        error = f"{idle}; {self._diagnose_stall()}"
         print(f"interrupted: {error}", file=sys.stderr, flush=True)
         traceback.print_stack(sys._current_frames()[threading.main_thread().ident])
         record_for_torchrun(error)
         os._exit(EXIT_RESUME)  # the main thread may never return from where it waits
 
-    def _blame(self) -> str:
+    def _diagnose_stall(self) -> str:
         """Which rank the others wait for, as far as the store tells."""
         try:
             before = self._read()
@@ -103,7 +103,7 @@ class Watchdog:
             after = self._read()
         except dist.DistError:
             return "the store of the ranks does not answer: the machine or the process of rank 0 (or torchrun) is gone"
-        return blame(before, after, self._rank)
+        return diagnose_stall(before, after, self._rank)
 
     def _read(self) -> list[Status]:
         if self._store is None:
@@ -112,7 +112,7 @@ class Watchdog:
         return [Status(**json.loads(text)) for text in found]
 
 
-def blame(before: list[Status], after: list[Status], reader: int) -> str:
+def diagnose_stall(before: list[Status], after: list[Status], reader: int) -> str:
     """Name the rank that the others wait for, from all ranks' statuses at two moments as rank `reader` saw them."""
     lines = []
     least, most = (f(status.beats for status in after) for f in (min, max)) if after else (0, 0)

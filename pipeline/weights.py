@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from pipeline.audit import C10, C100, audit, in_one_line
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
-from pipeline.config import Config, DataConfig, ModelConfig, from_dict
+from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.zoo import DENSENETS, cifar_densenet
 
 METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
-NESTS = (
+EXTERNAL_KEYS = (
     "state_dict",
     "model_state_dict",
     "model",
     "net",
     "network",
 )  # where others keep the weights among other things
-EMA_NESTS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
+EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
 REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
 PREFIXES = re.compile(r"(module|model|_orig_mod|net|network)\.")
 
@@ -65,23 +65,23 @@ class Weights:
     Attributes:
         origin: the file.
         network: on the CPU, in evaluation mode.
-        config: the run's; of foreign weights the model and how images are prepared, all else at its default.
+        config: the run's; of external weights the model and how images are prepared, all else at its default.
         classes: names of the outputs.
-        passes: ranks times accumulation of the run, None if that is not known.
-        note: how the names of foreign weights were understood, empty for our own.
+        microbatches: ranks times gradient accumulation steps of the run, None if that is not known.
+        note: how the names of external weights were understood, empty for our own.
     """
 
     origin: str
     network: nn.Module
     config: Config
     classes: tuple[str, ...]
-    passes: int | None
+    microbatches: int | None
     note: str = ""
 
     @property
     def audit(self) -> str | None:
         """How the training differed from the paper's, None if that is not known."""
-        return None if self.passes is None else in_one_line(audit(self.config, self.passes))
+        return None if self.microbatches is None else in_one_line(audit(self.config, self.microbatches))
 
 
 def read_weights(
@@ -90,9 +90,9 @@ def read_weights(
     """Read weights onto the CPU, whoever has written them.
 
     Args:
-        model: the network of foreign weights, which one of `DENSENETS` is found by itself.
+        model: the network of external weights, which one of `DENSENETS` is found by itself.
         classes: names of its outputs; those of 1000 are ImageNet's WordNet ids unless given, others are their numbers.
-        ema: take the running average of the weights where a foreign file has both.
+        ema: take the running average of the weights where an external file has both.
 
     Raises:
         UserError: the file is missing, damaged, holds something else, or weights that do not fit the network.
@@ -116,12 +116,12 @@ def read_weights(
     if own:
         if model and model != own[1].model.name:
             raise UserError(f"{path} holds weights of {own[1].model.name}, not of {model}")
-        state, config, names, passes = own
+        state, config, names, microbatches = own
         if classes and len(classes) != len(names):
             raise UserError(f"{path} has {len(names)} outputs, and {len(classes)} names of classes were given")
         network = create_model(num_classes=len(names), **dataclasses.asdict(config.model))
         load_weights(network, state, str(path))
-        return Weights(str(path), network.eval(), config, classes or names, passes)
+        return Weights(str(path), network.eval(), config, classes or names, microbatches)
     return _foreign(path, state, model, classes)
 
 
@@ -134,7 +134,7 @@ def write_safetensors(weights: Weights, path: Path) -> None:
     about = {
         "config": dataclasses.asdict(weights.config),
         "classes": weights.classes,
-        "passes": weights.passes,
+        "microbatches": weights.microbatches,
         "audit": weights.audit,
     }
     state = {  # cloned, as safetensors takes no tensor twice
@@ -195,13 +195,13 @@ def _leaf(name: str) -> str | None:
 
 
 def _of_checkpoint(state: dict[str, Any], origin: str) -> tuple[dict[str, Tensor], Config, tuple[str, ...], int | None]:
-    config = from_dict(state["config"], origin)
+    config = from_stored(state["config"], origin)
     ranks = state.get("conditions", {}).get("ranks")
-    return state["model"], config, tuple(state["classes"]), ranks and ranks * config.optim.accumulation
+    return state["model"], config, tuple(state["classes"]), ranks and ranks * config.optim.grad_accum_steps
 
 
 def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | None]:
-    """What a file of ours holds, as `_of_checkpoint`; or the tensors of a foreign one."""
+    """What a file of ours holds, as `_of_checkpoint`; or the tensors of an external one."""
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -212,16 +212,18 @@ def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | Non
         return None, state
     try:
         about = json.loads(about)
-        passes, classes = about["passes"], tuple(map(str, about["classes"]))
-        if not isinstance(about["config"], dict) or not (passes is None or (isinstance(passes, int) and passes > 0)):
-            raise ValueError("config or passes")
+        microbatches, classes = about.get("microbatches", about.get("passes")), tuple(map(str, about["classes"]))
+        if not isinstance(about["config"], dict) or not (
+            microbatches is None or (isinstance(microbatches, int) and microbatches > 0)
+        ):
+            raise ValueError("config or microbatches")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
-    return (state, from_dict(about["config"], str(path)), classes, passes), None
+    return (state, from_stored(about["config"], str(path)), classes, microbatches), None
 
 
 def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
-    """The tensors of a foreign file, without running code that it may hold."""
+    """The tensors of an external file, without running code that it may hold."""
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # about pickle protocols, besides what goes wrong
@@ -240,11 +242,15 @@ def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
     except Exception:  # over damaged bytes torch stumbles in any way
         raise UserError(f"{path} is damaged, or no file of weights") from None
     nest = next(
-        (key for key in (EMA_NESTS if ema else NESTS) if isinstance(found, dict) and isinstance(found.get(key), dict)),
+        (
+            key
+            for key in (EXTERNAL_EMA_KEYS if ema else EXTERNAL_KEYS)
+            if isinstance(found, dict) and isinstance(found.get(key), dict)
+        ),
         None,
     )
     if ema and nest is None:
-        raise UserError(f"{path} has no running average of weights ({', '.join(EMA_NESTS)}): leave out --ema")
+        raise UserError(f"{path} has no running average of weights ({', '.join(EXTERNAL_EMA_KEYS)}): leave out --ema")
     state = found[nest] if nest else found
     if isinstance(state, dict):  # torch.optim.swa_utils.AveragedModel counts beside the weights
         state = {name: value for name, value in state.items() if name != "n_averaged"}
@@ -254,7 +260,7 @@ def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
     ):
         raise UserError(
-            f"{path} holds no state dictionary: nothing but tensors by name, or that under one of {', '.join(NESTS)}"
+            f"{path} holds no state dictionary: nothing but tensors by name, or that under one of {', '.join(EXTERNAL_KEYS)}"
         )
     return state
 
@@ -319,7 +325,7 @@ def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
     return DataConfig(
         crop_size=height,
         resize_size=int(height / about["crop_pct"]),
-        resize="pil-bilinear" if about["interpolation"] == "bilinear" else "pil-bicubic",
+        interpolation="pil-bilinear" if about["interpolation"] == "bilinear" else "pil-bicubic",
         mean=about["mean"],
         std=about["std"],
     )

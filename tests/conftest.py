@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Config, flatten, from_dict
+from pipeline.config import Config, from_dict
 from pipeline.data.index import DatasetIndex, synthetic_index
+from pipeline.parsing import flatten
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -158,8 +158,8 @@ def test_labels_of_another_devkit_are_refused(packed):
 
 def test_an_image_in_an_archive_is_named_with_it(packed, tmp_path):
     index = scan_classes(packed / "train.tar")
-    assert index.place(0) == f"class0/image0000.jpg in {packed / 'train.tar'}"
-    assert scan_classes(packed / "train").place(0) == str(packed / "train" / "class0" / "image0000.jpg")
+    assert index.location(0) == f"class0/image0000.jpg in {packed / 'train.tar'}"
+    assert scan_classes(packed / "train").location(0) == str(packed / "train" / "class0" / "image0000.jpg")
 
 
 def test_the_benchmark_packs_the_same_images_twice_and_measures_both(image_folders, tmp_path, monkeypatch, capsys):

@@ -22,15 +22,15 @@ from pipeline.config import DataConfig
 from pipeline.data.arrays import index_arrays
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import ArraySource, scan_classes
-from pipeline.data.loader import EvaluationLoader, Share, TrainingLoader
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import training_plans
 from pipeline.errors import UserError
 from tools import evaluate
 
-CPU = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 FASHION = {
-    "dataset": "fashion-mnist", "loader": "auto", "crop_size": 28, "resize_size": 28, "training_crop": "pad",
-    "color_jitter": 0, "lighting": 0, "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.3, 0.4],
+    "dataset": "fashion-mnist", "loader": "auto", "crop_size": 28, "resize_size": 28, "train_crop": "random_crop",
+    "color_jitter": 0, "pca_noise": 0, "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.3, 0.4],
 }  # fmt: skip
 
 
@@ -73,10 +73,10 @@ def test_pixels_labels_and_classes_are_torchvisions(tmp_path, monkeypatch, datas
 
 
 @pytest.mark.parametrize("loader", ["dali", "reference"])
-@pytest.mark.parametrize("resize", ["torch", "pil-bilinear"])
+@pytest.mark.parametrize("resize", ["torch7-bicubic", "pil-bilinear"])
 def test_padded_crops_are_the_torch_codes(fashion, loader, resize):
     """Normalise, pad with zeros, cut anywhere, mirror: fb.resnet.torch datasets/cifar10.lua, in float64."""
-    config = data_config(fashion, loader=loader, resize=resize, padding=3)
+    config = data_config(fashion, loader=loader, interpolation=resize, padding=3)
     index = index_arrays(ArraySource("fashion-mnist", str(fashion), "train"))
     images, _ = torchvision_sets.split_of("train", 28, 1, 3)
     options = dict(seed=1, batch_size=8, accumulation=1)
@@ -89,15 +89,15 @@ def test_padded_crops_are_the_torch_codes(fashion, loader, resize):
             padded = np.pad(image, ((3, 3), (3, 3), (0, 0)))
             top, left = plan.offsets[i, 0] + 3
             expected = padded[top : top + 28, left : left + 28]
-            expected = expected[:, ::-1] if plan.mirrors[i, 0] else expected
+            expected = expected[:, ::-1] if plan.hflip[i, 0] else expected
             np.testing.assert_allclose(batch.images[i].permute(1, 2, 0), expected, atol=2e-6)
-            places.add((top, left, bool(plan.mirrors[i, 0])))
+            places.add((top, left, bool(plan.hflip[i, 0])))
     assert len(places) > 20
 
 
 @pytest.mark.parametrize("loader", ["dali", "reference"])
 def test_padding_without_augmentation_is_the_image(fashion, loader):
-    config = data_config(fashion, loader=loader, padding=0, mirror=False)
+    config = data_config(fashion, loader=loader, padding=0, hflip=False)
     index = index_arrays(ArraySource("fashion-mnist", str(fashion), "train"))
     (batch,) = TrainingLoader(index, config, CPU, seed=1, batch_size=37, accumulation=1).batches(epoch=0)
     evaluated = next(EvaluationLoader(index, config, CPU, batch_size=37, crops=1).batches())

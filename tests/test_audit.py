@@ -4,8 +4,9 @@ import pytest
 from conftest import REPOSITORY
 
 from pipeline.audit import CIFAR_NETWORKS, IMAGENET_NETWORKS, audit, differences, in_one_line, to_markdown
-from pipeline.config import flatten, from_dict, load_config
+from pipeline.config import from_dict, load_config
 from pipeline.models import zoo
+from pipeline.parsing import flatten
 from tools.audit import main
 
 DENSENET121 = REPOSITORY / "configs" / "densenet121.yaml"
@@ -22,18 +23,18 @@ def test_imagenet_configs_are_the_papers_but_for_what_the_ranks_force(name):
 DEPARTURES = [
     ("model.name", "timm:resnet50"), ("model.dropout", 0.2), ("optim.epochs", 100), ("optim.batch_size", 512),
     ("optim.lr", 0.2), ("optim.momentum", 0.8), ("optim.nesterov", False), ("optim.weight_decay", 5e-5),
-    ("optim.schedule", "cosine"), ("optim.milestones", (30, 61)), ("optim.milestones", (30,)), ("optim.lr_drop", 0.2),
+    ("optim.schedule", "cosine"), ("optim.milestones", (30, 61)), ("optim.milestones", (30,)), ("optim.lr_gamma", 0.2),
     ("optim.warmup_epochs", 5), ("optim.label_smoothing", 0.1), ("train.precision", "bf16"),
-    ("data.crop_area", (0.25, 1)), ("data.crop_aspect", (0.5, 2)), ("data.crop_size", 192), ("data.resize_size", 232),
-    ("data.resize", "pil-bilinear"), ("data.color_jitter", 0), ("data.lighting", 0), ("data.mirror", False),
+    ("data.scale", (0.25, 1)), ("data.ratio", (0.5, 2)), ("data.crop_size", 192), ("data.resize_size", 232),
+    ("data.interpolation", "pil-bilinear"), ("data.color_jitter", 0), ("data.pca_noise", 0), ("data.hflip", False),
     ("data.mean", (0.5, 0.5, 0.5)), ("data.std", (0.5, 0.5, 0.5)), ("data.loader", "synthetic"),
 ]  # fmt: skip
 
 
 TABLE2 = sorted((REPOSITORY / "configs" / "table2").glob("*.yaml"))
 DEPARTURES_OF_TABLE2 = [
-    ("data.dataset", "fashion-mnist"), ("data.training_crop", "area"), ("data.padding", 3), ("data.holdout", 1),
-    ("data.mirror", False), ("model.dropout", 0.2), ("optim.milestones", (149, 224)), ("data.std", (1, 1, 1)),
+    ("data.dataset", "fashion-mnist"), ("data.train_crop", "random_resized_crop"), ("data.padding", 3), ("data.holdout", 1),
+    ("data.hflip", False), ("model.dropout", 0.2), ("optim.milestones", (149, 224)), ("data.std", (1, 1, 1)),
 ]  # fmt: skip
 
 
@@ -75,8 +76,8 @@ def test_every_field_that_shapes_a_result_is_audited():
     """A new field of these sections must either be audited or be named here."""
     harmless = {
         "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.synthetic_images",
-        "data.synthetic_classes", "data.corrupt_images", "data.download", "optim.accumulation", "model.dense_block",
-        "model.recompute",
+        "data.synthetic_classes", "data.corrupt_images", "data.download", "optim.grad_accum_steps", "model.dense_block",
+        "model.activation_checkpointing",
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}
     fields = {
@@ -88,7 +89,7 @@ def test_every_field_that_shapes_a_result_is_audited():
 
 
 def test_the_command_prints_the_table(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["audit", str(DENSENET121), "--ranks", "8", "--data.resize", "pil-bilinear"])
+    monkeypatch.setattr("sys.argv", ["audit", str(DENSENET121), "--ranks", "8", "--data.interpolation", "pil-bilinear"])
     main()
     printed = capsys.readouterr().out
     assert "Differs from the paper in 2 of" in printed and "| DIFFERS | known: top-1 accuracy" in printed
@@ -97,6 +98,6 @@ def test_the_command_prints_the_table(monkeypatch, capsys):
 
 
 def test_the_verdict_in_one_line_names_what_differs():
-    findings = audit(load_config(DENSENET121), parts=8)
-    assert in_one_line(findings) == "differs from the paper in images in a batch-norm statistic (32; paper 64)"
+    rows = audit(load_config(DENSENET121), parts=8)
+    assert in_one_line(rows) == "differs from the paper in images in a batch-norm statistic (32; paper 64)"
     assert "The same as the paper" in to_markdown(audit(load_config(DENSENET121), parts=4), "title")

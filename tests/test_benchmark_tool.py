@@ -12,14 +12,30 @@ from PIL import Image
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.models import create_model
 from tools import benchmark
-from tools.benchmark import MODELS, PEERS, Contestant, Setting, create_timm, create_torchvision, main, time_contestants
+from tools.benchmark import (
+    MODELS,
+    PEERS,
+    Implementation,
+    Workload,
+    create_timm,
+    create_torchvision,
+    main,
+    time_implementations,
+)
 from tools.benchmark_report import BASELINE, growth, summarise
 
-CONTESTANTS = {
-    "step": [BASELINE, "torchvision memory_efficient", "timm channels_last", "plain", "lean, recompute all", "fused"],
-    "inference": [BASELINE, "torchvision channels_last", "plain", "fused"],
+IMPLEMENTATIONS = {
+    "step": [
+        BASELINE,
+        "torchvision memory_efficient",
+        "timm channels_last",
+        "eager",
+        "memory_efficient, recompute all",
+        "fused",
+    ],
+    "inference": [BASELINE, "torchvision channels_last", "eager", "fused"],
 }
-SETTING = Setting("step", "densenet_bc40_k12", 2, 16, "fp32", "cpu")
+WORKLOAD = Workload("step", "densenet_bc40_k12", 2, 16, "fp32", "cpu")
 
 
 def run(monkeypatch, *words: object) -> None:
@@ -40,16 +56,16 @@ def one_core():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("task", CONTESTANTS)
+@pytest.mark.parametrize("task", IMPLEMENTATIONS)
 def test_the_files_can_be_read(monkeypatch, tmp_path, capsys, one_core, task):
     words = ["--models", "densenet_bc40_k12", "--size", 16, "--batch-sizes", 2, 3, "--repeats", 2, "--no-compile"]
-    run(monkeypatch, task, *words, "--contestants", *CONTESTANTS[task][1:], "--output", tmp_path)
+    run(monkeypatch, task, *words, "--implementations", *IMPLEMENTATIONS[task][1:], "--output", tmp_path)
     found = json.loads((tmp_path / f"benchmark-{task}.json").read_text())
     assert found["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert [measured["batch_size"] for measured in found["tables"]] == [2, 3]
     for measured in found["tables"]:
-        rows = {row["contestant"]: row for row in measured["rows"]}
-        assert [*rows, *measured["left_out"]] == CONTESTANTS[task]
+        rows = {row["implementation"]: row for row in measured["rows"]}
+        assert [*rows, *measured["left_out"]] == IMPLEMENTATIONS[task]
         assert [name for name, row in rows.items() if row["peer"]] == [name for name in rows if name in PEERS]
         assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows.values())
         assert all(row["memory_bytes"] > 2**20 and row["first_call_s"] > 0 for row in rows.values())
@@ -64,9 +80,9 @@ def test_the_files_can_be_read(monkeypatch, tmp_path, capsys, one_core, task):
 
 def test_ratios_are_to_the_peer_with_the_smallest_median():
     rows = [
-        {"contestant": BASELINE, "peer": True, "seconds": [4.0, 4.0, 4.0], "memory_bytes": 200},
-        {"contestant": "best", "peer": True, "seconds": [3.0, 1.0, 2.0], "memory_bytes": 300},
-        {"contestant": "ours", "peer": False, "seconds": [1.0, 1.0, 8.0], "memory_bytes": 50},
+        {"implementation": BASELINE, "peer": True, "seconds": [4.0, 4.0, 4.0], "memory_bytes": 200},
+        {"implementation": "best", "peer": True, "seconds": [3.0, 1.0, 2.0], "memory_bytes": 300},
+        {"implementation": "ours", "peer": False, "seconds": [1.0, 1.0, 8.0], "memory_bytes": 50},
     ]
     baseline, best, ours = summarise(rows, batch_size=6)
     assert [row["best_peer"] for row in (baseline, best, ours)] == [False, True, False]
@@ -96,31 +112,31 @@ def test_peers_have_the_parameters_of_our_networks(name):
 
 
 def replace(monkeypatch, name: str, **options: object) -> None:
-    contestant = Contestant(functools.partial(create_model, **options))
-    monkeypatch.setitem(benchmark.CONTESTANTS, name, contestant)
+    implementation = Implementation(functools.partial(create_model, **options))
+    monkeypatch.setitem(benchmark.IMPLEMENTATIONS, name, implementation)
 
 
 def test_a_contestant_with_another_loss_is_refused(monkeypatch, one_core):
-    replace(monkeypatch, "plain", dense_block="plain", dropout=0.5)
-    with pytest.raises(UserError, match=f"16 px, fp32: loss of 'plain' and '{BASELINE}' differ"):
-        time_contestants(SETTING, [BASELINE, "plain"], repeats=1)
+    replace(monkeypatch, "eager", dense_block="eager", dropout=0.5)
+    with pytest.raises(UserError, match=f"16 px, fp32: loss of 'eager' and '{BASELINE}' differ"):
+        time_implementations(WORKLOAD, [BASELINE, "eager"], repeats=1)
 
 
 def test_a_contestant_with_other_gradients_is_refused(monkeypatch, one_core):
     def create(*arguments: object, **options: object) -> torch.nn.Module:
-        network = create_model(*arguments, **options, dense_block="plain")
+        network = create_model(*arguments, **options, dense_block="eager")
         network.features.transition1.register_full_backward_hook(lambda module, inputs, _: (0.5 * inputs[0],))
         return network
 
-    monkeypatch.setitem(benchmark.CONTESTANTS, "plain", Contestant(create))
-    with pytest.raises(UserError, match=f"fall of the loss by a step of 'plain' and '{BASELINE}' differ"):
-        time_contestants(SETTING, [BASELINE, "plain"], repeats=1)
+    monkeypatch.setitem(benchmark.IMPLEMENTATIONS, "eager", Implementation(create))
+    with pytest.raises(UserError, match=f"fall of the loss by a step of 'eager' and '{BASELINE}' differ"):
+        time_implementations(WORKLOAD, [BASELINE, "eager"], repeats=1)
 
 
 def test_a_contestant_that_computes_in_another_way_is_left_out(monkeypatch, one_core):
     replace(monkeypatch, "fused", dense_block="fused", dropout=0.5)
-    rows, left_out = time_contestants(SETTING, [BASELINE, "plain", "fused"], repeats=1)
-    assert [row["contestant"] for row in rows] == [BASELINE, "plain"] and "dropout" in left_out["fused"]
+    rows, left_out = time_implementations(WORKLOAD, [BASELINE, "eager", "fused"], repeats=1)
+    assert [row["implementation"] for row in rows] == [BASELINE, "eager"] and "dropout" in left_out["fused"]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +149,10 @@ def test_a_contestant_that_computes_in_another_way_is_left_out(monkeypatch, one_
         (["step", "--batch-sizes", "16", "0"], "--batch-sizes: a positive number is needed (got '0')"),
         (["step", "--size", "48"], "--size 48: densenet121 needs 64 pixels or more"),
         (["step", "--precisions", "int8"], "--precisions: invalid choice: 'int8'"),
-        (["inference", "--contestants", "lean"], "--contestants: 'lean' takes no part in inference"),
+        (
+            ["inference", "--implementations", "memory_efficient"],
+            "--implementations: 'memory_efficient' takes no part in inference",
+        ),
         (["step", "--output", "{folder}/file/results"], "cannot write into --output"),
     ],
 )

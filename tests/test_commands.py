@@ -53,7 +53,7 @@ def test_command_line_mistakes(user_error, monkeypatch, command):
     monkeypatch.chdir(REPOSITORY)
     main, words = {"train": (train, ["configs/demo.yaml"]), "demo": (demo, [])}[command]
     assert "did you mean '--optim.lr'" in user_error(main, *words, "--optim.lrr", 1)
-    assert "--optim.epochs: Input should be a valid integer" in user_error(main, *words, "--optim.epochs", "many")
+    assert "--optim.epochs: a whole number is needed" in user_error(main, *words, "--optim.epochs", "many")
 
 
 def test_a_command_without_a_config(user_error):
@@ -96,7 +96,7 @@ def test_a_run_directory_that_cannot_be_written(user_error, images, tmp_path, mo
 
 def test_a_batch_that_cannot_be_split(user_error, images, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    line = user_error(train, *flags(tmp_path / "run", images, **{"optim.batch_size": 10, "optim.accumulation": 4}))
+    line = user_error(train, *flags(tmp_path / "run", images, **{"optim.batch_size": 10, "optim.grad_accum_steps": 4}))
     assert "optim.batch_size 10" in line and "multiple of 4" in line
 
 

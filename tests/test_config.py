@@ -4,8 +4,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY, override_flags
 
-from pipeline.config import flatten, from_dict, load_config, parse_command_line, to_yaml
+from pipeline.config import from_dict, load_config, load_stored_config, parse_command_line, to_yaml
 from pipeline.errors import UserError
+from pipeline.parsing import flatten
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 DENSENET121 = str(REPOSITORY / "configs" / "densenet121.yaml")
@@ -28,17 +29,17 @@ def test_imagenet_configs_are_the_papers_recipe(name):
     assert config.model.name == f"densenet{name}"
     optim = config.optim
     assert (optim.epochs, optim.batch_size, optim.lr, optim.momentum, optim.nesterov) == (90, 256, 0.1, 0.9, True)
-    assert (optim.weight_decay, optim.schedule, optim.milestones, optim.lr_drop) == (1e-4, "step", (30, 60), 0.1)
+    assert (optim.weight_decay, optim.schedule, optim.milestones, optim.lr_gamma) == (1e-4, "step", (30, 60), 0.1)
     assert (optim.warmup_epochs, optim.label_smoothing, config.train.precision) == (0, 0, "fp32")
     assert config.published.top1 is not None
 
 
 def test_every_field_can_be_overridden_on_the_command_line():
     config = parse(
-        "--optim.lr", "2e-1", "--optim.milestones", "3,4", "--data.mirror", "false", "--data.mean", "0.5,0.5,0.5",
+        "--optim.lr", "2e-1", "--optim.milestones", "3,4", "--data.hflip", "false", "--data.mean", "0.5,0.5,0.5",
         "--published.top1", "none", "--seed", "7", "--run_dir", "somewhere",
     )  # fmt: skip
-    assert (config.optim.lr, config.optim.milestones, config.data.mirror) == (0.2, (3, 4), False)
+    assert (config.optim.lr, config.optim.milestones, config.data.hflip) == (0.2, (3, 4), False)
     assert (config.data.mean, config.published.top1, config.seed) == ((0.5, 0.5, 0.5), None, 7)
     assert config.run_dir == "somewhere"
     assert parse(*override_flags(config)) == config
@@ -58,15 +59,30 @@ def test_published_errors_are_of_the_files_network_and_data():
     ("words", "expected"),
     [
         (["--optim.lrr", "1"], "unknown argument --optim.lrr (did you mean '--optim.lr'?)"),
-        (["--optim.lr", "fast"], "--optim.lr: Input should be a valid number"),
-        (["--optim.lr", "-1"], "--optim.lr: Input should be greater than 0"),
-        (["--optim.lr", "nan"], "--optim.lr: Input should be"),
+        (["--optim.lr", "fast"], "--optim.lr: a number is needed (got 'fast')"),
+        (["--optim.lr", "-1"], "--optim.lr: a number above 0.0 is needed"),
+        (["--optim.lr", "nan"], "--optim.lr: a finite number is needed"),
         (["--optim.lr"], "--optim.lr: expected one argument"),
-        (["--data.resize", "lanczos"], "--data.resize: Input should be 'torch', 'pil-bilinear' or 'pil-bicubic'"),
-        (["--data.crop_area", "1,0.5"], "--data.crop_area: the lower limit comes first"),
+        (
+            ["--data.interpolation", "lanczos"],
+            "--data.interpolation: choose 'torch7-bicubic', 'pil-bilinear' or 'pil-bicubic'",
+        ),
+        (["--data.scale", "1,0.5"], "--data.scale: the lower limit comes first"),
         (["--data.crop_size", "300"], "resize_size (256) must be at least crop_size (300)"),
         (["--optim.momentum", "0"], "nesterov needs momentum"),
-        (["--data.mean", "1,2"], "--data.mean"),
+        (["--data.mean", "1,2"], "--data.mean: 3 values are needed, such as 0.485,0.456,0.406 (got ['1', '2'])"),
+        (["--data.mean", "0.5"], "--data.mean: 3 values are needed"),
+        (["--data.hflip", "maybe"], "--data.hflip: true or false is needed (got 'maybe')"),
+        (["--optim.epochs", "1.5"], "--optim.epochs: a whole number is needed"),
+        (["--optim.epochs", "0"], "--optim.epochs: a number above 0 is needed"),
+        (["--optim.momentum", "1"], "--optim.momentum: a number below 1.0 is needed"),
+        (["--data.mirror", "false"], "--data.mirror is now called --data.hflip"),
+        (["--data.train_crop", "area"], "--data.train_crop: 'area' is now called 'random_resized_crop'"),
+        (["--lr", "1"], "unknown argument --lr (did you mean '--optim.lr'?)"),
+        (["--learning-rate", "1"], "unknown argument --learning-rate: use --optim.lr"),
+        (["--resume"], "unknown argument --resume: a run resumes by itself: start the same command again"),
+        (["--colour", "1"], "unknown argument --colour; --help lists all"),
+        (["more.yaml"], "'more.yaml' belongs to no argument"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(words, expected):
@@ -80,7 +96,15 @@ def test_mistakes_on_the_command_line_are_one_line(words, expected):
     [
         ("optim: {lrr: 1}", "'optim.lrr' is not a known key (did you mean 'optim.lr'?)"),
         ("optm: {lr: 1}", "'optm' is not a known key (did you mean 'optim'?)"),
-        ("optim: {lr: fast}", "'optim.lr': Input should be a valid number"),
+        ("optim: {lr: fast}", "'optim.lr': a number is needed"),
+        ("seed: true", "'seed': a number is needed, not true"),
+        ("optim: {batch_size: yes}", "'optim.batch_size': a number is needed, not true"),
+        ("optim: {lr: on}", "'optim.lr': a number is needed, not true"),
+        ("data: {mean: [true, 0, 0]}", "'data.mean': a number is needed, not true"),
+        ("optim: {accumulation: 2}", "'optim.accumulation' is now called 'optim.grad_accum_steps'"),
+        ("model: {dense_block: lean}", "'model.dense_block': 'lean' is now called 'memory_efficient'"),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+        ("1: 2", "must be a mapping"),
         ("optim: 3", "'optim' must be a mapping"),
         ("- 1", "must be a mapping"),
         ("optim: {", "is not valid YAML"),
@@ -97,6 +121,37 @@ def test_mistakes_in_the_file_are_one_line_that_names_it(tmp_path, text, expecte
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_paths_take_the_home_folder_and_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    path = tmp_path / "mine.yaml"
+    path.write_text("run_dir: $SCRATCH/run\ndata: {dir: ~/images, val_labels: $HOME/labels.txt}")
+    config = load_config(path)
+    assert (config.run_dir, config.data.dir) == ("/scratch/me/run", "/home/me/images")
+    assert config.data.val_labels == "/home/me/labels.txt"
+
+
+def test_a_flag_of_a_truth_value_stands_for_true():
+    assert parse("--train.compile").train.compile and not parse("--train.compile", "false").train.compile
+
+
+def test_stored_configurations_are_read_under_their_old_names(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "run_dir: r\nmodel: {dense_block: plain, recompute: first}\ndata: {mirror: false, resize: torch, training_crop: pad}\n"
+        "optim: {accumulation: 2}\ntrain: {elastic: true, hang_seconds: 9}\n"
+    )
+    config = load_stored_config(path)
+    assert (config.model.dense_block, config.model.activation_checkpointing) == ("eager", "first")
+    assert (config.data.hflip, config.data.interpolation, config.data.train_crop) == (
+        False, "torch7-bicubic", "random_crop",
+    )  # fmt: skip
+    assert (config.optim.grad_accum_steps, config.train.heartbeat_timeout) == (2, 9)
+    assert config.train.allow_world_size_change
+    with pytest.raises(UserError, match=r"config.yaml: 'model.dense_block': 'plain' is now called 'eager'"):
+        load_config(path)
 
 
 def test_help_lists_every_field_with_its_text(capsys):

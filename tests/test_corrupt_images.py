@@ -13,14 +13,14 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import DataConfig
 from pipeline.data import dali, decoding
-from pipeline.data.dali import DaliExecutor
+from pipeline.data.dali import DaliPipeline
 from pipeline.data.decoding import CorruptImageError
 from pipeline.data.index import scan_classes
-from pipeline.data.loader import EvaluationLoader, Share, TrainingLoader
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import epoch_order
 from pipeline.errors import LocalUserError
 
-CPU = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 IMAGES, BATCH = 22, 8
 both_loaders = pytest.mark.parametrize("loader", ["dali", "reference"])
 
@@ -144,14 +144,14 @@ def test_an_error_of_dali_that_is_no_images_fault_is_raised(images, monkeypatch)
 
 def test_runs_that_stop_fail_or_are_abandoned_leave_no_pipeline(images, monkeypatch):
     alive = weakref.WeakSet()
-    build = DaliExecutor._build
+    build = DaliPipeline._build
 
-    def build_and_note(executor: DaliExecutor) -> Pipeline:
-        pipeline = build(executor)
+    def build_and_note(image_pipeline: DaliPipeline) -> Pipeline:
+        pipeline = build(image_pipeline)
         alive.add(pipeline)
         return pipeline
 
-    monkeypatch.setattr(DaliExecutor, "_build", build_and_note)
+    monkeypatch.setattr(DaliPipeline, "_build", build_and_note)
     truncate(file(images, 3))
     photo(0, 60, 60).save(file(images, 5), "GIF")
     index = scan_classes(images)

@@ -1,4 +1,4 @@
-"""The lean and the fused dense block against torchvision's networks in float64, and all that they must fall back from."""
+"""The dense block's implementations against torchvision's networks in float64, and all that they must fall back from."""
 
 import copy
 
@@ -13,10 +13,10 @@ from pipeline.models import create_model, kernels
 from pipeline.models.zoo import DENSENETS
 
 FUSED = ("fused", "none"), ("fused", "first"), ("fused", "all")
-LEAN = ("lean", "none"), ("lean", "all")
+LEAN = ("memory_efficient", "none"), ("memory_efficient", "all")
 CLASSES = 7
-needs_kernels = pytest.mark.skipif(kernels.problem() is not None, reason=str(kernels.problem()))
-each_fast = pytest.mark.parametrize("method", [pytest.param("fused", marks=needs_kernels), "lean"])
+needs_kernels = pytest.mark.skipif(kernels.unavailable_reason() is not None, reason=str(kernels.unavailable_reason()))
+each_fast = pytest.mark.parametrize("method", [pytest.param("fused", marks=needs_kernels), "memory_efficient"])
 
 
 def torchvision_network(name: str) -> nn.Module:
@@ -31,7 +31,7 @@ def torchvision_network(name: str) -> nn.Module:
 
 
 def ours(name: str, like: nn.Module, method: str, recompute: str = "none", **options) -> nn.Module:
-    network = create_model(name, CLASSES, dense_block=method, recompute=recompute, **options)
+    network = create_model(name, CLASSES, dense_block=method, activation_checkpointing=recompute, **options)
     network = network.to(next(like.parameters()).dtype)
     network.load_state_dict(like.state_dict())
     return network
@@ -91,12 +91,12 @@ def test_gradients_and_statistics_equal_torchvisions(name, images, height, width
     data = batch(images, height, width)
     expected = backward(theirs, *data)
     quick = name == "densenet_bc40_k12"
-    for method, recompute in FUSED + LEAN if quick else (("fused", "first"), ("lean", "all")):
-        if method == "fused" and kernels.problem():
+    for method, recompute in FUSED + LEAN if quick else (("fused", "first"), ("memory_efficient", "all")):
+        if method == "fused" and kernels.unavailable_reason():
             continue
         network = ours(name, start, method, recompute)
         assert_equal_gradients(backward(network, *data), expected)
-        assert network.choice.method == method
+        assert network.selection.method == method
         assert_equal_state(network, theirs)
 
 
@@ -109,7 +109,7 @@ def test_evaluation_equals_torchvisions_before_and_after_training(name):
     for _ in range(2):
         with torch.no_grad():
             assert_close(network.eval()(images), theirs.eval()(images))
-        assert network.choice.method == "fused"
+        assert network.selection.method == "fused"
         assert_equal_gradients(backward(network.train(), images, labels), backward(theirs.train(), images, labels))
     assert_equal_state(network, theirs)
 
@@ -133,40 +133,40 @@ def test_evaluation_of_an_image_depends_on_nothing_but_the_image():
 
 @each_fast
 def test_gradients_add_up_over_passes(method):
-    plain = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="plain")).double()
-    network = ours("densenet_bc40_k12", plain, method)
+    eager = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="eager")).double()
+    network = ours("densenet_bc40_k12", eager, method)
     for _ in range(2):
         images, labels = batch(3, 9, 12)
-        for each in (plain, network):
+        for each in (eager, network):
             F.cross_entropy(each(images), labels).backward()
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in eager.named_parameters()}
     assert_equal_gradients({name: parameter.grad for name, parameter in network.named_parameters()}, expected)
-    assert_equal_state(network, plain)
+    assert_equal_state(network, eager)
 
 
 @each_fast
 @pytest.mark.parametrize("trained", ["classifier", "features.norm5", "features.denseblock2.denselayer3.norm1"])
 def test_networks_of_which_a_part_is_trained(method, trained):
-    plain = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="plain")).double()
-    network = ours("densenet_bc40_k12", plain, method)
+    eager = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="eager")).double()
+    network = ours("densenet_bc40_k12", eager, method)
     data = batch(3, 9, 12)
     gradients = []
-    for each in (plain, network):
+    for each in (eager, network):
         for name, parameter in each.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
         F.cross_entropy(each(data[0]), data[1]).backward()
         gradients.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
-    assert network.choice.method == method
+    assert network.selection.method == method
     assert gradients[0].keys() == gradients[1].keys() and all(n.startswith(trained) for n in gradients[0])
     assert_equal_gradients(gradients[1], gradients[0])
 
 
 @each_fast
 def test_the_input_has_a_gradient(method):
-    plain = with_random_norms(create_model("densenet121", CLASSES, dense_block="plain")).double()
+    eager = with_random_norms(create_model("densenet121", CLASSES, dense_block="eager")).double()
     images, labels = batch(2, 64, 48)
     gradients = []
-    for network in (plain, ours("densenet121", plain, method)):
+    for network in (eager, ours("densenet121", eager, method)):
         leaf = images.clone().requires_grad_()
         F.cross_entropy(network(leaf), labels).backward()
         gradients.append(leaf.grad)
@@ -176,18 +176,18 @@ def test_the_input_has_a_gradient(method):
 @each_fast
 def test_second_derivatives(method):
     """A gradient penalty, as in WGAN-GP: its gradient needs the backward pass to be differentiable."""
-    plain = with_random_norms(create_model("densenet121", CLASSES, dense_block="plain")).double()
-    network = ours("densenet121", plain, method)
+    eager = with_random_norms(create_model("densenet121", CLASSES, dense_block="eager")).double()
+    network = ours("densenet121", eager, method)
     images, labels = batch(2, 64, 48)
     results = []
-    for each in (plain, network):
+    for each in (eager, network):
         loss = F.cross_entropy(each(images), labels)
         gradients = torch.autograd.grad(loss, list(each.parameters()), create_graph=True)
         sum(gradient.square().sum() for gradient in gradients).backward()
         results.append({name: parameter.grad for name, parameter in each.named_parameters()})
-    assert network.choice.method == method
+    assert network.selection.method == method
     assert_equal_gradients(results[1], results[0], 1e-11)  # of a square of ill-conditioned gradients
-    assert_equal_state(network, plain)
+    assert_equal_state(network, eager)
 
 
 @each_fast
@@ -203,7 +203,7 @@ def test_the_graph_can_be_kept(method):
 @each_fast
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_a_step_has_the_same_bits_each_time(method, recompute):
-    network = create_model("densenet121", CLASSES, dense_block=method, recompute=recompute)
+    network = create_model("densenet121", CLASSES, dense_block=method, activation_checkpointing=recompute)
     images, labels = batch(4, 64, 64, torch.float32)
     first = backward(network, images, labels)
     for _ in range(3):
@@ -254,12 +254,12 @@ def another_epsilon(network: nn.Module) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_shared_statistics_cannot_do_goes_through_the_modules(method, change, reason):
-    plain = create_model("densenet_bc40_k12", CLASSES, dense_block="plain").double()
-    network = ours("densenet_bc40_k12", plain, method)
+    eager = create_model("densenet_bc40_k12", CLASSES, dense_block="eager").double()
+    network = ours("densenet_bc40_k12", eager, method)
     data = batch(3, 9, 12)
-    change(plain), change(network)
-    expected, actual = backward(plain, *data), backward(network, *data)
-    assert network.choice.method == "plain" and network.choice.reason == reason
+    change(eager), change(network)
+    expected, actual = backward(eager, *data), backward(network, *data)
+    assert network.selection.method == "eager" and network.selection.reason == reason
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -268,10 +268,10 @@ def test_dropout_and_networks_without_bottleneck_go_through_the_modules(method):
     images = torch.randn(2, 3, 8, 8)
     network = create_model("densenet_bc40_k12", CLASSES, dropout=0.2, dense_block=method)
     network(images)
-    assert str(network.choice) == "plain (dropout)"
+    assert str(network.selection) == "eager (dropout)"
     network = create_model("densenet40_k12", CLASSES, dense_block=method)
     network(images)
-    assert str(network.choice) == "plain (no bottlenecks)"
+    assert str(network.selection) == "eager (no bottlenecks)"
 
 
 @needs_kernels
@@ -279,24 +279,24 @@ def test_dropout_is_no_obstacle_to_evaluation():
     network = create_model("densenet_bc40_k12", CLASSES, dropout=0.2).eval()
     with torch.no_grad():
         network(torch.randn(2, 3, 8, 8))
-    assert network.choice.method == "fused"
+    assert network.selection.method == "fused"
 
 
 def test_synchronised_batch_norms_go_through_the_modules():
     network = nn.SyncBatchNorm.convert_sync_batchnorm(create_model("densenet_bc40_k12", CLASSES)).eval()
     with torch.no_grad():
         network(torch.randn(2, 3, 8, 8))
-    assert str(network.choice) == "plain (denseblock1.denselayer1.norm1 is a SyncBatchNorm)"
+    assert str(network.selection) == "eager (denseblock1.denselayer1.norm1 is a SyncBatchNorm)"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lean_under_autocast_is_as_near_to_float64_as_plain(dtype):
-    """The kernels have no autocast: asked for them, a network takes lean."""
-    exact = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="plain")).double()
+    """The kernels have no autocast: asked for them, a network takes memory_efficient."""
+    exact = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="eager")).double()
     images, labels = batch(16, 12, 12)
     expected = backward(copy.deepcopy(exact), images, labels)
     errors = {}
-    for method in ("plain", "lean", "fused"):
+    for method in ("eager", "memory_efficient", "fused"):
         network = create_model("densenet_bc40_k12", CLASSES, dense_block=method)
         network.load_state_dict(exact.state_dict())
         with torch.autocast("cpu", dtype=dtype):
@@ -305,8 +305,8 @@ def test_lean_under_autocast_is_as_near_to_float64_as_plain(dtype):
         gradients = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
         wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
         errors[method] = ((gradients - wanted).norm() / wanted.norm()).item()
-        assert network.choice.method == ("plain" if method == "plain" else "lean")
-    assert errors["lean"] == errors["fused"] <= 1.1 * errors["plain"]
+        assert network.selection.method == ("eager" if method == "eager" else "memory_efficient")
+    assert errors["memory_efficient"] == errors["fused"] <= 1.1 * errors["eager"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch calls it deprecated
@@ -320,7 +320,7 @@ def test_torch_jit_traces_the_modules():
 
 def test_torch_compile_takes_the_modules_whole():
     network = create_model("densenet_bc40_k12", CLASSES).double()
-    expected = ours("densenet_bc40_k12", network, "plain")
+    expected = ours("densenet_bc40_k12", network, "eager")
     data = batch(2, 8, 8)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     F.cross_entropy(compiled(data[0]), data[1]).backward()
@@ -342,20 +342,20 @@ def test_images_that_are_too_small(method, size, message):
 @needs_kernels
 @pytest.mark.parametrize("name", ["densenet_bc40_k12", "densenet_bc100_k12"])
 def test_the_first_20_steps_have_the_same_losses(name):
-    """In float64. In float32 training itself multiplies rounding by a million in 20 steps, in plain as in fused."""
+    """In float64. In float32 training itself multiplies rounding by a million in 20 steps, in eager as in fused."""
     start = create_model(name, CLASSES)
     patterns = torch.randn(CLASSES, 3, 12, 12)
     batches = [(patterns[y] + torch.randn(16, 3, 12, 12), y) for y in torch.randint(CLASSES, (20, 16))]
-    exact = losses(ours(name, start.double(), "plain"), batches)
+    exact = losses(ours(name, start.double(), "eager"), batches)
     fused = losses(ours(name, start.double(), "auto"), batches)
     assert fused == pytest.approx(exact, rel=1e-7)
     distance = {
         method: sum(
             abs(a / b - 1) for a, b in zip(losses(ours(name, start.float(), method), batches), exact, strict=True)
         )
-        for method in ("plain", "auto")
+        for method in ("eager", "auto")
     }
-    assert distance["auto"] <= 5 * distance["plain"]
+    assert distance["auto"] <= 5 * distance["eager"]
 
 
 def losses(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
@@ -373,7 +373,7 @@ def losses(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[flo
 
 
 def test_auto_without_kernels_is_plain_and_says_why(monkeypatch):
-    monkeypatch.setattr(kernels, "problem", lambda: "no C++ compiler")
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: "no C++ compiler")
     network = create_model("densenet_bc40_k12", CLASSES)
     network(torch.randn(2, 3, 8, 8))
-    assert str(network.choice) == "plain (no C++ compiler)"
+    assert str(network.selection) == "eager (no C++ compiler)"

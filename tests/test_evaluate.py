@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, DataConfig
 from pipeline.data.index import scan_classes, scan_flat
-from pipeline.data.loader import EvaluationLoader, Share
+from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.evaluate import Evaluation, evaluate
@@ -29,7 +29,7 @@ from tools.evaluation_report import write_answers, write_report
 from tools.significance import mcnemar, wilson_interval
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
-SHARE = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+SHARD = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 DATA = DataConfig(crop_size=32, resize_size=36, loader="reference")
 
 
@@ -39,7 +39,7 @@ def network(image_folders):
     torch.manual_seed(0)
     network = create_model("densenet_bc40_k12", num_classes=3)
     index = scan_classes(image_folders / "val")
-    (batch,) = EvaluationLoader(index, DATA, SHARE, batch_size=11, crops=1).batches()
+    (batch,) = EvaluationLoader(index, DATA, SHARD, batch_size=11, crops=1).batches()
     with torch.no_grad():
         network.train()(batch.images)
         logits = network.eval()(batch.images)
@@ -67,7 +67,7 @@ def checkpoint(network, tmp_path_factory):
 def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, average):
     """Against the Torch code's crops, cut one by one from Torch7's resize, and float64 arithmetic."""
     index = scan_classes(image_folders / "val")
-    loader = EvaluationLoader(index, DATA, SHARE, batch_size=4, crops=crops)
+    loader = EvaluationLoader(index, DATA, SHARD, batch_size=4, crops=crops)
     evaluation = evaluate(network, loader, ALONE, average)
     double = create_model("densenet_bc40_k12", num_classes=3).double().eval()
     double.load_state_dict(network.state_dict())
@@ -103,7 +103,7 @@ class Fixed(torch.nn.Module):
 @pytest.mark.parametrize("average", ["logits", "softmax"])
 def test_classes_of_vanishing_probability_are_still_ranked(image_folders, average):
     index = scan_classes(image_folders / "val").with_classes(("class0", "class1", "class2", "x", "y", "z", "w"))
-    loader = EvaluationLoader(index, DATA, SHARE, batch_size=11, crops=1)
+    loader = EvaluationLoader(index, DATA, SHARD, batch_size=11, crops=1)
     evaluation = evaluate(Fixed([300.0, 150, 100, 90, 80, 70, 60]), loader, ALONE, average)
     assert (evaluation.top5 == [0, 1, 2, 3, 4]).all()
     assert evaluation.score.loss == pytest.approx((4 * 0 + 4 * 150 + 3 * 200) / 11)
@@ -113,16 +113,16 @@ def test_evaluation_leaves_the_network_as_it_was(image_folders, network):
     index = scan_classes(image_folders / "val")
     before = {name: value.clone() for name, value in network.state_dict().items()}
     network.train()
-    evaluate(network, EvaluationLoader(index, DATA, SHARE, batch_size=4, crops=1), ALONE)
+    evaluate(network, EvaluationLoader(index, DATA, SHARD, batch_size=4, crops=1), ALONE)
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_an_image_that_is_missing_or_doubled_is_an_error(image_folders, network):
     index = scan_classes(image_folders / "val")
-    for share in (dataclasses.replace(SHARE, ranks=2), dataclasses.replace(SHARE, rank=1, ranks=2)):
+    for shard in (dataclasses.replace(SHARD, ranks=2), dataclasses.replace(SHARD, rank=1, ranks=2)):
         with pytest.raises(RuntimeError, match="images"):
-            evaluate(network, EvaluationLoader(index, DATA, share, batch_size=4, crops=1), ALONE)
+            evaluate(network, EvaluationLoader(index, DATA, shard, batch_size=4, crops=1), ALONE)
 
 
 def test_the_tool_gives_the_same_result_on_1_2_and_3_ranks(image_folders, checkpoint, tmp_path):
@@ -170,7 +170,7 @@ def test_logits_are_timms(name, tmp_path, image_folders):
     (tmp_path / "names.txt").write_text("class0\nclass1\nclass2\n")
     words = [tmp_path / "weights.pth", "--data", image_folders, "--classes", tmp_path / "names.txt"]
     words += ["--report", tmp_path / "report", "--loader", "reference"]
-    words += ["--model", f"timm:{name}"] if name != "densenet121" else ["--resize", "pil-bicubic"]
+    words += ["--model", f"timm:{name}"] if name != "densenet121" else ["--interpolation", "pil-bicubic"]
     if name == "densenet121":  # timm's resize for it is 224 / 0.875
         assert timm.create_model(name).pretrained_cfg["crop_pct"] == 0.875
     done = run_module("tools.evaluate", *words)
@@ -265,7 +265,8 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
     result = {
         "name": "n", "weights": "w", "note": "", "model": "m", "parameters": 1, "multiply_accumulates": 1, "data": "d",
         "images": 2, "classes": 2, "classes_present": 1, "crops": 1, "average": "logits", "precision": "fp32",
-        "resize": "torch", "resize_size": 9, "crop_size": 9, "loader": "dali", "top1_error": 100, "top5_error": 0,
+        "interpolation": "torch7-bicubic", "resize_size": 9, "crop_size": 9, "loader": "dali",
+        "top1_error": 100, "top5_error": 0,
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
         "published": [], "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
     }  # fmt: skip
@@ -291,7 +292,7 @@ def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint
     assert (result["crop_size"], result["resize_size"], result["precision"]) == (24, 28, "bf16")
     weights = read_weights(checkpoint)
     data = DataConfig(crop_size=24, resize_size=28, mean=(0.5,) * 3, std=(0.2, 0.3, 0.4))
-    loader = EvaluationLoader(scan_classes(image_folders / "val"), data, SHARE, batch_size=11, crops=1)
+    loader = EvaluationLoader(scan_classes(image_folders / "val"), data, SHARD, batch_size=11, crops=1)
     exact = evaluate(weights.network, loader, ALONE, keep_logits=True).logits
     ours = np.load(tmp_path / f"{result['name']}.npy")
     assert 1e-5 < np.abs(ours - exact).max() < 0.1 * np.abs(exact).max()  # bf16 has 8 bits

@@ -16,7 +16,7 @@ from tools import export
 
 CLASSES = ("T-shirt/top", "Öl", "n01440764")
 NAME = "densenet_bc22_k6"
-DATA = DataConfig(crop_size=32, resize_size=36, resize="pil-bicubic", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+DATA = DataConfig(crop_size=32, resize_size=36, interpolation="pil-bicubic", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 PREPARATION = {
     "resize_short_side": 36,
     "resize_filter": "bicubic with antialias, as Pillow's",
@@ -40,7 +40,7 @@ def trained(name: str, classes: int, side: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     file = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    config = Config(model=ModelConfig(name=NAME, dense_block="lean"), data=DATA)
+    config = Config(model=ModelConfig(name=NAME, dense_block="memory_efficient"), data=DATA)
     write_safetensors(Weights("here", trained(NAME, len(CLASSES), 32), config, CLASSES, None), file)
     return file
 

@@ -24,7 +24,7 @@ WORK = {
 @pytest.mark.parametrize("name", WORK)
 def test_multiply_accumulates_are_the_papers(name):
     size, expected = WORK[name]
-    network = on_meta(create_model, name, 1000 if size == 224 else 10, dense_block="plain")
+    network = on_meta(create_model, name, 1000 if size == 224 else 10, dense_block="eager")
     assert multiply_accumulates(network, size) / 1e9 == pytest.approx(expected, abs=1e-3)
 
 
@@ -34,7 +34,7 @@ def points(axes) -> dict[str, list[tuple[float, float]]]:
 
 def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     torchvision_sets.write_cifar(tmp_path / "cifar", monkeypatch, 10)
-    data = {"dataset": "cifar10", "dir": str(tmp_path / "cifar"), "loader": "auto", "training_crop": "pad"}
+    data = {"dataset": "cifar10", "dir": str(tmp_path / "cifar"), "loader": "auto", "train_crop": "random_crop"}
     runs = tmp_path / "runs"
     trainer.fit(small_config(runs / "densenet121"))
     trainer.fit(small_config(runs / "cifar", data=data, published={"source": "someone", "top1": 5.0}))
@@ -77,7 +77,13 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
 
 def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch):
     torchvision_sets.write_svhn(tmp_path / "svhn", monkeypatch)
-    data = {"dataset": "svhn", "dir": str(tmp_path / "svhn"), "loader": "auto", "training_crop": "pad", "holdout": 4}
+    data = {
+        "dataset": "svhn",
+        "dir": str(tmp_path / "svhn"),
+        "loader": "auto",
+        "train_crop": "random_crop",
+        "holdout": 4,
+    }
     trainer.fit(small_config(tmp_path / "held", data=data, published={"top1": 5.0}))
     trainer.fit(small_config(tmp_path / "drawn"))
     held, drawn = read_run(tmp_path / "held"), read_run(tmp_path / "drawn")

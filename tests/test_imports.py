@@ -10,7 +10,8 @@ from conftest import REPOSITORY
 
 LAYERS = [
     {"pipeline.errors", "pipeline.machine"},
-    {"pipeline.config", "pipeline.distributed", "pipeline.run_dir", "pipeline.stop"},
+    {"pipeline.parsing", "pipeline.renamed"},
+    {"pipeline.config", "pipeline.distributed", "pipeline.run_dir", "pipeline.preemption"},
     {
         "pipeline.data",
         "pipeline.models",

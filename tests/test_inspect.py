@@ -88,7 +88,7 @@ def counted_by_hand(images: int, side: int, dense_block: str, recompute: str) ->
     for block in range(3):
         pixels = images * side**2
         keeps_bottlenecks = recompute == "none" or (recompute == "first" and block > 0)
-        if dense_block != "plain":
+        if dense_block != "eager":
             out = channels + layers * growth
             floats += pixels * channels + pixels * row(out) + 2 * out  # input, maps, their mean and variance
             floats += layers * keeps_bottlenecks * pixels * row(4 * growth)
@@ -101,20 +101,20 @@ def counted_by_hand(images: int, side: int, dense_block: str, recompute: str) ->
             floats += 2 * (pixels * channels + channels)  # the transition's norm, or the last
         if block < 2:  # what the transition's convolution and its pooling keep, one after the other or the reverse
             side //= 2
-            floats += images * side**2 * channels if dense_block != "plain" else pixels * (channels // 2)
+            floats += images * side**2 * channels if dense_block != "eager" else pixels * (channels // 2)
             channels //= 2
     return floats + images * channels  # the classifier's input
 
 
 @pytest.mark.parametrize(("dense_block", "recompute"), MODES)
 def test_memory_is_what_a_count_by_hand_gives(dense_block, recompute):
-    if dense_block == "fused" and kernels.problem():
-        pytest.skip(kernels.problem())
-    network = create_model("densenet_bc22_k6", 5, dense_block=dense_block, recompute=recompute).train()
+    if dense_block == "fused" and kernels.unavailable_reason():
+        pytest.skip(kernels.unavailable_reason())
+    network = create_model("densenet_bc22_k6", 5, dense_block=dense_block, activation_checkpointing=recompute).train()
     images = torch.randn(3, 3, 16, 16)
     expected = FLOAT * counted_by_hand(3, 16, dense_block, recompute)
     assert kept_bytes(network.to(memory_format=torch.channels_last), images) == expected
-    assert network.choice.method == dense_block
+    assert network.selection.method == dense_block
 
 
 def in_the_graph(output: torch.Tensor) -> dict[int, int]:
@@ -139,19 +139,19 @@ def test_memory_of_densenet121_is_what_lies_in_the_graph_and_shrinks_as_promised
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     kept = {}
-    for network.dense_block, network.recompute in MODES:
+    for network.dense_block, network.activation_checkpointing in MODES:
         output = network(images)
         expected = sum(size for address, size in in_the_graph(output).items() if address not in own)
-        mode = network.dense_block, network.recompute
+        mode = network.dense_block, network.activation_checkpointing
         kept[mode] = kept_bytes(network, images)
         assert kept[mode] == expected, mode
-    assert kept["plain", "none"] > 4 * kept["lean", "none"]
-    for dense_block in ("lean", "fused"):
+    assert kept["eager", "none"] > 4 * kept["memory_efficient", "none"]
+    for dense_block in ("memory_efficient", "fused"):
         none, first, every = (kept[dense_block, recompute] for recompute in ("none", "first", "all"))
         assert none > first > every
     # fused keeps the places of the stem's maxima, a byte each, and rounds rows up to whole vectors.
-    if not kernels.problem():
-        assert kept["lean", "none"] < kept["fused", "none"] < 1.1 * kept["lean", "none"]
+    if not kernels.unavailable_reason():
+        assert kept["memory_efficient", "none"] < kept["fused", "none"] < 1.1 * kept["memory_efficient", "none"]
 
 
 def test_the_command_prints_the_table():
@@ -163,8 +163,8 @@ def test_the_command_prints_the_table():
     cells = {row[0]: row for row in rows}
     network = create_model("densenet_bc22_k6", 10)
     assert cells["all"][3] == f"{sum(p.numel() for p in network.parameters()):,}"
-    kept = FLOAT * counted_by_hand(3, 32, "plain", "none") / 3 / 2**20
-    assert cells["plain"] == ["plain", "none", "plain", f"{kept:.1f}"]
+    kept = FLOAT * counted_by_hand(3, 32, "eager", "none") / 3 / 2**20
+    assert cells["eager"] == ["eager", "none", "eager", f"{kept:.1f}"]
 
 
 @pytest.mark.parametrize(

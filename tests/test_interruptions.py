@@ -22,10 +22,10 @@ from test_trainer import (
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import InterruptedRunError, UserError
+from pipeline.preemption import PreemptionHandler
 from pipeline.resume import Conditions, check_same_run
 from pipeline.run_dir import locked
-from pipeline.stop import StopRequest
-from pipeline.watchdog import Status, blame
+from pipeline.watchdog import Status, diagnose_stall
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
@@ -80,7 +80,7 @@ def test_a_signal_during_validation_loses_no_training(tmp_path, monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), StopRequest() as request:
+    with pytest.raises(KeyboardInterrupt), PreemptionHandler() as request:
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
@@ -135,16 +135,16 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
 
 HANGS = """
 import sys, threading, time
-from pipeline.distributed import join_world
+from pipeline.distributed import init_distributed
 from pipeline.watchdog import Watchdog
-with join_world("cpu") as world, Watchdog(world, patience=2) as watchdog:
+with init_distributed("cpu") as world, Watchdog(world, patience=2) as watchdog:
     for step in range(4):
         watchdog.beat(f"step {step}")
         time.sleep(1)
     if world.rank == world.size - 1:
         time.sleep(100)
     watchdog.beat("waiting for all")
-    world.largest([1])
+    world.all_reduce_max([1])
 """
 
 
@@ -171,11 +171,13 @@ def test_blame():
 
     before = [status(7), status(7), status(6), status(7)]
     after = [status(7, 8), status(7, 8), status(6, 8), status(7, 8)]
-    assert blame(before, after, reader=0) == "rank 2 (process 1006 on node1) is behind, in 'step 6'"
+    assert diagnose_stall(before, after, reader=0) == "rank 2 (process 1006 on node1) is behind, in 'step 6'"
     after[3] = before[3]
-    assert "rank 3 (process 1007 on node1) does not respond, last seen in 'step 7'" in blame(before, after, reader=0)
-    assert blame(before[:2], after[:2], reader=0) == "no rank is behind another"
-    assert blame([], [], reader=0) == "no rank is behind another"
+    assert "rank 3 (process 1007 on node1) does not respond, last seen in 'step 7'" in diagnose_stall(
+        before, after, reader=0
+    )
+    assert diagnose_stall(before[:2], after[:2], reader=0) == "no rank is behind another"
+    assert diagnose_stall([], [], reader=0) == "no rank is behind another"
 
 
 SAME = {"classes": ["cat", "dog"], "fingerprint": "a" * 64, "images": [10, 4], "loader": "dali", "ranks": 2}
@@ -191,7 +193,11 @@ SAME = {"classes": ["cat", "dog"], "fingerprint": "a" * 64, "images": [10, 4], "
             "were 10 \\+ 4 images with the fingerprint aaaaaaaaaaaa and are now .* bbbbbbbbbbbb",
         ),
         ({"loader": "reference"}, "the loader was dali and is now reference"),
-        ({"ranks": 3}, "a batch was 2 ranks x 1 passes and is now 3 ranks x 1 passes; .*--train.elastic true"),
+        (
+            {"ranks": 3},
+            "a batch was 2 ranks x 1 accumulation steps "
+            "and is now 3 ranks x 1 accumulation steps; .*--train.allow_world_size_change true",
+        ),
     ],
 )
 def test_changed_conditions_are_refused_with_both_values(tmp_path, change, expected):
@@ -211,9 +217,15 @@ def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path, monke
             trainer.fit(config)
     words = ["configs/demo.yaml", *override_flags(config)]
     refused = run_module("pipeline.train", *words, ranks=2)
-    assert refused.returncode == 1 and "a batch was 1 ranks x 1 passes and is now 2 ranks x 1 passes" in refused.stderr
-    done = run_module("pipeline.train", *words, "--train.elastic", "true", ranks=2)
+    assert (
+        refused.returncode == 1
+        and "a batch was 1 ranks x 1 accumulation steps and is now 2 ranks x 1 accumulation steps" in refused.stderr
+    )
+    done = run_module("pipeline.train", *words, "--train.allow_world_size_change", "true", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "elastic: a batch was 1 ranks x 1 passes until here and is 2 ranks x 1 passes from here on" in done.stdout
+    assert (
+        "a batch was 1 ranks x 1 accumulation steps until here and is 2 ranks x 1 accumulation steps from here on"
+        in done.stdout
+    )
     assert [record["step"] for record in records(config)] == [2, 4, 4]
     assert records(config)[-1]["epoch/skipped_images"] == 0  # one rank's sums and two ranks' are all 46 images

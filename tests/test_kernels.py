@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.models import kernels
 from pipeline.models.kernels import BatchNorm, call
 
-pytestmark = pytest.mark.skipif(kernels.problem() is not None, reason=str(kernels.problem()))
+pytestmark = pytest.mark.skipif(kernels.unavailable_reason() is not None, reason=str(kernels.unavailable_reason()))
 DTYPES = {torch.float64: 1e-13, torch.float32: 5e-6}  # relative errors; a float32 sum over some hundred values
 EPSILON = 1e-3
 
@@ -246,9 +246,9 @@ def test_stem(dtype, threads, images, height, width, channels):
     norm.mean.copy_(y.mean((0, 2, 3)))
     norm.variance.copy_(y.var((0, 2, 3), correction=0))
     shape = (images, channels, (height + 1) // 2, (width + 1) // 2)
-    out, winners = (torch.empty(shape, dtype=t, memory_format=torch.channels_last) for t in (dtype, torch.uint8))
+    out, argmax = (torch.empty(shape, dtype=t, memory_format=torch.channels_last) for t in (dtype, torch.uint8))
     sizes = (images, height, width, channels)
-    call("stem_forward", dtype, y, *sizes, norm.struct, out, winners)
+    call("stem_forward", dtype, y, *sizes, norm.struct, out, argmax)
     gamma, beta, y_leaf = leaf(norm.gamma), leaf(norm.beta), leaf(y)
     z = F.relu(F.batch_norm(y_leaf, None, None, gamma, beta, training=True, eps=EPSILON))
     expected = F.max_pool2d(z, kernel_size=3, stride=2, padding=1)
@@ -256,7 +256,7 @@ def test_stem(dtype, threads, images, height, width, channels):
 
     gradient = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     dy, dgamma, dbeta = torch.empty_like(y), *torch.empty(2, channels, dtype=dtype)
-    call("stem_backward", dtype, y, *sizes, norm.struct, gradient, winners, dy, dgamma, dbeta)
+    call("stem_backward", dtype, y, *sizes, norm.struct, gradient, argmax, dy, dgamma, dbeta)
     wanted = torch.autograd.grad(expected, [y_leaf, gamma, beta], gradient.double())
     for actual, expected_gradient in zip([dy, dgamma, dbeta], wanted, strict=True):
         assert_close(actual, expected_gradient)
@@ -288,14 +288,14 @@ def test_compiled_once_by_processes_that_start_together(tmp_path):
 
 
 def test_without_a_compiler_the_reason_is_one_line(tmp_path):
-    script = "from pipeline.models import kernels; print(kernels.problem())"
+    script = "from pipeline.models import kernels; print(kernels.unavailable_reason())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "no C++ compiler (c++, g++, clang++ or $CXX)\n"
 
 
 def test_a_compiler_that_fails_is_named(tmp_path):
-    script = "from pipeline.models import kernels; print(kernels.problem())"
+    script = "from pipeline.models import kernels; print(kernels.unavailable_reason())"
     environment = {
         "XDG_CACHE_HOME": str(tmp_path),
         "PATH": "/usr/bin:/bin",
@@ -308,7 +308,7 @@ def test_a_compiler_that_fails_is_named(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "densenet-pipeline").write_text("a file where the folder should be")
-    script = "from pipeline.models import kernels; print(kernels.problem())"
+    script = "from pipeline.models import kernels; print(kernels.unavailable_reason())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == f"cannot write {tmp_path}/densenet-pipeline (File exists): set XDG_CACHE_HOME\n"

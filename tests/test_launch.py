@@ -173,7 +173,10 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     start(local_words(config, "--dry-run", "--images-per-second", "10", "--grid", "optim.lr=0.1,0.2"))
     text = capsys.readouterr().out
     assert f"{tmp_path}/run-lr0.2: densenet_bc40_k12, 46 training and 11 validation images, 3 classes" in text
-    assert "batch 12 = 1 nodes x 2 ranks x 1 passes x 6 images" in text and "4 steps an epoch, 2 epochs" in text
+    assert (
+        "batch 12 = 1 nodes x 2 ranks x 1 accumulation steps x 6 images" in text
+        and "4 steps an epoch, 2 epochs" in text
+    )
     assert "at 20 images/s" in text and "1 starts" in text
     assert not list(tmp_path.glob("*/job.json"))
     start(["configs/densenet169.yaml", *local_words(config, "--dry-run")])

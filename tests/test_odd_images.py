@@ -15,17 +15,17 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.archive import class_groups, image_groups
-from pipeline.data.dali_stages import CutExecutor
+from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
 from pipeline.data.index import DatasetIndex, scan_classes
-from pipeline.data.loader import EvaluationLoader, Share, TrainingLoader, create_executor
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images:UserWarning")
-CPU = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 
 READ_AS_RGB = "read as RGB through Pillow, alike by both loaders"
 READ_WITH_8_BITS = "read with 8 bits through Pillow, alike by both loaders"
@@ -152,7 +152,7 @@ def odd(tmp_path_factory) -> Path:
 def readable(odd, tmp_path_factory) -> DatasetIndex:
     """Those of the files at which nothing stops."""
     root = tmp_path_factory.mktemp("readable")
-    stopping = {Path(finding.place).name for finding in verify(class_groups(odd), []) if finding.stops}
+    stopping = {Path(finding.location).name for finding in verify(class_groups(odd), []) if finding.stops}
     write(root, {name: content for name, content in odd_files().items() if name not in stopping})
     return scan_classes(root)
 
@@ -174,7 +174,7 @@ def plans_for(index, config, crops=None):
 def test_what_is_said_of_each_file(odd):
     said = {name: [] for name in EXPECTED}
     for finding in verify(class_groups(odd), []):
-        said[Path(finding.place).name].append((finding.fault, finding.outcome))
+        said[Path(finding.location).name].append((finding.fault, finding.outcome))
     assert said == {name: findings for name, (findings, _) in EXPECTED.items()}
 
 
@@ -216,25 +216,27 @@ def test_what_is_said_is_what_happens(odd, tmp_path, name):
 
 
 def test_both_loaders_decode_alike_to_the_bit(readable):
-    executor = CutExecutor("decode", readable, "torch", threads=2, batch_size=8)
+    image_pipeline = CutPipeline("decode", readable, "torch7-bicubic", threads=2, batch_size=8)
     compared = set()
-    for plan, images in executor.run(plans_for(readable, DataConfig(crop_size=56, resize_size=64))):
-        for i, image, (top, left, height, width) in zip(plan.ids.tolist(), images, plan.boxes.tolist(), strict=True):
-            expected = np.asarray(decode(np.fromfile(readable.file(i), np.uint8), readable.place(i)))
+    for plan, images in image_pipeline.run(plans_for(readable, DataConfig(crop_size=56, resize_size=64))):
+        for i, image, (top, left, height, width) in zip(
+            plan.ids.tolist(), images, plan.crop_boxes.tolist(), strict=True
+        ):
+            expected = np.asarray(decode(np.fromfile(readable.file(i), np.uint8), readable.location(i)))
             expected = expected[top : top + height, left : left + width]
-            np.testing.assert_array_equal(np.asarray(image), expected, err_msg=readable.place(i))
+            np.testing.assert_array_equal(np.asarray(image), expected, err_msg=readable.location(i))
             compared.add(i)
     assert len(compared) == len(readable)
 
 
 @pytest.mark.parametrize("crops", [None, 1, 10])
 def test_both_loaders_make_the_same_of_them(readable, crops):
-    """Within the tolerances of test_executors.py."""
+    """Within the tolerances of test_image_pipelines.py."""
     results = []
     for loader in ("dali", "reference"):
         config = DataConfig(crop_size=56, resize_size=64, loader=loader)
-        executor = create_executor(readable, config, CPU, batch_size=8, views=crops or 1)
-        results.append(torch.cat([pixels for _, pixels in executor.run(plans_for(readable, config, crops))]))
+        image_pipeline = create_image_pipeline(readable, config, CPU, batch_size=8, views=crops or 1)
+        results.append(torch.cat([pixels for _, pixels in image_pipeline.run(plans_for(readable, config, crops))]))
     difference = (results[0] - results[1]).abs()
     assert difference.mean() < 0.02 and difference[:, :, 4:-4, 4:-4].max() <= 2.5 and difference.max() <= 30
 
@@ -243,7 +245,7 @@ def test_archives_are_verified_as_folders_are(odd, tmp_path):
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         tar.add(odd / "a", "a")
     loose, packed = (list(verify(class_groups(root), [])) for root in (odd, tmp_path / "train.tar"))
-    at_home = [dataclasses.replace(x, place=f"a/{Path(x.place).name} in {tmp_path / 'train.tar'}") for x in loose]
+    at_home = [dataclasses.replace(x, location=f"a/{Path(x.location).name} in {tmp_path / 'train.tar'}") for x in loose]
     assert packed == at_home and len(packed) > 10
 
 
@@ -252,7 +254,7 @@ def test_what_cannot_be_read_is_listed(odd, tmp_path):
     (tmp_path / "a" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
     unreadable, duplicate, again = verify(class_groups(tmp_path), class_groups(tmp_path))
     assert unreadable == again and unreadable.fault == "cannot be read" and unreadable.stops
-    assert "link.jpg" in unreadable.place and "good.jpg" in duplicate.place
+    assert "link.jpg" in unreadable.location and "good.jpg" in duplicate.location
     with pytest.raises(UserError, match="link.jpg cannot be read"):
         scan_classes(tmp_path)
 

@@ -51,7 +51,7 @@ def test_ranks_share_an_epoch_and_draw_what_one_rank_draws(ranks, accumulation):
         parts = [p for share in shares for p in share[step * accumulation : (step + 1) * accumulation]]
         assert len(parts) == ranks * accumulation
         assert max(len(p) for p in parts) - min(len(p) for p in parts) <= 1
-        for field in ("ids", "boxes", "sizes", "offsets", "mirrors", "color", "mean_color", "shift"):
+        for field in ("ids", "crop_boxes", "sizes", "offsets", "hflip", "color", "mean_color", "shift"):
             np.testing.assert_array_equal(stacked(parts, field), getattr(whole, field))
 
 
@@ -94,7 +94,7 @@ def test_crops_are_what_the_torch_code_makes_of_the_draws():
     random = np.random.default_rng(0)
     sizes = [(375, 500), (500, 333), (60, 400), (224, 224), (30, 31)] * 40
     draws = random.random((50, len(sizes)))
-    boxes, resized, offsets = planning._random_areas(np.array(sizes), DRAWN, iter(draws))
+    crop_boxes, resized, offsets = planning._random_resized_crops(np.array(sizes), DRAWN, iter(draws))
     fallbacks = 0
     for i, (height, width) in enumerate(sizes):
         expected = None
@@ -110,7 +110,7 @@ def test_crops_are_what_the_torch_code_makes_of_the_draws():
             fallbacks += 1
             scaled = list(torch7.short_side_to(height, width, 224))
             expected = ([0, 0, height, width], scaled, [math.ceil((side - 224) / 2) for side in scaled])
-        assert (boxes[i].tolist(), resized[i].tolist(), offsets[i].tolist()) == expected
+        assert (crop_boxes[i].tolist(), resized[i].tolist(), offsets[i].tolist()) == expected
     assert 0 < fallbacks < 40
 
 
@@ -126,8 +126,8 @@ def kolmogorov_distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_crops_follow_the_papers_distribution():
     index = index_of([(375, 500)] * 4000)
     plans = train(index=index, batch_size=1000)
-    boxes = stacked(plans, "boxes").astype(float)
-    top, left, height, width = boxes.T
+    crop_boxes = stacked(plans, "crop_boxes").astype(float)
+    top, left, height, width = crop_boxes.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 375).all() and (left + width <= 500).all()
     drawn = (stacked(plans, "sizes") == 224).all(axis=1)
     area, aspect = (height * width / (375 * 500))[drawn], (width / height)[drawn]
@@ -149,15 +149,15 @@ def test_crops_follow_the_papers_distribution():
         assert (
             kolmogorov_distance(ours, np.array(expected)) < 0.035
         )  # what equal distributions keep in 999 of 1000 draws
-    assert abs(stacked(plans, "mirrors").mean() - 0.5) < 0.03
+    assert abs(stacked(plans, "hflip").mean() - 0.5) < 0.03
 
 
 def test_an_image_in_which_no_crop_fits_is_resized_and_cut_at_the_centre():
     (plan,) = train(index=index_of([(40, 4000)] * 8), batch_size=8)
     for i in range(8):
-        if plan.boxes[i].tolist() == [0, 0, 40, 4000]:
+        if plan.crop_boxes[i].tolist() == [0, 0, 40, 4000]:
             assert plan.sizes[i].tolist() == [224, 22400] and plan.offsets[i, 0].tolist() == [0, 11088]
-    assert (plan.boxes[:, 2] == 40).any()
+    assert (plan.crop_boxes[:, 2] == 40).any()
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -199,9 +199,9 @@ def test_jitter_and_lighting_follow_their_distributions():
 
 
 def test_switched_off_noise_leaves_the_normalisation():
-    (plan,) = train(index=index_of([(50, 50)] * 4), config=DataConfig(color_jitter=0, lighting=0, mirror=False))
+    (plan,) = train(index=index_of([(50, 50)] * 4), config=DataConfig(color_jitter=0, pca_noise=0, hflip=False))
     np.testing.assert_allclose(plan.color, np.broadcast_to(np.diag(1 / np.array(DRAWN.std)), (4, 3, 3)), rtol=1e-6)
-    assert not plan.mean_color.any() and not plan.mirrors.any()
+    assert not plan.mean_color.any() and not plan.hflip.any()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 200])
@@ -223,16 +223,16 @@ def test_evaluation_crops_are_the_torch_codes(size):
     for crops, expected in ((1, [torch7.centre_crop(image, 224)]), (10, torch7.ten_crop(image, 224))):
         (plan,) = evaluation_plans(index_of([size]), DRAWN, crops=crops, batch_size=1, rank=0, ranks=1)
         assert plan.sizes[0].tolist() == [height, width]
-        for (top, left), mirrored, view in zip(plan.offsets[0], plan.mirrors[0], expected, strict=True):
+        for (top, left), mirrored, view in zip(plan.offsets[0], plan.hflip[0], expected, strict=True):
             ours = image[top : top + 224, left : left + 224]
             np.testing.assert_array_equal(ours[:, ::-1] if mirrored else ours, view)
 
 
 def test_padded_crops_are_at_every_place_equally_often():
     """transforms.lua's RandomCrop: torch.random(0, size + 2 padding - crop), both ends included."""
-    config = DataConfig(training_crop="pad", crop_size=28, resize_size=30, padding=3)
+    config = DataConfig(train_crop="random_crop", crop_size=28, resize_size=30, padding=3)
     plans = train(index=index_of([(30, 33)] * 6000), batch_size=2000, config=config)
-    assert (stacked(plans, "sizes") == [30, 33]).all() and (stacked(plans, "boxes") == [0, 0, 30, 33]).all()
+    assert (stacked(plans, "sizes") == [30, 33]).all() and (stacked(plans, "crop_boxes") == [0, 0, 30, 33]).all()
     offsets = stacked(plans, "offsets")[:, 0]
     for axis, last in ((0, 30 + 3 - 28), (1, 33 + 3 - 28)):
         places, counts = np.unique(offsets[:, axis], return_counts=True)
@@ -244,7 +244,7 @@ def test_padded_crops_are_at_every_place_equally_often():
 def test_evaluation_crops_with_pillows_filters_are_torchvisions(crops):
     """Odd and even differences, and sizes at which the two rules of truncation could part."""
     sizes = [(375, 500), (500, 333), (261, 256), (256, 263), (301, 499), (49, 52), (55, 45)]
-    config = DataConfig(resize="pil-bicubic")
+    config = DataConfig(interpolation="pil-bicubic")
     plans = evaluation_plans(index_of(sizes), config, crops=crops, batch_size=1, rank=0, ranks=1)
     for size, plan in zip(sizes, plans, strict=True):
         rows, columns = np.mgrid[: size[0], : size[1]]
@@ -255,7 +255,7 @@ def test_evaluation_crops_with_pillows_filters_are_torchvisions(crops):
         places = torch.from_numpy(np.stack([rows, columns, rows * 0]))
         expected = [transforms.CenterCrop(224)(places)] if crops == 1 else transforms.TenCrop(224)(places)
         ours = []
-        for (top, left), mirrored in zip(plan.offsets[0], plan.mirrors[0], strict=True):
+        for (top, left), mirrored in zip(plan.offsets[0], plan.hflip[0], strict=True):
             view = places[:, top : top + 224, left : left + 224]
             ours.append(view.flip(2) if mirrored else view)
         assert {view.numpy().tobytes() for view in ours} == {view.contiguous().numpy().tobytes() for view in expected}

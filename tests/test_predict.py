@@ -40,7 +40,7 @@ IN_ORDER = ("a.JPEG", "b/d.png", "b/deep/e.jpg", "c.jpg")
 def views_of(file, resize: str, crops: int) -> torch.Tensor:
     """(crops, 3, 32, 32) float64, without anything of pipeline/data."""
     image = Image.open(file).convert("RGB")
-    if resize == "torch":
+    if resize == "torch7-bicubic":
         pixels = np.asarray(image, np.float64) / 255
         pixels = torch7.scale(pixels, *torch7.short_side_to(*pixels.shape[:2], 36))
         views = torch7.ten_crop(pixels, 32) if crops == 10 else [torch7.centre_crop(pixels, 32)]
@@ -59,7 +59,7 @@ def network(folder) -> nn.Module:
     """A network whose logits have mean 0 and deviation 3 over the images."""
     torch.manual_seed(0)
     network = create_model(MODEL, len(CLASSES))
-    views = torch.cat([views_of(folder / name, "torch", 1) for name in IN_ORDER]).float()
+    views = torch.cat([views_of(folder / name, "torch7-bicubic", 1) for name in IN_ORDER]).float()
     with torch.no_grad():
         for _ in range(20):
             network.train()(views)
@@ -72,7 +72,13 @@ def network(folder) -> nn.Module:
 def weights_file(path, network: nn.Module, resize: str):
     """As of a run on other data in memory, whose loader and padding mean nothing here."""
     data = DataConfig(
-        dataset="cifar10", training_crop="pad", crop_size=32, resize_size=36, resize=resize, mean=MEAN, std=STD
+        dataset="cifar10",
+        train_crop="random_crop",
+        crop_size=32,
+        resize_size=36,
+        interpolation=resize,
+        mean=MEAN,
+        std=STD,
     )
     config = Config(model=ModelConfig(name=MODEL), data=data)
     write_safetensors(Weights("here", network, config, CLASSES, None), path)
@@ -85,14 +91,16 @@ def answers_of(monkeypatch, tmp_path, *words) -> list[dict]:
     return json.loads((tmp_path / "out.json").read_text())
 
 
-@pytest.mark.parametrize(("resize", "crops"), [("torch", 1), ("torch", 10), ("pil-bilinear", 1), ("pil-bicubic", 1)])
+@pytest.mark.parametrize(
+    ("resize", "crops"), [("torch7-bicubic", 1), ("torch7-bicubic", 10), ("pil-bilinear", 1), ("pil-bicubic", 1)]
+)
 def test_probabilities_are_those_of_an_independent_computation(monkeypatch, tmp_path, folder, network, resize, crops):
     weights = weights_file(tmp_path / "w.safetensors", network, resize)
     words = (weights, folder, "--crops", crops, "--top", 9)
     answers = answers_of(monkeypatch, tmp_path, *words, "--loader", "reference")
     by_default = answers_of(monkeypatch, tmp_path, *words)
     assert [entry["file"] for entry in answers] == [str(folder / name) for name in IN_ORDER]
-    double = create_model(MODEL, len(CLASSES), dense_block="plain").double().eval()
+    double = create_model(MODEL, len(CLASSES), dense_block="eager").double().eval()
     double.load_state_dict(network.state_dict())
     firsts = set()
     for entry, other in zip(answers, by_default, strict=True):

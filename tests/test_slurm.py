@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
                 "model": {"name": "densenet_bc40_k12"},
                 "data": {"dir": str(root / "images"), "crop_size": 24, "resize_size": 26},
                 "optim": {"epochs": 6, "batch_size": 32, "milestones": [3, 5]},
-                "train": {"device": "cpu", "checkpoint_every": 5, "log_every": 5, "hang_seconds": 30},
+                "train": {"device": "cpu", "checkpoint_every": 5, "log_every": 5, "heartbeat_timeout": 30},
             }
         )
     )

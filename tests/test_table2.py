@@ -30,7 +30,7 @@ def test_a_row_is_the_papers_and_trains_a_step(tmp_path, monkeypatch, path):
     assert float(re.search(r"Published: test error ([\d.]+) %", path.read_text())[1]) == ROWS[path.stem]
     assert published.data.dataset == {"c10": "cifar10", "c100": "cifar100", "svhn": "svhn"}[column.rstrip("+")]
     augmented, epochs = column.endswith("+"), 40 if column == "svhn" else 300
-    assert (published.data.padding, published.data.mirror, published.model.dropout) == (
+    assert (published.data.padding, published.data.hflip, published.model.dropout) == (
         (4, True, 0) if augmented else (0, False, 0.2)
     )
     assert (published.optim.epochs, published.optim.milestones) == (epochs, (epochs // 2, epochs * 3 // 4))

@@ -104,12 +104,12 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
     "sections",
     [
         {},
-        {"optim": {"accumulation": 3}},
+        {"optim": {"grad_accum_steps": 3}},
         {"model": {"dropout": 0.2}},
         {"train": {"precision": "bf16", "channels_last": False}},
         {"train": {"precision": "fp16"}, "optim": {"label_smoothing": 0.1}},
     ],
-    ids=["plain", "accumulation", "dropout", "bf16", "fp16"],
+    ids=["eager", "accumulation", "dropout", "bf16", "fp16"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, sections, interrupted_after):
     """Four steps an epoch, a checkpoint after each; records neither lack nor double."""
@@ -129,7 +129,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, secti
 
 
 def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.Trainer, "validate", lambda self: Score(4, top1_right=2, top5_right=4, loss_sum=1.0))
+    monkeypatch.setattr(
+        trainer.Trainer, "validate", lambda self: Score(4, top1_correct=2, top5_correct=4, loss_sum=1.0)
+    )
     progress = trainer.fit(small_config(tmp_path))
     assert (progress.best_epoch, progress.best_top1_error, progress.best_top5_error) == (0, 50, 0)
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["progress"]["epoch"] == 1
@@ -151,9 +153,9 @@ def test_every_precision_trains(tmp_path, precision):
 @pytest.mark.parametrize(("images", "lengths"), [(10, [3, 3, 2, 2]), (2, [1, 1, 1, 1])])
 def test_a_step_follows_the_mean_loss_of_the_global_batch(tmp_path, images, lengths):
     """Against a step formed by hand: an uneven batch in 4 parts, and 2 images whose last 2 parts are stand-ins."""
-    optim = {"epochs": 1, "batch_size": 12, "accumulation": 4, "weight_decay": 0.0}
+    optim = {"epochs": 1, "batch_size": 12, "grad_accum_steps": 4, "weight_decay": 0.0}
     config = small_config(tmp_path, data={"synthetic_images": images}, optim=optim)
-    with trainer.join_world("cpu") as world:
+    with trainer.init_distributed("cpu") as world:
         run = trainer.Trainer(config, world)
         parts = [(b.images.clone(), b.labels.clone()) for b in run.train_loader.batches(0)]
         assert [len(labels) for _, labels in parts] == lengths
@@ -178,14 +180,14 @@ def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path):
     """To the last bit, with one thread each: 46 images in batches of 12, so that the last is uneven."""
     spread, alone = (small_config(tmp_path / name, model={"dropout": 0.1}) for name in ("spread", "alone"))
     for config, ranks in ((spread, 2), (alone, 1)):
-        flags = [*override_flags(config), "--optim.accumulation", 2 // ranks]
+        flags = [*override_flags(config), "--optim.grad_accum_steps", 2 // ranks]
         done = run_module("pipeline.train", "configs/demo.yaml", *flags, ranks=ranks, cores=1)
         assert done.returncode == 0, done.stderr
     # Both ranks evaluated with rank 0's batch-norm statistics, the ones in the checkpoint.
-    with trainer.join_world("cpu") as world:
-        elastic = {"optim": dataclasses.replace(spread.optim, accumulation=2)}
-        elastic["train"] = dataclasses.replace(spread.train, elastic=True)
-        run = trainer.Trainer(dataclasses.replace(spread, **elastic), world)
+    with trainer.init_distributed("cpu") as world:
+        resized = {"optim": dataclasses.replace(spread.optim, grad_accum_steps=2)}
+        resized["train"] = dataclasses.replace(spread.train, allow_world_size_change=True)
+        run = trainer.Trainer(dataclasses.replace(spread, **resized), world)
         run.resume()
         assert run.validate().loss == pytest.approx(records(spread)[-1]["val/loss"], rel=1e-5)
     # Alone, every pass adds to the statistics.
@@ -223,7 +225,7 @@ def one_step(folder: Path, **sections: dict) -> dict[str, torch.Tensor]:
 def test_precision_smoothing_and_memory_format_reach_the_step(tmp_path, monkeypatch):
     """Half precision shows as a small difference, label smoothing as a large one, the memory format as rounding."""
     dtypes, formats = [], []
-    by_module = {"dense_block": "plain"}  # whose calls can be watched
+    by_module = {"dense_block": "eager"}  # whose calls can be watched
     real = torch.nn.Linear.forward
 
     def forward(self, x):
@@ -241,7 +243,7 @@ def test_precision_smoothing_and_memory_format_reach_the_step(tmp_path, monkeypa
             (self.training and formats.append(x.is_contiguous(memory_format=torch.channels_last))) or pool(self, x)
         ),
     )
-    plain = one_step(tmp_path / "plain", model=by_module)["classifier.weight"]
+    plain = one_step(tmp_path / "eager", model=by_module)["classifier.weight"]
     assert dtypes[-1] == torch.float32 and formats[-1]
     for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         half = one_step(tmp_path / precision, model=by_module, train={"precision": precision})["classifier.weight"]
@@ -254,7 +256,10 @@ def test_precision_smoothing_and_memory_format_reach_the_step(tmp_path, monkeypa
     assert (smoothed - plain).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("model", "says"), [({"dense_block": "lean"}, "lean"), ({"dropout": 0.1}, "plain (dropout)")])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [({"dense_block": "memory_efficient"}, "memory_efficient"), ({"dropout": 0.1}, "eager (dropout)")],
+)
 def test_the_run_says_once_how_its_dense_blocks_compute(tmp_path, capsys, model, says):
     trainer.fit(small_config(tmp_path, model=model))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dense blocks")]
@@ -278,8 +283,9 @@ def test_the_recorded_gradient_norm_does_not_depend_on_loss_scaling(tmp_path):
         ({"model": {"name": "densenet40_k12"}}, "model.name was densenet_bc40_k12 and is now densenet40_k12"),
         ({"data": {"synthetic_images": 47}}, "data.synthetic_images was 46"),
         (
-            {"optim": {"accumulation": 2}},
-            "a batch was 1 ranks x 1 passes and is now 1 ranks x 2 passes; .*--train.elastic true",
+            {"optim": {"grad_accum_steps": 2}},
+            "a batch was 1 ranks x 1 accumulation steps "
+            "and is now 1 ranks x 2 accumulation steps; .*--train.allow_world_size_change true",
         ),
     ],
 )
@@ -297,9 +303,12 @@ def test_a_changed_run_is_not_resumed(tmp_path, changes, expected):
 
 def test_another_number_of_parts_is_allowed_on_request(tmp_path, capsys):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
-    config = small_config(tmp_path, optim={"epochs": 1, "accumulation": 2}, train={"elastic": True})
+    config = small_config(tmp_path, optim={"epochs": 1, "grad_accum_steps": 2}, train={"allow_world_size_change": True})
     assert trainer.fit(config).epoch == 1
-    assert "a batch was 1 ranks x 1 passes until here and is 1 ranks x 2 passes" in capsys.readouterr().out
+    assert (
+        "a batch was 1 ranks x 1 accumulation steps until here and is 1 ranks x 2 accumulation steps"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
@@ -308,7 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_p
         trainer.fit(config)
     before, there = json.loads((tmp_path / "not-finite.json").read_text())
     assert (before["step"], there["step"]) == (1, 2)
-    with trainer.join_world("cpu") as world:
+    with trainer.init_distributed("cpu") as world:
         loader = trainer.Trainer(config, world).train_loader
         third = list(loader.batches(epoch=0))[2]
     assert there["ids"] == third.ids.tolist() and there["names"] == [loader.index.names[i] for i in third.ids]
@@ -319,7 +328,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_p
 def test_a_dry_run_describes_and_does_not_train(tmp_path):
     text = trainer.dry_run(small_config(tmp_path))
     assert "densenet_bc40_k12: 175,191 parameters, 3 classes" in text
-    assert "batch 12 = 1 ranks x 1 passes x 12 images" in text and "4 steps an epoch, 2 epochs" in text
+    assert "batch 12 = 1 ranks x 1 accumulation steps x 12 images" in text and "4 steps an epoch, 2 epochs" in text
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -332,7 +341,7 @@ def test_compiled_training_takes_the_same_first_step(tmp_path):
             optim={"epochs": 1, "lr": 1e-3},
             train={"compile": name == "compiled"},
         )
-        for name in ("plain", "compiled")
+        for name in ("eager", "compiled")
     )
     logging.getLogger("torch").setLevel(logging.WARNING)  # pytest would keep the compiler's traces
     trainer.fit(plain)

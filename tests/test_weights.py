@@ -101,7 +101,7 @@ def test_weights_of_others_give_their_logits(tmp_path, theirs, images, dress):
     torch.save(make(theirs.state_dict()), tmp_path / "weights.pth")
     weights = read_weights(tmp_path / "weights.pth")
     assert (weights.config.model.name, weights.note) == ("densenet121", note)
-    assert weights.classes == tuple("0123456") and weights.passes is None
+    assert weights.classes == tuple("0123456") and weights.microbatches is None
     for name, value in theirs.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(weights.network.state_dict()[name], value), name
@@ -137,7 +137,7 @@ def test_the_way_to_torchvision_and_back_is_exact(tmp_path):
 
 
 def test_a_runs_weights_keep_what_is_known_of_them(tmp_path):
-    config = small_config(tmp_path / "run", optim={"accumulation": 2})
+    config = small_config(tmp_path / "run", optim={"grad_accum_steps": 2})
     trainer.fit(config)
     checkpoint = tmp_path / "run" / "checkpoints" / "best.pt"
     done = run_module("tools.convert", checkpoint, tmp_path / "out.safetensors")
@@ -145,8 +145,8 @@ def test_a_runs_weights_keep_what_is_known_of_them(tmp_path):
         done.stderr
     )
     a, b = read_weights(checkpoint), read_weights(tmp_path / "out.safetensors")
-    assert (a.config, a.classes, a.passes, a.audit) == (b.config, b.classes, b.passes, b.audit)
-    assert a.config == config and a.passes == 2 and "images in a batch-norm statistic (6; paper 64)" in a.audit
+    assert (a.config, a.classes, a.microbatches, a.audit) == (b.config, b.classes, b.microbatches, b.audit)
+    assert a.config == config and a.microbatches == 2 and "images in a batch-norm statistic (6; paper 64)" in a.audit
     assert all(torch.equal(value, b.network.state_dict()[name]) for name, value in a.network.state_dict().items())
 
 
@@ -219,7 +219,7 @@ def test_networks_of_timm_come_with_timms_preprocessing(tmp_path):
     torch.save({f"x{i}": value for i, value in enumerate(values)}, tmp_path / "a.pth")
     weights = read_weights(tmp_path / "a.pth", f"timm:{name}")
     data = weights.config.data
-    assert (data.mean, data.std, data.resize, data.crop_size, data.resize_size) == (
+    assert (data.mean, data.std, data.interpolation, data.crop_size, data.resize_size) == (
         (0.5,) * 3, (0.5,) * 3, "pil-bicubic", 224, 256,
     )  # fmt: skip
     assert weights.classes[:2] == ("n01440764", "n01443537") and len(weights.classes) == 1000
@@ -280,7 +280,7 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
     old = (folder / "old.pth").read_bytes()
     (folder / "cut-old.pth").write_bytes(old[:5000])
     torch.save({0: torch.zeros(2)}, folder / "numbers.pth")
-    about = {"config": [1], "classes": ["a"], "passes": None}
+    about = {"config": [1], "classes": ["a"], "microbatches": None}
     save_file(state, folder / "about.safetensors", {"densenet-pipeline": json.dumps(about)})
     (folder / "text.pth").write_text("no weights at all, but a text")
     (folder / "empty.pth").write_bytes(b"")

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex, scan_classes
-from pipeline.data.loader import Share, TrainingLoader
+from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
@@ -104,8 +104,8 @@ def report(seconds: dict[tuple[str, str], float], images: int) -> str:
 
 
 def _loader(index: DatasetIndex) -> TrainingLoader:
-    share = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=available_cores())
-    return TrainingLoader(index, DataConfig(), share, seed=1, batch_size=BATCH_SIZE, accumulation=1)
+    shard = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=available_cores())
+    return TrainingLoader(index, DataConfig(), shard, seed=1, batch_size=BATCH_SIZE, accumulation=1)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -13,7 +13,7 @@ def main() -> None:
     setting = setting_for(config)
     ranks = options.ranks or setting.ranks
     title = f"{config.model.name} on {ranks} rank{'s' if ranks > 1 else ''} beside the paper's {setting.name} setting"
-    print(to_markdown(audit(config, ranks * config.optim.accumulation), title))
+    print(to_markdown(audit(config, ranks * config.optim.grad_accum_steps), title))
 
 
 if __name__ == "__main__":

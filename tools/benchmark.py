@@ -2,7 +2,7 @@
 
 ``python -m tools.benchmark step`` measures training steps (forward, cross entropy, backward, SGD), and
 ``python -m tools.benchmark inference`` forward passes in evaluation mode, for every combination of the given models,
-batch sizes and precisions. All contestants of a combination have the same weights and images, must agree in their loss
+batch sizes and precisions. All implementations of a combination have the same weights and images, must agree in their loss
 and what a step does to it, or in their logits, and take turns in one process. Memory is the growth of each one's peak
 over 3 steps in a process of its own, counted from where network, optimiser and data exist. The tables are printed;
 benchmark-step.json, .md and .png, and benchmark-step-growth.png for several models or batch sizes, go to FOLDER.
@@ -55,8 +55,8 @@ MODELS = [name for name, spec in DENSENETS.items() if spec.get("bottleneck", Tru
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all contestants of one table share."""
+class Workload:
+    """What all implementations of one table shard."""
 
     task: str
     model: str
@@ -74,7 +74,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contestant:
+class Implementation:
     """A network's implementation and how it is run."""
 
     create: Callable[..., nn.Module]
@@ -109,29 +109,29 @@ def _with_stem(network: nn.Module, name: str) -> nn.Module:
     return network
 
 
-def _ours(dense_block: str, recompute: str = "none") -> Contestant:
-    return Contestant(functools.partial(create_model, dense_block=dense_block, recompute=recompute))
+def _ours(dense_block: str, recompute: str = "none") -> Implementation:
+    return Implementation(functools.partial(create_model, dense_block=dense_block, activation_checkpointing=recompute))
 
 
 PEERS = {
-    BASELINE: Contestant(create_torchvision, channels_last=False),
-    "torchvision channels_last": Contestant(create_torchvision),
-    "torchvision memory_efficient": Contestant(functools.partial(create_torchvision, memory_efficient=True)),
-    COMPILED: Contestant(create_torchvision, compiled=True),
-    "timm channels_last": Contestant(create_timm),
+    BASELINE: Implementation(create_torchvision, channels_last=False),
+    "torchvision channels_last": Implementation(create_torchvision),
+    "torchvision memory_efficient": Implementation(functools.partial(create_torchvision, memory_efficient=True)),
+    COMPILED: Implementation(create_torchvision, compiled=True),
+    "timm channels_last": Implementation(create_timm),
 }
 OURS = {
-    "plain": _ours("plain"),
-    "lean": _ours("lean"),
-    "lean, recompute all": _ours("lean", "all"),
+    "eager": _ours("eager"),
+    "memory_efficient": _ours("memory_efficient"),
+    "memory_efficient, recompute all": _ours("memory_efficient", "all"),
     "fused": _ours("fused"),
     "fused, recompute first": _ours("fused", "first"),
     "fused, recompute all": _ours("fused", "all"),
 }
-CONTESTANTS = PEERS | OURS
+IMPLEMENTATIONS = PEERS | OURS
 TASKS = {
-    "step": list(CONTESTANTS),
-    "inference": [BASELINE, "torchvision channels_last", COMPILED, "timm channels_last", "plain", "fused"],
+    "step": list(IMPLEMENTATIONS),
+    "inference": [BASELINE, "torchvision channels_last", COMPILED, "timm channels_last", "eager", "fused"],
 }
 
 
@@ -152,7 +152,7 @@ def main() -> None:
         # learns. As an option of torch.compile, freezing comes too late to have an effect (torch 2.14).
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FREEZING": "1"}
         for setting in settings:
-            print(f"{setting}: {len(names)} contestants", flush=True)
+            print(f"{setting}: {len(names)} implementations", flush=True)
             rows, left_out = measure(setting, names, options.repeats)
             rows = summarise(rows, setting.batch_size)
             results["tables"].append({**dataclasses.asdict(setting), "rows": rows, "left_out": left_out})
@@ -160,15 +160,15 @@ def main() -> None:
     print(f"\n{report(results)}\n\nin {output}: {', '.join(files)}")
 
 
-def measure(setting: Setting, names: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row of samples for each contestant, and why others could not be measured."""
-    rows, left_out = in_own_process(setting, time_contestants, names, repeats)
+def measure(setting: Workload, names: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row of samples for each implementation, and why others could not be measured."""
+    rows, left_out = in_own_process(setting, time_implementations, names, repeats)
     for row in tqdm(rows, "memory", leave=False, disable=None):
-        row["memory_bytes"] = in_own_process(setting, measure_memory, row["contestant"])
+        row["memory_bytes"] = in_own_process(setting, measure_memory, row["implementation"])
     return rows, left_out
 
 
-def in_own_process(setting: Setting, function: Callable[..., Any], *arguments: Any) -> Any:
+def in_own_process(setting: Workload, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call ``function(setting, *arguments)`` in a new process, which starts as every other one does."""
     try:
         with ProcessPoolExecutor(1, PROCESSES, _prepare_process) as pool:
@@ -190,8 +190,10 @@ def _prepare_process() -> None:
     set_precision("fp32")
 
 
-def time_contestants(setting: Setting, names: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Seconds of each contestant, all run once a repetition: what disturbs the machine disturbs them alike.
+def time_implementations(
+    setting: Workload, names: list[str], repeats: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Seconds of each implementation, all run once a repetition: what disturbs the machine disturbs them alike.
 
     Also returns who is left out and why: our networks compute some cases otherwise than they were asked to.
     """
@@ -201,15 +203,15 @@ def time_contestants(setting: Setting, names: list[str], repeats: int) -> tuple[
         try:
             seconds, output = timed(run, setting.device)
         except Exception as error:
-            if not CONTESTANTS[name].compiled:
+            if not IMPLEMENTATIONS[name].compiled:
                 raise
             reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(f"{name}: {reason}; --no-compile leaves it out") from error
-        if name in OURS and network.choice.method != network.dense_block:
-            left_out[name] = network.choice.reason
+        if name in OURS and network.selection.method != network.dense_block:
+            left_out[name] = network.selection.reason
             continue
         runs[name], first[name] = run, output
-        rows[name] = {"contestant": name, "peer": name in PEERS, "first_call_s": seconds, "seconds": []}
+        rows[name] = {"implementation": name, "peer": name in PEERS, "first_call_s": seconds, "seconds": []}
     second = {name: run() for name, run in runs.items()}
     tolerance, tolerance_of_step = TOLERANCES[setting.precision]
     check_agreement(setting, "loss" if setting.task == "step" else "logits", first, tolerance)
@@ -232,8 +234,8 @@ def timed(run: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
     return time.perf_counter() - start, output
 
 
-def check_agreement(setting: Setting, what: str, values: dict[str, Tensor], tolerance: float) -> None:
-    """Refuse to compare contestants that do not compute the same."""
+def check_agreement(setting: Workload, what: str, values: dict[str, Tensor], tolerance: float) -> None:
+    """Refuse to compare implementations that do not compute the same."""
     expected = values[BASELINE].float()
     for name, actual in values.items():
         difference = ((actual.float() - expected).abs().max() / expected.abs().max()).item()
@@ -241,7 +243,7 @@ def check_agreement(setting: Setting, what: str, values: dict[str, Tensor], tole
             raise UserError(f"{setting}: {what} of '{name}' and '{BASELINE}' differ by {100 * difference:.2g} %")
 
 
-def measure_memory(setting: Setting, name: str) -> int:
+def measure_memory(setting: Workload, name: str) -> int:
     """Bytes by which the process's peak grows in a few steps."""
     _, run = prepare(setting, name)
     before = peak_memory(setting.device)
@@ -257,12 +259,12 @@ def peak_memory(device: str) -> int:
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def prepare(setting: Setting, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A contestant's network, and its step or pass as a function that returns the loss or logits."""
-    contestant = CONTESTANTS[name]
+def prepare(setting: Workload, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A implementation's network, and its step or pass as a function that returns the loss or logits."""
+    implementation = IMPLEMENTATIONS[name]
     training = setting.task == "step"
-    layout = torch.channels_last if contestant.channels_last else torch.contiguous_format
-    network = contestant.create(setting.model, num_classes=setting.classes)
+    layout = torch.channels_last if implementation.channels_last else torch.contiguous_format
+    network = implementation.create(setting.model, num_classes=setting.classes)
     torch.manual_seed(SEED)
     draw_weights(network)
     network = network.to(setting.device, memory_format=layout).train(training)
@@ -272,7 +274,7 @@ def prepare(setting: Setting, name: str) -> tuple[nn.Module, Callable[[], Tensor
     images = torch.empty(shape, device=setting.device, memory_format=layout)
     for image in images:  # one by one: a second batch would leave memory to be used again, unmeasured
         image.copy_(torch.randn(shape[1:]))
-    call = torch.compile(network) if contestant.compiled else network
+    call = torch.compile(network) if implementation.compiled else network
     autocast = functools.partial(torch.autocast, setting.device, torch.bfloat16, enabled=setting.precision == "bf16")
 
     def step() -> Tensor:
@@ -309,7 +311,7 @@ def draw_weights(network: nn.Module) -> None:
 # Command line
 
 
-def choose_settings(options: argparse.Namespace) -> list[Setting]:
+def choose_settings(options: argparse.Namespace) -> list[Workload]:
     """The combinations of models, batch sizes and precisions."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use")
@@ -323,7 +325,7 @@ def choose_settings(options: argparse.Namespace) -> list[Setting]:
         if size < smallest:
             raise UserError(f"--size {size}: {model} needs {smallest} pixels or more")
         settings += [
-            Setting(options.task, model, batch_size, size, precision, device)
+            Workload(options.task, model, batch_size, size, precision, device)
             for batch_size in options.batch_sizes
             for precision in options.precisions
         ]
@@ -332,10 +334,10 @@ def choose_settings(options: argparse.Namespace) -> list[Setting]:
 
 def choose_contestants(options: argparse.Namespace) -> list[str]:
     """The names of those who take part, in the order of the tables."""
-    for name in options.contestants or []:
+    for name in options.implementations or []:
         if name not in TASKS[options.task]:
-            raise UserError(f"--contestants: '{name}' takes no part in {options.task}")
-    wanted = {BASELINE, *(options.contestants or CONTESTANTS)} - ({COMPILED} if options.no_compile else set())
+            raise UserError(f"--implementations: '{name}' takes no part in {options.task}")
+    wanted = {BASELINE, *(options.implementations or IMPLEMENTATIONS)} - ({COMPILED} if options.no_compile else set())
     return [name for name in TASKS[options.task] if name in wanted]
 
 
@@ -374,9 +376,9 @@ def _parser() -> ArgumentParser:
         "--repeats", type=positive_integer, metavar="N", default=7, help="repetitions of the timing [7]"
     )
     parser.add_argument(
-        "--contestants",
+        "--implementations",
         nargs="+",
-        choices=CONTESTANTS,
+        choices=IMPLEMENTATIONS,
         metavar="NAME",
         help=f"these, in the tables' words, beside '{BASELINE}' [all]",
     )

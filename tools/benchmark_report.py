@@ -22,14 +22,14 @@ def summarise(rows: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any
 
     A ratio of speeds is the median over the repetitions, each of which compares what ran side by side.
     """
-    medians = {row["contestant"]: statistics.median(row["seconds"]) for row in rows}
-    best = min((row for row in rows if row["peer"]), key=lambda row: medians[row["contestant"]])
-    (baseline,) = (row["memory_bytes"] for row in rows if row["contestant"] == BASELINE)
+    medians = {row["implementation"]: statistics.median(row["seconds"]) for row in rows}
+    best = min((row for row in rows if row["peer"]), key=lambda row: medians[row["implementation"]])
+    (baseline,) = (row["memory_bytes"] for row in rows if row["implementation"] == BASELINE)
     return [
         row
         | {
-            "median_s": medians[row["contestant"]],
-            "images_per_s": batch_size / medians[row["contestant"]],
+            "median_s": medians[row["implementation"]],
+            "images_per_s": batch_size / medians[row["implementation"]],
             "ratio": statistics.median(b / s for b, s in zip(best["seconds"], row["seconds"], strict=True)),
             "best_peer": row is best,
             "memory_ratio": row["memory_bytes"] / baseline,
@@ -41,7 +41,15 @@ def summarise(rows: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any
 def report(results: dict[str, Any]) -> str:
     """The tables as Markdown."""
     what = "step" if results["task"] == "step" else "pass"
-    titles = ["contestant", "images/s", f"s per {what}", "speed ratio", "memory, MiB", "memory ratio", "first call, s"]
+    titles = [
+        "implementation",
+        "images/s",
+        f"s per {what}",
+        "speed ratio",
+        "memory, MiB",
+        "memory ratio",
+        "first call, s",
+    ]
     lines = [
         f"# {TITLES[results['task']]}",
         "",
@@ -53,7 +61,7 @@ def report(results: dict[str, Any]) -> str:
     for measured in results["tables"]:
         rows = [
             [
-                row["contestant"] + ", the fastest peer" * row["best_peer"],
+                row["implementation"] + ", the fastest peer" * row["best_peer"],
                 f"{row['images_per_s']:.1f}",
                 f"{row['median_s']:.3f}",
                 f"{row['ratio']:.2f}",
@@ -82,7 +90,10 @@ def plot_contestants(results: dict[str, Any], file: Path) -> None:
     grid = figure.subplots(len(tables), 2, sharey="row", squeeze=False, height_ratios=heights)
     for measured, (speed, memory) in zip(tables, grid, strict=True):
         rows = measured["rows"]
-        names, colors = [row["contestant"] for row in rows], ["tab:gray" if row["peer"] else "tab:blue" for row in rows]
+        names, colors = (
+            [row["implementation"] for row in rows],
+            ["tab:gray" if row["peer"] else "tab:blue" for row in rows],
+        )
         for axes, values, label, digits in (
             (speed, [row["images_per_s"] for row in rows], "images/s", 1),
             (memory, [row["memory_bytes"] / 2**20 for row in rows], "memory, MiB", 0),
@@ -136,10 +147,10 @@ def growth(tables: list[dict[str, Any]]) -> list[tuple[str, str, list[Point]]]:
 
 
 def draw_lines(axes: Axes, points: list[Point], key: str, unit: int) -> None:
-    """A line a contestant; the peers' are gray and dashed."""
-    peers = {row["contestant"]: row["peer"] for _, rows in points for row in rows}
+    """A line a implementation; the peers' are gray and dashed."""
+    peers = {row["implementation"]: row["peer"] for _, rows in points for row in rows}
     for i, (name, peer) in enumerate(peers.items()):
-        found = [(x, row[key] / unit) for x, rows in points for row in rows if row["contestant"] == name]
+        found = [(x, row[key] / unit) for x, rows in points for row in rows if row["implementation"] == name]
         style = dict(color=f"{0.3 + 0.1 * i:.1f}", linestyle="--") if peer else {}
         axes.plot(*zip(*found, strict=True), marker="osv^DxP*<>h"[i % 11], label=name, **style)
     axes.set_xticks([x for x, _ in points])

@@ -147,7 +147,7 @@ class Lab:
                 "model": {"name": model},
                 "data": {"dir": str(folder / "images"), "crop_size": 32, "resize_size": 36},
                 "optim": {"epochs": 2, "batch_size": 16, "milestones": [1], "lr": 0.05},
-                "train": {"device": "cpu", "checkpoint_every": 1, "log_every": 1, "hang_seconds": HANG_SECONDS},
+                "train": {"device": "cpu", "checkpoint_every": 1, "log_every": 1, "heartbeat_timeout": HANG_SECONDS},
             },
             "tools.chaos",
         )

@@ -33,13 +33,13 @@ def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None
     text = "a checkpoint, or a .safetensors, .pth or .pt file of anyone"
     parser.add_argument("weights", nargs="+" if several else None, metavar="WEIGHTS", help=text)
     parser.add_argument(
-        "--model", metavar="NAME", help="network of foreign weights, as timm:resnet50 [found if it is the paper's]"
+        "--model", metavar="NAME", help="network of external weights, as timm:resnet50 [found if it is the paper's]"
     )
     parser.add_argument(
         "--classes", metavar="FILE", help="names of the outputs, one a line [the file's, or ImageNet's]"
     )
     parser.add_argument(
-        "--ema", action="store_true", help="the running average of the weights, if a foreign file has it"
+        "--ema", action="store_true", help="the running average of the weights, if an external file has it"
     )
 
 

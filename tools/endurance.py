@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.index import scan_classes
-from pipeline.data.loader import Share, TrainingLoader
+from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores
 from tools.measuring import table
@@ -32,8 +32,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), options.files)
         config = DataConfig(loader=options.loader, crop_size=CROP, resize_size=SIDE)
-        share = Share(0, 1, torch.device("cpu"), available_cores())
-        loader = TrainingLoader(scan_classes(folder), config, share, seed=1, batch_size=BATCH, accumulation=1)
+        shard = Shard(0, 1, torch.device("cpu"), available_cores())
+        loader = TrainingLoader(scan_classes(folder), config, shard, seed=1, batch_size=BATCH, accumulation=1)
         rows = []
         for epoch in range(options.epochs):
             start = time.perf_counter()

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import Config, DataConfig, Dataset, Precision, Resize, from_dict
+from pipeline.config import Config, DataConfig, Dataset, Interpolation, Precision, from_dict
 from pipeline.data.arrays import index_arrays
 from pipeline.data.index import ArraySource, DatasetIndex, known_cache, scan_classes, scan_flat
-from pipeline.data.loader import EvaluationLoader, Share, choose_loader
-from pipeline.distributed import AUTOCAST_TYPES, World, join_world, set_precision
+from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
+from pipeline.distributed import AUTOCAST_TYPES, World, init_distributed, set_precision
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import Average, Evaluation, check_image_size, evaluate
 from pipeline.weights import Weights, imagenet_ids
@@ -40,7 +40,7 @@ CONFUSIONS = 20  # pairs of classes that are named
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """A file of weights, ready to be evaluated."""
 
     file: str
@@ -53,18 +53,18 @@ class Contestant:
 
 def main() -> None:
     options = _parser().parse_args()
-    with join_world(options.device) as world:
-        contestants = world.from_main(lambda: open_contestants(options))
+    with init_distributed(options.device) as world:
+        candidates = world.broadcast_from_rank0(lambda: open_contestants(options))
         results, evaluations = [], []
-        for contestant in contestants:
-            result, evaluation = evaluate_one(contestant, options, world)
+        for candidate in candidates:
+            result, evaluation = evaluate_one(candidate, options, world)
             if world.is_main:
                 print(result_to_text(result), flush=True)
-                write_answers_of(contestant, evaluation, options)
+                write_answers_of(candidate, evaluation, options)
             results.append(result)
             evaluations.append(dataclasses.replace(evaluation, logits=None))  # 200 MB each on ImageNet
         if world.is_main:
-            indexes = [contestant.index for contestant in contestants]
+            indexes = [candidate.index for candidate in candidates]
             summary = {"evaluations": results, "comparisons": compare(results, evaluations, indexes)}
             if len(results) > 1:
                 print(comparisons_to_text(summary))
@@ -74,7 +74,7 @@ def main() -> None:
                 write_report(Path(options.report), summary, evaluations, indexes)
 
 
-def open_contestants(options: argparse.Namespace) -> list[Contestant]:
+def open_contestants(options: argparse.Namespace) -> list[Candidate]:
     """Read all weights and index the images, so that mistakes show before hours of work and not after them.
 
     Raises:
@@ -88,32 +88,30 @@ def open_contestants(options: argparse.Namespace) -> list[Contestant]:
         writable_folder(options.report, "--report")
     if options.predictions and len(options.weights) > 1:
         raise UserError("--predictions is for one WEIGHTS: --report DIR writes a file of answers for each")
-    contestants: list[Contestant] = []
+    candidates: list[Candidate] = []
     for file, name in zip(options.weights, short_names(options.weights), strict=True):
         weights = read_weights_of(options, file)
         data = data_config(weights.config, options)
-        same = [c for c in contestants if (c.data.dataset, c.index.classes) == (data.dataset, weights.classes)]
+        same = [c for c in candidates if (c.data.dataset, c.index.classes) == (data.dataset, weights.classes)]
         index = same[0].index if same else open_images(data, options.labels, weights.classes)
-        if contestants and index.names != contestants[0].index.names:
-            raise UserError(f"{file} and {contestants[0].file} are not for the same images: evaluate them one by one")
+        if candidates and index.names != candidates[0].index.names:
+            raise UserError(f"{file} and {candidates[0].file} are not for the same images: evaluate them one by one")
         check_image_size(weights.network, data.crop_size, name)
         bare = network_without_weights(weights.config.model, len(weights.classes))
         work = multiply_accumulates(bare, data.crop_size)
-        contestants.append(Contestant(file, name, weights, data, index, work))
-    return contestants
+        candidates.append(Candidate(file, name, weights, data, index, work))
+    return candidates
 
 
-def evaluate_one(
-    contestant: Contestant, options: argparse.Namespace, world: World
-) -> tuple[dict[str, Any], Evaluation]:
+def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World) -> tuple[dict[str, Any], Evaluation]:
     """Evaluate one network; return what there is to say of it, on rank 0, and its answers.
 
     Raises:
         UserError: its answers are no numbers.
     """
-    weights, data, index = contestant.weights, contestant.data, contestant.index
-    share = Share(world.rank, world.size, world.device, world.cores)
-    loader = EvaluationLoader(index, data, share, batch_size=options.batch_size, crops=options.crops)
+    weights, data, index = candidate.weights, candidate.data, candidate.index
+    shard = Shard(world.rank, world.size, world.device, world.cores)
+    loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
     network = weights.network.to(world.device, memory_format=torch.channels_last)
     set_precision(options.precision)
     dtype = AUTOCAST_TYPES.get(options.precision)
@@ -129,20 +127,20 @@ def evaluate_one(
     seconds = time.perf_counter() - start
     if not np.isfinite(evaluation.losses).all():
         raise UserError(
-            f"{contestant.file}: the answers are not finite: damaged weights, or numbers too large for --precision"
+            f"{candidate.file}: the answers are not finite: damaged weights, or numbers too large for --precision"
         )
-    result = describe(contestant, evaluation, options) if world.is_main else {}
-    about = {"name": contestant.name, "weights": contestant.file, "ranks": world.size}
+    result = describe(candidate, evaluation, options) if world.is_main else {}
+    about = {"name": candidate.name, "weights": candidate.file, "ranks": world.size}
     return about | {"images_per_second": len(index) / seconds} | result, evaluation
 
 
-def write_answers_of(contestant: Contestant, evaluation: Evaluation, options: argparse.Namespace) -> None:
+def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argparse.Namespace) -> None:
     """The files of each image's answers and logits that were asked for."""
     if options.predictions:
-        write_answers(Path(options.predictions), evaluation, contestant.index)
+        write_answers(Path(options.predictions), evaluation, candidate.index)
     if options.report:
-        np.save(Path(options.report, f"{contestant.name}.npy"), evaluation.logits)
-        write_answers(Path(options.report, f"{contestant.name}.csv"), evaluation, contestant.index)
+        np.save(Path(options.report, f"{candidate.name}.npy"), evaluation.logits)
+        write_answers(Path(options.report, f"{candidate.name}.csv"), evaluation, candidate.index)
 
 
 def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
@@ -163,16 +161,16 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     return scan_classes(folder, cache, progress=True).with_classes(classes)
 
 
-def describe(contestant: Contestant, evaluation: Evaluation, options: argparse.Namespace) -> dict[str, Any]:
+def describe(candidate: Candidate, evaluation: Evaluation, options: argparse.Namespace) -> dict[str, Any]:
     """All that is reported of one network but its speed."""
-    weights, data, index = contestant.weights, contestant.data, contestant.index
+    weights, data, index = candidate.weights, candidate.data, candidate.index
     score, config = evaluation.score, weights.config
-    wrong = [score.images - score.top1_right, score.images - score.top5_right]
+    wrong = [score.images - score.top1_correct, score.images - score.top5_correct]
     return {
         "model": config.model.name,
         "note": weights.note,
         "parameters": parameters(weights.network),
-        "multiply_accumulates": contestant.multiply_accumulates,
+        "multiply_accumulates": candidate.multiply_accumulates,
         "data": index.root,
         "images": score.images,
         "classes": len(index.classes),
@@ -180,7 +178,7 @@ def describe(contestant: Contestant, evaluation: Evaluation, options: argparse.N
         "crops": options.crops,
         "average": options.average,
         "precision": options.precision,
-        "resize": data.resize,
+        "interpolation": data.interpolation,
         "resize_size": data.resize_size,
         "crop_size": data.crop_size,
         "loader": choose_loader(data),
@@ -284,7 +282,7 @@ def compare(
 
 
 def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
-    names = ("dataset", "resize", "resize_size", "crop_size", "mean", "std", "loader", "threads")
+    names = ("dataset", "interpolation", "resize_size", "crop_size", "mean", "std", "loader", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     tree = dataclasses.asdict(config)
     tree["data"] |= {"dir": options.data, "download": options.download, "threads": 0, **given}
@@ -310,7 +308,7 @@ def _parser() -> ArgumentParser:
         default="logits",
         help="over ten crops; the paper's code: logits [logits]",
     )
-    parser.add_argument("--resize", choices=typing.get_args(Resize), help="resize filter [the run's]")
+    parser.add_argument("--interpolation", choices=typing.get_args(Interpolation), help="resize filter [the run's]")
     parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side after the resize [the run's]")
     parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of a crop [the run's]")
     parser.add_argument("--mean", type=_rgb, metavar="R,G,B", help="mean that is subtracted, in [0, 1] [the run's]")

@@ -117,7 +117,8 @@ def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> No
 def _lines(r: dict[str, Any]) -> list[str]:
     views = "1 crop" if r["crops"] == 1 else f"10 crops ({r['average']} averaged)"
     lines = [
-        f"{r['model']}, {views}, {r['resize']} resize to {r['resize_size']}, crop {r['crop_size']}, {r['loader']} loader, "
+        f"{r['model']}, {views}, {r['interpolation']} resize to {r['resize_size']}, crop {r['crop_size']}, "
+        f"{r['loader']} loader, "
         f"{r['precision']}, {r['ranks']} rank{'s' if r['ranks'] > 1 else ''}, {r['images_per_second']:.1f} images/s",
         *(
             f"top-{k} error {r[f'top{k}_error']:.2f} %  ({r[f'top{k}_wrong']} of {r['images']} wrong; 95 % interval "
@@ -174,7 +175,7 @@ def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
     surest = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:WORST]
     reader, parts = Reader(index), []
     for i in surest.tolist():
-        image = decode(reader.read(i), index.place(i))
+        image = decode(reader.read(i), index.location(i))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=85)

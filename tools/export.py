@@ -23,7 +23,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of logits, and relative to the largest where that is above 1
 BATCH_SIZES = (1, 3)  # that are tried; neither is the one that is traced
 FILTERS = {
-    "torch": "Catmull-Rom, corners aligned, no antialias",
+    "torch7-bicubic": "Catmull-Rom, corners aligned, no antialias",
     "pil-bilinear": "bilinear with antialias, as Pillow's",
     "pil-bicubic": "bicubic with antialias, as Pillow's",
 }
@@ -53,7 +53,7 @@ def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
     """
     network, size, (serialise, load) = weights.network, weights.config.data.crop_size, FORMATS[suffix]
     if isinstance(network, DenseNet):
-        network.dense_block = "plain"
+        network.dense_block = "eager"
     try:
         program = torch.export.export(network, (images_of(2, size),), dynamic_shapes=({0: Dim("batch")},))
         content = serialise(program, metadata_of(weights))
@@ -94,7 +94,7 @@ def metadata_of(weights: Weights) -> dict[str, str]:
     data = weights.config.data
     preparation = {
         "resize_short_side": data.resize_size,
-        "resize_filter": FILTERS[data.resize],
+        "resize_filter": FILTERS[data.interpolation],
         "centre_crop": data.crop_size,
         "colors": "RGB, 0 to 1",
         "mean": data.mean,

@@ -20,7 +20,7 @@ def on_meta(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.M
 
 def network_without_weights(model: ModelConfig, classes: int) -> nn.Module:
     """The network that a configuration names, on the device meta."""
-    return on_meta(create_model, num_classes=classes, **dataclasses.asdict(model) | {"dense_block": "plain"})
+    return on_meta(create_model, num_classes=classes, **dataclasses.asdict(model) | {"dense_block": "eager"})
 
 
 def parameters(network: nn.Module) -> int:

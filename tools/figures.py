@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.audit import setting_for
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import Config, from_dict
+from pipeline.config import Config, from_stored
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
@@ -111,7 +111,7 @@ def whole_epochs(run_dir: Path) -> list[dict]:
 
 def read_run(run_dir: Path) -> Run:
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
-    config = from_dict(checkpoint["config"], str(run_dir))
+    config = from_stored(checkpoint["config"], str(run_dir))
     epochs = whole_epochs(run_dir)
     return Run(run_dir.name, config, len(checkpoint["classes"]), epochs)
 
@@ -190,7 +190,7 @@ def draw_imagenet(runs: list[Run]) -> Figure:
     import torchvision  # takes seconds
 
     densenets = [
-        (name, on_meta(create_model, name, dense_block="plain"), 224, top1)
+        (name, on_meta(create_model, name, dense_block="eager"), 224, top1)
         for name, (top1, _) in published.DENSENETS_ON_IMAGENET[1].items()
     ]
     resnets = [

@@ -85,7 +85,7 @@ def describe(index: DatasetIndex) -> str:
     sides = index.sizes.min(axis=1)
     return "\n".join(
         [
-            f"images     {len(index):,} in {index.root}{' (read in place)' if index.packed else ''}",
+            f"images     {len(index):,} in {index.root}{' (read in location)' if index.packed else ''}",
             f"classes    {len(index.classes):,}, of {per_class.min():,} to {per_class.max():,} images",
             f"bytes      {index.lengths.sum() / 2**30:.2f} GiB, {index.lengths.mean() / 1024:.1f} KiB an image",
             f"short side {sides.min()} to {sides.max()} pixels, median {int(np.median(sides))}",

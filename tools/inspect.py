@@ -22,12 +22,15 @@ from tools.facts import multiply_accumulates_by_module, parameters
 from tools.measuring import table
 
 # dense_block and recompute
-MODES = [("plain", "none"), *((block, blocks) for block in ("lean", "fused") for blocks in ("none", "first", "all"))]
+MODES = [
+    ("eager", "none"),
+    *((block, blocks) for block in ("memory_efficient", "fused") for blocks in ("none", "first", "all")),
+]
 KINDS = {nn.Conv2d: "conv", nn.MaxPool2d: "max pool", nn.AvgPool2d: "average pool"}
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """A row of the table.
 
     Attributes:
@@ -52,7 +55,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     classes = options.classes or (10 if cifar_densenet(options.model) else 1000)
-    network = create_model(options.model, classes, dense_block="plain")
+    network = create_model(options.model, classes, dense_block="eager")
     size = options.size or own_size(network)
     try:
         stages = stages_of(network, size)
@@ -78,7 +81,7 @@ def own_size(network: nn.Module) -> int:
     return network.pretrained_cfg["input_size"][1]
 
 
-def stages_of(network: nn.Module, size: int) -> list[Stage]:
+def stages_of(network: nn.Module, size: int) -> list[StageCost]:
     """The rows of a network's table, which add up to its parameters and multiply-accumulates."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network.to("meta")  # on CPU torch does not count its attention
@@ -100,8 +103,8 @@ def stages_of(network: nn.Module, size: int) -> list[Stage]:
         own = {p for part in parts for p in network.get_submodule(part).parameters()} - counted  # modules may share
         counted |= own
         numbers = sum(p.numel() for p in own), sum(work[part] for part in parts)
-        stages.append(Stage(title, layers, shapes.get(parts[-1], ()), *numbers))
-    rest = Stage(
+        stages.append(StageCost(title, layers, shapes.get(parts[-1], ()), *numbers))
+    rest = StageCost(
         name="the rest",
         layers="outside of these modules",
         output=(),
@@ -143,7 +146,7 @@ def describe(layer: nn.Module) -> str:
     return f"{side}x{side} {KINDS[type(layer)]}{f', stride {stride}' if stride > 1 else ''}"
 
 
-def stage_table(stages: list[Stage]) -> list[str]:
+def stage_table(stages: list[StageCost]) -> list[str]:
     """Lines of the table with a last row of sums."""
     count = sum(stage.parameters for stage in stages)
     work = sum(stage.multiply_accumulates for stage in stages)
@@ -155,21 +158,28 @@ def stage_table(stages: list[Stage]) -> list[str]:
             f"{stage.parameters:,}",
             f"{stage.multiply_accumulates / 1e6:,.1f}",
         ]
-        for stage in [*stages, Stage("all", "", (), count, work)]
+        for stage in [*stages, StageCost("all", "", (), count, work)]
     ]
     return table(["stage", "output", "layers", "parameters", "million multiply-accumulates"], rows, names=3)
 
 
 def memory_rows(network: nn.Module, images: Tensor) -> list[list[str]]:
-    """Of each mode of the dense blocks: its names, what was computed (choice.py) and MiB an image."""
+    """Of each mode of the dense blocks: its names, what was computed (selection.py) and MiB an image."""
     network = network.to(memory_format=torch.channels_last).train()
     images = images.contiguous(memory_format=torch.channels_last)
     if not isinstance(network, DenseNet):
         return [["", "", "as timm does", mebibytes(kept_bytes(network, images) / len(images))]]
     rows = []
-    for network.dense_block, network.recompute in MODES:
+    for network.dense_block, network.activation_checkpointing in MODES:
         kept = kept_bytes(network, images)
-        rows.append([network.dense_block, network.recompute, str(network.choice), mebibytes(kept / len(images))])
+        rows.append(
+            [
+                network.dense_block,
+                network.activation_checkpointing,
+                str(network.selection),
+                mebibytes(kept / len(images)),
+            ]
+        )
     return rows
 
 

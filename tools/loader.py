@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from pipeline.config import DataConfig, load_config
 from pipeline.data.color import apply_colors
-from pipeline.data.dali_stages import CutExecutor
+from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes
-from pipeline.data.loader import EvaluationLoader, Executor, Share, TrainingLoader, create_executor
+from pipeline.data.loader import EvaluationLoader, ImagePipeline, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
@@ -53,30 +53,30 @@ from tools.loader_report import (
 from tools.measuring import describe_machine, writable_folder
 
 SEED = 1
-RESIZES = ("torch", "pil-bilinear", "pil-bicubic")
+RESIZES = ("torch7-bicubic", "pil-bilinear", "pil-bicubic")
 SHEET_IMAGES, AMPLIFICATION = 8, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Lab:
-    """What all measurements share."""
+    """What all measurements shard."""
 
     index: DatasetIndex
     config: DataConfig
     threads: int
     batch_size: int
 
-    def executor(self, name: str, resize: str, views: int) -> Executor:
+    def image_pipeline(self, name: str, resize: str, views: int) -> ImagePipeline:
         if name == TORCHVISION:
             return TorchvisionExecutor(self.index, self.config.crop_size, resize)
-        config = dataclasses.replace(self.loader_config(name), resize=resize)
-        return create_executor(self.index, config, self.share(name), self.batch_size, views)
+        config = dataclasses.replace(self.loader_config(name), interpolation=resize)
+        return create_image_pipeline(self.index, config, self.share(name), self.batch_size, views)
 
     def loader_config(self, name: str) -> DataConfig:
         return dataclasses.replace(self.config, loader="reference" if name == REFERENCE else "dali")
 
-    def share(self, name: str) -> Share:
-        return Share(rank=0, ranks=1, device=device_of(name), threads=self.threads)
+    def share(self, name: str) -> Shard:
+        return Shard(rank=0, ranks=1, device=device_of(name), threads=self.threads)
 
     def training_plans(self) -> list[BatchPlan]:
         options = dict(seed=SEED, epoch=0, first_step=0, batch_size=self.batch_size, rank=0, ranks=1, accumulation=1)
@@ -92,7 +92,7 @@ def main() -> None:
     output = writable_folder(options.output)
     config = load_config(options.config).data if options.config else DataConfig()
     threads = options.threads or config.threads or available_cores()
-    config = dataclasses.replace(config, resize=options.resize or config.resize, threads=threads)
+    config = dataclasses.replace(config, interpolation=options.interpolation or config.interpolation, threads=threads)
     torch.set_num_threads(max(1, available_cores() - threads))  # more would only take the loader's cores from it
     keep_freed_memory()  # as a run on CPU does
     lab = Lab(open_images(Path(options.dir), options.images, output), config, threads, options.batch_size)
@@ -108,7 +108,7 @@ def main() -> None:
         "machine": describe_machine(["torch", "torchvision", *dali, "numpy", "pillow"]),
         "images": {"root": lab.index.root, "count": len(lab.index), "mean_pixels": lab.index.sizes.prod(axis=1).mean()},
         "settings": {name: getattr(options, name) for name in ("repeats", "batch_size")}
-        | {"threads": threads, "resize": config.resize, "crop_size": config.crop_size},
+        | {"threads": threads, "interpolation": config.interpolation, "crop_size": config.crop_size},
         "fidelity": fidelity,
         "speed": speed,
         "stages": stages,
@@ -137,7 +137,7 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", 0) if name == DALI_GPU else torch.device("cpu")
 
 
-# torchvision, as an executor of plans and with its own random transforms
+# torchvision, as an image pipeline of plans and with its own random transforms
 
 
 class TorchvisionExecutor:
@@ -155,10 +155,10 @@ class TorchvisionExecutor:
             yield plan, torch.stack([self._views(plan, i, content.result()) for i, content in enumerate(contents)])
 
     def _views(self, plan: BatchPlan, i: int, content: np.ndarray) -> Tensor:
-        image = functional.crop(decode(content, self._index.place(plan.ids[i])), *plan.boxes[i].tolist())
+        image = functional.crop(decode(content, self._index.location(plan.ids[i])), *plan.crop_boxes[i].tolist())
         image = functional.resize(image, plan.sizes[i].tolist(), self._filter, antialias=True)
         views = []
-        for (top, left), mirrored in zip(plan.offsets[i].tolist(), plan.mirrors[i], strict=True):
+        for (top, left), mirrored in zip(plan.offsets[i].tolist(), plan.hflip[i], strict=True):
             view = functional.crop(image, top, left, self._crop_size, self._crop_size)
             views.append(torch.from_numpy(np.array(functional.hflip(view) if mirrored else view)))
         return torch.stack(views)
@@ -199,14 +199,14 @@ class PhotoSet(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         self._reader = self._reader or Reader(self._index)  # each worker opens its own
-        return self._transform(decode(self._reader.read(i), self._index.place(i))), int(self._index.labels[i])
+        return self._transform(decode(self._reader.read(i), self._index.location(i))), int(self._index.labels[i])
 
 
 def torchvision_loader(lab: Lab, jitter: bool) -> DataLoader:
     """The usual training transform, with as many workers as the other loaders have threads."""
     config = lab.config
     crop = transforms.RandomResizedCrop(
-        config.crop_size, config.crop_area, config.crop_aspect, functional.InterpolationMode.BICUBIC
+        config.crop_size, config.scale, config.ratio, functional.InterpolationMode.BICUBIC
     )
     colors = [transforms.ColorJitter(*[config.color_jitter] * 3)] if jitter else []
     normalise = [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
@@ -245,15 +245,15 @@ class Differences:
 def measure_fidelity(lab: Lab) -> list[dict[str, Any]]:
     """Rows of differences in units of 1/255, operator by operator and as a whole."""
     plans = lab.training_plans()
-    upright = [dataclasses.replace(plan, mirrors=np.zeros_like(plan.mirrors)) for plan in plans]
+    upright = [dataclasses.replace(plan, hflip=np.zeros_like(plan.hflip)) for plan in plans]
     rows = [decode_row(lab, plans)]
     for resize in RESIZES:
         rows += against_reference(f"crop and resize, {resize}", lab, upright, resize, colored=False)
     rows += mirror_rows(lab, upright)
     rows += color_rows(lab, plans)
-    rows += against_reference("training transform", lab, plans, lab.config.resize, colored=True)
+    rows += against_reference("training transform", lab, plans, lab.config.interpolation, colored=True)
     for operator, crops in ((ONE_CROP, 1), (TEN_CROPS, 10)):
-        rows += against_reference(operator, lab, lab.evaluation_plans(crops), lab.config.resize, colored=True)
+        rows += against_reference(operator, lab, lab.evaluation_plans(crops), lab.config.interpolation, colored=True)
     return rows
 
 
@@ -271,12 +271,12 @@ def row(operator: str, name: str, actual: Iterable[Tensor], expected: Iterable[T
     differences = Differences()
     for ours, wanted in zip(actual, expected, strict=True):
         differences.add(ours, wanted)
-    return {"operator": operator, "executor": name, **differences.result()}
+    return {"operator": operator, "image_pipeline": name, **differences.result()}
 
 
 def images(lab: Lab, name: str, plans: list[BatchPlan], resize: str, colored: bool) -> Iterator[Tensor]:
-    """Batches (n * V, H, W, 3) of an executor in units of 1/255, their colours mapped or as they are."""
-    for plan, pixels in lab.executor(name, resize, views=plans[0].mirrors.shape[1]).run(plans):
+    """Batches (n * V, H, W, 3) of an image pipeline in units of 1/255, their colours mapped or as they are."""
+    for plan, pixels in lab.image_pipeline(name, resize, views=plans[0].hflip.shape[1]).run(plans):
         yield colored_images(lab, name, plan, pixels) if colored else pixels.flatten(0, 1).float()
 
 
@@ -294,23 +294,23 @@ def unnormalised(batch: Tensor, config: DataConfig) -> Tensor:
 def decode_row(lab: Lab, plans: list[BatchPlan]) -> dict[str, Any]:
     """Whole images as DALI and as Pillow decode them."""
     reader = Reader(lab.index)
-    executor = CutExecutor("full decode", lab.index, lab.config.resize, lab.threads, lab.batch_size)
-    batches = ((plan.ids.tolist(), decoded) for plan, decoded in executor.run(plans))
+    image_pipeline = CutPipeline("full decode", lab.index, lab.config.interpolation, lab.threads, lab.batch_size)
+    batches = ((plan.ids.tolist(), decoded) for plan, decoded in image_pipeline.run(plans))
     pairs = (pair for ids, decoded in batches for pair in zip(ids, decoded, strict=True))
     differences = Differences()
     for i, image in pairs:
-        expected = np.array(decode(reader.read(i), lab.index.place(i)), np.float32)
+        expected = np.array(decode(reader.read(i), lab.index.location(i)), np.float32)
         differences.add(torch.from_numpy(np.array(image, np.float32)), torch.from_numpy(expected))
-    return {"operator": "decode", "executor": DALI_CPU, **differences.result()}
+    return {"operator": "decode", "image_pipeline": DALI_CPU, **differences.result()}
 
 
 def mirror_rows(lab: Lab, upright: list[BatchPlan]) -> list[dict[str, Any]]:
-    """Each executor's mirrored images against its own upright ones, turned over."""
-    mirrored = [dataclasses.replace(plan, mirrors=np.ones_like(plan.mirrors)) for plan in upright]
+    """Each image pipeline's mirrored images against its own upright ones, turned over."""
+    mirrored = [dataclasses.replace(plan, hflip=np.ones_like(plan.hflip)) for plan in upright]
     rows = []
     for name in [*dali_executors(), REFERENCE, TORCHVISION]:
-        turned = (batch.flip(-2) for batch in images(lab, name, upright, lab.config.resize, colored=False))
-        rows.append(row("mirror", name, images(lab, name, mirrored, lab.config.resize, colored=False), turned))
+        turned = (batch.flip(-2) for batch in images(lab, name, upright, lab.config.interpolation, colored=False))
+        rows.append(row("mirror", name, images(lab, name, mirrored, lab.config.interpolation, colored=False), turned))
     return rows
 
 
@@ -319,11 +319,11 @@ def color_rows(lab: Lab, plans: list[BatchPlan]) -> list[dict[str, Any]]:
     rows = []
     for name in [*dali_executors(), TORCHVISION]:
         differences = Differences()
-        for plan, pixels in lab.executor(TORCHVISION, "pil-bicubic", views=1).run(plans):
+        for plan, pixels in lab.image_pipeline(TORCHVISION, "pil-bicubic", views=1).run(plans):
             differences.add(
                 colored_images(lab, name, plan, pixels), unnormalised(exact_colors(pixels, plan), lab.config)
             )
-        rows.append({"operator": "colour map", "executor": name, **differences.result()})
+        rows.append({"operator": "colour map", "image_pipeline": name, **differences.result()})
     return rows
 
 
@@ -366,11 +366,11 @@ def loader_contestants(lab: Lab) -> dict[str, Callable[[], object]]:
         loader = TrainingLoader(lab.index, lab.loader_config(name), lab.share(name), **options)
         contestants[f"training, {name}"] = _pass(loader.batches, epoch=0)
     for name, crops in ((ONE_CROP, 1), (TEN_CROPS, 10)):
-        executor = dali_executors()[0]
+        image_pipeline = dali_executors()[0]
         options = dict(batch_size=lab.batch_size, crops=crops)
-        loader = EvaluationLoader(lab.index, lab.loader_config(executor), lab.share(executor), **options)
+        loader = EvaluationLoader(lab.index, lab.loader_config(image_pipeline), lab.share(image_pipeline), **options)
         contestants[name] = _pass(loader.batches)
-    bound = CutExecutor("full decode", lab.index, lab.config.resize, lab.threads, lab.batch_size)
+    bound = CutPipeline("full decode", lab.index, lab.config.interpolation, lab.threads, lab.batch_size)
     return contestants | {BOUND: _pass(bound.run, lab.training_plans())}
 
 
@@ -378,9 +378,9 @@ def stage_contestants(lab: Lab) -> dict[str, Callable[[], object]]:
     """The training pipeline on CPU up to each stage but the last, which the whole loader ends with."""
     plans, contestants = lab.training_plans(), {}
     for stage in STAGES[:3]:
-        executor = CutExecutor(stage, lab.index, lab.config.resize, lab.threads, lab.batch_size)
-        contestants[stage] = _pass(executor.run, plans)
-    uncut = lab.executor(DALI_CPU, lab.config.resize, views=1)
+        image_pipeline = CutPipeline(stage, lab.index, lab.config.interpolation, lab.threads, lab.batch_size)
+        contestants[stage] = _pass(image_pipeline.run, plans)
+    uncut = lab.image_pipeline(DALI_CPU, lab.config.interpolation, views=1)
     return contestants | {STAGES[3]: _pass(uncut.run, plans)}
 
 
@@ -411,11 +411,11 @@ def time_interleaved(contestants: dict[str, Callable[[], object]], repeats: int)
 
 
 def contact_sheet(lab: Lab, file: Path) -> None:
-    """A few training images through each executor, and how they differ from the reference's."""
+    """A few training images through each image_pipeline, and how they differ from the reference's."""
     few = dataclasses.replace(lab, batch_size=min(SHEET_IMAGES, len(lab.index)))
     plans = few.training_plans()[:1]
     names = [*dali_executors(), REFERENCE, TORCHVISION]
-    sheet = {name: next(images(few, name, plans, few.config.resize, colored=True)) for name in names}
+    sheet = {name: next(images(few, name, plans, few.config.interpolation, colored=True)) for name in names}
     others = [name for name in names if name != REFERENCE]
     columns = list(sheet.items()) + [
         (f"{name} - reference, x{AMPLIFICATION}", AMPLIFICATION * (sheet[name] - sheet[REFERENCE]).abs())
@@ -446,7 +446,7 @@ def _parser() -> ArgumentParser:
         "--threads", type=positive_integer, metavar="N", help="threads or workers of a loader [all cores]"
     )
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images at once [64]")
-    parser.add_argument("--resize", choices=RESIZES, help="resize filter [the configuration's: torch]")
+    parser.add_argument("--interpolation", choices=RESIZES, help="resize filter [the configuration's: torch]")
     return parser
 
 

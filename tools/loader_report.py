@@ -11,7 +11,7 @@ from tools.measuring import machine_line, table
 DALI_CPU, DALI_GPU, REFERENCE, TORCHVISION = "DALI on CPU", "DALI on GPU", "reference (PIL)", "torchvision"
 ONE_CROP, TEN_CROPS = "evaluation, 1 crop", "evaluation, 10 crops"
 BASELINE, BOUND = "torchvision DataLoader", "bound: full JPEG decode"
-STAGES = ("read", "decode", "resize", "cut", "colour")  # the resize mirrors too
+STAGES = ("read", "decode", "resize", "cut", "colour")  # the resize hflip too
 FRAME = 4  # pixels; DALI repeats the edge of an enlarged crop where Torch7 extrapolates it
 
 
@@ -20,7 +20,7 @@ def report(results: dict[str, Any]) -> str:
     settings = results["settings"]
     differences = ("mean", "max", "interior_mean", "interior_max", "frame_mean", "frame_max")
     fidelity = [
-        [line["operator"], line["executor"], *(f"{line[key]:.3f}" for key in differences)]
+        [line["operator"], line["image_pipeline"], *(f"{line[key]:.3f}" for key in differences)]
         for line in results["fidelity"]
     ]
     speed = [
@@ -35,17 +35,19 @@ def report(results: dict[str, Any]) -> str:
             "# Loader lab",
             "",
             f"{results['images']['count']} images of {results['images']['root']} "
-            f"({results['images']['mean_pixels'] / 1e6:.2f} megapixels on average); resize {settings['resize']}, "
+            f"({results['images']['mean_pixels'] / 1e6:.2f} megapixels on average); resize {settings['interpolation']}, "
             f"crop {settings['crop_size']}, batches of {settings['batch_size']}, {settings['threads']} threads.",
             machine_line(results["machine"]),
             "",
             "## Fidelity: differences from the reference in units of 1/255",
             "",
             *table(
-                f"operator|executor|mean|max|interior mean|max|frame of {FRAME} px: mean|max".split("|"), fidelity, 2
+                f"operator|image_pipeline|mean|max|interior mean|max|frame of {FRAME} px: mean|max".split("|"),
+                fidelity,
+                2,
             ),
             "",
-            "Decode: from Pillow. Mirror: from the executor's own upright images, turned over. Colour map: from",
+            "Decode: from Pillow. Mirror: from the image pipeline's own upright images, turned over. Colour map: from",
             "A x + B m + t in float64 on the same bytes; torchvision's operators round and clamp after each step, with",
             "the same factors. torchvision's stand-in for the resize torch is its bicubic, with antialias.",
             "",

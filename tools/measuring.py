@@ -1,4 +1,4 @@
-"""What the tools that measure share: the machine's description, Markdown tables, and where results go."""
+"""What the tools that measure shard: the machine's description, Markdown tables, and where results go."""
 
 import importlib.metadata
 import os

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pipeline.config import DataConfig
 from pipeline.data.archive import IMAGE_SUFFIXES, flat_group
 from pipeline.data.index import DatasetIndex, open_image
-from pipeline.data.loader import EvaluationLoader, Share
-from pipeline.distributed import World, join_world, set_precision
+from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.distributed import World, init_distributed, set_precision
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import check_image_size
 from tools.convert import add_weights_arguments, read_weights_of
@@ -47,7 +47,7 @@ def main() -> None:
     names = human_names(weights.classes)
     set_precision("fp32")
     answers = []
-    with join_world() as world:
+    with init_distributed() as world:
         network = weights.network.to(world.device, memory_format=torch.channels_last)
         check_image_size(network, data.crop_size, options.weights)
         for file, probabilities in predict(network, index, data, options.crops, world):
@@ -116,8 +116,8 @@ def predict(
     network: nn.Module, index: DatasetIndex, data: DataConfig, crops: int, world: World
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each file of the index with its (classes) probabilities on the CPU; of ten crops the logits are averaged."""
-    share = Share(0, 1, world.device, world.cores)
-    loader = EvaluationLoader(index, data, share, batch_size=BATCH_SIZE, crops=crops)
+    shard = Shard(0, 1, world.device, world.cores)
+    loader = EvaluationLoader(index, data, shard, batch_size=BATCH_SIZE, crops=crops)
     for batch in loader.batches():
         logits = network(batch.images).float().unflatten(0, (-1, batch.views)).mean(dim=1)
         for i, probabilities in zip(batch.ids.tolist(), logits.softmax(dim=1).cpu(), strict=True):

@@ -1,1 +1,1 @@
-"""Data: an index of the images, a plan of what each goes through, and executors that turn plans into tensors."""
+"""Data: an index of the images, a plan of what each goes through, and image pipelines that turn plans into tensors."""

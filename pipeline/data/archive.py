@@ -31,7 +31,7 @@ class Member:
     time: int
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the image lies, for people: its path, or its name and its archive."""
         packed = self.offset > 0  # behind its header
         return f"{os.path.join(self.group, self.name)} in {self.file}" if packed else self.file

@@ -25,20 +25,20 @@ from pipeline.data.decoding import as_ppm, readable_by_dali
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reader import Reader
-from pipeline.data.stand_ins import collect
+from pipeline.data.replacements import collect
 
 PREFETCH = 2  # batches that DALI prepares ahead
 
 # Interpolation, antialias, and type of the result. Catmull-Rom overshoots 0..255, which the paper's code keeps, so that
 # mode stays in floats; Pillow rounds to bytes.
 RESIZES = {
-    "torch": (types.INTERP_CUBIC, False, types.FLOAT),
+    "torch7-bicubic": (types.INTERP_CUBIC, False, types.FLOAT),
     "pil-bilinear": (types.INTERP_LINEAR, True, types.UINT8),
     "pil-bicubic": (types.INTERP_CUBIC, True, types.UINT8),
 }
 
 
-# adjust_orientation: a plan's boxes are in stored pixels, as Pillow and the Torch code see them. jpeg_fancy_upsampling:
+# adjust_orientation: a plan's crop_boxes are in stored pixels, as Pillow and the Torch code see them. jpeg_fancy_upsampling:
 # on GPU too, as libjpeg-turbo does on CPU.
 AS_STORED = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
 
@@ -52,7 +52,7 @@ class Fed:
     by_pillow: bool
 
 
-class DaliExecutor:
+class DaliPipeline:
     """Turns plans into pixels; one `run` at a time.
 
     Args:
@@ -71,11 +71,11 @@ class DaliExecutor:
         corrupt_images: CorruptImages = "stop",
     ):
         self._index, self._views, self._corrupt_images = index, views, corrupt_images
-        self._crop_size, self._resize = config.crop_size, config.resize
+        self._crop_size, self._resize = config.crop_size, config.interpolation
         # A crop that reaches beyond its image finds the mean colour there, which is no byte.
         self._around = (
             dict(out_of_bounds_policy="pad", fill_values=[255 * mean for mean in config.mean], dtype=types.FLOAT)
-            if config.training_crop == "pad" and views == 1
+            if config.train_crop == "random_crop" and views == 1
             else {}
         )
         self._device = device
@@ -92,7 +92,7 @@ class DaliExecutor:
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255: uint8 if Pillow's resizes leave them so, else float32.
 
-        Where images are corrupt, plan and pixels are those of `stand_ins.collect`, which says what it raises.
+        Where images are corrupt, plan and pixels are those of `replacements.collect`, which says what it raises.
         """
         for plan, output in self._outputs(plans):
             yield plan, self._to_torch(output).view(-1, self._views, self._crop_size, self._crop_size, 3)
@@ -115,7 +115,7 @@ class DaliExecutor:
         self._pipeline = pipeline
 
     def _read(self, plans: Iterable[BatchPlan]) -> Iterator[Fed]:
-        """The batches of some plans, with stand-ins where images are corrupt."""
+        """The batches of some plans, with replacements where images are corrupt."""
         for plan, futures in self._reader.read_ahead(plans, readable_by_dali):
             yield Fed(*collect(plan, futures, self._corrupt_images), by_pillow=False)
 
@@ -130,7 +130,7 @@ class DaliExecutor:
         again = []
         with ThreadPoolExecutor(self._options["num_threads"]) as pool:
             for batch in self._pending:
-                places = map(self._index.place, batch.plan.ids.tolist())
+                places = map(self._index.location, batch.plan.ids.tolist())
                 futures = [pool.submit(as_ppm, *image) for image in zip(batch.contents, places, strict=True)]
                 again.append(Fed(*collect(batch.plan, futures, self._corrupt_images), by_pillow=True))
         self._batches, self._pending = chain(again, self._batches), deque()
@@ -140,7 +140,7 @@ class DaliExecutor:
         tensor = output.as_tensor()
         if self._stream is None:
             return torch.from_dlpack(tensor)
-        dtype = torch.float32 if self._resize == "torch" or self._around else torch.uint8
+        dtype = torch.float32 if self._resize == "torch7-bicubic" or self._around else torch.uint8
         with torch.cuda.stream(self._stream):  # not the training stream, whose queue the host must not wait for
             copy = torch.empty(tensor.shape(), dtype=dtype, device=self._device)
             feed_ndarray(tensor, copy, cuda_stream=self._stream)
@@ -198,7 +198,7 @@ class DaliExecutor:
         batch = next(self._batches)
         self._pending.append(batch)
         plan = batch.plan
-        start, shape = np.ascontiguousarray(plan.boxes[:, :2]), np.ascontiguousarray(plan.boxes[:, 2:])
+        start, shape = np.ascontiguousarray(plan.crop_boxes[:, :2]), np.ascontiguousarray(plan.crop_boxes[:, 2:])
         size, corners = plan.sizes.astype(np.float32), np.ascontiguousarray(self._corners(plan))
         arrays = (batch.contents, start, shape, size, *self._region(plan), corners)
         if self._views == 1:
@@ -211,7 +211,7 @@ class DaliExecutor:
         turned over if its only view is mirrored, or from an image with its mirror image beside it."""
         top, left, width = plan.offsets[..., 0], plan.offsets[..., 1], plan.sizes[:, 1:]
         right = (width if self._views == 1 else 2 * width) - left - self._crop_size
-        corners = np.stack([top, np.where(plan.mirrors, right, left)], axis=-1).astype(np.int32)
+        corners = np.stack([top, np.where(plan.hflip, right, left)], axis=-1).astype(np.int32)
         return corners[:, 0] if self._views == 1 else corners
 
     def _region(self, plan: BatchPlan) -> tuple[np.ndarray, np.ndarray]:
@@ -221,14 +221,14 @@ class DaliExecutor:
         s = (in - 1) / (out - 1), is sampling between aligned corners as Torch7 does. A region whose end is left of its
         start comes out mirrored, which costs nothing.
         """
-        source, target = plan.boxes[:, 2:].astype(np.float64), plan.sizes.astype(np.float64)
+        source, target = plan.crop_boxes[:, 2:].astype(np.float64), plan.sizes.astype(np.float64)
         start, end = np.zeros_like(source), source.copy()
-        if self._resize == "torch":
+        if self._resize == "torch7-bicubic":
             scale = (source - 1) / np.maximum(target - 1, 1)
             one_pixel = (source == 1) | (target == 1)
             start = np.where(one_pixel, 0, 0.5 - scale / 2)
             end = np.where(one_pixel, 1, start + scale * target)
         if self._views == 1:
-            turned = plan.mirrors[:, 0]
+            turned = plan.hflip[:, 0]
             start[turned, 1], end[turned, 1] = end[turned, 1], start[turned, 1]
         return start.astype(np.float32), end.astype(np.float32)

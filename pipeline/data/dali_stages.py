@@ -6,21 +6,21 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.config import DataConfig, Resize
-from pipeline.data.dali import AS_STORED, DaliExecutor
+from pipeline.config import DataConfig, Interpolation
+from pipeline.data.dali import AS_STORED, DaliPipeline
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 
-# How many of the executor's arrays a pipeline takes that ends so. "full decode" is no stage but a bound: every image
+# How many of the image pipeline's arrays a pipeline takes that ends so. "full decode" is no stage but a bound: every image
 # decoded whole and nothing else.
 ARRAYS = {"read": 1, "full decode": 1, "decode": 3, "resize": 6}
 
 
-class CutExecutor(DaliExecutor):
+class CutPipeline(DaliPipeline):
     """Runs plans of one view up to and including the stage `last`; the results stay DALI's, of any size."""
 
-    def __init__(self, last: str, index: DatasetIndex, resize: Resize, threads: int, batch_size: int):
-        super().__init__(index, DataConfig(resize=resize), threads, torch.device("cpu"), batch_size, views=1)
+    def __init__(self, last: str, index: DatasetIndex, resize: Interpolation, threads: int, batch_size: int):
+        super().__init__(index, DataConfig(interpolation=resize), threads, torch.device("cpu"), batch_size, views=1)
         self._last = last
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list]]:

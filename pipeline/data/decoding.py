@@ -20,15 +20,15 @@ class CorruptImageError(LocalUserError):
         reason: what Pillow says of it.
     """
 
-    def __init__(self, place: str, reason: str):
+    def __init__(self, location: str, reason: str):
         super().__init__(
-            f"the image {place} does not decode ({reason}): repair or remove it (python -m tools.index DIR --verify "
+            f"the image {location} does not decode ({reason}): repair or remove it (python -m tools.index DIR --verify "
             "lists all such; data.corrupt_images skip leaves them out of training)"
         )
-        self.place, self.reason = place, reason
+        self.location, self.reason = location, reason
 
 
-def decode(content: np.ndarray, place: str) -> Image.Image:
+def decode(content: np.ndarray, location: str) -> Image.Image:
     """Decode a file's bytes, (length) uint8, to RGB.
 
     Raises:
@@ -40,18 +40,18 @@ def decode(content: np.ndarray, place: str) -> Image.Image:
     except MemoryError:  # may pass
         raise
     except UnidentifiedImageError:
-        raise CorruptImageError(place, "not an image") from None
+        raise CorruptImageError(location, "not an image") from None
     except (
         Exception
     ) as error:  # over damaged bytes Pillow's formats stumble in any way: OSError, struct.error, KeyError
-        raise CorruptImageError(place, " ".join(str(error).split()) or type(error).__name__) from None
+        raise CorruptImageError(location, " ".join(str(error).split()) or type(error).__name__) from None
 
 
-def as_ppm(content: np.ndarray, place: str) -> np.ndarray:
+def as_ppm(content: np.ndarray, location: str) -> np.ndarray:
     """Decode a file's bytes and return them as those of a PPM file, which DALI reads to the bit; see `decode`."""
-    return to_pnm(np.asarray(decode(content, place)))
+    return to_pnm(np.asarray(decode(content, location)))
 
 
-def readable_by_dali(content: np.ndarray, place: str) -> np.ndarray:
+def readable_by_dali(content: np.ndarray, location: str) -> np.ndarray:
     """Return the bytes of an image that DALI decodes as Pillow does: its own, or those of a PPM file; see `decode`."""
-    return content if is_plain(content) else as_ppm(content, place)
+    return content if is_plain(content) else as_ppm(content, location)

@@ -35,8 +35,8 @@ class RefusedImageError(UserError):
         remedy: what to do.
     """
 
-    def __init__(self, place: str, fault: str, detail: str, remedy: str):
-        super().__init__(f"{place} {fault} ({detail}): {remedy}")
+    def __init__(self, location: str, fault: str, detail: str, remedy: str):
+        super().__init__(f"{location} {fault} ({detail}): {remedy}")
         self.fault, self.detail, self.remedy = fault, detail, remedy
 
 
@@ -88,7 +88,7 @@ class DatasetIndex:
         """The file that holds image `i`."""
         return self.root if self.packed else os.path.join(self.root, self.names[i])
 
-    def place(self, i: int) -> str:
+    def location(self, i: int) -> str:
         """Where image `i` lies, for people: its path, or its name and its archive."""
         return f"{self.names[i]} in {self.root}" if self.packed else self.file(i)
 
@@ -170,7 +170,7 @@ def scan_flat(
     return _index(root, [group], [row], np.array([position[name] for name in found]), classes)
 
 
-def open_image(stream: BinaryIO, place: str) -> Image.Image:
+def open_image(stream: BinaryIO, location: str) -> Image.Image:
     """Open an image, of which this reads no more than the header.
 
     Raises:
@@ -180,9 +180,9 @@ def open_image(stream: BinaryIO, place: str) -> Image.Image:
         image = Image.open(stream)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         detail = type(error).__name__
-        raise RefusedImageError(place, "is not an image that can be read", detail, "repair or remove it") from None
+        raise RefusedImageError(location, "is not an image that can be read", detail, "repair or remove it") from None
     if image.mode.startswith(("I", "F")):
-        raise RefusedImageError(place, "has more than 8 bits a colour", image.mode, "convert or remove it")
+        raise RefusedImageError(location, "has more than 8 bits a colour", image.mode, "convert or remove it")
     return image
 
 
@@ -272,10 +272,10 @@ def _read_size(member: Member) -> list[int]:
     """Height and width from an image's header."""
     try:
         with io.BufferedReader(Section(member.file, member.offset, member.length), 16384) as stream:
-            image = open_image(stream, member.place)
+            image = open_image(stream, member.location)
             return [image.height, image.width]
     except OSError as error:
-        raise RefusedImageError(member.place, "cannot be read", error.strerror, "repair or remove it") from None
+        raise RefusedImageError(member.location, "cannot be read", error.strerror, "repair or remove it") from None
 
 
 def _index(

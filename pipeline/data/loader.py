@@ -1,4 +1,4 @@
-"""From an index to batches on the device: draws plans, has an executor turn them into pixels, maps the colours."""
+"""From an index to batches on the device: draws plans, has an image_pipeline turn them into pixels, maps the colours."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,8 +15,8 @@ from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan, epoch_order, evaluation_plans, steps_per_epoch, training_plans
-from pipeline.data.reference import ReferenceExecutor
-from pipeline.data.synthetic import SyntheticExecutor
+from pipeline.data.reference import ReferencePipeline
+from pipeline.data.synthetic import SyntheticPipeline
 from pipeline.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Batch:
     Attributes:
         images: (n * V, 3, H, W) float32, channels-last; the views of an image are neighbours.
         labels: (n) int64.
-        weights: (n) float32, 0 for a stand-in that must not count.
+        weights: (n) float32, 0 for a replacement that must not count.
         ids: (n) int64, rows of the index (NumPy, on the host).
         views: V.
     """
@@ -39,13 +39,13 @@ class Batch:
     views: int
 
 
-class Executor(Protocol):
+class ImagePipeline(Protocol):
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255."""
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Which part of the data this rank loads, where to, and with how many threads."""
 
     rank: int
@@ -58,13 +58,15 @@ class TrainingLoader:
     """This rank's training batches of any epoch, from any step."""
 
     def __init__(
-        self, index: DatasetIndex, config: DataConfig, share: Share, *, seed: int, batch_size: int, accumulation: int
+        self, index: DatasetIndex, config: DataConfig, shard: Shard, *, seed: int, batch_size: int, accumulation: int
     ):
-        self.index, self._config, self._share = index, config, share
+        self.index, self._config, self._shard = index, config, shard
         self._seed, self._batch_size, self._accumulation = seed, batch_size, accumulation
         self.steps_per_epoch = steps_per_epoch(len(index), batch_size)
-        part = batch_size // share.ranks // accumulation
-        self._executor = create_executor(index, config, share, part, views=1, corrupt_images=config.corrupt_images)
+        part = batch_size // shard.ranks // accumulation
+        self._image_pipeline = create_image_pipeline(
+            index, config, shard, part, views=1, corrupt_images=config.corrupt_images
+        )
 
     def global_batch(self, step: int) -> int:
         """Images in the global batch of this step of an epoch."""
@@ -84,28 +86,28 @@ class TrainingLoader:
             epoch=epoch,
             first_step=first_step,
             batch_size=self._batch_size,
-            rank=self._share.rank,
-            ranks=self._share.ranks,
+            rank=self._shard.rank,
+            ranks=self._shard.ranks,
             accumulation=self._accumulation,
         )
-        return _batches(self._executor, plans, self.index, self._share.device)
+        return _batches(self._image_pipeline, plans, self.index, self._shard.device)
 
 
 class EvaluationLoader:
     """This rank's share of a data set for single- or ten-crop evaluation: over all ranks each image once."""
 
-    def __init__(self, index: DatasetIndex, config: DataConfig, share: Share, *, batch_size: int, crops: int):
+    def __init__(self, index: DatasetIndex, config: DataConfig, shard: Shard, *, batch_size: int, crops: int):
         self.index, self.crops = index, crops
-        self._config, self._share, self._batch_size = config, share, batch_size
+        self._config, self._shard, self._batch_size = config, shard, batch_size
 
     @cached_property
-    def _executor(self) -> Executor:
-        return create_executor(self.index, self._config, self._share, self._batch_size, views=self.crops)
+    def _image_pipeline(self) -> ImagePipeline:
+        return create_image_pipeline(self.index, self._config, self._shard, self._batch_size, views=self.crops)
 
     @property
     def rounds(self) -> int:
         """Batches of the rank that has most."""
-        return math.ceil(math.ceil(len(self.index) / self._share.ranks) / self._batch_size)
+        return math.ceil(math.ceil(len(self.index) / self._shard.ranks) / self._batch_size)
 
     def batches(self) -> Iterator[Batch]:
         plans = evaluation_plans(
@@ -113,10 +115,10 @@ class EvaluationLoader:
             self._config,
             crops=self.crops,
             batch_size=self._batch_size,
-            rank=self._share.rank,
-            ranks=self._share.ranks,
+            rank=self._shard.rank,
+            ranks=self._shard.ranks,
         )
-        return _batches(self._executor, plans, self.index, self._share.device)
+        return _batches(self._image_pipeline, plans, self.index, self._shard.device)
 
 
 def choose_loader(config: DataConfig) -> str:
@@ -129,34 +131,34 @@ def choose_loader(config: DataConfig) -> str:
     return config.loader
 
 
-def create_executor(
+def create_image_pipeline(
     index: DatasetIndex,
     config: DataConfig,
-    share: Share,
+    shard: Shard,
     batch_size: int,
     views: int,
     corrupt_images: CorruptImages = "stop",
-) -> Executor:
-    """Build the executor that the configuration asks for; what it does about corrupt images is not for all to choose."""
+) -> ImagePipeline:
+    """Build the image pipeline that the configuration asks for; what it does about corrupt images is not for all to choose."""
     name = choose_loader(config)
-    threads = config.threads or share.threads
+    threads = config.threads or shard.threads
     if name == "synthetic":
-        return SyntheticExecutor(index, config.crop_size)
+        return SyntheticPipeline(index, config.crop_size)
     if name == "reference":
-        return ReferenceExecutor(index, config, threads, corrupt_images)
-    from pipeline.data.dali import DaliExecutor  # only where the wheel is installed
+        return ReferencePipeline(index, config, threads, corrupt_images)
+    from pipeline.data.dali import DaliPipeline  # only where the wheel is installed
 
-    return DaliExecutor(index, config, threads, share.device, batch_size, views, corrupt_images)
+    return DaliPipeline(index, config, threads, shard.device, batch_size, views, corrupt_images)
 
 
 def _batches(
-    executor: Executor, plans: Iterable[BatchPlan], index: DatasetIndex, device: torch.device
+    image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], index: DatasetIndex, device: torch.device
 ) -> Iterator[Batch]:
-    for plan, pixels in executor.run(plans):
+    for plan, pixels in image_pipeline.run(plans):
         yield Batch(
             images=apply_colors(pixels, plan, device),
             labels=torch.from_numpy(index.labels[plan.ids]).to(device, non_blocking=True),
             weights=torch.from_numpy(plan.weights).to(device, non_blocking=True),
             ids=plan.ids,
-            views=plan.mirrors.shape[1],
+            views=plan.hflip.shape[1],
         )

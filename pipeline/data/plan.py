@@ -33,26 +33,26 @@ LIGHTING_EIGENVECTORS = np.array(  # rows R, G, B
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What the n images of one batch go through: cut `boxes`, resize to `sizes`, cut V views, map the colours.
+    """What the n images of one batch go through: cut `crop_boxes`, resize to `sizes`, cut V views, map the colours.
 
     The colours of an image x in [0, 1] become ``A x + B m + t`` where m is the mean colour of its first view.
 
     Attributes:
         ids: (n) int64, rows of the index.
-        weights: (n) float32, 1, or 0 for a stand-in that keeps a batch from being empty.
-        boxes: (n, 4) int32, top, left, height and width in pixels of the stored image.
+        weights: (n) float32, 1, or 0 for a replacement that keeps a batch from being empty.
+        crop_boxes: (n, 4) int32, top, left, height and width in pixels of the stored image.
         sizes: (n, 2) int32, height and width to which the box is resized.
         offsets: (n, V, 2) int32, top and left of each view in the resized image, around which is the mean colour.
-        mirrors: (n, V) bool, views that are mirrored left to right.
+        hflip: (n, V) bool, views that are mirrored left to right.
         color: (n, 3, 3) A, mean_color: (n, 3, 3) B, shift: (n, 3) t; float32.
     """
 
     ids: np.ndarray
     weights: np.ndarray
-    boxes: np.ndarray
+    crop_boxes: np.ndarray
     sizes: np.ndarray
     offsets: np.ndarray
-    mirrors: np.ndarray
+    hflip: np.ndarray
     color: np.ndarray
     mean_color: np.ndarray
     shift: np.ndarray
@@ -101,7 +101,7 @@ def training_plans(
     """Yield this rank's batches from `first_step` to the end of the epoch, `accumulation` a step.
 
     A global batch is cut into ranks x accumulation parts; rank r takes the parts from r x accumulation on. Together
-    the ranks see each image of the epoch once. A part of the last batch that would be empty gets a stand-in of weight 0.
+    the ranks see each image of the epoch once. A part of the last batch that would be empty gets a replacement of weight 0.
     """
     order = epoch_order(len(index), seed, epoch)
     for step in range(first_step, steps_per_epoch(len(index), batch_size)):
@@ -127,17 +127,17 @@ def _training_batch(
 ) -> BatchPlan:
     ids = order[positions.start : positions.stop]
     draws = iter(_uniforms(seed, epoch, positions).T)
-    random_crops = {"area": _random_areas, "pad": _random_places}[config.training_crop]
-    boxes, sizes, offsets = random_crops(index.sizes[ids], config, draws)
+    random_crops = {"random_resized_crop": _random_resized_crops, "random_crop": _random_crops}[config.train_crop]
+    crop_boxes, sizes, offsets = random_crops(index.sizes[ids], config, draws)
     color, mean_color, shift = _color_maps(config, draws)
-    mirrors = (next(draws) < 0.5) & config.mirror
+    hflip = (next(draws) < 0.5) & config.hflip
     return BatchPlan(
         ids=ids,
         weights=np.full(len(ids), weight, np.float32),
-        boxes=boxes,
+        crop_boxes=crop_boxes,
         sizes=sizes,
         offsets=offsets[:, None],
-        mirrors=mirrors[:, None],
+        hflip=hflip[:, None],
         color=color.astype(np.float32),
         mean_color=mean_color.astype(np.float32),
         shift=shift.astype(np.float32),
@@ -145,7 +145,7 @@ def _training_batch(
 
 
 def _evaluation_batch(index: DatasetIndex, config: DataConfig, ids: np.ndarray, crops: int) -> BatchPlan:
-    if config.resize == "torch":
+    if config.interpolation == "torch7-bicubic":
         sizes, centre = _short_side_to(index.sizes[ids], config.resize_size), _centre
     else:  # as torchvision and timm, whose filters those are
         sizes, centre = _short_side_to_as_torchvision(index.sizes[ids], config.resize_size), _centre_as_torchvision
@@ -155,10 +155,10 @@ def _evaluation_batch(index: DatasetIndex, config: DataConfig, ids: np.ndarray, 
     return BatchPlan(
         ids=ids,
         weights=np.ones(n, np.float32),
-        boxes=_whole(index.sizes[ids]),
+        crop_boxes=_whole(index.sizes[ids]),
         sizes=sizes,
         offsets=np.array([[(top, left) for top, left, _ in image] for image in views], np.int32),
-        mirrors=np.array([[mirrored for _, _, mirrored in image] for image in views], bool),
+        hflip=np.array([[mirrored for _, _, mirrored in image] for image in views], bool),
         color=np.broadcast_to(color, (n, 3, 3)).astype(np.float32),
         mean_color=np.zeros((n, 3, 3), np.float32),
         shift=np.broadcast_to(shift, (n, 3)).astype(np.float32),
@@ -180,7 +180,7 @@ def _between(draw: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _whole(sizes: np.ndarray) -> np.ndarray:
-    """(n, 4) boxes that cover images of these (n, 2) sizes."""
+    """(n, 4) crop_boxes that cover images of these (n, 2) sizes."""
     return np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
 
 
@@ -217,7 +217,7 @@ def _views(size: np.ndarray, crop: int, crops: int, centre: Callable[[int, int],
     return [(top, left, False) for top, left in places] + [(top, right - left, True) for top, left in places]
 
 
-def _random_areas(
+def _random_resized_crops(
     sizes: np.ndarray, config: DataConfig, draws: Iterator[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (n, 4), resized sizes (n, 2) and offsets (n, 2) of transforms.lua's RandomSizedCrop.
@@ -227,27 +227,27 @@ def _random_areas(
     """
     crop = config.crop_size
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
-    boxes = _whole(sizes)
+    crop_boxes = _whole(sizes)
     resized = _short_side_to(sizes, crop)
     offsets = np.ceil((resized - crop) / 2).astype(np.int32)
     searching = np.ones(len(sizes), bool)
     for _ in range(CROP_TRIES):
-        area = _between(next(draws), *config.crop_area) * (height * width)
-        aspect = _between(next(draws), *config.crop_aspect)
+        area = _between(next(draws), *config.scale) * (height * width)
+        aspect = _between(next(draws), *config.ratio)
         swap = next(draws) < 0.5
         wide, high = np.floor(np.sqrt(area * aspect) + 0.5), np.floor(np.sqrt(area / aspect) + 0.5)
         wide, high = np.where(swap, high, wide).astype(np.int64), np.where(swap, wide, high).astype(np.int64)
         fits = searching & (high <= height) & (wide <= width) & (high > 0) & (wide > 0)
         top = np.floor(next(draws) * (height - high + 1))
         left = np.floor(next(draws) * (width - wide + 1))
-        boxes[fits] = np.stack([top, left, high, wide], axis=1)[fits]
+        crop_boxes[fits] = np.stack([top, left, high, wide], axis=1)[fits]
         resized[fits] = crop
         offsets[fits] = 0
         searching &= ~fits
-    return boxes, resized, offsets
+    return crop_boxes, resized, offsets
 
 
-def _random_places(
+def _random_crops(
     sizes: np.ndarray, config: DataConfig, draws: Iterator[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (n, 4), resized sizes (n, 2) and offsets (n, 2) of transforms.lua's RandomCrop: any place in the padded image."""
@@ -275,7 +275,7 @@ def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.nda
     color = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * to_gray)
     mean_color = brightness * (1 - contrast) * to_gray
 
-    alphas = config.lighting * np.stack([_normal(next(draws), next(draws)) for _ in range(3)], axis=1)
+    alphas = config.pca_noise * np.stack([_normal(next(draws), next(draws)) for _ in range(3)], axis=1)
     shift = (alphas * LIGHTING_EIGENVALUES) @ LIGHTING_EIGENVECTORS.T
 
     normalise, offset = _normalisation(config)

@@ -33,12 +33,12 @@ class Reader:
         """Yield each plan with the bytes of its images, futures of (length) uint8.
 
         Args:
-            convert: what the reading threads make of a file's bytes and its place; see `DatasetIndex.place`.
+            convert: what the reading threads make of a file's bytes and its place; see `DatasetIndex.location`.
         """
 
         def read(i: int) -> np.ndarray:
             content = self.read(i)
-            return convert(content, self._index.place(i)) if convert and not self._index.arrays else content
+            return convert(content, self._index.location(i)) if convert and not self._index.arrays else content
 
         ahead: deque = deque()
         for plan in plans:
@@ -65,9 +65,9 @@ class Reader:
                 with open(index.file(i), "rb", buffering=0) as stream:
                     got = stream.readinto(content)
         except OSError as error:
-            raise LocalUserError(f"cannot read the image {index.place(i)}: {error.strerror}") from None
+            raise LocalUserError(f"cannot read the image {index.location(i)}: {error.strerror}") from None
         if got != length:
             raise LocalUserError(
-                f"the image {index.place(i)} ends after {got} of {length} bytes: it changed since the scan"
+                f"the image {index.location(i)} ends after {got} of {length} bytes: it changed since the scan"
             )
         return content

@@ -1,4 +1,4 @@
-"""Executes plans with Pillow and NumPy: slow and plain, what the DALI executor is checked against.
+"""Executes plans with Pillow and NumPy: slow and plain, what the DALI image pipeline is checked against.
 
 It also serves where DALI has no wheel (macOS, Windows).
 """
@@ -18,12 +18,12 @@ from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reader import Reader
-from pipeline.data.stand_ins import collect
+from pipeline.data.replacements import collect
 
 BATCHES_AHEAD = 2
 
 
-class ReferenceExecutor:
+class ReferencePipeline:
     """Turns plans into pixels, a few batches ahead in threads."""
 
     def __init__(
@@ -40,7 +40,7 @@ class ReferenceExecutor:
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included.
 
-        Where images are corrupt, plan and pixels are those of `stand_ins.collect`, which says what it raises.
+        Where images are corrupt, plan and pixels are those of `replacements.collect`, which says what it raises.
         """
         ahead: deque = deque()
         for plan, contents in self._reader.read_ahead(plans):
@@ -58,17 +58,19 @@ class ReferenceExecutor:
 
     def _views(self, plan: BatchPlan, i: int, content: Future[np.ndarray]) -> np.ndarray:
         """(V, H, W, 3) views of the plan's i-th image, from its file's bytes."""
-        top, left, height, width = plan.boxes[i].tolist()
-        image = decode(content.result(), self._index.place(plan.ids[i])).crop((left, top, left + width, top + height))
+        top, left, height, width = plan.crop_boxes[i].tolist()
+        image = decode(content.result(), self._index.location(plan.ids[i])).crop(
+            (left, top, left + width, top + height)
+        )
         new_height, new_width = plan.sizes[i].tolist()
-        resize, crop = self._config.resize, self._config.crop_size
-        if resize == "torch":
+        resize, crop = self._config.interpolation, self._config.crop_size
+        if resize == "torch7-bicubic":
             pixels = resize_as_torch7(np.asarray(image, np.float32), new_height, new_width)
         else:
             kernel = {"pil-bilinear": Image.Resampling.BILINEAR, "pil-bicubic": Image.Resampling.BICUBIC}[resize]
             pixels = np.asarray(image.resize((new_width, new_height), kernel), np.float32)
         views = []
-        for (y, x), mirrored in zip(plan.offsets[i].tolist(), plan.mirrors[i], strict=True):
+        for (y, x), mirrored in zip(plan.offsets[i].tolist(), plan.hflip[i], strict=True):
             view = cut(pixels, y, x, crop, 255 * np.array(self._config.mean, np.float32))
             views.append(view[:, ::-1] if mirrored else view)
         return np.stack(views)

@@ -12,7 +12,7 @@ from pipeline.data.plan import BatchPlan
 _PATTERN = 4  # cells along a side of a class's colour pattern
 
 
-class SyntheticExecutor:
+class SyntheticPipeline:
     """Each class is a coarse random colour pattern, each image that pattern under noise; crops are not looked at."""
 
     def __init__(self, index: DatasetIndex, crop_size: int):
@@ -24,7 +24,7 @@ class SyntheticExecutor:
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) uint8."""
         for plan in plans:
-            views = plan.mirrors.shape[1]
+            views = plan.hflip.shape[1]
             images = np.stack([self._image(i) for i in plan.ids.tolist()])
             yield plan, torch.from_numpy(np.repeat(images[:, None], views, axis=1))
 

@@ -21,7 +21,7 @@ PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 
 @dataclass(frozen=True)
-class Finding:
+class ImageIssue:
     """Something odd about an image.
 
     Attributes:
@@ -32,17 +32,17 @@ class Finding:
         stops: the index or a run stops there.
     """
 
-    place: str
+    location: str
     fault: str
     outcome: str
     detail: str = ""
     stops: bool = False
 
     def __str__(self) -> str:
-        return f"{self.place} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"
+        return f"{self.location} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"
 
 
-def verify(training: list[Group], validation: list[Group]) -> Iterator[Finding]:
+def verify(training: list[Group], validation: list[Group]) -> Iterator[ImageIssue]:
     """Read and decode every image of two sets, either of which may be empty, and yield what is odd.
 
     Of the images nothing is kept but the validation set's digests and places.
@@ -51,42 +51,42 @@ def verify(training: list[Group], validation: list[Group]) -> Iterator[Finding]:
     for member, digest, findings in _examine_all("validation", validation):
         yield from findings
         if digest:
-            places[digest] = member.place
+            places[digest] = member.location
     for member, digest, findings in _examine_all("training", training):
         yield from findings
         if digest in places:
             outcome = "counted as right or wrong though the network has trained on it; remove it from training"
-            yield Finding(member.place, DUPLICATE, outcome, places[digest])
+            yield ImageIssue(member.location, DUPLICATE, outcome, places[digest])
 
 
-def examine(content: bytes, member: Member) -> list[Finding]:
+def examine(content: bytes, member: Member) -> list[ImageIssue]:
     """What is odd about an image by itself, found with what the index and the loaders use."""
     try:
-        header = open_image(io.BytesIO(content), member.place)
+        header = open_image(io.BytesIO(content), member.location)
     except RefusedImageError as error:
         outcome = f"the index refuses it; {error.remedy}"
-        return [Finding(member.place, error.fault, outcome, error.detail, stops=True)]
+        return [ImageIssue(member.location, error.fault, outcome, error.detail, stops=True)]
     try:
-        image = decode(content, member.place)
+        image = decode(content, member.location)
     except CorruptImageError as error:
         outcome = "stops a run, or is left out of training with data.corrupt_images skip"
         truncated = "truncated" in error.reason.lower()
         fault, detail = ("is truncated", "") if truncated else ("does not decode", error.reason)
-        return [Finding(member.place, fault, outcome, detail, stops=True)]
+        return [ImageIssue(member.location, fault, outcome, detail, stops=True)]
     findings = []
     expected = Image.registered_extensions()[Path(member.name).suffix.lower()]
     if header.format != expected and (header.format, expected) != ("MPO", "JPEG"):  # JPEGs, several in a file
         fault = f"is {header.format}, not what its suffix says"
-        findings.append(Finding(member.place, fault, "read as what it is"))
+        findings.append(ImageIssue(member.location, fault, "read as what it is"))
     if header.mode == "CMYK":
         outcome = "read as RGB through Pillow, alike by both loaders"
-        findings.append(Finding(member.place, "has CMYK colours", outcome))
+        findings.append(ImageIssue(member.location, "has CMYK colours", outcome))
     if header.format == "PNG" and content[PNG_DEPTH] > 8:
         outcome = "read with 8 bits through Pillow, alike by both loaders"
-        findings.append(Finding(member.place, "has more than 8 bits a colour", outcome, header.mode))
+        findings.append(ImageIssue(member.location, "has more than 8 bits a colour", outcome, header.mode))
     if _orientation(image) in range(2, 9):
         outcome = "read as stored, not rotated, as the paper's code did"
-        findings.append(Finding(member.place, "is rotated by EXIF", outcome))
+        findings.append(ImageIssue(member.location, "is rotated by EXIF", outcome))
     return findings
 
 
@@ -97,7 +97,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _examine_all(name: str, groups: list[Group]) -> Iterator[tuple[Member, bytes | None, list[Finding]]]:
+def _examine_all(name: str, groups: list[Group]) -> Iterator[tuple[Member, bytes | None, list[ImageIssue]]]:
     """Each image with the SHA-256 of its bytes, None if they cannot be read, and with what is odd about it, in order."""
     listed = tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False)
     total = sum(len(group.members()) for group in listed)  # listed once more below: a million need not be kept
@@ -107,7 +107,7 @@ def _examine_all(name: str, groups: list[Group]) -> Iterator[tuple[Member, bytes
             yield examined
 
 
-def _in_threads(members: Iterator[Member]) -> Iterator[tuple[Member, bytes | None, list[Finding]]]:
+def _in_threads(members: Iterator[Member]) -> Iterator[tuple[Member, bytes | None, list[ImageIssue]]]:
     threads = 2 * available_cores()  # some wait for the disk while others decode
     ahead: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -119,11 +119,11 @@ def _in_threads(members: Iterator[Member]) -> Iterator[tuple[Member, bytes | Non
             yield ahead.popleft().result()
 
 
-def _examine_file(member: Member) -> tuple[Member, bytes | None, list[Finding]]:
+def _examine_file(member: Member) -> tuple[Member, bytes | None, list[ImageIssue]]:
     try:
         with Section(member.file, member.offset, member.length) as file:
             content = file.read(member.length)
     except OSError as error:
         outcome = "stops the index or a run; repair or remove it"
-        return member, None, [Finding(member.place, "cannot be read", outcome, error.strerror, stops=True)]
+        return member, None, [ImageIssue(member.location, "cannot be read", outcome, error.strerror, stops=True)]
     return member, hashlib.sha256(content).digest(), examine(content, member)

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import DenseBlock as DenseBlockChoice
-from pipeline.config import Recompute
-from pipeline.models import fused, lean
-from pipeline.models.choice import Choice, choose
+from pipeline.config import ActivationCheckpointing
+from pipeline.config import DenseBlock as DenseBlockName
+from pipeline.models import fused, memory_efficient
+from pipeline.models.selection import Selection, select
 from pipeline.models.stage import Layer, Stage
 
 BOTTLENECK_WIDTH = 4  # a bottleneck gives 4k feature maps (Section 3, "Bottleneck layers")
@@ -94,12 +94,12 @@ class DenseNet(nn.Module):
         compression: theta, the fraction of feature maps that a transition keeps (below 1: DenseNet-C).
         dropout: probability after every convolution but the stem's, where the authors' Torch code puts it.
         num_classes: outputs of the classifier.
-        dense_block: the implementation of the dense blocks (choice.py). What it cannot do right (dropout, frozen batch
-            norms, hooks, ...) goes through the plain modules; `choice` says which one the last forward pass took, why.
-        recompute: the blocks whose bottleneck outputs lean and fused compute again for the backward pass.
+        dense_block: the implementation of the dense blocks (selection.py). What it cannot do right (dropout, frozen batch
+            norms, hooks, ...) goes through the eager modules; `selection` says which one the last forward pass took, why.
+        recompute: the blocks whose bottleneck outputs memory_efficient and fused compute again for the backward pass.
     """
 
-    choice: Choice | None = None
+    selection: Selection | None = None
 
     def __init__(
         self,
@@ -111,11 +111,11 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         dropout: float = 0.0,
         num_classes: int = 1000,
-        dense_block: DenseBlockChoice = "auto",
-        recompute: Recompute = "none",
+        dense_block: DenseBlockName = "auto",
+        activation_checkpointing: ActivationCheckpointing = "none",
     ):
         super().__init__()
-        self.dense_block, self.recompute = dense_block, recompute
+        self.dense_block, self.activation_checkpointing = dense_block, activation_checkpointing
         self.block_count = len(block_sizes)
         self.features = nn.Sequential(_stem(stem, stem_channels))
         channels = stem_channels
@@ -133,12 +133,12 @@ class DenseNet(nn.Module):
         self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.choice = choose(self.features, x, self.dense_block)
-        if self.choice.method == "plain":
+        self.selection = select(self.features, x, self.dense_block)
+        if self.selection.method == "eager":
             x = torch.relu(self.features(x))
             x = x.mean(dim=(2, 3))  # global average pooling
         else:
-            x = self._by_stages(x, lean if self.choice.method == "lean" else fused)
+            x = self._by_stages(x, memory_efficient if self.selection.method == "memory_efficient" else fused)
         return self.classifier(x)
 
     def _by_stages(self, x: Tensor, implementation: ModuleType) -> Tensor:
@@ -161,7 +161,7 @@ class DenseNet(nn.Module):
             if transition and min(x.shape[2:]) < 2:
                 raise ValueError(f"a transition cannot halve maps of {x.shape[2]}x{x.shape[3]}")
             layers = tuple(Layer(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in block)
-            recompute = self.recompute == "all" or (self.recompute == "first" and i == 1)
+            recompute = self.activation_checkpointing == "all" or (self.activation_checkpointing == "first" and i == 1)
             x = implementation.run_stage(x, Stage(layers, norm, pool, recompute))
             if transition:
                 x = transition.conv(x)

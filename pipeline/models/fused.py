@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from pipeline.models.kernels import BatchNorm, call, vector_lanes
-from pipeline.models.stage import Stage, gradients_by_definition, plain_stage, plain_stem, update_running_statistics
+from pipeline.models.stage import Stage, eager_stage, eager_stem, gradients_by_definition, update_running_statistics
 
 
 def run_stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -37,25 +37,25 @@ class _Stem(Function):
             update_running_statistics(norm, mean, variance, pixels)
         shape = (images, channels, (height + 1) // 2, (width + 1) // 2)
         out = torch.empty(shape, dtype=y.dtype, memory_format=torch.channels_last)
-        winners = torch.empty(shape, dtype=torch.uint8)
+        argmax = torch.empty(shape, dtype=torch.uint8)
         batch_norm = BatchNorm(mean, variance, gamma, beta, norm.eps)
-        call("stem_forward", y.dtype, y, images, height, width, channels, batch_norm, out, winners)
-        ctx.save_for_backward(y, gamma, beta, mean, variance, winners)
+        call("stem_forward", y.dtype, y, images, height, width, channels, batch_norm, out, argmax)
+        ctx.save_for_backward(y, gamma, beta, mean, variance, argmax)
         ctx.norm = norm
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        y, gamma, beta, mean, variance, winners = ctx.saved_tensors
+        y, gamma, beta, mean, variance, argmax = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dy, *others = gradients_by_definition(plain_stem, gradient, y, ctx.norm, (gamma, beta))
+            dy, *others = gradients_by_definition(eager_stem, gradient, y, ctx.norm, (gamma, beta))
             return dy, None, *others
         images, channels, height, width = y.shape
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         dy, dgamma, dbeta = torch.empty_like(y), torch.empty_like(gamma), torch.empty_like(beta)
         batch_norm = BatchNorm(mean, variance, gamma, beta, ctx.norm.eps)
         call(
-            "stem_backward", y.dtype, y, images, height, width, channels, batch_norm, gradient, winners,
+            "stem_backward", y.dtype, y, images, height, width, channels, batch_norm, gradient, argmax,
             dy, dgamma, dbeta,
         )  # fmt: skip
         return dy, None, dgamma, dbeta
@@ -125,7 +125,7 @@ class _Stage(Function):
             saved[6 + 8 * layers :],
         )
         if torch.is_grad_enabled():
-            dx, *others = gradients_by_definition(plain_stage, gradient, x, stage, parameters)
+            dx, *others = gradients_by_definition(eager_stage, gradient, x, stage, parameters)
             return dx, None, None, *others
         dtype, sizes = x.dtype, _Sizes(x, stage)
         images, height, width, pixels, growth = sizes.images, sizes.height, sizes.width, sizes.pixels, sizes.growth

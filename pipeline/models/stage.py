@@ -1,4 +1,4 @@
-"""What the lean and the fused implementation work on at once: a dense block with all that follows up to the next
+"""What the memory_efficient and the fused implementation work on at once: a dense block with all that follows up to the next
 convolution, and its meaning in torch's own operators."""
 
 from collections.abc import Callable, Sequence
@@ -45,12 +45,12 @@ class Stage:
         return self.layers[0].conv2.out_channels
 
 
-def plain_stem(y: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
+def eager_stem(y: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
     """Batch norm, ReLU and 3x3 max pooling of stride 2, without a change to running statistics."""
     return F.max_pool2d(_normalise(y, norm, gamma, beta), kernel_size=3, stride=2, padding=1)
 
 
-def plain_stage(x: Tensor, stage: Stage, *parameters: Tensor) -> Tensor:
+def eager_stage(x: Tensor, stage: Stage, *parameters: Tensor) -> Tensor:
     """`stage` by the definition, without a change to running statistics."""
     for i, layer in enumerate(stage.layers):
         gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
@@ -60,13 +60,13 @@ def plain_stage(x: Tensor, stage: Stage, *parameters: Tensor) -> Tensor:
 
 
 def gradients_by_definition(
-    plain: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
     gradient: Tensor,
     x: Tensor,
     what: Stage | nn.BatchNorm2d,
     parameters: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of x and the parameters of ``plain(x, what, *parameters)``, computed anew.
+    """Gradients of x and the parameters of ``eager(x, what, *parameters)``, computed anew.
 
     Within a backward pass with create_graph=True they can be differentiated again.
     """
@@ -74,7 +74,7 @@ def gradients_by_definition(
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        found = iter(torch.autograd.grad(plain(x, what, *parameters), wanted, gradient, create_graph=again))
+        found = iter(torch.autograd.grad(eager(x, what, *parameters), wanted, gradient, create_graph=again))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 

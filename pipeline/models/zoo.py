@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config import DenseBlock, Recompute
+from pipeline.config import ActivationCheckpointing, DenseBlock
 from pipeline.errors import UserError, did_you_mean
 from pipeline.models.densenet import DenseNet
 
@@ -67,13 +67,13 @@ def create_model(
     num_classes: int = 1000,
     dropout: float = 0.0,
     dense_block: DenseBlock = "auto",
-    recompute: Recompute = "none",
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.
 
     Args:
         name: a key of `DENSENETS`, a name that `cifar_densenet` knows, or ``timm:NAME`` for any of timm's models.
-        dense_block: how our own networks compute (choice.py); no matter for timm's.
+        dense_block: how our own networks compute (selection.py); no matter for timm's.
         recompute: whose bottlenecks are computed again in the backward pass, likewise.
 
     Raises:
@@ -88,7 +88,13 @@ def create_model(
             f"model.name: there is no network '{name}'{nearest}; choose {', '.join(DENSENETS)}, another depth or growth "
             "rate of the latter kinds, or timm:NAME"
         )
-    return DenseNet(**spec, dropout=dropout, num_classes=num_classes, dense_block=dense_block, recompute=recompute)
+    return DenseNet(
+        **spec,
+        dropout=dropout,
+        num_classes=num_classes,
+        dense_block=dense_block,
+        activation_checkpointing=activation_checkpointing,
+    )
 
 
 def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module:

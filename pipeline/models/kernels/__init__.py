@@ -55,7 +55,7 @@ def vector_lanes(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def problem() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the kernels cannot be used on this machine, in one line; None if they can."""
     try:
         load()

@@ -384,10 +384,10 @@ void pool_backward(long threads, const T* x, T* g, long ldx, long images, long h
 
 constexpr int NO_WINNER = 255;  // no pixel of the window is above zero
 
-// out = 3x3 max pooling, stride 2, padding 1, of relu(norm(y)); winners: which of the nine pixels gave it.
+// out = 3x3 max pooling, stride 2, padding 1, of relu(norm(y)); argmax: which of the nine pixels gave it.
 template <class T>
 void stem_forward(long threads, const T* y, long images, long height, long width, long channels,
-                  const BatchNorm<T>* norm, T* out, uint8_t* winners) {
+                  const BatchNorm<T>* norm, T* out, uint8_t* argmax) {
   const long rows = (height + 1) / 2, columns = (width + 1) / 2;
   const Affine<T> normalise(*norm, channels);
   parallel(threads, [&](int thread, int all) {
@@ -406,7 +406,7 @@ void stem_forward(long threads, const T* y, long images, long height, long width
           }
         store(out + q * channels + c, best, channels - c);
         const Bytes bytes = __builtin_convertvector(winner, Bytes);
-        std::memcpy(winners + q * channels + c, &bytes, std::min(LANES<T>, channels - c));
+        std::memcpy(argmax + q * channels + c, &bytes, std::min(LANES<T>, channels - c));
       }
     }
   });
@@ -415,7 +415,7 @@ void stem_forward(long threads, const T* y, long images, long height, long width
 // dy, from the gradient of the pooled maps.
 template <class T>
 void stem_backward(long threads, const T* y, long images, long height, long width, long channels,
-                   const BatchNorm<T>* norm, const T* gradient, const uint8_t* winners, T* dy, T* dgamma, T* dbeta) {
+                   const BatchNorm<T>* norm, const T* gradient, const uint8_t* argmax, T* dy, T* dgamma, T* dbeta) {
   const long rows = (height + 1) / 2, columns = (width + 1) / 2, pixels = images * height * width;
   std::vector<std::vector<double>> sums(threads, std::vector<double>(2 * channels));
   std::vector<double> sum(channels), centred_sum(channels);
@@ -434,7 +434,7 @@ void stem_backward(long threads, const T* y, long images, long height, long widt
           for (long column = j / 2; column <= std::min((j + 1) / 2, columns - 1); column++) {
             const long q = ((image * rows + row) * columns + column) * channels;
             const uint8_t position = (i - 2 * row + 1) * 3 + j - 2 * column + 1;
-            for (long c = 0; c < channels; c++) d[c] += winners[q + c] == position ? gradient[q + c] : T(0);
+            for (long c = 0; c < channels; c++) d[c] += argmax[q + c] == position ? gradient[q + c] : T(0);
           }
         const T* pixel = y + (line * width + j) * channels;
         for (long c = 0; c < channels; c++) {

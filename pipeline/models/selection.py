@@ -1,7 +1,7 @@
 """Which implementation of the dense block a forward pass takes. All have the same parameters and give the same result.
 
-plain   the modules of densenet.py, one after the other: the reference
-lean    torch's operators with shared batch statistics (lean.py)
+eager   the modules of densenet.py, one after the other: the reference
+memory_efficient    torch's operators with shared batch statistics (memory_efficient.py)
 fused   C++ kernels for CPU (fused.py)
 """
 
@@ -18,35 +18,39 @@ KNOWN_MODULES = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.MaxPool2d, n
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """An implementation, and why not the one asked for or a faster one."""
 
-    method: Literal["plain", "lean", "fused"]
+    method: Literal["eager", "memory_efficient", "fused"]
     reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.method} ({self.reason})" if self.reason else self.method
 
 
-def choose(features: nn.Module, x: Tensor, wanted: DenseBlock) -> Choice:
+def select(features: nn.Module, x: Tensor, wanted: DenseBlock) -> Selection:
     """The implementation for an input of a network's `features`: what is wanted, or the nearest to it that is right.
 
-    auto is fused where that is possible, else plain: on a GPU nobody has measured lean yet.
+    auto is fused where that is possible, else eager: on a GPU nobody has measured memory_efficient yet.
     """
-    if wanted == "plain":
-        return Choice("plain")
-    obstacle = _obstacle(features, x)
-    if obstacle:
-        return Choice("plain", obstacle)
-    if wanted == "lean":
-        return Choice("lean") if features.training else Choice("plain", "lean is for training")
-    obstacle = _obstacle_to_kernels(features, x)
-    if not obstacle:
-        return Choice("fused")
-    return Choice("lean" if wanted == "fused" and features.training else "plain", obstacle)
+    if wanted == "eager":
+        return Selection("eager")
+    reason = _unsupported_reason(features, x)
+    if reason:
+        return Selection("eager", reason)
+    if wanted == "memory_efficient":
+        return (
+            Selection("memory_efficient")
+            if features.training
+            else Selection("eager", "memory_efficient is for training")
+        )
+    reason = _kernels_unsupported_reason(features, x)
+    if not reason:
+        return Selection("fused")
+    return Selection("memory_efficient" if wanted == "fused" and features.training else "eager", reason)
 
 
-def _obstacle(features: nn.Module, x: Tensor) -> str:
+def _unsupported_reason(features: nn.Module, x: Tensor) -> str:
     """Why the modules must be called one by one; empty if they need not."""
     if torch.compiler.is_compiling():
         return "torch.compile traces the modules"
@@ -76,7 +80,7 @@ def _obstacle(features: nn.Module, x: Tensor) -> str:
     return "batch norms with different epsilons" if len(epsilons) > 1 else ""
 
 
-def _obstacle_to_kernels(features: nn.Module, x: Tensor) -> str:
+def _kernels_unsupported_reason(features: nn.Module, x: Tensor) -> str:
     dtypes = {tensor.dtype for tensor in (x, *features.parameters(), *features.buffers()) if tensor.is_floating_point()}
     if x.device.type != "cpu":
         return "the kernels are for CPU"
@@ -84,4 +88,4 @@ def _obstacle_to_kernels(features: nn.Module, x: Tensor) -> str:
         return "the kernels have no autocast"
     if len(dtypes) > 1 or not dtypes <= kernels.SUFFIXES.keys():
         return "the kernels take all in float32 or all in float64"
-    return kernels.problem() or ""
+    return kernels.unavailable_reason() or ""

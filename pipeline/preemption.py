@@ -8,7 +8,7 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
-class StopRequest:
+class PreemptionHandler:
     """While it is entered, remembers the signal that asked for a stop; Ctrl-C a second time ends at once.
 
     Attributes:
@@ -19,7 +19,7 @@ class StopRequest:
         self.signal = 0
         self._handlers: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "PreemptionHandler":
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
             self._handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self

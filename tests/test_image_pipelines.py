@@ -12,12 +12,12 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.index import DatasetIndex, scan_classes
-from pipeline.data.loader import EvaluationLoader, Share, TrainingLoader, choose_loader, create_executor
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
 from pipeline.data.reference import resize_as_torch7
 from pipeline.errors import LocalUserError, UserError
 
-CPU = Share(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
+CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 SMALL = DataConfig(crop_size=56, resize_size=64)
 
 
@@ -45,8 +45,8 @@ def photos(tmp_path_factory) -> DatasetIndex:
 
 
 def pixels(index, config, plans, views=1, batch_size=8):
-    executor = create_executor(index, config, CPU, batch_size, views)
-    return torch.cat([result.float() for _, result in executor.run(plans)])
+    image_pipeline = create_image_pipeline(index, config, CPU, batch_size, views)
+    return torch.cat([result.float() for _, result in image_pipeline.run(plans)])
 
 
 def plans_for(index, config, crops=None):
@@ -56,16 +56,16 @@ def plans_for(index, config, crops=None):
     return [plan for epoch in range(4) for plan in training_plans(index, config, epoch=epoch, **options)]
 
 
-# Differences in units of 1/255. "torch" works in floats throughout; where a crop is enlarged, the outermost pixels
+# Differences in units of 1/255. "torch7-bicubic" works in floats throughout; where a crop is enlarged, the outermost pixels
 # differ because DALI repeats the edge where Torch7 extrapolates it, so the frame of 4 pixels is gated apart. Pillow
 # rounds to bytes between its two passes and at the end, and clips what overshoots.
 @pytest.mark.parametrize(
     ("resize", "mean", "inner", "frame"),
-    [("torch", 0.02, 2.5, 30), ("pil-bilinear", 0.3, 1, 20), ("pil-bicubic", 0.3, 25, 25)],
+    [("torch7-bicubic", 0.02, 2.5, 30), ("pil-bilinear", 0.3, 1, 20), ("pil-bicubic", 0.3, 25, 25)],
 )
 @pytest.mark.parametrize("crops", [None, 1, 10])
 def test_dali_and_the_reference_agree(photos, resize, mean, inner, frame, crops):
-    config = dataclasses.replace(SMALL, resize=resize)
+    config = dataclasses.replace(SMALL, interpolation=resize)
     plans = plans_for(photos, config, crops)
     results = [
         pixels(photos, dataclasses.replace(config, loader=loader), plans, crops or 1)
@@ -92,16 +92,16 @@ def test_the_reference_resize_is_torch7s(sizes):
 
 @pytest.mark.parametrize(("resize", "kernel"), [("pil-bilinear", Image.BILINEAR), ("pil-bicubic", Image.BICUBIC)])
 def test_the_reference_follows_pillow(photos, resize, kernel):
-    config = dataclasses.replace(SMALL, loader="reference", resize=resize)
+    config = dataclasses.replace(SMALL, loader="reference", interpolation=resize)
     for plan in plans_for(photos, config):
         actual = pixels(photos, config, [plan])
         for i in range(len(plan)):
-            top, left, height, width = plan.boxes[i].tolist()
+            top, left, height, width = plan.crop_boxes[i].tolist()
             image = Image.open(photos.file(plan.ids[i])).convert("RGB").crop((left, top, left + width, top + height))
             image = image.resize(tuple(plan.sizes[i, ::-1].tolist()), kernel)
             y, x = plan.offsets[i, 0].tolist()
             expected = np.asarray(image)[y : y + 56, x : x + 56]
-            expected = expected[:, ::-1] if plan.mirrors[i, 0] else expected
+            expected = expected[:, ::-1] if plan.hflip[i, 0] else expected
             np.testing.assert_array_equal(actual[i, 0].numpy(), expected)
 
 
@@ -115,13 +115,13 @@ def test_a_training_batch_is_the_torch_codes_from_file_to_tensor(photos):
     )
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     for i in range(8):
-        top, left, height, width = plan.boxes[i].tolist()
+        top, left, height, width = plan.crop_boxes[i].tolist()
         image = np.asarray(Image.open(photos.file(plan.ids[i])).convert("RGB"), np.float64) / 255
         image = torch7.scale(image[top : top + height, left : left + width], *plan.sizes[i].tolist())
         y, x = plan.offsets[i, 0].tolist()
         image = image[y : y + 56, x : x + 56]
         expected = image @ plan.color[i].T.astype(float) + plan.mean_color[i] @ image.mean(axis=(0, 1)) + plan.shift[i]
-        expected = expected[:, ::-1] if plan.mirrors[i, 0] else expected
+        expected = expected[:, ::-1] if plan.hflip[i, 0] else expected
         actual = batch.images[i].permute(1, 2, 0).numpy()
         # 0.01 after division by a standard deviation of 0.23 is half a unit of 1/255.
         assert (
@@ -157,9 +157,9 @@ def test_an_abandoned_epoch_leaves_no_trace(photos, loader):
 
 
 def test_a_rank_without_images_loads_none(photos):
-    share = dataclasses.replace(CPU, rank=30, ranks=40)
+    shard = dataclasses.replace(CPU, rank=30, ranks=40)
     config = dataclasses.replace(SMALL, loader="dali")
-    assert list(EvaluationLoader(photos, config, share, batch_size=8, crops=1).batches()) == []
+    assert list(EvaluationLoader(photos, config, shard, batch_size=8, crops=1).batches()) == []
 
 
 @pytest.mark.parametrize("loader", ["dali", "reference"])

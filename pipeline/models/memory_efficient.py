@@ -1,4 +1,4 @@
-"""The lean dense block: in torch's own operators, for every device, with a fraction of the memory.
+"""The memory_efficient dense block: in torch's own operators, for every device, with a fraction of the memory.
 
 A map's batch statistics are computed once, when it is made, and used by the first batch norm of every later layer. The
 maps of a block lie in one buffer, nothing is concatenated, and the backward pass computes normalised maps again instead
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from pipeline.models.stage import Stage, gradients_by_definition, plain_stage, plain_stem, update_running_statistics
+from pipeline.models.stage import Stage, eager_stage, eager_stem, gradients_by_definition, update_running_statistics
 
 
 def run_stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -53,7 +53,7 @@ class _Stem(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, *parameters = ctx.saved_tensors
         with ctx.autocast():
-            dy, *others = gradients_by_definition(plain_stem, gradient, y, ctx.norm, parameters)
+            dy, *others = gradients_by_definition(eager_stem, gradient, y, ctx.norm, parameters)
         return dy, None, *others
 
 
@@ -96,7 +96,7 @@ class _Stage(Function):
         parameters, bottlenecks = saved[: len(stage.parameters)], saved[len(stage.parameters) :]
         with ctx.autocast():
             if torch.is_grad_enabled():
-                dx, *gradients = gradients_by_definition(plain_stage, gradient, x, stage, parameters)
+                dx, *gradients = gradients_by_definition(eager_stage, gradient, x, stage, parameters)
             else:
                 dx, *gradients = _gradients(stage, maps, mean, variance, parameters, bottlenecks, gradient)
         return dx, None, None, *gradients

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def collect(plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptImages) -> tuple[BatchPlan, list[T]]:
-    """Wait for the (n) results of a plan's images, and have others stand in for those that turn out corrupt.
+    """Wait for the (n) results of a plan's images, and replace those that turn out corrupt by others.
 
     The next sound image of the plan stands in, the first after the last, with all that is drawn for it and with weight
     0: a function of the plan and the files' bytes alone, so that a run that resumes skips the same images.
@@ -32,14 +32,14 @@ def collect(plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptIm
     first = results[sound.index(False)]
     if corrupt_images == "stop":
         # Not `first`: in a frame of its own traceback it would keep all of them alive, DALI's threads included.
-        raise CorruptImageError(first.place, first.reason)
+        raise CorruptImageError(first.location, first.reason)
     if not any(sound):
         raise LocalUserError(
-            f"no image of a batch decodes, and none can stand in for {first.place} ({first.reason}): repair or remove it"
+            f"no image of a batch decodes, and none can replace {first.location} ({first.reason}): repair or remove it"
         )
     for result, weight in zip(results, plan.weights, strict=True):
         if isinstance(result, CorruptImageError) and weight:
-            print(f"warning: skipping the image {result.place} ({result.reason})", file=sys.stderr, flush=True)
+            print(f"warning: skipping the image {result.location} ({result.reason})", file=sys.stderr, flush=True)
     n = len(results)
     rows = np.array([next(j % n for j in range(i, i + n) if sound[j % n]) for i in range(n)])
     weights = np.where(sound, plan.weights, np.float32(0))

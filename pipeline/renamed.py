@@ -1,0 +1,62 @@
+"""Names that configurations had in earlier versions, and what other training scripts call our fields.
+
+Files that a run has stored are read under their old names. In a user's file and on the command line an old name is
+refused with the new one, until the next release.
+"""
+
+from typing import Any
+
+KEYS = {
+    "model.recompute": "model.activation_checkpointing",
+    "data.resize": "data.interpolation",
+    "data.training_crop": "data.train_crop",
+    "data.crop_area": "data.scale",
+    "data.crop_aspect": "data.ratio",
+    "data.mirror": "data.hflip",
+    "data.lighting": "data.pca_noise",
+    "optim.accumulation": "optim.grad_accum_steps",
+    "optim.lr_drop": "optim.lr_gamma",
+    "train.hang_seconds": "train.heartbeat_timeout",
+    "train.elastic": "train.allow_world_size_change",
+}
+
+VALUES = {
+    "model.dense_block": {"plain": "eager", "lean": "memory_efficient"},
+    "data.interpolation": {"torch": "torch7-bicubic"},
+    "data.train_crop": {"area": "random_resized_crop", "pad": "random_crop"},
+}
+
+# Flags and keys of timm, torchvision's references and others, with what to use here.
+ELSEWHERE = {
+    "learning_rate": "--optim.lr",
+    "batch": "--optim.batch_size",
+    "arch": "--model.name",
+    "model": "--model.name",
+    "workers": "--data.threads",
+    "num_workers": "--data.threads",
+    "wd": "--optim.weight_decay",
+    "amp": "--train.precision bf16",
+    "data": "--data.dir",
+    "data_path": "--data.dir",
+    "data_dir": "--data.dir",
+    "output": "--run_dir",
+    "output_dir": "--run_dir",
+    "resume": "a run resumes by itself: start the same command again",
+    "grad_clip": "gradients are not clipped here",
+    "loss": "the loss is cross-entropy; pipeline/objective.py is the place for another",
+}
+
+
+def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration, nested dictionaries, under today's names and values."""
+    new: dict[str, Any] = {}
+    for section, fields in tree.items():
+        if not isinstance(fields, dict):
+            new[section] = fields
+            continue
+        new[section] = {}
+        for name, value in fields.items():
+            key = KEYS.get(f"{section}.{name}", f"{section}.{name}")
+            values = VALUES.get(key, {})
+            new[section][key.partition(".")[2]] = values.get(value, value) if isinstance(value, str) else value
+    return new
