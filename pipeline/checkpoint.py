@@ -6,11 +6,13 @@ every zip tool pass over it.
 
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import re
 import struct
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +21,16 @@ from torch import nn
 
 from pipeline import renamed
 from pipeline.errors import UserError
+from pipeline.run_dir import io_as_user_error
 
-FORMAT = 2
+FORMAT = 3
 _DIGEST_LENGTH = 64  # hexadecimal digits
 _CHECKSUM_AT_END = re.compile(rb"\x40\x00[0-9a-f]{64}\Z")  # a zip comment of that length
 _REQUIRED = {"format": int, "model": dict, "config": dict, "classes": list}
+
+
+class DamagedCheckpointError(UserError):
+    """A file's checksum does not match."""
 
 
 class CheckpointFolder:
@@ -59,25 +66,49 @@ class CheckpointFolder:
         for path in (self.last, self.best):
             _temporary(path).unlink(missing_ok=True)
 
-    def load_newest(self) -> dict[str, Any] | None:
-        """Return the last checkpoint; the one before, with a warning, if the last is damaged; None if there is none.
+    def find(self) -> tuple["Found | None", list[Path]]:
+        """Read the newest whole checkpoint; nothing is changed.
+
+        Returns:
+            It, or None; and the damaged files that are newer than it.
 
         Raises:
-            UserError: there are checkpoints, but none is whole.
+            UserError: a file cannot be read, which may pass.
         """
         damaged = []
         for path in (self.last, self.previous):
             if path.exists():
                 try:
-                    return load_checkpoint(path)
-                except UserError as error:
-                    damaged.append(str(error))
-                    aside = path.with_suffix(".damaged")  # so that it cannot take the place of a good one
-                    os.replace(path, aside)
-                    warnings.warn(f"{error}; moved to {aside.name}, trying the checkpoint before it", stacklevel=2)
-        if damaged:
-            raise UserError(f"{damaged[-1]}; no other checkpoint is left: remove {self.last.parent} to start anew")
-        return None
+                    return Found(load_checkpoint(path), path, tuple(damaged)), damaged
+                except DamagedCheckpointError:
+                    damaged.append(path)
+        return None, damaged
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint.
+
+    Attributes:
+        path: its file.
+        damaged: files that are newer and damaged.
+    """
+
+    state: dict[str, Any]
+    path: Path
+    damaged: tuple[Path, ...]
+
+    def set_damaged_aside(self) -> None:
+        """Rename the damaged files, so that they cannot take the place of a good one, and say so."""
+        for path in self.damaged:
+            aside = next(
+                name for i in itertools.count() if not (name := path.with_suffix(f".damaged{i or ''}")).exists()
+            )
+            with io_as_user_error(path.parent):
+                os.replace(path, aside)
+            warnings.warn(
+                f"{path} is damaged and now called {aside.name}; resuming from {self.path.name}", stacklevel=2
+            )
 
 
 def is_checkpoint(file: BinaryIO) -> bool:
@@ -98,17 +129,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     if not _is_whole(content):
-        raise UserError(f"{path} is damaged, or not a checkpoint of this project (its checksum does not match)")
+        raise DamagedCheckpointError(
+            f"{path} is damaged, or not a checkpoint of this project (its checksum does not match)"
+        )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(f"{path} holds more than tensors and plain values: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _REQUIRED.items()):
         raise UserError(f"{path} is not a checkpoint of this project")
-    if state["format"] != FORMAT:
-        raise UserError(f"{path} is a checkpoint of format {state['format']}; this version reads {FORMAT}")
-    state["config"] = renamed.upgrade(state["config"])
-    return state
+    if state["format"] not in (2, FORMAT):
+        raise UserError(f"{path} is a checkpoint of format {state['format']}; this version reads 2 and {FORMAT}")
+    return _upgrade(state)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
@@ -134,6 +166,19 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str
                 f"{origin} has '{name}', which the network lacks: it holds the weights of another architecture"
             )
     model.load_state_dict(weights)
+
+
+def _upgrade(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content under today's names. Of format 2 are those of versions before the names of the field."""
+    for old, new in (("epoch_totals", "epoch_metrics"), ("window_totals", "window_metrics")):
+        if old in state:
+            state[new] = {"by_rank": state.pop(old)}
+    state["config"] = renamed.upgrade(state["config"])
+    if "history" not in state and "conditions" in state:
+        start = {"step": 0, "epoch": 0, "ranks": state["conditions"]["ranks"], "changed": {}}
+        start["grad_accum_steps"] = state["config"]["optim"]["grad_accum_steps"]
+        state["history"] = {"segments": [start]}
+    return state
 
 
 def _serialise(state: dict[str, Any]) -> bytes:

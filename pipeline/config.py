@@ -33,6 +33,7 @@ Loader = Literal["auto", "dali", "reference", "synthetic"]
 Dataset = Literal["images", "cifar10", "cifar100", "svhn", "fashion-mnist"]
 TrainCrop = Literal["random_resized_crop", "random_crop"]
 CorruptImages = Literal["stop", "skip"]
+NotFinite = Literal["stop", "skip"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
 DenseBlock = Literal["auto", "eager", "memory_efficient", "fused"]
@@ -128,6 +129,10 @@ class OptimConfig:
     """Passes over the training set."""
     batch_size: Positive = 256
     """Images of one optimiser step, over all ranks."""
+    objective: str = "cross_entropy"
+    """What a step minimises, one of pipeline/objective.py."""
+    optimizer: str = "sgd"
+    """Optimiser, one of pipeline/optim.py."""
     grad_accum_steps: Positive = 1
     """Gradient accumulation steps: forward and backward passes of a rank for one optimiser step."""
     lr: Annotated[PositiveFloat, Field(le=1e6)] = 0.1
@@ -182,6 +187,12 @@ class TrainConfig:
     allow_world_size_change: bool = False
     """Let a checkpoint resume with another number of ranks or gradient accumulation steps: the same batches and
     augmentation, but other batch-norm statistics."""
+    change: tuple[str, ...] = ()
+    """Fields, by key, that may have another value than in the checkpoint that the run resumes from: optim.lr, say. The
+    change is recorded in the run's history."""
+    not_finite: NotFinite = "stop"
+    """What a loss or a gradient that is not finite does. stop: ends the run; skip: leaves the step out, and says so; it
+    waits for the device in each step."""
 
 
 @dataclass(frozen=True, config=STRICT)

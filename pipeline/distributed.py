@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InterruptedRunError, LocalUserError, UserError
 from pipeline.machine import ask_for_signal_when_parent_dies, available_cores, keep_freed_memory
@@ -177,12 +179,20 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def set_precision(precision: str) -> None:
-    """Let float32 convolutions use TF32 on GPUs only for "tf32": PyTorch's default is to."""
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+def data_parallel(network: nn.Module, world: World) -> nn.Module:
+    """Wrap a network for training on several ranks, whose gradients are averaged; alone it is returned as it is."""
+    if world.size == 1:
+        return network
+    on_cpu = world.device.type == "cpu"
+    parallel = DistributedDataParallel(
+        network,
+        device_ids=None if on_cpu else [world.device],
+        forward_sync_buffers=False,  # rank 0's batch-norm statistics count, as the first GPU's do in the Torch code
+        gradient_as_bucket_view=True,
+    )
+    if on_cpu:
+        parallel.register_comm_hook(world.size, average_in_rank_order)
+    return parallel
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ def evaluate(
     average: Average = "logits",
     between_batches: Callable[[], None] = lambda: None,
     keep_logits: bool = False,
+    logits_of: Callable[[Any], Tensor] = lambda outputs: outputs,
 ) -> Evaluation:
     """Evaluate in the precision of the weights, unless the caller has entered an autocast. Every rank must call this.
 
@@ -70,6 +71,7 @@ def evaluate(
         average: what is averaged over the views of an image: logits, which ranks classes as the authors' Torch code
             does (it sums them), or softmax probabilities.
         between_batches: is called before each batch, as often on every rank; what it raises ends the evaluation.
+        logits_of: makes logits (n * V, classes) of what the network gives; see `Objective.logits`.
     """
     was_training = model.training
     model.eval()
@@ -80,7 +82,7 @@ def evaluate(
         batch = next(batches, None)
         if batch is None:  # this rank has a batch fewer than others
             continue
-        answers = _average(model(batch.images).float().unflatten(0, (-1, batch.views)), average)
+        answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average)
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         ids.append(batch.ids)
         top5.append(best.indices.cpu().numpy())

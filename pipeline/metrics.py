@@ -1,6 +1,7 @@
-"""Running totals of loss and right answers, exact over any number of ranks."""
+"""Sums of losses and correct answers, exact over any number of ranks."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from pipeline.distributed import World
 
 @dataclass(frozen=True)
 class Score:
-    """MetricAccumulator over a number of images. Errors are in percent."""
+    """Sums over a number of images. Errors are in percent."""
 
     images: int
     top1_correct: int
@@ -31,29 +32,34 @@ class Score:
 
 
 class MetricAccumulator:
-    """Sums kept on the device; reading them (`score`) waits for the device and talks to all ranks."""
+    """Sums of this rank, kept on the device; reading them (`score`) waits for the device and talks to all ranks."""
 
-    def __init__(self, device: torch.device):
-        self.values = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1 and top-5 right, loss
+    def __init__(self, world: World):
+        self._world = world
+        self._sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # images, top-1 and top-5 correct, loss
 
     def add(self, logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> None:
         """Add n images: logits (n, classes), labels (n), losses (n), weights (n) of 0 or 1."""
-        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        rows = torch.stack([torch.ones_like(weights), right[:, 0], right.any(dim=1), losses]).double()
-        self.values += torch.where(weights > 0, rows, 0).sum(dim=1)
+        correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        rows = torch.stack([torch.ones_like(weights), correct[:, 0], correct.any(dim=1), losses]).double()
+        self._sums += torch.where(weights > 0, rows, 0).sum(dim=1)
 
-    def score(self, world: World) -> Score | None:
-        """MetricAccumulator over all ranks; None if there was no image. Every rank must call this."""
-        images, top1_correct, top5_correct, loss_sum = world.all_reduce_sum(self.values).tolist()
+    def reset(self) -> None:
+        self._sums.zero_()
+
+    def score(self) -> Score | None:
+        """Sums over all ranks; None if there was no image. Every rank must call this."""
+        images, top1_correct, top5_correct, loss_sum = self._world.all_reduce_sum(self._sums).tolist()
         return Score(int(images), int(top1_correct), int(top5_correct), loss_sum) if images else None
 
-    def by_rank(self, world: World) -> Tensor:
-        """Every rank's sums, (ranks, 4), for a checkpoint. Every rank must call this."""
-        return torch.tensor(world.gather(self.values.tolist()), dtype=torch.float64)
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's sums, (ranks, 4) float64. Every rank must call this."""
+        return {"by_rank": torch.tensor(self._world.gather(self._sums.tolist()), dtype=torch.float64)}
 
-    def restore(self, by_rank: Tensor, world: World) -> None:
-        """Go on from what `by_rank` gave; with another number of ranks rank 0 goes on for all."""
-        if len(by_rank) == world.size:
-            self.values.copy_(by_rank[world.rank])
-        elif world.is_main:
-            self.values.copy_(by_rank.sum(dim=0))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; with another number of ranks rank 0 goes on for all."""
+        by_rank = state["by_rank"]
+        if len(by_rank) == self._world.size:
+            self._sums.copy_(by_rank[self._world.rank])
+        elif self._world.is_main:
+            self._sums.copy_(by_rank.sum(dim=0))

@@ -5,8 +5,6 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +17,9 @@ from pipeline.run_dir import RECORDS, io_as_user_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+OWN = ".run"  # the end of our event files' names
 
 
 class Monitor:
@@ -38,7 +39,7 @@ class Monitor:
                 _cut_records(run_dir, lengths)
                 self._lines = open(run_dir / RECORDS, "a")  # noqa: SIM115 - closed by close()
                 # A TensorBoard that has read the dropped records must forget them.
-                self._board = SummaryWriter(str(run_dir), purge_step=done_steps + 1)
+                self._board = SummaryWriter(str(run_dir), purge_step=done_steps + 1, filename_suffix=OWN)
 
     def close(self) -> None:
         if self._active:
@@ -94,17 +95,15 @@ class Monitor:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    @contextmanager
-    def progress(self, title: str, total: int, done: int) -> Iterator[None]:
-        """Show a bar over `total` steps on a terminal."""
-        if self._active and sys.stderr.isatty():
+    def show_progress(self, title: str, total: int, done: int) -> None:
+        """Show a bar over `total` steps on a terminal, if none is shown yet."""
+        if self._active and self._bar is None and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=title, unit=" steps", leave=False)
-        try:
-            yield
-        finally:
-            if self._bar is not None:
-                self._bar.close()
-                self._bar = None
+
+    def hide_progress(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -121,13 +120,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _record_files(run_dir: Path) -> list[Path]:
-    return [*run_dir.glob(RECORDS), *run_dir.glob("events.out.tfevents.*")]
+    return [*run_dir.glob(RECORDS), *run_dir.glob(f"events.out.tfevents.*{OWN}")]
 
 
 def _cut_records(run_dir: Path, lengths: dict[str, int]) -> None:
-    """Leave of each file of records what `lengths` tells, and of other files nothing."""
+    """Cut each file of records to the length in `lengths`, and remove our own that no checkpoint knows of.
+
+    What other programs have written into the directory stays.
+    """
     for file in _record_files(run_dir):
         if file.name not in lengths:
             file.unlink()
-        elif file.stat().st_size > lengths[file.name]:
-            os.truncate(file, lengths[file.name])
+    for name, length in lengths.items():
+        file = run_dir / name
+        if file.exists() and file.stat().st_size > length:
+            os.truncate(file, length)

@@ -1,22 +1,48 @@
-"""The optimiser, and the learning rate as a pure function of the step."""
+"""The optimisers by name, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
+from pipeline.errors import UserError, did_you_mean
+
+Parameters = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
 
-def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    """SGD with weight decay on every parameter, batch-norm and biases included, as in the paper (Section 4.2)."""
+def sgd(parameters: Parameters, config: OptimConfig) -> torch.optim.SGD:
+    """The paper's: momentum without dampening, and weight decay on every parameter (Section 4.2)."""
     return torch.optim.SGD(
-        model.parameters(),
+        parameters,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig], torch.optim.Optimizer]] = {"sgd": sgd}
+
+
+def create_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimiser that the configuration names, for all parameters, batch-norm's and biases included.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if config.optimizer not in OPTIMIZERS:
+        nearest = did_you_mean(config.optimizer, OPTIMIZERS)
+        raise UserError(f"optim.optimizer: there is no '{config.optimizer}'{nearest}; choose {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[config.optimizer](network.parameters(), config)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the learning rate `rate`, times its own "lr_scale" if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1)
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:

@@ -1,12 +1,15 @@
-"""Whether a run may go on from a checkpoint: under the conditions that it was started with, and no others."""
+"""Whether a run may resume from what its directory holds: from a whole checkpoint, and as the run that it is."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.parsing import flatten
+from pipeline.run_dir import RECORDS, STATUS, read_records
 
 # What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
 # the accumulation because it is compared together with the number of ranks.
@@ -14,8 +17,11 @@ FREE_TO_CHANGE = {
     "run_dir", "model.activation_checkpointing", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
     "data.download", "data.corrupt_images", "optim.grad_accum_steps", "train.device", "train.compile", "train.eval_batch_size",
     "train.log_every", "train.reuse_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
-    "train.allow_world_size_change",
+    "train.allow_world_size_change", "train.change", "train.not_finite",
 }  # fmt: skip
+
+# Without these a checkpoint is of another network or other data, and a run that changes them is another run.
+NEVER_TO_CHANGE = ("model.name", "data.dataset", "data.loader", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +43,52 @@ class Conditions:
     ranks: int
 
 
-def check_same_run(state: dict[str, Any], config: Config, now: Conditions) -> None:
-    """Refuse to go on from the checkpoint `state` if something that the result depends on has changed.
+def find_checkpoint(run_dir: Path) -> Found | None:
+    """Read the newest checkpoint of a run and change nothing; None in a directory where no run has saved one yet.
+
+    Raises:
+        UserError: a file cannot be read, or there was a run here and none of its checkpoints is whole.
+    """
+    folder = CheckpointFolder(run_dir / "checkpoints")
+    found, damaged = folder.find()
+    if found:
+        return found
+    traces = [f"{path.name} (damaged)" for path in damaged]
+    traces += [file.name for file in (folder.best, run_dir / STATUS) if file.exists()]
+    traces += sorted(file.name for file in folder.last.parent.glob("*.damaged*"))
+    if any("val/top1_error" in record for record in read_records(run_dir)):  # a checkpoint is saved before
+        traces.append(RECORDS)
+    if traces:
+        raise UserError(
+            f"{run_dir} holds a run ({', '.join(traces)}) but no checkpoint to resume from: put a copy of its last.pt into "
+            f"{folder.last.parent}, or start anew with another --run_dir, or rename {run_dir} first"
+        )
+    return None
+
+
+def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) -> dict[str, tuple[Any, Any]]:
+    """Refuse to resume from the checkpoint `state` if something that the result depends on has changed unasked.
+
+    Returns:
+        The fields that ``train.change`` names and that have changed, key -> (old, new).
 
     Raises:
         UserError: names what has changed, with both values.
     """
     if not state.keys() >= {"optimizer", "scaler", "progress", "conditions"}:
         _refuse(config, "its checkpoint holds a network but no training")
-    old, new = flatten(state["config"]), flatten(dataclasses.asdict(config))
-    for key, value in new.items():
-        if key in old and key not in FREE_TO_CHANGE and not key.startswith("published.") and old[key] != value:
-            _refuse(config, f"{key} was {old[key]} and is now {value}")
+    _check_names(config)
+    defaults = flatten(dataclasses.asdict(Config()))
+    old = defaults | flatten(state["config"])  # an older checkpoint lacks fields that came later
+    changed = {}
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        if key in FREE_TO_CHANGE or key.startswith("published.") or old[key] == value:
+            continue
+        if key in config.train.change:
+            changed[key] = (old[key], value)
+            continue
+        on_purpose = "" if key in NEVER_TO_CHANGE else f", change it on purpose with --train.change {key}"
+        _refuse(config, f"{key} was {_text(old[key])} and is now {_text(value)}", f"put it back{on_purpose}")
     before = Conditions(**state["conditions"])
     if before.classes != now.classes:
         _refuse(config, f"the classes were {_difference(before.classes, now.classes)}")
@@ -64,13 +104,28 @@ def check_same_run(state: dict[str, Any], config: Config, now: Conditions) -> No
         _refuse(
             config,
             f"a batch was {was} and is now {is_now}",
-            "put it back, allow it with --train.allow_world_size_change true",
+            "put it back, allow it with --train.allow_world_size_change",
         )
+    return changed
 
 
 def batch_split(ranks: int, accumulation: int) -> str:
     """How a global batch is divided, in words."""
     return f"{ranks} ranks x {accumulation} accumulation steps"
+
+
+def _check_names(config: Config) -> None:
+    """Refuse names in ``train.change`` that are none, or whose change makes another run."""
+    known = flatten(dataclasses.asdict(config))
+    for key in config.train.change:
+        if key not in known:
+            raise UserError(f"train.change: there is no field '{key}'; name fields as optim.lr")
+        if key in NEVER_TO_CHANGE:
+            raise UserError(f"train.change: a run with another {key} is another run: start it with another --run_dir")
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _named(data: Conditions) -> str:

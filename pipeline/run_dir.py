@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 RECORDS = "metrics.jsonl"
+STATUS = "status.json"  # how far the run is, written with each checkpoint
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
@@ -70,6 +71,14 @@ def write_text(file: Path, text: str) -> None:
     """Write a small file of the run; `UserError` if that fails."""
     with io_as_user_error(file.parent):
         file.write_text(text)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a small file of the run so that others read it whole or as it was; `UserError` if that fails."""
+    temporary = file.with_suffix(".tmp")
+    with io_as_user_error(file.parent):
+        temporary.write_text(text)
+        os.replace(temporary, file)
 
 
 @contextmanager

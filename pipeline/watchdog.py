@@ -1,6 +1,6 @@
 """Ends a run whose ranks make no progress, and says which of them the others wait for.
 
-Every rank has a thread that keeps what the rank is doing in the store that all shard. A rank that is stuck for too
+Every rank has a thread that keeps what the rank is doing in the store that all share. A rank that is stuck for too
 long reads what the others do: one whose thread is silent has been stopped or lost its machine; one that has come less
 far than the others is what they wait for.
 """

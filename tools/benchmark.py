@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.config import OptimConfig
-from pipeline.distributed import set_precision
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from pipeline.models import create_model
 from pipeline.models.zoo import DENSENETS
 from pipeline.optim import create_optimizer
+from pipeline.precision import set_tf32
 from tools.benchmark_report import BASELINE, COMPILED, plot_contestants, plot_growth, report, summarise
 from tools.measuring import describe_machine, writable_folder
 
@@ -187,7 +187,7 @@ def _prepare_process() -> None:
     """Have a process run networks as `pipeline.train` does."""
     torch.set_num_threads(available_cores())
     keep_freed_memory()
-    set_precision("fp32")
+    set_tf32("fp32")
 
 
 def time_implementations(

@@ -24,9 +24,10 @@ from pipeline.config import Config, DataConfig, Dataset, Interpolation, Precisio
 from pipeline.data.arrays import index_arrays
 from pipeline.data.index import ArraySource, DatasetIndex, known_cache, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
-from pipeline.distributed import AUTOCAST_TYPES, World, init_distributed, set_precision
+from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import Average, Evaluation, check_image_size, evaluate
+from pipeline.precision import autocast, set_tf32
 from pipeline.weights import Weights, imagenet_ids
 from tools import published
 from tools.convert import add_weights_arguments, read_weights_of, short_names
@@ -113,10 +114,9 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     shard = Shard(world.rank, world.size, world.device, world.cores)
     loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
     network = weights.network.to(world.device, memory_format=torch.channels_last)
-    set_precision(options.precision)
-    dtype = AUTOCAST_TYPES.get(options.precision)
+    set_tf32(options.precision)
     start = time.perf_counter()
-    with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
+    with autocast(options.precision, world.device):
         evaluation = evaluate(
             torch.compile(network) if options.compile else network,
             loader,

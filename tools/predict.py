@@ -19,9 +19,10 @@ from pipeline.config import DataConfig
 from pipeline.data.archive import IMAGE_SUFFIXES, flat_group
 from pipeline.data.index import DatasetIndex, open_image
 from pipeline.data.loader import EvaluationLoader, Shard
-from pipeline.distributed import World, init_distributed, set_precision
+from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import check_image_size
+from pipeline.precision import set_tf32
 from tools.convert import add_weights_arguments, read_weights_of
 from tools.measuring import writable_file
 
@@ -45,7 +46,7 @@ def main() -> None:
     data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader, threads=0)
     index = index_files(find_images(options.paths), weights.classes)
     names = human_names(weights.classes)
-    set_precision("fp32")
+    set_tf32("fp32")
     answers = []
     with init_distributed() as world:
         network = weights.network.to(world.device, memory_format=torch.channels_last)

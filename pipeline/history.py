@@ -1,0 +1,69 @@
+"""How a run came to be: on how many ranks each part of it was trained, and which fields were changed on the way."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.config import Config
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a run that was trained alike.
+
+    Attributes:
+        step: optimiser step at which it begins, counted from 0 over the whole run.
+        epoch: the epoch of that step, counted from 0.
+        ranks, grad_accum_steps: how a global batch was divided.
+        changed: fields that were changed on purpose at its beginning, key -> (old, new).
+    """
+
+    step: int
+    epoch: int
+    ranks: int
+    grad_accum_steps: int
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def microbatches(self) -> int:
+        """Parts of a global batch; a batch-norm statistic sees one."""
+        return self.ranks * self.grad_accum_steps
+
+    @property
+    def batch_split(self) -> str:
+        """How a global batch was divided, in words."""
+        return f"{self.ranks} ranks x {self.grad_accum_steps} accumulation steps"
+
+
+class History:
+    """The segments of a run, a part of its state."""
+
+    def __init__(self, config: Config, ranks: int):
+        self.segments = [Segment(0, 0, ranks, config.optim.grad_accum_steps)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"segments": [asdict(segment) for segment in self.segments]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.segments = [
+            Segment(**{**segment, "changed": {key: tuple(pair) for key, pair in segment["changed"].items()}})
+            for segment in state["segments"]
+        ]
+
+    def begin(self, step: int, epoch: int, config: Config, ranks: int, changed: dict[str, tuple[Any, Any]]) -> None:
+        """Begin a segment at this step, if it differs from the one before."""
+        new = Segment(step, epoch, ranks, config.optim.grad_accum_steps, changed)
+        if changed or new.batch_split != self.segments[-1].batch_split:
+            if self.segments[-1].step == step and not self.segments[-1].changed and step:
+                self.segments.pop()  # of which nothing was trained
+            self.segments.append(new)
+
+    def lines(self) -> list[str]:
+        """What changed on the way, a line for each change; empty if the whole run was trained alike."""
+        lines = []
+        for before, after in zip(self.segments, self.segments[1:], strict=False):
+            where = f"from epoch {after.epoch}, step {after.step} of the run on"
+            if before.batch_split != after.batch_split:
+                lines.append(f"{where}, a batch is {after.batch_split}; before, {before.batch_split}")
+            for key, (old, new) in after.changed.items():
+                lines.append(f"{where}, {key} is {new}; before, {old}")
+        return lines

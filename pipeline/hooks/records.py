@@ -1,0 +1,122 @@
+"""What a run records and says while it trains: scalars, log lines, a progress bar, and some images of the first batch."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipeline.config import to_yaml
+from pipeline.data.loader import Batch
+from pipeline.hooks.hook import EpochResult, Hook, StepResult
+from pipeline.monitor import peak_memory
+from pipeline.run import Run
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+GRID_IMAGES = 16
+
+
+class Records(Hook):
+    def __init__(self, run: Run):
+        self._announced: object = None  # how the dense blocks computed when that was last said
+        self._window_start: float | None = None  # when the steps since the last log line began
+        self._window_images = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        run, monitor = trainer.run, trainer.monitor
+        if run.done_steps:
+            monitor.say(f"resuming at epoch {run.progress.epoch}, step {run.progress.step} of {run.dir}")
+        else:
+            monitor.text("config", to_yaml(run.config))
+        for line in run.history.lines():
+            monitor.say(line)
+        monitor.say(run.description())
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        run = trainer.run
+        if self._window_start is None:
+            self._begin_window(trainer)
+        monitor, progress = trainer.monitor, run.progress
+        monitor.show_progress(f"epoch {progress.epoch}", run.train_loader.steps_per_epoch, progress.step)
+
+    def on_batch(self, trainer: Trainer, batch: Batch, losses: Tensor) -> None:
+        run = trainer.run
+        if run.progress.step == 0 and trainer.microbatch == 0:
+            data = run.config.data
+            mean, std = (torch.tensor(v, device=run.world.device).view(3, 1, 1) for v in (data.mean, data.std))
+            images = (batch.images[:GRID_IMAGES] * std + mean).clamp(0, 1)
+            trainer.monitor.images("train/images", images, run.done_steps)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._announce_dense_block(trainer)
+        self._window_images += result.images
+        trainer.monitor.advance()
+        if result.logged:  # the only steps that wait for the device
+            self._log(trainer, result)
+            self._begin_window(trainer)
+        if result.last:  # what follows is validation
+            self._window_start = None
+            trainer.monitor.hide_progress()
+
+    def on_epoch(self, trainer: Trainer, result: EpochResult) -> None:
+        run, train, val = trainer.run, result.train, result.val
+        values = {
+            "epoch/train_loss": train.loss,
+            "epoch/train_top1_error": train.top1_error,
+            "epoch/train_top5_error": train.top5_error,
+            "epoch/skipped_images": len(run.train_loader.index) - train.images,
+            "val/loss": val.loss,
+            "val/top1_error": val.top1_error,
+            "val/top5_error": val.top5_error,
+        }
+        trainer.monitor.scalars(run.done_steps, result.epoch, values)
+        trainer.monitor.say(
+            f"epoch {result.epoch}: train loss {train.loss:.4f}, top-1 error {train.top1_error:.2f} % | validation loss "
+            f"{val.loss:.4f}, top-1 error {val.top1_error:.2f} %, top-5 error {val.top5_error:.2f} % "
+            f"({val.images} images){' *' if result.best else ''}"
+        )
+
+    def on_end(self, trainer: Trainer) -> None:
+        trainer.monitor.hide_progress()
+
+    def _begin_window(self, trainer: Trainer) -> None:
+        self._window_start, self._window_images = time.perf_counter(), 0
+        trainer.seconds.clear()
+
+    def _announce_dense_block(self, trainer: Trainer) -> None:
+        """Say which implementation of the dense block is at work, and again if that changes."""
+        selection = getattr(trainer.run.network, "selection", None)  # timm's networks have none
+        if selection != self._announced:
+            trainer.monitor.say(f"dense blocks: {selection}")
+            self._announced = selection
+
+    def _log(self, trainer: Trainer, result: StepResult) -> None:
+        run = trainer.run
+        seconds = time.perf_counter() - (self._window_start or 0.0)
+        run.finite.check(run.done_steps - 1)
+        score = run.window_metrics.score()
+        run.window_metrics.reset()
+        if score is None or result.gradient_norm is None:
+            return
+        waiting = trainer.seconds["data"] / seconds
+        values = {
+            "train/loss": score.loss,
+            "train/top1_error": score.top1_error,
+            "train/top5_error": score.top5_error,
+            "train/learning_rate": result.learning_rate,
+            "train/gradient_norm": result.gradient_norm,
+            "speed/images_per_second": self._window_images / seconds,
+            "speed/data_wait_fraction": waiting,
+            "speed/checkpoint_seconds": trainer.seconds["checkpoint"],
+            "memory/peak_gib": peak_memory(run.world.device) / 2**30,
+        }
+        trainer.monitor.scalars(run.done_steps, run.progress.epoch, values)
+        trainer.monitor.say(
+            f"epoch {run.progress.epoch} step {run.progress.step}/{run.train_loader.steps_per_epoch}: "
+            f"loss {score.loss:.4f}, top-1 error {score.top1_error:.2f} %, lr {result.learning_rate:.4g}, "
+            f"{self._window_images / seconds:.1f} images/s, {100 * waiting:.0f} % waiting for data"
+        )

@@ -1,0 +1,75 @@
+"""When a run saves a checkpoint, and leaves after one: by steps, by the clock, at each epoch's end, and on a signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.errors import InterruptedRunError
+from pipeline.hooks.hook import EpochResult, Hook, StepResult
+from pipeline.run import Run
+from pipeline.run_dir import STATUS, replace_text
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+
+class Saving(Hook):
+    """Ranks agree on every decision, so that all save and leave at the same step."""
+
+    def __init__(self, run: Run):
+        self._folder = CheckpointFolder(run.dir / "checkpoints")
+        self._saved_at = time.monotonic()
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        run, train = trainer.run, trainer.run.config.train
+        by_steps = result.last or (train.checkpoint_every and run.progress.step % train.checkpoint_every == 0)
+        minutes = train.checkpoint_minutes
+        by_time = run.world.is_main and minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        due, asked = run.world.all_reduce_max([bool(by_steps or by_time), trainer.preemption.signal])
+        if due or asked:
+            self.save(trainer, best=False)
+        if asked:
+            self._leave(run, asked)
+
+    def on_evaluation_batch(self, trainer: Trainer) -> None:
+        """There is nothing new to save."""
+        (asked,) = trainer.run.world.all_reduce_max([trainer.preemption.signal])
+        if asked:
+            self._leave(trainer.run, asked)
+
+    def on_epoch(self, trainer: Trainer, result: EpochResult) -> None:
+        self.save(trainer, result.best)
+
+    def save(self, trainer: Trainer, best: bool) -> None:
+        """Write a checkpoint. Every rank must call this; all return when the disk has it."""
+        run, start = trainer.run, time.monotonic()
+        trainer.watchdog.beat(f"saving a checkpoint at epoch {run.progress.epoch}, step {run.progress.step}")
+        run.finite.check(run.done_steps - 1, *run.network.state_dict().values())
+        state = run.state_dict()
+
+        def write() -> None:
+            self._folder.save(state | {"record_lengths": trainer.monitor.sync()}, best)
+            replace_text(run.dir / STATUS, json.dumps(self._status(run)) + "\n")
+
+        run.world.broadcast_from_rank0(write)
+        self._saved_at = time.monotonic()
+        trainer.seconds["checkpoint"] += self._saved_at - start
+
+    def _status(self, run: Run) -> dict[str, object]:
+        progress = run.progress
+        return {
+            "epoch": progress.epoch,
+            "epochs": run.config.optim.epochs,
+            "step": progress.step,
+            "complete": run.is_complete,
+        }
+
+    def _leave(self, run: Run, asked: int) -> None:
+        raise InterruptedRunError(
+            f"rank {run.world.rank} leaves at epoch {run.progress.epoch}, step {run.progress.step} of {run.dir} "
+            f"on {signal.Signals(asked).name}"
+        )

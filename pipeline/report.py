@@ -1,0 +1,36 @@
+"""What a run says of itself: its configuration and audit as files, and a summary at the end."""
+
+from pipeline.audit import audit, in_one_line, setting_for, to_markdown
+from pipeline.checkpoint import CheckpointFolder, Found
+from pipeline.config import to_yaml
+from pipeline.run import Run
+from pipeline.run_dir import write_text
+
+
+def write_description(run: Run, found: Found | None) -> None:
+    """Write what the run is into its directory, and put aside what earlier starts have left there."""
+    CheckpointFolder(run.dir / "checkpoints").remove_temporary()
+    if found:
+        found.set_damaged_aside()
+    title = f"{run.config.model.name} beside the paper's {setting_for(run.config).name} setting"
+    write_text(run.dir / "config.yaml", to_yaml(run.config))
+    write_text(run.dir / "audit.md", to_markdown(audit(run.config, run.microbatches), title))
+
+
+def summary(run: Run) -> str:
+    """Best and last validation error, beside the published ones where the configuration has them."""
+    progress, published = run.progress, run.config.published
+    lines = [
+        f"best  (epoch {progress.best_epoch}): top-1 error {progress.best_top1_error:.2f} %, "
+        f"top-5 error {progress.best_top5_error:.2f} %",
+        f"last  (epoch {progress.epoch - 1}): top-1 error {progress.last_top1_error:.2f} %, "
+        f"top-5 error {progress.last_top5_error:.2f} %",
+    ]
+    if published.top1 is not None:
+        top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
+        note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
+        lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
+    lines.append(f"a batch-norm statistic saw {run.config.optim.batch_size // run.microbatches} images")
+    lines += run.history.lines()
+    lines.append(f"recipe: {in_one_line(audit(run.config, run.microbatches))}")
+    return "\n".join(lines)

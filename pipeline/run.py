@@ -1,0 +1,236 @@
+"""What a training run is on one rank: its data, network, objective, optimiser, how far it is, and what is saved of it.
+
+`Run.parts` is a run's state: everything in it is saved with `state_dict` and resumed with `load_state_dict`.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint import load_weights
+from pipeline.config import Config
+from pipeline.data.dataset import open_datasets
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader
+from pipeline.distributed import World, data_parallel
+from pipeline.errors import UserError
+from pipeline.finite import FiniteGuard
+from pipeline.history import History
+from pipeline.metrics import MetricAccumulator
+from pipeline.models import create_model
+from pipeline.objective import create_objective
+from pipeline.optim import create_optimizer, learning_rate
+from pipeline.precision import autocast, create_scaler, set_tf32
+from pipeline.resume import Conditions, check_same_run
+
+
+class Stateful(Protocol):
+    """A part of a run's state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values. Every rank calls this; rank 0's answer is saved."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@dataclass
+class Progress:
+    """How far a run is. Steps and epochs count from 0 and name the next one to do. Errors are in percent."""
+
+    epoch: int = 0
+    step: int = 0
+    best_top1_error: float = math.inf
+    best_top5_error: float = math.inf
+    best_epoch: int = -1
+    last_top1_error: float = math.inf
+    last_top5_error: float = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Weights:
+    """A network as a part of a run's state: its weights go through the checks of `load_weights`."""
+
+    def __init__(self, network: nn.Module):
+        self._network = network
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._network.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        load_weights(self._network, state, "the checkpoint")
+
+
+class Run:
+    """One run on this rank.
+
+    Attributes:
+        dir: the run's directory.
+        microbatches: into how many parts a global batch is cut: ranks times gradient accumulation steps.
+        network: the bare network, which is saved and evaluated.
+        training_network: the same, compiled if asked for and averaging gradients over the ranks.
+        parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
+    """
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world, self.dir = config, world, Path(config.run_dir)
+        self.microbatches = _split_batch(config, world)
+        self._open_data()
+        set_tf32(config.train.precision)
+        torch.manual_seed(config.seed)
+        self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        network = create_model(num_classes=len(self.conditions.classes), **dataclasses.asdict(config.model))
+        self._check_image_size(network)
+        self.network = network.to(world.device, memory_format=self.memory_format)
+        self.training_network = data_parallel(torch.compile(network) if config.train.compile else network, world)
+        self.objective = create_objective(config)
+        self.optimizer = create_optimizer(self.network, config.optim)
+        self.scaler = create_scaler(config.train.precision, world.device)
+        self.progress, self.history = Progress(), History(config, world.size)
+        self.epoch_metrics, self.window_metrics = MetricAccumulator(world), MetricAccumulator(world)
+        self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json")
+        self.parts: dict[str, Stateful] = {
+            "model": Weights(self.network),
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "progress": self.progress,
+            "epoch_metrics": self.epoch_metrics,
+            "window_metrics": self.window_metrics,
+            "history": self.history,
+        }
+
+    def _open_data(self) -> None:
+        config, world = self.config, self.world
+        train_index, val_index = world.broadcast_from_rank0(
+            lambda: open_datasets(config.data, self.dir / "index", progress=True)
+        )
+        self.conditions = Conditions(
+            classes=list(train_index.classes),
+            fingerprint=hashlib.sha256((train_index.fingerprint + val_index.fingerprint).encode()).hexdigest(),
+            images=[len(train_index), len(val_index)],
+            loader=choose_loader(config.data),
+            ranks=world.size,
+        )
+        shard = Shard(world.rank, world.size, world.device, world.cores)
+        self.train_loader = TrainingLoader(
+            train_index,
+            config.data,
+            shard,
+            seed=config.seed,
+            batch_size=config.optim.batch_size,
+            accumulation=config.optim.grad_accum_steps,
+        )
+        self.val_loader = EvaluationLoader(
+            val_index, config.data, shard, batch_size=config.train.eval_batch_size, crops=1
+        )
+
+    @property
+    def done_steps(self) -> int:
+        """Optimiser steps since the beginning of the run."""
+        return self.progress.epoch * self.train_loader.steps_per_epoch + self.progress.step
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return learning_rate(self.config.optim, self.done_steps, self.train_loader.steps_per_epoch)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.progress.epoch >= self.config.optim.epochs
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.config.train.precision, self.world.device)
+
+    def without_reduction(self, skip: bool) -> AbstractContextManager[None]:
+        """While it is entered, gradients add up on this rank and are not averaged over the ranks."""
+        return self.training_network.no_sync() if skip and self.world.size > 1 else nullcontext()  # type: ignore[operator]
+
+    def seed_dropout(self, microbatch: int) -> None:
+        """Make dropout a function of seed, step and place in the batch, so that no generator's state need be saved."""
+        place = self.world.rank * self.config.optim.grad_accum_steps + microbatch
+        entropy = np.random.SeedSequence([self.config.seed, self.done_steps, place])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds. Every rank must call this."""
+        return {
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "config": dataclasses.asdict(self.config),
+            "classes": self.conditions.classes,
+            "conditions": dataclasses.asdict(self.conditions),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what `state_dict` gave.
+
+        Raises:
+            UserError: the run is another, or the state is of another kind of run.
+        """
+        changed = check_same_run(state, self.config, self.conditions)
+        for name, part in self.parts.items():
+            if name not in state:
+                raise UserError(
+                    f"cannot resume {self.dir}: its checkpoint has no '{name}', which this configuration needs"
+                )
+            part.load_state_dict(state[name])
+        self.history.begin(self.done_steps, self.progress.epoch, self.config, self.world.size, changed)
+
+    def description(self) -> str:
+        """A few lines on what this run is."""
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        optim, ranks = self.config.optim, self.world.size
+        return (
+            f"{self.config.model.name}: {parameters:,} parameters, {len(self.conditions.classes)} classes, "
+            f"{self.config.train.precision} on {self.world.device.type}\n"
+            f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
+            f"through the {_named_loader(self.config)} loader\n"
+            f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
+            f"{optim.batch_size // self.microbatches} images (what a batch-norm statistic sees); "
+            f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
+        )
+
+    def _check_image_size(self, network: nn.Module) -> None:
+        """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
+        config, images = self.config, len(self.train_loader.index)
+        last_batch = images % config.optim.batch_size or config.optim.batch_size
+        smallest = min(2, max(1, last_batch // self.microbatches))  # batch norm wants more than one value a channel
+        probe = copy.deepcopy(network).train()
+        try:
+            with torch.no_grad():
+                probe(torch.zeros(smallest, 3, config.data.crop_size, config.data.crop_size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{config.model.name} cannot train on {smallest} images of {config.data.crop_size} pixels, the smallest part "
+                f"of a batch ({str(error).splitlines()[0]}): choose another data.crop_size or optim.batch_size"
+            ) from None
+
+
+def _split_batch(config: Config, world: World) -> int:
+    """Into how many microbatches a global batch is cut; `UserError` if they cannot be equal."""
+    microbatches = world.size * config.optim.grad_accum_steps
+    if config.optim.batch_size % microbatches:
+        raise UserError(
+            f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
+            f"{config.optim.grad_accum_steps} accumulation steps: choose a multiple of {microbatches}"
+        )
+    return microbatches
+
+
+def _named_loader(config: Config) -> str:
+    name = choose_loader(config.data)
+    fallback = name == "reference" and config.data.loader == "auto"
+    return f"{name} (slow: DALI is not installed)" if fallback else name
