@@ -4,11 +4,12 @@ Sources: the paper's Sections 3, 4.1 and 4.2, and the Torch code that it names (
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import Config, Dataset
+from pipeline.measured import Measured
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
 CIFAR_NETWORKS = {
@@ -22,6 +23,7 @@ RESIZE_EFFECT = (
     "74.98 in the paper"
 )
 BATCH_NORM_IMAGES = 64  # 256 on four GPUs, or 64 on one
+SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's
 UNKNOWN = "effect not measured here"
 
 
@@ -48,6 +50,8 @@ class PaperSetting:
     batch: int
     drops: tuple[float, ...]  # of the learning rate, as fractions of the epochs
     data: dict[str, Any]  # fields of the data section
+    images: tuple[int, int]  # training and validation
+    classes: int
 
 
 IMAGENET = PaperSetting(
@@ -72,11 +76,19 @@ IMAGENET = PaperSetting(
         "color_jitter": 0.4,
         "pca_noise": 0.1,
     },
+    images=(1_281_167, 50_000),
+    classes=1000,
 )
 
 
 def _cifar(
-    name: str, dataset: Dataset, mean: tuple[float, float, float], std: tuple[float, float, float], holdout: int = 0
+    name: str,
+    dataset: Dataset,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    holdout: int = 0,
+    images: tuple[int, int] = (50_000, 10_000),
+    classes: int = 10,
 ) -> tuple[PaperSetting, PaperSetting]:
     """A small data set without augmentation, and with it (Section 4.1 and 4.2)."""
     data = {"dataset": dataset, "holdout": holdout, "mean": mean, "std": std}
@@ -90,15 +102,19 @@ def _cifar(
         batch=64,
         drops=(1 / 2, 3 / 4),
         data={**data, **size, "padding": 0, "hflip": False},
+        images=images,
+        classes=classes,
     )
     return plain, replace(plain, name=f"{name}+", dropout=0.0, data={**data, **size, "padding": 4, "hflip": True})
 
 
 # Mean and standard deviation as fb.resnet.torch has them, in 1/255: datasets/cifar10.lua and cifar100.lua.
 C10, C10_PLUS = _cifar("C10", "cifar10", (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616))
-C100, C100_PLUS = _cifar("C100", "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+C100, C100_PLUS = _cifar("C100", "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), classes=100)
 # Pixels are divided by 255 and no more; the best epoch is chosen on 6,000 training images.
-SVHN = replace(_cifar("SVHN", "svhn", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), holdout=6000)[0], epochs=40)
+SVHN = replace(
+    _cifar("SVHN", "svhn", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), holdout=6000, images=(598_388, 6_000))[0], epochs=40
+)
 
 
 def setting_for(config: Config) -> PaperSetting:
@@ -118,39 +134,54 @@ def setting_for(config: Config) -> PaperSetting:
     return named[0] if named else small[0]
 
 
-def audit(config: Config, parts: int) -> list[AuditRow]:
-    """Compare a configuration with the paper.
+def audit(config: Config, microbatches: int, measured: Measured | None = None) -> list[AuditRow]:
+    """Compare a run with the paper.
 
     Args:
-        parts: ranks times accumulation, into which a batch is cut; a batch-norm statistic sees one part.
+        microbatches: ranks times gradient accumulation steps, into which a batch is cut; a batch-norm statistic sees one.
+        measured: of the objects that train; without it only what the configuration says is compared.
     """
     setting, optim, data = setting_for(config), config.optim, config.data
     rows: list[AuditRow] = []
 
     def compare(part: str, paper: Any, here: Any, effect: str = UNKNOWN, same: bool | None = None) -> None:
         same = here == paper if same is None else same
-        rows.append(AuditRow(part, _text(paper), _text(here), same, "" if same else effect))
+        texts = _text(paper), _text(here)
+        if not same and texts[0] == texts[1]:  # rounding hides the difference
+            texts = _text(paper, exact=True), _text(here, exact=True)
+        rows.append(AuditRow(part, *texts, same, "" if same else effect))
 
     name = config.model.name
     compare("network", "one of the paper's", name, "another network", name in setting.networks)
-    init = "N(0, sqrt(2 / fan-out))" if not name.startswith("timm:") else "timm's"
-    compare("initial weights of convolutions", "N(0, sqrt(2 / fan-out))", init)
+    if measured:
+        usual = abs(measured.spread - 1) < SPREAD_TOLERANCE
+        spread = "sqrt(2 / fan-out)" if usual else f"{measured.spread:.3g} sqrt(2 / fan-out)"
+        compare("initial weights of convolutions: standard deviation", "sqrt(2 / fan-out)", spread)
     compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
 
     compare("epochs", setting.epochs, optim.epochs)
     compare(
         "batch", setting.batch, optim.batch_size, "changes the noise of the gradient: the learning rate belongs to it"
     )
+    each = optim.batch_size // microbatches
+    statistics = measured.statistics if measured else ((0, (each, each)),)
+    fewer = statistics[-1][1][0] < BATCH_NORM_IMAGES
     compare(
         "images in a batch-norm statistic",
         BATCH_NORM_IMAGES,
-        optim.batch_size // parts,
-        "forced by the number of ranks: use as many as make it equal, or optim.grad_accum_steps",
+        _statistics_text(statistics),
+        "noisier statistics: use fewer ranks or fewer optim.grad_accum_steps"
+        if fewer
+        else "use more ranks or more optim.grad_accum_steps",
+        same=all(sizes == (BATCH_NORM_IMAGES, BATCH_NORM_IMAGES) for _, sizes in statistics),
     )
-    compare("last, smaller batch of an epoch", "kept, mean over its images", "kept, mean over its images")
+    if measured:
+        last = (measured.images[0] - 1) % optim.batch_size + 1
+        kept = "kept" if measured.last_batch == last else f"{measured.last_batch} of its {last} images"
+        compare("last, smaller batch of an epoch", "kept", kept)
     compare("learning rate", 0.1, optim.lr)
     paper_drops = _text(tuple(round(drop * setting.epochs) for drop in setting.drops))
-    own_drops = tuple(milestone / optim.epochs for milestone in optim.milestones)
+    own_drops = tuple(sorted(milestone / optim.epochs for milestone in optim.milestones))
     by_steps = f"times {optim.lr_gamma} at epochs {_text(optim.milestones)} of {optim.epochs}"
     compare(
         "learning-rate schedule",
@@ -161,7 +192,13 @@ def audit(config: Config, parts: int) -> list[AuditRow]:
     compare("warm-up epochs", 0.0, optim.warmup_epochs)
     compare("momentum", "0.9, Nesterov", f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}")
     compare("weight decay", 1e-4, optim.weight_decay)
-    compare("weight decay applies to", "every parameter", "every parameter")
+    if measured:
+        some, every = measured.decayed
+        compare(
+            "weight decay applies to",
+            "every parameter",
+            "every parameter" if some == every else f"{some} of {every} tensors",
+        )
     compare("label smoothing", 0.0, optim.label_smoothing)
     compare("precision", "fp32", config.train.precision)
 
@@ -169,28 +206,38 @@ def audit(config: Config, parts: int) -> list[AuditRow]:
     compare(
         "images", "photographs", "photographs" if real else "synthetic", "no result on synthetic images is one", real
     )
+    if measured:
+        compare("training and validation images", setting.images, measured.images, "another data set")
+        compare("classes", setting.classes, measured.classes, "another task: errors cannot be compared")
     for field, paper in setting.data.items():
         here = getattr(data, field)
         compare(_LABELS[field], paper, here, same=_near(paper, here))
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.loader shows by how little.
         compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
+    compare("corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images")
     return rows
 
 
 def differences(rows: list[AuditRow]) -> list[AuditRow]:
     """The rows in which a run is not the paper's."""
-    return [finding for finding in rows if not finding.same]
+    return [row for row in rows if not row.same]
 
 
 def in_one_line(rows: list[AuditRow]) -> str:
     """The verdict, naming what differs."""
-    odd = [f"{f.part} ({f.here}; paper {f.paper})" for f in differences(rows)]
+    odd = [f"{row.part} ({row.here}; paper {row.paper})" for row in differences(rows)]
     return f"differs from the paper in {', '.join(odd)}" if odd else "the paper's recipe in every part"
 
 
-def to_markdown(rows: list[AuditRow], title: str) -> str:
-    """A heading, the verdict, and a table."""
+def count_differences(rows: list[AuditRow]) -> str:
+    """The verdict, counting what differs."""
+    odd = differences(rows)
+    return f"differs from the paper's in {len(odd)} of {len(rows)} parts" if odd else "the paper's in every part"
+
+
+def to_markdown(rows: list[AuditRow], title: str, notes: Sequence[str] = ()) -> str:
+    """A heading, the verdict, a table, and a list of notes."""
     odd = differences(rows)
     verdict = (
         "The same as the paper in every part."
@@ -198,10 +245,10 @@ def to_markdown(rows: list[AuditRow], title: str) -> str:
         else f"Differs from the paper in {len(odd)} of {len(rows)} parts."
     )
     header = ("part", "the paper", "here", "", "what a difference matters")
-    rows = [(f.part, f.paper, f.here, "same" if f.same else "DIFFERS", f.effect) for f in rows]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    cells = [(r.part, r.paper, r.here, "same" if r.same else "DIFFERS", r.effect) for r in rows]
+    widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
     lines = [_row(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
-    return "\n".join([f"# {title}", "", verdict, "", *lines, *(_row(row, widths) for row in rows), ""])
+    return "\n".join([f"# {title}", "", verdict, "", *lines, *(_row(row, widths) for row in cells), *_list(notes), ""])
 
 
 _LABELS: dict[str, str] = {
@@ -209,15 +256,15 @@ _LABELS: dict[str, str] = {
     "holdout": "training images held out for validation",
     "train_crop": "training crop",
     "padding": "training crop: pixels of padding",
-    "hflip": "mirroring",
-    "scale": "training crop: area",
-    "ratio": "training crop: aspect",
+    "hflip": "horizontal flip",
+    "scale": "training crop: scale (area)",
+    "ratio": "training crop: aspect ratio",
     "crop_size": "crop size",
     "resize_size": "evaluation: short side",
     "mean": "mean that is subtracted",
     "std": "standard deviation that divides",
     "color_jitter": "brightness, contrast, saturation",
-    "pca_noise": "PCA lighting",
+    "pca_noise": "PCA noise",
 }
 
 
@@ -228,12 +275,24 @@ def _near(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, exact: bool = False) -> str:
     if isinstance(value, tuple):
-        return ", ".join(_text(part) for part in value)
+        return ", ".join(_text(part, exact) for part in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) and not exact else str(value)
+
+
+def _statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
+    texts = []
+    for epoch, (smallest, largest) in statistics:
+        size = str(smallest) if smallest == largest else f"{smallest} or {largest}"
+        texts.append(f"{size} from epoch {epoch} on" if epoch else size)
+    return ", ".join(texts)
+
+
+def _list(notes: Sequence[str]) -> list[str]:
+    return ["", *(f"- {note}" for note in notes)] if notes else []
 
 
 def _row(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -29,6 +29,7 @@ class Evaluation:
         losses: (N) float32, cross-entropy.
         logits: (N, classes) float32, averaged over the views of each image, or the logarithm of the averaged
             probabilities; None unless asked for, and on other ranks than 0.
+        not_finite: images whose answers are not finite; they count as wrong, with -1 in `top5`.
     """
 
     score: Score
@@ -36,6 +37,7 @@ class Evaluation:
     probability: np.ndarray
     losses: np.ndarray
     logits: np.ndarray | None
+    not_finite: int
 
 
 @torch.inference_mode()
@@ -85,7 +87,7 @@ def evaluate(
         answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average)
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         ids.append(batch.ids)
-        top5.append(best.indices.cpu().numpy())
+        top5.append(best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1).cpu().numpy())
         probability.append((best.values[:, 0] - answers.logsumexp(dim=1)).exp().cpu().numpy())
         losses.append(F.cross_entropy(answers, batch.labels, reduction="none").cpu().numpy())
         if keep_logits:
@@ -106,7 +108,9 @@ def evaluate(
         top5_correct=int(right.any(axis=1).sum()),
         loss_sum=float(losses.sum(dtype=np.float64)),
     )
-    return Evaluation(score, top5, probability[order], losses, all_logits[1][order] if all_logits else None)
+    logits_in_order = all_logits[1][order] if all_logits else None
+    not_finite = int((top5[:, 0] == -1).sum())
+    return Evaluation(score, top5, probability[order], losses, logits_in_order, not_finite)
 
 
 def _concatenate(shares: list[tuple[list[np.ndarray], ...]]) -> tuple[np.ndarray, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.loader import TrainingLoader
 from pipeline.distributed import World
@@ -13,6 +13,49 @@ from pipeline.errors import UserError
 from pipeline.run_dir import write_text
 
 NEVER = 2**62  # a step that no run reaches
+
+
+class StepSkipper:
+    """Leaves out the steps whose loss or gradient is not finite, as if their batches had not been.
+
+    It waits for the device in each step. Batch-norm statistics, which the forward pass has spoilt by then, are put back.
+    """
+
+    LIMIT = 10  # steps in a row after which a run does not recover by itself
+
+    def __init__(self, network: nn.Module, world: World):
+        self._network, self._world = network, world
+        self._in_a_row = 0
+        self._buffers: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Before the forward passes of a step."""
+        self._buffers = [buffer.clone() for buffer in self._network.buffers()]
+
+    def skips(self, losses: list[Tensor], scaled: bool) -> bool:
+        """Whether the step is to be left out, the same on every rank; called after its backward passes.
+
+        Args:
+            losses: of each microbatch, (n).
+            scaled: gradients are scaled, and the scaler leaves out those that are not finite.
+        """
+        finite = all(bool(loss.isfinite().all()) for loss in losses)
+        if finite and not scaled:
+            gradients = (p.grad for p in self._network.parameters() if p.grad is not None)
+            finite = bool(nn.utils.get_total_norm(gradients).isfinite())
+        (odd,) = self._world.all_reduce_max([not finite])
+        if not odd:
+            self._in_a_row = 0
+            return False
+        for buffer, before in zip(self._network.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+        self._in_a_row += 1
+        if self._in_a_row >= self.LIMIT:
+            raise UserError(
+                f"the loss or the gradient is not finite in {self.LIMIT} steps in a row: start the same command again with a "
+                "lower optim.lr and --train.change optim.lr"
+            )
+        return True
 
 
 class FiniteGuard:

@@ -30,8 +30,12 @@ class Segment:
 
     @property
     def batch_split(self) -> str:
-        """How a global batch was divided, in words."""
-        return f"{self.ranks} ranks x {self.grad_accum_steps} accumulation steps"
+        return batch_split(self.ranks, self.grad_accum_steps)
+
+
+def batch_split(ranks: int, grad_accum_steps: int) -> str:
+    """How a global batch is divided, in words."""
+    return f"{ranks} ranks x {grad_accum_steps} accumulation steps"
 
 
 class History:

@@ -1,5 +1,6 @@
 """Sums of losses and correct answers, exact over any number of ranks."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +21,18 @@ class Score:
 
     @property
     def top1_error(self) -> float:
-        return 100 * (1 - self.top1_correct / self.images)
+        return 100 * (1 - self._per_image(self.top1_correct))
 
     @property
     def top5_error(self) -> float:
-        return 100 * (1 - self.top5_correct / self.images)
+        return 100 * (1 - self._per_image(self.top5_correct))
 
     @property
     def loss(self) -> float:
-        return self.loss_sum / self.images
+        return self._per_image(self.loss_sum)
+
+    def _per_image(self, total: float) -> float:
+        return total / self.images if self.images else math.nan
 
 
 class MetricAccumulator:

@@ -1,6 +1,6 @@
 """What a run says of itself: its configuration and audit as files, and a summary at the end."""
 
-from pipeline.audit import audit, in_one_line, setting_for, to_markdown
+from pipeline.audit import AuditRow, audit, count_differences, setting_for, to_markdown
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.run import Run
@@ -14,7 +14,7 @@ def write_description(run: Run, found: Found | None) -> None:
         found.set_damaged_aside()
     title = f"{run.config.model.name} beside the paper's {setting_for(run.config).name} setting"
     write_text(run.dir / "config.yaml", to_yaml(run.config))
-    write_text(run.dir / "audit.md", to_markdown(audit(run.config, run.microbatches), title))
+    write_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines()))
 
 
 def summary(run: Run) -> str:
@@ -32,5 +32,10 @@ def summary(run: Run) -> str:
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
     lines.append(f"a batch-norm statistic saw {run.config.optim.batch_size // run.microbatches} images")
     lines += run.history.lines()
-    lines.append(f"recipe: {in_one_line(audit(run.config, run.microbatches))}")
+    lines.append(f"recipe: {count_differences(audit_of(run))} ({run.dir / 'audit.md'})")
     return "\n".join(lines)
+
+
+def audit_of(run: Run) -> list[AuditRow]:
+    """The run beside the paper's."""
+    return audit(run.config, run.microbatches, run.measured)

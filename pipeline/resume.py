@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.history import batch_split
 from pipeline.parsing import flatten
 from pipeline.run_dir import RECORDS, STATUS, read_records
 
@@ -96,10 +97,8 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         _refuse(config, f"the data in {config.data.dir} were {_named(before)} and are now {_named(now)}")
     if before.loader != now.loader:
         _refuse(config, f"the loader was {before.loader} and is now {now.loader}")
-    was, is_now = (
-        batch_split(before.ranks, old["optim.grad_accum_steps"]),
-        batch_split(now.ranks, config.optim.grad_accum_steps),
-    )
+    was = batch_split(before.ranks, old["optim.grad_accum_steps"])
+    is_now = batch_split(now.ranks, config.optim.grad_accum_steps)
     if was != is_now and not config.train.allow_world_size_change:
         _refuse(
             config,
@@ -107,11 +106,6 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
             "put it back, allow it with --train.allow_world_size_change",
         )
     return changed
-
-
-def batch_split(ranks: int, accumulation: int) -> str:
-    """How a global batch is divided, in words."""
-    return f"{ranks} ranks x {accumulation} accumulation steps"
 
 
 def _check_names(config: Config) -> None:

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from pipeline.distributed import World, data_parallel
 from pipeline.errors import UserError
 from pipeline.finite import FiniteGuard
 from pipeline.history import History
-from pipeline.metrics import MetricAccumulator
+from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
+from pipeline.metrics import MetricAccumulator, Score
 from pipeline.models import create_model
 from pipeline.objective import create_objective
 from pipeline.optim import create_optimizer, learning_rate
@@ -53,6 +54,15 @@ class Progress:
     best_epoch: int = -1
     last_top1_error: float = math.inf
     last_top5_error: float = math.inf
+
+    def finish_epoch(self, val: Score) -> bool:
+        """Note an epoch's validation errors and go on to the next; return whether none before was better."""
+        best = val.top1_error < self.best_top1_error
+        if best:
+            self.best_top1_error, self.best_top5_error, self.best_epoch = val.top1_error, val.top5_error, self.epoch
+        self.last_top1_error, self.last_top5_error = val.top1_error, val.top5_error
+        self.epoch, self.step = self.epoch + 1, 0
+        return best
 
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -95,13 +105,15 @@ class Run:
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         network = create_model(num_classes=len(self.conditions.classes), **dataclasses.asdict(config.model))
         self._check_image_size(network)
-        self.network = network.to(world.device, memory_format=self.memory_format)
-        self.training_network = data_parallel(torch.compile(network) if config.train.compile else network, world)
+        self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
+        compiled: Any = torch.compile(network) if config.train.compile else network
+        self.training_network = data_parallel(compiled, world)
         self.objective = create_objective(config)
         self.optimizer = create_optimizer(self.network, config.optim)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
         self.epoch_metrics, self.window_metrics = MetricAccumulator(world), MetricAccumulator(world)
+        self._spread = initial_spread(self.network)
         self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json")
         self.parts: dict[str, Stateful] = {
             "model": Weights(self.network),
@@ -139,6 +151,19 @@ class Run:
         )
 
     @property
+    def measured(self) -> Measured:
+        """What an audit compares besides the configuration."""
+        loader, batch = self.train_loader, min(self.config.optim.batch_size, len(self.train_loader.index))
+        return Measured(
+            images=(len(loader.index), len(self.val_loader.index)),
+            classes=len(self.conditions.classes),
+            statistics=tuple((s.epoch, statistic_images(batch, s.microbatches)) for s in self.history.segments),
+            last_batch=loader.global_batch(loader.steps_per_epoch - 1),
+            spread=self._spread,
+            decayed=decayed_parameters(self.optimizer),
+        )
+
+    @property
     def done_steps(self) -> int:
         """Optimiser steps since the beginning of the run."""
         return self.progress.epoch * self.train_loader.steps_per_epoch + self.progress.step
@@ -172,6 +197,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "classes": self.conditions.classes,
             "conditions": dataclasses.asdict(self.conditions),
+            "measured": dataclasses.asdict(self.measured),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -188,6 +214,29 @@ class Run:
                 )
             part.load_state_dict(state[name])
         self.history.begin(self.done_steps, self.progress.epoch, self.config, self.world.size, changed)
+
+    def count(self, outcomes: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+        """Add microbatches to the metrics: logits (n, classes), labels (n), losses (n) and weights (n) of each."""
+        for logits, labels, losses, weights in outcomes:
+            self.finite.add(self.done_steps, losses, weights)
+            for metrics in (self.epoch_metrics, self.window_metrics):
+                metrics.add(logits, labels, losses, weights)
+
+    def gradient_norm(self) -> float:
+        """Of all parameters together, without the loss scale; waits for the device."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = (p.grad for p in self.network.parameters() if p.grad is not None)
+        return nn.utils.get_total_norm(gradients).item()
+
+    def weigh_gradients(self, images: int, counted: Tensor) -> None:
+        """Make gradients that were divided by all `images` of a global batch follow the mean over those that count.
+
+        Args:
+            counted: of this rank, a scalar; it is less than its share where corrupt images were replaced.
+        """
+        factor = images / self.world.all_reduce_sum(counted).item()
+        if factor != 1:
+            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], factor)
 
     def description(self) -> str:
         """A few lines on what this run is."""

@@ -5,19 +5,22 @@ Mixed precision, NCCL and CUDA have not been run on a GPU yet; the tests train o
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.checkpoint import Found
 from pipeline.config import Config, to_yaml
 from pipeline.data.loader import Batch
 from pipeline.distributed import init_distributed
+from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
-from pipeline.hooks import EpochResult, Hook, StepResult, create_hooks
+from pipeline.finite import StepSkipper
+from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
 from pipeline.metrics import Score
 from pipeline.monitor import Monitor
 from pipeline.optim import set_learning_rate
@@ -36,7 +39,7 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
     between two steps with a checkpoint.
 
     Args:
-        hooks: further hooks, called after those of every run.
+        hooks: further hooks, called after those of every run and before the checkpoint is saved.
 
     Raises:
         UserError: something that the user can put right; see the message.
@@ -45,7 +48,7 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
     with init_distributed(config.train.device) as world, ExitStack() as stack:
         world.broadcast_from_rank0(lambda: stack.enter_context(locked(Path(config.run_dir))))
         run = Run(config, world)
-        trainer = Trainer(run, [*create_hooks(run), *hooks])
+        trainer = Trainer(run, [*create_hooks(run), *hooks, Saving(run)])
         trainer.fit(world.broadcast_from_rank0(lambda: find_checkpoint(run.dir)))
         if world.is_main:
             print(summary(run), flush=True)
@@ -64,12 +67,7 @@ def dry_run(config: Config) -> str:
 
 
 class Trainer:
-    """Trains a run on this rank.
-
-    Attributes:
-        microbatch: number of the microbatch within the present step.
-        seconds: spent since the last log line in waiting for "data" and in writing a "checkpoint".
-    """
+    """Trains a run on this rank; `hooks.hook.Training` says what hooks see of it."""
 
     monitor: Monitor
 
@@ -77,8 +75,9 @@ class Trainer:
         self.run, self.hooks = run, hooks
         self.preemption = PreemptionHandler()
         self.watchdog = Watchdog(run.world, run.config.train.heartbeat_timeout)
+        self.skipper = StepSkipper(run.network, run.world) if run.config.train.not_finite == "skip" else None
         self.microbatch = 0
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def fit(self, found: Found | None) -> None:
         """Train to the last epoch from a new run's first step, or from the checkpoint that was found."""
@@ -122,6 +121,11 @@ class Trainer:
         # DDP averages gradients over ranks; together with this scale a step follows the mean loss of the global batch
         # even where its microbatches differ in size.
         scale = run.world.size / images
+        if self.skipper:
+            self.skipper.begin()
+        outcomes: list[
+            tuple[Tensor, Tensor, Tensor, Tensor]
+        ] = []  # of each microbatch: logits, labels, losses, weights
         for self.microbatch in range(accumulation):
             batch = run.objective.prepare(next(batches))
             run.seed_dropout(self.microbatch)
@@ -130,50 +134,46 @@ class Trainer:
                     outputs = run.training_network(batch.images.contiguous(memory_format=run.memory_format))
                 losses = run.objective.losses(outputs, batch)
                 run.scaler.scale((losses * batch.weights).sum() * scale).backward()
-            losses, logits = losses.detach(), run.objective.logits(outputs).detach()
-            run.finite.add(run.done_steps, losses, batch.weights)
-            for metrics in (run.epoch_metrics, run.window_metrics):
-                metrics.add(logits, batch.labels, losses, batch.weights)
-            self._call("on_batch", batch, losses)
-        norm = self._gradient_norm() if logged else None
+            outcomes.append((run.objective.logits(outputs).detach(), batch.labels, losses.detach(), batch.weights))
+            self._call("on_batch", batch)
+        if config.data.corrupt_images == "skip":
+            run.weigh_gradients(images, torch.cat([weights for _, _, _, weights in outcomes]).sum())
+        skipped = bool(self.skipper and self.skipper.skips([o[2] for o in outcomes], run.scaler.is_enabled()))
+        if not skipped:
+            run.count(outcomes)
+        norm = run.gradient_norm() if logged else None
         rate = run.learning_rate
-        set_learning_rate(run.optimizer, rate)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        if not skipped or run.scaler.is_enabled():  # the scaler leaves the step out by itself, and lowers its scale
+            set_learning_rate(run.optimizer, rate)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
         run.optimizer.zero_grad()
-        return StepResult(images, rate, norm, logged, last)
+        return StepResult(images, rate, norm, logged, last, skipped)
 
     def validate(self) -> Score:
         """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
         run = self.run
         run.world.broadcast_buffers(run.network)
-        return evaluate(
+        evaluation = evaluate(
             run.network,
             run.val_loader,
             run.world,
             between_batches=self._between_batches,
             logits_of=run.objective.logits,
-        ).score
+        )
+        if evaluation.not_finite and not self.skipper:
+            raise UserError(
+                f"after epoch {run.progress.epoch} the answers to {evaluation.not_finite} validation images are not finite: "
+                "lower optim.lr with --train.change optim.lr, or count them as wrong with --train.not_finite skip"
+            )
+        return evaluation.score
 
     def finish_epoch(self, val: Score) -> None:
         """Note the epoch's errors, and go on to the next."""
         run, progress = self.run, self.run.progress
-        train = run.epoch_metrics.score()
+        train = run.epoch_metrics.score() or Score(0, 0, 0, 0.0)
         run.epoch_metrics.reset()
-        best = val.top1_error < progress.best_top1_error
-        if best:
-            progress.best_top1_error, progress.best_top5_error = val.top1_error, val.top5_error
-            progress.best_epoch = progress.epoch
-        progress.last_top1_error, progress.last_top5_error = val.top1_error, val.top5_error
-        result = EpochResult(progress.epoch, train, val, best)
-        progress.epoch, progress.step = progress.epoch + 1, 0
-        self._call("on_epoch", result)
-
-    def _gradient_norm(self) -> float:
-        """Of all parameters together; waits for the device."""
-        self.run.scaler.unscale_(self.run.optimizer)
-        gradients = (p.grad for p in self.run.network.parameters() if p.grad is not None)
-        return torch.nn.utils.get_total_norm(gradients).item()
+        self._call("on_epoch", EpochResult(progress.epoch, train, val, best=progress.finish_epoch(val)))
 
     def _between_batches(self) -> None:
         """Before each batch of an evaluation, and before the first step of an epoch."""

@@ -15,6 +15,7 @@ import torchvision_sets
 from conftest import REPOSITORY, run_module, small_config
 from PIL import Image
 from torchvision import datasets
+from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
@@ -143,18 +144,8 @@ def test_training_resumes_with_the_same_bits_and_evaluates_on_the_test_images(tm
 
     whole = trainer.fit(config("whole"))
 
-    real, steps = trainer.Trainer._optimizer_step, []
-
-    def fail_at_the_third(self, *args, **kwargs):
-        steps.append(1)
-        if len(steps) == 3:
-            raise InterruptedError
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_optimizer_step", fail_at_the_third)
-        with pytest.raises(InterruptedError):
-            trainer.fit(config("cut"))
+    with pytest.raises(InterruptionError):
+        trainer.fit(config("cut"), hooks=[InterruptAfter(2)])
     assert trainer.fit(config("cut")) == whole
     a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("whole", "cut"))
     assert all(torch.equal(a[key], b[key]) for key in a)

@@ -15,8 +15,8 @@ DENSENET121 = REPOSITORY / "configs" / "densenet121.yaml"
 @pytest.mark.parametrize("name", ["121", "161", "169", "201", "264"])
 def test_imagenet_configs_are_the_papers_but_for_what_the_ranks_force(name):
     config = load_config(REPOSITORY / "configs" / f"densenet{name}.yaml")
-    assert differences(audit(config, parts=4)) == []
-    (forced,) = differences(audit(config, parts=32))
+    assert differences(audit(config, microbatches=4)) == []
+    (forced,) = differences(audit(config, microbatches=32))
     assert (forced.part, forced.paper, forced.here) == ("images in a batch-norm statistic", "64", "8")
 
 
@@ -50,7 +50,7 @@ def test_table2_configs_are_the_papers(monkeypatch, capsys, path):
 @pytest.mark.parametrize("path", TABLE2, ids=lambda path: path.stem)
 def test_class_folders_of_small_images_are_compared_with_the_set_that_they_hold(path):
     config = load_config(path, {"data.dataset": "images"})
-    (only,) = differences(audit(config, parts=1))
+    (only,) = differences(audit(config, microbatches=1))
     assert (only.part, only.here) == ("data set", "images")
 
 
@@ -68,7 +68,7 @@ def test_every_departure_is_noticed(file, key, value):
     section, field = key.split(".")
     tree = dataclasses.asdict(load_config(file))
     tree[section][field] = value
-    odd = differences(audit(from_dict(tree, "test"), parts=4 if file == DENSENET121 else 1))
+    odd = differences(audit(from_dict(tree, "test"), microbatches=4 if file == DENSENET121 else 1))
     assert odd and all(finding.effect for finding in odd)
 
 
@@ -98,6 +98,6 @@ def test_the_command_prints_the_table(monkeypatch, capsys):
 
 
 def test_the_verdict_in_one_line_names_what_differs():
-    rows = audit(load_config(DENSENET121), parts=8)
+    rows = audit(load_config(DENSENET121), microbatches=8)
     assert in_one_line(rows) == "differs from the paper in images in a batch-norm statistic (32; paper 64)"
-    assert "The same as the paper" in to_markdown(audit(load_config(DENSENET121), parts=4), "title")
+    assert "The same as the paper" in to_markdown(audit(load_config(DENSENET121), microbatches=4), "title")

@@ -1,9 +1,12 @@
+import errno
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint, load_weights
 from pipeline.errors import UserError
 from pipeline.models import create_model
@@ -19,7 +22,7 @@ def state(step: int) -> dict:
 
 
 def test_the_last_two_and_the_best_are_kept(folder):
-    assert folder.load_newest() is None
+    assert folder.find() == (None, [])
     for step in range(4):
         folder.save(state(step), best=step == 1)
     assert [load_checkpoint(path)["step"] for path in (folder.last, folder.previous, folder.best)] == [3, 2, 1]
@@ -34,14 +37,52 @@ def test_a_damaged_last_checkpoint_is_passed_over_loudly(folder, damage):
     if damage == "flipped bit":
         content[len(content) // 2] ^= 1
     folder.last.write_bytes({"cut short": content[:-100], "empty": b""}.get(damage, content))
-    with pytest.warns(UserWarning, match="last.pt is damaged"):
-        assert folder.load_newest()["step"] == 0
+    names = sorted(os.listdir(folder.last.parent))
+    found, damaged = folder.find()
+    assert (found.state["step"], found.path, damaged) == (0, folder.previous, [folder.last])
+    assert sorted(os.listdir(folder.last.parent)) == names  # to look changes nothing
+    with pytest.warns(UserWarning, match="last.pt is damaged and now called last.damaged; resuming from previous.pt"):
+        found.set_damaged_aside()
     folder.save(state(2), best=False)  # must not put the damaged one in the place of the good one
     assert [load_checkpoint(path)["step"] for path in (folder.last, folder.previous)] == [2, 0]
     folder.last.write_bytes(b"")
+    with pytest.warns(UserWarning, match="now called last.damaged1"):  # the first stays
+        folder.find()[0].set_damaged_aside()
     folder.previous.write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="no other checkpoint is left"):
-        folder.load_newest()
+    assert folder.find() == (None, [folder.previous])
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(folder, monkeypatch, number):
+    """The one before is no way out either: it would be renamed to the last at the next save."""
+    folder.save(state(0), best=False)
+    folder.save(state(1), best=False)
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.name == "last.pt":
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=f"cannot read the checkpoint .*last.pt: {os.strerror(number)}"):
+        folder.find()
+    assert sorted(os.listdir(folder.last.parent)) == ["last.pt", "previous.pt"]
+
+
+def test_checkpoints_of_the_format_before_are_read_under_todays_names(folder, monkeypatch):
+    old = state(0) | {
+        "config": {"data": {"mirror": True}, "optim": {"accumulation": 2}},
+        "conditions": {"ranks": 3},
+        "epoch_totals": torch.ones(3, 4),
+    }
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    folder.save(old, best=False)
+    monkeypatch.undo()
+    found = load_checkpoint(folder.last)
+    assert found["config"] == {"data": {"hflip": True}, "optim": {"grad_accum_steps": 2}}
+    assert torch.equal(found["epoch_metrics"]["by_rank"], torch.ones(3, 4))
+    assert found["history"]["segments"] == [{"step": 0, "epoch": 0, "ranks": 3, "grad_accum_steps": 2, "changed": {}}]
 
 
 @pytest.mark.parametrize("written", [0, 1])

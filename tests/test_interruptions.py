@@ -9,19 +9,20 @@ import time
 import pytest
 from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import (
-    InterruptionError,
     assert_equal_weights,
     assert_no_doubles_on_the_board,
     comparable_records,
-    interrupt_after,
     last_state,
     records,
     weights,
 )
+from training_hooks import InterruptAfter, InterruptionError, SignalInStep
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import InterruptedRunError, UserError
+from pipeline.hooks import Hook
+from pipeline.hooks.saving import Saving
 from pipeline.preemption import PreemptionHandler
 from pipeline.resume import Conditions, check_same_run
 from pipeline.run_dir import locked
@@ -32,25 +33,15 @@ SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [0, 2, 3, 4])
-def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(tmp_path, monkeypatch, number, step):
+def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(tmp_path, number, step):
     """Four steps an epoch; without the signal only each epoch's end would be saved."""
     whole, cut = (small_config(tmp_path / name) for name in ("whole", "cut"))
     trainer.fit(whole)
-    real, handlers = trainer.Trainer._optimizer_step, [signal.getsignal(n) for n in SIGNALS]
-
-    def struck_step(self, *args, **kwargs):
-        if self.done_steps == step:
-            os.kill(os.getpid(), number)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.Trainer, "_optimizer_step", struck_step)
+    handlers = [signal.getsignal(n) for n in SIGNALS]
     epoch, done = divmod(step + 1, 4) if step != 3 else (0, 4)
     with pytest.raises(InterruptedRunError, match=f"leaves at epoch {epoch}, step {done} of .* on {number.name}"):
-        trainer.fit(cut)
+        trainer.fit(cut, hooks=[SignalInStep(step, number)])
     assert (last_state(cut)["progress"]["epoch"], last_state(cut)["progress"]["step"]) == (epoch, done)
-    for n, handler in zip(SIGNALS, handlers, strict=True):
-        signal.signal(n, handler)
-    monkeypatch.undo()
     trainer.fit(cut)
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert_equal_weights(weights(cut), weights(whole))
@@ -58,21 +49,20 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(tmp_path, mo
     assert_no_doubles_on_the_board(cut)
 
 
-def test_a_signal_during_validation_loses_no_training(tmp_path, monkeypatch):
+def test_a_signal_during_validation_loses_no_training(tmp_path):
     whole, cut = (small_config(tmp_path / name, train={"eval_batch_size": 2}) for name in ("whole", "cut"))
     trainer.fit(whole)
-    real, calls = trainer.Trainer._leave_if_asked, []
 
-    def struck(self):
-        calls.append(1)
-        if len(calls) == 4:  # one before the first step, then one before each batch of the first validation
-            os.kill(os.getpid(), signal.SIGTERM)
-        real(self)
+    class SignalInValidation(Hook):
+        calls = 0
 
-    monkeypatch.setattr(trainer.Trainer, "_leave_if_asked", struck)
+        def on_evaluation_batch(self, trainer):
+            self.calls += 1
+            if self.calls == 4:  # one before the first step, then one before each batch of the first validation
+                os.kill(os.getpid(), signal.SIGTERM)
+
     with pytest.raises(InterruptedRunError, match="epoch 0, step 4"):
-        trainer.fit(cut)
-    monkeypatch.undo()
+        trainer.fit(cut, hooks=[SignalInValidation()])
     trainer.fit(cut)
     assert_equal_weights(weights(cut), weights(whole))
     assert last_state(cut)["progress"] == last_state(whole)["progress"]
@@ -122,9 +112,9 @@ def test_a_run_directory_has_one_user_at_a_time(tmp_path):
 
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     saved = []
-    real = trainer.Trainer.save
+    real = Saving.save
     monkeypatch.setattr(
-        trainer.Trainer, "save", lambda self, best: saved.append(self.progress.step) or real(self, best)
+        Saving, "save", lambda self, trainer, best: saved.append(trainer.run.progress.step) or real(self, trainer, best)
     )
     trainer.fit(small_config(tmp_path / "often", optim={"epochs": 1}, train={"checkpoint_minutes": 1e-9}))
     assert saved == [1, 2, 3, 4, 0]
@@ -209,12 +199,10 @@ def test_changed_conditions_are_refused_with_both_values(tmp_path, change, expec
         check_same_run(state, config, Conditions(**(SAME | change)))
 
 
-def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path, monkeypatch):
+def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path):
     config = small_config(tmp_path, optim={"epochs": 1}, train={"checkpoint_every": 1})
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(InterruptionError):
-            trainer.fit(config)
+    with pytest.raises(InterruptionError):
+        trainer.fit(config, hooks=[InterruptAfter(3)])
     words = ["configs/demo.yaml", *override_flags(config)]
     refused = run_module("pipeline.train", *words, ranks=2)
     assert (
@@ -223,9 +211,7 @@ def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path, monke
     )
     done = run_module("pipeline.train", *words, "--train.allow_world_size_change", "true", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert (
-        "a batch was 1 ranks x 1 accumulation steps until here and is 2 ranks x 1 accumulation steps from here on"
-        in done.stdout
-    )
+    said = "from epoch 0, step 3 of the run on, a batch is 2 ranks x 1 accumulation steps; before, 1 ranks x 1 accumulation"
+    assert said in done.stdout
     assert [record["step"] for record in records(config)] == [2, 4, 4]
     assert records(config)[-1]["epoch/skipped_images"] == 0  # one rank's sums and two ranks' are all 46 images

@@ -1,4 +1,7 @@
-"""The hooks of every run, in the order in which they are called. To add one, write a class and give it a line here."""
+"""The hooks of every run, in the order in which they are called. To add one, write a class and give it a line here.
+
+A checkpoint is saved after all of them (saving.py), so that it holds what they leave.
+"""
 
 from collections.abc import Callable
 
@@ -8,11 +11,9 @@ from pipeline.hooks.records import Records
 from pipeline.hooks.saving import Saving
 from pipeline.run import Run
 
-# Records come before the checkpoint that vouches for them.
 HOOKS: dict[str, Callable[[Run], Hook]] = {
     "records": Records,
     "feature_reuse": FeatureReusePictures,
-    "saving": Saving,
 }
 
 
@@ -20,4 +21,4 @@ def create_hooks(run: Run) -> list[Hook]:
     return [create(run) for create in HOOKS.values()]
 
 
-__all__ = ["HOOKS", "EpochResult", "Hook", "StepResult", "create_hooks"]
+__all__ = ["HOOKS", "EpochResult", "Hook", "Saving", "StepResult", "create_hooks"]

@@ -1,17 +1,30 @@
 """What happens beside training: recording, saving, pictures, an average of the weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from typing import Protocol
 
 from pipeline.data.loader import Batch
 from pipeline.metrics import Score
+from pipeline.monitor import Monitor
+from pipeline.preemption import PreemptionHandler
+from pipeline.run import Run
+from pipeline.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from pipeline.trainer import Trainer
+
+class Training(Protocol):
+    """What a hook sees of the trainer.
+
+    Attributes:
+        microbatch: number of the microbatch within the present step.
+        seconds: spent since the last log line in waiting for "data" and in writing a "checkpoint".
+    """
+
+    run: Run
+    monitor: Monitor
+    watchdog: Watchdog
+    preemption: PreemptionHandler
+    microbatch: int
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,7 @@ class StepResult:
         gradient_norm: before the step, if the step is logged.
         logged: whether metrics are read after this step.
         last: it was the last of its epoch.
+        skipped: it was left out, as its loss or gradient was not finite.
     """
 
     images: int
@@ -31,6 +45,7 @@ class StepResult:
     gradient_norm: float | None
     logged: bool
     last: bool
+    skipped: bool
 
 
 @dataclass(frozen=True)
@@ -49,23 +64,23 @@ class Hook:
     A hook with a state gives it a name in `Run.parts` when it is made: the state is then saved and resumed with the run.
     """
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Before the first step of this process; ``trainer.run.done_steps`` is 0 in a run that is new."""
 
-    def on_step_start(self, trainer: Trainer) -> None:
+    def on_step_start(self, trainer: Training) -> None:
         """Before an optimiser step."""
 
-    def on_batch(self, trainer: Trainer, batch: Batch, losses: Tensor) -> None:
-        """After the backward pass of a microbatch; losses (n), without gradient."""
+    def on_batch(self, trainer: Training, batch: Batch) -> None:
+        """After the backward pass of a microbatch, number ``trainer.microbatch`` of its step."""
 
-    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+    def on_step(self, trainer: Training, result: StepResult) -> None:
         """After an optimiser step; the run's progress names the next one."""
 
-    def on_evaluation_batch(self, trainer: Trainer) -> None:
+    def on_evaluation_batch(self, trainer: Training) -> None:
         """Before each batch of a validation, and once before an epoch."""
 
-    def on_epoch(self, trainer: Trainer, result: EpochResult) -> None:
+    def on_epoch(self, trainer: Training, result: EpochResult) -> None:
         """After an epoch's validation; the run's progress names the next epoch."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         """When this process leaves the training, also after a failure."""

@@ -1,21 +1,14 @@
 """What a run records and says while it trains: scalars, log lines, a progress bar, and some images of the first batch."""
 
-from __future__ import annotations
-
 import time
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from pipeline.config import to_yaml
 from pipeline.data.loader import Batch
-from pipeline.hooks.hook import EpochResult, Hook, StepResult
+from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.monitor import peak_memory
 from pipeline.run import Run
-
-if TYPE_CHECKING:
-    from pipeline.trainer import Trainer
 
 GRID_IMAGES = 16
 
@@ -26,7 +19,7 @@ class Records(Hook):
         self._window_start: float | None = None  # when the steps since the last log line began
         self._window_images = 0
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         run, monitor = trainer.run, trainer.monitor
         if run.done_steps:
             monitor.say(f"resuming at epoch {run.progress.epoch}, step {run.progress.step} of {run.dir}")
@@ -36,14 +29,14 @@ class Records(Hook):
             monitor.say(line)
         monitor.say(run.description())
 
-    def on_step_start(self, trainer: Trainer) -> None:
+    def on_step_start(self, trainer: Training) -> None:
         run = trainer.run
         if self._window_start is None:
             self._begin_window(trainer)
         monitor, progress = trainer.monitor, run.progress
         monitor.show_progress(f"epoch {progress.epoch}", run.train_loader.steps_per_epoch, progress.step)
 
-    def on_batch(self, trainer: Trainer, batch: Batch, losses: Tensor) -> None:
+    def on_batch(self, trainer: Training, batch: Batch) -> None:
         run = trainer.run
         if run.progress.step == 0 and trainer.microbatch == 0:
             data = run.config.data
@@ -51,10 +44,13 @@ class Records(Hook):
             images = (batch.images[:GRID_IMAGES] * std + mean).clamp(0, 1)
             trainer.monitor.images("train/images", images, run.done_steps)
 
-    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+    def on_step(self, trainer: Training, result: StepResult) -> None:
         self._announce_dense_block(trainer)
         self._window_images += result.images
         trainer.monitor.advance()
+        if result.skipped:
+            step = trainer.run.done_steps - 1
+            trainer.monitor.say(f"step {step}: the loss or the gradient is not finite; the step is left out")
         if result.logged:  # the only steps that wait for the device
             self._log(trainer, result)
             self._begin_window(trainer)
@@ -62,7 +58,7 @@ class Records(Hook):
             self._window_start = None
             trainer.monitor.hide_progress()
 
-    def on_epoch(self, trainer: Trainer, result: EpochResult) -> None:
+    def on_epoch(self, trainer: Training, result: EpochResult) -> None:
         run, train, val = trainer.run, result.train, result.val
         values = {
             "epoch/train_loss": train.loss,
@@ -80,27 +76,27 @@ class Records(Hook):
             f"({val.images} images){' *' if result.best else ''}"
         )
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         trainer.monitor.hide_progress()
 
-    def _begin_window(self, trainer: Trainer) -> None:
+    def _begin_window(self, trainer: Training) -> None:
         self._window_start, self._window_images = time.perf_counter(), 0
         trainer.seconds.clear()
 
-    def _announce_dense_block(self, trainer: Trainer) -> None:
+    def _announce_dense_block(self, trainer: Training) -> None:
         """Say which implementation of the dense block is at work, and again if that changes."""
         selection = getattr(trainer.run.network, "selection", None)  # timm's networks have none
         if selection != self._announced:
             trainer.monitor.say(f"dense blocks: {selection}")
             self._announced = selection
 
-    def _log(self, trainer: Trainer, result: StepResult) -> None:
+    def _log(self, trainer: Training, result: StepResult) -> None:
         run = trainer.run
         seconds = time.perf_counter() - (self._window_start or 0.0)
         run.finite.check(run.done_steps - 1)
         score = run.window_metrics.score()
         run.window_metrics.reset()
-        if score is None or result.gradient_norm is None:
+        if score is None:  # all steps since the last line were left out
             return
         waiting = trainer.seconds["data"] / seconds
         values = {
@@ -108,7 +104,7 @@ class Records(Hook):
             "train/top1_error": score.top1_error,
             "train/top5_error": score.top5_error,
             "train/learning_rate": result.learning_rate,
-            "train/gradient_norm": result.gradient_norm,
+            "train/gradient_norm": result.gradient_norm or 0.0,
             "speed/images_per_second": self._window_images / seconds,
             "speed/data_wait_fraction": waiting,
             "speed/checkpoint_seconds": trainer.seconds["checkpoint"],

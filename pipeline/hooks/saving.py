@@ -1,20 +1,14 @@
 """When a run saves a checkpoint, and leaves after one: by steps, by the clock, at each epoch's end, and on a signal."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time
-from typing import TYPE_CHECKING
 
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.errors import InterruptedRunError
-from pipeline.hooks.hook import EpochResult, Hook, StepResult
+from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.run import Run
 from pipeline.run_dir import STATUS, replace_text
-
-if TYPE_CHECKING:
-    from pipeline.trainer import Trainer
 
 
 class Saving(Hook):
@@ -24,7 +18,7 @@ class Saving(Hook):
         self._folder = CheckpointFolder(run.dir / "checkpoints")
         self._saved_at = time.monotonic()
 
-    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+    def on_step(self, trainer: Training, result: StepResult) -> None:
         run, train = trainer.run, trainer.run.config.train
         by_steps = result.last or (train.checkpoint_every and run.progress.step % train.checkpoint_every == 0)
         minutes = train.checkpoint_minutes
@@ -35,16 +29,16 @@ class Saving(Hook):
         if asked:
             self._leave(run, asked)
 
-    def on_evaluation_batch(self, trainer: Trainer) -> None:
+    def on_evaluation_batch(self, trainer: Training) -> None:
         """There is nothing new to save."""
         (asked,) = trainer.run.world.all_reduce_max([trainer.preemption.signal])
         if asked:
             self._leave(trainer.run, asked)
 
-    def on_epoch(self, trainer: Trainer, result: EpochResult) -> None:
+    def on_epoch(self, trainer: Training, result: EpochResult) -> None:
         self.save(trainer, result.best)
 
-    def save(self, trainer: Trainer, best: bool) -> None:
+    def save(self, trainer: Training, best: bool) -> None:
         """Write a checkpoint. Every rank must call this; all return when the disk has it."""
         run, start = trainer.run, time.monotonic()
         trainer.watchdog.beat(f"saving a checkpoint at epoch {run.progress.epoch}, step {run.progress.step}")

@@ -1,6 +1,7 @@
 """The networks by name: those of the paper, others of its family by depth and growth rate, and timm's as ``timm:NAME``."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -62,6 +63,10 @@ DENSENETS: dict[str, dict[str, Any]] = {
 }
 
 
+NETWORKS: dict[str, Callable[..., nn.Module]] = {}
+"""Networks of other kinds by name; each takes num_classes, dropout, dense_block and activation_checkpointing."""
+
+
 def create_model(
     name: str,
     num_classes: int = 1000,
@@ -81,6 +86,13 @@ def create_model(
     """
     if name.startswith("timm:"):
         return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout)
+    if name in NETWORKS:
+        return NETWORKS[name](
+            num_classes=num_classes,
+            dropout=dropout,
+            dense_block=dense_block,
+            activation_checkpointing=activation_checkpointing,
+        )
     spec = DENSENETS.get(name) or cifar_densenet(name)
     if spec is None:
         nearest = did_you_mean(name, DENSENETS)

@@ -1,0 +1,55 @@
+"""What an audit compares besides the configuration: measured of the data, network and optimiser that really train."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.data.plan import split
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measured before the first step.
+
+    Attributes:
+        images: training and validation images.
+        classes: number of classes.
+        statistics: for each part of the run, the epoch from which it was trained so and the images (smallest, largest) in a
+            batch-norm statistic of a full batch.
+        last_batch: images of the last step of an epoch.
+        spread: standard deviation of the convolutions' initial weights, in units of sqrt(2 / fan-out).
+        decayed: parameters to which weight decay applies, and all.
+    """
+
+    images: tuple[int, int]
+    classes: int
+    statistics: tuple[tuple[int, tuple[int, int]], ...]
+    last_batch: int
+    spread: float
+    decayed: tuple[int, int]
+
+
+def statistic_images(batch: int, microbatches: int) -> tuple[int, int]:
+    """The smallest and the largest number of images in a batch-norm statistic of a batch."""
+    lengths = [len(part) for part in split(0, batch, microbatches)]
+    return min(lengths), max(lengths)
+
+
+def initial_spread(network: nn.Module) -> float:
+    """Standard deviation of all convolutions' weights, each in units of sqrt(2 / fan-out) of its layer."""
+    squares, count = 0.0, 0
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.weight.shape[0] * module.weight[0, 0].numel()
+            squares += float(module.weight.detach().double().square().sum()) * fan_out / 2
+            count += module.weight.numel()
+    return math.sqrt(squares / count) if count else math.nan
+
+
+def decayed_parameters(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """How many parameter tensors weight decay applies to, and how many there are."""
+    groups: Sequence[dict] = optimizer.param_groups
+    return sum(len(group["params"]) for group in groups if group["weight_decay"]), sum(len(g["params"]) for g in groups)

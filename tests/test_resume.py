@@ -1,0 +1,243 @@
+"""Nothing of a run is lost: damaged or missing checkpoints, changes on purpose, records that are the user's."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import override_flags, run_module, small_config
+from test_trainer import assert_equal_weights, comparable_records, last_state, records, weights
+from training_hooks import InterruptAfter, InterruptionError
+
+from pipeline import trainer
+from pipeline.errors import UserError
+from pipeline.run_dir import STATUS
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != "lock"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of one epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer.fit(small_config(folder, optim={"epochs": 1}))
+    return folder
+
+
+def copy_of(run: Path, to: Path):
+    for name, content in files_of(run).items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_bytes(content)
+    return small_config(to, optim={"epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (
+            ["truncate last.pt", "truncate previous.pt"],
+            r"last.pt \(damaged\), previous.pt \(damaged\), best.pt, status.json",
+        ),
+        (["remove last.pt", "truncate previous.pt"], r"previous.pt \(damaged\)"),
+        (["remove last.pt", "remove previous.pt"], r"best.pt, status.json, metrics.jsonl"),
+        (["remove last.pt", "remove previous.pt", "remove best.pt", "remove status"], r"\(metrics.jsonl\)"),
+        (["remove last.pt", "remove previous.pt", "remove best.pt", "remove metrics"], r"\(status.json\)"),
+        (["rename last.pt", "remove previous.pt", "remove best.pt", "remove status", "remove metrics"], "last.damaged"),
+    ],
+)
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(finished, tmp_path, loss, named):
+    """However often it is started, and whoever looks; it names what it found, and says how to begin anew on purpose."""
+    config = copy_of(finished, tmp_path)
+    for what in loss:
+        verb, name = what.split()
+        file = tmp_path / {"status": STATUS, "metrics": "metrics.jsonl"}.get(name, f"checkpoints/{name}")
+        if verb == "truncate":
+            file.write_bytes(file.read_bytes()[:1000])
+        elif verb == "rename":
+            file.rename(file.with_suffix(".damaged"))
+        else:
+            file.unlink()
+    before = files_of(tmp_path)
+    for start in (trainer.fit, trainer.fit, trainer.dry_run):
+        with pytest.raises(UserError, match=f"holds a run .*{named}.*--run_dir, or rename {tmp_path} first"):
+            start(config)
+        assert files_of(tmp_path) == before
+
+
+def test_a_dry_run_and_a_refused_start_change_nothing(finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    before = files_of(tmp_path)
+    trainer.dry_run(config)
+    assert files_of(tmp_path) == before
+    with pytest.raises(UserError, match=r"optim.lr was 0.1 and is now 0.2"):
+        trainer.fit(small_config(tmp_path, optim={"epochs": 1, "lr": 0.2}))
+    assert files_of(tmp_path) == before
+
+
+def test_a_run_cut_before_its_first_checkpoint_starts_again_by_itself(tmp_path):
+    whole, cut = (small_config(tmp_path / name, train={"log_every": 1}) for name in ("whole", "cut"))
+    trainer.fit(whole)
+    with pytest.raises(InterruptionError):
+        trainer.fit(cut, hooks=[InterruptAfter(2)])
+    assert len(records(cut)) == 2 and not (tmp_path / "cut" / STATUS).exists()
+    trainer.fit(cut)
+    assert_equal_weights(weights(whole), weights(cut))
+    assert comparable_records(cut) == comparable_records(whole)
+
+
+def test_files_of_other_programs_stay(tmp_path):
+    config = small_config(tmp_path, train={"log_every": 1})
+    tmp_path.joinpath("events.out.tfevents.1.other.1.0").write_bytes(b"somebody else's")
+    tmp_path.joinpath("notes.txt").write_text("mine")
+    with pytest.raises(InterruptionError):
+        trainer.fit(config, hooks=[InterruptAfter(2)])
+    trainer.fit(config)
+    trainer.fit(config)
+    assert tmp_path.joinpath("events.out.tfevents.1.other.1.0").read_bytes() == b"somebody else's"
+    assert tmp_path.joinpath("notes.txt").read_text() == "mine"
+
+
+def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
+    config = small_config(tmp_path, train={"checkpoint_every": 1})
+    with pytest.raises(InterruptionError):
+        trainer.fit(config, hooks=[InterruptAfter(6)])
+    assert json.loads((tmp_path / STATUS).read_text()) == {"epoch": 1, "epochs": 2, "step": 2, "complete": False}
+    trainer.fit(config)
+    assert json.loads((tmp_path / STATUS).read_text()) == {"epoch": 2, "epochs": 2, "step": 0, "complete": True}
+
+
+def test_fields_that_a_checkpoint_lacks_are_compared_with_their_defaults(tmp_path):
+    config = small_config(tmp_path, optim={"epochs": 1})
+    trainer.fit(config)
+    state = last_state(config)
+    del state["config"]["optim"]["label_smoothing"]
+    run = trainer.CheckpointFolder(tmp_path / "checkpoints")
+    run.save({key: value for key, value in state.items() if key != "format"}, best=False)
+    trainer.fit(config)
+    with pytest.raises(UserError, match=r"optim.label_smoothing was 0.0 and is now 0.3"):
+        trainer.fit(small_config(tmp_path, optim={"epochs": 1, "label_smoothing": 0.3}))
+
+
+def test_a_field_is_changed_on_purpose_and_the_history_tells(tmp_path, capsys):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
+    with pytest.raises(UserError, match=r"optim.epochs was 1 and is now 3; .*--train.change optim.epochs"):
+        trainer.fit(small_config(tmp_path, optim={"epochs": 3}))
+    more = small_config(
+        tmp_path, optim={"epochs": 3, "lr": 0.01}, train={"change": ["optim.epochs", "optim.lr"], "log_every": 1}
+    )
+    assert trainer.fit(more).epoch == 3
+    changes = ["from epoch 1, step 4 of the run on, optim.epochs is 3; before, 1"]
+    changes += ["from epoch 1, step 4 of the run on, optim.lr is 0.01; before, 0.1"]
+    said = capsys.readouterr().out
+    audit = (tmp_path / "audit.md").read_text()
+    assert all(said.count(change) >= 2 for change in changes)  # at the start and in the summary
+    assert all(f"- {change}" in audit for change in changes)
+    assert {r["train/learning_rate"] for r in records(more) if "train/loss" in r and r["step"] > 8} == {0.01 * 0.1}
+    trainer.fit(more)  # again, nothing is new
+    assert len(last_state(more)["history"]["segments"]) == 2
+    with pytest.raises(UserError, match="train.change: there is no field 'optim.rate'"):
+        trainer.fit(small_config(tmp_path, optim={"epochs": 3, "lr": 0.01}, train={"change": ["optim.rate"]}))
+    with pytest.raises(UserError, match="train.change: a run with another model.name is another run"):
+        trainer.fit(small_config(tmp_path, optim={"epochs": 3, "lr": 0.01}, train={"change": ["model.name"]}))
+
+
+def test_the_audit_tells_every_layout_that_a_run_had(tmp_path):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
+    words = {"epochs": 2, "grad_accum_steps": 2}
+    config = small_config(tmp_path, optim=words, train={"allow_world_size_change": True, "change": ["optim.epochs"]})
+    trainer.fit(config)
+    audit = (tmp_path / "audit.md").read_text()
+    assert "12, 6 from epoch 1 on" in audit
+    assert (
+        "- from epoch 1, step 4 of the run on, a batch is 1 ranks x 2 accumulation steps; before, 1 ranks x 1" in audit
+    )
+
+
+def test_a_run_whose_loss_was_not_finite_is_saved_by_what_the_advice_names(tmp_path):
+    config = small_config(tmp_path, optim={"lr": 1e6}, train={"checkpoint_every": 1})
+    with pytest.raises(UserError, match=r"the loss is not finite .*--train.change optim.lr.*--train.not_finite skip"):
+        trainer.fit(config)
+    done = last_state(config)["progress"]
+    assert (done["epoch"], done["step"]) == (0, 1)
+    lower = small_config(tmp_path, optim={"lr": 0.01}, train={"checkpoint_every": 1, "change": ["optim.lr"]})
+    with pytest.raises(UserError, match="not finite"):  # the step with the high rate is in the checkpoint
+        trainer.fit(lower)
+
+
+class Spike(trainer.Hook):
+    """Makes the images of one step infinite."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_start(self, trainer):
+        prepare = trainer.run.objective.prepare
+
+        def spiked(batch):
+            if trainer.run.done_steps == self.step:
+                batch.images.fill_(float("inf"))
+            return prepare(batch)
+
+        trainer.run.objective.prepare = spiked
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_not_finite_is_left_out_on_request(tmp_path, capsys, precision):
+    config = small_config(tmp_path, optim={"epochs": 1}, train={"not_finite": "skip", "precision": precision})
+    trainer.fit(config, hooks=[Spike(1)])
+    assert "step 1: the loss or the gradient is not finite; the step is left out" in capsys.readouterr().out
+    assert all(value.isfinite().all() for value in weights(config).values())
+    assert [r["epoch/skipped_images"] for r in records(config) if "val/loss" in r] == [12]
+    assert int(weights(config)["features.norm5.num_batches_tracked"]) == 3
+
+
+def test_a_run_that_only_leaves_out_steps_stops(tmp_path):
+    class Spikes(Spike):
+        def on_step_start(self, trainer):
+            self.step = trainer.run.done_steps
+
+    config = small_config(tmp_path, optim={"epochs": 9}, train={"not_finite": "skip"})
+    with pytest.raises(UserError, match="not finite in 10 steps in a row"):
+        trainer.fit(config, hooks=[Spikes(0)])
+
+
+def test_answers_that_are_not_finite_stop_a_run_or_count_as_wrong(tmp_path):
+    class Spoil(trainer.Hook):
+        def on_step(self, trainer, result):
+            if result.last:
+                with torch.no_grad():
+                    trainer.run.network.get_buffer("features.norm5.running_var").fill_(float("nan"))
+
+    config = small_config(tmp_path / "stop", optim={"epochs": 1}, train={"checkpoint_every": 1})
+    with pytest.raises(UserError, match="not finite"):
+        trainer.fit(config, hooks=[Spoil()])
+
+
+def test_several_ranks_agree_on_a_damaged_checkpoint(tmp_path):
+    config = small_config(tmp_path, optim={"epochs": 1}, train={"checkpoint_every": 1})
+    words = ["configs/demo.yaml", *override_flags(config)]
+    assert run_module("pipeline.train", *words, ranks=2).returncode == 0
+    whole = weights(config)
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    done = run_module("pipeline.train", *words, ranks=2)
+    assert done.returncode == 0 and "last.pt is damaged and now called last.damaged" in done.stderr, done.stderr
+    assert "resuming at epoch 0, step 4" in done.stdout
+    assert_equal_weights(weights(config), whole)
+
+
+def test_warnings_name_what_was_done(finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.write_bytes(b"")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(config)
+    assert any(
+        "last.pt is damaged and now called last.damaged; resuming from previous.pt" in str(w.message) for w in caught
+    )
