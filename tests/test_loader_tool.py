@@ -12,7 +12,7 @@ from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.plan import training_plans
 from pipeline.errors import exit_on_user_error
-from tools.loader import BASELINE, BOUND, STAGES, TORCHVISION, Differences, clamped_colors, main, unnormalised
+from tools.lab.loader import BASELINE, BOUND, STAGES, TORCHVISION, Differences, clamped_colors, main, unnormalised
 
 SETTINGS = ["--images", "6", "--repeats", "1", "--threads", "1", "--batch-size", "3"]
 
@@ -61,12 +61,16 @@ def test_the_executors_are_within_their_gates(results):
     ours = {line["operator"]: line for line in rows if line["image_pipeline"].startswith("DALI")}
     assert ours["decode"]["max"] == 0
     assert ours["mirror"]["max"] < 0.02  # mirrored by the resize, so that its rounding differs
-    assert ours["crop and resize, torch7-bicubic"]["mean"] < 0.05 and ours["crop and resize, pil-bilinear"]["mean"] < 0.3
+    assert (
+        ours["crop and resize, torch7-bicubic"]["mean"] < 0.05 and ours["crop and resize, pil-bilinear"]["mean"] < 0.3
+    )
     assert ours["colour map"]["max"] < 0.01 and ours["training transform"]["mean"] < 0.1
     assert ours["evaluation, 1 crop"]["mean"] < 0.05 and ours["evaluation, 10 crops"]["mean"] < 0.05
     theirs = {line["operator"]: line for line in rows if line["image_pipeline"] == TORCHVISION}
     # On Pillow images torchvision's resize is Pillow's, and neither is the paper's.
-    assert theirs["crop and resize, pil-bicubic"]["max"] == 0 and theirs["crop and resize, torch7-bicubic"]["mean"] > 0.5
+    assert (
+        theirs["crop and resize, pil-bicubic"]["max"] == 0 and theirs["crop and resize, torch7-bicubic"]["mean"] > 0.5
+    )
 
 
 def test_torchvisions_colors_have_the_plans_factors():

@@ -28,12 +28,12 @@ from pipeline.distributed import AUTOCAST_TYPES, World, init_distributed, set_pr
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import Average, Evaluation, check_image_size, evaluate
 from pipeline.weights import Weights, imagenet_ids
-from tools import published
-from tools.convert import add_weights_arguments, read_weights_of, short_names
-from tools.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
-from tools.facts import multiply_accumulates, network_without_weights, parameters
-from tools.measuring import writable_file, writable_folder
-from tools.significance import mcnemar, wilson_interval
+from tools.support import published
+from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
+from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.outputs import writable_file, writable_folder
+from tools.support.significance import mcnemar, wilson_interval
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 CONFUSIONS = 20  # pairs of classes that are named

@@ -16,8 +16,8 @@ from torch.export import Dim, ExportedProgram
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.models.densenet import DenseNet
 from pipeline.weights import Weights
-from tools.convert import add_weights_arguments, read_weights_of
-from tools.measuring import writable_file
+from tools.support.outputs import writable_file
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of logits, and relative to the largest where that is above 1

@@ -21,10 +21,10 @@ from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
 from pipeline.run_dir import read_records
 from pipeline.weights import read_weights
-from tools import published
-from tools.convert import short_names
-from tools.facts import multiply_accumulates, network_without_weights, on_meta, parameters
-from tools.measuring import writable_folder
+from tools.support import published
+from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
+from tools.support.outputs import writable_folder
+from tools.support.weights_arguments import short_names
 
 
 @dataclass(frozen=True)

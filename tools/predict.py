@@ -22,8 +22,8 @@ from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World, init_distributed, set_precision
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import check_image_size
-from tools.convert import add_weights_arguments, read_weights_of
-from tools.measuring import writable_file
+from tools.support.outputs import writable_file
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
 WORDNET_ID = re.compile(r"n\d{8}")

@@ -14,7 +14,7 @@ from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.evaluate import Evaluation
-from tools.measuring import table
+from tools.support.markdown import table
 
 WORST = 24  # mistakes that are shown as pictures
 THUMBNAIL = 160  # pixels

@@ -1,11 +1,12 @@
-"""What tools/loader.py measured, as Markdown and as a plot."""
+"""What tools/lab/loader.py measured, as Markdown and as a plot."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from tools.measuring import machine_line, table
+from tools.lab.machine import machine_line
+from tools.support.markdown import table
 
 # The names of what is measured, in lab.json and in the tables.
 DALI_CPU, DALI_GPU, REFERENCE, TORCHVISION = "DALI on CPU", "DALI on GPU", "reference (PIL)", "torchvision"

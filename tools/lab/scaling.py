@@ -1,4 +1,4 @@
-"""Expected scaling of a training over many GPUs: ``python -m tools.scaling [--batch-size N] [--speed MODEL=N ...]``.
+"""Expected scaling of a training over many GPUs: ``python -m tools.lab.scaling [--batch-size N] [--speed MODEL=N ...]``.
 
 A model on paper, from bandwidths that are stated and not measured: it says where a global batch stops scaling, and
 what limits it there. For N GPUs with b = batch / N images each, a step takes
@@ -17,7 +17,7 @@ import torch
 
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.models import create_model
-from tools.measuring import table
+from tools.support.markdown import table
 
 MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 GMACS = {"densenet121": 2.834, "densenet161": 7.728, "densenet169": 3.360, "densenet201": 4.291, "densenet264": 5.752}
@@ -95,7 +95,7 @@ def _exposed_all_reduce(gpus: int, size: int, backward: float, machines: Machine
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.scaling", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m tools.lab.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=positive_integer, default=256, help="global batch [%(default)s]")
     parser.add_argument("--tflops", type=float, default=20.0, help="TFLOP/s a GPU reaches in training [%(default)s]")
     parser.add_argument("--speed", action="append", default=[], metavar="MODEL=N", help="or its measured images/s")

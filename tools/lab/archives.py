@@ -1,4 +1,4 @@
-"""Images as loose files and in a tar of tars, side by side: ``python -m tools.archives PHOTOS``.
+"""Images as loose files and in a tar of tars, side by side: ``python -m tools.lab.archives PHOTOS``.
 
 Copies the images of PHOTOS into class folders and into an archive of the shape of ILSVRC2012_img_train.tar, indexes and
 loads both in turn, with the page cache cold and warm, and estimates how long indexing all of ImageNet takes. Cold means
@@ -29,7 +29,7 @@ SOURCES = {"folders": "train", "tar of tars": "train.tar"}
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.archives", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.lab.archives", description=__doc__)
     parser.add_argument("photos", metavar="PHOTOS", help="class folders or an archive of classes")
     parser.add_argument("--classes", type=positive_integer, metavar="N", default=100, help="[100]")
     parser.add_argument("--images", type=positive_integer, metavar="N", default=60, help="of each class [60]")

@@ -1,6 +1,6 @@
 """The loader lab: how exact and how fast the data loaders are on your images.
 
-``python -m tools.loader DIR [--images N] [--output FOLDER]`` has DALI, the PIL reference and torchvision execute one
+``python -m tools.lab.loader DIR [--images N] [--output FOLDER]`` has DALI, the PIL reference and torchvision execute one
 plan, compares their images operator by operator, and times the loaders in one interleaved run. It prints the tables
 and writes lab.json, lab.md, lab.png and contact-sheet.png.
 
@@ -36,7 +36,7 @@ from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
-from tools.loader_report import (
+from tools.lab.loader_report import (
     BASELINE,
     BOUND,
     DALI_CPU,
@@ -50,7 +50,8 @@ from tools.loader_report import (
     plot,
     report,
 )
-from tools.measuring import describe_machine, writable_folder
+from tools.lab.machine import describe_machine
+from tools.support.outputs import writable_folder
 
 SEED = 1
 RESIZES = ("torch7-bicubic", "pil-bilinear", "pil-bicubic")
@@ -432,7 +433,7 @@ def contact_sheet(lab: Lab, file: Path) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m tools.loader", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.lab.loader", description=__doc__)
     parser.add_argument("dir", metavar="DIR", help="class folders or a tar of them, or a data set with train/ in it")
     parser.add_argument("--output", metavar="FOLDER", default="runs/loader-lab", help="[runs/loader-lab]")
     parser.add_argument("--config", metavar="CONFIG.yaml", help="a run's configuration, for its data section [paper's]")

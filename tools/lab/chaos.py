@@ -1,6 +1,6 @@
 """Do everything to a training run that machines and people do, and compare its end with an undisturbed run's.
 
-``python -m tools.chaos [--faults NAME ...] [--tries N]`` trains a network with two processes again and again, and
+``python -m tools.lab.chaos [--faults NAME ...] [--tries N]`` trains a network with two processes again and again, and
 kills, stops, starves and deceives it. Each time the same command is started again. A run has survived if it went on
 from a checkpoint (or, where it must, ended with one line that says why), and its bits are the same if weights,
 optimiser, progress and records at its end equal those of the run that nothing happened to.
@@ -35,7 +35,7 @@ from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, from_dict, to_yaml
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.run_dir import RECORDS, read_records
-from tools.measuring import writable_folder
+from tools.support.outputs import writable_folder
 
 RANKS = 2
 STRIKES_A_RUN = 5
@@ -149,7 +149,7 @@ class Lab:
                 "optim": {"epochs": 2, "batch_size": 16, "milestones": [1], "lr": 0.05},
                 "train": {"device": "cpu", "checkpoint_every": 1, "log_every": 1, "heartbeat_timeout": HANG_SECONDS},
             },
-            "tools.chaos",
+            "tools.lab.chaos",
         )
         self.file = self.write_config("config.yaml", self.config)
         self.undisturbed = self.new_run_dir()
@@ -452,7 +452,7 @@ FAULTS: dict[str, tuple[Callable[[Lab, int], Outcome], int]] = {
 
 def main() -> None:
     parser = ArgumentParser(
-        prog="python -m tools.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.lab.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="what to do to the runs [all]"

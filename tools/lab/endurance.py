@@ -1,4 +1,4 @@
-"""Whether loading is steady: ``python -m tools.endurance [--files N] [--epochs N]``.
+"""Whether loading is steady: ``python -m tools.lab.endurance [--files N] [--epochs N]``.
 
 Loads epochs of generated 16-pixel JPEG files as training does, and prints the process's resident memory, open files and
 threads after each. Linux only: it reads /proc.
@@ -18,13 +18,13 @@ from pipeline.data.index import scan_classes
 from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores
-from tools.measuring import table
+from tools.support.markdown import table
 
 CLASSES, SIDE, CROP, BATCH = 10, 16, 12, 256
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.endurance", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.lab.endurance", description=__doc__)
     parser.add_argument("--files", type=positive_integer, default=20_000, help="JPEG files [%(default)s]")
     parser.add_argument("--epochs", type=positive_integer, default=20, help="epochs [%(default)s]")
     parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[%(default)s]")

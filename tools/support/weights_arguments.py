@@ -1,0 +1,47 @@
+"""The arguments by which a command is told which weights to read, and the reading of them."""
+
+import itertools
+from argparse import Namespace
+from pathlib import Path
+
+from pipeline.errors import ArgumentParser, UserError
+from pipeline.weights import Weights, read_weights
+
+
+def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None:
+    """Add what `read_weights_of` reads."""
+    text = "a checkpoint, or a .safetensors, .pth or .pt file of anyone"
+    parser.add_argument("weights", nargs="+" if several else None, metavar="WEIGHTS", help=text)
+    parser.add_argument(
+        "--model", metavar="NAME", help="network of external weights, as timm:resnet50 [found if it is the paper's]"
+    )
+    parser.add_argument(
+        "--classes", metavar="FILE", help="names of the outputs, one a line [the file's, or ImageNet's]"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the running average of the weights, if an external file has it"
+    )
+
+
+def read_weights_of(options: Namespace, file: str) -> Weights:
+    """Read one of the files that the command line names."""
+    names = None
+    if options.classes:
+        try:
+            names = tuple(line.strip() for line in Path(options.classes).read_text().splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --classes {options.classes}: {error}") from None
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise UserError(f"--classes {options.classes} has '{twice}' twice: give each output a name of its own")
+    return read_weights(file, options.model, names, options.ema)
+
+
+def short_names(files: list[str]) -> list[str]:
+    """A name for each file: its own, of a run's checkpoints with the run's before it; numbered if that is not enough."""
+    names: list[str] = []
+    for path in (Path(file).resolve() for file in files):
+        name = f"{path.parent.parent.name}-{path.stem}" if path.parent.name == "checkpoints" else path.stem
+        numbered = (f"{name}-{i}" for i in itertools.count(2))
+        names.append(name if name not in names else next(free for free in numbered if free not in names))
+    return names
