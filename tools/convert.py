@@ -1,8 +1,8 @@
-"""Weights of any origin as one file for all: ``python -m tools.convert WEIGHTS OUTPUT.safetensors``.
+"""Convert weights for torchvision, timm and others: ``python -m tools.convert WEIGHTS OUTPUT.safetensors``.
 
-Reads checkpoints of this project and the weights of torchvision, timm, openmmlab and ports of the Torch code. The file has
-torchvision's names, which torchvision and timm load as they are, and as metadata how images are prepared, the class names
-and how the training differed from the paper's. An OUTPUT.pth is a bare state dictionary for torch.load.
+Reads checkpoints of this project and weights of torchvision, timm, openmmlab and ports of the Torch code. The output uses
+torchvision's parameter names, so that torchvision and timm load it directly. Its metadata says how images are prepared, what
+the classes are called and how the training differed from the paper's. An OUTPUT.pth is a plain state dictionary for torch.load.
 """
 
 from pipeline.errors import ArgumentParser, exit_on_user_error

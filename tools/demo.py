@@ -1,7 +1,7 @@
-"""The main job on a small scale: ``python -m tools.demo [--section.field VALUE ...]``.
+"""Train and evaluate a small network: ``python -m tools.demo [--section.field VALUE ...]``.
 
 Unpacks the embedded images, trains configs/demo.yaml with two processes, evaluates the saved checkpoint with one and
-with ten crops, and prints a table of the errors. Words after the command override fields of the configuration.
+with ten crops, and prints a table of the errors. Flags override fields of the configuration.
 """
 
 import json
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _device(asked: str) -> str:
-    """GPUs only if there is one for each process."""
+    """The device for --train.device auto: GPUs only if there is one for each process."""
     import torch  # after the command line is known to be right: it takes seconds
 
     enough = torch.cuda.device_count() >= PROCESSES
@@ -68,7 +68,7 @@ def _evaluate(torchrun: list[str], checkpoint: Path, data: Path, crops: int, dev
 
 
 def _run(command: list[str]) -> None:
-    """Run a command in front of the user; end with its exit code if it fails."""
+    """Run a command with its output on the terminal; end with its exit code if it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun would warn that it sets just this
     code = subprocess.run(command, env=environment).returncode
     if code:

@@ -1,4 +1,4 @@
-"""The arguments by which a command is told which weights to read, and the reading of them."""
+"""Command-line arguments that name weights, and reading what they name."""
 
 import itertools
 from argparse import Namespace
@@ -9,17 +9,23 @@ from pipeline.weights import Weights, read_weights
 
 
 def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None:
-    """Add what `read_weights_of` reads."""
-    text = "a checkpoint, or a .safetensors, .pth or .pt file of anyone"
+    """Add the arguments that `read_weights_of` uses."""
+    text = "a checkpoint of this project, or a .safetensors, .pth or .pt file from elsewhere"
     parser.add_argument("weights", nargs="+" if several else None, metavar="WEIGHTS", help=text)
     parser.add_argument(
-        "--model", metavar="NAME", help="network of external weights, as timm:resnet50 [found if it is the paper's]"
+        "--model",
+        metavar="NAME",
+        help="network of weights from elsewhere, such as timm:resnet50 [recognised if it is one of the paper's]",
     )
     parser.add_argument(
-        "--classes", metavar="FILE", help="names of the outputs, one a line [the file's, or ImageNet's]"
+        "--classes",
+        metavar="FILE",
+        help="class names, one a line, in the order of the outputs [the weights' own, or ImageNet's]",
     )
     parser.add_argument(
-        "--ema", action="store_true", help="the running average of the weights, if an external file has it"
+        "--ema",
+        action="store_true",
+        help="use the exponential moving average of the weights, where a file from elsewhere holds one",
     )
 
 
