@@ -1,4 +1,4 @@
-"""A short version of the fault lab: real processes, really killed. And that it would notice what it looks for."""
+"""A short version of the fault tests with real processes; and their comparison notices a difference of one bit."""
 
 import pytest
 import torch

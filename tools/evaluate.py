@@ -327,7 +327,10 @@ def _parser() -> ArgumentParser:
         "--batch-size", type=positive_integer, metavar="N", default=32, help="images per batch and rank [32]"
     )
     parser.add_argument(
-        "--precision", choices=typing.get_args(Precision), default="fp32", help="autocast to bf16 or fp16 [fp32]"
+        "--precision",
+        choices=typing.get_args(Precision),
+        default="fp32",
+        help="of the network; bf16 and fp16 by autocast [fp32]",
     )
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="image loader [auto]")
