@@ -455,7 +455,8 @@ def main() -> None:
     parser = ArgumentParser(
         prog="python -m tools.lab.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="faults to test [all]")
+    names = f"faults to test: {', '.join(FAULTS)} [all]"
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, metavar="NAME", default=list(FAULTS), help=names)
     parser.add_argument("--tries", type=positive_integer, help="tries of each fault [3 to 50, by fault]")
     parser.add_argument("--model", default="densenet121", help="network to train, on images of 32 pixels [%(default)s]")
     parser.add_argument(
