@@ -1,21 +1,43 @@
-# make demo: the main job on embedded images.  make test: lint and tests.  Both set themselves up.
+# Every target sets up what it needs in .venv: the run-time packages, and for all but the demo the development packages too.
 PYTHON ?= python3
 BIN := .venv/bin
+# A test process a core, of which each keeps to its own; more than eight would need more memory than most machines have.
+WORKERS := -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test clean
+.PHONY: help demo test test-quick lint types format clean
+.DEFAULT_GOAL := help
 
-demo: .venv/ready
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/ready ## train and evaluate a small network on embedded images
 	$(BIN)/python -m tools.demo
 
-test: .venv/ready
+test: lint types ## check style and types, run all tests
+	$(BIN)/python -m pytest $(WORKERS)
+
+test-quick: lint ## check style, run the fast tests: for the loop while editing
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+lint: .venv/ready-dev ## check style (ruff)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+
+types: .venv/ready-dev ## check types (mypy)
+	$(BIN)/mypy
+
+format: .venv/ready-dev ## format the code and sort its imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, all runs and all unpacked data
+	rm -rf .venv runs data
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-clean:
-	rm -rf .venv runs data
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -213,7 +213,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         here = getattr(data, field)
         compare(_LABELS[field], paper, here, same=_near(paper, here))
     if setting is IMAGENET:
-        # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.loader shows by how little.
+        # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
         compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
     compare("corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images")
     return rows

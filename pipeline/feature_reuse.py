@@ -21,14 +21,18 @@ def feature_reuse(network: DenseNet) -> list[np.ndarray]:
     """
     blocks = []
     for i in range(1, network.block_count + 1):
-        layers = list(network.features.get_submodule(f"denseblock{i}"))
-        last = network.features.get_submodule(f"transition{i}").conv if i < network.block_count else network.classifier
-        into = layers[0].norm1.num_features
-        growth = last.weight.shape[1] - into
+        layers = list(network.get_submodule(f"features.denseblock{i}").children())
+        follower = f"features.transition{i}.conv" if i < network.block_count else "classifier"
+        targets = [
+            *(layer.get_parameter("conv1.weight") for layer in layers),
+            network.get_parameter(f"{follower}.weight"),
+        ]
+        into = layers[0].get_parameter("norm1.weight").numel()
+        growth = targets[-1].shape[1] - into
         sources = [into] + [growth // len(layers)] * len(layers)
         reuse = np.full((len(layers) + 1, len(layers) + 1), np.nan, np.float32)
-        for t, target in enumerate([*(layer.conv1 for layer in layers), last]):
-            by_map = target.weight.abs().transpose(0, 1).flatten(1).float().mean(dim=1)
+        for t, weight in enumerate(targets):
+            by_map = weight.abs().transpose(0, 1).flatten(1).float().mean(dim=1)
             reuse[: t + 1, t] = [part.mean().item() for part in by_map.split(sources[: t + 1])]
         blocks.append(reuse)
     return blocks

@@ -74,10 +74,10 @@ class Schema(Generic[T]):
         self._renamed_keys, self._renamed_values, self._elsewhere = renamed_keys, renamed_values, elsewhere
         self._adapter = TypeAdapter(root)
         self._sections: dict[str, dict[str, Any]] = {"": {}}  # section -> key -> field
-        for name, field in root.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        for name, field in _fields_of(root).items():
             if dataclasses.is_dataclass(field.annotation):
-                inner = field.annotation.__pydantic_fields__  # type: ignore[attr-defined]
-                self._sections[name] = {f"{name}.{key}": value for key, value in inner.items()}
+                inner = _fields_of(field.annotation).items()
+                self._sections[name] = {f"{name}.{key}": value for key, value in inner}
             else:
                 self._sections[""][name] = field
         self.fields = {key: field for section in self._sections.values() for key, field in section.items()}
@@ -226,6 +226,11 @@ class Schema(Generic[T]):
         if not sign:
             raise UserError(f"{self._flag(key)} {word}: NAME=VALUE is needed")
         return name.lstrip("-"), value
+
+
+def _fields_of(dataclass: Any) -> dict[str, Any]:
+    """The fields of a pydantic dataclass by name, with their descriptions and defaults."""
+    return dataclass.__pydantic_fields__
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Watchdog:
             self._store.set_timeout(_STORE_PATIENCE)
         self._ticks = self._beats = self._idle_ticks = 0
         self._activity = "starting"
+        self._watched_thread = threading.get_ident()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -90,7 +91,7 @@ class Watchdog:
         idle = f"rank {self._rank}: no progress for {self._patience:.0f} s in '{self._activity}'"
         error = f"{idle}; {self._diagnose_stall()}"
         print(f"interrupted: {error}", file=sys.stderr, flush=True)
-        traceback.print_stack(sys._current_frames()[threading.main_thread().ident])
+        traceback.print_stack(sys._current_frames()[self._watched_thread])
         record_for_torchrun(error)
         os._exit(EXIT_RESUME)  # the main thread may never return from where it waits
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,6 +84,15 @@ class Weights:
         return None if self.microbatches is None else in_one_line(audit(self.config, self.microbatches))
 
 
+class OwnWeights(NamedTuple):
+    """What a checkpoint or a safetensors file of this project holds; see `Weights`."""
+
+    state: dict[str, Tensor]
+    config: Config
+    classes: tuple[str, ...]
+    microbatches: int | None
+
+
 def read_weights(
     path: str | Path, model: str | None = None, classes: tuple[str, ...] | None = None, ema: bool = False
 ) -> Weights:
@@ -104,25 +113,24 @@ def read_weights(
             checkpoint = is_checkpoint(file)
     except OSError as error:
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
-    own = state = None
-    if checkpoint:
-        own = _of_checkpoint(load_checkpoint(path), str(path))
-    elif safetensors:
-        own, state = _read_safetensors(path)
-    else:
-        state = _read_torch(path, ema)
-    if ema and (own or safetensors):
+    if ema and (checkpoint or safetensors):
         raise UserError(f"{path} holds one set of weights and no running average of them: leave out --ema")
-    if own:
-        if model and model != own[1].model.name:
-            raise UserError(f"{path} holds weights of {own[1].model.name}, not of {model}")
-        state, config, names, microbatches = own
-        if classes and len(classes) != len(names):
-            raise UserError(f"{path} has {len(names)} outputs, and {len(classes)} names of classes were given")
-        network = create_model(num_classes=len(names), **dataclasses.asdict(config.model))
-        load_weights(network, state, str(path))
-        return Weights(str(path), network.eval(), config, classes or names, microbatches)
-    return _foreign(path, state, model, classes)
+    found: OwnWeights | dict[str, Tensor]
+    if checkpoint:
+        found = _of_checkpoint(load_checkpoint(path), str(path))
+    elif safetensors:
+        found = _read_safetensors(path)
+    else:
+        found = _read_torch(path, ema)
+    if not isinstance(found, OwnWeights):
+        return _external(path, found, model, classes)
+    if model and model != found.config.model.name:
+        raise UserError(f"{path} holds weights of {found.config.model.name}, not of {model}")
+    if classes and len(classes) != len(found.classes):
+        raise UserError(f"{path} has {len(found.classes)} outputs, and {len(classes)} names of classes were given")
+    network = create_model(num_classes=len(found.classes), **dataclasses.asdict(found.config.model))
+    load_weights(network, found.state, str(path))
+    return Weights(str(path), network.eval(), found.config, classes or found.classes, found.microbatches)
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
@@ -194,14 +202,15 @@ def _leaf(name: str) -> str | None:
     return leaf if leaf in ("weight", "bias", "running_mean", "running_var") else None
 
 
-def _of_checkpoint(state: dict[str, Any], origin: str) -> tuple[dict[str, Tensor], Config, tuple[str, ...], int | None]:
+def _of_checkpoint(state: dict[str, Any], origin: str) -> OwnWeights:
     config = from_stored(state["config"], origin)
     ranks = state.get("conditions", {}).get("ranks")
-    return state["model"], config, tuple(state["classes"]), ranks and ranks * config.optim.grad_accum_steps
+    microbatches = ranks and ranks * config.optim.grad_accum_steps
+    return OwnWeights(state["model"], config, tuple(state["classes"]), microbatches)
 
 
-def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | None]:
-    """What a file of ours holds, as `_of_checkpoint`; or the tensors of an external one."""
+def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
+    """What a file of this project holds, or the tensors of an external one."""
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -209,7 +218,7 @@ def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | Non
     except SafetensorError as error:
         raise UserError(f"{path} is damaged, or no safetensors file ({' '.join(str(error).split())})") from None
     if about is None:
-        return None, state
+        return state
     try:
         about = json.loads(about)
         microbatches, classes = about.get("microbatches", about.get("passes")), tuple(map(str, about["classes"]))
@@ -219,7 +228,7 @@ def _read_safetensors(path: Path) -> tuple[tuple | None, dict[str, Tensor] | Non
             raise ValueError("config or microbatches")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
-    return (state, from_stored(about["config"], str(path)), classes, microbatches), None
+    return OwnWeights(state, from_stored(about["config"], str(path)), classes, microbatches)
 
 
 def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
@@ -265,7 +274,7 @@ def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
     return state
 
 
-def _foreign(path: Path, state: dict[str, Tensor], model: str | None, classes: tuple[str, ...] | None) -> Weights:
+def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: tuple[str, ...] | None) -> Weights:
     outputs = _outputs(state, model, path)
     if classes is None:
         classes = imagenet_ids() if outputs == 1000 else tuple(map(str, range(outputs)))
@@ -283,7 +292,7 @@ def _outputs(state: dict[str, Tensor], model: str | None, path: Path) -> int:
     """Rows of the classifier's matrix, which in a DenseNet is the only one."""
     matrices = [tensor for tensor in state.values() if tensor.dim() == 2]
     if model and model.startswith("timm:"):
-        classifier = create_model(model, num_classes=1).pretrained_cfg["classifier"]
+        classifier = _timm_config(create_model(model, num_classes=1))["classifier"]
         named = [tensor for name, tensor in state.items() if name.endswith(f"{classifier}.weight")]
         matrices = named or matrices[-1:]
     if not matrices:
@@ -311,11 +320,11 @@ def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
         UserError: timm prepares them in a way that this project does not.
     """
     if cifar_densenet(name):
-        setting = C100 if network.classifier.out_features == 100 else C10
+        setting = C100 if len(network.get_parameter("classifier.weight")) == 100 else C10
         return DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
     if not name.startswith("timm:"):
         return DataConfig()
-    about = network.pretrained_cfg
+    about = _timm_config(network)
     _, height, width = about["input_size"]
     if about.get("crop_mode", "center") != "center" or height != width or about["crop_pct"] > 1:
         raise UserError(
@@ -329,6 +338,11 @@ def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
         mean=about["mean"],
         std=about["std"],
     )
+
+
+def _timm_config(network: nn.Module) -> dict[str, Any]:
+    """timm's description of the weights that it has for one of its networks."""
+    return vars(network)["pretrained_cfg"]
 
 
 def imagenet_ids() -> tuple[str, ...]:

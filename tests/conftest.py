@@ -1,4 +1,4 @@
-"""Shared fixtures: folders of generated JPEGs, configurations, and processes under torchrun."""
+"""Shared fixtures: folders of generated JPEGs, configurations, and processes under torchrun; cores and order of the tests."""
 
 import dataclasses
 import os
@@ -15,6 +15,32 @@ from pipeline.data.index import DatasetIndex, synthetic_index
 from pipeline.parsing import flatten
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_configure():
+    """Keep each of pytest-xdist's workers, and the processes that it starts, to a core of its own.
+
+    This comes before torch is loaded, which then uses one thread: with tiny networks several threads mostly wait for each
+    other. A test of several threads sets their number.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_collection_modifyitems(items):
+    """Run the fast tests first, so that a mistake shows soon."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True)
+def restored_threads():
+    """Give the next test as many of torch's threads as this one found."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before:
+        sys.modules["torch"].set_num_threads(before)
 
 
 def photo(seed: int, height: int, width: int) -> Image.Image:
@@ -90,7 +116,7 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
 def run_module(
     *arguments: object, ranks: int = 1, cores: int | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
-    """Run ``python -m ARGUMENTS`` in the repository, under torchrun for several ranks, on so many CPU cores."""
+    """Run ``python -m ARGUMENTS`` in the repository, under torchrun for several ranks, on so many of this test's CPU cores."""
     words = [str(argument) for argument in arguments]
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -101,7 +127,7 @@ def run_module(
         capture_output=True,
         text=True,
         timeout=timeout,
-        preexec_fn=(lambda: os.sched_setaffinity(0, set(range(cores)))) if cores else None,
+        preexec_fn=(lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])) if cores else None,
     )
 
 

@@ -15,7 +15,7 @@ from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.data.index import cache_beside, scan_classes, scan_flat
 from pipeline.errors import UserError
-from tools import archives
+from tools.lab import archives
 
 
 @pytest.fixture(scope="module")

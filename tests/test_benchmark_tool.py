@@ -11,8 +11,8 @@ from PIL import Image
 
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.models import create_model
-from tools import benchmark
-from tools.benchmark import (
+from tools.lab import benchmark
+from tools.lab.benchmark import (
     MODELS,
     PEERS,
     Implementation,
@@ -22,7 +22,7 @@ from tools.benchmark import (
     main,
     time_implementations,
 )
-from tools.benchmark_report import BASELINE, growth, summarise
+from tools.lab.benchmark_report import BASELINE, growth, summarise
 
 IMPLEMENTATIONS = {
     "step": [

@@ -1,4 +1,4 @@
-"""A short version of the fault lab: real processes, really killed. And that it would notice what it looks for."""
+"""A short version of the fault tests with real processes; and their comparison notices a difference of one bit."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from conftest import run_module, small_config
 
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from tools.chaos import same_bits
+from tools.lab.chaos import same_bits
 
 SHORT = ["kill-saving", "signal"]
 
 
 def test_a_run_survives_a_sample_of_the_faults(tmp_path):
-    done = run_module("tools.chaos", "--tries", 1, "--output", tmp_path, "--faults", *SHORT, timeout=600)
+    done = run_module("tools.lab.chaos", "--tries", 1, "--output", tmp_path, "--faults", *SHORT, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in (tmp_path / "chaos.md").read_text().splitlines()[2:] if line.endswith("| 1 | 1 | 1 |")]
     assert [row.split(":")[0].strip("| ") for row in rows] == SHORT

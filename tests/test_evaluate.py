@@ -25,8 +25,8 @@ from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.weights import Weights, imagenet_ids, read_weights
 from tools.evaluate import published_errors, real_labels_score
-from tools.evaluation_report import write_answers, write_report
-from tools.significance import mcnemar, wilson_interval
+from tools.support.evaluation_report import write_answers, write_report
+from tools.support.significance import mcnemar, wilson_interval
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 SHARD = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)

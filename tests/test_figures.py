@@ -9,8 +9,8 @@ from PIL import Image
 
 from pipeline import trainer
 from pipeline.models import create_model
-from tools.facts import multiply_accumulates, on_meta, parameters
 from tools.figures import draw_curves, draw_imagenet, draw_small_images, read_run, runs_in
+from tools.support.facts import multiply_accumulates, on_meta, parameters
 
 # Billions of multiply-accumulates of convolutions and linear layers at 224 and at 32 pixels.
 WORK = {

@@ -15,7 +15,7 @@ from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
 from launch.records import Job, add_event, read_events, read_job, write_job
 from pipeline.errors import ArgumentParser, UserError
-from tools.scaling import Machines, step_time
+from tools.lab.scaling import Machines, step_time
 
 
 def cluster(*words: str) -> Cluster:

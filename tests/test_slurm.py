@@ -15,7 +15,8 @@ import pytest
 from conftest import REPOSITORY, run_module
 
 from launch.records import read_events, read_job
-from tools.chaos import same_bits, write_images
+from tools.lab.chaos import same_bits
+from tools.lab.images import write_images
 
 CLUSTER = Path("/tmp/slurm-for-tests")
 PATIENCE = 300  # seconds

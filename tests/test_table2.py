@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 
 from pipeline import trainer
 from pipeline.config import load_config
-from tools.published import COLUMNS, DENSENETS_ON_SMALL_IMAGES
+from tools.support.published import COLUMNS, DENSENETS_ON_SMALL_IMAGES
 
 CONFIGS = sorted((REPOSITORY / "configs" / "table2").glob("*.yaml"))
 ROWS = {

@@ -1,7 +1,7 @@
-"""The main job on a small scale: ``python -m tools.demo [--section.field VALUE ...]``.
+"""Train and evaluate a small network: ``python -m tools.demo [--section.field VALUE ...]``.
 
 Unpacks the embedded images, trains configs/demo.yaml with two processes, evaluates the saved checkpoint with one and
-with ten crops, and prints a table of the errors. Words after the command override fields of the configuration.
+with ten crops, and prints a table of the errors. Flags override fields of the configuration.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config import parse_command_line
 from pipeline.errors import UserError, exit_on_user_error
+from tools.support.torchrun import torchrun
 
 CONFIG = "configs/demo.yaml"
 ARCHIVE = Path(__file__).parent / "demo_data" / "fashion-mnist.tar.xz"
@@ -26,10 +27,9 @@ def main() -> None:
     if not data.exists():
         unpack(ARCHIVE, data)
     device = _device(config.train.device)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    _run([*torchrun, "-m", "pipeline.train", CONFIG, *sys.argv[1:], "--train.device", device])
+    _run(torchrun(PROCESSES, "pipeline.train", CONFIG, *sys.argv[1:], "--train.device", device))
     checkpoint = Path(config.run_dir, "checkpoints", "best.pt")
-    results = [_evaluate(torchrun, checkpoint, data, crops, device) for crops in (1, 10)]
+    results = [_evaluate(checkpoint, data, crops, device) for crops in (1, 10)]
 
     print(f"\n{config.model.name} on {results[0]['images']} validation images of {data}, {checkpoint}:\n")
     print("crops   top-1 error   top-5 error")
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _device(asked: str) -> str:
-    """GPUs only if there is one for each process."""
+    """The device for --train.device auto: GPUs only if there is one for each process."""
     import torch  # after the command line is known to be right: it takes seconds
 
     enough = torch.cuda.device_count() >= PROCESSES
@@ -60,15 +60,15 @@ def unpack(archive: Path, folder: Path) -> None:
         raise UserError(f"cannot unpack the images into {folder} ({error.strerror}): set --data.dir") from None
 
 
-def _evaluate(torchrun: list[str], checkpoint: Path, data: Path, crops: int, device: str) -> dict:
+def _evaluate(checkpoint: Path, data: Path, crops: int, device: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         arguments = [checkpoint, "--data", data, "--crops", crops, "--device", device, "--json", file.name]
-        _run([*torchrun, "-m", "tools.evaluate", *map(str, arguments)])
+        _run(torchrun(PROCESSES, "tools.evaluate", *arguments))
         return json.load(file)["evaluations"][0]
 
 
 def _run(command: list[str]) -> None:
-    """Run a command in front of the user; end with its exit code if it fails."""
+    """Run a command with its output on the terminal; end with its exit code if it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun would warn that it sets just this
     code = subprocess.run(command, env=environment).returncode
     if code:

@@ -1,9 +1,9 @@
-"""Evaluate networks: ``python -m tools.evaluate WEIGHTS ... --data DIR [--crops 10]``, also under torchrun.
+"""Evaluate networks on labelled images: ``python -m tools.evaluate WEIGHTS ... --data DIR [--crops 10]``, also under torchrun.
 
-WEIGHTS are checkpoints of this project or files of torchvision, timm or openmmlab. Everything about the images (crop and
-resize sizes, resize filter, mean and standard deviation) is as the weights' run had it unless given here: as timm's
-configuration says for --model timm:NAME, as the paper has it for its networks from other files. Several networks are
-compared on the same images.
+WEIGHTS are checkpoints of this project or files of torchvision, timm or openmmlab. Images are prepared (crop and resize size,
+resize filter, mean and standard deviation) as in the run that trained the weights; for --model timm:NAME as timm's
+configuration says; for the paper's networks from other files as in the paper. Flags override each of these. Several WEIGHTS
+are compared on the same images.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.evaluate import Average, Evaluation, check_image_size, evaluate
 from pipeline.precision import autocast, set_tf32
 from pipeline.weights import Weights, imagenet_ids
-from tools import published
-from tools.convert import add_weights_arguments, read_weights_of, short_names
-from tools.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
-from tools.facts import multiply_accumulates, network_without_weights, parameters
-from tools.measuring import writable_file, writable_folder
-from tools.significance import mcnemar, wilson_interval
+from tools.support import published
+from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
+from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.outputs import writable_file, writable_folder
+from tools.support.significance import mcnemar, wilson_interval
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
-CONFUSIONS = 20  # pairs of classes that are named
+CONFUSIONS = 20  # pairs of classes in the list of confusions
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Candidate:
 def main() -> None:
     options = _parser().parse_args()
     with init_distributed(options.device) as world:
-        candidates = world.broadcast_from_rank0(lambda: open_contestants(options))
+        candidates = world.broadcast_from_rank0(lambda: open_candidates(options))
         results, evaluations = [], []
         for candidate in candidates:
             result, evaluation = evaluate_one(candidate, options, world)
@@ -75,12 +75,12 @@ def main() -> None:
                 write_report(Path(options.report), summary, evaluations, indexes)
 
 
-def open_contestants(options: argparse.Namespace) -> list[Candidate]:
+def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     """Read all weights and index the images, so that mistakes show before hours of work and not after them.
 
     Raises:
-        UserError: see `read_weights` and `open_images`; the files have not the same images; a network cannot take them; an
-            output cannot be written.
+        UserError: as `read_weights` and `open_images`; the networks are not for the same images; a network cannot take images
+            of this size; an output cannot be written.
     """
     for flag in ("json", "predictions"):
         if path := getattr(options, flag):
@@ -105,25 +105,21 @@ def open_contestants(options: argparse.Namespace) -> list[Candidate]:
 
 
 def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World) -> tuple[dict[str, Any], Evaluation]:
-    """Evaluate one network; return what there is to say of it, on rank 0, and its answers.
+    """Evaluate one network; return its results (complete on rank 0) and its predictions.
 
     Raises:
-        UserError: its answers are no numbers.
+        UserError: its predictions are not finite.
     """
     weights, data, index = candidate.weights, candidate.data, candidate.index
     shard = Shard(world.rank, world.size, world.device, world.cores)
     loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
-    network = weights.network.to(world.device, memory_format=torch.channels_last)
+    network = weights.network.to(world.device).to(memory_format=torch.channels_last)
+    if options.compile:
+        network.compile()
     set_tf32(options.precision)
     start = time.perf_counter()
     with autocast(options.precision, world.device):
-        evaluation = evaluate(
-            torch.compile(network) if options.compile else network,
-            loader,
-            world,
-            options.average,
-            keep_logits=bool(options.report),
-        )
+        evaluation = evaluate(network, loader, world, options.average, keep_logits=bool(options.report))
     seconds = time.perf_counter() - start
     if not np.isfinite(evaluation.losses).all():
         raise UserError(
@@ -138,7 +134,7 @@ def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argp
     """The files of each image's answers and logits that were asked for."""
     if options.predictions:
         write_answers(Path(options.predictions), evaluation, candidate.index)
-    if options.report:
+    if options.report and evaluation.logits is not None:
         np.save(Path(options.report, f"{candidate.name}.npy"), evaluation.logits)
         write_answers(Path(options.report, f"{candidate.name}.csv"), evaluation, candidate.index)
 
@@ -162,7 +158,7 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
 
 
 def describe(candidate: Candidate, evaluation: Evaluation, options: argparse.Namespace) -> dict[str, Any]:
-    """All that is reported of one network but its speed."""
+    """Everything that is reported about one network except its speed."""
     weights, data, index = candidate.weights, candidate.data, candidate.index
     score, config = evaluation.score, weights.config
     wrong = [score.images - score.top1_correct, score.images - score.top5_correct]
@@ -197,7 +193,7 @@ def describe(candidate: Candidate, evaluation: Evaluation, options: argparse.Nam
 
 
 def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict[str, Any]]]:
-    """Errors of each class that occurs, and the commonest confusions of two classes."""
+    """Errors of each class that has images, and the most frequent confusions of two classes."""
     labels, answers, names = index.labels, evaluation.top5[:, 0], index.classes
     images = np.bincount(labels, minlength=len(names))
     wrong = np.bincount(labels[answers != labels], minlength=len(names))
@@ -221,12 +217,12 @@ def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict
 
 
 def real_labels_score(evaluation: Evaluation, index: DatasetIndex) -> dict[str, Any] | None:
-    """Top-1 error by the ReaL labels (Beyer et al. 2020), any of which is right and of which some images have none.
+    """Top-1 error by the ReaL labels (Beyer et al. 2020): an image has any number of correct labels, or none and is left out.
 
-    None if these are not ImageNet's validation images by their own names.
+    Returns None unless these are ImageNet's validation images under their original file names.
     """
-    numbers = [VALIDATION_NAME.search(name) for name in index.names]
-    if not all(numbers) or index.classes != imagenet_ids():
+    numbers = [int(found[1]) for name in index.names if (found := VALIDATION_NAME.search(name))]
+    if len(numbers) < len(index.names) or index.classes != imagenet_ids():
         return None
     import timm.data  # takes seconds to import
 
@@ -234,7 +230,7 @@ def real_labels_score(evaluation: Evaluation, index: DatasetIndex) -> dict[str, 
     judged = [
         (answer in right)
         for number, answer in zip(numbers, evaluation.top5[:, 0].tolist(), strict=True)
-        if (right := labels[int(number[1]) - 1])
+        if (right := labels[number - 1])
     ]
     wrong = len(judged) - sum(judged)
     if not judged:
@@ -247,7 +243,7 @@ def real_labels_score(evaluation: Evaluation, index: DatasetIndex) -> dict[str, 
 
 
 def published_errors(weights: Weights, crops: int) -> list[dict[str, Any]]:
-    """What others report for this network: what the run's configuration says; on ImageNet the paper's and openmixup's."""
+    """Published errors of this network: those in the run's configuration; on ImageNet also the paper's and openmixup's."""
     own, name = weights.config.published, weights.config.model.name
     suffix = "_10crop" if crops == 10 else ""
     rows = [(own.source or "published", (getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")))]
@@ -264,7 +260,7 @@ def published_errors(weights: Weights, crops: int) -> list[dict[str, Any]]:
 def compare(
     results: list[dict[str, Any]], evaluations: list[Evaluation], indexes: list[DatasetIndex]
 ) -> list[dict[str, Any]]:
-    """Each two networks on the same images."""
+    """Compare each pair of networks on the same images."""
     rows = []
     for a, b in itertools.combinations(range(len(results)), 2):
         wrong = [evaluations[i].top5[:, 0] != indexes[i].labels for i in (a, b)]
@@ -297,38 +293,57 @@ def _rgb(text: str) -> tuple[float, ...]:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
     add_weights_arguments(parser, several=True)
-    parser.add_argument("--data", metavar="DIR", required=True, help="class folders, or a data set with val/ in it")
-    parser.add_argument("--dataset", choices=typing.get_args(Dataset), help="what DIR holds [as the run's data.dir]")
-    parser.add_argument("--download", action="store_true", help="fetch a data set of torchvision's if DIR lacks it")
-    parser.add_argument("--labels", metavar="FILE", help="label file, if DIR is a flat folder of images")
+    parser.add_argument(
+        "--data", metavar="DIR", required=True, help="folder of class folders, or a data set with val/ in it"
+    )
+    parser.add_argument("--dataset", choices=typing.get_args(Dataset), help="kind of data set in DIR [the run's]")
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="download the data set into DIR if it is one of torchvision's and not there",
+    )
+    parser.add_argument(
+        "--labels", metavar="FILE", help="label file, if DIR is a folder of images without class folders"
+    )
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(
         "--average",
         choices=typing.get_args(Average),
         default="logits",
-        help="over ten crops; the paper's code: logits [logits]",
-    )
-    parser.add_argument("--interpolation", choices=typing.get_args(Interpolation), help="resize filter [the run's]")
-    parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side after the resize [the run's]")
-    parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of a crop [the run's]")
-    parser.add_argument("--mean", type=_rgb, metavar="R,G,B", help="mean that is subtracted, in [0, 1] [the run's]")
-    parser.add_argument("--std", type=_rgb, metavar="R,G,B", help="standard deviation that divides [the run's]")
-    parser.add_argument(
-        "--batch-size", type=positive_integer, metavar="N", default=32, help="images at once on each rank [32]"
+        help="what is averaged over ten crops; the paper's code averages logits [logits]",
     )
     parser.add_argument(
-        "--precision", choices=typing.get_args(Precision), default="fp32", help="autocast to bf16 or fp16 [fp32]"
+        "--interpolation", choices=typing.get_args(Interpolation), help="filter of the resize [the run's]"
+    )
+    parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side of the resized image [the run's]")
+    parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of the crop [the run's]")
+    parser.add_argument(
+        "--mean", type=_rgb, metavar="R,G,B", help="mean for the normalisation, each in [0, 1] [the run's]"
+    )
+    parser.add_argument(
+        "--std", type=_rgb, metavar="R,G,B", help="standard deviation for the normalisation [the run's]"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_integer, metavar="N", default=32, help="images per batch and rank [32]"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=typing.get_args(Precision),
+        default="fp32",
+        help="of the network; bf16 and fp16 by autocast [fp32]",
     )
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
-    parser.add_argument("--threads", type=positive_integer, metavar="N", help="loader threads of each rank [all cores]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
+    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="image loader [auto]")
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="loader threads per rank [all cores]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of each rank [auto]")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--predictions", metavar="FILE", help="write each image's answers as CSV")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write a CSV file with the top-5 predictions of each image"
+    )
     parser.add_argument(
         "--report",
         metavar="DIR",
-        help="write results as JSON, Markdown and a page with the worst mistakes, and each image's answers and logits",
+        help="write a report: HTML page with the worst mistakes, Markdown, JSON, and each image's predictions and logits",
     )
     return parser
 

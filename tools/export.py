@@ -1,7 +1,8 @@
-"""Networks for other runtimes: ``python -m tools.export WEIGHTS OUTPUT.onnx``, or ``OUTPUT.pt2`` for torch.export.load.
+"""Export a network to ONNX or torch.export: ``python -m tools.export WEIGHTS OUTPUT.onnx`` (or ``OUTPUT.pt2``).
 
-The network is in evaluation mode and takes (N, 3, S, S) prepared images, any N of them, with S the crop of the weights' run.
-The file says how images are prepared and what the outputs are called, and is written only if its logits are PyTorch's.
+The exported network is in evaluation mode and takes float32 images of shape (N, 3, S, S), prepared as its metadata says, for
+any N; S is the crop size of the weights' run. The metadata also holds the class names. The file is loaded again and compared
+with PyTorch, and written only if the logits agree.
 """
 
 import io
@@ -16,12 +17,12 @@ from torch.export import Dim, ExportedProgram
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.models.densenet import DenseNet
 from pipeline.weights import Weights
-from tools.convert import add_weights_arguments, read_weights_of
-from tools.measuring import writable_file
+from tools.support.outputs import writable_file
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-4  # of logits, and relative to the largest where that is above 1
-BATCH_SIZES = (1, 3)  # that are tried; neither is the one that is traced
+TOLERANCE = 1e-4  # largest difference of logits; relative to the largest logit if that exceeds 1
+BATCH_SIZES = (1, 3)  # compared with PyTorch; the network is traced with another one
 FILTERS = {
     "torch7-bicubic": "Catmull-Rom, corners aligned, no antialias",
     "pil-bilinear": "bilinear with antialias, as Pillow's",
@@ -39,14 +40,14 @@ def main() -> None:
     output = writable_file(options.output, "OUTPUT", FORMATS)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if output.suffix == ".onnx" and missing:
-        raise UserError(f"ONNX needs {', '.join(missing)}: install requirements.txt, or give an OUTPUT.pt2")
+        raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-dev.txt, or give an OUTPUT.pt2")
     content, difference = export(read_weights_of(options, options.weights), output.suffix)
     output.write_bytes(content)
     print(f"{output}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}")
 
 
 def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
-    """Return the file of this suffix, and the largest difference of its logits from PyTorch's.
+    """Return the content of a file of this suffix, and the largest difference of its logits from PyTorch's.
 
     Raises:
         UserError: the network cannot be traced, or the file computes something else.
@@ -57,12 +58,12 @@ def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
     try:
         program = torch.export.export(network, (images_of(2, size),), dynamic_shapes=({0: Dim("batch")},))
         content = serialise(program, metadata_of(weights))
-    except RuntimeError as error:  # of torch.export and torch.onnx, over some of timm's networks
+    except RuntimeError as error:  # torch.export and torch.onnx cannot trace some of timm's networks
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{weights.config.model.name} cannot be exported to {suffix}: {reason}") from None
     try:
         run = load(content)
-    except Exception as error:  # onnxruntime's have no base of their own
+    except Exception as error:  # onnxruntime's exceptions have no common base
         reason = " ".join(str(error).split())
         raise UserError(f"{weights.config.model.name} as {suffix} cannot be loaded ({reason}): not written") from None
     return content, compare(network, run, size)
@@ -90,7 +91,7 @@ def compare(network: nn.Module, run: Run, size: int) -> float:
 
 
 def metadata_of(weights: Weights) -> dict[str, str]:
-    """What a user of the network must know: its name, and as JSON how images are prepared and what the outputs are called."""
+    """The metadata of an exported file: the network's name and, as JSON, the preparation of images and the class names."""
     data = weights.config.data
     preparation = {
         "resize_short_side": data.resize_size,
@@ -108,14 +109,21 @@ def metadata_of(weights: Weights) -> dict[str, str]:
 
 
 def serialise_onnx(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
-    names = dict(input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},))
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    onnx_program = torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),
+    )
+    assert onnx_program is not None  # it is None only without dynamo
     onnx_program.model.metadata_props.update(metadata)
     return onnx_program.model_proto.SerializeToString()
 
 
 def load_onnx(content: bytes) -> Run:
-    import onnxruntime  # which not everybody has
+    import onnxruntime  # an optional dependency
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])

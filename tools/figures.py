@@ -1,8 +1,8 @@
-"""The paper's figures with our runs in them: ``python -m tools.figures RUN-OR-WEIGHTS ... [--output DIR]``.
+"""Draw the paper's figures with your runs in them: ``python -m tools.figures RUN-OR-WEIGHTS ... [--output DIR]``.
 
-Beside what the paper reports, of the runs in the given folders: training curves, error against parameters (Figure 4) and,
-on ImageNet, against parameters and multiply-accumulates (Figure 3). Of each run and each file of weights: the reuse of
-features (Figure 5).
+For the given runs: training curves, error against parameters (the paper's Figure 4) and, on ImageNet, error against
+parameters and multiply-accumulates (Figure 3), beside what the paper reports. For each run and each file of weights: the
+reuse of features (Figure 5).
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
 from pipeline.run_dir import read_records
 from pipeline.weights import read_weights
-from tools import published
-from tools.convert import short_names
-from tools.facts import multiply_accumulates, network_without_weights, on_meta, parameters
-from tools.measuring import writable_folder
+from tools.support import published
+from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
+from tools.support.outputs import writable_folder
+from tools.support.weights_arguments import short_names
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Run:
 
     @property
     def error(self) -> float:
-        """Validation top-1 error in percent that the paper would report: the best on ImageNet and SVHN, else the last."""
+        """Validation top-1 error in percent, chosen as in the paper: the best epoch on ImageNet and SVHN, else the last one."""
         errors = [record["val/top1_error"] for record in self.epochs]
         return min(errors) if self.data in ("ImageNet", "SVHN") else errors[-1]
 
     @property
     def label(self) -> str:
-        """Its name for a legend, and how far it is if that is not at the end."""
+        """Its name in a legend, and the epoch that it has reached if it has not ended."""
         done, planned = len(self.epochs), self.config.optim.epochs
         held_out = ", held-out training images" if self.config.data.holdout else ""
         return f"ours: {self.name}{'' if done == planned else f', epoch {done} of {planned}'}{held_out}"
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def data(self) -> str:
-        """What it was trained on, as the paper calls it, or by its folder."""
+        """Its data set: the paper's name for it, or the name of the folder."""
         config = self.config.data
         if config.loader == "synthetic":
             return "synthetic images"
@@ -67,9 +67,12 @@ class Run:
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.figures", description=__doc__)
     parser.add_argument(
-        "paths", nargs="+", metavar="RUN-OR-WEIGHTS", help="run directories, folders of them, or weights"
+        "paths",
+        nargs="+",
+        metavar="RUN-OR-WEIGHTS",
+        help="run directories, folders of run directories, or files of weights",
     )
-    parser.add_argument("--output", metavar="DIR", default="figures", help="where the pictures go [figures]")
+    parser.add_argument("--output", metavar="DIR", default="figures", help="folder for the pictures [figures]")
     options = parser.parse_args()
     output = writable_folder(options.output)
     run_dirs = [run for path in map(Path, options.paths) if path.is_dir() for run in runs_in(path)]
@@ -143,7 +146,7 @@ def draw_curves(runs: list[Run]) -> Figure:
 
 
 def on_test_images(run: Run) -> str:
-    """A word on a published error beside one that is not of test images."""
+    """A note for a published error that stands beside an error on held-out training images."""
     return " (test images)" if run.config.data.holdout else ""
 
 
@@ -172,9 +175,9 @@ def draw_small_images(runs: list[Run]) -> Figure:
 def draw_papers_points(axes: Axes, title: str) -> None:
     column, classes = published.COLUMNS.index(title), 100 if title.startswith("C100") else 10
     points = {
-        name: (millions(parameters(on_meta(create_model, name, classes))), errors[column])
+        name: (millions(parameters(on_meta(create_model, name, classes))), error)
         for name, errors in published.DENSENETS_ON_SMALL_IMAGES.items()
-        if errors[column] is not None
+        if (error := errors[column]) is not None
     }
     for kind, marker in (("DenseNet", "o"), ("DenseNet-BC", "s")):
         own = {name: point for name, point in points.items() if ("_bc" in name) == (kind == "DenseNet-BC")}

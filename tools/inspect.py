@@ -18,8 +18,8 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
 from pipeline.models.zoo import cifar_densenet
-from tools.facts import multiply_accumulates_by_module, parameters
-from tools.measuring import table
+from tools.support.facts import multiply_accumulates_by_module, parameters
+from tools.support.markdown import table
 
 # dense_block and recompute
 MODES = [

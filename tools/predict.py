@@ -1,6 +1,6 @@
-"""What a network sees in images: ``python -m tools.predict WEIGHTS IMAGE-OR-FOLDER ... [--top 5] [--crops 10]``.
+"""Classify images: ``python -m tools.predict WEIGHTS IMAGE-OR-FOLDER ... [--top 5] [--crops 10]``.
 
-Images are prepared as the weights' run evaluated them. Of folders all images are taken, those in folders below included.
+Images are prepared as in the evaluation of the run that trained the weights. A folder stands for all images below it.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluate import check_image_size
 from pipeline.precision import set_tf32
-from tools.convert import add_weights_arguments, read_weights_of
-from tools.measuring import writable_file
+from tools.support.outputs import writable_file
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -33,23 +33,23 @@ WORDNET_ID = re.compile(r"n\d{8}")
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.predict", description=__doc__)
     add_weights_arguments(parser)
-    parser.add_argument("paths", nargs="+", metavar="IMAGE-OR-FOLDER", help="image files, or folders of them")
-    parser.add_argument("--top", type=positive_integer, metavar="N", default=5, help="classes of each image [5]")
+    parser.add_argument("paths", nargs="+", metavar="IMAGE-OR-FOLDER", help="image files and folders of images")
+    parser.add_argument("--top", type=positive_integer, metavar="N", default=5, help="predictions per image [5]")
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
-    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[auto]")
-    parser.add_argument("--json", metavar="FILE", help="write the answers as JSON")
+    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="image loader [auto]")
+    parser.add_argument("--json", metavar="FILE", help="write the predictions as JSON")
     options = parser.parse_args()
     if options.json:
         writable_file(options.json, "--json")
     weights = read_weights_of(options, options.weights)
-    # Only how images are prepared is the run's: it may have had others, in memory or none at all, and other cores.
+    # Only the preparation of images is taken from the run, not its data set and its number of threads.
     data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader, threads=0)
     index = index_files(find_images(options.paths), weights.classes)
     names = human_names(weights.classes)
     set_tf32("fp32")
     answers = []
     with init_distributed() as world:
-        network = weights.network.to(world.device, memory_format=torch.channels_last)
+        network = weights.network.to(world.device).to(memory_format=torch.channels_last)
         check_image_size(network, data.crop_size, options.weights)
         for file, probabilities in predict(network, index, data, options.crops, world):
             if not probabilities.isfinite().all():
@@ -84,10 +84,10 @@ def find_images(paths: list[str]) -> list[str]:
 
 
 def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
-    """An index of loose images; labels and fingerprint say nothing.
+    """An index of single image files. Its labels are all 0 and its fingerprint is empty.
 
     Raises:
-        UserError: a file cannot be read, or is no image that the networks take.
+        UserError: a file cannot be read or is not an image.
     """
     sizes, lengths = [], []
     for file in files:
@@ -126,7 +126,7 @@ def predict(
 
 
 def human_names(classes: tuple[str, ...]) -> dict[str, str]:
-    """What WordNet calls those classes that are ids of it."""
+    """English names of the classes that are WordNet ids."""
     ids = [name for name in classes if WORDNET_ID.fullmatch(name)]
     if not ids:
         return {}

@@ -1,7 +1,7 @@
-"""Expected scaling of a training over many GPUs: ``python -m tools.scaling [--batch-size N] [--speed MODEL=N ...]``.
+"""Estimate the scaling of training over many GPUs: ``python -m tools.lab.scaling [--batch-size N] [--speed MODEL=N ...]``.
 
-A model on paper, from bandwidths that are stated and not measured: it says where a global batch stops scaling, and
-what limits it there. For N GPUs with b = batch / N images each, a step takes
+A calculation from assumed bandwidths, not a measurement: it says where a global batch stops scaling, and what limits it
+there. For N GPUs with b = batch / N images each, a step takes
 
     compute      launch + b / speed             launch: what a step costs whatever its size
     all-reduce   2 (N-1)/N bytes / bandwidth + 2 log2(N) latency, of which the backward pass hides what it can:
@@ -13,15 +13,13 @@ what limits it there. For N GPUs with b = batch / N images each, a step takes
 import math
 from dataclasses import dataclass
 
-import torch
-
+from pipeline.config import ModelConfig
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
-from pipeline.models import create_model
-from tools.measuring import table
+from tools.lab.imagenet import TRAINING_IMAGES, VALIDATION_IMAGES
+from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.markdown import table
 
 MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
-GMACS = {"densenet121": 2.834, "densenet161": 7.728, "densenet169": 3.360, "densenet201": 4.291, "densenet264": 5.752}
-TRAINING_IMAGES, VALIDATION_IMAGES = 1_281_167, 50_000
 BUCKET = 25 * 2**20  # bytes, DDP's default
 BACKWARD = 2 / 3  # of a step's compute
 CHECKPOINT_INTERVAL = 600  # seconds
@@ -95,19 +93,33 @@ def _exposed_all_reduce(gpus: int, size: int, backward: float, machines: Machine
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.scaling", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m tools.lab.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=positive_integer, default=256, help="global batch [%(default)s]")
-    parser.add_argument("--tflops", type=float, default=20.0, help="TFLOP/s a GPU reaches in training [%(default)s]")
-    parser.add_argument("--speed", action="append", default=[], metavar="MODEL=N", help="or its measured images/s")
-    parser.add_argument("--gpus-per-node", type=positive_integer, default=8, help="[%(default)s]")
-    parser.add_argument("--within", type=float, default=200.0, help="GB/s all-reduce bandwidth in a node [%(default)s]")
-    parser.add_argument("--between", type=float, default=25.0, help="GB/s network bandwidth of a node [%(default)s]")
-    parser.add_argument("--latency", type=float, default=10.0, help="microseconds of a message [%(default)s]")
-    parser.add_argument("--launch", type=float, default=25.0, help="ms of a step whatever its size [%(default)s]")
     parser.add_argument(
-        "--loader", type=float, default=2000.0, help="images/s that a GPU's CPU cores load [%(default)s]"
+        "--tflops", type=float, default=20.0, help="TFLOP/s that a GPU reaches in training [%(default)s]"
     )
-    parser.add_argument("--disk", type=float, default=0.3, help="GB/s at which a checkpoint is written [%(default)s]")
+    parser.add_argument(
+        "--speed",
+        action="append",
+        default=[],
+        metavar="MODEL=N",
+        help="measured training speed of a network in images/s per GPU, in place of --tflops",
+    )
+    parser.add_argument("--gpus-per-node", type=positive_integer, default=8, help="GPUs per node [%(default)s]")
+    parser.add_argument(
+        "--within", type=float, default=200.0, help="all-reduce bandwidth within a node, GB/s [%(default)s]"
+    )
+    parser.add_argument("--between", type=float, default=25.0, help="network bandwidth of a node, GB/s [%(default)s]")
+    parser.add_argument(
+        "--latency", type=float, default=10.0, help="latency of a message between nodes, microseconds [%(default)s]"
+    )
+    parser.add_argument(
+        "--launch", type=float, default=25.0, help="fixed time of a step whatever the batch size, ms [%(default)s]"
+    )
+    parser.add_argument(
+        "--loader", type=float, default=2000.0, help="loading speed of the CPU cores of one GPU, images/s [%(default)s]"
+    )
+    parser.add_argument("--disk", type=float, default=0.3, help="speed of writing a checkpoint, GB/s [%(default)s]")
     options = parser.parse_args()
     machines = Machines(
         gpus_per_node=options.gpus_per_node,
@@ -121,23 +133,23 @@ def main() -> None:
     measured = dict(_model_and_speed(word) for word in options.speed)
     counts = [2**k for k in range(11) if 2**k <= options.batch_size]
     print(
-        f"Global batch {options.batch_size}; images/s of all GPUs, efficiency against one GPU, and what an epoch takes.\n"
+        f"Global batch {options.batch_size}; images/s of all GPUs, efficiency against one GPU, and the time of an epoch.\n"
     )
     rows = []
     for name in MODELS:
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in create_model(name, num_classes=1000).parameters())
-        # Forward, and backward to data and to weights: three times the multiply-adds, each two operations.
-        speed = measured.get(name, options.tflops * 1e12 / (6e9 * GMACS[name]))
-        alone = options.batch_size / step_time(1, options.batch_size, parameters, speed, machines).total
+        network = network_without_weights(ModelConfig(name=name), classes=1000)
+        size, work = parameters(network), multiply_accumulates(network, 224)
+        # Forward, and backward to data and to weights: three times the multiply-accumulates, each two operations.
+        speed = measured.get(name, options.tflops * 1e12 / (6 * work))
+        alone = options.batch_size / step_time(1, options.batch_size, size, speed, machines).total
         for gpus in counts:
-            step = step_time(gpus, options.batch_size, parameters, speed, machines)
+            step = step_time(gpus, options.batch_size, size, speed, machines)
             images = options.batch_size / step.total
             parts = {"all-reduce": step.exposed_all_reduce, "launch": machines.launch, "loader": step.loader_wait}
             parts["compute"] = step.compute - machines.launch
             rows.append(
                 [
-                    name, max(parts, key=parts.get), str(gpus), str(options.batch_size // gpus), f"{images:,.0f}",
+                    name, max(parts, key=parts.__getitem__), str(gpus), str(options.batch_size // gpus), f"{images:,.0f}",
                     f"{images / alone / gpus:.0%}", f"{TRAINING_IMAGES / images / 60:.1f} min",
                 ]
             )  # fmt: skip

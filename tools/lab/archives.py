@@ -1,8 +1,8 @@
-"""Images as loose files and in a tar of tars, side by side: ``python -m tools.archives PHOTOS``.
+"""Compare loading from class folders and from a tar archive: ``python -m tools.lab.archives PHOTOS``.
 
-Copies the images of PHOTOS into class folders and into an archive of the shape of ILSVRC2012_img_train.tar, indexes and
-loads both in turn, with the page cache cold and warm, and estimates how long indexing all of ImageNet takes. Cold means
-that the system was told to forget the files' contents (posix_fadvise; Linux); it may still know their names.
+Copies the images of PHOTOS into class folders and into an archive built like ILSVRC2012_img_train.tar (a tar of tars), times
+indexing and loading of both in turn with a cold and a warm page cache, and estimates how long indexing all of ImageNet
+takes. Cold means that Linux was told to drop the files' contents from its page cache (posix_fadvise); it may keep their names.
 """
 
 import io
@@ -22,23 +22,25 @@ from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
+from tools.lab.imagenet import TRAINING_IMAGES
 
-IMAGENET_IMAGES = 1_281_167
 BATCH_SIZE = 64
 SOURCES = {"folders": "train", "tar of tars": "train.tar"}
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.archives", description=__doc__)
-    parser.add_argument("photos", metavar="PHOTOS", help="class folders or an archive of classes")
-    parser.add_argument("--classes", type=positive_integer, metavar="N", default=100, help="[100]")
-    parser.add_argument("--images", type=positive_integer, metavar="N", default=60, help="of each class [60]")
-    parser.add_argument("--repeats", type=positive_integer, metavar="N", default=3, help="[3]")
+    parser = ArgumentParser(prog="python -m tools.lab.archives", description=__doc__)
+    parser.add_argument("photos", metavar="PHOTOS", help="folder of class folders, or a tar archive of them")
+    parser.add_argument("--classes", type=positive_integer, metavar="N", default=100, help="number of classes [100]")
+    parser.add_argument("--images", type=positive_integer, metavar="N", default=60, help="images per class [60]")
+    parser.add_argument("--repeats", type=positive_integer, metavar="N", default=3, help="repetitions [3]")
     parser.add_argument(
-        "--folder", metavar="DIR", help="where to put the copies, on the disk to be measured [temporary]"
+        "--folder",
+        metavar="DIR",
+        help="where to put the copies: on the disk to be measured [the system's temporary folder]",
     )
     options = parser.parse_args()
-    torch.set_num_threads(1)  # more would only take the loader's cores from it
+    torch.set_num_threads(1)  # the loader needs the other cores
     keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder)
@@ -95,10 +97,10 @@ def report(seconds: dict[tuple[str, str], float], images: int) -> str:
         cells = [seconds[task, source] for source in SOURCES]
         texts = [f"{images / c:.0f} images/s" if task.startswith("load") else f"{c:.2f} s" for c in cells]
         lines.append(f"| {task} | {' | '.join(texts)} |")
-    minutes = [seconds[task, "tar of tars"] * IMAGENET_IMAGES / images / 60 for task in ("index, warm", "index, cold")]
+    minutes = [seconds[task, "tar of tars"] * TRAINING_IMAGES / images / 60 for task in ("index, warm", "index, cold")]
     lines += [
         "",
-        f"Indexing ImageNet's {IMAGENET_IMAGES:,} images so: {minutes[0]:.1f} minutes warm, {minutes[1]:.1f} cold.",
+        f"Estimate for indexing ImageNet's {TRAINING_IMAGES:,} images: {minutes[0]:.1f} minutes warm, {minutes[1]:.1f} cold.",
     ]
     return "\n".join(lines)
 
@@ -115,7 +117,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _forget(path: Path) -> None:
-    """Have the system drop a file, or all files of a folder, from its page cache."""
+    """Drop a file, or all files of a folder, from the page cache."""
     for file in [path] if path.is_file() else path.rglob("*.JPEG"):
         descriptor = os.open(file, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What others have published, to show our own runs beside: errors in percent."""
+"""Published errors in percent, for comparison with own runs."""
 
 # The paper's Table 2: C10, C10+, C100, C100+, SVHN.
 COLUMNS = ("C10", "C10+", "C100", "C100+", "SVHN")

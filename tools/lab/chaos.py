@@ -1,9 +1,9 @@
-"""Do everything to a training run that machines and people do, and compare its end with an undisturbed run's.
+"""Fault tests: disturb training runs, resume them, and compare the result with an undisturbed run's.
 
-``python -m tools.chaos [--faults NAME ...] [--tries N]`` trains a network with two processes again and again, and
-kills, stops, starves and deceives it. Each time the same command is started again. A run has survived if it went on
-from a checkpoint (or, where it must, ended with one line that says why), and its bits are the same if weights,
-optimiser, progress and records at its end equal those of the run that nothing happened to.
+``python -m tools.lab.chaos [--faults NAME ...] [--tries N]`` trains a network with two processes again and again. It kills
+and freezes processes, sends signals, fills the disk, and damages checkpoints and images; then it starts the same command
+again. A run has survived if it resumed from a checkpoint and, for a fault that must end it, said why in one line. It has the
+same bits if weights, optimiser, progress and records at its end equal those of the undisturbed run.
 
 Linux only: it looks for the ranks in /proc.
 """
@@ -26,16 +26,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, from_dict, to_yaml
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.run_dir import RECORDS, read_records
-from tools.measuring import writable_folder
+from tools.lab.images import write_images
+from tools.support.outputs import writable_folder
+from tools.support.torchrun import torchrun
 
 RANKS = 2
 STRIKES_A_RUN = 5
@@ -47,7 +48,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of `tries` tries of a fault: how many survived it, and ended with the same bits."""
+    """How many of the `tries` of a fault survived, and how many ended with the same bits."""
 
     tries: int
     survived: int
@@ -59,15 +60,13 @@ class FaultError(Exception):
 
 
 class Run:
-    """One start of the training command, in a session of its own, its output in a file."""
+    """One start of the training command: in a session of its own, with its output in a file."""
 
     def __init__(self, config: Path, run_dir: Path, log: Path, file_size: int | None = None):
         self.run_dir, self.log = run_dir, log
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        command += ["-m", "pipeline.train", str(config), "--run_dir", str(run_dir)]
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
-                command,
+                torchrun(RANKS, "pipeline.train", config, "--run_dir", run_dir),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -133,8 +132,8 @@ class Run:
         return code
 
 
-class Lab:
-    """A data set, a configuration, and what an undisturbed run of it ends with."""
+class Testbed:
+    """A data set, a configuration, and an undisturbed run of it to compare others with."""
 
     def __init__(self, folder: Path, model: str, seed: int):
         self.folder, self.random = folder, random.Random(seed)
@@ -149,7 +148,7 @@ class Lab:
                 "optim": {"epochs": 2, "batch_size": 16, "milestones": [1], "lr": 0.05},
                 "train": {"device": "cpu", "checkpoint_every": 1, "log_every": 1, "heartbeat_timeout": HANG_SECONDS},
             },
-            "tools.chaos",
+            "tools.lab.chaos",
         )
         self.file = self.write_config("config.yaml", self.config)
         self.undisturbed = self.new_run_dir()
@@ -205,68 +204,68 @@ def same_bits(run_dir: Path, other: Path) -> bool:
     return states and _records(run_dir) == _records(other)
 
 
-def kill_a_rank(lab: Lab, tries: int) -> Outcome:
+def kill_a_rank(testbed: Testbed, tries: int) -> Outcome:
     """SIGKILL to one rank at any moment from the first step on"""
 
     def strike(run: Run) -> bool | None:
         if not run.wait_for_training():
             return None
-        time.sleep(lab.random.uniform(0, 4))
+        time.sleep(testbed.random.uniform(0, 4))
         if run.process.poll() is not None:
             return None
-        _send(run.ranks[lab.random.randrange(RANKS)], signal.SIGKILL)
+        _send(run.ranks[testbed.random.randrange(RANKS)], signal.SIGKILL)
         return True
 
-    return _strike_again_and_again(lab, tries, strike)
+    return _strike_again_and_again(testbed, tries, strike)
 
 
-def kill_while_saving(lab: Lab, tries: int) -> Outcome:
+def kill_while_saving(testbed: Testbed, tries: int) -> Outcome:
     """SIGKILL to rank 0, or to both ranks at once, in the middle of a save"""
 
     def strike(run: Run) -> bool | None:
         folder = run.run_dir / "checkpoints"
         files = [folder / "last.tmp", folder / "best.tmp"]
-        saves_before = lab.random.randint(0, 2)
+        saves_before = testbed.random.randint(0, 2)
         if not run.wait_for_training() or (saves_before and not run.wait_for_saves(saves_before)):
             return None
         if not run.wait_until(lambda: any(file.exists() for file in files), pause=0.0005):
             return None
-        time.sleep(lab.random.uniform(0, 0.08))
-        for rank in range(lab.random.choice((1, RANKS))):
+        time.sleep(testbed.random.uniform(0, 0.08))
+        for rank in range(testbed.random.choice((1, RANKS))):
             _send(run.ranks[rank], signal.SIGKILL)
         run.end()
         return any(file.exists() for file in files) or not (folder / "last.pt").exists()
 
-    return _strike_again_and_again(lab, tries, strike)
+    return _strike_again_and_again(testbed, tries, strike)
 
 
-def kill_torchrun(lab: Lab, tries: int) -> Outcome:
+def kill_torchrun(testbed: Testbed, tries: int) -> Outcome:
     """SIGKILL to torchrun, which leaves the ranks without a parent; they must save and leave"""
 
     def strike(run: Run) -> bool | None:
         if not run.wait_for_training():
             return None
-        time.sleep(lab.random.uniform(0, 2))
+        time.sleep(testbed.random.uniform(0, 2))
         _send(run.process.pid, signal.SIGKILL)
         run.end()
         return True
 
-    return _strike_again_and_again(lab, tries, strike)
+    return _strike_again_and_again(testbed, tries, strike)
 
 
-def stop_by_signal(lab: Lab, tries: int) -> Outcome:
+def stop_by_signal(testbed: Testbed, tries: int) -> Outcome:
     """SIGTERM, SIGUSR1 or SIGUSR2 to one rank or all, or SIGTERM to torchrun: all leave with a checkpoint, exit code 75"""
 
     def strike(run: Run) -> bool | None:
         if not run.wait_for_training():
             return None
-        time.sleep(lab.random.uniform(0, 4))
+        time.sleep(testbed.random.uniform(0, 4))
         if run.process.poll() is not None:
             return None
-        number, target = lab.random.choice(STOP_SIGNALS), lab.random.choice(("torchrun", "a rank", "all ranks"))
+        number, target = testbed.random.choice(STOP_SIGNALS), testbed.random.choice(("torchrun", "a rank", "all ranks"))
         if target == "torchrun":
             _send(run.process.pid, signal.SIGTERM)
-        for rank in {"torchrun": [], "a rank": [lab.random.randrange(RANKS)], "all ranks": range(RANKS)}[target]:
+        for rank in {"torchrun": [], "a rank": [testbed.random.randrange(RANKS)], "all ranks": range(RANKS)}[target]:
             _send(run.ranks[rank], number)
         code = run.end()
         if "\nrecipe: " in run.output():  # all had been done and saved: torchrun was struck while it looked for that
@@ -278,10 +277,10 @@ def stop_by_signal(lab: Lab, tries: int) -> Outcome:
             )
         return code != 0
 
-    return _strike_again_and_again(lab, tries, strike)
+    return _strike_again_and_again(testbed, tries, strike)
 
 
-def _strike_again_and_again(lab: Lab, tries: int, strike: Callable[[Run], bool | None]) -> Outcome:
+def _strike_again_and_again(testbed: Testbed, tries: int, strike: Callable[[Run], bool | None]) -> Outcome:
     """Strike runs, each a few times, until `tries` strikes have hit what they were meant for.
 
     Args:
@@ -289,11 +288,11 @@ def _strike_again_and_again(lab: Lab, tries: int, strike: Callable[[Run], bool |
     """
     hits = survived = equal = 0
     while hits < tries:
-        run_dir, hits_of_run, was_hit = lab.new_run_dir(), 0, False
+        run_dir, hits_of_run, was_hit = testbed.new_run_dir(), 0, False
         for start in range(STRIKES_A_RUN + 1):
             whole = start == STRIKES_A_RUN or hits + hits_of_run == tries
             must_resume = (run_dir / "checkpoints" / "last.pt").exists()
-            with lab.start(run_dir) as run:
+            with testbed.start(run_dir) as run:
                 hit = None if whole else strike(run)
                 code = run.end()
                 resumed = "resuming at" in run.output() or not must_resume
@@ -305,19 +304,19 @@ def _strike_again_and_again(lab: Lab, tries: int, strike: Callable[[Run], bool |
             if code == 0:
                 break
         hits += hits_of_run
-        equal += hits_of_run * lab.ends_alike(run_dir)
+        equal += hits_of_run * testbed.ends_alike(run_dir)
         print(f"  {hits} of {tries}", flush=True)
     return Outcome(hits, survived, equal)
 
 
-def freeze_a_rank(lab: Lab, tries: int) -> Outcome:
+def freeze_a_rank(testbed: Testbed, tries: int) -> Outcome:
     """SIGSTOP to one rank: the others must end the run in time, and name it"""
 
     def once() -> tuple[bool, Path]:
-        run_dir, victim = lab.new_run_dir(), lab.random.randrange(RANKS)
-        with lab.start(run_dir) as run:
+        run_dir, victim = testbed.new_run_dir(), testbed.random.randrange(RANKS)
+        with testbed.start(run_dir) as run:
             run.wait_for_training()
-            run.wait_for_saves(lab.random.randint(1, 4))
+            run.wait_for_saves(testbed.random.randint(1, 4))
             _send(run.ranks[victim], signal.SIGSTOP)
             start = time.monotonic()
             run.end(2 * HANG_SECONDS + TORCHRUN_PATIENCE)
@@ -325,117 +324,119 @@ def freeze_a_rank(lab: Lab, tries: int) -> Outcome:
                 f"rank {victim} (process {run.ranks[victim]} on" in run.output() and "does not respond" in run.output()
             )
             print(f"  ended {time.monotonic() - start:.0f} s after rank {victim} was stopped", flush=True)
-        return named and "resuming at" in lab.finish(run_dir), run_dir
+        return named and "resuming at" in testbed.finish(run_dir), run_dir
 
-    return _repeat(lab, tries, once)
+    return _repeat(testbed, tries, once)
 
 
-def fill_the_disk(lab: Lab, tries: int) -> Outcome:
+def fill_the_disk(testbed: Testbed, tries: int) -> Outcome:
     """a limit on the size of files, which ends a save as a full disk does"""
 
     def once() -> tuple[bool, Path]:
-        run_dir = lab.interrupted(saves=lab.random.randint(1, 4))
+        run_dir = testbed.interrupted(saves=testbed.random.randint(1, 4))
         last = run_dir / "checkpoints" / "last.pt"
         before = last.read_bytes()
-        with lab.start(run_dir, file_size=lab.random.randrange(2**18, len(before))) as run:
+        with testbed.start(run_dir, file_size=testbed.random.randrange(2**18, len(before))) as run:
             code, output = run.end(), run.output()
         survived = code != 0 and "cannot write a checkpoint" in output and last.read_bytes() == before
-        return survived and "resuming at" in lab.finish(run_dir), run_dir
+        return survived and "resuming at" in testbed.finish(run_dir), run_dir
 
-    return _repeat(lab, tries, once)
+    return _repeat(testbed, tries, once)
 
 
-def cut_the_checkpoint(lab: Lab, tries: int) -> Outcome:
+def cut_the_checkpoint(testbed: Testbed, tries: int) -> Outcome:
     """the last checkpoint cut short anywhere"""
-    return _damage(lab, tries, lambda content: content[: lab.random.randrange(len(content))])
+    return _damage(testbed, tries, lambda content: content[: testbed.random.randrange(len(content))])
 
 
-def flip_a_bit(lab: Lab, tries: int) -> Outcome:
+def flip_a_bit(testbed: Testbed, tries: int) -> Outcome:
     """one bit of the last checkpoint flipped"""
 
     def flip(content: bytes) -> bytes:
         damaged = bytearray(content)
-        damaged[lab.random.randrange(len(content))] ^= 1 << lab.random.randrange(8)
+        damaged[testbed.random.randrange(len(content))] ^= 1 << testbed.random.randrange(8)
         return bytes(damaged)
 
-    return _damage(lab, tries, flip)
+    return _damage(testbed, tries, flip)
 
 
-def plant_a_pickle(lab: Lab, tries: int) -> Outcome:
+def plant_a_pickle(testbed: Testbed, tries: int) -> Outcome:
     """the last checkpoint replaced by a pickle that runs a command when it is loaded"""
-    return _damage(lab, tries, lambda _: pickle.dumps(_Hostile(lab.folder / "hostile-code-ran")))
+    return _damage(testbed, tries, lambda _: pickle.dumps(_Hostile(testbed.folder / "hostile-code-ran")))
 
 
-def _damage(lab: Lab, tries: int, damage: Callable[[bytes], bytes]) -> Outcome:
+def _damage(testbed: Testbed, tries: int, damage: Callable[[bytes], bytes]) -> Outcome:
     """The run must pass over the damaged checkpoint loudly, and go on from the one before."""
 
     def once() -> tuple[bool, Path]:
-        run_dir = lab.interrupted(saves=lab.random.randint(2, 5))
+        run_dir = testbed.interrupted(saves=testbed.random.randint(2, 5))
         last = run_dir / "checkpoints" / "last.pt"
         last.write_bytes(damage(last.read_bytes()))
-        output = lab.finish(run_dir)
+        output = testbed.finish(run_dir)
         loud = "last.pt is damaged" in output and "resuming at" in output
-        return loud and not (lab.folder / "hostile-code-ran").exists(), run_dir
+        return loud and not (testbed.folder / "hostile-code-ran").exists(), run_dir
 
-    return _repeat(lab, tries, once)
+    return _repeat(testbed, tries, once)
 
 
-def remove_an_image(lab: Lab, tries: int) -> Outcome:
+def remove_an_image(testbed: Testbed, tries: int) -> Outcome:
     """an image removed under the running training, which must name it; put back before the next start"""
 
     def once() -> tuple[bool, Path]:
-        run_dir = lab.new_run_dir()
-        image = lab.random.choice(sorted((lab.folder / "images" / "train").rglob("*.jpg")))
-        aside = lab.folder / "removed.jpg"
+        run_dir = testbed.new_run_dir()
+        image = testbed.random.choice(sorted((testbed.folder / "images" / "train").rglob("*.jpg")))
+        aside = testbed.folder / "removed.jpg"
         try:
-            with lab.start(run_dir) as run:
+            with testbed.start(run_dir) as run:
                 run.wait_for_training()
                 image.rename(aside)
                 code, output = run.end(), run.output()
         finally:
             aside.rename(image)
         named = code != 0 and f"cannot read the image {image}" in output and "exitcode  : 2" in output
-        return named and "failed" not in lab.finish(run_dir), run_dir
+        return named and "failed" not in testbed.finish(run_dir), run_dir
 
-    return _repeat(lab, tries, once)
+    return _repeat(testbed, tries, once)
 
 
-def skip_a_corrupt_image(lab: Lab, tries: int) -> Outcome:
+def skip_a_corrupt_image(testbed: Testbed, tries: int) -> Outcome:
     """an image cut short, with data.corrupt_images skip: a killed run skips what the undisturbed one skips"""
-    skipping = dataclasses.replace(lab.config, data=dataclasses.replace(lab.config.data, corrupt_images="skip"))
-    config, whole = lab.write_config("skip.yaml", skipping), lab.new_run_dir()
-    image = sorted((lab.folder / "images" / "train").rglob("*.jpg"))[0]
+    skipping = dataclasses.replace(testbed.config, data=dataclasses.replace(testbed.config.data, corrupt_images="skip"))
+    config, whole = testbed.write_config("skip.yaml", skipping), testbed.new_run_dir()
+    image = sorted((testbed.folder / "images" / "train").rglob("*.jpg"))[0]
     content = image.read_bytes()
     image.write_bytes(content[:-100])
     try:
-        whole_output = lab.finish(whole, config)
+        whole_output = testbed.finish(whole, config)
 
         def once() -> tuple[bool, Path]:
-            run_dir = lab.new_run_dir()
-            with lab.start(run_dir, config) as run:
+            run_dir = testbed.new_run_dir()
+            with testbed.start(run_dir, config) as run:
                 run.wait_for_training()
-                run.wait_for_saves(lab.random.randint(1, 12))
+                run.wait_for_saves(testbed.random.randint(1, 12))
                 _send(run.process.pid, signal.SIGKILL)
                 run.end()
-            resumed = "resuming at" in lab.finish(run_dir, config)
+            resumed = "resuming at" in testbed.finish(run_dir, config)
             return resumed and f"skipping the image {image}" in whole_output, run_dir
 
-        return _repeat(lab, tries, once, whole)
+        return _repeat(testbed, tries, once, whole)
     finally:
         image.write_bytes(content)
 
 
-def _repeat(lab: Lab, tries: int, once: Callable[[], tuple[bool, Path]], expected: Path | None = None) -> Outcome:
-    """Let `once` try a fault `tries` times; it returns whether the run survived, and its directory."""
+def _repeat(
+    testbed: Testbed, tries: int, once: Callable[[], tuple[bool, Path]], expected: Path | None = None
+) -> Outcome:
+    """Try a fault `tries` times; `once` returns whether the run survived, and its directory."""
     survived = equal = 0
     for _ in range(tries):
         well, run_dir = once()
         survived += well
-        equal += lab.ends_alike(run_dir, expected)
+        equal += testbed.ends_alike(run_dir, expected)
     return Outcome(tries, survived, equal)
 
 
-FAULTS: dict[str, tuple[Callable[[Lab, int], Outcome], int]] = {
+FAULTS: dict[str, tuple[Callable[[Testbed, int], Outcome], int]] = {
     "kill": (kill_a_rank, 30),
     "kill-saving": (kill_while_saving, 50),
     "kill-torchrun": (kill_torchrun, 5),
@@ -452,28 +453,29 @@ FAULTS: dict[str, tuple[Callable[[Lab, int], Outcome], int]] = {
 
 def main() -> None:
     parser = ArgumentParser(
-        prog="python -m tools.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.lab.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="what to do to the runs [all]"
-    )
+    names = f"faults to test: {', '.join(FAULTS)} [all]"
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, metavar="NAME", default=list(FAULTS), help=names)
     parser.add_argument("--tries", type=positive_integer, help="tries of each fault [3 to 50, by fault]")
-    parser.add_argument("--model", default="densenet121", help="network to train on 32 pixels [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of when and where faults strike [%(default)s]")
-    parser.add_argument("--output", default="runs/chaos", help="folder for table and logs [%(default)s]")
+    parser.add_argument("--model", default="densenet121", help="network to train, on images of 32 pixels [%(default)s]")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the moments and places of the faults [%(default)s]"
+    )
+    parser.add_argument("--output", default="runs/chaos", help="folder for the table and the logs [%(default)s]")
     options = parser.parse_args()
     folder = writable_folder(options.output)
     work = Path(tempfile.mkdtemp(dir=folder, prefix="work"))
     print("the undisturbed run", flush=True)
-    lab = Lab(work, options.model, options.seed)
-    print(lab.cost_of_a_save(), flush=True)
+    testbed = Testbed(work, options.model, options.seed)
+    print(testbed.cost_of_a_save(), flush=True)
     lines = ["| fault | tries | survived | same bits |", "|---|--:|--:|--:|"]
     failed = False
     for name in options.faults:
         fault, tries = FAULTS[name]
         print(f"{name}: {fault.__doc__}", flush=True)
         try:
-            outcome = fault(lab, options.tries or tries)
+            outcome = fault(testbed, options.tries or tries)
         except FaultError as error:
             print(error, file=sys.stderr)
             outcome = Outcome(options.tries or tries, 0, 0)
@@ -482,19 +484,9 @@ def main() -> None:
         (folder / "chaos.md").write_text("\n".join(lines) + "\n")
     print("\n".join(["", *lines]))
     if failed:
-        print(f"what went wrong is in {work}")
+        print(f"logs and run directories of the failures: {work}")
         sys.exit(1)
     shutil.rmtree(work)
-
-
-def write_images(root: Path, classes: int, images: int, seed: int) -> None:
-    """JPEG files of 40 x 40 pixels in class folders: coarse random patterns, a class's brighter than the one's before."""
-    generator = np.random.default_rng(seed)
-    for i in range(images):
-        folder = root / f"class{i % classes}"
-        folder.mkdir(parents=True, exist_ok=True)
-        cells = generator.integers(0, 128, (5, 5, 3)) + 40 * (i % classes)
-        Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize((40, 40)).save(folder / f"{i:04d}.jpg", quality=90)
 
 
 @dataclass
@@ -525,7 +517,7 @@ def _alive(pid: int) -> bool:
 
 def _ranks_below(parent: int) -> dict[int, int]:
     """Process ids of torchrun's ranks, by rank."""
-    found = {}
+    found: dict[int, int] = {}
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         with contextlib.suppress(OSError):
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -534,14 +526,14 @@ def _ranks_below(parent: int) -> dict[int, int]:
 
 
 def _changed(file: Path) -> int | None:
-    """What is another number after each save; None before the first."""
+    """The inode of the file, which changes with each save; None before the first."""
     try:
         return os.stat(file).st_ino
     except OSError:
         return None
 
 
-def _equal(a: object, b: object) -> bool:
+def _equal(a: Any, b: Any) -> bool:
     """Whether two nested structures of tensors and plain values are equal to the bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)

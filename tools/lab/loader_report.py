@@ -1,17 +1,18 @@
-"""What tools/loader.py measured, as Markdown and as a plot."""
+"""The results of tools/lab/loader.py as Markdown and as a plot."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from tools.measuring import machine_line, table
+from tools.lab.machine import machine_line
+from tools.support.markdown import table
 
-# The names of what is measured, in lab.json and in the tables.
+# The names of what is measured, in loader.json and in the tables.
 DALI_CPU, DALI_GPU, REFERENCE, TORCHVISION = "DALI on CPU", "DALI on GPU", "reference (PIL)", "torchvision"
 ONE_CROP, TEN_CROPS = "evaluation, 1 crop", "evaluation, 10 crops"
 BASELINE, BOUND = "torchvision DataLoader", "bound: full JPEG decode"
-STAGES = ("read", "decode", "resize", "cut", "colour")  # the resize hflip too
+STAGES = ("read", "decode", "resize", "cut", "colour")  # the resize also flips
 FRAME = 4  # pixels; DALI repeats the edge of an enlarged crop where Torch7 extrapolates it
 
 
@@ -32,7 +33,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "# Loader lab",
+            "# Loader benchmark",
             "",
             f"{results['images']['count']} images of {results['images']['root']} "
             f"({results['images']['mean_pixels'] / 1e6:.2f} megapixels on average); resize {settings['interpolation']}, "
@@ -42,14 +43,15 @@ def report(results: dict[str, Any]) -> str:
             "## Fidelity: differences from the reference in units of 1/255",
             "",
             *table(
-                f"operator|image_pipeline|mean|max|interior mean|max|frame of {FRAME} px: mean|max".split("|"),
+                f"operator|image pipeline|mean|max|interior mean|max|frame of {FRAME} px: mean|max".split("|"),
                 fidelity,
                 2,
             ),
             "",
-            "Decode: from Pillow. Mirror: from the image pipeline's own upright images, turned over. Colour map: from",
-            "A x + B m + t in float64 on the same bytes; torchvision's operators round and clamp after each step, with",
-            "the same factors. torchvision's stand-in for the resize torch is its bicubic, with antialias.",
+            "Decode: compared with Pillow. Horizontal flip: compared with the image pipeline's own unflipped images, flipped",
+            "afterwards. Colour map: compared with A x + B m + t in float64 on the same bytes; torchvision's operators round",
+            "and clamp after each step, with the same factors. torchvision has no torch7-bicubic: its bicubic with antialias",
+            "takes its place.",
             "",
             f"## Speed: medians of {settings['repeats']} interleaved repetitions",
             "",

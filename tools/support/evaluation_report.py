@@ -1,4 +1,4 @@
-"""What tools/evaluate.py found, as text, Markdown, JSON and a page with pictures."""
+"""The results of tools/evaluate.py as text, Markdown, JSON and an HTML page with pictures."""
 
 import base64
 import csv
@@ -14,11 +14,13 @@ from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.evaluate import Evaluation
-from tools.measuring import table
+from tools.support.markdown import table
 
-WORST = 24  # mistakes that are shown as pictures
+WORST = 24  # mistakes shown as pictures
 THUMBNAIL = 160  # pixels
-ANY_NAME = dict(encoding="utf-8", errors="surrogateescape")  # file names that are not UTF-8 come back as they were
+ANY_NAME: dict[str, Any] = dict(
+    encoding="utf-8", errors="surrogateescape"
+)  # file names that are not UTF-8 stay as they are
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left }
@@ -28,12 +30,12 @@ figcaption { font-size: 12px; overflow-wrap: anywhere }
 
 
 def result_to_text(result: dict[str, Any]) -> str:
-    """What the command prints of one network."""
+    """What the command prints about one network."""
     return "\n".join(_lines(result))
 
 
 def comparisons_to_text(summary: dict[str, Any]) -> str:
-    """What the command prints of several networks together."""
+    """What the command prints about several networks together."""
     return "\n".join(["", *table(*_overview(summary["evaluations"]), 2), *map(_comparison, summary["comparisons"])])
 
 
@@ -48,7 +50,7 @@ def write_report(
 
 
 def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows: a row for each network and for each published figure of it."""
+    """Titles and rows: a row for each network and for each of its published errors."""
     rows = []
     for r in results:
         size = [f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_accumulates'] / 1e9:.2f}"]
@@ -89,7 +91,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
 
 
 def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: list[DatasetIndex]) -> str:
-    """One page, with its pictures in it."""
+    """One HTML page with its pictures embedded."""
     parts = ["<h1>Evaluation</h1>", _html_table(*_overview(summary["evaluations"]))]
     parts += [f"<p>{html.escape(_comparison(row))}</p>" for row in summary["comparisons"]]
     for result, evaluation, index in zip(summary["evaluations"], evaluations, indexes, strict=True):
@@ -170,7 +172,7 @@ def _html_table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
-    """The wrong answers of which the network was surest."""
+    """The wrong predictions with the highest probability."""
     wrong = np.flatnonzero(evaluation.top5[:, 0] != index.labels)
     surest = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:WORST]
     reader, parts = Reader(index), []

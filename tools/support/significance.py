@@ -1,4 +1,4 @@
-"""How sure an error on so many images is, and a difference of two errors on the same images."""
+"""Statistics of error rates: confidence intervals, and a test of two networks on the same images."""
 
 import math
 
@@ -8,7 +8,7 @@ Z95 = 1.959963984540054  # the normal distribution's quantile of 97.5 %
 
 
 def wilson_interval(wrong: int, images: int) -> tuple[float, float]:
-    """95 % interval of an error rate, in percent (Wilson 1927)."""
+    """95 % confidence interval of an error rate, in percent (Wilson 1927)."""
     rate, z2 = wrong / images, Z95**2
     middle = (rate + z2 / (2 * images)) / (1 + z2 / images)
     half = Z95 * math.sqrt(rate * (1 - rate) / images + z2 / (4 * images**2)) / (1 + z2 / images)
@@ -16,6 +16,6 @@ def wilson_interval(wrong: int, images: int) -> tuple[float, float]:
 
 
 def mcnemar(only_first_wrong: int, only_second_wrong: int) -> float:
-    """Probability of so uneven a split or a more uneven one if both networks were equally good (McNemar 1947, exact)."""
+    """McNemar's exact test (1947): the two-sided p-value of this split if both networks were equally good."""
     differing = only_first_wrong + only_second_wrong
     return float(binomtest(only_first_wrong, differing).pvalue) if differing else 1.0

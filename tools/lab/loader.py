@@ -1,10 +1,10 @@
-"""The loader lab: how exact and how fast the data loaders are on your images.
+"""The loader benchmark: how exact and how fast the data loaders are on your images.
 
-``python -m tools.loader DIR [--images N] [--output FOLDER]`` has DALI, the PIL reference and torchvision execute one
-plan, compares their images operator by operator, and times the loaders in one interleaved run. It prints the tables
-and writes lab.json, lab.md, lab.png and contact-sheet.png.
+``python -m tools.lab.loader DIR [--images N] [--output FOLDER]`` prepares the same images with DALI, the PIL reference
+and torchvision, compares the results operator by operator, and times the loaders in interleaved repetitions. It prints the
+tables and writes loader.json, loader.md, loader.png and contact-sheet.png.
 
-The GPU contestant appears where there is a GPU; it has not been run on one yet.
+DALI on GPU takes part where there is a GPU; it has not been run on one yet.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import statistics
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 from tqdm import tqdm
 
-from pipeline.config import DataConfig, load_config
+from pipeline.config import DataConfig, Interpolation, load_config
 from pipeline.data.color import apply_colors
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import decode
@@ -36,7 +37,7 @@ from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
-from tools.loader_report import (
+from tools.lab.loader_report import (
     BASELINE,
     BOUND,
     DALI_CPU,
@@ -50,32 +51,33 @@ from tools.loader_report import (
     plot,
     report,
 )
-from tools.measuring import describe_machine, writable_folder
+from tools.lab.machine import describe_machine
+from tools.support.outputs import writable_folder
 
 SEED = 1
-RESIZES = ("torch7-bicubic", "pil-bilinear", "pil-bicubic")
+RESIZES: tuple[Interpolation, ...] = typing.get_args(Interpolation)
 SHEET_IMAGES, AMPLIFICATION = 8, 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Lab:
-    """What all measurements shard."""
+class Workload:
+    """The images, their preparation and the cores, which are the same in all measurements."""
 
     index: DatasetIndex
     config: DataConfig
     threads: int
     batch_size: int
 
-    def image_pipeline(self, name: str, resize: str, views: int) -> ImagePipeline:
+    def image_pipeline(self, name: str, resize: Interpolation, views: int) -> ImagePipeline:
         if name == TORCHVISION:
-            return TorchvisionExecutor(self.index, self.config.crop_size, resize)
+            return TorchvisionPipeline(self.index, self.config.crop_size, resize)
         config = dataclasses.replace(self.loader_config(name), interpolation=resize)
-        return create_image_pipeline(self.index, config, self.share(name), self.batch_size, views)
+        return create_image_pipeline(self.index, config, self.shard(name), self.batch_size, views)
 
     def loader_config(self, name: str) -> DataConfig:
         return dataclasses.replace(self.config, loader="reference" if name == REFERENCE else "dali")
 
-    def share(self, name: str) -> Shard:
+    def shard(self, name: str) -> Shard:
         return Shard(rank=0, ranks=1, device=device_of(name), threads=self.threads)
 
     def training_plans(self) -> list[BatchPlan]:
@@ -94,19 +96,23 @@ def main() -> None:
     threads = options.threads or config.threads or available_cores()
     config = dataclasses.replace(config, interpolation=options.interpolation or config.interpolation, threads=threads)
     torch.set_num_threads(max(1, available_cores() - threads))  # more would only take the loader's cores from it
-    keep_freed_memory()  # as a run on CPU does
-    lab = Lab(open_images(Path(options.dir), options.images, output), config, threads, options.batch_size)
+    keep_freed_memory()  # as training on CPU does
+    workload = Workload(open_images(Path(options.dir), options.images, output), config, threads, options.batch_size)
 
-    print(f"comparing the loaders' images on {len(lab.index)} images of {lab.index.root}", flush=True)
-    fidelity = measure_fidelity(lab)
-    contact_sheet(lab, output / "contact-sheet.png")
+    print(f"comparing the loaders' images on {len(workload.index)} images of {workload.index.root}", flush=True)
+    fidelity = measure_fidelity(workload)
+    contact_sheet(workload, output / "contact-sheet.png")
     print(f"timing the loaders: {options.repeats} repetitions after one that warms up", flush=True)
-    speed, stages = measure_speed(lab, options.repeats)
+    speed, stages = measure_speed(workload, options.repeats)
 
     dali = [package.name for package in importlib.metadata.distributions() if package.name.startswith("nvidia-dali")]
     results = {
         "machine": describe_machine(["torch", "torchvision", *dali, "numpy", "pillow"]),
-        "images": {"root": lab.index.root, "count": len(lab.index), "mean_pixels": lab.index.sizes.prod(axis=1).mean()},
+        "images": {
+            "root": workload.index.root,
+            "count": len(workload.index),
+            "mean_pixels": workload.index.sizes.prod(axis=1).mean(),
+        },
         "settings": {name: getattr(options, name) for name in ("repeats", "batch_size")}
         | {"threads": threads, "interpolation": config.interpolation, "crop_size": config.crop_size},
         "fidelity": fidelity,
@@ -114,10 +120,10 @@ def main() -> None:
         "stages": stages,
     }
     text = report(results)
-    print(f"\n{text}\n\nin {output}: lab.json, lab.md, lab.png, contact-sheet.png")
-    (output / "lab.json").write_text(json.dumps(results, indent=2) + "\n")
-    (output / "lab.md").write_text(text + "\n")
-    plot(results, output / "lab.png")
+    print(f"\n{text}\n\nin {output}: loader.json, loader.md, loader.png, contact-sheet.png")
+    (output / "loader.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / "loader.md").write_text(text + "\n")
+    plot(results, output / "loader.png")
 
 
 def open_images(folder: Path, images: int, output: Path) -> DatasetIndex:
@@ -129,7 +135,7 @@ def open_images(folder: Path, images: int, output: Path) -> DatasetIndex:
     return dataclasses.replace(index, names=tuple(index.names[i] for i in kept), **rows)
 
 
-def dali_executors() -> list[str]:
+def dali_pipelines() -> list[str]:
     return [DALI_GPU, DALI_CPU] if torch.cuda.is_available() else [DALI_CPU]
 
 
@@ -140,10 +146,10 @@ def device_of(name: str) -> torch.device:
 # torchvision, as an image pipeline of plans and with its own random transforms
 
 
-class TorchvisionExecutor:
+class TorchvisionPipeline:
     """Executes plans with torchvision's functional transforms on Pillow images, as most training code does."""
 
-    def __init__(self, index: DatasetIndex, crop_size: int, resize: str):
+    def __init__(self, index: DatasetIndex, crop_size: int, resize: Interpolation):
         self._index, self._crop_size, self._reader = index, crop_size, Reader(index)
         # It has no filter like the paper's: its bicubic, with antialias, is the nearest.
         modes = functional.InterpolationMode
@@ -165,9 +171,9 @@ class TorchvisionExecutor:
 
 
 def clamped_colors(pixels: Tensor, plan: BatchPlan, config: DataConfig) -> Tensor:
-    """What `apply_colors` does, for the same draws but with torchvision's operators, which round and clamp bytes.
+    """What `apply_colors` does, with the same random factors but torchvision's operators, which round and clamp bytes.
 
-    Before the normalisation A = b c (s I + (1 - s) 1 g'), B = b (1 - c) 1 g' and t is the lighting, in whatever order
+    Before the normalisation A = b c (s I + (1 - s) 1 g'), B = b (1 - c) 1 g' and t is the pca_noise, in whatever order
     brightness b, contrast c and saturation s came: the factors follow from the plan. The order matters to the clamping
     only.
     """
@@ -176,19 +182,19 @@ def clamped_colors(pixels: Tensor, plan: BatchPlan, config: DataConfig) -> Tenso
     bc = color.sum(axis=2).mean(axis=1)
     saturation = (color[:, 0, 0] - color[:, 1, 0]) / bc
     brightness = bc + mean_color.sum(axis=2).mean(axis=1)
-    lighting = torch.from_numpy((plan.shift * std + mean).astype(np.float32))
+    pca_noise = torch.from_numpy((plan.shift * std + mean).astype(np.float32))
     results = []
     for i, views in enumerate(pixels):
         for view in views:
             image = functional.adjust_brightness(Image.fromarray(view.numpy()), brightness[i])
             image = functional.adjust_contrast(image, bc[i] / brightness[i])
             image = functional.adjust_saturation(image, saturation[i])
-            results.append(functional.to_tensor(image) + lighting[i, :, None, None])
+            results.append(functional.to_tensor(image) + pca_noise[i, :, None, None])
     return functional.normalize(torch.stack(results), config.mean, config.std)
 
 
 class PhotoSet(Dataset):
-    """The index's images for torchvision's loader."""
+    """The images of an index as a data set for torchvision's loader."""
 
     def __init__(self, index: DatasetIndex, transform: Callable[[Image.Image], Tensor]):
         self._index, self._transform = index, transform
@@ -202,16 +208,18 @@ class PhotoSet(Dataset):
         return self._transform(decode(self._reader.read(i), self._index.location(i))), int(self._index.labels[i])
 
 
-def torchvision_loader(lab: Lab, jitter: bool) -> DataLoader:
+def torchvision_loader(workload: Workload, jitter: bool) -> DataLoader:
     """The usual training transform, with as many workers as the other loaders have threads."""
-    config = lab.config
+    config = workload.config
     crop = transforms.RandomResizedCrop(
         config.crop_size, config.scale, config.ratio, functional.InterpolationMode.BICUBIC
     )
     colors = [transforms.ColorJitter(*[config.color_jitter] * 3)] if jitter else []
     normalise = [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
-    photos = PhotoSet(lab.index, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *colors, *normalise]))
-    return DataLoader(photos, lab.batch_size, shuffle=True, num_workers=lab.threads, persistent_workers=True)
+    photos = PhotoSet(
+        workload.index, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *colors, *normalise])
+    )
+    return DataLoader(photos, workload.batch_size, shuffle=True, num_workers=workload.threads, persistent_workers=True)
 
 
 # Fidelity
@@ -242,28 +250,30 @@ class Differences:
         }
 
 
-def measure_fidelity(lab: Lab) -> list[dict[str, Any]]:
+def measure_fidelity(workload: Workload) -> list[dict[str, Any]]:
     """Rows of differences in units of 1/255, operator by operator and as a whole."""
-    plans = lab.training_plans()
+    plans = workload.training_plans()
     upright = [dataclasses.replace(plan, hflip=np.zeros_like(plan.hflip)) for plan in plans]
-    rows = [decode_row(lab, plans)]
+    rows = [decode_row(workload, plans)]
     for resize in RESIZES:
-        rows += against_reference(f"crop and resize, {resize}", lab, upright, resize, colored=False)
-    rows += mirror_rows(lab, upright)
-    rows += color_rows(lab, plans)
-    rows += against_reference("training transform", lab, plans, lab.config.interpolation, colored=True)
+        rows += against_reference(f"crop and resize, {resize}", workload, upright, resize, colored=False)
+    rows += flip_rows(workload, upright)
+    rows += color_rows(workload, plans)
+    rows += against_reference("training transform", workload, plans, workload.config.interpolation, colored=True)
     for operator, crops in ((ONE_CROP, 1), (TEN_CROPS, 10)):
-        rows += against_reference(operator, lab, lab.evaluation_plans(crops), lab.config.interpolation, colored=True)
+        rows += against_reference(
+            operator, workload, workload.evaluation_plans(crops), workload.config.interpolation, colored=True
+        )
     return rows
 
 
 def against_reference(
-    operator: str, lab: Lab, plans: list[BatchPlan], resize: str, colored: bool
+    operator: str, workload: Workload, plans: list[BatchPlan], resize: Interpolation, colored: bool
 ) -> list[dict[str, Any]]:
     rows = []
-    for name in [*dali_executors(), TORCHVISION]:
-        expected = images(lab, REFERENCE, plans, resize, colored)
-        rows.append(row(operator, name, images(lab, name, plans, resize, colored), expected))
+    for name in [*dali_pipelines(), TORCHVISION]:
+        expected = images(workload, REFERENCE, plans, resize, colored)
+        rows.append(row(operator, name, images(workload, name, plans, resize, colored), expected))
     return rows
 
 
@@ -274,54 +284,67 @@ def row(operator: str, name: str, actual: Iterable[Tensor], expected: Iterable[T
     return {"operator": operator, "image_pipeline": name, **differences.result()}
 
 
-def images(lab: Lab, name: str, plans: list[BatchPlan], resize: str, colored: bool) -> Iterator[Tensor]:
+def images(
+    workload: Workload, name: str, plans: list[BatchPlan], resize: Interpolation, colored: bool
+) -> Iterator[Tensor]:
     """Batches (n * V, H, W, 3) of an image pipeline in units of 1/255, their colours mapped or as they are."""
-    for plan, pixels in lab.image_pipeline(name, resize, views=plans[0].hflip.shape[1]).run(plans):
-        yield colored_images(lab, name, plan, pixels) if colored else pixels.flatten(0, 1).float()
+    for plan, pixels in workload.image_pipeline(name, resize, views=plans[0].hflip.shape[1]).run(plans):
+        yield colored_images(workload, name, plan, pixels) if colored else pixels.flatten(0, 1).float()
 
 
-def colored_images(lab: Lab, name: str, plan: BatchPlan, pixels: Tensor) -> Tensor:
+def colored_images(workload: Workload, name: str, plan: BatchPlan, pixels: Tensor) -> Tensor:
     if name == TORCHVISION:
-        return unnormalised(clamped_colors(pixels, plan, lab.config), lab.config)
-    return unnormalised(apply_colors(pixels, plan, device_of(name)), lab.config)
+        return unnormalised(clamped_colors(pixels, plan, workload.config), workload.config)
+    return unnormalised(apply_colors(pixels, plan, device_of(name)), workload.config)
 
 
 def unnormalised(batch: Tensor, config: DataConfig) -> Tensor:
-    """From what the network sees, (n, 3, H, W), to (n, H, W, 3) in units of 1/255."""
+    """From normalised images (n, 3, H, W) to (n, H, W, 3) in units of 1/255."""
     return (batch.permute(0, 2, 3, 1).cpu() * torch.tensor(config.std) + torch.tensor(config.mean)) * 255
 
 
-def decode_row(lab: Lab, plans: list[BatchPlan]) -> dict[str, Any]:
+def decode_row(workload: Workload, plans: list[BatchPlan]) -> dict[str, Any]:
     """Whole images as DALI and as Pillow decode them."""
-    reader = Reader(lab.index)
-    image_pipeline = CutPipeline("full decode", lab.index, lab.config.interpolation, lab.threads, lab.batch_size)
+    reader = Reader(workload.index)
+    image_pipeline = CutPipeline(
+        "full decode", workload.index, workload.config.interpolation, workload.threads, workload.batch_size
+    )
     batches = ((plan.ids.tolist(), decoded) for plan, decoded in image_pipeline.run(plans))
     pairs = (pair for ids, decoded in batches for pair in zip(ids, decoded, strict=True))
     differences = Differences()
     for i, image in pairs:
-        expected = np.array(decode(reader.read(i), lab.index.location(i)), np.float32)
+        expected = np.array(decode(reader.read(i), workload.index.location(i)), np.float32)
         differences.add(torch.from_numpy(np.array(image, np.float32)), torch.from_numpy(expected))
     return {"operator": "decode", "image_pipeline": DALI_CPU, **differences.result()}
 
 
-def mirror_rows(lab: Lab, upright: list[BatchPlan]) -> list[dict[str, Any]]:
-    """Each image pipeline's mirrored images against its own upright ones, turned over."""
+def flip_rows(workload: Workload, upright: list[BatchPlan]) -> list[dict[str, Any]]:
+    """Each image pipeline's flipped images against its own unflipped ones, flipped afterwards."""
     mirrored = [dataclasses.replace(plan, hflip=np.ones_like(plan.hflip)) for plan in upright]
     rows = []
-    for name in [*dali_executors(), REFERENCE, TORCHVISION]:
-        turned = (batch.flip(-2) for batch in images(lab, name, upright, lab.config.interpolation, colored=False))
-        rows.append(row("mirror", name, images(lab, name, mirrored, lab.config.interpolation, colored=False), turned))
+    for name in [*dali_pipelines(), REFERENCE, TORCHVISION]:
+        turned = (
+            batch.flip(-2) for batch in images(workload, name, upright, workload.config.interpolation, colored=False)
+        )
+        rows.append(
+            row(
+                "horizontal flip",
+                name,
+                images(workload, name, mirrored, workload.config.interpolation, colored=False),
+                turned,
+            )
+        )
     return rows
 
 
-def color_rows(lab: Lab, plans: list[BatchPlan]) -> list[dict[str, Any]]:
+def color_rows(workload: Workload, plans: list[BatchPlan]) -> list[dict[str, Any]]:
     """`apply_colors` on each device, and torchvision's operators, against float64: all on the same bytes."""
     rows = []
-    for name in [*dali_executors(), TORCHVISION]:
+    for name in [*dali_pipelines(), TORCHVISION]:
         differences = Differences()
-        for plan, pixels in lab.image_pipeline(TORCHVISION, "pil-bicubic", views=1).run(plans):
+        for plan, pixels in workload.image_pipeline(TORCHVISION, "pil-bicubic", views=1).run(plans):
             differences.add(
-                colored_images(lab, name, plan, pixels), unnormalised(exact_colors(pixels, plan), lab.config)
+                colored_images(workload, name, plan, pixels), unnormalised(exact_colors(pixels, plan), workload.config)
             )
         rows.append({"operator": "colour map", "image_pipeline": name, **differences.result()})
     return rows
@@ -338,54 +361,58 @@ def exact_colors(pixels: Tensor, plan: BatchPlan) -> Tensor:
 # Speed
 
 
-def measure_speed(lab: Lab, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure_speed(workload: Workload, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of images per second, and rows of what each stage of DALI's training loader on CPU costs an image."""
-    loaders, cuts = loader_contestants(lab), stage_contestants(lab)
+    loaders, cuts = loaders_to_time(workload), stages_to_time(workload)
     seconds = time_interleaved({**loaders, **cuts}, repeats)
     speed = []
     for name in loaders:
-        rate = len(lab.index) / seconds[name]
+        rate = len(workload.index) / seconds[name]
         ratio = seconds[BASELINE] / seconds[name]
-        speed.append({"loader": name, "images_per_s": rate, "per_core": rate / lab.threads, "ratio": ratio})
+        speed.append({"loader": name, "images_per_s": rate, "per_core": rate / workload.threads, "ratio": ratio})
     ends = [seconds[name] for name in cuts] + [seconds[f"training, {DALI_CPU}"]]
     costs = np.diff(ends, prepend=0.0).clip(min=0)  # noise can make a cheap stage's difference negative
     stages = [
-        {"stage": stage, "ms_per_image": 1000 * cost / len(lab.index), "share": cost / costs.sum()}
+        {"stage": stage, "ms_per_image": 1000 * cost / len(workload.index), "share": cost / costs.sum()}
         for stage, cost in zip(STAGES, costs.tolist(), strict=True)
     ]
     return speed, stages
 
 
-def loader_contestants(lab: Lab) -> dict[str, Callable[[], object]]:
-    """What takes part in the speed table: functions that load every image once."""
-    contestants: dict[str, Callable[[], object]] = {}
+def loaders_to_time(workload: Workload) -> dict[str, Callable[[], object]]:
+    """The loaders of the speed table, as functions that load every image once."""
+    runs: dict[str, Callable[[], object]] = {}
     for name, jitter in ((BASELINE, True), (f"{BASELINE}, no ColorJitter", False)):
-        contestants[name] = _pass(torchvision_loader(lab, jitter).__iter__)
-    for name in [*dali_executors(), REFERENCE]:
-        options = dict(seed=SEED, batch_size=lab.batch_size, accumulation=1)
-        loader = TrainingLoader(lab.index, lab.loader_config(name), lab.share(name), **options)
-        contestants[f"training, {name}"] = _pass(loader.batches, epoch=0)
+        runs[name] = _pass(torchvision_loader(workload, jitter).__iter__)
+    for name in [*dali_pipelines(), REFERENCE]:
+        parts = (workload.index, workload.loader_config(name), workload.shard(name))
+        training = TrainingLoader(*parts, seed=SEED, batch_size=workload.batch_size, accumulation=1)
+        runs[f"training, {name}"] = _pass(training.batches, epoch=0)
     for name, crops in ((ONE_CROP, 1), (TEN_CROPS, 10)):
-        image_pipeline = dali_executors()[0]
-        options = dict(batch_size=lab.batch_size, crops=crops)
-        loader = EvaluationLoader(lab.index, lab.loader_config(image_pipeline), lab.share(image_pipeline), **options)
-        contestants[name] = _pass(loader.batches)
-    bound = CutPipeline("full decode", lab.index, lab.config.interpolation, lab.threads, lab.batch_size)
-    return contestants | {BOUND: _pass(bound.run, lab.training_plans())}
+        dali = dali_pipelines()[0]
+        parts = (workload.index, workload.loader_config(dali), workload.shard(dali))
+        evaluation = EvaluationLoader(*parts, batch_size=workload.batch_size, crops=crops)
+        runs[name] = _pass(evaluation.batches)
+    bound = CutPipeline(
+        "full decode", workload.index, workload.config.interpolation, workload.threads, workload.batch_size
+    )
+    return runs | {BOUND: _pass(bound.run, workload.training_plans())}
 
 
-def stage_contestants(lab: Lab) -> dict[str, Callable[[], object]]:
-    """The training pipeline on CPU up to each stage but the last, which the whole loader ends with."""
-    plans, contestants = lab.training_plans(), {}
+def stages_to_time(workload: Workload) -> dict[str, Callable[[], object]]:
+    """DALI's training pipeline on CPU up to each stage but the last: the whole loader includes that one."""
+    plans, runs = workload.training_plans(), {}
     for stage in STAGES[:3]:
-        image_pipeline = CutPipeline(stage, lab.index, lab.config.interpolation, lab.threads, lab.batch_size)
-        contestants[stage] = _pass(image_pipeline.run, plans)
-    uncut = lab.image_pipeline(DALI_CPU, lab.config.interpolation, views=1)
-    return contestants | {STAGES[3]: _pass(uncut.run, plans)}
+        image_pipeline = CutPipeline(
+            stage, workload.index, workload.config.interpolation, workload.threads, workload.batch_size
+        )
+        runs[stage] = _pass(image_pipeline.run, plans)
+    uncut = workload.image_pipeline(DALI_CPU, workload.config.interpolation, views=1)
+    return runs | {STAGES[3]: _pass(uncut.run, plans)}
 
 
 def _pass(start: Callable[..., Iterator], *arguments: Any, **options: Any) -> Callable[[], object]:
-    """A function that takes everything from the iterator which `start` gives, and waits for the GPU."""
+    """A function that exhausts the iterator which `start` returns, and waits for the GPU."""
 
     def run() -> None:
         for _ in start(*arguments, **options):
@@ -396,11 +423,11 @@ def _pass(start: Callable[..., Iterator], *arguments: Any, **options: Any) -> Ca
     return run
 
 
-def time_interleaved(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contestant. All run once a repetition: what disturbs the machine disturbs them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def time_interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each run. All take turns in each repetition, so that other load on the machine affects all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(1 + repeats), "repetitions", leave=False, disable=None):
-        for name, run in contestants.items():
+        for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
@@ -410,11 +437,11 @@ def time_interleaved(contestants: dict[str, Callable[[], object]], repeats: int)
 # Contact sheet and command line
 
 
-def contact_sheet(lab: Lab, file: Path) -> None:
+def contact_sheet(workload: Workload, file: Path) -> None:
     """A few training images through each image_pipeline, and how they differ from the reference's."""
-    few = dataclasses.replace(lab, batch_size=min(SHEET_IMAGES, len(lab.index)))
+    few = dataclasses.replace(workload, batch_size=min(SHEET_IMAGES, len(workload.index)))
     plans = few.training_plans()[:1]
-    names = [*dali_executors(), REFERENCE, TORCHVISION]
+    names = [*dali_pipelines(), REFERENCE, TORCHVISION]
     sheet = {name: next(images(few, name, plans, few.config.interpolation, colored=True)) for name in names}
     others = [name for name in names if name != REFERENCE]
     columns = list(sheet.items()) + [
@@ -432,21 +459,38 @@ def contact_sheet(lab: Lab, file: Path) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m tools.loader", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.lab.loader", description=__doc__)
     parser.add_argument("dir", metavar="DIR", help="class folders or a tar of them, or a data set with train/ in it")
-    parser.add_argument("--output", metavar="FOLDER", default="runs/loader-lab", help="[runs/loader-lab]")
-    parser.add_argument("--config", metavar="CONFIG.yaml", help="a run's configuration, for its data section [paper's]")
     parser.add_argument(
-        "--images", type=positive_integer, metavar="N", default=500, help="so many, evenly spread [500]"
+        "--output",
+        metavar="FOLDER",
+        default="runs/loader-benchmark",
+        help="folder for tables and pictures [runs/loader-benchmark]",
     )
     parser.add_argument(
-        "--repeats", type=positive_integer, metavar="N", default=5, help="repetitions of the timing [5]"
+        "--config",
+        metavar="CONFIG.yaml",
+        help="configuration whose data section to use [the paper's ImageNet settings]",
     )
     parser.add_argument(
-        "--threads", type=positive_integer, metavar="N", help="threads or workers of a loader [all cores]"
+        "--images",
+        type=positive_integer,
+        metavar="N",
+        default=500,
+        help="number of images, evenly spread over DIR [500]",
     )
-    parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images at once [64]")
-    parser.add_argument("--interpolation", choices=RESIZES, help="resize filter [the configuration's: torch]")
+    parser.add_argument(
+        "--repeats",
+        type=positive_integer,
+        metavar="N",
+        default=5,
+        help="repetitions of the timing, after one for warm-up [5]",
+    )
+    parser.add_argument(
+        "--threads", type=positive_integer, metavar="N", help="threads or worker processes of each loader [all cores]"
+    )
+    parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images per batch [64]")
+    parser.add_argument("--interpolation", choices=RESIZES, help="resize filter [the configuration's]")
     return parser
 
 

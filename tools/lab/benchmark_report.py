@@ -1,4 +1,4 @@
-"""What tools/benchmark.py measured: its arithmetic, Markdown and plots."""
+"""What tools/lab/benchmark.py measured: its arithmetic, Markdown and plots."""
 
 import re
 import statistics
@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.models.zoo import DENSENETS
-from tools.measuring import machine_line, table
+from tools.lab.machine import machine_line
+from tools.support.markdown import table
 
 BASELINE, COMPILED = "torchvision NCHW", "torchvision compiled"
 TITLES = {"step": "Training steps", "inference": "Inference"}

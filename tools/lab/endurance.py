@@ -1,7 +1,7 @@
-"""Whether loading is steady: ``python -m tools.endurance [--files N] [--epochs N]``.
+"""Test the loaders for leaks: ``python -m tools.lab.endurance [--files N] [--epochs N]``.
 
-Loads epochs of generated 16-pixel JPEG files as training does, and prints the process's resident memory, open files and
-threads after each. Linux only: it reads /proc.
+Loads generated JPEG files of 16 x 16 pixels for several epochs as training does, and prints the process's resident memory,
+open files and threads after each epoch. Linux only: it reads /proc.
 """
 
 import os
@@ -9,28 +9,29 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.index import scan_classes
 from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores
-from tools.measuring import table
+from tools.lab.images import write_images
+from tools.support.markdown import table
 
 CLASSES, SIDE, CROP, BATCH = 10, 16, 12, 256
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.endurance", description=__doc__)
-    parser.add_argument("--files", type=positive_integer, default=20_000, help="JPEG files [%(default)s]")
-    parser.add_argument("--epochs", type=positive_integer, default=20, help="epochs [%(default)s]")
-    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="[%(default)s]")
+    parser = ArgumentParser(prog="python -m tools.lab.endurance", description=__doc__)
+    parser.add_argument("--files", type=positive_integer, default=20_000, help="number of JPEG files [%(default)s]")
+    parser.add_argument("--epochs", type=positive_integer, default=20, help="number of epochs [%(default)s]")
+    parser.add_argument(
+        "--loader", choices=("auto", "dali", "reference"), default="auto", help="image loader [%(default)s]"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), options.files)
+        write_images(Path(folder), CLASSES, options.files, seed=0, side=SIDE)
         config = DataConfig(loader=options.loader, crop_size=CROP, resize_size=SIDE)
         shard = Shard(0, 1, torch.device("cpu"), available_cores())
         loader = TrainingLoader(scan_classes(folder), config, shard, seed=1, batch_size=BATCH, accumulation=1)
@@ -41,15 +42,6 @@ def main() -> None:
             speed = images / (time.perf_counter() - start)
             rows.append([str(epoch + 1), *map(str, resources()), f"{speed:,.0f}"])
     print("\n".join(table(["epoch", "resident, MiB", "open files", "threads", "images/s"], rows, names=0)))
-
-
-def write_files(root: Path, count: int) -> None:
-    """Random images in class folders."""
-    random = np.random.default_rng(0)
-    for i in range(count):
-        folder = root / f"class{i % CLASSES}"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(folder / f"{i:06d}.jpg")
 
 
 def resources() -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """How fast and in how much memory the networks run, beside torchvision's and timm's.
 
-``python -m tools.benchmark step`` measures training steps (forward, cross entropy, backward, SGD), and
-``python -m tools.benchmark inference`` forward passes in evaluation mode, for every combination of the given models,
+``python -m tools.lab.benchmark step`` measures training steps (forward, cross entropy, backward, SGD), and
+``python -m tools.lab.benchmark inference`` forward passes in evaluation mode, for every combination of the given models,
 batch sizes and precisions. All implementations of a combination have the same weights and images, must agree in their loss
 and what a step does to it, or in their logits, and take turns in one process. Memory is the growth of each one's peak
 over 3 steps in a process of its own, counted from where network, optimiser and data exist. The tables are printed;
@@ -41,12 +41,13 @@ from pipeline.models import create_model
 from pipeline.models.zoo import DENSENETS
 from pipeline.optim import create_optimizer
 from pipeline.precision import set_tf32
-from tools.benchmark_report import BASELINE, COMPILED, plot_contestants, plot_growth, report, summarise
-from tools.measuring import describe_machine, writable_folder
+from tools.lab.benchmark_report import BASELINE, COMPILED, plot_contestants, plot_growth, report, summarise
+from tools.lab.machine import describe_machine
+from tools.support.outputs import writable_folder
 
 # A server imports the libraries, and forks into the processes that measure.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["timm", "torchvision", "pipeline.config", "tools.benchmark_report"])
+PROCESSES.set_forkserver_preload(["timm", "torchvision", "pipeline.config", "tools.lab.benchmark_report"])
 SEED = 1
 LEARNING_RATE = 2e-4  # so low that what a step does to the loss follows from the gradients
 MEMORY_STEPS = 3
@@ -352,7 +353,7 @@ def write(results: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.lab.benchmark", description=__doc__)
     parser.add_argument("task", choices=TASKS, help="training steps, or forward passes in evaluation mode")
     parser.add_argument(
         "--models",

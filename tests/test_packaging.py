@@ -1,0 +1,61 @@
+"""What an installation brings: pyproject.toml, the requirements files and the imports say the same."""
+
+import importlib.metadata
+import re
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from test_imports import MODULES, imports_of
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+RUN_TIME = PROJECT["project"]["dependencies"]
+DEVELOPMENT = PROJECT["project"]["optional-dependencies"]["dev"]
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    """Requirements by canonical name, without comments and references to other files."""
+    stripped = (re.sub(r"#.*", "", line).strip() for line in lines)
+    found = [Requirement(line) for line in stripped if line and not line.startswith("-")]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "file"), [(RUN_TIME, "requirements.txt"), (DEVELOPMENT, "requirements-dev.txt")], ids=["run", "dev"]
+)
+def test_the_pinned_versions_are_allowed_ones(allowed, file):
+    wanted, pinned = requirements(allowed), requirements((REPOSITORY / file).read_text().splitlines())
+    assert pinned.keys() == wanted.keys()
+    for name, requirement in pinned.items():
+        (pin,) = requirement.specifier
+        assert pin.operator == "==" and wanted[name].specifier.contains(pin.version), name
+        assert requirement.marker == wanted[name].marker, name
+
+
+def test_the_run_time_dependencies_are_the_imported_packages():
+    """Without onnxruntime, which tools/export.py asks for when it needs it, and with tensorboard, which torch imports."""
+    providers = importlib.metadata.packages_distributions()
+    imported = {name.split(".")[0] for module in MODULES for name in imports_of(module)}
+    foreign = imported - set(sys.stdlib_module_names) - {"pipeline", "launch", "tools"}
+    distributions = {canonicalize_name(providers[name][0]) for name in foreign if name != "nvidia"}
+    assert "nvidia" in foreign
+    assert distributions - {"onnxruntime"} | {"nvidia-dali-cuda130", "tensorboard"} == requirements(RUN_TIME).keys()
+
+
+def test_a_wheel_has_every_file_of_its_packages():
+    patterns = ["*.py", *PROJECT["tool"]["setuptools"]["package-data"]["*"]]
+    files = [path for package in ("pipeline", "launch", "tools") for path in (REPOSITORY / package).rglob("*")]
+    names = [path.name for path in files if path.is_file() and "__pycache__" not in path.parts]
+    assert names and [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+
+
+def test_continuous_integration_runs_the_two_commands_of_the_readme():
+    workflow = yaml.safe_load(Path(REPOSITORY, ".github", "workflows", "test.yaml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make demo", "make test"]

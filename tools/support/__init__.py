@@ -1,0 +1,1 @@
+"""What several commands use. Nothing here is a command."""
