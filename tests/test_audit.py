@@ -1,10 +1,13 @@
 import dataclasses
 
 import pytest
+import torch
+import torchvision
 from conftest import REPOSITORY
 
 from pipeline.audit import CIFAR_NETWORKS, IMAGENET_NETWORKS, audit, differences, in_one_line, to_markdown
 from pipeline.config import from_dict, load_config
+from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
 from pipeline.models import zoo
 from pipeline.parsing import flatten
 from tools.audit import main
@@ -28,6 +31,7 @@ DEPARTURES = [
     ("data.scale", (0.25, 1)), ("data.ratio", (0.5, 2)), ("data.crop_size", 192), ("data.resize_size", 232),
     ("data.interpolation", "pil-bilinear"), ("data.color_jitter", 0), ("data.pca_noise", 0), ("data.hflip", False),
     ("data.mean", (0.5, 0.5, 0.5)), ("data.std", (0.5, 0.5, 0.5)), ("data.loader", "synthetic"),
+    ("data.corrupt_images", "skip"),
 ]  # fmt: skip
 
 
@@ -72,11 +76,68 @@ def test_every_departure_is_noticed(file, key, value):
     assert odd and all(finding.effect for finding in odd)
 
 
+MEASURED = Measured(
+    images=(1_281_167, 50_000),
+    classes=1000,
+    statistics=((0, (64, 64)),),
+    last_batch=143,
+    spread=1.0,
+    decayed=(364, 364),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "here"),
+    [
+        ({"images": (1_281_167, 5)}, "training and validation images", "1281167, 5"),
+        ({"classes": 3}, "classes", "3"),
+        ({"statistics": ((0, (5, 6)),)}, "images in a batch-norm statistic", "5 or 6"),
+        (
+            {"statistics": ((0, (64, 64)), (59, (16, 16)))},
+            "images in a batch-norm statistic",
+            "64, 16 from epoch 59 on",
+        ),
+        ({"last_batch": 0}, "last, smaller batch of an epoch", "0 of its 143 images"),
+        ({"spread": 0.7}, "initial weights of convolutions: standard deviation", "0.7 sqrt(2 / fan-out)"),
+        ({"decayed": (121, 364)}, "weight decay applies to", "121 of 364 tensors"),
+    ],
+)
+def test_what_really_trains_is_audited(change, part, here):
+    config = load_config(DENSENET121)
+    assert differences(audit(config, 4, MEASURED)) == []
+    (only,) = differences(audit(config, 4, dataclasses.replace(MEASURED, **change)))
+    assert (only.part, only.here) == (part, here)
+
+
+def test_measured_is_what_trains():
+    network = zoo.create_model("densenet_bc40_k12", 10)
+    assert initial_spread(network) == pytest.approx(1, abs=0.02)
+    assert initial_spread(torchvision.models.densenet121(weights=None)) < 0.8  # drawn by fan-in
+    groups = [
+        {"params": list(network.features.parameters())},
+        {"params": list(network.classifier.parameters()), "weight_decay": 0},
+    ]
+    some, every = decayed_parameters(torch.optim.SGD(groups, lr=0.1, weight_decay=1e-4))
+    assert every - some == 2 and every == len(list(network.parameters()))
+    assert statistic_images(21, 4) == (5, 6) and statistic_images(256, 4) == (64, 64)
+
+
+def test_a_difference_that_rounding_hides_is_shown_in_full():
+    config = load_config(DENSENET121, {"optim.lr": "0.1000001"})
+    (row,) = differences(audit(config, 4))
+    assert (row.paper, row.here) == ("0.1", "0.1000001")
+
+
+def test_the_order_of_milestones_does_not_matter():
+    assert differences(audit(load_config(DENSENET121, {"optim.milestones": (60, 30)}), 4)) == []
+
+
 def test_every_field_that_shapes_a_result_is_audited():
     """A new field of these sections must either be audited or be named here."""
     harmless = {
         "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.synthetic_images",
-        "data.synthetic_classes", "data.corrupt_images", "data.download", "optim.grad_accum_steps", "model.dense_block",
+        "data.synthetic_classes", "data.download", "optim.objective",
+        "optim.optimizer", "optim.grad_accum_steps", "model.dense_block",
         "model.activation_checkpointing",
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 LAYERS = [
     {"pipeline.errors", "pipeline.machine"},
     {"pipeline.parsing", "pipeline.renamed"},
-    {"pipeline.config", "pipeline.distributed", "pipeline.run_dir", "pipeline.preemption"},
+    {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.run_dir", "pipeline.preemption"},
     {
         "pipeline.data",
         "pipeline.models",
@@ -21,7 +21,6 @@ LAYERS = [
         "pipeline.monitor",
         "pipeline.audit",
         "pipeline.history",
-        "pipeline.measured",
         "pipeline.precision",
         "pipeline.watchdog",
     },
