@@ -1,4 +1,8 @@
-"""What a run's directory tells of its job: ``job.json`` says which it is, ``starts.jsonl`` how each start of it went."""
+"""What a run's directory tells of its job: ``job.json`` says which it is, ``starts.jsonl`` how each attempt at it went.
+
+A job is attempted again after an interruption or a failure. Files and keys keep the names of earlier versions, so that
+their runs are still read: ``start`` names an attempt, ``machines`` are its nodes.
+"""
 
 import json
 import os
@@ -20,7 +24,7 @@ class Job:
         host: where it was submitted.
         folder: the submission's: code as it was then, and a log of each rank.
         ranks: number of ranks.
-        failures: failures in a row without a new checkpoint after which it is not started again.
+        failures: failures in a row without a new checkpoint after which it is not attempted again.
     """
 
     id: str
@@ -32,9 +36,14 @@ class Job:
 
 
 def write_job(run_dir: Path, job: Job) -> None:
-    temporary = run_dir / "job.tmp"
-    temporary.write_text(json.dumps(asdict(job), indent=1) + "\n")
-    os.replace(temporary, run_dir / "job.json")
+    replace_text(run_dir / "job.json", json.dumps(asdict(job), indent=1) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that whoever reads it meanwhile gets the old or the new text."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def read_job(run_dir: Path) -> Job:

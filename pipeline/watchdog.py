@@ -91,7 +91,7 @@ class Watchdog:
         error = f"{idle}; {self._diagnose_stall()}"
         print(f"interrupted: {error}", file=sys.stderr, flush=True)
         traceback.print_stack(sys._current_frames()[threading.main_thread().ident])
-        record_for_torchrun(error)
+        record_for_torchrun(error, EXIT_RESUME)
         os._exit(EXIT_RESUME)  # the main thread may never return from where it waits
 
     def _diagnose_stall(self) -> str:
