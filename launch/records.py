@@ -35,6 +35,72 @@ class Job:
     failures: int
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of a job at a run.
+
+    Attributes:
+        folder: the submission's.
+        index: of the run among those submitted together.
+        job: as `Job.id`.
+        name: of this attempt among all of this run.
+    """
+
+    folder: Path
+    index: int
+    job: str
+    name: str
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(read_submission(self.folder)["run_dirs"][self.index])
+
+    @property
+    def config(self) -> Path:
+        """The configuration as it was submitted."""
+        return config_file(self.folder, self.index)
+
+    def word_file(self, rank: int) -> Path:
+        """Where a rank leaves word of why it ended, unless it is killed; see `pipeline.errors.record_for_torchrun`."""
+        return self.run_dir / "ends" / f"{self.name}.rank{rank}.json"
+
+    def words(self) -> list[dict[str, Any]]:
+        """The words that ranks have left, by rank."""
+        files = [self.word_file(rank) for rank in range(read_submission(self.folder)["ranks"])]
+        return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def slurm_attempt(folder: Path) -> Attempt:
+    """The attempt to which this process belongs, from SLURM's environment."""
+    task, job = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ["SLURM_JOB_ID"]
+    name = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    if task is None:
+        return Attempt(folder, 0, job, name)
+    return Attempt(folder, int(task), f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}", name)
+
+
+def write_submission(folder: Path, run_dirs: list[str], ranks: int, seconds: int, warning: int, failures: int) -> None:
+    """Write what the ranks and what follows them need to know.
+
+    Args:
+        seconds: time limit of an attempt.
+        warning: seconds before it at which the ranks are asked to leave.
+        failures: see `Job`.
+    """
+    values = dict(run_dirs=run_dirs, ranks=ranks, seconds=seconds, warning=warning, failures=failures)
+    (folder / "submission.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def read_submission(folder: Path) -> dict[str, Any]:
+    """What `write_submission` wrote, by its arguments' names."""
+    return json.loads((folder / "submission.json").read_text())
+
+
+def config_file(folder: Path, index: int) -> Path:
+    """The configuration of the run of this index."""
+    return folder / "configs" / f"{index}.yaml"
+
+
 def write_job(run_dir: Path, job: Job) -> None:
     replace_text(run_dir / "job.json", json.dumps(asdict(job), indent=1) + "\n")
 

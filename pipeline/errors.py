@@ -99,7 +99,7 @@ def open_closed_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-            setattr(sys, name, open(descriptor, mode, closefd=False))
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - for as long as the process lives
 
 
 def record_for_torchrun(message: str, code: int, **details: str) -> None:

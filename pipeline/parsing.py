@@ -107,6 +107,10 @@ class Schema(Generic[T]):
         """The fields that the command line gave, by key."""
         return {key: self._from_text(key, getattr(namespace, key)) for key in self.fields if hasattr(namespace, key)}
 
+    def is_list(self, key: str) -> bool:
+        """Whether the field holds several values, which a command line separates by commas."""
+        return _is_tuple(self.fields[key].annotation)
+
     def refuse_unknown(self, words: list[str]) -> None:
         """Refuse what `argparse` did not know.
 

@@ -133,5 +133,5 @@ def _end(number: signal.Signals) -> NoReturn:
     error = f"rank {os.environ.get('RANK', '0')} leaves on {number.name} while starting"
     line = f"interrupted: {error}; start the same command again to go on\n"
     os.write(2, line.encode())  # the main thread may hold the lock of sys.stderr
-    record_for_torchrun(error, EXIT_RESUME, signal=number.name)
+    record_for_torchrun(error, EXIT_RESUME, signal=number.name, phase="starting")
     os._exit(EXIT_RESUME)
