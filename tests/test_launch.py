@@ -12,14 +12,14 @@ import pytest
 from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, weights
 
-from launch.__main__ import grid_values, read_config, start
+from launch.__main__ import grid_values, start
 from launch.after import cause_of, decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
 from launch.local import Controller, first_failure
 from launch.records import Attempt, add_event, config_file, read_events, read_job, write_submission
 from launch.submission import submit
-from pipeline.config import load_stored_config, to_yaml
+from pipeline.config import to_yaml
 from pipeline.errors import ArgumentParser, UserError
 from tools.scaling import Machines, step_time
 
@@ -245,11 +245,19 @@ def local_words(config, *more: object) -> list[str]:
     return [str(word) for word in words]
 
 
-def wait_for(condition, patience: float = 120) -> None:
+def wait_for(condition, patience: float = 900) -> None:
     end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.02)
+
+
+def stop_rank0(run: Path, file: str) -> int:
+    """Stop rank 0 as soon as the run has this file, and return its process id: no rank gets any further."""
+    wait_for(lambda: (run / file).exists())
+    started = next(event for event in reversed(read_events(run)) if event["event"] == "start")
+    os.kill(started["pid"], signal.SIGSTOP)
+    return started["pid"]
 
 
 def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_path):
@@ -260,34 +268,129 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     done = run_module("launch", *local_words(twin, "--train.checkpoint_every", 1))
     assert done.returncode == 0 and f"job {read_job(Path(twin.run_dir)).id}: {twin.run_dir}" in done.stdout, done.stderr
     run = Path(twin.run_dir)
-    wait_for(lambda: (run / "checkpoints" / "previous.pt").exists())
+    rank0 = stop_rank0(run, "checkpoints/previous.pt")
     again = run_module("launch", *local_words(twin))
     assert again.returncode == 2 and "which is running: cancel it" in again.stderr
-    started = next(event for event in read_events(run) if event["event"] == "start")
-    os.kill(started["pid"], signal.SIGKILL)
+    os.kill(rank0, signal.SIGKILL)
     wait_for(lambda: read_events(run)[-1].get("what") == "done")
     assert [event["event"] for event in read_events(run)] == ["submit", "start", "end", "start", "end"]
+    assert [event["cause"] for event in read_events(run) if event["event"] == "end"] == ["failed", "complete"]
     assert_equal_weights(weights(twin), weights(torchrun))
     assert comparable_records(twin) == comparable_records(torchrun)
-    status = run_module("launch", "status", tmp_path)
-    assert " done " in status.stdout and "6/6" in status.stdout
+    status = run_module("launch", "status", tmp_path).stdout
+    assert " done " in status and "6/6" in status and "top-1 err %" in status
     logs = run_module("launch", "logs", run).stdout
     assert "0: resuming at" in logs and "1: interrupted: rank 1 has lost contact" in logs
 
 
 def test_the_local_twin_is_cancelled_with_a_checkpoint_and_resumed(tmp_path):
-    config = small_config(tmp_path / "run", optim={"epochs": 40, "milestones": [20]})
+    config = small_config(tmp_path / "run", optim={"epochs": 8, "milestones": [4]})
     run = Path(config.run_dir)
-    assert run_module("launch", *local_words(config)).returncode == 0
-    wait_for(lambda: (run / "checkpoints" / "last.pt").exists())
+    assert run_module("launch", *local_words(config, "--train.checkpoint_every", 1)).returncode == 0
+    rank0 = stop_rank0(run, "checkpoints/last.pt")
     assert "is told to end" in run_module("launch", "cancel", run).stdout
+    os.kill(rank0, signal.SIGCONT)
     wait_for(lambda: read_events(run)[-1]["event"] == "end")
+    assert read_events(run)[-1]["cause"] == "preempted"
     assert " cancelled " in run_module("launch", "status", run).stdout
+    accepted = (run / "submitted.yaml").read_text()
+    refused = run_module("launch", *local_words(config, "--optim.lr", 0.7, "--nodes", 2))
+    assert refused.returncode == 2 and "--nodes must be 1" in refused.stderr
     assert run_module("launch", "resume", tmp_path).returncode == 0  # all in the folder
     wait_for(lambda: read_events(run)[-1].get("what") == "done")
+    assert (run / "submitted.yaml").read_text() == accepted and len(list((tmp_path / "jobs").iterdir())) == 2
     assert "has ended already (done)" in run_module("launch", "cancel", tmp_path).stdout
     assert " done " in run_module("launch", "status", run).stdout
     assert "0: resuming at" in run_module("launch", "logs", run).stdout
+
+
+SBATCH = """#!/bin/sh
+echo 'sbatch: error: invalid partition specified: nowhere' >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_refused_submission_leaves_nothing_and_changes_nothing(tmp_path, monkeypatch, runs):
+    """A program of sbatch's name stands for a SLURM that refuses; tests/test_slurm.py asks a real one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    configs = [small_config(tmp_path / "runs" / f"run{i}") for i in range(runs)]
+    with pytest.raises(UserError, match="sbatch refuses the job: .*invalid partition"):
+        submit(configs, Cluster(partition="nowhere"))
+    assert not (tmp_path / "runs" / "jobs").exists() and not list((tmp_path / "runs").glob("run*"))
+    before = Path(configs[0].run_dir, "submitted.yaml")
+    before.parent.mkdir()
+    before.write_text("as accepted")
+    with pytest.raises(UserError, match="sbatch refuses"):
+        submit(configs, Cluster(partition="nowhere"))
+    assert [file.name for file in before.parent.iterdir()] == ["submitted.yaml"] and before.read_text() == "as accepted"
+
+
+def test_without_slurm_a_dry_run_shows_the_script_and_a_submission_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = [str(word) for word in ["configs/demo.yaml", *override_flags(small_config(tmp_path / "a run"))]]
+    start([*words, "--dry-run", "--nodes", "2", "--sbatch", "nice=10", "--setup", "module load cuda, now"])
+    text = capsys.readouterr().out
+    assert "#SBATCH --nodes=2\n" in text and "#SBATCH --nice=10\n" in text and "\nmodule load cuda, now\n" in text
+    assert "--signal=USR2@120" in text and f" -m launch.rank {tmp_path}/jobs/TIME/%j" in text
+    assert f" -m launch.after {tmp_path}/jobs/TIME $?" in text
+    with pytest.raises(UserError, match="no SLURM on this machine .*--cluster local"):
+        start(words)
+    assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optim.lr=0.1,0.2", ["0.1", "0.2"]),
+        ("data.hflip=true,false", ["true", "false"]),
+        ("optim.milestones=[30,60],[20,40]", ["[30,60]", "[20,40]"]),
+        ("optim.milestones=[30]", ["[30]"]),
+        ("optim.milestones=[],[1]", ["[]", "[1]"]),
+    ],
+)
+def test_the_values_of_a_grid(word, expected):
+    assert [value for _, value in grid_values(word)] == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optim.lr", "KEY=A,B is needed"),
+        ("optim.lr=", "KEY=A,B is needed"),
+        ("optim.lr=0.1,,0.2", "a value is empty or stands twice"),
+        ("optim.lr=0.1,0.1", "a value is empty or stands twice"),
+        ("optim.lr=[0.1],[0.2]", "optim.lr is no list; write its values without brackets"),
+        (
+            "optim.milestones=30,60",
+            "is a list; write each value in brackets, as in --grid 'optim.milestones=\\[1,2\\],\\[3,4\\]'",
+        ),
+        ("optim.milestones=[30,60],20", "is a list; write each value in brackets"),
+        ("optim.milestones=[30,[60]]", "is a list; write each value in brackets"),
+        ("optim.lrr=0.1", "unknown argument --optim.lrr \\(did you mean '--optim.lr'"),
+    ],
+)
+def test_a_grid_that_is_not_clear_is_refused(word, expected):
+    with pytest.raises(UserError, match=expected):
+        grid_values(word)
+
+
+def test_a_grid_makes_a_run_of_each_combination(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    configs = []
+    monkeypatch.setattr("launch.__main__.describe", lambda config, *_: configs.append(config))
+    grid = ["--grid", "optim.milestones=[30,60],[20,40]", "--grid", "train.compile=true,false", "--train.channels_last"]
+    start(["configs/densenet121.yaml", "--cluster", "local", "--run_dir", str(tmp_path / "run"), "--dry-run", *grid])
+    assert [(c.optim.milestones, c.train.compile) for c in configs] == [
+        ((30, 60), True), ((30, 60), False), ((20, 40), True), ((20, 40), False),
+    ]  # fmt: skip
+    assert configs[1].run_dir == f"{tmp_path}/run-milestones30-60-compilefalse" and configs[0].train.channels_last
+    start(["--optim.lr", "0.3", "configs/demo.yaml", "--nodes", "1", "configs/densenet169.yaml", "--dry-run"])
+    assert [(Path(c.run_dir).name, c.optim.lr) for c in configs[4:]] == [("demo", 0.3), ("densenet169", 0.3)]
 
 
 @pytest.mark.parametrize(
