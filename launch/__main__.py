@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import Cluster, add_flags, read_cluster
+from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.estimate import estimate
 from launch.records import add_event, read_events, read_job
 from launch.status import ENDED, Queue, duration, logs_of, read_status, runs_below, slurm_queue, to_text
@@ -59,7 +59,8 @@ def start(arguments: list[str]) -> None:
     add_flags(parser)
     SCHEMA.add_flags(parser, title="run")
     options, unknown = parser.parse_known_intermixed_args(arguments)
-    SCHEMA.refuse_unknown(unknown)
+    own_flags = ("--cluster", "--grid", "--images-per-second", "--dry-run", *cluster_flags())
+    SCHEMA.refuse_unknown(unknown, own_flags)
     cluster, overrides = read_cluster(options), SCHEMA.given(options)
     configs = [
         read_config(file, overrides, values, several=len(options.configs) > 1, gpus=cluster.gpus_per_node > 0)

@@ -99,6 +99,14 @@ class Cluster:
 SCHEMA = Schema(Cluster, flag=lambda key: f"--{key.replace('_', '-')}", example="launch/site.example.yaml")
 
 
+_WITHOUT_A_FLAG = ("kind",)  # --cluster says it
+
+
+def cluster_flags() -> list[str]:
+    """The flags of the fields."""
+    return [flag for key, flag in zip(SCHEMA.fields, SCHEMA.flags, strict=True) if key not in _WITHOUT_A_FLAG]
+
+
 def add_flags(parser: ArgumentParser) -> None:
     """Add ``--cluster`` and a flag for each field but the kind; those given are attributes of the parsed namespace."""
     parser.add_argument(
@@ -107,7 +115,7 @@ def add_flags(parser: ArgumentParser) -> None:
         default="slurm",
         help="a YAML file of the cluster's fields, such as launch/site.example.yaml, or a kind [%(default)s]",
     )
-    SCHEMA.add_flags(parser, title="cluster", leave_out=("kind",))
+    SCHEMA.add_flags(parser, title="cluster", leave_out=_WITHOUT_A_FLAG)
 
 
 def read_cluster(options: Namespace) -> Cluster:

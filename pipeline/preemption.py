@@ -69,6 +69,7 @@ def received() -> str:
 def grace_period() -> GracePeriod | None:
     """What is known of the launcher's limit; None if nothing is.
 
+    It is for the case that the launcher itself is asked to end. After another rank has failed torchrun always waits 30 s.
     A ``torchrun --shutdown-timeout`` cannot be seen from a rank; its environment variable can.
     """
     if seconds := os.environ.get("LAUNCH_GRACE_SECONDS"):

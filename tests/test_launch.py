@@ -428,5 +428,8 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     with pytest.raises(UserError, match="--nodes must be 1"):
         start(local_words(config, "--nodes", 2, "--optim.batch_size", 12))
     assert not (tmp_path / "run" / "job.json").exists() and not (tmp_path / "jobs").exists()
-    with pytest.raises(UserError, match="did you mean '--optim.lr'"):
-        start(local_words(config, "--dry-run", "--optim.lrr", 1))
+    for wrong, meant in [("--optim.lrr", "--optim.lr"), ("--partiton", "--partition"), ("--clustr", "--cluster")]:
+        with pytest.raises(UserError, match=f"unknown argument {wrong} .did you mean '{meant}'"):
+            start(local_words(config, "--dry-run", wrong, 1))
+    with pytest.raises(UserError, match="unknown argument --kind"):
+        start(local_words(config, "--kind", "local"))

@@ -105,7 +105,11 @@ def ranks_of(run: Path, node: str = "node") -> list[int]:
             words, command = (entry / "environ").read_bytes().split(b"\0"), (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if all(any(word.startswith(want) for word in words) for want in wanted) and b"launch.rank" in command:
+        if (
+            all(any(word.startswith(want) for word in words) for want in wanted)
+            and b"launch.rank" in command
+            and not command.startswith(b"srun")
+        ):
             found.append(int(entry.name))
     return found
 
