@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from launch.records import Attempt, add_event, read_events, read_submission, slurm_attempt
 from pipeline.config import load_stored_config
-from pipeline.errors import EXIT_RESUME, EXIT_USER_ERROR, UserError
+from pipeline.errors import UserError
+from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
 from pipeline.preemption import STOP_SIGNALS
 
 IDLE_ATTEMPTS = 10  # interruptions in a row without a new checkpoint: something keeps the run from getting anywhere

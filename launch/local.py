@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.after import end
 from launch.records import Attempt, read_submission
-from pipeline.errors import EXIT_RESUME
+from pipeline.exits import EXIT_RESUME
 
 KILL_WAIT = 30  # least seconds between asking a rank to leave and killing it, as SLURM's
 

@@ -61,7 +61,7 @@ class Attempt:
         return config_file(self.folder, self.index)
 
     def word_file(self, rank: int) -> Path:
-        """Where a rank leaves word of why it ended, unless it is killed; see `pipeline.errors.record_for_torchrun`."""
+        """Where a rank leaves word of why it ended, unless it is killed; see `pipeline.exits.record_for_torchrun`."""
         return self.run_dir / "ends" / f"{self.name}.rank{rank}.json"
 
     def words(self) -> list[dict[str, Any]]:

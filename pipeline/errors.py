@@ -2,22 +2,23 @@
 
 import argparse
 import errno
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from difflib import get_close_matches
-from pathlib import Path
 from typing import NoReturn
 
-EXIT_BUG = 1  # with a traceback
-EXIT_USER_ERROR = 2
-EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one left
-EXIT_KEYBOARD = 130
-EXIT_BROKEN_PIPE = 141
+from pipeline import preemption
+from pipeline.exits import (
+    EXIT_BROKEN_PIPE,
+    EXIT_BUG,
+    EXIT_KEYBOARD,
+    EXIT_RESUME,
+    EXIT_USER_ERROR,
+    open_closed_streams,
+    record_for_torchrun,
+)
 
 
 class UserError(Exception):
@@ -60,8 +61,6 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
 
     With several ranks only rank 0 prints what all of them know. torchrun finds what ended a rank in its error file.
     """
-    from pipeline import preemption  # which needs the exit codes above
-
     open_closed_streams()
     try:
         try:
@@ -90,24 +89,3 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         file = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
-
-
-def open_closed_streams() -> None:
-    """Send standard streams that were closed (``>&-``) to nowhere, or the next file opened would receive what is printed."""
-    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - for as long as the process lives
-
-
-def record_for_torchrun(message: str, code: int, **details: str) -> None:
-    """Write down why this rank ends where torchrun's report, and `launch.after`, look for it.
-
-    The form is that of torch.distributed.elastic.multiprocessing.errors, with the exit code and details for us.
-    """
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        word = {"message": message, "timestamp": int(time.time()), "code": code, **details}
-        with suppress(OSError):
-            Path(file).write_text(json.dumps(word))

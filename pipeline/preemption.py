@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, NoReturn
 
-from pipeline.errors import EXIT_KEYBOARD, EXIT_RESUME, open_closed_streams, record_for_torchrun
+from pipeline.exits import EXIT_KEYBOARD, EXIT_RESUME, open_closed_streams, record_for_torchrun
 
 # SIGTERM: torchrun, a scheduler's time limit or preemption; SIGUSR1, SIGUSR2: a scheduler's early warning; SIGINT: Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

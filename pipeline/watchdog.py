@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipeline.distributed import World
-from pipeline.errors import EXIT_RESUME, record_for_torchrun
+from pipeline.exits import EXIT_RESUME, record_for_torchrun
 
 _STORE_PATIENCE = timedelta(seconds=10)
 _SILENT_TICKS = 3
