@@ -71,6 +71,7 @@ def wait_until(condition: Callable[[], object], run: Path) -> None:
         assert time.monotonic() < end, launch("status", run) + launch("logs", run)[-3000:]
         waits = slurm("squeue", "--noheader", "--jobs", job, "--format=%T %r") == "PENDING BeginTime"
         if waits and not ranks_of(run):  # or what is left of the last attempt would hold the run's lock
+            time.sleep(5)  # SLURM refuses a start in the second in which it has ended the last one
             slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
         time.sleep(0.5)
 
