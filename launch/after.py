@@ -87,7 +87,9 @@ def end(attempt: Attempt, code: int) -> str:
     took = time.time() - begin
     limit, warning = submission["seconds"], submission["warning"]
     cause = cause_of(code, words, _is_complete(attempt), took >= limit - warning - EARLY)
-    before = [(e["cause"], e["checkpoint"]) for e in events if e["event"] == "end" and e.get("job") == attempt.job]
+    submitted = max((i for i, e in enumerate(events) if e["event"] == "submit" and e["job"] == attempt.job), default=0)
+    ends = [e for e in events[submitted:] if e["event"] == "end" and e.get("job") == attempt.job]
+    before = [(e["cause"], e["checkpoint"]) for e in ends]
     what, why = decide(cause, code, before, checkpoint, submission["failures"])
     if cause == "time limit" and (not words or any(word.get("phase") == "starting" for word in words)):
         why += (

@@ -32,9 +32,9 @@ class Controller:
     def run(self) -> int:
         """Return the exit code of the last attempt."""
         signal.signal(signal.SIGTERM, self._cancel)
-        job, number, code = str(os.getpid()), 0, EXIT_RESUME
+        job, begin, number, code = str(os.getpid()), int(time.time()), 0, EXIT_RESUME
         while not self._cancelled:
-            attempt = Attempt(self._folder, self._index, job, f"{job}.{number}")
+            attempt = Attempt(self._folder, self._index, job, f"{job}-{begin}.{number}")
             code = self._attempt(attempt)
             what = end(attempt, code)
             if what != "again":

@@ -7,6 +7,7 @@ their runs are still read: ``start`` names an attempt, ``machines`` are its node
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,11 @@ class Attempt:
 
     def words(self) -> list[dict[str, Any]]:
         """The words that ranks have left, by rank."""
-        files = [self.word_file(rank) for rank in range(read_submission(self.folder)["ranks"])]
-        return [json.loads(file.read_text()) for file in files if file.exists()]
+        words = []
+        for rank in range(read_submission(self.folder)["ranks"]):
+            with suppress(OSError, ValueError):  # it left none, or was killed as it wrote it
+                words.append(json.loads(self.word_file(rank).read_text()))
+        return words
 
 
 def slurm_attempt(folder: Path) -> Attempt:

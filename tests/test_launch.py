@@ -139,12 +139,20 @@ def submission(tmp_path: Path, seconds: int = 86400, warning: int = 120) -> Path
 
 def test_failures_before_a_run_was_submitted_again_do_not_count(tmp_path):
     folder, what = submission(tmp_path), []
-    for job in ("1", "2"):
+    for job in ("1", "2", "2"):  # a process's number may come again
+        add_event(tmp_path / "run", "submit", job=job, cluster={})
         for number in range(3):
             attempt = Attempt(folder, 0, job, f"{job}.{number}")
             add_event(attempt.run_dir, "start", start=attempt.name, job=job)
             what.append(end(attempt, 137))
-    assert what == ["again", "again", "stopped"] * 2
+    assert what == ["again", "again", "stopped"] * 3
+
+
+def test_a_word_cut_short_is_none(tmp_path):
+    attempt = Attempt(submission(tmp_path), 0, "1", "1.0")
+    attempt.word_file(0).write_text('{"message": "lea')
+    attempt.word_file(1).write_text(json.dumps(SIGNALLED))
+    assert attempt.words() == [SIGNALLED] and end(attempt, 75) == "again"
 
 
 def test_a_complete_run_is_done_however_its_ranks_ended(tmp_path):
