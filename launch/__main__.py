@@ -1,6 +1,6 @@
 """Train on a cluster: ``python -m launch CONFIG.yaml ... [--nodes N] [--cluster FILE|local|slurm] [--dry-run]``.
 
-Words such as --optim.lr 0.2 override the configurations, --grid optim.lr=0.1,0.2 makes a run of each value. Several
+Flags such as --optim.lr 0.2 override the configurations, --grid optim.lr=0.1,0.2 makes a run of each value. Several
 runs become one job array. ``python -m launch status|logs|cancel|resume RUN`` looks after a run, or all in a folder.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,13 +16,14 @@ import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-from launch.cluster import Cluster, add_flags, read_cluster
+from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.estimate import estimate
 from launch.records import add_event, read_events, read_job
 from launch.status import ENDED, Queue, duration, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import script, submit
-from pipeline.config import Config, load_stored_config, parse_command_line
+from pipeline.config import SCHEMA, Config, load_config, load_stored_config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.plan import steps_per_epoch
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
@@ -39,19 +41,31 @@ def main() -> None:
 def start(arguments: list[str]) -> None:
     """Submit the configurations that the command line names, or say what would be submitted."""
     parser = ArgumentParser(
-        prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m launch",
+        usage="%(prog)s CONFIG.yaml ... [--nodes N] [--cluster FILE|local|slurm] [--section.field VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml", help="configurations, one run each")
-    parser.add_argument("--grid", action="append", default=[], metavar="KEY=A,B", help="a run of each value of a field")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=A,B",
+        help="a run of each value of a field; of lists KEY=[A,B],[C]",
+    )
     parser.add_argument("--images-per-second", type=float, metavar="N", help="speed of one rank, for the estimate")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the script, submit nothing")
     add_flags(parser)
-    options, overrides = parser.parse_known_args(arguments)
-    cluster = read_cluster(options)
+    SCHEMA.add_flags(parser, title="run")
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    own_flags = ("--cluster", "--grid", "--images-per-second", "--dry-run", *cluster_flags())
+    SCHEMA.refuse_unknown(unknown, own_flags)
+    cluster, overrides = read_cluster(options), SCHEMA.given(options)
     configs = [
         read_config(file, overrides, values, several=len(options.configs) > 1, gpus=cluster.gpus_per_node > 0)
         for file in options.configs
-        for values in itertools.product(*(_grid_values(word) for word in options.grid))
+        for values in itertools.product(*(grid_values(word) for word in options.grid))
     ]
     run_dirs = [config.run_dir for config in configs]
     for run_dir in run_dirs:
@@ -69,27 +83,56 @@ def start(arguments: list[str]) -> None:
 
 
 def read_config(
-    file: str, overrides: list[str], values: tuple[tuple[str, str], ...], several: bool, gpus: bool
+    file: str, overrides: dict[str, Any], values: tuple[tuple[str, str], ...], several: bool, gpus: bool
 ) -> Config:
     """Read one run's configuration, with paths that hold wherever the job starts.
 
     Args:
-        values: of the fields of the grid, by key.
+        overrides: fields by key that the command line gave.
+        values: of the fields of the grid, by key, as they were written.
         several: it is one of several files, so that a run directory of the command line is a folder for all.
         gpus: the job asks for GPUs, so that it fails where it finds none and does not train on CPU.
     """
-    words = [word for key, value in values for word in (f"--{key}", value)]
-    config, _ = parse_command_line([file, *overrides, *words], "python -m launch", __doc__)
-    folder = Path(config.run_dir, Path(file).stem) if several and _names_run_dir(overrides) else Path(config.run_dir)
-    suffix = "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in values)
+    grid = SCHEMA.given(argparse.Namespace(**dict(values)))
+    config = load_config(file, overrides | grid)
+    folder = Path(config.run_dir, Path(file).stem) if several and "run_dir" in overrides else Path(config.run_dir)
+    suffix = "".join(f"-{key.rpartition('.')[2]}{_in_a_file_name(value)}" for key, value in values)
     data = dataclasses.replace(config.data, dir=os.path.abspath(config.data.dir))
     on_gpus = gpus and config.train.device == "auto"
     train = dataclasses.replace(config.train, device="cuda") if on_gpus else config.train
     return dataclasses.replace(config, run_dir=os.path.abspath(f"{folder}{suffix}"), data=data, train=train)
 
 
-def _names_run_dir(overrides: list[str]) -> bool:
-    return any(word.split("=")[0] == "--run_dir" for word in overrides)
+def grid_values(word: str) -> list[tuple[str, str]]:
+    """Key and value, as it was written, of each run of ``--grid KEY=A,B`` or, for a field that is a list, ``KEY=[A,B],[C]``.
+
+    Raises:
+        UserError: the key is unknown, or it is not clear where a value ends.
+    """
+    key, sign, text = word.partition("=")
+    if not sign or not text:
+        raise UserError(f"--grid {word}: KEY=A,B is needed, as in --grid optim.lr=0.1,0.2")
+    if key not in SCHEMA.fields:
+        SCHEMA.refuse_unknown([f"--{key}"])
+    if SCHEMA.is_list(key):
+        if not re.fullmatch(r"\[[^][]*\](,\[[^][]*\])*", text):
+            raise UserError(
+                f"--grid {word}: {key} is a list; write each value in brackets, as in --grid '{key}=[1,2],[3,4]'"
+            )
+        values = re.findall(r"\[[^][]*\]", text)
+    else:
+        if "[" in text:
+            raise UserError(
+                f"--grid {word}: {key} is no list; write its values without brackets, as in --grid {key}=A,B"
+            )
+        values = text.split(",")
+    if "" in values or len(set(values)) < len(values):
+        raise UserError(f"--grid {word}: a value is empty or stands twice")
+    return [(key, value) for value in values]
+
+
+def _in_a_file_name(value: str) -> str:
+    return value.strip("[]").replace(",", "-").replace(os.sep, "-").replace(" ", "")
 
 
 def describe(config: Config, cluster: Cluster, images_per_second: float | None) -> str:
@@ -115,11 +158,11 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None) 
     ]
     if images_per_second:
         sizes, speed = (len(train), len(val)), images_per_second * ranks
-        time_ = estimate(sizes, optim.epochs, speed, cluster.minutes * 60, cluster.warning_seconds)
+        time_ = estimate(sizes, optim.epochs, speed, cluster.seconds, cluster.warning_seconds)
         end = datetime.now() + timedelta(seconds=time_.run)
         lines.append(
-            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {time_.epochs_per_start:.1f} epochs a start of "
-            f"{cluster.time}, {time_.starts} starts, {duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
+            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {time_.epochs_per_attempt:.1f} epochs an attempt "
+            f"of {cluster.time}, {time_.attempts} attempts, {duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
         )
     return "\n".join(lines)
 
@@ -177,7 +220,14 @@ def cancel(run: Path) -> None:
         return
     add_event(run, "cancel", job=job.id)
     if job.kind == "slurm":
-        done = subprocess.run(["scancel", job.id], capture_output=True, text=True)
+        # A signal of ours lets the ranks save for as long as that takes; scancel's own kills after the site's KillWait.
+        events = [
+            event for event in read_events(run) if event.get("job") == job.id and event["event"] in ("start", "end")
+        ]
+        trains = status.state == "running" and events and events[-1]["event"] == "start"
+        done = subprocess.run(
+            ["scancel", *(["--signal=USR2"] if trains else []), job.id], capture_output=True, text=True
+        )
         if done.returncode:
             raise UserError(f"scancel {job.id}: {' '.join(done.stderr.split())}")
     else:
@@ -209,13 +259,6 @@ def _refuse_if_running(run: Path) -> None:
             raise UserError(
                 f"{run} is the run of job {status.job.id}, which is {status.state}: cancel it, or set --run_dir"
             )
-
-
-def _grid_values(word: str) -> list[tuple[str, str]]:
-    key, sign, values = word.partition("=")
-    if not sign or not values:
-        raise UserError(f"--grid {word}: KEY=A,B is needed, as in --grid optim.lr=0.1,0.2")
-    return [(key, value) for value in values.split(",")]
 
 
 if __name__ == "__main__":

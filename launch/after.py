@@ -1,69 +1,125 @@
-"""Ends of a job: start it again, or not.
+"""Ends of an attempt: the job is attempted again, or not.
 
-``python -m launch.after FOLDER CODE`` is the last line of a SLURM job's script, on the job's first machine: FOLDER is the
-submission's, CODE how the ranks ended. What SLURM itself requeues (a lost machine, a preemption that leaves no time)
-does not come here.
+``python -m launch.after FOLDER CODE`` is the last line of a SLURM job's script, on the job's first node: FOLDER is the
+submission's, CODE how the ranks ended. What SLURM itself requeues (a lost node, a preemption that leaves no time) does
+not come here.
 """
 
 import json
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any, Literal
 
-from launch.records import add_event, read_events, read_job
-from launch.task import end_file, read_end
-from pipeline.errors import EXIT_RESUME, EXIT_USER_ERROR
+from launch.records import Attempt, add_event, read_events, read_submission, slurm_attempt
+from pipeline.config import load_stored_config
+from pipeline.errors import UserError
+from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
+from pipeline.preemption import STOP_SIGNALS
 
-IDLE_STARTS = 10  # interruptions in a row without a new checkpoint: a start takes longer than its time limit
+IDLE_ATTEMPTS = 10  # interruptions in a row without a new checkpoint: something keeps the run from getting anywhere
+EARLY = 60  # seconds by which SLURM may give its warning before it is due
+KILLED_BY_SIGNAL = tuple(128 + number for number in STOP_SIGNALS)  # a rank that had no handler yet
+
+# complete: nothing is left to do. mistake: a person must act. preempted: a signal that was not the time limit's, of which
+# any number may come. time limit: its warning. interrupted: another end that the run can go on from, such as a rank that
+# has lost contact to another. failed: all else.
+Cause = Literal["complete", "mistake", "preempted", "time limit", "interrupted", "failed"]
+
+
+def cause_of(code: int, words: list[dict[str, Any]], complete: bool, limit_reached: bool) -> Cause:
+    """Why an attempt ended.
+
+    Args:
+        code: of all ranks together, which may be that of one that was killed after another had failed.
+        words: what ranks left word of; see `Attempt.words`.
+        complete: the run's last checkpoint is of its end.
+        limit_reached: so much time had passed that the warning before the time limit was due.
+    """
+    codes = [word.get("code") for word in words]
+    if code == 0 or complete:
+        return "complete"
+    if EXIT_USER_ERROR in codes:
+        return "mistake"
+    if code not in (EXIT_RESUME, *KILLED_BY_SIGNAL) or any(other != EXIT_RESUME for other in codes):
+        return "failed"
+    if limit_reached and (code != EXIT_RESUME or any(word.get("signal") for word in words)):
+        return "time limit"
+    return "preempted" if any(word.get("signal") for word in words) else "interrupted"
 
 
 def decide(
-    code: int, rank_codes: list[int | None], ends: list[tuple[int, str | None]], failures: int
+    cause: Cause, code: int, before: list[tuple[Cause, str | None]], checkpoint: str | None, failures: int
 ) -> tuple[str, str]:
     """What follows an end, ("done", "stopped" or "again"), and why.
 
     Args:
-        code: of all ranks together, which may be that of one that was killed after another had failed.
-        rank_codes: what ranks left word of.
-        ends: code of each start since the run was submitted, this one included, and what names its newest checkpoint.
-        failures: failures in a row without a new checkpoint after which there is no further start.
+        before: of the earlier attempts of this job: why each ended, and what names the checkpoint that it left.
+        checkpoint: what names the run's newest checkpoint.
+        failures: failures in a row without a new checkpoint after which there is no further attempt.
     """
-    if code == 0:
+    if cause == "complete":
         return "done", "complete"
-    if EXIT_USER_ERROR in rank_codes:
+    if cause == "mistake":
         return "stopped", "needs a person"
-    if code == EXIT_RESUME:
-        if _stands_still(ends, IDLE_STARTS):
-            return (
-                "stopped",
-                f"{IDLE_STARTS} starts were interrupted before they could write a checkpoint: give more --time",
-            )
-        return "again", "interrupted"
-    if _stands_still([end for end in ends if end[0] != EXIT_RESUME], failures):
-        return "stopped", f"{failures} starts have come no further than the same checkpoint"
-    return "again", f"failed with exit code {code}"
+    ends = [*before, (cause, checkpoint)]
+    if cause == "failed":
+        if _stands_still([end for end in ends if end[0] == "failed"], failures):
+            return "stopped", f"{failures} attempts have come no further than the same checkpoint"
+        return "again", f"failed with exit code {code}"
+    if cause != "preempted" and _stands_still([end for end in ends if end[0] != "preempted"], IDLE_ATTEMPTS):
+        return "stopped", f"{IDLE_ATTEMPTS} attempts were interrupted before they could write a checkpoint"
+    return "again", {"preempted": "interrupted by a signal", "time limit": "warned of the time limit"}.get(cause, cause)
 
 
-def _stands_still(ends: list[tuple[int, str | None]], starts: int) -> bool:
+def _stands_still(ends: list[tuple[Cause, str | None]], attempts: int) -> bool:
     """Whether the last so many have left the same checkpoint."""
-    return len(ends) >= starts and len({checkpoint for _, checkpoint in ends[-starts:]}) == 1
+    return len(ends) >= attempts and len({checkpoint for _, checkpoint in ends[-attempts:]}) == 1
 
 
-def end(run_dir: Path, code: int) -> str:
-    """Record the end of a start, and return what follows."""
-    job, events = read_job(run_dir), read_events(run_dir)
-    started = next((event["start"] for event in reversed(events) if event["event"] == "start"), None)
-    ends = [file for rank in range(job.ranks) if (file := end_file(run_dir, str(started), rank)).exists()]
-    words = [read_end(file) for file in ends]
-    checkpoint = _name_of(run_dir / "checkpoints" / "last.pt")
-    submitted = max((i for i, event in enumerate(events) if event["event"] == "submit"), default=0)
-    before = [(event["code"], event["checkpoint"]) for event in events[submitted:] if event["event"] == "end"]
-    what, why = decide(code, [word.get("code") for word in words], [*before, (code, checkpoint)], job.failures)
-    messages = [word["message"] for word in words if word.get("message") and word.get("code") != EXIT_RESUME]
-    message = messages[0] if messages else ""
-    add_event(run_dir, "end", start=started, code=code, checkpoint=checkpoint, what=what, why=why, message=message)
+def end(attempt: Attempt, code: int) -> str:
+    """Record the end of an attempt, and return what follows."""
+    run_dir, submission, events = attempt.run_dir, read_submission(attempt.folder), read_events(attempt.run_dir)
+    words, checkpoint = attempt.words(), _name_of(run_dir / "checkpoints" / "last.pt")
+    begin = next((e["time"] for e in events if e["event"] == "start" and e["start"] == attempt.name), time.time())
+    took = time.time() - begin
+    limit, warning = submission["seconds"], submission["warning"]
+    cause = cause_of(code, words, _is_complete(attempt), took >= limit - warning - EARLY)
+    submitted = max((i for i, e in enumerate(events) if e["event"] == "submit" and e["job"] == attempt.job), default=0)
+    ends = [e for e in events[submitted:] if e["event"] == "end" and e.get("job") == attempt.job]
+    before = [(e["cause"], e["checkpoint"]) for e in ends]
+    what, why = decide(cause, code, before, checkpoint, submission["failures"])
+    if cause == "time limit" and (not words or any(word.get("phase") == "starting" for word in words)):
+        why += (
+            f": the time limit is {limit / 60:.0f} min with a warning {warning} s before it, but a start takes more than "
+            f"{took:.0f} s before its first step: give more --time"
+        )
+    said = [word["message"] for word in words if word.get("message") and word.get("code") != EXIT_RESUME]
+    add_event(
+        run_dir, "end", start=attempt.name, job=attempt.job, code=code, cause=cause, checkpoint=checkpoint,
+        what=what, why=why, message=said[0] if said else "",
+    )  # fmt: skip
     return what
+
+
+def is_cancelled(attempt: Attempt) -> bool:
+    """Whether ``python -m launch cancel`` has told this job to end."""
+    return any(event["event"] == "cancel" and event["job"] == attempt.job for event in read_events(attempt.run_dir))
+
+
+def _is_complete(attempt: Attempt) -> bool:
+    """Whether the last checkpoint is of the end; no if that is not known.
+
+    A run whose configuration now asks for more epochs than that checkpoint's is not.
+    """
+    file = attempt.run_dir / "status.json"  # the trainer writes it beside each checkpoint
+    try:
+        status = json.loads(file.read_text())
+        return bool(status["complete"]) and status["epoch"] >= load_stored_config(attempt.config).optim.epochs
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return False
 
 
 def _name_of(checkpoint: Path) -> str | None:
@@ -76,15 +132,14 @@ def _name_of(checkpoint: Path) -> str | None:
 
 
 def main() -> None:
-    folder, code = Path(sys.argv[1]), int(sys.argv[2])
-    run_dirs = json.loads((folder / "runs.json").read_text())
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    run_dir = Path(run_dirs[int(task or 0)])
-    job = os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-    cancelled = any(event["event"] == "cancel" and event["job"] == job for event in read_events(run_dir))
-    if end(run_dir, code) == "again" and not cancelled:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-    elif code:
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # a scheduler that is impatient must not leave the run without its next
+    attempt, code = slurm_attempt(Path(sys.argv[1])), int(sys.argv[2])
+    what = end(attempt, code)
+    if what == "again" and not is_cancelled(attempt):
+        subprocess.run(["scontrol", "requeue", attempt.job], check=True)
+    elif what != "done":
         sys.exit(code)
 
 

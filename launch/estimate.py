@@ -1,4 +1,4 @@
-"""How long a run takes, and how often its job starts again: arithmetic for the dry run."""
+"""How long a run takes, and how many attempts its job needs: arithmetic for the dry run."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ VALIDATION_SPEED = 3.0  # forward alone, in units of a training step's forward, 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, and how they fall into starts of the job."""
+    """Seconds of an epoch and of the run, and how they fall into attempts of the job."""
 
     epoch: float
     run: float
-    epochs_per_start: float
-    starts: int
+    epochs_per_attempt: float
+    attempts: int
 
 
 def estimate(images: tuple[int, int], epochs: int, images_per_second: float, limit: float, warning: float) -> Estimate:
@@ -21,8 +21,8 @@ def estimate(images: tuple[int, int], epochs: int, images_per_second: float, lim
 
     Args:
         images: in the training and in the validation set.
-        limit: seconds of one start, of which the last `warning` are not trained in.
+        limit: seconds of one attempt, of which the last `warning` are not trained in.
     """
     epoch = (images[0] + images[1] / VALIDATION_SPEED) / images_per_second
     usable = max(limit - warning, 1)
-    return Estimate(epoch, epochs * epoch, usable / epoch, math.ceil(epochs * epoch / usable))
+    return Estimate(epoch, epochs * epoch, min(usable / epoch, epochs), math.ceil(epochs * epoch / usable))

@@ -1,8 +1,13 @@
-"""What a run's directory tells of its job: ``job.json`` says which it is, ``starts.jsonl`` how each start of it went."""
+"""What a run's directory tells of its job: ``job.json`` says which it is, ``starts.jsonl`` how each attempt at it went.
+
+A job is attempted again after an interruption or a failure. Files and keys keep the names of earlier versions, so that
+their runs are still read: ``start`` names an attempt, ``machines`` are its nodes.
+"""
 
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ class Job:
         host: where it was submitted.
         folder: the submission's: code as it was then, and a log of each rank.
         ranks: number of ranks.
-        failures: failures in a row without a new checkpoint after which it is not started again.
+        failures: failures in a row without a new checkpoint after which it is not attempted again.
     """
 
     id: str
@@ -31,10 +36,84 @@ class Job:
     failures: int
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of a job at a run.
+
+    Attributes:
+        folder: the submission's.
+        index: of the run among those submitted together.
+        job: as `Job.id`.
+        name: of this attempt among all of this run.
+    """
+
+    folder: Path
+    index: int
+    job: str
+    name: str
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(read_submission(self.folder)["run_dirs"][self.index])
+
+    @property
+    def config(self) -> Path:
+        """The configuration as it was submitted."""
+        return config_file(self.folder, self.index)
+
+    def word_file(self, rank: int) -> Path:
+        """Where a rank leaves word of why it ended, unless it is killed; see `pipeline.exits.record_for_torchrun`."""
+        return self.run_dir / "ends" / f"{self.name}.rank{rank}.json"
+
+    def words(self) -> list[dict[str, Any]]:
+        """The words that ranks have left, by rank."""
+        words = []
+        for rank in range(read_submission(self.folder)["ranks"]):
+            with suppress(OSError, ValueError):  # it left none, or was killed as it wrote it
+                words.append(json.loads(self.word_file(rank).read_text()))
+        return words
+
+
+def slurm_attempt(folder: Path) -> Attempt:
+    """The attempt to which this process belongs, from SLURM's environment."""
+    task, job = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ["SLURM_JOB_ID"]
+    name = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    if task is None:
+        return Attempt(folder, 0, job, name)
+    return Attempt(folder, int(task), f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}", name)
+
+
+def write_submission(folder: Path, run_dirs: list[str], ranks: int, seconds: int, warning: int, failures: int) -> None:
+    """Write what the ranks and what follows them need to know.
+
+    Args:
+        seconds: time limit of an attempt.
+        warning: seconds before it at which the ranks are asked to leave.
+        failures: see `Job`.
+    """
+    values = dict(run_dirs=run_dirs, ranks=ranks, seconds=seconds, warning=warning, failures=failures)
+    (folder / "submission.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def read_submission(folder: Path) -> dict[str, Any]:
+    """What `write_submission` wrote, by its arguments' names."""
+    return json.loads((folder / "submission.json").read_text())
+
+
+def config_file(folder: Path, index: int) -> Path:
+    """The configuration of the run of this index."""
+    return folder / "configs" / f"{index}.yaml"
+
+
 def write_job(run_dir: Path, job: Job) -> None:
-    temporary = run_dir / "job.tmp"
-    temporary.write_text(json.dumps(asdict(job), indent=1) + "\n")
-    os.replace(temporary, run_dir / "job.json")
+    replace_text(run_dir / "job.json", json.dumps(asdict(job), indent=1) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that whoever reads it meanwhile gets the old or the new text."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def read_job(run_dir: Path) -> Job:

@@ -13,7 +13,7 @@ from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.run_dir import read_records
 
-Queue = dict[str, tuple[str, str, str]]  # state, machines and reason of SLURM's jobs, by id
+Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
 LOG_LINES = 5
 ENDED = ("done", "stopped", "cancelled", "gone")
@@ -31,8 +31,8 @@ class Status:
     run_dir: Path
     job: Job
     state: str
-    machines: str
-    starts: int
+    nodes: str
+    attempts: int
     epoch: int
     epochs: int
     step: int
@@ -59,12 +59,12 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     """Put together what is known of a run.
 
     Args:
-        queue: state, machines and reason of SLURM's jobs; see `slurm_queue`.
+        queue: state, nodes and reason of SLURM's jobs; see `slurm_queue`.
     """
     job, events, config = read_job(run_dir), read_events(run_dir), load_stored_config(run_dir / "submitted.yaml")
     records = read_records(run_dir)
-    starts = [event for event in events if event["event"] == "start"]
-    state, machines, reason = _state(run_dir, job, events, queue)
+    attempts = [event for event in events if event["event"] == "start"]
+    state, nodes, reason = _state(run_dir, job, events, queue)
     validation = next((r for r in reversed(records) if "val/top1_error" in r), {})
     speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
     speed = sorted(speeds)[len(speeds) // 2] if speeds else None
@@ -72,8 +72,8 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         run_dir=run_dir,
         job=job,
         state=state,
-        machines=machines or (starts[-1]["machines"] if starts else ""),
-        starts=len(starts),
+        nodes=nodes or (attempts[-1]["machines"] if attempts else ""),
+        attempts=len(attempts),
         epoch=validation["epoch"] + 1 if validation else 0,
         epochs=config.optim.epochs,
         step=records[-1]["step"] if records else 0,
@@ -86,7 +86,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
 
 
 def slurm_queue() -> Queue:
-    """State, machines and reason of this user's jobs in SLURM's queue, by job id; empty where there is no SLURM."""
+    """State, nodes and reason of this user's jobs in SLURM's queue, by job id; empty where there is no SLURM."""
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%N|%r", "--states=all"]
@@ -94,12 +94,15 @@ def slurm_queue() -> Queue:
     if done.returncode:
         raise UserError(f"squeue does not answer: {' '.join(done.stderr.split())}")
     rows = [line.split("|") for line in done.stdout.splitlines()]
-    return {job: (state, machines, reason) for job, state, machines, reason in rows}
+    return {job: (state, nodes, reason) for job, state, nodes, reason in rows}
 
 
 def to_text(statuses: list[Status]) -> str:
     """A table, and below it what failing ranks said last."""
-    head = ("run", "job", "state", "starts", "epoch", "step", "top-1 %", "top-5 %", "images/s", "remaining", "machines")
+    head = (
+        "run", "job", "state", "attempts", "epochs done", "step", "top-1 err %", "top-5 err %", "images/s", "remaining",
+        "nodes",
+    )  # fmt: skip
     rows = [head, *(_row(status) for status in statuses)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -136,10 +139,10 @@ def _row(status: Status) -> tuple[str, ...]:
         return "-" if value is None else format(value, form)
 
     return (
-        str(status.run_dir), status.job.id, status.state, str(status.starts), f"{status.epoch}/{status.epochs}",
+        str(status.run_dir), status.job.id, status.state, str(status.attempts), f"{status.epoch}/{status.epochs}",
         str(status.step), number(status.top1_error, ".2f"), number(status.top5_error, ".2f"),
         number(status.images_per_second, ".1f"), "-" if status.remaining is None else duration(status.remaining),
-        status.machines or "-",
+        status.nodes or "-",
     )  # fmt: skip
 
 
@@ -152,13 +155,13 @@ def duration(seconds: float) -> str:
 
 
 def _state(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) -> tuple[str, str, str]:
-    """State, machines and reason: SLURM's word for a job that it has, else the run's own."""
+    """State, nodes and reason: SLURM's word for a job that it has, else the run's own."""
     last = events[-1] if events else {}
     ended = last.get("event") == "end"
     why = f"{last['why']}{last['message'] and ': ' + last['message'].splitlines()[-1]}" if ended else ""
     if job.kind == "slurm" and job.id in queue and queue[job.id][0] not in FINAL_STATES:
-        state, machines, reason = queue[job.id]
-        return state.lower(), machines, reason if state == "PENDING" else ""
+        state, nodes, reason = queue[job.id]
+        return state.lower(), nodes, reason if state == "PENDING" else ""
     if ended and last["what"] in ("done", "stopped"):
         return last["what"], "", "" if last["what"] == "done" else why
     if any(event["event"] == "cancel" and event["job"] == job.id for event in events):

@@ -2,19 +2,21 @@
 
 import dataclasses
 import itertools
-import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import submitit
 
 from launch.cluster import Cluster
-from launch.records import Job, add_event, write_job
+from launch.records import Job, add_event, config_file, replace_text, write_job, write_submission
 from launch.task import TrainingTask
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
@@ -24,29 +26,36 @@ PACKAGES = ("pipeline", "launch")
 
 
 def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
-    """Start a job for each configuration; several are one array on SLURM.
+    """Start a job for each configuration; several are one array on SLURM. What is refused leaves no job and no folder.
 
     Raises:
         UserError: there is no SLURM, or it refuses the request.
     """
     if cluster.kind == "local" and cluster.nodes > 1:
         raise UserError("--cluster local is one machine: --nodes must be 1")
-    folder = _new_folder(configs)
-    for package in PACKAGES:
-        shutil.copytree(REPOSITORY / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "runs.json").write_text(json.dumps([config.run_dir for config in configs]))
-    for config in configs:
-        Path(config.run_dir, "submitted.yaml").write_text(to_yaml(config))
-    ids = _start_slurm(configs, cluster, folder) if cluster.kind == "slurm" else _start_local(configs, cluster, folder)
+    if cluster.kind == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("there is no SLURM on this machine (no sbatch): use --cluster local, or torchrun")
+    with _new_folder(configs) as folder:
+        for package in PACKAGES:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(REPOSITORY / package, folder / "code" / package, ignore=ignored)
+        run_dirs, warning = [config.run_dir for config in configs], cluster.warning_seconds
+        write_submission(folder, run_dirs, cluster.ranks, cluster.seconds, warning, cluster.failures)
+        config_file(folder, 0).parent.mkdir()
+        for index, config in enumerate(configs):
+            config_file(folder, index).write_text(to_yaml(config))
+        start = _start_slurm if cluster.kind == "slurm" else _start_local
+        ids = start(configs, cluster, folder)
     jobs = [Job(i, cluster.kind, socket.gethostname(), str(folder), cluster.ranks, cluster.failures) for i in ids]
     for config, job in zip(configs, jobs, strict=True):
+        replace_text(Path(config.run_dir, "submitted.yaml"), to_yaml(config))
         write_job(Path(config.run_dir), job)
         add_event(Path(config.run_dir), "submit", job=job.id, cluster=dataclasses.asdict(cluster))
     return jobs
 
 
 def script(configs: list[Config], cluster: Cluster) -> str:
-    """The script that `submit` would give to sbatch."""
+    """The script that `submit` would give to sbatch; it can be shown where there is no SLURM."""
     folder = Path(configs[0].run_dir).parent / "jobs" / "TIME"
     executor = _executor(configs, cluster, folder)
     if len(configs) > 1:
@@ -55,11 +64,21 @@ def script(configs: list[Config], cluster: Cluster) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def _executor(configs: list[Config], cluster: Cluster, folder: Path) -> submitit.SlurmExecutor:
-    try:
-        executor = submitit.SlurmExecutor(folder / "%j")
-    except RuntimeError:
-        raise UserError("there is no SLURM on this machine (no srun): use --cluster local, or torchrun") from None
+class _Executor(submitit.SlurmExecutor):
+    """Has each rank begin with `launch.rank` in place of submitit's command, which would hear no signal for a while."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -u -m launch.rank {shlex.quote(str(self.folder))}"
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Above 0: `submit` looks for SLURM itself, and `script` does not need it."""
+        return 2
+
+
+def _executor(configs: list[Config], cluster: Cluster, folder: Path) -> _Executor:
+    executor = _Executor(folder / "%j")
     wanted = dict(
         job_name=Path(configs[0].run_dir).name if len(configs) == 1 else f"{len(configs)}-trainings",
         time=cluster.minutes,
@@ -76,8 +95,13 @@ def _executor(configs: list[Config], cluster: Cluster, folder: Path) -> submitit
         mail_type=cluster.mail_type if cluster.mail_user else None,
         signal_delay_s=cluster.warning_seconds,
         stderr_to_stdout=True,
-        setup=[f"cd {folder / 'code'}", f"export PYTHONPATH={folder / 'code'}", *cluster.setup],
-        teardown=[f"{executor.python} -m launch.after {folder} $?"],
+        setup=[
+            f"cd {shlex.quote(str(folder / 'code'))}",
+            f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}",
+            f"export LAUNCH_GRACE_SECONDS={cluster.warning_seconds}",
+            *cluster.setup,
+        ],
+        teardown=[f"{executor.python} -m launch.after {shlex.quote(str(folder))} $?"],
         srun_args=[
             "--kill-on-bad-exit=1",
             *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
@@ -91,7 +115,7 @@ def _executor(configs: list[Config], cluster: Cluster, folder: Path) -> submitit
 
 def _start_slurm(configs: list[Config], cluster: Cluster, folder: Path) -> list[str]:
     executor = _executor(configs, cluster, folder)
-    tasks = [TrainingTask(config.run_dir) for config in configs]
+    tasks = [TrainingTask(folder) for _ in configs]
     try:
         if len(tasks) == 1:
             return [executor.submit(tasks[0]).job_id]
@@ -104,9 +128,8 @@ def _start_slurm(configs: list[Config], cluster: Cluster, folder: Path) -> list[
 
 def _start_local(configs: list[Config], cluster: Cluster, folder: Path) -> list[str]:
     ids = []
-    times = cluster.minutes * 60, cluster.warning_seconds
-    for config in configs:
-        command = [sys.executable, "-m", "launch.local", config.run_dir, folder, cluster.ranks, *times]
+    for index, config in enumerate(configs):
+        command = [sys.executable, "-m", "launch.local", config.run_dir, folder, index]
         with open(folder / "controller.log", "ab") as log:
             process = subprocess.Popen(
                 [str(word) for word in command],
@@ -120,17 +143,32 @@ def _start_local(configs: list[Config], cluster: Cluster, folder: Path) -> list[
     return ids
 
 
-def _new_folder(configs: list[Config]) -> Path:
-    """The submission's own folder, beside the first run's."""
+@contextmanager
+def _new_folder(configs: list[Config]) -> Iterator[Path]:
+    """Make the submission's own folder, beside the first run's, and the run directories.
+
+    If this is left by an exception, those that were not there before and hold nothing else are removed again.
+    """
     jobs, name = Path(configs[0].run_dir).parent / "jobs", time.strftime("%Y%m%d-%H%M%S")
+    run_dirs = [Path(config.run_dir) for config in configs]
+    new = [folder for folder in (jobs, *run_dirs) if not folder.exists()]
+    folder = None
     try:
-        jobs.mkdir(parents=True, exist_ok=True)
-        taken = {file.name for file in jobs.iterdir()}
-        names = (f"{name}-{os.getpid()}-{i}" for i in itertools.count(1))
-        folder = jobs / next(free for free in names if free not in taken)
-        folder.mkdir()
-        for config in configs:
-            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {error.filename} ({error.strerror}): set --run_dir") from None
-    return folder
+        try:
+            jobs.mkdir(parents=True, exist_ok=True)
+            taken = {file.name for file in jobs.iterdir()}
+            names = (f"{name}-{os.getpid()}-{i}" for i in itertools.count(1))
+            folder = jobs / next(free for free in names if free not in taken)
+            folder.mkdir()
+            for run_dir in run_dirs:
+                run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {error.filename} ({error.strerror}): set --run_dir") from None
+        yield folder
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        for empty in new:
+            with suppress(OSError):
+                empty.rmdir()
+        raise

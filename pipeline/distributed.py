@@ -5,8 +5,11 @@ The CUDA and NCCL branches have not been run on a GPU yet; CPU with gloo is what
 
 import dataclasses
 import gc
+import math
 import os
 import signal
+import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InterruptedRunError, LocalUserError, UserError
-from pipeline.machine import ask_for_signal_when_parent_dies, available_cores, keep_freed_memory
+from pipeline.machine import ask_for_signal_when_parent_dies, available_cores, keep_freed_memory, usable_cores
 
 PATIENCE = timedelta(hours=1)  # for another rank: rank 0 may be indexing a large data set for the first time
 
@@ -31,6 +34,7 @@ class World:
     Attributes:
         hosts: the group through which the ranks' hosts talk, so that no GPU is waited for; None alone.
         store: what every rank can read and write without the others; None alone.
+        share_of_cores: see the function of that name; None before the ranks have met.
     """
 
     rank: int
@@ -40,6 +44,7 @@ class World:
     device: torch.device
     hosts: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+    share_of_cores: int | None = None
 
     @property
     def is_main(self) -> bool:
@@ -49,7 +54,7 @@ class World:
     @property
     def cores(self) -> int:
         """CPU cores of this machine that fall to this rank."""
-        return max(1, available_cores() // self.local_size)
+        return self.share_of_cores or max(1, available_cores() // self.local_size)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of `tensor` over all ranks (a new tensor, the same on each)."""
@@ -126,24 +131,19 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1 and not os.environ.keys() >= {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
-        raise UserError(
-            "WORLD_SIZE is set, but not the rest of torchrun's environment: start with torchrun, or unset it"
-        )
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank, local_rank, size, local_size = _ranks_of_environment()
     world = World(rank, local_rank, size, local_size, _device(device, local_rank))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed would leave its ranks behind
         ask_for_signal_when_parent_dies(signal.SIGTERM)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    else:
-        torch.set_num_threads(world.cores)  # torchrun would leave one thread a rank
-        keep_freed_memory()
     if size > 1:
         world = dataclasses.replace(world, **_meet(world))
+        mine = socket.gethostname(), usable_cores()
+        world = dataclasses.replace(world, share_of_cores=share_of_cores(mine, world.gather(mine)))
+    if world.device.type == "cpu":
+        torch.set_num_threads(world.cores)  # torchrun would leave one thread a rank
+        keep_freed_memory()
     failed = True
     try:
         yield world
@@ -161,6 +161,54 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
             # Free the group's last users first: a gloo thread that outlives the interpreter aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+
+def share_of_cores(mine: tuple[str, list[int]], all_ranks: list[tuple[str, list[int]]]) -> int:
+    """CPU cores that fall to a rank, when each core is divided among the ranks that may use it.
+
+    Ranks of torchrun may all use all cores of their machine; SLURM can bind each to cores of its own.
+
+    Args:
+        mine: the rank's host, and the numbers of the cores that it may use.
+        all_ranks: the same of every rank, this one included.
+    """
+    host, cores = mine
+    users = Counter(core for other, theirs in all_ranks if other == host for core in theirs)
+    return max(1, math.floor(sum(1 / users[core] for core in cores) + 1e-9))
+
+
+_ALONE = "unset it to train in one process, or start with torchrun or python -m launch"
+_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def _ranks_of_environment() -> tuple[int, int, int, int]:
+    """Rank, rank on this machine, number of ranks, and number on this machine, as torchrun's variables name them.
+
+    Raises:
+        LocalUserError: they are incomplete or contradict each other.
+    """
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if name not in missing and not os.environ[name].strip().isdecimal():
+            raise LocalUserError(f"{name} is '{os.environ[name]}', which is no number from 0 on: {_ALONE}")
+    numbers = {name: int(os.environ[name]) for name in needed[:4] if name not in missing}
+    if numbers.get("WORLD_SIZE", 1) == 1 and not numbers.get("RANK") and not numbers.get("LOCAL_RANK"):
+        for name, launcher in _OTHER_LAUNCHERS.items():
+            tasks = os.environ.get(name, "1")
+            if "WORLD_SIZE" in missing and tasks.isdecimal() and int(tasks) > 1:
+                raise LocalUserError(
+                    f"{launcher} has started {tasks} processes ({name}), each of which would train alone: use "
+                    f"python -m launch, start torchrun once a machine, or unset {name} to train in this one"
+                )
+        return 0, 0, 1, 1
+    if missing:
+        present = next(name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in numbers)
+        raise LocalUserError(f"{present} is {numbers[present]}, but {missing[0]} is not set: {_ALONE}")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
+        if numbers[rank] >= numbers[size] + (rank == "LOCAL_WORLD_SIZE"):
+            raise LocalUserError(f"{rank} is {numbers[rank]}, but {size} only {numbers[size]}: {_ALONE}")
+    return numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_WORLD_SIZE"]
 
 
 def _meet(world: World) -> dict[str, Any]:

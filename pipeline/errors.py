@@ -2,21 +2,23 @@
 
 import argparse
 import errno
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from difflib import get_close_matches
-from pathlib import Path
 from typing import NoReturn
 
-EXIT_USER_ERROR = 2
-EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one left
-EXIT_KEYBOARD = 130
-EXIT_BROKEN_PIPE = 141
+from pipeline import preemption
+from pipeline.exits import (
+    EXIT_BROKEN_PIPE,
+    EXIT_BUG,
+    EXIT_KEYBOARD,
+    EXIT_RESUME,
+    EXIT_USER_ERROR,
+    open_closed_streams,
+    record_for_torchrun,
+)
 
 
 class UserError(Exception):
@@ -59,16 +61,20 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
 
     With several ranks only rank 0 prints what all of them know. torchrun finds what ended a rank in its error file.
     """
+    open_closed_streams()
     try:
-        main()
+        try:
+            main()
+        finally:
+            preemption.ending()
     except UserError as error:
-        if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0":
+        if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        record_for_torchrun(str(error))
+        record_for_torchrun(str(error), EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
     except InterruptedRunError as error:
         print(f"interrupted: {error}; start the same command again to go on", file=sys.stderr, flush=True)
-        record_for_torchrun(str(error))
+        record_for_torchrun(str(error), EXIT_RESUME, signal=preemption.received())
         sys.exit(EXIT_RESUME)
     except KeyboardInterrupt:
         sys.exit(EXIT_KEYBOARD)
@@ -76,16 +82,10 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         sys.exit(EXIT_BROKEN_PIPE)
     except Exception as error:
-        record_for_torchrun(traceback.format_exc())
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR if disk_is_full else EXIT_BUG)
+        if not disk_is_full:
             raise
         file = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
-
-
-def record_for_torchrun(message: str) -> None:
-    """Have torchrun's report say why this rank ended (torch.distributed.elastic.multiprocessing.errors)."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

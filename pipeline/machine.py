@@ -5,9 +5,16 @@ import os
 import signal
 
 
+def usable_cores() -> list[int]:
+    """Numbers of the CPU cores that this process may use (a scheduler's binding included)."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def available_cores() -> int:
-    """CPU cores that this process may use (a scheduler's binding included)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many CPU cores this process may use."""
+    return len(usable_cores())
 
 
 def keep_freed_memory() -> None:

@@ -81,6 +81,7 @@ class Schema(Generic[T]):
             else:
                 self._sections[""][name] = field
         self.fields = {key: field for section in self._sections.values() for key, field in section.items()}
+        self.flags = [flag(key) for key in self.fields]
 
     def add_flags(self, parser: argparse.ArgumentParser, title: str, leave_out: tuple[str, ...] = ()) -> None:
         """Add a flag for each field; those given become attributes of the parsed namespace, named by their keys.
@@ -107,8 +108,15 @@ class Schema(Generic[T]):
         """The fields that the command line gave, by key."""
         return {key: self._from_text(key, getattr(namespace, key)) for key in self.fields if hasattr(namespace, key)}
 
-    def refuse_unknown(self, words: list[str]) -> None:
+    def is_list(self, key: str) -> bool:
+        """Whether the field holds several values, which a command line separates by commas."""
+        return _is_tuple(self.fields[key].annotation)
+
+    def refuse_unknown(self, words: list[str], other_flags: tuple[str, ...] = ()) -> None:
         """Refuse what `argparse` did not know.
+
+        Args:
+            other_flags: those that the program has beside the fields', which may be meant.
 
         Raises:
             UserError: `words` is not empty; names the first, and what it may be meant for.
@@ -125,7 +133,7 @@ class Schema(Generic[T]):
         if last in self._elsewhere:
             raise UserError(f"unknown argument {flag}: {self._advice(last)}")
         same = [self._flag(known) for known in self.fields if known.rpartition(".")[2].replace("-", "_") == last]
-        hint = f" (did you mean '{same[0]}'?)" if same else did_you_mean(flag, [self._flag(k) for k in self.fields])
+        hint = f" (did you mean '{same[0]}'?)" if same else did_you_mean(flag, [*self.flags, *other_flags])
         raise UserError(f"unknown argument {flag}{hint}; --help lists all")
 
     def read(self, path: Path) -> dict[str, Any]:

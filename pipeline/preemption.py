@@ -1,11 +1,84 @@
-"""Signals that ask a run to stop: it does so between two steps, with a checkpoint."""
+"""Signals that ask a run to stop: while it starts they end it at once, while it trains it leaves with a checkpoint.
 
+A command calls `exit_when_asked` before it imports anything slow. `PreemptionHandler`, which the trainer enters when
+there is something to save, takes over. When that is left the command is about to end, and only Ctrl-C is heard. In a
+program that calls ``trainer.fit`` without `exit_when_asked`, the program's own handlers count before and after.
+"""
+
+import os
 import signal
 import threading
+from dataclasses import dataclass
 from types import FrameType
+from typing import Literal, NoReturn
+
+from pipeline.exits import EXIT_KEYBOARD, EXIT_RESUME, open_closed_streams, record_for_torchrun
 
 # SIGTERM: torchrun, a scheduler's time limit or preemption; SIGUSR1, SIGUSR2: a scheduler's early warning; SIGINT: Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+
+_phase: Literal["library", "starting", "training", "ending"] = "library"  # library: no command has called us
+_received = 0  # number of the first signal that came
+
+
+@dataclass(frozen=True)
+class GracePeriod:
+    """How long a rank that is asked to leave may take before it is killed.
+
+    Attributes:
+        remedy: how to make it longer.
+    """
+
+    seconds: float
+    remedy: str
+
+
+def exit_when_asked() -> None:
+    """From here on a signal ends this process at once, with exit code 75 and one line, until training begins.
+
+    For the first line of a command, in its main thread. Calling it again takes the signals back from other handlers.
+    A thread ends the process, because the main thread may be in C code (an import, a rendezvous, a compiler) for long.
+    """
+    global _phase
+    first, _phase = _phase == "library", "starting"
+    for number in SIGNALS:
+        signal.signal(number, _note)  # a signal without a handler of Python's does not wake the thread
+    if first:
+        open_closed_streams()  # or the pipe would become the standard output
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+
+
+def ending() -> None:
+    """Of a command that has its outcome: no launcher's signal may change it now, down to the process's last moment."""
+    global _phase
+    if _phase != "library":
+        _phase = "ending"
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def received() -> str:
+    """Name of the first signal that this process was sent; empty if there was none."""
+    return signal.Signals(_received).name if _received else ""
+
+
+def grace_period() -> GracePeriod | None:
+    """What is known of the launcher's limit; None if nothing is.
+
+    It is for the case that the launcher itself is asked to end. After another rank has failed torchrun always waits 30 s.
+    A ``torchrun --shutdown-timeout`` cannot be seen from a rank; its environment variable can.
+    """
+    if seconds := os.environ.get("LAUNCH_GRACE_SECONDS"):
+        return GracePeriod(float(seconds), "give python -m launch more --warning-seconds")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    names = ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")  # in the order in which torchrun takes them
+    seconds = next((os.environ[name] for name in names if name in os.environ), "30")
+    return GracePeriod(float(seconds), "start torchrun with TORCH_ELASTIC_SHUTDOWN_TIMEOUT set to more seconds")
 
 
 class PreemptionHandler:
@@ -20,17 +93,46 @@ class PreemptionHandler:
         self._handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "PreemptionHandler":
+        global _phase
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            if _phase != "library":
+                _phase = "training"
             self._handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            if _phase == "training":
+                self.signal = _received  # one that came too late for the thread
         return self
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
-            # A process that leaves with its own exit code must not die of a launcher that asks once more.
-            leaves = failure is not None and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if leaves else handler)
+            signal.signal(number, handler)
+        if self._handlers:
+            ending()
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
+        _note(number, None)
         self.signal = self.signal or number
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    global _received
+    _received = _received or number
+
+
+def _watch(reader: int) -> None:
+    """Read the signals that C code writes into the pipe, whatever the main thread does."""
+    while True:
+        for number in os.read(reader, 64):
+            if (_phase == "starting" and number in SIGNALS) or (_phase == "ending" and number == signal.SIGINT):
+                _end(signal.Signals(number))
+
+
+def _end(number: signal.Signals) -> NoReturn:
+    if number == signal.SIGINT:
+        os._exit(EXIT_KEYBOARD)
+    error = f"rank {os.environ.get('RANK', '0')} leaves on {number.name} while starting"
+    line = f"interrupted: {error}; start the same command again to go on\n"
+    os.write(2, line.encode())  # the main thread may hold the lock of sys.stderr
+    record_for_torchrun(error, EXIT_RESUME, signal=number.name, phase="starting")
+    os._exit(EXIT_RESUME)

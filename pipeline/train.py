@@ -3,11 +3,13 @@
 import os
 import sys
 
-from pipeline.config import parse_command_line
 from pipeline.errors import exit_on_user_error
+from pipeline.preemption import exit_when_asked
 
 
 def main() -> None:
+    from pipeline.config import parse_command_line  # here, so that signals are heard before anything slow is imported
+
     config, options = parse_command_line(
         sys.argv[1:],
         program="python -m pipeline.train",
@@ -30,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    exit_when_asked()
     exit_on_user_error(main)

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipeline.distributed import World
-from pipeline.errors import EXIT_RESUME, record_for_torchrun
+from pipeline.exits import EXIT_RESUME, record_for_torchrun
 
 _STORE_PATIENCE = timedelta(seconds=10)
 _SILENT_TICKS = 3
@@ -92,7 +92,7 @@ class Watchdog:
         error = f"{idle}; {self._diagnose_stall()}"
         print(f"interrupted: {error}", file=sys.stderr, flush=True)
         traceback.print_stack(sys._current_frames()[self._watched_thread])
-        record_for_torchrun(error)
+        record_for_torchrun(error, EXIT_RESUME)
         os._exit(EXIT_RESUME)  # the main thread may never return from where it waits
 
     def _diagnose_stall(self) -> str:

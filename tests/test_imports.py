@@ -9,9 +9,11 @@ import pytest
 from conftest import REPOSITORY
 
 LAYERS = [
-    {"pipeline.errors", "pipeline.machine"},
+    {"pipeline.exits", "pipeline.machine"},
+    {"pipeline.preemption"},
+    {"pipeline.errors"},
     {"pipeline.parsing", "pipeline.renamed"},
-    {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.run_dir", "pipeline.preemption"},
+    {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.run_dir"},
     {
         "pipeline.data",
         "pipeline.models",

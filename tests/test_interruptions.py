@@ -31,17 +31,25 @@ from pipeline.watchdog import Status, diagnose_stall
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    config = small_config(tmp_path_factory.mktemp("whole"))
+    trainer.fit(config)
+    return config
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [0, 2, 3, 4])
-def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(tmp_path, number, step):
+def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(whole, tmp_path, number, step):
     """Four steps an epoch; without the signal only each epoch's end would be saved."""
-    whole, cut = (small_config(tmp_path / name) for name in ("whole", "cut"))
-    trainer.fit(whole)
+    cut = small_config(tmp_path)
     handlers = [signal.getsignal(n) for n in SIGNALS]
     epoch, done = divmod(step + 1, 4) if step != 3 else (0, 4)
     with pytest.raises(InterruptedRunError, match=f"leaves at epoch {epoch}, step {done} of .* on {number.name}"):
         trainer.fit(cut, hooks=[SignalInStep(step, number)])
     assert (last_state(cut)["progress"]["epoch"], last_state(cut)["progress"]["step"]) == (epoch, done)
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
     trainer.fit(cut)
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert_equal_weights(weights(cut), weights(whole))
@@ -49,9 +57,8 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(tmp_path, nu
     assert_no_doubles_on_the_board(cut)
 
 
-def test_a_signal_during_validation_loses_no_training(tmp_path):
-    whole, cut = (small_config(tmp_path / name, train={"eval_batch_size": 2}) for name in ("whole", "cut"))
-    trainer.fit(whole)
+def test_a_signal_during_validation_loses_no_training(whole, tmp_path):
+    cut = small_config(tmp_path, train={"eval_batch_size": 2})
 
     class SignalInValidation(Hook):
         calls = 0
@@ -78,10 +85,9 @@ def test_a_second_ctrl_c_ends_at_once():
 
 @pytest.fixture(autouse=True)
 def same_handlers():
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
 def test_the_command_ends_with_one_line_and_code_75(tmp_path):
@@ -95,7 +101,7 @@ def test_the_command_ends_with_one_line_and_code_75(tmp_path):
     assert refused.returncode == 2
     assert f"{tmp_path} is in use by process {process.pid} on" in refused.stderr.strip().splitlines()[-1]
     process.terminate()
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=600)
     assert process.returncode == 75
     (line,) = complaint.strip().splitlines()
     assert line.startswith("interrupted: rank 0 leaves at epoch") and line.endswith(
@@ -127,12 +133,12 @@ HANGS = """
 import sys, threading, time
 from pipeline.distributed import init_distributed
 from pipeline.watchdog import Watchdog
-with init_distributed("cpu") as world, Watchdog(world, patience=2) as watchdog:
+with init_distributed("cpu") as world, Watchdog(world, patience=3) as watchdog:
     for step in range(4):
         watchdog.beat(f"step {step}")
         time.sleep(1)
     if world.rank == world.size - 1:
-        time.sleep(100)
+        time.sleep(36000)
     watchdog.beat("waiting for all")
     world.all_reduce_max([1])
 """
@@ -145,11 +151,9 @@ def test_a_rank_that_hangs_is_named_and_ends_in_time(tmp_path, ranks):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, *launcher, str(script)]
-    start = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert time.monotonic() - start < 60
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == (75 if ranks == 1 else 1)
-    assert f"rank {ranks - 1}: no progress for 2 s in 'step 3'" in done.stderr and "hangs.py" in done.stderr
+    assert f"rank {ranks - 1}: no progress for 3 s in 'step 3'" in done.stderr and "hangs.py" in done.stderr
     if ranks == 2:
         assert "rank 1 (process" in done.stderr and "is behind, in 'step 3'" in done.stderr
         assert "exitcode  : 75" in done.stderr

@@ -1,7 +1,10 @@
 """Launching without SLURM: what is asked for, what follows an end, and the local twin, really run and struck."""
 
+import dataclasses
+import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -9,11 +12,14 @@ import pytest
 from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, weights
 
-from launch.__main__ import start
-from launch.after import decide, end
+from launch.__main__ import grid_values, start
+from launch.after import cause_of, decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
-from launch.records import Job, add_event, read_events, read_job, write_job
+from launch.local import Controller, first_failure
+from launch.records import Attempt, add_event, config_file, read_events, read_job, write_submission
+from launch.submission import submit
+from pipeline.config import to_yaml
 from pipeline.errors import ArgumentParser, UserError
 from tools.lab.scaling import Machines, step_time
 
@@ -34,63 +40,204 @@ def test_a_sites_file_and_flags_that_win(tmp_path):
     assert asked.minutes == 36 * 60 + 31 and asked.setup == ("module load cuda",)
     assert asked.sbatch == {"reservation": "a", "exclusive": "user"}
     assert cluster("--cluster", "local", "--tasks-per-node", "3").ranks == 3
-    site.write_text("time: 24:00:00")  # which YAML takes for a number of base 60
-    assert cluster("--cluster", str(site)).minutes == 24 * 60
+    for written, minutes in [("24:00:00", 1440), ("1:00:30", 61), ("0:30:00", 30), ("'2-00:00:00'", 2880)]:
+        site.write_text(f"time: {written}")  # YAML takes the first two for numbers of base 60
+        assert cluster("--cluster", str(site)).minutes == minutes
+    shipped = cluster("--cluster", str(REPOSITORY / "launch" / "site.example.yaml"), "--srun=--overlap", "--srun=-v")
+    assert shipped.ranks == 8 and shipped.srun == ("--overlap", "-v")
+    assert Cluster(**json.loads(json.dumps(dataclasses.asdict(shipped)))) == shipped  # as `resume` reads it
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--nodes", "none"], "--nodes: Input should be a valid integer.*'none'"),
-        (["--time", "2 days"], "--time: .*'2 days'"),
+        (["--nodes", "none"], "--nodes: a whole number is needed .*'none'"),
+        (["--nodes", "0"], "--nodes: a number above 0 is needed .*'0'"),
+        (["--time", "2 days"], "--time: .*HOURS:MINUTES:SECONDS.*'2 days'"),
+        (["--cluster", "time.yaml"], "time.yaml: 'time': .*HOURS:MINUTES:SECONDS.*'90'"),
         (["--time", "0:02:00"], "warning_seconds 120 must be less than the time limit 0:02:00"),
         (["--sbatch", "exclusive"], "--sbatch exclusive: NAME=VALUE is needed"),
-        (["--cluster", "nowhere.yaml"], "cannot read the cluster file nowhere.yaml .*local or slurm"),
+        (["--cluster", "nowhere.yaml"], "no cluster file nowhere.yaml: --cluster takes a file, local or slurm"),
         (["--cluster", "site.yaml"], "site.yaml: 'partiton' is not a known key \\(did you mean 'partition'"),
     ],
 )
 def test_mistakes_name_the_flag_or_the_key(tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     Path("site.yaml").write_text("partiton: gpu")
+    Path("time.yaml").write_text("time: 90")
     with pytest.raises(UserError, match=expected):
         cluster(*words)
 
 
+SIGNALLED, LOST, BUG, MISTAKE = {"code": 75, "signal": "SIGTERM"}, {"code": 75, "signal": ""}, {"code": 1}, {"code": 2}
+
+
 @pytest.mark.parametrize(
-    ("code", "rank_codes", "ends", "expected"),
+    ("code", "words", "expected"),
     [
-        (0, [], [(0, "a")], "done"),
-        (137, [75, None, 75], [(137, "a")], "again"),
-        (137, [75, None, 75], [(137, "a"), (137, "b"), (137, "c")], "again"),
-        (137, [75, None, 75], [(137, "a"), (137, "a"), (137, "a")], "stopped"),
-        (137, [75, None, 75], [(137, "a"), (75, "a"), (137, "a"), (75, "a"), (137, "a")], "stopped"),
-        (137, [], [(137, None)] * 3, "stopped"),
-        (137, [], [(137, "a")] * 2, "again"),
-        (75, [75, 75], [(75, "a")] * 9, "again"),
-        (75, [75, 75], [(75, "a")] * 10, "stopped"),
-        (75, [75, 75], [(75, "a")] * 9 + [(75, "b")], "again"),
-        (137, [2, 137], [(137, "a")], "stopped"),
-        (2, [2, 2], [(2, "a")], "stopped"),
+        (0, [], "complete"),
+        (2, [MISTAKE, MISTAKE], "mistake"),
+        (137, [MISTAKE], "mistake"),  # the other was killed because this one had left
+        (75, [SIGNALLED, SIGNALLED], "preempted"),
+        (75, [SIGNALLED, LOST], "preempted"),
+        (75, [LOST, LOST], "interrupted"),
+        (137, [LOST, LOST], "failed"),  # killed, and what the others said then
+        (137, [SIGNALLED], "failed"),  # as when srun ends the others
+        (1, [BUG, LOST], "failed"),
+        (143, [BUG], "failed"),
+        (138, [], "interrupted"),  # all were struck before they had a handler
+        (140, [], "interrupted"),
+        (143, [], "interrupted"),
+        (143, [SIGNALLED], "preempted"),  # one was
+        (139, [], "failed"),
     ],
 )
-def test_what_follows_an_end(code, rank_codes, ends, expected):
-    assert decide(code, rank_codes, ends, failures=3)[0] == expected
+def test_why_an_attempt_ended(code, words, expected):
+    assert cause_of(code, words, complete=False, limit_reached=False) == expected
+    assert cause_of(code, words, complete=True, limit_reached=False) == "complete"
+    late = {"preempted": "time limit", "interrupted": "interrupted" if code == 75 else "time limit"}
+    assert cause_of(code, words, complete=False, limit_reached=True) == late.get(expected, expected)
+
+
+FAILED, PREEMPTED, LIMIT, CUT = "failed", "preempted", "time limit", "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([("complete", "a")], "done"),
+        ([("mistake", "a")], "stopped"),
+        ([(FAILED, "a")], "again"),
+        ([(FAILED, "a"), (FAILED, "b"), (FAILED, "c")], "again"),
+        ([(FAILED, "a"), (FAILED, "a"), (FAILED, "a")], "stopped"),
+        ([(FAILED, "a"), (CUT, "a"), (FAILED, "a"), (LIMIT, "a"), (FAILED, "a")], "stopped"),
+        ([(FAILED, None)] * 3, "stopped"),
+        ([(FAILED, "a")] * 2, "again"),
+        ([(FAILED, None), (FAILED, None), (PREEMPTED, None)], "again"),
+        ([(PREEMPTED, None)] * 50, "again"),
+        ([(PREEMPTED, None)] * 50 + [(CUT, None)], "again"),
+        ([(CUT, "a")] * 9, "again"),
+        ([(CUT, "a")] * 10, "stopped"),
+        ([(LIMIT, None)] * 10, "stopped"),
+        ([(CUT, "a")] * 9 + [(CUT, "b")], "again"),
+    ],
+)
+def test_what_follows_an_end(ends, expected):
+    *before, (cause, checkpoint) = ends
+    assert decide(cause, 1, before, checkpoint, failures=3)[0] == expected
+
+
+def submission(tmp_path: Path, seconds: int = 86400, warning: int = 120) -> Path:
+    """A submission of one run of two ranks, in `tmp_path`/run."""
+    folder, config = tmp_path / "jobs" / "one", small_config(tmp_path / "run")
+    for made in (folder / "configs", tmp_path / "run" / "ends"):
+        made.mkdir(parents=True)
+    write_submission(folder, [config.run_dir], 2, seconds, warning, failures=3)
+    config_file(folder, 0).write_text(to_yaml(config))
+    return folder
 
 
 def test_failures_before_a_run_was_submitted_again_do_not_count(tmp_path):
-    write_job(tmp_path, Job("1", "local", "here", str(tmp_path), ranks=2, failures=3))
-    what = []
-    for submission in range(2):
-        add_event(tmp_path, "submit", job=str(submission), cluster={})
+    folder, what = submission(tmp_path), []
+    for job in ("1", "2", "2"):  # a process's number may come again
+        add_event(tmp_path / "run", "submit", job=job, cluster={})
         for number in range(3):
-            add_event(tmp_path, "start", start=f"{submission}.{number}")
-            what.append(end(tmp_path, 137))
-    assert what == ["again", "again", "stopped"] * 2
+            attempt = Attempt(folder, 0, job, f"{job}.{number}")
+            add_event(attempt.run_dir, "start", start=attempt.name, job=job)
+            what.append(end(attempt, 137))
+    assert what == ["again", "again", "stopped"] * 3
 
 
-def test_an_estimate_counts_what_a_start_can_use():
+def test_a_word_cut_short_is_none(tmp_path):
+    attempt = Attempt(submission(tmp_path), 0, "1", "1.0")
+    attempt.word_file(0).write_text('{"message": "lea')
+    attempt.word_file(1).write_text(json.dumps(SIGNALLED))
+    assert attempt.words() == [SIGNALLED] and end(attempt, 75) == "again"
+
+
+def test_a_complete_run_is_done_however_its_ranks_ended(tmp_path):
+    """A signal or a crash may come after the last checkpoint. A file that does not tell is not believed."""
+    attempt = Attempt(submission(tmp_path), 0, "1", "1.0")
+    status = attempt.run_dir / "status.json"
+    for text in ("{", "[]", '{"complete": true}', '{"epoch": 1, "complete": false}', '{"epoch": 1, "complete": true}'):
+        status.write_text(text)  # the last: it was complete, and is now to train for 2 epochs
+        assert end(attempt, 143) == "again"
+    status.write_text('{"epoch": 2, "epochs": 2, "step": 0, "complete": true}')
+    assert [end(attempt, code) for code in (75, 137, 143, 1)] == ["done"] * 4
+
+
+def test_a_time_limit_that_is_too_short_for_a_start_is_named(tmp_path):
+    attempt = Attempt(submission(tmp_path, seconds=150, warning=60), 0, "1", "1.0")
+    (attempt.run_dir / "starts.jsonl").write_text(
+        json.dumps({"event": "start", "time": time.time() - 100, "start": "1.0", "job": "1"}) + "\n"
+    )
+    attempt.word_file(0).write_text(json.dumps(SIGNALLED | {"phase": "starting"}))
+    what = [end(attempt, 75) for _ in range(10)]
+    assert what == ["again"] * 9 + ["stopped"]
+    last = read_events(attempt.run_dir)[-1]
+    assert last["cause"] == "time limit" and "10 attempts were interrupted before they could write" in last["why"]
+    assert "time limit is 2 min with a warning 60 s before it, but a start takes more than 100 s" in last["why"]
+    assert "give more --time" in last["why"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([None, None], None),
+        ([0, None], None),
+        ([0, 0], 0),
+        ([None, 75], 75),
+        ([75, -9], -9),  # seen at once: rank 0 lost contact to rank 1
+        ([1, None, 75], 1),
+    ],
+)
+def test_the_first_failure_is_not_the_lowest_rank(codes, expected):
+    assert first_failure(codes) == expected
+
+
+@pytest.mark.parametrize("moment", ["before the first attempt", "between two attempts", "while ranks are started"])
+def test_the_local_controller_loses_no_sigterm(tmp_path, monkeypatch, moment):
+    folder, ends, started = submission(tmp_path), [], []
+    controller = Controller(folder, 0)
+
+    def strike():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def end_of(attempt, code):
+        ends.append(code)
+        if moment == "between two attempts" and len(ends) == 2:
+            strike()
+        return "again"
+
+    class Rank(subprocess.Popen):
+        """Fails at once, or hears only what is sent to it."""
+
+        def __init__(self, command, **options):
+            struck = moment == "while ranks are started"
+            super().__init__(["sleep", "600"] if struck else ["false"], **options)
+            started.append(self)
+            if struck and len(started) == 1:
+                strike()
+
+    monkeypatch.setattr("launch.local.end", end_of)
+    monkeypatch.setattr("launch.local.subprocess.Popen", Rank)
+    if moment == "before the first attempt":
+        monkeypatch.setattr("launch.local.Attempt", None)  # which would have to be made
+        controller._cancel()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        controller.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    attempts, code = {"before": (0, None), "between": (2, 1), "while": (1, 143)}[moment.split()[0]]
+    assert ends == [code] * attempts and len(started) == 2 * attempts
+    assert all(rank.poll() is not None for rank in started)
+
+
+def test_an_estimate_counts_what_an_attempt_can_use():
     time_ = estimate((900, 300), epochs=10, images_per_second=10, limit=320, warning=20)
-    assert (time_.epoch, time_.run, time_.epochs_per_start, time_.starts) == (100, 1000, 3, 4)
+    assert (time_.epoch, time_.run, time_.epochs_per_attempt, time_.attempts) == (100, 1000, 3, 4)
+    assert estimate((900, 300), 10, 1e6, limit=320, warning=20).epochs_per_attempt == 10  # there are no more
 
 
 def test_a_step_on_more_gpus_is_faster_but_less_efficient():
@@ -106,11 +253,19 @@ def local_words(config, *more: object) -> list[str]:
     return [str(word) for word in words]
 
 
-def wait_for(condition, patience: float = 120) -> None:
+def wait_for(condition, patience: float = 900) -> None:
     end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.02)
+
+
+def stop_rank0(run: Path, file: str) -> int:
+    """Stop rank 0 as soon as the run has this file, and return its process id: no rank gets any further."""
+    wait_for(lambda: (run / file).exists())
+    started = next(event for event in reversed(read_events(run)) if event["event"] == "start")
+    os.kill(started["pid"], signal.SIGSTOP)
+    return started["pid"]
 
 
 def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_path):
@@ -121,34 +276,129 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     done = run_module("launch", *local_words(twin, "--train.checkpoint_every", 1))
     assert done.returncode == 0 and f"job {read_job(Path(twin.run_dir)).id}: {twin.run_dir}" in done.stdout, done.stderr
     run = Path(twin.run_dir)
-    wait_for(lambda: (run / "checkpoints" / "previous.pt").exists())
+    rank0 = stop_rank0(run, "checkpoints/previous.pt")
     again = run_module("launch", *local_words(twin))
     assert again.returncode == 2 and "which is running: cancel it" in again.stderr
-    started = next(event for event in read_events(run) if event["event"] == "start")
-    os.kill(started["pid"], signal.SIGKILL)
+    os.kill(rank0, signal.SIGKILL)
     wait_for(lambda: read_events(run)[-1].get("what") == "done")
     assert [event["event"] for event in read_events(run)] == ["submit", "start", "end", "start", "end"]
+    assert [event["cause"] for event in read_events(run) if event["event"] == "end"] == ["failed", "complete"]
     assert_equal_weights(weights(twin), weights(torchrun))
     assert comparable_records(twin) == comparable_records(torchrun)
-    status = run_module("launch", "status", tmp_path)
-    assert " done " in status.stdout and "6/6" in status.stdout
+    status = run_module("launch", "status", tmp_path).stdout
+    assert " done " in status and "6/6" in status and "top-1 err %" in status
     logs = run_module("launch", "logs", run).stdout
     assert "0: resuming at" in logs and "1: interrupted: rank 1 has lost contact" in logs
 
 
 def test_the_local_twin_is_cancelled_with_a_checkpoint_and_resumed(tmp_path):
-    config = small_config(tmp_path / "run", optim={"epochs": 40, "milestones": [20]})
+    config = small_config(tmp_path / "run", optim={"epochs": 8, "milestones": [4]})
     run = Path(config.run_dir)
-    assert run_module("launch", *local_words(config)).returncode == 0
-    wait_for(lambda: (run / "checkpoints" / "last.pt").exists())
+    assert run_module("launch", *local_words(config, "--train.checkpoint_every", 1)).returncode == 0
+    rank0 = stop_rank0(run, "checkpoints/last.pt")
     assert "is told to end" in run_module("launch", "cancel", run).stdout
+    os.kill(rank0, signal.SIGCONT)
     wait_for(lambda: read_events(run)[-1]["event"] == "end")
+    assert read_events(run)[-1]["cause"] == "preempted"
     assert " cancelled " in run_module("launch", "status", run).stdout
+    accepted = (run / "submitted.yaml").read_text()
+    refused = run_module("launch", *local_words(config, "--optim.lr", 0.7, "--nodes", 2))
+    assert refused.returncode == 2 and "--nodes must be 1" in refused.stderr
     assert run_module("launch", "resume", tmp_path).returncode == 0  # all in the folder
     wait_for(lambda: read_events(run)[-1].get("what") == "done")
+    assert (run / "submitted.yaml").read_text() == accepted and len(list((tmp_path / "jobs").iterdir())) == 2
     assert "has ended already (done)" in run_module("launch", "cancel", tmp_path).stdout
     assert " done " in run_module("launch", "status", run).stdout
     assert "0: resuming at" in run_module("launch", "logs", run).stdout
+
+
+SBATCH = """#!/bin/sh
+echo 'sbatch: error: invalid partition specified: nowhere' >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_refused_submission_leaves_nothing_and_changes_nothing(tmp_path, monkeypatch, runs):
+    """A program of sbatch's name stands for a SLURM that refuses; tests/test_slurm.py asks a real one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    configs = [small_config(tmp_path / "runs" / f"run{i}") for i in range(runs)]
+    with pytest.raises(UserError, match="sbatch refuses the job: .*invalid partition"):
+        submit(configs, Cluster(partition="nowhere"))
+    assert not (tmp_path / "runs" / "jobs").exists() and not list((tmp_path / "runs").glob("run*"))
+    before = Path(configs[0].run_dir, "submitted.yaml")
+    before.parent.mkdir()
+    before.write_text("as accepted")
+    with pytest.raises(UserError, match="sbatch refuses"):
+        submit(configs, Cluster(partition="nowhere"))
+    assert [file.name for file in before.parent.iterdir()] == ["submitted.yaml"] and before.read_text() == "as accepted"
+
+
+def test_without_slurm_a_dry_run_shows_the_script_and_a_submission_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = [str(word) for word in ["configs/demo.yaml", *override_flags(small_config(tmp_path / "a run"))]]
+    start([*words, "--dry-run", "--nodes", "2", "--sbatch", "nice=10", "--setup", "module load cuda, now"])
+    text = capsys.readouterr().out
+    assert "#SBATCH --nodes=2\n" in text and "#SBATCH --nice=10\n" in text and "\nmodule load cuda, now\n" in text
+    assert "--signal=USR2@120" in text and f" -m launch.rank {tmp_path}/jobs/TIME/%j" in text
+    assert f" -m launch.after {tmp_path}/jobs/TIME $?" in text
+    with pytest.raises(UserError, match="no SLURM on this machine .*--cluster local"):
+        start(words)
+    assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optim.lr=0.1,0.2", ["0.1", "0.2"]),
+        ("data.hflip=true,false", ["true", "false"]),
+        ("optim.milestones=[30,60],[20,40]", ["[30,60]", "[20,40]"]),
+        ("optim.milestones=[30]", ["[30]"]),
+        ("optim.milestones=[],[1]", ["[]", "[1]"]),
+    ],
+)
+def test_the_values_of_a_grid(word, expected):
+    assert [value for _, value in grid_values(word)] == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optim.lr", "KEY=A,B is needed"),
+        ("optim.lr=", "KEY=A,B is needed"),
+        ("optim.lr=0.1,,0.2", "a value is empty or stands twice"),
+        ("optim.lr=0.1,0.1", "a value is empty or stands twice"),
+        ("optim.lr=[0.1],[0.2]", "optim.lr is no list; write its values without brackets"),
+        (
+            "optim.milestones=30,60",
+            "is a list; write each value in brackets, as in --grid 'optim.milestones=\\[1,2\\],\\[3,4\\]'",
+        ),
+        ("optim.milestones=[30,60],20", "is a list; write each value in brackets"),
+        ("optim.milestones=[30,[60]]", "is a list; write each value in brackets"),
+        ("optim.lrr=0.1", "unknown argument --optim.lrr \\(did you mean '--optim.lr'"),
+    ],
+)
+def test_a_grid_that_is_not_clear_is_refused(word, expected):
+    with pytest.raises(UserError, match=expected):
+        grid_values(word)
+
+
+def test_a_grid_makes_a_run_of_each_combination(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    configs = []
+    monkeypatch.setattr("launch.__main__.describe", lambda config, *_: configs.append(config))
+    grid = ["--grid", "optim.milestones=[30,60],[20,40]", "--grid", "train.compile=true,false", "--train.channels_last"]
+    start(["configs/densenet121.yaml", "--cluster", "local", "--run_dir", str(tmp_path / "run"), "--dry-run", *grid])
+    assert [(c.optim.milestones, c.train.compile) for c in configs] == [
+        ((30, 60), True), ((30, 60), False), ((20, 40), True), ((20, 40), False),
+    ]  # fmt: skip
+    assert configs[1].run_dir == f"{tmp_path}/run-milestones30-60-compilefalse" and configs[0].train.channels_last
+    start(["--optim.lr", "0.3", "configs/demo.yaml", "--nodes", "1", "configs/densenet169.yaml", "--dry-run"])
+    assert [(Path(c.run_dir).name, c.optim.lr) for c in configs[4:]] == [("demo", 0.3), ("densenet169", 0.3)]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +427,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
         "batch 12 = 1 nodes x 2 ranks x 1 accumulation steps x 6 images" in text
         and "4 steps an epoch, 2 epochs" in text
     )
-    assert "at 20 images/s" in text and "1 starts" in text
+    assert "at 20 images/s" in text and "1 attempts" in text
     assert not list(tmp_path.glob("*/job.json"))
     start(["configs/densenet169.yaml", *local_words(config, "--dry-run")])
     assert f"{tmp_path}/run/densenet169: " in capsys.readouterr().out
@@ -186,7 +436,8 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     with pytest.raises(UserError, match="--nodes must be 1"):
         start(local_words(config, "--nodes", 2, "--optim.batch_size", 12))
     assert not (tmp_path / "run" / "job.json").exists() and not (tmp_path / "jobs").exists()
-    with pytest.raises(UserError, match="--grid optim.lr: KEY=A,B is needed"):
-        start(local_words(config, "--dry-run", "--grid", "optim.lr"))
-    with pytest.raises(UserError, match="did you mean '--optim.lr'"):
-        start(local_words(config, "--dry-run", "--optim.lrr", 1))
+    for wrong, meant in [("--optim.lrr", "--optim.lr"), ("--partiton", "--partition"), ("--clustr", "--cluster")]:
+        with pytest.raises(UserError, match=f"unknown argument {wrong} .did you mean '{meant}'"):
+            start(local_words(config, "--dry-run", wrong, 1))
+    with pytest.raises(UserError, match="unknown argument --kind"):
+        start(local_words(config, "--kind", "local"))

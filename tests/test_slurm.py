@@ -19,7 +19,7 @@ from tools.lab.chaos import same_bits
 from tools.lab.images import write_images
 
 CLUSTER = Path("/tmp/slurm-for-tests")
-PATIENCE = 300  # seconds
+PATIENCE = 1800  # seconds: the machine may have much else to do
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("SLURM_CONF") != str(CLUSTER / "slurm.conf"), reason="tests/slurm/cluster is not up"
@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
                 "model": {"name": "densenet_bc40_k12"},
                 "data": {"dir": str(root / "images"), "crop_size": 24, "resize_size": 26},
                 "optim": {"epochs": 6, "batch_size": 32, "milestones": [3, 5]},
-                "train": {"device": "cpu", "checkpoint_every": 5, "log_every": 5, "heartbeat_timeout": 30},
+                "train": {"device": "cpu", "checkpoint_every": 5, "log_every": 5, "heartbeat_timeout": 600},
             }
         )
     )
@@ -70,8 +70,9 @@ def wait_until(condition: Callable[[], object], run: Path) -> None:
     job = read_job(run).id
     while not condition():
         assert time.monotonic() < end, launch("status", run) + launch("logs", run)[-3000:]
-        if slurm("squeue", "--noheader", "--jobs", job, "--format=%T %r") == "PENDING BeginTime":
-            time.sleep(5)  # what is left of the last start must have gone
+        waits = slurm("squeue", "--noheader", "--jobs", job, "--format=%T %r") == "PENDING BeginTime"
+        if waits and not ranks_of(run):  # or what is left of the last attempt would hold the run's lock
+            time.sleep(5)  # SLURM refuses a start in the second in which it has ended the last one
             slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
         time.sleep(0.5)
 
@@ -106,7 +107,11 @@ def ranks_of(run: Path, node: str = "node") -> list[int]:
             words, command = (entry / "environ").read_bytes().split(b"\0"), (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if all(any(word.startswith(want) for word in words) for want in wanted) and b"_submit" in command:
+        if (
+            all(any(word.startswith(want) for word in words) for want in wanted)
+            and b"launch.rank" in command
+            and not command.startswith(b"srun")
+        ):
             found.append(int(entry.name))
     return found
 
@@ -118,7 +123,9 @@ def test_two_nodes_train_as_torchrun_does(folder):
 def test_a_killed_rank(folder):
     run = submit(folder, "killed")
     wait_for_steps(run, 20)
-    os.kill(ranks_of(run)[-1], signal.SIGKILL)
+    ranks = ranks_of(run)
+    assert [len(os.sched_getaffinity(pid)) for pid in ranks] == [1] * 4  # SLURM has bound each to its own core
+    os.kill(ranks[-1], signal.SIGKILL)
     assert_ends_as_torchrun(run, at_least=2)
 
 
@@ -129,22 +136,41 @@ def test_a_requeue_by_hand(folder):
     assert_ends_as_torchrun(run, at_least=2)
 
 
-def test_two_time_limits(folder):
-    run = submit(folder, "timed-out", "--time", "00:02:00", "--warning-seconds", 100)
+def test_two_warnings_of_the_time_limit(folder):
+    """As SLURM gives them, but at a step that does not depend on how fast this machine is."""
+    run = submit(folder, "timed-out")
     for _ in range(2):
         wait_for_steps(run, 20 * starts(run))
-        for pid in ranks_of(run):  # SLURM's own warning, which it gives up to a minute early, comes as this does
-            os.kill(pid, signal.SIGUSR2)
         before = starts(run)
+        slurm("scancel", "--signal=USR2", read_job(run).id)
         wait_until(lambda: starts(run) > before, run)  # noqa: B023
     assert_ends_as_torchrun(run, at_least=3)
+
+
+def test_signals_while_ranks_start_do_not_count_as_failures(folder):
+    """Three failures would stop the run for good."""
+    run = submit(folder, "struck-early")
+    for number, name in enumerate(["USR2", "TERM", "USR1", "USR2"], start=1):
+        wait_until(lambda: starts(run) == number, run)  # noqa: B023
+        slurm("scancel", f"--signal={name}", read_job(run).id)
+    assert_ends_as_torchrun(run, at_least=5)
+    assert "while starting" in launch("logs", run)
+    causes = {event["cause"] for event in read_events(run) if event["event"] == "end"}
+    assert causes <= {"preempted", "interrupted", "complete"}
+
+
+def test_a_request_that_sbatch_refuses_leaves_nothing(folder):
+    words = [folder / "training.yaml", "--run_dir", folder / "refused" / "run", "--partition", "nowhere"]
+    done = run_module("launch", *words)
+    assert done.returncode == 2 and "sbatch refuses the job: " in done.stderr, done.stderr
+    assert not (folder / "refused" / "jobs").exists() and not (folder / "refused" / "run" / "submitted.yaml").exists()
 
 
 def test_a_preemption(folder):
     run = submit(folder, "preempted")
     wait_for_steps(run, 20)
     slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
-    wait_until(lambda: starts(run) == 2, run)
+    wait_until(lambda: starts(run) >= 2, run)
     assert_ends_as_torchrun(run, at_least=2)
 
 

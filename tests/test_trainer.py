@@ -1,6 +1,7 @@
 """The trainer, really run: in this process, and under torchrun with gloo."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -83,23 +84,37 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
     assert board.Tags()["images"] and "config/text_summary" in board.Tags()["tensors"]
 
 
+RUNS = {
+    "fused": {},
+    "accumulation": {"optim": {"grad_accum_steps": 3}},
+    "dropout": {"model": {"dropout": 0.2}},
+    "bf16": {"train": {"precision": "bf16", "channels_last": False}},
+    "fp16": {"train": {"precision": "fp16"}, "optim": {"label_smoothing": 0.1}},
+}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """The runs of `RUNS` with a checkpoint after each step, without an interruption; trained when first asked for."""
+
+    @functools.cache
+    def train(name: str):
+        config = config_of(name, tmp_path_factory.mktemp(name))
+        trainer.fit(config)
+        return config
+
+    return train
+
+
+def config_of(name: str, folder: Path):
+    return small_config(folder, **{**RUNS[name], "train": {"checkpoint_every": 1, **RUNS[name].get("train", {})}})
+
+
 @pytest.mark.parametrize("interrupted_after", [1, 3, 5, 6])
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {},
-        {"optim": {"grad_accum_steps": 3}},
-        {"model": {"dropout": 0.2}},
-        {"train": {"precision": "bf16", "channels_last": False}},
-        {"train": {"precision": "fp16"}, "optim": {"label_smoothing": 0.1}},
-    ],
-    ids=["eager", "accumulation", "dropout", "bf16", "fp16"],
-)
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, sections, interrupted_after):
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupted_run_ends_with_the_same_bits(whole_runs, tmp_path, name, interrupted_after):
     """Four steps an epoch, a checkpoint after each; records neither lack nor double."""
-    sections = {**sections, "train": {"checkpoint_every": 1, **sections.get("train", {})}}
-    whole, cut = (small_config(tmp_path / name, **sections) for name in ("whole", "cut"))
-    trainer.fit(whole)
+    whole, cut = whole_runs(name), config_of(name, tmp_path)
     with pytest.raises(InterruptionError):
         trainer.fit(cut, hooks=[InterruptAfter(interrupted_after)])
     trainer.fit(cut)

@@ -1,0 +1,35 @@
+"""What a process of ours leaves behind: exit codes, the word of why it ended, and nothing in others' files."""
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+EXIT_BUG = 1  # with a traceback
+EXIT_USER_ERROR = 2
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one left
+EXIT_KEYBOARD = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def open_closed_streams() -> None:
+    """Send standard streams that were closed (``>&-``) to nowhere, or the next file opened would receive what is printed."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - for as long as the process lives
+
+
+def record_for_torchrun(message: str, code: int, **details: str) -> None:
+    """Write down why this rank ends where torchrun's report, and `launch.after`, look for it.
+
+    The form is that of torch.distributed.elastic.multiprocessing.errors, with the exit code and details for us.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        word = {"message": message, "timestamp": int(time.time()), "code": code, **details}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps(word))
