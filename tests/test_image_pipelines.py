@@ -97,7 +97,9 @@ def test_the_reference_follows_pillow(photos, resize, kernel):
         actual = pixels(photos, config, [plan])
         for i in range(len(plan)):
             top, left, height, width = plan.crop_boxes[i].tolist()
-            image = Image.open(photos.file(plan.ids[i])).convert("RGB").crop((left, top, left + width, top + height))
+            image = (
+                Image.open(photos.location(plan.ids[i])).convert("RGB").crop((left, top, left + width, top + height))
+            )
             image = image.resize(tuple(plan.sizes[i, ::-1].tolist()), kernel)
             y, x = plan.offsets[i, 0].tolist()
             expected = np.asarray(image)[y : y + 56, x : x + 56]
@@ -116,7 +118,7 @@ def test_a_training_batch_is_the_torch_codes_from_file_to_tensor(photos):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     for i in range(8):
         top, left, height, width = plan.crop_boxes[i].tolist()
-        image = np.asarray(Image.open(photos.file(plan.ids[i])).convert("RGB"), np.float64) / 255
+        image = np.asarray(Image.open(photos.location(plan.ids[i])).convert("RGB"), np.float64) / 255
         image = torch7.scale(image[top : top + height, left : left + width], *plan.sizes[i].tolist())
         y, x = plan.offsets[i, 0].tolist()
         image = image[y : y + 56, x : x + 56]

@@ -16,14 +16,15 @@ T = TypeVar("T")
 
 
 def collect(plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptImages) -> tuple[BatchPlan, list[T]]:
-    """Wait for the (n) results of a plan's images, and replace those that turn out corrupt by others.
+    """Wait for the (n) results of a plan's images, and replace corrupt ones.
 
-    The next sound image of the plan stands in, the first after the last, with all that is drawn for it and with weight
-    0: a function of the plan and the files' bytes alone, so that a run that resumes skips the same images.
+    A corrupt image is replaced by the next one of the plan that decodes (after the last comes the first), with that one's
+    crop and colours, and with weight 0. This depends on the plan and the files' bytes alone, so that a run that resumes
+    skips the same images.
 
     Raises:
         CorruptImageError: an image is corrupt, and `corrupt_images` is "stop".
-        LocalUserError: all are; or a file could not be read, which may pass, so that nothing stands in for it.
+        LocalUserError: all are corrupt; or a file could not be read, which may be temporary, so that it is not replaced.
     """
     results = [_result(future) for future in futures]
     sound = [not isinstance(result, CorruptImageError) for result in results]
