@@ -46,7 +46,9 @@ class ZipSource:
         for member in self._members():
             folder, name = os.path.split(member.name)
             classes.setdefault(os.path.basename(folder), []).append(dataclasses.replace(member, name=name))
-        return [Group(name, partial(Listing, tuple(of_it)), self._stamp()) for name, of_it in sorted(classes.items())], []
+        return [
+            Group(name, partial(Listing, tuple(of_it)), self._stamp()) for name, of_it in sorted(classes.items())
+        ], []
 
     def flat(self) -> Group:
         return Group("", lambda: Listing(tuple(self._members())), self._stamp())

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import BinaryIO
 
-from pipeline.data.image_files import hidden, is_image_by_content, is_image_by_name, unreadable_format
+from pipeline.data.image_files import beside_classes, hidden, is_image_by_content, is_image_by_name, unreadable_format
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member
 from pipeline.errors import UserError
 
@@ -56,7 +56,10 @@ class TarSource:
                 member = Member(path.name, item.offset, item.length, by_name=item.by_name)
                 folders.setdefault(path.parent, []).append(member)
             else:
-                issues.append(ImageIssue(self.location(item.name), "lies beside the class folders", "left out"))
+                issues.append(beside_classes(self.location(item.name)))
+        shared = os.path.commonpath([os.path.join(os.sep, folder) for folder in folders])[1:] if len(folders) > 2 else ""
+        for member in folders.pop(PurePath(shared), []):  # all classes are below this folder
+            issues.append(beside_classes(self.location(os.path.join(shared, member.name))))
         for folder, members in folders.items():
             if any(member.by_name or self._is_image(member) for member in members):
                 listing = partial(Listing, tuple(sorted(members, key=lambda member: member.name)))

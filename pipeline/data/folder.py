@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
-from pipeline.data.image_files import OWN_CACHE, hidden, is_image_by_name, no_file, unreadable, unreadable_format
+from pipeline.data.image_files import (
+    OWN_CACHE,
+    beside_classes,
+    hidden,
+    is_image_by_name,
+    no_file,
+    unreadable,
+    unreadable_format,
+)
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member
 
 
@@ -23,7 +31,7 @@ class FolderSource:
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
         """The folders in this one. A class may have folders of its own, whose images are the class's."""
         folders, files, issues = _look_into(self.root)
-        issues += [_beside(path) for path, _ in files]
+        issues += [beside_classes(path) for path, _ in files]
         names = sorted(os.path.basename(path) for path, _ in folders)
         return [Group(name, partial(_list, os.path.join(self.root, name))) for name in names], issues
 
@@ -37,16 +45,22 @@ class FolderSource:
         return os.path.join(self.root, name)
 
 
-def _beside(path: str) -> ImageIssue:
-    return ImageIssue(path, "lies beside the class folders", "left out")
-
-
 def _list(root: str) -> Listing:
     """All files below a folder."""
     members: list[Member] = []
     issues: list[ImageIssue] = []
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], str] = {}
     waiting = [("", root)]
+
+    def link_in(folder: str) -> str | None:
+        """The first link on the way from `root` to a folder."""
+        path = root
+        for part in os.path.relpath(folder, root).split(os.sep):
+            path = os.path.join(path, part)
+            if os.path.islink(path):
+                return path
+        return None
+
     while waiting:
         prefix, folder = waiting.pop()
         try:
@@ -56,10 +70,11 @@ def _list(root: str) -> Listing:
             continue
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
+            link = link_in(folder) or link_in(seen[identity]) or folder
             fault = f"leads to a folder that is already part of {root}"
-            issues.append(ImageIssue(f"the link {folder}", fault, "remove it", stops=True))
+            issues.append(ImageIssue(f"the link {link}", fault, "remove it", stops=True))
             continue
-        seen.add(identity)
+        seen[identity] = folder
         folders, files, found = _look_into(folder)
         issues += found
         waiting += [(os.path.join(prefix, os.path.basename(path)), path) for path, _ in folders]

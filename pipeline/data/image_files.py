@@ -102,6 +102,11 @@ def no_image(location: str) -> ImageIssue:
     return ImageIssue(location, "is no image", LEFT_OUT)
 
 
+def beside_classes(location: str) -> ImageIssue:
+    """A file where only class folders belong."""
+    return ImageIssue(location, "lies beside the class folders", LEFT_OUT)
+
+
 def no_file(location: str, mode: int) -> ImageIssue | None:
     """Why what has this `st_mode` is left out, if it is no file: opening a named pipe would wait forever."""
     if stat.S_ISREG(mode):
