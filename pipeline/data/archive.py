@@ -57,7 +57,9 @@ class TarSource:
                 folders.setdefault(path.parent, []).append(member)
             else:
                 issues.append(beside_classes(self.location(item.name)))
-        shared = os.path.commonpath([os.path.join(os.sep, folder) for folder in folders])[1:] if len(folders) > 2 else ""
+        shared = (
+            os.path.commonpath([os.path.join(os.sep, folder) for folder in folders])[1:] if len(folders) > 2 else ""
+        )
         for member in folders.pop(PurePath(shared), []):  # all classes are below this folder
             issues.append(beside_classes(self.location(os.path.join(shared, member.name))))
         for folder, members in folders.items():

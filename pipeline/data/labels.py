@@ -34,7 +34,7 @@ def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[
     except (OSError, UnicodeDecodeError, tarfile.TarError, KeyError, ValueError) as error:
         raise UserError(f"cannot read the label file {file}: {error}") from None
     known = set(classes)
-    if all(line in known or len(_fields(line)) == 1 for line in lines):
+    if all(line in known or len(line.replace(",", " ").split()) == 1 for line in lines):
         if len(lines) != len(names):
             raise UserError(
                 f"{file} has {len(lines)} labels for {len(names)} images: one line an image in sorted order"
@@ -84,25 +84,21 @@ def find_classes(origin: object, names: list[str], classes: tuple[str, ...]) -> 
     raise UserError(f"{origin}: the class '{unknown[0]}' is none of the network's{remedy}")
 
 
-def _fields(line: str) -> list[str]:
-    """The columns of a line, separated by tabs, by commas or by blanks."""
-    for delimiter in ("\t", ","):
-        if delimiter in line:
-            return [field.strip() for field in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
-    return next(csv.reader([line], delimiter=" ", skipinitialspace=True)) if line.startswith('"') else line.split()
-
-
 def _file_and_class(line: str, position: dict[str, int], known: set[str]) -> tuple[str, str]:
-    """The image's key in `position`, or what stands there in place of one, and the class."""
-    fields = _fields(line)
-    file, label = fields[0], fields[1] if len(fields) > 1 else ""
-    if len(fields) > 1 and label not in known:
-        rest = line.partition("," if "," in line else " ")[2].strip()
-        words = label.split()
-        label = rest if rest in known else words[0] if words else ""
-    if _key(file, position) is None and (split := line.rsplit(None, 1))[0] in position:  # a file name with blanks
-        return split[0], split[1]
-    return _key(file, position) or file, label
+    """The image's key in `position` and the class; of a line that names no image, what stands in their places."""
+    readings = []
+    for delimiter in ("\t", ",", " "):
+        fields = [field.strip() for field in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+        if len(fields) > 1:
+            rest = line.partition(delimiter)[2].strip()  # a class whose name has the delimiter in it
+            words = fields[1].split() or [""]
+            readings.append((fields[0], next((name for name in (fields[1], rest) if name in known), words[0])))
+    if len(words := line.rsplit(None, 1)) == 2:  # a file whose name has blanks in it
+        readings.append((words[0], words[1]))
+    for file, label in sorted(readings, key=lambda reading: reading[1] not in known):
+        if key := _key(file, position):
+            return key, label
+    return readings[0] if readings else (line, "")
 
 
 def _key(file: str, position: dict[str, int]) -> str | None:
