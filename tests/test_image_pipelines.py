@@ -78,6 +78,16 @@ def test_dali_and_the_reference_agree(photos, resize, mean, inner, frame, crops)
     assert difference.max() <= frame
 
 
+@pytest.mark.parametrize("loader", ["dali", "reference"])
+def test_an_image_whose_short_side_fits_is_not_resampled(tmp_path, loader):
+    (tmp_path / "a").mkdir()
+    image = photo(0, 230, 224)
+    image.save(tmp_path / "a" / "image.png")
+    config = DataConfig(loader=loader, resize_size=224)
+    actual = pixels(scan_classes(tmp_path), config, plans_for(scan_classes(tmp_path), config, crops=1))
+    np.testing.assert_allclose(actual[0, 0], np.asarray(image)[3:227], rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("sizes", [(20, 30, 9, 11), (9, 11, 20, 30), (12, 12, 12, 7), (2, 3, 5, 5), (1, 4, 3, 6)])
 def test_the_reference_resize_is_torch7s(sizes):
     height, width, new_height, new_width = sizes

@@ -12,6 +12,7 @@ from pipeline.data.reader import read_all
 
 COMPARED = 32  # validation images that are compared byte by byte with training images of the same length
 CANDIDATES = 4  # training images that one of them is compared with
+FULL = [0] * CANDIDATES
 
 T = TypeVar("T")
 
@@ -45,19 +46,26 @@ def _about_classes(train: DatasetIndex) -> list[str]:
 
 def _about_folders(train: DatasetIndex) -> list[str]:
     """All classes have several folders of images and no image of their own, so that those may be the classes."""
+    _, first = np.unique(train.labels, return_index=True)
+    if len(train.classes) == 1 or not all(_is_below(train, i) for i in first.tolist()):
+        return []
     folders: dict[int, set[str]] = {}
-    for name, label in zip(train.names, train.labels.tolist(), strict=True):
-        folders.setdefault(label, set()).add(os.path.dirname(name))
-    below = [
-        len(found) > 1 and all(folder != train.classes[label] for folder in found) for label, found in folders.items()
-    ]
-    if not below or not all(below) or len(train.classes) == 1:
+    for i, label in enumerate(train.labels.tolist()):
+        if not _is_below(train, i):
+            return []
+        folders.setdefault(label, set()).add(os.path.dirname(train.names[i]))
+    if min(map(len, folders.values())) < 2:
         return []
     count = sum(map(len, folders.values()))
     return [
         f"every class of {train.root} holds folders of images ({count:,} in all), which count as their class's: if those are "
         "the classes, move them up"
     ]
+
+
+def _is_below(index: DatasetIndex, i: int) -> bool:
+    """Whether image `i` lies in a folder of its class's folder."""
+    return index.names[i].count(os.sep) > 1
 
 
 def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
@@ -86,15 +94,22 @@ def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:
     same name, then others, evenly spread over the validation set."""
     if len(set(val.lengths.tolist())) == 1 and len(val) > 1:  # arrays, of which all have one length
         return []
-    names, lengths = {}, {}
-    for i, (name, length) in enumerate(zip(train.names, train.lengths.tolist(), strict=True)):
-        names[os.path.basename(name), length] = i
-        if len(rows := lengths.setdefault(length, [])) < CANDIDATES:
+    keys = [_key(val, j) for j in range(len(val))]
+    spread = _spread(range(len(val)))
+    wanted, lengths = set(keys), {keys[j][1]: [] for j in spread}
+    named = {}
+    for i in range(len(train)):
+        key = _key(train, i)
+        if key in wanted:
+            named[key] = i
+        if len(rows := lengths.get(key[1], FULL)) < CANDIDATES:
             rows.append(i)
-    keys = [(os.path.basename(name), length) for name, length in zip(val.names, val.lengths.tolist(), strict=True)]
-    named = [(j, names[key]) for j, key in enumerate(keys) if key in names]
-    others = [(j, i) for j in _spread(range(len(val))) for i in lengths.get(keys[j][1], [])]
-    return [*_spread(named), *others]
+    pairs = [(j, named[key]) for j, key in enumerate(keys) if key in named]
+    return [*_spread(pairs), *((j, i) for j in spread for i in lengths[keys[j][1]])]
+
+
+def _key(index: DatasetIndex, i: int) -> tuple[str, int]:
+    return os.path.basename(index.names[i]), int(index.lengths[i])
 
 
 def _spread(items: Sequence[T]) -> list[T]:

@@ -170,7 +170,7 @@ def scan_flat(
     """
     source, classes = open_source(root), tuple(classes)
     group = source.flat()
-    (row,) = _scan(source, [group], [], cache, progress)
+    (row,) = _scan(source, [group], [], cache, progress, labels_file=labels_file)
     if not row["names"]:
         raise UserError(f"{root} holds no images: check its path")
     found = read_labels(Path(labels_file), row["names"], classes)
@@ -230,8 +230,12 @@ def _scan(
     cache: Path | None,
     progress: bool,
     empty_classes: bool = False,
+    labels_file: str | Path = "",
 ) -> list[dict[str, Any]]:
     """Names, offsets, lengths and sizes of each group's images.
+
+    Args:
+        labels_file: lies perhaps among the images, and is not told as left out.
 
     Raises:
         UserError: something stops the index. All is read before that is said, so that all can be named.
@@ -273,6 +277,9 @@ def _scan(
             group_pool.shutdown(wait=False, cancel_futures=True)
             raise
     issues += beside if any_new else [issue for issue in beside if issue.stops]
+    issues = [
+        issue for issue in issues if not labels_file or os.path.abspath(issue.location) != os.path.abspath(labels_file)
+    ]
     _stop_at(source, issues)
     return rows
 
