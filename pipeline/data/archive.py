@@ -147,10 +147,15 @@ class Section(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer) -> int:
-        wanted = max(0, min(len(buffer), self._length - self._position))
-        got = os.preadv(self._file.fileno(), [memoryview(buffer)[:wanted]], self._start + self._position)
-        self._position += got
-        return got
+        wanted = memoryview(buffer)[: max(0, self._length - self._position)]
+        total = 0
+        while total < len(wanted):  # tarfile takes a short read for the end
+            got = os.preadv(self._file.fileno(), [wanted[total:]], self._start + self._position)
+            if not got:
+                break
+            total += got
+            self._position += got
+        return total
 
 
 def _left_out(name: str, location: str) -> ImageIssue | None:
