@@ -73,14 +73,19 @@ def test_a_missing_training_set(root):
 
 
 def test_parts_of_a_data_set_are_no_classes(root):
-    with pytest.raises(UserError, match="holds train and val, which are parts of a data set and no classes"):
+    with pytest.raises(
+        UserError, match="holds train and val: parts of a data set, which are no classes: give one of them, as .*/val$"
+    ):
         scan_classes(root)
 
 
 def test_a_flat_validation_folder_names_the_label_file(root):
     shutil.rmtree(root / "val")
     flat(root / "val", 3)
-    with pytest.raises(UserError, match="val holds no class folders .*data.val_labels or --labels"):
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n")
+    with pytest.raises(
+        UserError, match="val holds no class folders .*data.val_labels or --labels\\), which may be .*solution.csv"
+    ):
         open_all(root)
 
 

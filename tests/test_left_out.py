@@ -5,8 +5,10 @@ Tests may run as root, who may read everything: permissions are simulated where 
 
 import io
 import os
+import pickle
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.data.reader import Reader
 from pipeline.data.sources import open_source
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
@@ -86,7 +89,9 @@ def test_what_is_left_out_is_told_once_with_its_number(images, tmp_path, capfd):
     index = scan_classes(images, tmp_path / "cache")
     assert set(index.names) == {*before.names, "class0/moving.gif"}
     lines = capfd.readouterr().err.splitlines()
-    told = {fault: int(line.split()[1]) for line in lines for fault in faults if f" {fault}" in line}
+    told = {
+        fault: int(line.partition("(1 of ")[2].split()[0]) for line in lines for fault in faults if f" {fault}" in line
+    }
     assert told == faults and len(lines) == len(faults)
     assert all(line.startswith("warning: ") and str(images) in line for line in lines)
     scan_classes(images, tmp_path / "cache")
@@ -238,6 +243,27 @@ def test_a_cache_of_another_user_is_no_obstacle(images, tmp_path, monkeypatch, c
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and "cannot be read (Permission denied)" in lines[0] and "cannot be written" in lines[1]
     assert all(str(cache) in line for line in lines)
+
+
+def test_a_limit_on_threads_is_one_line(images, monkeypatch):
+    def no_more(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    with pytest.raises(UserError, match="not enough memory or threads to index .*: raise the limits"):
+        scan_classes(images)
+
+
+def test_indexes_go_to_other_processes(images, tmp_path):
+    """Without what is open in this one."""
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(images, "train")
+    for root in (images, tmp_path / "train.tar"):
+        index = scan_classes(root)
+        expected = Reader(index).read(2)
+        again = pickle.loads(pickle.dumps(index))
+        np.testing.assert_array_equal(Reader(again).read(2), expected)
+        assert again.location(2) == index.location(2) and again.root == str(root)
 
 
 def test_compressed_archives_are_named_as_such(images, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arrays
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
+from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
 from pipeline.data.synthetic import synthetic_index
 from pipeline.errors import UserError
@@ -18,7 +19,6 @@ from pipeline.errors import UserError
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
 TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation", "test", "dev", "eval")
-LABEL_FILE_SUFFIXES = (".txt", ".csv", ".tsv")
 
 Split = Literal["train", "val"]
 Opener = Callable[[DataConfig, Split, tuple[str, ...], Path, bool], DatasetIndex]
@@ -59,11 +59,9 @@ def _open_files(
     val = scan_classes(root, kept, progress, empty_classes=True)
     odd = sorted(set(val.classes) - set(classes))
     if odd and len(odd) == len(val.classes):
-        found = label_file_near(root)
         raise UserError(
-            f"the classes of training and validation differ: {root} has none of the training classes, but '{odd[0]}': for "
-            f"images without class folders set data.val_labels (or --labels) to the file of their labels"
-            f"{found and f', which may be {found}'}"
+            f"the classes of training and validation differ: {root} has none of the training classes, but '{odd[0]}'; "
+            f"{labels_needed(root)}"
         )
     if odd:
         training = Path(config.dir, config.train)
@@ -106,20 +104,6 @@ DATASETS: dict[str, Opener] = {
     "synthetic": _open_synthetic,
     **dict.fromkeys(CLASSES_OF_TORCHVISION, _open_arrays),
 }
-
-
-def label_file_near(root: Path) -> Path | None:
-    """A file in the folder `root`, or beside it, whose name says that it holds labels."""
-    words = ("label", "annotation", "solution", "ground_truth", root.name.lower())
-    for folder in (root, root.parent):
-        try:
-            files = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-        except OSError:
-            continue
-        for name in files:
-            if name.lower().endswith(LABEL_FILE_SUFFIXES) and any(word in name.lower() for word in words):
-                return folder / name
-    return None
 
 
 def _check_folders(config: DataConfig) -> None:

@@ -28,7 +28,7 @@ from pipeline.data.image_files import (
     open_image,
     unreadable,
 )
-from pipeline.data.labels import find_classes, read_labels
+from pipeline.data.labels import find_classes, labels_needed, read_labels
 from pipeline.data.source import FileSource, Group, ImageIssue, Member, Source
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
@@ -138,14 +138,15 @@ def scan_classes(
     groups, beside = source.groups()
     if not groups and not any(issue.stops for issue in beside):
         raise UserError(
-            f"{root} holds no class folders with images: expected CLASS/IMAGE.jpg (or CLASS.tar in an archive); for images "
-            "without class folders give the file of their labels (data.val_labels or --labels)"
+            f"{root} holds no class folders with images: expected CLASS/IMAGE.jpg (or CLASS.tar in an archive); "
+            f"{labels_needed(Path(root))}"
         )
     names = {group.name for group in groups}
     if names <= SPLITS and names & {"train", "training"}:
         parts = " and ".join(sorted(names))
         raise UserError(
-            f"{root} holds {parts}, which are parts of a data set and no classes: give the path of one of them"
+            f"{root} holds {parts}: parts of a data set, which are no classes: give one of them, as "
+            f"{os.path.join(root, max(names))}"
         )
     rows = _scan(source, groups, beside, cache, progress, empty_classes)
     _refuse_nested(source, groups, rows)
@@ -245,8 +246,8 @@ def _scan(
     issues: list[ImageIssue] = []
     any_new = False
     with ThreadPoolExecutor(THREADS) as group_pool, ThreadPoolExecutor(THREADS) as header_pool:
-        found = group_pool.map(lambda group: _scan_group(source, group, known.get(group.name), header_pool), groups)
         try:
+            found = group_pool.map(lambda group: _scan_group(source, group, known.get(group.name), header_pool), groups)
             bar = tqdm(
                 found,
                 f"index {source.root}",
@@ -295,9 +296,8 @@ def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
         if not issue.stops:
             kinds.setdefault((issue.fault, issue.outcome), []).append(issue)
     for (fault, outcome), alike in kinds.items():
-        others = f", as {len(alike) - 1:,} more" if len(alike) > 1 else ""
         print(
-            f"warning: {len(alike):,} in {source.root}: {alike[0].location} {fault}{others}: {outcome}",
+            f"warning: {alike[0].location} {fault} (1 of {len(alike):,} in {source.root}): {outcome}",
             file=sys.stderr,
             flush=True,
         )

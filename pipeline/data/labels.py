@@ -11,6 +11,8 @@ import numpy as np
 
 from pipeline.errors import UserError, did_you_mean
 
+LABEL_FILE_SUFFIXES = (".txt", ".csv", ".tsv")
+
 
 def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[str]:
     """Class of each image of a flat set, in the order of `names`.
@@ -82,6 +84,27 @@ def find_classes(origin: object, names: list[str], classes: tuple[str, ...]) -> 
     else:
         remedy = did_you_mean(unknown[0], classes)
     raise UserError(f"{origin}: the class '{unknown[0]}' is none of the network's{remedy}")
+
+
+def labels_needed(root: Path) -> str:
+    """What to do about a place whose images have no class folders."""
+    found = _label_file_near(root)
+    likely = f", which may be {found}" if found else ""
+    return f"for images without class folders give the file of their labels (data.val_labels or --labels){likely}"
+
+
+def _label_file_near(root: Path) -> Path | None:
+    """A file in the folder `root`, or beside it, whose name says that it holds labels."""
+    words = ("label", "annotation", "solution", "ground_truth", root.name.lower())
+    for folder in (root, root.parent):
+        try:
+            files = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+        except OSError:
+            continue
+        for name in files:
+            if name.lower().endswith(LABEL_FILE_SUFFIXES) and any(word in name.lower() for word in words):
+                return folder / name
+    return None
 
 
 def _file_and_class(line: str, position: dict[str, int], known: set[str]) -> tuple[str, str]:
