@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePath
-from typing import BinaryIO
 
 from pipeline.data.image_files import beside_classes, hidden, is_image_by_content, is_image_by_name, unreadable_format
-from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member
+from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 from pipeline.errors import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -25,7 +24,7 @@ class TarSource:
 
     def __init__(self, root: str):
         self.root = root
-        self._stream: BinaryIO | None = None
+        self._stream: io.FileIO | None = None
 
     def __getstate__(self) -> dict:
         return {"root": self.root, "_stream": None}  # another process opens its own
@@ -80,9 +79,9 @@ class TarSource:
         size = os.path.getsize(self.root)
         return Group("", partial(self._list, 0, size), f"{self._stamp()} 0 {size}")
 
-    def open(self, name: str, offset: int, length: int) -> BinaryIO:
+    def open(self, name: str, offset: int, length: int) -> Stream:
         if self._stream is None:  # kept open: on a network file system each opening costs a round trip
-            self._stream = open(self.root, "rb", buffering=0)  # noqa: SIM115
+            self._stream = io.FileIO(self.root)
         return Section(self._stream, offset, length)
 
     def location(self, name: str) -> str:
@@ -132,7 +131,7 @@ class TarSource:
 class Section(io.RawIOBase):
     """A part of an open file as a file of its own, which has its own position. Closing it leaves the file open."""
 
-    def __init__(self, file: BinaryIO, start: int, length: int):
+    def __init__(self, file: io.FileIO, start: int, length: int):
         self._file, self._start, self._length, self._position = file, start, length, 0
 
     def readable(self) -> bool:

@@ -5,13 +5,14 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
 from pipeline.config import Dataset
 from pipeline.data.formats import to_pnm
 from pipeline.data.index import DatasetIndex
+from pipeline.data.source import Stream
 from pipeline.errors import LocalUserError
 
 CLASSES_OF_TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
@@ -35,9 +36,9 @@ class ArraySource:
     def root(self) -> str:
         return self.dir
 
-    def open(self, name: str, offset: int, length: int) -> BinaryIO:
+    def open(self, name: str, offset: int, length: int) -> Stream:
         """Image number `offset` of the split as a PPM or PGM file."""
-        return io.BytesIO(to_pnm(read_arrays(self).pixels[offset]))
+        return io.BytesIO(to_pnm(read_arrays(self).pixels[offset]).data)
 
     def location(self, name: str) -> str:
         return f"{name} in {self.dir}"
@@ -78,7 +79,7 @@ def index_arrays(source: ArraySource) -> DatasetIndex:
     height, width = arrays.pixels.shape[1:3]
     digest = hashlib.sha256("\0".join(arrays.classes).encode())
     digest.update(arrays.labels.tobytes())
-    digest.update(arrays.pixels)
+    digest.update(arrays.pixels.data)
     length = len(to_pnm(arrays.pixels[0]))
     return DatasetIndex(
         names=tuple(f"{source.dataset}/{source.split}/{i:05d}" for i in range(n)),

@@ -96,8 +96,8 @@ def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:
         return []
     keys = [_key(val, j) for j in range(len(val))]
     spread = _spread(range(len(val)))
-    wanted, lengths = set(keys), {keys[j][1]: [] for j in spread}
-    named = {}
+    wanted, named = set(keys), dict[tuple[str, int], int]()
+    lengths: dict[int, list[int]] = {keys[j][1]: [] for j in spread}
     for i in range(len(train)):
         key = _key(train, i)
         if key in wanted:

@@ -86,8 +86,9 @@ def _open_arrays(
     config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
 ) -> DatasetIndex:
     """A data set of torchvision's, in memory."""
-    part = "train" if split == "train" else "test"
-    return index_arrays(ArraySource(config.dataset, config.dir, part, config.download))
+    return index_arrays(
+        ArraySource(config.dataset, config.dir, "train" if split == "train" else "test", config.download)
+    )
 
 
 def _open_synthetic(

@@ -36,7 +36,7 @@ def decode(content: np.ndarray, location: str) -> Image.Image:
         LocalUserError: there is not enough memory.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content.data)) as image:
             return image.convert("RGB")
     except MemoryError:  # not the image's fault
         raise LocalUserError(

@@ -4,7 +4,6 @@ import os
 import stat
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
 
 from pipeline.data.image_files import (
     OWN_CACHE,
@@ -15,7 +14,7 @@ from pipeline.data.image_files import (
     unreadable,
     unreadable_format,
 )
-from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member
+from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class FolderSource:
     def flat(self) -> Group:
         return Group("", partial(_list, self.root))
 
-    def open(self, name: str, offset: int, length: int) -> BinaryIO:
+    def open(self, name: str, offset: int, length: int) -> Stream:
         return open(self.location(name), "rb", buffering=0)
 
     def location(self, name: str) -> str:
@@ -66,7 +65,7 @@ def _list(root: str) -> Listing:
         try:
             status = os.stat(folder)
         except OSError as error:
-            issues.append(unreadable(folder, error.strerror))
+            issues.append(unreadable(folder, error))
             continue
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
@@ -95,7 +94,7 @@ def _look_into(folder: str) -> tuple[Entries, Entries, list[ImageIssue]]:
     try:
         names = os.listdir(folder)
     except OSError as error:
-        return [], [], [unreadable(folder, error.strerror)]
+        return [], [], [unreadable(folder, error)]
     for name in names:
         path = os.path.join(folder, name)
         if name.startswith(".") and name.endswith(OWN_CACHE):
@@ -106,8 +105,7 @@ def _look_into(folder: str) -> tuple[Entries, Entries, list[ImageIssue]]:
         try:
             status = os.stat(path)
         except OSError as error:
-            dangling = isinstance(error, FileNotFoundError) and os.path.islink(path)
-            issues.append(unreadable(path, "a link that leads nowhere" if dangling else error.strerror))
+            issues.append(unreadable(path, error))
             continue
         if stat.S_ISDIR(status.st_mode):
             folders.append((path, status))

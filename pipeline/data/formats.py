@@ -24,7 +24,7 @@ def is_plain(content: np.ndarray) -> bool:
     DALI may refuse other formats that Pillow reads, or decode them differently without an error. It also decodes only down
     to the lowest row that is wanted, so that it does not notice a truncated file.
     """
-    view = memoryview(content)
+    view = content.data
     try:
         if header := PNM_HEADER.match(view[:32]):
             channels, width, height = (3 if header[1] == b"6" else 1), int(header[2]), int(header[3])

@@ -7,11 +7,11 @@ says nothing is opened, and its content decides. All else is left out, and told.
 import os
 import stat
 from functools import cache
-from typing import BinaryIO
+from typing import IO, cast
 
 from PIL import Image
 
-from pipeline.data.source import ImageIssue
+from pipeline.data.source import ImageIssue, Stream
 from pipeline.errors import UserError
 
 LEFT_OUT = "left out"
@@ -62,24 +62,24 @@ def is_image_by_name(name: str) -> bool:
     return _formats().get(os.path.splitext(name)[1].lower()) in KNOWN_BY_NAME
 
 
-def is_image_by_content(stream: BinaryIO) -> bool:
+def is_image_by_content(stream: Stream) -> bool:
     """Whether a file that can be opened begins as an image does."""
-    formats = [name for name in KNOWN_BY_CONTENT if name in Image.OPEN]
+    formats = [name for name in KNOWN_BY_CONTENT if name in _formats().values()]
     try:
-        with Image.open(stream, formats=formats):
+        with Image.open(cast(IO[bytes], stream), formats=formats):
             return True
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
-def open_image(stream: BinaryIO, location: str) -> Image.Image:
+def open_image(stream: Stream, location: str) -> Image.Image:
     """Open an image, of which this reads no more than the header.
 
     Raises:
         RefusedImageError: it is none, or none for these networks.
     """
     try:
-        image = Image.open(stream)
+        image = Image.open(cast(IO[bytes], stream))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         detail = type(error).__name__
         raise RefusedImageError(location, "is not an image that can be read", detail, "repair or remove it") from None
@@ -114,8 +114,10 @@ def no_file(location: str, mode: int) -> ImageIssue | None:
     return ImageIssue(location, "is a named pipe, a socket or a device", LEFT_OUT)
 
 
-def unreadable(location: str, detail: str) -> ImageIssue:
+def unreadable(location: str, error: OSError) -> ImageIssue:
     """A file or folder that ought to be read and cannot be."""
+    dangling = isinstance(error, FileNotFoundError) and os.path.islink(location)
+    detail = "a link that leads nowhere" if dangling else error.strerror or str(error)
     return ImageIssue(location, "cannot be read", "repair it, remove it, or check its permissions", detail, stops=True)
 
 

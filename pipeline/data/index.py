@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from pipeline.data.image_files import (
     unreadable,
 )
 from pipeline.data.labels import find_classes, labels_needed, read_labels
-from pipeline.data.source import FileSource, Group, ImageIssue, Member, Source
+from pipeline.data.source import FileSource, Group, ImageIssue, Member, Source, Stream
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 
@@ -71,7 +71,7 @@ class DatasetIndex:
         """The folder or archive, as the user calls it."""
         return self.source.root
 
-    def open(self, i: int) -> BinaryIO:
+    def open(self, i: int) -> Stream:
         """Open the file of image `i` as a stream that can seek.
 
         Raises:
@@ -372,23 +372,29 @@ def _read_size(source: FileSource, name: str, member: Member) -> tuple[list[int]
         return None, [issue]
     location = source.location(name)
     try:
-        with io.BufferedReader(source.open(name, member.offset, member.length), HEADER_BYTES) as stream:
+        with _open_header(source, name, member) as stream:
             image = open_image(stream, location)
             return [image.height, image.width], issues_of(image, location)
     except RefusedImageError as error:
         return None, [ImageIssue(location, error.fault, error.remedy, error.detail, stops=True)]
     except OSError as error:
-        return None, [unreadable(location, error.strerror or str(error))]
+        return None, [unreadable(location, error)]
+
+
+def _open_header(source: FileSource, name: str, member: Member) -> io.BufferedIOBase:
+    """Open an image file whose beginning is read."""
+    stream = source.open(name, member.offset, member.length)
+    return io.BufferedReader(stream, HEADER_BYTES) if isinstance(stream, io.RawIOBase) else stream
 
 
 def _issue_if_no_image(source: FileSource, name: str, member: Member) -> ImageIssue | None:
     """What to tell of a file whose name does not say what it is, if it is no image."""
     location = source.location(name)
     try:
-        with io.BufferedReader(source.open(name, member.offset, member.length), HEADER_BYTES) as stream:
+        with _open_header(source, name, member) as stream:
             return None if is_image_by_content(stream) else no_image(location)
     except OSError as error:
-        return unreadable(location, error.strerror or str(error))
+        return unreadable(location, error)
 
 
 def _index(
@@ -414,8 +420,10 @@ def _index(
 def _read_cache(cache: Path | None) -> dict[str, dict[str, Any]]:
     """The newest row of each group. A line that a crash cut short is skipped; a file that cannot be read is told."""
     rows: dict[str, dict[str, Any]] = {}
+    if cache is None:
+        return rows
     try:
-        if cache and cache.exists():
+        if cache.exists():
             with open(cache) as stream:
                 for line in stream:
                     with suppress(ValueError, KeyError, TypeError):

@@ -148,7 +148,7 @@ def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[s
         labels[position[image]] = label
     if None in labels:
         raise UserError(f"{file} has no line for the image {names[labels.index(None)]}: expected 'FILE CLASS'")
-    return labels
+    return [label for label in labels if label is not None]
 
 
 def _devkit_labels(file: Path) -> list[str]:
@@ -156,8 +156,9 @@ def _devkit_labels(file: Path) -> list[str]:
     from scipy.io import loadmat
 
     with tarfile.open(file) as tar:
-        members = {Path(member.name).name: member for member in tar.getmembers()}
-        synsets = loadmat(tar.extractfile(members["meta.mat"]), squeeze_me=True)["synsets"]
-        numbers = tar.extractfile(members["ILSVRC2012_validation_ground_truth.txt"]).read().split()
+        files = {Path(member.name).name: tar.extractfile(member) for member in tar.getmembers() if member.isreg()}
+        truth = files["ILSVRC2012_validation_ground_truth.txt"]
+        synsets = loadmat(files["meta.mat"], squeeze_me=True)["synsets"]
+        numbers = truth.read().split() if truth else []
     wordnet_ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
     return [wordnet_ids[int(number)] for number in numbers]

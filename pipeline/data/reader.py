@@ -3,12 +3,12 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
 
 import numpy as np
 
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
+from pipeline.data.source import Stream
 from pipeline.errors import LocalUserError
 
 READ_THREADS = 8  # reading waits for the disk, or for the network behind it
@@ -70,12 +70,12 @@ class Reader:
         return content
 
 
-def read_all(stream: BinaryIO, length: int) -> np.ndarray:
+def read_all(stream: Stream, length: int) -> np.ndarray:
     """Read up to `length` bytes, (n) uint8, where a read may give fewer than it was asked for; fewer only at the end."""
     content = np.empty(length, np.uint8)
     got = 0
     while got < length:
-        more = stream.readinto(content[got:])
+        more = stream.readinto(content.data[got:])
         if not more:
             break
         got += more

@@ -4,9 +4,12 @@ To add a kind of place for image files (zip, parquet, shards): write one module 
 line to `sources.SOURCES`. Indexing, its cache, labels, training, evaluation and --verify then work with it unchanged.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Protocol
+
+Stream = io.RawIOBase | io.BufferedIOBase  # what `open(file, "rb")` gives, with or without a buffer
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,13 @@ class Group:
 
 
 class Source(Protocol):
-    """Images and how their bytes are read. It is pickled for other ranks, so it keeps no open file.
+    """Images and how their bytes are read. It is pickled for other ranks, so that it may not keep a file open in that."""
 
-    Attributes:
-        root: what the user calls it: a folder or a file.
-    """
+    @property
+    def root(self) -> str:
+        """What the user calls it: a folder or a file."""
 
-    root: str
-
-    def open(self, name: str, offset: int, length: int) -> BinaryIO:
+    def open(self, name: str, offset: int, length: int) -> Stream:
         """Open one image file as a stream that can seek. Threads call this at once.
 
         Args:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
+from pipeline.data.source import Stream
 from pipeline.errors import UserError
 
 _PATTERN = 4  # cells along a side of a class's colour pattern
@@ -22,7 +22,7 @@ class SyntheticSource:
 
     root: str
 
-    def open(self, name: str, offset: int, length: int) -> BinaryIO:
+    def open(self, name: str, offset: int, length: int) -> Stream:
         raise UserError(f"{self.location(name)} has no file: synthetic images are for data.loader synthetic only")
 
     def location(self, name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
@@ -38,10 +39,10 @@ def verify(training: Sequence[FileSource], validation: Sequence[FileSource]) -> 
             yield ImageIssue(location, DUPLICATE, outcome, locations[digest])
 
 
-def examine(content: bytes, name: str, location: str) -> list[ImageIssue]:
-    """What is odd about an image by itself, found with what the index and the loaders use."""
+def examine(content: np.ndarray, name: str, location: str) -> list[ImageIssue]:
+    """What is odd about an image's bytes, (length) uint8, found with what the index and the loaders use."""
     try:
-        header = open_image(io.BytesIO(content), location)
+        header = open_image(io.BytesIO(content.data), location)
     except RefusedImageError as error:
         outcome = f"the index refuses it; {error.remedy}"
         return [ImageIssue(location, error.fault, outcome, error.detail, stops=True)]
@@ -116,7 +117,7 @@ def _examine_file(source: FileSource, name: str, member: Member) -> Examined:
     location = source.location(name)
     try:
         with source.open(name, member.offset, member.length) as file:
-            content = read_all(file, member.length).tobytes()
+            content = read_all(file, member.length)
     except OSError as error:
-        return location, None, [unreadable(location, error.strerror or str(error))]
-    return location, hashlib.sha256(content).digest(), examine(content, name, location)
+        return location, None, [unreadable(location, error)]
+    return location, hashlib.sha256(content.data).digest(), examine(content, name, location)
