@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import Config, from_dict
-from pipeline.data.index import DatasetIndex, synthetic_index
+from pipeline.data.index import DatasetIndex
+from pipeline.data.synthetic import synthetic_index
 from pipeline.parsing import flatten
 
 REPOSITORY = Path(__file__).parent.parent

@@ -20,9 +20,9 @@ from training_hooks import InterruptAfter, InterruptionError
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import DataConfig
-from pipeline.data.arrays import index_arrays
+from pipeline.data.arrays import ArraySource, index_arrays
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import ArraySource, scan_classes
+from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import training_plans
 from pipeline.errors import UserError

@@ -1,5 +1,6 @@
 """Images that do not decode stop a loader, or another of their batch stands in: the same with DALI and the reference."""
 
+import dataclasses
 import gc
 import shutil
 import weakref
@@ -76,6 +77,31 @@ def test_the_next_sound_image_stands_in_and_does_not_count(sound, images, loader
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 4 and all(line.startswith("warning: skipping the image ") for line in lines)
     assert all(str(file(images, order[position])) in "".join(lines) for position in corrupt)
+
+
+@both_loaders
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 2), (5, 1)])
+def test_the_weights_of_a_step_add_up_to_the_images_that_count(images, loader, ranks, accumulation):
+    """Over all ranks and parts of a step, so that a loss divided by their sum is a mean over images that count."""
+    order = epoch_order(IMAGES, 1, 0)
+    corrupt = {order[0], order[9], order[17]}
+    truncate(*(file(images, i) for i in corrupt))
+    index = scan_classes(images)
+    config = DataConfig(crop_size=24, resize_size=28, loader=loader, corrupt_images="skip")
+    steps: dict[int, list] = {}
+    for rank in range(ranks):
+        shard = dataclasses.replace(CPU, rank=rank, ranks=ranks)
+        part = TrainingLoader(index, config, shard, seed=1, batch_size=20, accumulation=accumulation)
+        for i, batch in enumerate(part.batches(0)):
+            steps.setdefault(i // accumulation, []).append(batch)
+    for step, batches in steps.items():
+        of_step = order[20 * step : 20 * step + 20]
+        assert sum(batch.counted for batch in batches) == len(of_step) - len(corrupt & set(of_step))
+        counting = [
+            i for batch in batches for i, weight in zip(batch.ids, batch.weights.tolist(), strict=True) if weight
+        ]
+        assert sorted(counting) == sorted(set(of_step) - corrupt)
+        assert all(len(batch.ids) >= 1 and batch.counted == batch.weights.sum() for batch in batches)
 
 
 @both_loaders

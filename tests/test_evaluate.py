@@ -73,7 +73,7 @@ def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, a
     double.load_state_dict(network.state_dict())
     wrong, losses = 0, []
     for i in range(len(index)):
-        image = np.asarray(Image.open(index.file(i)), np.float64) / 255
+        image = np.asarray(Image.open(index.location(i)), np.float64) / 255
         image = torch7.scale(image, *torch7.short_side_to(*image.shape[:2], 36))
         views = torch7.ten_crop(image, 32) if crops == 10 else [torch7.centre_crop(image, 32)]
         views = [torch7.normalise(view, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for view in views]
@@ -158,7 +158,7 @@ def timms_preparation(name: str, index):
     """timm's own evaluation transform of each image, (N, 3, H, W)."""
     options = timm.data.resolve_data_config(model=timm.create_model(name))
     transform = timm.data.create_transform(**options)
-    return torch.stack([transform(Image.open(index.file(i)).convert("RGB")) for i in range(len(index))])
+    return torch.stack([transform(Image.open(index.location(i)).convert("RGB")) for i in range(len(index))])
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "densenet121"])

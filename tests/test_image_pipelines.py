@@ -78,6 +78,16 @@ def test_dali_and_the_reference_agree(photos, resize, mean, inner, frame, crops)
     assert difference.max() <= frame
 
 
+@pytest.mark.parametrize("loader", ["dali", "reference"])
+def test_an_image_whose_short_side_fits_is_not_resampled(tmp_path, loader):
+    (tmp_path / "a").mkdir()
+    image = photo(0, 230, 224)
+    image.save(tmp_path / "a" / "image.png")
+    config = DataConfig(loader=loader, resize_size=224)
+    actual = pixels(scan_classes(tmp_path), config, plans_for(scan_classes(tmp_path), config, crops=1))
+    np.testing.assert_allclose(actual[0, 0], np.asarray(image)[3:227], rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("sizes", [(20, 30, 9, 11), (9, 11, 20, 30), (12, 12, 12, 7), (2, 3, 5, 5), (1, 4, 3, 6)])
 def test_the_reference_resize_is_torch7s(sizes):
     height, width, new_height, new_width = sizes
@@ -97,7 +107,9 @@ def test_the_reference_follows_pillow(photos, resize, kernel):
         actual = pixels(photos, config, [plan])
         for i in range(len(plan)):
             top, left, height, width = plan.crop_boxes[i].tolist()
-            image = Image.open(photos.file(plan.ids[i])).convert("RGB").crop((left, top, left + width, top + height))
+            image = (
+                Image.open(photos.location(plan.ids[i])).convert("RGB").crop((left, top, left + width, top + height))
+            )
             image = image.resize(tuple(plan.sizes[i, ::-1].tolist()), kernel)
             y, x = plan.offsets[i, 0].tolist()
             expected = np.asarray(image)[y : y + 56, x : x + 56]
@@ -116,7 +128,7 @@ def test_a_training_batch_is_the_torch_codes_from_file_to_tensor(photos):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     for i in range(8):
         top, left, height, width = plan.crop_boxes[i].tolist()
-        image = np.asarray(Image.open(photos.file(plan.ids[i])).convert("RGB"), np.float64) / 255
+        image = np.asarray(Image.open(photos.location(plan.ids[i])).convert("RGB"), np.float64) / 255
         image = torch7.scale(image[top : top + height, left : left + width], *plan.sizes[i].tolist())
         y, x = plan.offsets[i, 0].tolist()
         image = image[y : y + 56, x : x + 56]

@@ -14,13 +14,13 @@ from conftest import photo, run_module, write_class_folders
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.archive import class_groups, image_groups
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
 from pipeline.data.index import DatasetIndex, scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
+from pipeline.data.sources import open_source
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
 
@@ -30,6 +30,7 @@ CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 READ_AS_RGB = "read as RGB through Pillow, alike by both loaders"
 READ_WITH_8_BITS = "read with 8 bits through Pillow, alike by both loaders"
 READ_AS_IT_IS = "read as what it is"
+READ_AS_FIRST = "read as its first"
 READ_AS_STORED = "read as stored, not rotated, as the paper's code did"
 STOPS = "stops a run, or is left out of training with data.corrupt_images skip"
 REFUSED = "the index refuses it; repair or remove it"
@@ -61,7 +62,7 @@ EXPECTED = {
     "la.png": ([], False),
     "palette.png": ([], False),
     "colour key.png": ([], False),
-    "animated.png": ([], False),
+    "animated.png": ([("holds several pictures", READ_AS_FIRST)], False),
     "rgb16.png": ([("has more than 8 bits a colour", READ_WITH_8_BITS)], False),
     "gray16.png": ([("has more than 8 bits a colour", REFUSED_AS_DEEP)], False),
     "truncated.png": ([("is truncated", STOPS)], False),
@@ -152,7 +153,7 @@ def odd(tmp_path_factory) -> Path:
 def readable(odd, tmp_path_factory) -> DatasetIndex:
     """Those of the files at which nothing stops."""
     root = tmp_path_factory.mktemp("readable")
-    stopping = {Path(finding.location).name for finding in verify(class_groups(odd), []) if finding.stops}
+    stopping = {Path(finding.location).name for finding in verify([open_source(odd)], []) if finding.stops}
     write(root, {name: content for name, content in odd_files().items() if name not in stopping})
     return scan_classes(root)
 
@@ -173,7 +174,7 @@ def plans_for(index, config, crops=None):
 
 def test_what_is_said_of_each_file(odd):
     said = {name: [] for name in EXPECTED}
-    for finding in verify(class_groups(odd), []):
+    for finding in verify([open_source(odd)], []):
         said[Path(finding.location).name].append((finding.fault, finding.outcome))
     assert said == {name: findings for name, (findings, _) in EXPECTED.items()}
 
@@ -222,7 +223,7 @@ def test_both_loaders_decode_alike_to_the_bit(readable):
         for i, image, (top, left, height, width) in zip(
             plan.ids.tolist(), images, plan.crop_boxes.tolist(), strict=True
         ):
-            expected = np.asarray(decode(np.fromfile(readable.file(i), np.uint8), readable.location(i)))
+            expected = np.asarray(decode(np.fromfile(readable.location(i), np.uint8), readable.location(i)))
             expected = expected[top : top + height, left : left + width]
             np.testing.assert_array_equal(np.asarray(image), expected, err_msg=readable.location(i))
             compared.add(i)
@@ -244,7 +245,7 @@ def test_both_loaders_make_the_same_of_them(readable, crops):
 def test_archives_are_verified_as_folders_are(odd, tmp_path):
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         tar.add(odd / "a", "a")
-    loose, packed = (list(verify(class_groups(root), [])) for root in (odd, tmp_path / "train.tar"))
+    loose, packed = (list(verify([open_source(root)], [])) for root in (odd, tmp_path / "train.tar"))
     at_home = [dataclasses.replace(x, location=f"a/{Path(x.location).name} in {tmp_path / 'train.tar'}") for x in loose]
     assert packed == at_home and len(packed) > 10
 
@@ -252,7 +253,7 @@ def test_archives_are_verified_as_folders_are(odd, tmp_path):
 def test_what_cannot_be_read_is_listed(odd, tmp_path):
     write(tmp_path, {"good.jpg": odd_files()["gray.jpg"]})
     (tmp_path / "a" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    unreadable, duplicate, again = verify(class_groups(tmp_path), class_groups(tmp_path))
+    unreadable, again, duplicate = verify([open_source(tmp_path)], [open_source(tmp_path)])
     assert unreadable == again and unreadable.fault == "cannot be read" and unreadable.stops
     assert "link.jpg" in unreadable.location and "good.jpg" in duplicate.location
     with pytest.raises(UserError, match="link.jpg cannot be read"):
@@ -271,7 +272,7 @@ def data(tmp_path) -> Path:
 
 def test_images_in_both_sets_are_listed(data, tmp_path):
     expected = f"{data}/train/class1/image0003.jpg is a validation image too ({data}/val/class1/twin.jpg): counted as"
-    (finding,) = verify(image_groups(data / "train"), image_groups(data / "val"))
+    (finding,) = verify([open_source(data / "train")], [open_source(data / "val")])
     assert str(finding).startswith(expected) and not finding.stops
     with tarfile.open(tmp_path / "flat.tar", "w") as tar:
         tar.add(data / "val" / "class1" / "twin.jpg", "ILSVRC2012_val_00000001.JPEG")
@@ -294,7 +295,7 @@ def test_the_command_lists_all_and_fails_if_something_would_stop(data):
     (data / "val" / "class0" / "cmyk.jpg").write_bytes(odd_files()["cmyk.jpg"])
     done = run_module("tools.index", data, "--verify")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: 2 of the images listed would stop the index or a run")
+    assert done.stderr.splitlines()[-1].startswith("error: 2 of what is listed would stop the index or a run")
     for line in (
         "val/class0/cmyk.jpg has CMYK",
         "train/class0/text.jpg is not an image",

@@ -80,6 +80,8 @@ def scale(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def short_side_to(height: int, width: int, short: int) -> tuple[int, int]:
+    if (width <= height and width == short) or (height <= width and height == short):
+        return height, width
     if width < height:
         return int(height / width * short), short
     return short, int(width / height * short)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from pipeline.config import Config, DataConfig, Dataset, Interpolation, Precision, from_dict
-from pipeline.data.arrays import index_arrays
-from pipeline.data.index import ArraySource, DatasetIndex, known_cache, scan_classes, scan_flat
+from pipeline.data.dataset import DATASETS
+from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
@@ -148,7 +148,7 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
             raise UserError(
                 f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
             )
-        return index_arrays(ArraySource(data.dataset, data.dir, "test", data.download)).with_classes(classes)
+        return DATASETS[data.dataset](data, "val", classes, folder, True).with_classes(classes)
     if (folder / "val").is_dir() and "val" not in classes and not labels_file:
         folder = folder / "val"
     cache = known_cache(folder)

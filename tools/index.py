@@ -4,10 +4,11 @@ DIR is a folder of classes, a tar archive of classes, a tar of tars such as ILSV
 a flat folder or archive; or a folder that holds both `train` and `val`. What is found is cached beside the images, where
 training looks for it too.
 
-With --verify every image is first read and decoded, and those that are odd are listed with what comes of them. The exit
+With --verify every image is first read and decoded, and what is odd or left out is listed with what comes of it. The exit
 code is 2 if the index or a run with the default configuration would stop at one, else 0.
 """
 
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.config import DataConfig
-from pipeline.data.archive import image_groups
+from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
+from pipeline.data.sources import open_source
 from pipeline.data.verify import verify
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 
@@ -47,12 +49,14 @@ def main() -> None:
         against = [validation] if both else [Path(options.against)] if options.against else []
         list_odd_images(training if both else root, against)
     if both:
-        indexes = open_datasets(config, fallback, progress=True)
+        indexes = list(open_datasets(config, fallback, progress=True))
     elif options.labels:
         classes = scan_classes(options.classes, cache_beside(Path(options.classes), fallback), progress=True).classes
         indexes = [scan_flat(root, options.labels, classes, cache_beside(root, fallback), progress=True)]
     else:
         indexes = [scan_classes(root, cache_beside(root, fallback), progress=True)]
+    for line in warnings_about(indexes[0], indexes[1] if both else None, config):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     for index in indexes:
         print(describe(index))
         print(f"cache      {cache_beside(Path(index.root), fallback)}")
@@ -60,23 +64,23 @@ def main() -> None:
 
 
 def list_odd_images(training: Path, validation: list[Path]) -> None:
-    """Print a line for each thing that `verify` finds, and how many there are of each kind.
+    """Print a line for each issue that `verify` finds, and how many there are of each kind.
 
     Raises:
         UserError: the index or a run would stop.
     """
     kinds: Counter[tuple[str, str]] = Counter()
     stops = 0
-    for finding in verify(image_groups(training), [group for root in validation for group in image_groups(root)]):
-        tqdm.write(str(finding))
-        kinds[finding.fault, finding.outcome] += 1
-        stops += finding.stops
+    for issue in verify([open_source(training)], [open_source(root) for root in validation]):
+        tqdm.write(str(issue))
+        kinds[issue.fault, issue.outcome] += 1
+        stops += issue.stops
     for (fault, outcome), count in kinds.most_common():
         print(f"{count:>10,}  {fault}: {outcome}")
     if not kinds:
         print("no image is odd")
     if stops:
-        raise UserError(f"{stops:,} of the images listed would stop the index or a run: repair or remove them")
+        raise UserError(f"{stops:,} of what is listed would stop the index or a run: repair or remove them")
 
 
 def describe(index: DatasetIndex) -> str:
@@ -85,7 +89,7 @@ def describe(index: DatasetIndex) -> str:
     sides = index.sizes.min(axis=1)
     return "\n".join(
         [
-            f"images     {len(index):,} in {index.root}{' (read in location)' if index.packed else ''}",
+            f"images     {len(index):,} in {index.root}",
             f"classes    {len(index.classes):,}, of {per_class.min():,} to {per_class.max():,} images",
             f"bytes      {index.lengths.sum() / 2**30:.2f} GiB, {index.lengths.mean() / 1024:.1f} KiB an image",
             f"short side {sides.min()} to {sides.max()} pixels, median {int(np.median(sides))}",

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import DataConfig
-from pipeline.data.archive import IMAGE_SUFFIXES, flat_group
-from pipeline.data.index import DatasetIndex, open_image
+from pipeline.data.folder import FolderSource
+from pipeline.data.image_files import open_image
+from pipeline.data.index import DatasetIndex
+from pipeline.data.index import find_images as find_images_in
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
@@ -76,9 +78,9 @@ def find_images(paths: list[str]) -> list[str]:
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"there is no image or folder {path}")
-        found = [member.file for member in flat_group(Path(path)).members()] if os.path.isdir(path) else [path]
+        found = find_images_in(path) if os.path.isdir(path) else [path]
         if not found:
-            raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{path} holds no images: give a folder that does")
         files += found
     return files
 
@@ -100,7 +102,6 @@ def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
             raise UserError(f"cannot read the image {file}: {error.strerror}") from None
     nothing = np.zeros(len(files), np.int64)
     return DatasetIndex(
-        root="",
         names=tuple(files),
         labels=nothing,
         sizes=np.array(sizes, np.int32),
@@ -108,7 +109,7 @@ def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
         fingerprint="",
         offsets=nothing,
         lengths=np.array(lengths, np.int64),
-        packed=False,
+        source=FolderSource(""),
     )
 
 
@@ -122,7 +123,7 @@ def predict(
     for batch in loader.batches():
         logits = network(batch.images).float().unflatten(0, (-1, batch.views)).mean(dim=1)
         for i, probabilities in zip(batch.ids.tolist(), logits.softmax(dim=1).cpu(), strict=True):
-            yield index.file(i), probabilities
+            yield index.location(i), probabilities
 
 
 def human_names(classes: tuple[str, ...]) -> dict[str, str]:

@@ -2,16 +2,46 @@
 
 import dataclasses
 import hashlib
+import io
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
-from pipeline.data.index import ArraySource, DatasetIndex
+from pipeline.config import Dataset
+from pipeline.data.formats import to_pnm
+from pipeline.data.index import DatasetIndex
+from pipeline.data.source import Stream
 from pipeline.errors import LocalUserError
 
 CLASSES_OF_TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
 SVHN_TRAINING = ("train", "extra")  # the paper, Section 4.1, trains on both
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """A split of one of torchvision's data sets in a folder, which each process reads into memory for itself.
+
+    Attributes:
+        download: have torchvision fetch what the folder lacks.
+    """
+
+    dataset: Dataset
+    dir: str
+    split: Literal["train", "test"]
+    download: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def root(self) -> str:
+        return self.dir
+
+    def open(self, name: str, offset: int, length: int) -> Stream:
+        """Image number `offset` of the split as a PPM or PGM file."""
+        return io.BytesIO(to_pnm(read_arrays(self).pixels[offset]).data)
+
+    def location(self, name: str) -> str:
+        return f"{name} in {self.dir}"
 
 
 @dataclass(frozen=True)
@@ -49,18 +79,17 @@ def index_arrays(source: ArraySource) -> DatasetIndex:
     height, width = arrays.pixels.shape[1:3]
     digest = hashlib.sha256("\0".join(arrays.classes).encode())
     digest.update(arrays.labels.tobytes())
-    digest.update(arrays.pixels)
+    digest.update(arrays.pixels.data)
+    length = len(to_pnm(arrays.pixels[0]))
     return DatasetIndex(
-        root=source.dir,
         names=tuple(f"{source.dataset}/{source.split}/{i:05d}" for i in range(n)),
         labels=arrays.labels,
         sizes=np.tile(np.array([[height, width]], np.int32), (n, 1)),
         classes=arrays.classes,
         fingerprint=digest.hexdigest(),
         offsets=np.arange(n, dtype=np.int64),
-        lengths=np.full(n, arrays.pixels[0].size, np.int64),
-        packed=True,
-        arrays=dataclasses.replace(source, download=False),  # other ranks read what this one has fetched
+        lengths=np.full(n, length, np.int64),
+        source=dataclasses.replace(source, download=False),  # other ranks read what this one has fetched
     )
 
 
@@ -72,7 +101,9 @@ def _read_part(source: ArraySource, part: str) -> Arrays:
     try:
         found = getattr(datasets, CLASSES_OF_TORCHVISION[source.dataset])(source.dir, **which, download=source.download)
     except MemoryError:
-        raise
+        raise LocalUserError(
+            f"not enough memory for the {part} images of {source.dataset}: raise the limit on memory (ulimit -v, or the job's)"
+        ) from None
     except Exception as error:  # over damaged files torchvision stumbles in any way
         raise LocalUserError(
             f"cannot read the {part} images of {source.dataset} in {source.dir} ({' '.join(str(error).split())}): put "

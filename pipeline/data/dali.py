@@ -92,7 +92,7 @@ class DaliPipeline:
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255: uint8 if Pillow's resizes leave them so, else float32.
 
-        Where images are corrupt, plan and pixels are those of `replacements.collect`, which says what it raises.
+        Corrupt images are replaced, or raised, as in `replacements.collect`.
         """
         for plan, output in self._outputs(plans):
             yield plan, self._to_torch(output).view(-1, self._views, self._crop_size, self._crop_size, 3)
@@ -120,10 +120,10 @@ class DaliPipeline:
             yield Fed(*collect(plan, futures, self._corrupt_images), by_pillow=False)
 
     def _feed_again(self, error: RuntimeError) -> None:
-        """Put the batches under way before those to come, with all images decoded by Pillow, as DALI names none.
+        """Requeue the batches in flight before those to come, decoded by Pillow: DALI does not say which image failed.
 
         Raises:
-            RuntimeError: that is what they were, so the error is another.
+            RuntimeError: Pillow had decoded them all, so the images are not the cause.
         """
         if all(batch.by_pillow for batch in self._pending):
             raise error

@@ -1,68 +1,164 @@
 """The training and the validation set that a configuration names."""
 
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.arrays import index_arrays
-from pipeline.data.index import ArraySource, DatasetIndex, cache_beside, scan_classes, scan_flat, synthetic_index
+from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arrays
+from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
+from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
+from pipeline.data.synthetic import synthetic_index
 from pipeline.errors import UserError
 
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
+TRAINING_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation", "test", "dev", "eval")
+
+Split = Literal["train", "val"]
+Opener = Callable[[DataConfig, Split, tuple[str, ...], Path, bool], DatasetIndex]
 
 
 def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[DatasetIndex, DatasetIndex]:
-    """Index the training and the validation images, which must have the same classes.
+    """Index the training and the validation images.
+
+    The classes are those of the training set; the validation set may have a part of them.
 
     Args:
         cache: folder for what was found, where that cannot be kept beside the images.
         progress: show progress bars.
 
     Raises:
-        UserError: see `scan_classes`, `scan_flat` and `read_arrays`; the classes differ; or too many images are held out.
+        UserError: see `scan_classes`, `scan_flat` and `read_arrays`; the validation set has a class that the training set has
+            not; or too many images are held out.
     """
-    train = _open_training_set(config, cache, progress)
-    return (
-        _hold_out(train, config.holdout)
-        if config.holdout
-        else (train, _open_validation_set(config, train, cache, progress))
+    opener = DATASETS["synthetic" if config.loader == "synthetic" else config.dataset]
+    if opener is _open_files:
+        _check_folders(config)
+    train = opener(config, "train", (), cache, progress)
+    if config.holdout:
+        return _hold_out(train, config.holdout)
+    return train, opener(config, "val", train.classes, cache, progress)
+
+
+def _open_files(
+    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
+) -> DatasetIndex:
+    """Files of images, in a folder or an archive; see `sources.SOURCES`."""
+    root = Path(config.dir, config.train if split == "train" else config.val)
+    kept = _cache(root, cache)
+    if split == "train":
+        return scan_classes(root, kept, progress)
+    if config.val_labels:
+        return scan_flat(root, Path(config.dir, config.val_labels), classes, kept, progress)
+    val = scan_classes(root, kept, progress, empty_classes=True)
+    odd = sorted(set(val.classes) - set(classes))
+    if odd and len(odd) == len(val.classes):
+        raise UserError(
+            f"the classes of training and validation differ: {root} has none of the training classes, but '{odd[0]}'; "
+            f"{labels_needed(root)}"
+        )
+    if odd:
+        training = Path(config.dir, config.train)
+        raise UserError(
+            f"the classes of training and validation differ: {training} has no class '{odd[0]}', which {root} has: remove "
+            "it there, or set data.holdout to validate on training images"
+        )
+    if not len(val):
+        raise UserError(f"{root} has class folders without images: fill them, or set data.holdout")
+    lacking = sorted(set(classes) - {val.classes[k] for k in np.unique(val.labels)})
+    if lacking:
+        print(
+            f"warning: {root} has images of {len(classes) - len(lacking)} of the {len(classes)} training classes (none of "
+            f"'{lacking[0]}'): the error is over those that it has",
+            file=sys.stderr,
+            flush=True,
+        )
+    return val if val.classes == classes else val.with_classes(classes)
+
+
+def _open_arrays(
+    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
+) -> DatasetIndex:
+    """A data set of torchvision's, in memory."""
+    return index_arrays(
+        ArraySource(config.dataset, config.dir, "train" if split == "train" else "test", config.download)
     )
 
 
-def _open_training_set(config: DataConfig, cache: Path, progress: bool) -> DatasetIndex:
-    if config.loader == "synthetic":
-        return synthetic_index(config.synthetic_images, config.synthetic_classes, config.resize_size, "train")
-    if config.dataset != "images":
-        return index_arrays(ArraySource(config.dataset, config.dir, "train", config.download))
-    root = Path(config.dir, config.train)
-    return scan_classes(root, cache_beside(root, cache), progress)
+def _open_synthetic(
+    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
+) -> DatasetIndex:
+    """Generated images, of which no file exists."""
+    images = config.synthetic_images if split == "train" else max(1, config.synthetic_images // 4)
+    return synthetic_index(images, config.synthetic_classes, config.resize_size, split)
 
 
-def _open_validation_set(config: DataConfig, train: DatasetIndex, cache: Path, progress: bool) -> DatasetIndex:
-    if config.loader == "synthetic":
-        images = max(1, config.synthetic_images // 4)
-        return synthetic_index(images, config.synthetic_classes, config.resize_size, "val")
-    if config.dataset != "images":
-        return index_arrays(ArraySource(config.dataset, config.dir, "test", config.download))
-    root = Path(config.dir, config.val)
-    if config.val_labels:
-        labels = Path(config.dir, config.val_labels)
-        return scan_flat(root, labels, train.classes, cache_beside(root, cache), progress)
-    val = scan_classes(root, cache_beside(root, cache), progress)
-    if train.classes != val.classes:
-        odd = min(set(train.classes) ^ set(val.classes))
-        there, lacking = (train.root, root) if odd in train.classes else (root, train.root)
-        raise UserError(
-            f"the classes of training and validation differ: {lacking} has no class '{odd}', which {there} has"
+# How data.dataset is opened: (configuration, split, training classes, cache folder, show progress).
+DATASETS: dict[str, Opener] = {
+    "images": _open_files,
+    "synthetic": _open_synthetic,
+    **dict.fromkeys(CLASSES_OF_TORCHVISION, _open_arrays),
+}
+
+
+def _check_folders(config: DataConfig) -> None:
+    """Refuse a missing split before the other one is scanned, which can take an hour.
+
+    Raises:
+        UserError: names what is there instead.
+    """
+    folder = Path(config.dir)
+    _check_split(folder, config.train, "data.train", TRAINING_NAMES, "")
+    if not config.holdout:
+        _check_split(
+            folder, config.val, "data.val", VALIDATION_NAMES, ", or data.holdout to validate on training images"
         )
-    return val
+        labels = config.val_labels and folder / config.val_labels
+        if labels and not os.path.exists(labels):
+            raise UserError(f"the label file {labels} does not exist: set data.val_labels (relative to data.dir)")
+
+
+def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], otherwise: str) -> None:
+    wanted = folder / name
+    if os.path.lexists(wanted) or not _may_list(folder):
+        return  # what is wrong with it, the scan says
+    there = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+    offered = [entry for entry in there if entry.split(".")[0].lower() in usual and entry != name]
+    if folder.name == name:
+        remedy = f"data.dir is the folder above: set it to {folder.parent}"
+    elif len(offered) == 1:
+        remedy = f"there is {offered[0]}: set {field} {offered[0]}{otherwise}"
+    else:
+        found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
+        remedy = f"set data.dir, or {field}{otherwise}{found}"
+    raise UserError(f"the data folder {wanted} does not exist: {remedy}")
+
+
+def _may_list(folder: Path) -> bool:
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)
+
+
+def _cache(root: Path, folder: Path) -> Path:
+    """The cache file for `root`, and a line on stderr if the one beside it belongs to someone else."""
+    cache = cache_beside(root, folder)
+    if cache.parent == folder and os.access(root.parent, os.W_OK):
+        print(
+            f"warning: the index cache beside {root} cannot be read and written by this user: {cache} is used instead",
+            file=sys.stderr,
+            flush=True,
+        )
+    return cache
 
 
 def _hold_out(index: DatasetIndex, images: int) -> tuple[DatasetIndex, DatasetIndex]:
     """All but a random choice of so many images, and that choice."""
     if images >= len(index):
-        raise UserError(f"data.holdout {images} leaves none of the {len(index)} training images")
+        raise UserError(f"data.holdout {images} leaves none of the {len(index)} training images: lower it")
     order = epoch_order(len(index), HOLDOUT_SEED, epoch=0)
     return index.take(np.sort(order[images:])), index.take(np.sort(order[:images]))

@@ -16,7 +16,7 @@ class CorruptImageError(LocalUserError):
     """The bytes of an image do not decode, and never will.
 
     Attributes:
-        place: where it lies, for people.
+        location: where it lies, for people.
         reason: what Pillow says of it.
     """
 
@@ -32,18 +32,20 @@ def decode(content: np.ndarray, location: str) -> Image.Image:
     """Decode a file's bytes, (length) uint8, to RGB.
 
     Raises:
-        CorruptImageError: they do not decode; says so of `place`.
+        CorruptImageError: they do not decode; the message names `location`.
+        LocalUserError: there is not enough memory.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content.data)) as image:
             return image.convert("RGB")
-    except MemoryError:  # may pass
-        raise
+    except MemoryError:  # not the image's fault
+        raise LocalUserError(
+            f"not enough memory to decode the image {location}: raise the limit on memory (ulimit -v, or the job's), or lower "
+            "data.threads or optim.batch_size"
+        ) from None
     except UnidentifiedImageError:
         raise CorruptImageError(location, "not an image") from None
-    except (
-        Exception
-    ) as error:  # over damaged bytes Pillow's formats stumble in any way: OSError, struct.error, KeyError
+    except Exception as error:  # damaged bytes make Pillow fail in any way: OSError, struct.error, KeyError
         raise CorruptImageError(location, " ".join(str(error).split()) or type(error).__name__) from None
 
 

@@ -11,19 +11,24 @@ ALL_BITS = -1  # what a coefficient lacks before its first scan; later a number 
 NEUTRAL_MARKERS = {DHT, DQT, DRI, COM, *range(0xE0, 0xF0)} - {ADOBE}
 SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # within a scan only stuffing, restarts and fill bytes follow FF
 
+PNM_HEADER = re.compile(rb"P([56]) ([1-9]\d*) ([1-9]\d*) 255\n")  # as `to_pnm` writes it
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_BEFORE_DATA = set(b"gAMA cHRM sRGB sBIT iCCP bKGD pHYs tIME tEXt zTXt iTXt eXIf".split())
 PNG_AFTER_DATA = {b"tIME", b"tEXt"}  # others, Pillow unpacks when it decodes, and may refuse
 
 
 def is_plain(content: np.ndarray) -> bool:
-    """Whether a file's bytes, (length) uint8, are a complete 8-bit JPEG or PNG, gray or RGB, without peculiarities.
+    """Whether a file's bytes, (length) uint8, are a complete 8-bit JPEG, PNG or PNM, gray or RGB, without peculiarities.
 
-    What else Pillow reads, DALI may refuse, or read differently and say nothing. It also decodes no further than the
-    lowest row that is wanted, so that it does not notice an end that is missing.
+    DALI may refuse other formats that Pillow reads, or decode them differently without an error. It also decodes only down
+    to the lowest row that is wanted, so that it does not notice a truncated file.
     """
-    view = memoryview(content)
+    view = content.data
     try:
+        if header := PNM_HEADER.match(view[:32]):
+            channels, width, height = (3 if header[1] == b"6" else 1), int(header[2]), int(header[3])
+            return len(view) == header.end() + channels * width * height
         return _is_plain_png(view) if view[:8] == PNG_SIGNATURE else _is_plain_jpeg(view)
     except (struct.error, IndexError):  # the file ends in the middle
         return False

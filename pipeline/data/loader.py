@@ -1,7 +1,7 @@
-"""From an index to batches on the device: draws plans, has an image_pipeline turn them into pixels, maps the colours."""
+"""From an index to batches on the device: draws plans, has an image pipeline turn them into pixels, maps the colours."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -27,7 +27,8 @@ class Batch:
     Attributes:
         images: (n * V, 3, H, W) float32, channels-last; the views of an image are neighbours.
         labels: (n) int64.
-        weights: (n) float32, 0 for a replacement that must not count.
+        weights: (n) float32, 1 for an image that counts and 0 for a replacement; see `BatchPlan.weights`.
+        counted: images that count: the sum of the weights (on the host, so that nothing waits for the device).
         ids: (n) int64, rows of the index (NumPy, on the host).
         views: V.
     """
@@ -35,6 +36,7 @@ class Batch:
     images: Tensor
     labels: Tensor
     weights: Tensor
+    counted: int
     ids: np.ndarray
     views: int
 
@@ -131,6 +133,42 @@ def choose_loader(config: DataConfig) -> str:
     return config.loader
 
 
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What an image pipeline is built for.
+
+    Attributes:
+        threads: how many it may use.
+        batch_size: the most images that a plan may have.
+        views: V, views of each image.
+        corrupt_images: what to do about images that do not decode.
+    """
+
+    index: DatasetIndex
+    config: DataConfig
+    device: torch.device
+    threads: int
+    batch_size: int
+    views: int
+    corrupt_images: CorruptImages
+
+
+def _dali(work: PipelineOptions) -> ImagePipeline:
+    from pipeline.data.dali import DaliPipeline  # only where the wheel is installed
+
+    return DaliPipeline(
+        work.index, work.config, work.threads, work.device, work.batch_size, work.views, work.corrupt_images
+    )
+
+
+# What turns plans into pixels, by the name that data.loader gives it.
+IMAGE_PIPELINES: dict[str, Callable[[PipelineOptions], ImagePipeline]] = {
+    "dali": _dali,
+    "reference": lambda work: ReferencePipeline(work.index, work.config, work.threads, work.corrupt_images),
+    "synthetic": lambda work: SyntheticPipeline(work.index, work.config.crop_size),
+}
+
+
 def create_image_pipeline(
     index: DatasetIndex,
     config: DataConfig,
@@ -139,16 +177,14 @@ def create_image_pipeline(
     views: int,
     corrupt_images: CorruptImages = "stop",
 ) -> ImagePipeline:
-    """Build the image pipeline that the configuration asks for; what it does about corrupt images is not for all to choose."""
-    name = choose_loader(config)
-    threads = config.threads or shard.threads
-    if name == "synthetic":
-        return SyntheticPipeline(index, config.crop_size)
-    if name == "reference":
-        return ReferencePipeline(index, config, threads, corrupt_images)
-    from pipeline.data.dali import DaliPipeline  # only where the wheel is installed
+    """Build the image pipeline that the configuration names.
 
-    return DaliPipeline(index, config, threads, shard.device, batch_size, views, corrupt_images)
+    Args:
+        corrupt_images: not the configuration's own, because evaluation always stops at them.
+    """
+    threads = config.threads or shard.threads
+    work = PipelineOptions(index, config, shard.device, threads, batch_size, views, corrupt_images)
+    return IMAGE_PIPELINES[choose_loader(config)](work)
 
 
 def _batches(
@@ -159,6 +195,7 @@ def _batches(
             images=apply_colors(pixels, plan, device),
             labels=torch.from_numpy(index.labels[plan.ids]).to(device, non_blocking=True),
             weights=torch.from_numpy(plan.weights).to(device, non_blocking=True),
+            counted=int(plan.weights.sum()),
             ids=plan.ids,
             views=plan.hflip.shape[1],
         )

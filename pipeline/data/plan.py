@@ -1,7 +1,7 @@
 """What each image goes through, drawn on the host as a pure function of (seed, epoch, position).
 
 Nothing here reads a pixel and no state is kept: a run that resumes at step s, or on another number of ranks,
-draws what the uninterrupted run drew. Executors (dali.py, reference.py) turn plans into pixels.
+draws what the uninterrupted run drew. Image pipelines (dali.py, reference.py) turn plans into pixels.
 
 The random numbers come from the counter-based generator Philox: key (seed, epoch), and a fixed range of the
 counter for each position of the epoch, so that any slice of an epoch can be drawn by itself.
@@ -39,10 +39,15 @@ class BatchPlan:
 
     Attributes:
         ids: (n) int64, rows of the index.
-        weights: (n) float32, 1, or 0 for a replacement that keeps a batch from being empty.
+        weights: (n) float32. Over all ranks and accumulation steps each image of a global batch has one row, whose weight is
+            1, or 0 if the image is corrupt and another was put in its place (`replacements.collect`). The weights of a global
+            batch so add up to the images that count, and a loss that is to be their mean is divided by that sum. A part of
+            the last batch that has no images is one row of weight 0, so no part is empty; the weights of all other parts add
+            up to at least 1.
         crop_boxes: (n, 4) int32, top, left, height and width in pixels of the stored image.
         sizes: (n, 2) int32, height and width to which the box is resized.
-        offsets: (n, V, 2) int32, top and left of each view in the resized image, around which is the mean colour.
+        offsets: (n, V, 2) int32, top and left of each view in the resized image. They may be negative: a view that reaches
+            outside the image has the mean colour there.
         hflip: (n, V) bool, views that are mirrored left to right.
         color: (n, 3, 3) A, mean_color: (n, 3, 3) B, shift: (n, 3) t; float32.
     """
@@ -185,11 +190,16 @@ def _whole(sizes: np.ndarray) -> np.ndarray:
 
 
 def _short_side_to(sizes: np.ndarray, short: int) -> np.ndarray:
-    """(n, 2) sizes with the short side at `short` and the long side truncated (transforms.lua, Scale)."""
+    """(n, 2) sizes with the short side at `short` and the long side truncated (transforms.lua, Scale).
+
+    An image whose short side has that length keeps its size, as there: in floating point the long side of 140 such images
+    up to 5000 pixels at 224, as 230x224, would come out one pixel shorter.
+    """
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     new_height = np.where(width < height, np.floor(height / width * short), short)
     new_width = np.where(width < height, short, np.floor(width / height * short))
-    return np.stack([new_height, new_width], axis=1).astype(np.int32)
+    scaled = np.stack([new_height, new_width], axis=1).astype(np.int32)
+    return np.where(sizes.min(axis=1, keepdims=True) == short, sizes, scaled).astype(np.int32)
 
 
 def _short_side_to_as_torchvision(sizes: np.ndarray, short: int) -> np.ndarray:

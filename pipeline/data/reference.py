@@ -1,4 +1,4 @@
-"""Executes plans with Pillow and NumPy: slow and plain, what the DALI image pipeline is checked against.
+"""Executes plans with Pillow and NumPy: slow and simple. The DALI image pipeline is checked against it.
 
 It also serves where DALI has no wheel (macOS, Windows).
 """
@@ -40,7 +40,7 @@ class ReferencePipeline:
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included.
 
-        Where images are corrupt, plan and pixels are those of `replacements.collect`, which says what it raises.
+        Corrupt images are replaced, or raised, as in `replacements.collect`.
         """
         ahead: deque = deque()
         for plan, contents in self._reader.read_ahead(plans):

@@ -16,34 +16,40 @@ T = TypeVar("T")
 
 
 def collect(plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptImages) -> tuple[BatchPlan, list[T]]:
-    """Wait for the (n) results of a plan's images, and replace those that turn out corrupt by others.
+    """Wait for the (n) results of a plan's images, and replace corrupt ones.
 
-    The next sound image of the plan stands in, the first after the last, with all that is drawn for it and with weight
-    0: a function of the plan and the files' bytes alone, so that a run that resumes skips the same images.
+    A corrupt image is replaced by the next one of the plan that decodes (after the last comes the first), with that one's
+    crop and colours, and with weight 0. This depends on the plan and the files' bytes alone, so that a run that resumes
+    skips the same images.
 
     Raises:
         CorruptImageError: an image is corrupt, and `corrupt_images` is "stop".
-        LocalUserError: all are; or a file could not be read, which may pass, so that nothing stands in for it.
+        LocalUserError: all are corrupt; or a file could not be read, which may be temporary, so that it is not replaced.
     """
-    results = [_result(future) for future in futures]
+    results = []
+    for future in futures:
+        result = _result(future)
+        results.append(result)
     sound = [not isinstance(result, CorruptImageError) for result in results]
-    if all(sound):
-        return plan, results
-    first = results[sound.index(False)]
+    corrupt = [result for result in results if isinstance(result, CorruptImageError)]
+    decoded = [result for result in results if not isinstance(result, CorruptImageError)]
+    if not corrupt:
+        return plan, decoded
+    first = corrupt[0]
     if corrupt_images == "stop":
         # Not `first`: in a frame of its own traceback it would keep all of them alive, DALI's threads included.
         raise CorruptImageError(first.location, first.reason)
-    if not any(sound):
+    if not decoded:
         raise LocalUserError(
             f"no image of a batch decodes, and none can replace {first.location} ({first.reason}): repair or remove it"
         )
     for result, weight in zip(results, plan.weights, strict=True):
         if isinstance(result, CorruptImageError) and weight:
             print(f"warning: skipping the image {result.location} ({result.reason})", file=sys.stderr, flush=True)
-    n = len(results)
+    n, position = len(results), np.cumsum(sound) - 1
     rows = np.array([next(j % n for j in range(i, i + n) if sound[j % n]) for i in range(n)])
     weights = np.where(sound, plan.weights, np.float32(0))
-    return dataclasses.replace(plan.take(rows), weights=weights), [results[row] for row in rows]
+    return dataclasses.replace(plan.take(rows), weights=weights), [decoded[i] for i in position[rows]]
 
 
 def _result(future: Future[T]) -> T | CorruptImageError:

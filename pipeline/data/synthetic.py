@@ -1,6 +1,8 @@
 """Executes plans with generated images: no files and no decoding, for tests and for measuring the rest."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,12 +10,43 @@ from torch import Tensor
 
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
+from pipeline.data.source import Stream
+from pipeline.errors import UserError
 
 _PATTERN = 4  # cells along a side of a class's colour pattern
 
 
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Images that `SyntheticPipeline` generates: no file holds them."""
+
+    root: str
+
+    def open(self, name: str, offset: int, length: int) -> Stream:
+        raise UserError(f"{self.location(name)} has no file: synthetic images are for data.loader synthetic only")
+
+    def location(self, name: str) -> str:
+        return f"image {name} of {self.root}"
+
+
+def synthetic_index(images: int, classes: int, size: int, split: str) -> DatasetIndex:
+    """Index of `images` generated square images of `size` pixels, evenly spread over `classes`."""
+    key = hashlib.sha256(f"synthetic {split} {images} {classes} {size}".encode()).hexdigest()
+    nowhere = np.zeros(images, np.int64)
+    return DatasetIndex(
+        names=tuple(f"{i:08d}" for i in range(images)),
+        labels=np.arange(images, dtype=np.int64) % classes,
+        sizes=np.full((images, 2), size, np.int32),
+        classes=tuple(f"class{i:04d}" for i in range(classes)),
+        fingerprint=key,
+        offsets=nowhere,
+        lengths=nowhere,
+        source=SyntheticSource(f"synthetic {split}"),
+    )
+
+
 class SyntheticPipeline:
-    """Each class is a coarse random colour pattern, each image that pattern under noise; crops are not looked at."""
+    """Each class is a coarse random colour pattern, each image that pattern under noise; crop boxes are ignored."""
 
     def __init__(self, index: DatasetIndex, crop_size: int):
         self._labels = index.labels

@@ -3,91 +3,71 @@
 import hashlib
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from pipeline.data.archive import Group, Member, Section
 from pipeline.data.decoding import CorruptImageError, decode
-from pipeline.data.index import RefusedImageError, open_image
+from pipeline.data.image_files import RefusedImageError, issues_of, open_image, unreadable
+from pipeline.data.index import images_of
+from pipeline.data.reader import read_all
+from pipeline.data.source import FileSource, Group, ImageIssue, Member
 from pipeline.machine import available_cores
 
 DUPLICATE = "is a validation image too"
 PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 
-@dataclass(frozen=True)
-class ImageIssue:
-    """Something odd about an image.
+def verify(training: Sequence[FileSource], validation: Sequence[FileSource]) -> Iterator[ImageIssue]:
+    """Read and decode every image of two sets, either of which may be empty, and yield what is odd or left out.
 
-    Attributes:
-        place: where the image lies, for people.
-        fault: what is odd, as "is truncated".
-        outcome: what comes of it.
-        detail: more about this very image.
-        stops: the index or a run stops there.
+    Of the images nothing is kept but the validation set's digests and locations.
     """
-
-    location: str
-    fault: str
-    outcome: str
-    detail: str = ""
-    stops: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.location} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"
-
-
-def verify(training: list[Group], validation: list[Group]) -> Iterator[ImageIssue]:
-    """Read and decode every image of two sets, either of which may be empty, and yield what is odd.
-
-    Of the images nothing is kept but the validation set's digests and places.
-    """
-    places = {}
-    for member, digest, findings in _examine_all("validation", validation):
-        yield from findings
+    locations = {}
+    for location, digest, issues in _examine_all("validation", validation):
+        yield from issues
         if digest:
-            places[digest] = member.location
-    for member, digest, findings in _examine_all("training", training):
-        yield from findings
-        if digest in places:
+            locations[digest] = location
+    for location, digest, issues in _examine_all("training", training):
+        yield from issues
+        if digest in locations:
             outcome = "counted as right or wrong though the network has trained on it; remove it from training"
-            yield ImageIssue(member.location, DUPLICATE, outcome, places[digest])
+            yield ImageIssue(location, DUPLICATE, outcome, locations[digest])
 
 
-def examine(content: bytes, member: Member) -> list[ImageIssue]:
-    """What is odd about an image by itself, found with what the index and the loaders use."""
+def examine(content: np.ndarray, name: str, location: str) -> list[ImageIssue]:
+    """What is odd about an image's bytes, (length) uint8, found with what the index and the loaders use."""
     try:
-        header = open_image(io.BytesIO(content), member.location)
+        header = open_image(io.BytesIO(content.data), location)
     except RefusedImageError as error:
         outcome = f"the index refuses it; {error.remedy}"
-        return [ImageIssue(member.location, error.fault, outcome, error.detail, stops=True)]
+        return [ImageIssue(location, error.fault, outcome, error.detail, stops=True)]
     try:
-        image = decode(content, member.location)
+        image = decode(content, location)
     except CorruptImageError as error:
         outcome = "stops a run, or is left out of training with data.corrupt_images skip"
         truncated = "truncated" in error.reason.lower()
         fault, detail = ("is truncated", "") if truncated else ("does not decode", error.reason)
-        return [ImageIssue(member.location, fault, outcome, detail, stops=True)]
-    findings = []
-    expected = Image.registered_extensions()[Path(member.name).suffix.lower()]
+        return [ImageIssue(location, fault, outcome, detail, stops=True)]
+    issues = issues_of(header, location)
+    expected = Image.registered_extensions().get(Path(name).suffix.lower())
     if header.format != expected and (header.format, expected) != ("MPO", "JPEG"):  # JPEGs, several in a file
-        fault = f"is {header.format}, not what its suffix says"
-        findings.append(ImageIssue(member.location, fault, "read as what it is"))
+        fault = f"is {header.format}, {'not what its suffix says' if expected else 'which its name does not say'}"
+        issues.append(ImageIssue(location, fault, "read as what it is"))
     if header.mode == "CMYK":
         outcome = "read as RGB through Pillow, alike by both loaders"
-        findings.append(ImageIssue(member.location, "has CMYK colours", outcome))
+        issues.append(ImageIssue(location, "has CMYK colours", outcome))
     if header.format == "PNG" and content[PNG_DEPTH] > 8:
         outcome = "read with 8 bits through Pillow, alike by both loaders"
-        findings.append(ImageIssue(member.location, "has more than 8 bits a colour", outcome, header.mode))
+        issues.append(ImageIssue(location, "has more than 8 bits a colour", outcome, header.mode))
     if _orientation(image) in range(2, 9):
         outcome = "read as stored, not rotated, as the paper's code did"
-        findings.append(ImageIssue(member.location, "is rotated by EXIF", outcome))
-    return findings
+        issues.append(ImageIssue(location, "is rotated by EXIF", outcome))
+    return issues
 
 
 def _orientation(image: Image.Image) -> int:
@@ -97,33 +77,47 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _examine_all(name: str, groups: list[Group]) -> Iterator[tuple[Member, bytes | None, list[ImageIssue]]]:
-    """Each image with the SHA-256 of its bytes, None if they cannot be read, and with what is odd about it, in order."""
-    listed = tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False)
-    total = sum(len(group.members()) for group in listed)  # listed once more below: a million need not be kept
+Examined = tuple[str, bytes | None, list[ImageIssue]]
+
+
+def _examine_all(name: str, sources: Sequence[FileSource]) -> Iterator[Examined]:
+    """Each image's location, the SHA-256 of its bytes (None if they cannot be read) and what is odd about it, in order.
+
+    What is no image comes likewise.
+    """
+    groups, total = [], 0
+    for source in sources:
+        classes, issues = source.groups()
+        yield from ((issue.location, None, [issue]) for issue in issues if classes or issue.stops)
+        groups += [(source, group) for group in classes or [source.flat()]]
+    for _, group in tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False):
+        total += len(group.list().members)  # listed once more below: a million need not be kept
     with tqdm(desc=f"verify {name}", total=total, unit=" images", disable=None, leave=False) as bar:
-        for examined in _in_threads(member for group in groups for member in group.members()):
+        for examined in _in_threads(groups):
             bar.update()
             yield examined
 
 
-def _in_threads(members: Iterator[Member]) -> Iterator[tuple[Member, bytes | None, list[ImageIssue]]]:
+def _in_threads(groups: list[tuple[FileSource, Group]]) -> Iterator[Examined]:
     threads = 2 * available_cores()  # some wait for the disk while others decode
     ahead: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for member in members:
-            ahead.append(pool.submit(_examine_file, member))
-            if len(ahead) > 4 * threads:
-                yield ahead.popleft().result()
+        for source, group in groups:
+            images, issues = images_of(source, group)
+            yield from ((issue.location, None, [issue]) for issue in issues)
+            for image in images:
+                ahead.append(pool.submit(_examine_file, source, *image))
+                if len(ahead) > 4 * threads:
+                    yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _examine_file(member: Member) -> tuple[Member, bytes | None, list[ImageIssue]]:
+def _examine_file(source: FileSource, name: str, member: Member) -> Examined:
+    location = source.location(name)
     try:
-        with Section(member.file, member.offset, member.length) as file:
-            content = file.read(member.length)
+        with source.open(name, member.offset, member.length) as file:
+            content = read_all(file, member.length)
     except OSError as error:
-        outcome = "stops the index or a run; repair or remove it"
-        return member, None, [ImageIssue(member.location, "cannot be read", outcome, error.strerror, stops=True)]
-    return member, hashlib.sha256(content).digest(), examine(content, member)
+        return location, None, [unreadable(location, error)]
+    return location, hashlib.sha256(content.data).digest(), examine(content, name, location)

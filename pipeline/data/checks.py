@@ -1,0 +1,126 @@
+"""What looks wrong about a training and a validation set although both can be read."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.config import DataConfig
+from pipeline.data.index import DatasetIndex
+from pipeline.data.reader import read_all
+
+COMPARED = 32  # validation images that are compared byte by byte with training images of the same length
+CANDIDATES = 4  # training images that one of them is compared with
+FULL = [0] * CANDIDATES
+
+T = TypeVar("T")
+
+
+def warnings_about(train: DatasetIndex, val: DatasetIndex | None, config: DataConfig) -> list[str]:
+    """Return a line for each thing that a user should know before hours of training; nothing is decoded for it.
+
+    Args:
+        val: None where only one set is looked at.
+    """
+    lines = [*_about_classes(train), *_about_folders(train)]
+    if val is not None and not config.holdout:
+        lines += _about_both(train, val)
+    return lines
+
+
+def _about_classes(train: DatasetIndex) -> list[str]:
+    images = np.bincount(train.labels, minlength=len(train.classes))
+    if len(train.classes) == 1:
+        return [
+            f"{train.root} holds one class ('{train.classes[0]}'), so that every answer is right: give the folder of the class "
+            "folders"
+        ]
+    if images.max() == 1:
+        return [
+            f"{train.root} holds one image a class ({len(images):,} of them): if its folders are no classes, give one folder "
+            "a class"
+        ]
+    return []
+
+
+def _about_folders(train: DatasetIndex) -> list[str]:
+    """All classes have several folders of images and no image of their own, so that those may be the classes."""
+    _, first = np.unique(train.labels, return_index=True)
+    if len(train.classes) == 1 or not all(_is_below(train, i) for i in first.tolist()):
+        return []
+    folders: dict[int, set[str]] = {}
+    for i, label in enumerate(train.labels.tolist()):
+        if not _is_below(train, i):
+            return []
+        folders.setdefault(label, set()).add(os.path.dirname(train.names[i]))
+    if min(map(len, folders.values())) < 2:
+        return []
+    count = sum(map(len, folders.values()))
+    return [
+        f"every class of {train.root} holds folders of images ({count:,} in all), which count as their class's: if those are "
+        "the classes, move them up"
+    ]
+
+
+def _is_below(index: DatasetIndex, i: int) -> bool:
+    """Whether image `i` lies in a folder of its class's folder."""
+    return index.names[i].count(os.sep) > 1
+
+
+def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
+    if (
+        os.path.exists(val.root)
+        and os.path.realpath(train.root) == os.path.realpath(val.root)
+        and train.names == val.names
+    ):
+        return [
+            f"training and validation images are the same ({val.root}): the error will be that of images that the network has "
+            "seen; set data.val, or data.holdout"
+        ]
+    same = [(j, i) for j, i in _alike(train, val) if _bytes(train, i) == _bytes(val, j)]
+    if not same:
+        return []
+    found, (j, i) = len({j for j, _ in same}), same[0]
+    return [
+        f"validation images are training images too, {found:,} of the few that were compared, as {val.location(j)} is "
+        f"{train.location(i)}: they make the error too low; remove them from one of the sets (python -m tools.index --verify "
+        "lists all)"
+    ]
+
+
+def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:
+    """Some pairs (row of val, row of train) that may be the same file, as they have the same length: first those with the
+    same name, then others, evenly spread over the validation set."""
+    if len(set(val.lengths.tolist())) == 1 and len(val) > 1:  # arrays, of which all have one length
+        return []
+    keys = [_key(val, j) for j in range(len(val))]
+    spread = _spread(range(len(val)))
+    wanted, named = set(keys), dict[tuple[str, int], int]()
+    lengths: dict[int, list[int]] = {keys[j][1]: [] for j in spread}
+    for i in range(len(train)):
+        key = _key(train, i)
+        if key in wanted:
+            named[key] = i
+        if len(rows := lengths.get(key[1], FULL)) < CANDIDATES:
+            rows.append(i)
+    pairs = [(j, named[key]) for j, key in enumerate(keys) if key in named]
+    return [*_spread(pairs), *((j, i) for j in spread for i in lengths[keys[j][1]])]
+
+
+def _key(index: DatasetIndex, i: int) -> tuple[str, int]:
+    return os.path.basename(index.names[i]), int(index.lengths[i])
+
+
+def _spread(items: Sequence[T]) -> list[T]:
+    """Up to COMPARED of the items, evenly spread."""
+    count = min(COMPARED, len(items))
+    return [items[k * len(items) // count] for k in range(count)]
+
+
+def _bytes(index: DatasetIndex, i: int) -> bytes:
+    try:
+        with index.open(i) as stream:
+            return read_all(stream, int(index.lengths[i])).tobytes()
+    except OSError:  # the run that needs it says so
+        return f"unreadable {index.location(i)}".encode()

@@ -1,0 +1,127 @@
+"""The rule that says which files are images: what Pillow reads as a picture, and nothing that a system left there.
+
+A name with the suffix of a format that Pillow reads is an image; if it cannot be read, that is an error. A name that
+says nothing is opened, and its content decides. All else is left out, and told.
+"""
+
+import os
+import stat
+from functools import cache
+from typing import IO, cast
+
+from PIL import Image
+
+from pipeline.data.source import ImageIssue, Stream
+from pipeline.errors import UserError
+
+LEFT_OUT = "left out"
+
+# Formats by whose first bytes Pillow knows them for certain; HEIF is there if a plug-in is.
+KNOWN_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "JPEG2000", "QOI", "PPM", "HEIF")
+KNOWN_BY_NAME = {*KNOWN_BY_CONTENT, "TGA", "PSD", "ICO", "PCX", "SGI", "DDS", "DIB"}
+# Pictures that Pillow does not read without a plug-in, or of which it would read the small preview.
+UNREADABLE = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+ANIMATED = {"GIF", "PNG", "TIFF", "WEBP", "AVIF"}  # the second picture of an MPO is a preview or a stereo partner
+OWN_CACHE = ".index.jsonl"  # see index.cache_beside
+
+
+class RefusedImageError(UserError):
+    """The index takes no such image.
+
+    Attributes:
+        fault: what is wrong with it, as "is not an image".
+        detail: what Pillow says of it.
+        remedy: what to do.
+    """
+
+    def __init__(self, location: str, fault: str, detail: str, remedy: str):
+        super().__init__(f"{location} {fault} ({detail}): {remedy}")
+        self.fault, self.detail, self.remedy = fault, detail, remedy
+
+
+def hidden(name: str, location: str) -> ImageIssue | None:
+    """Why a file or folder of this name is left out with all that is in it, if it is."""
+    if name in SYSTEM_FOLDERS:
+        return ImageIssue(location, "was made by the operating system", LEFT_OUT)
+    if name.startswith(".") and name != "..":
+        return ImageIssue(location, "is hidden", LEFT_OUT)
+    return None
+
+
+def unreadable_format(name: str, location: str) -> ImageIssue | None:
+    """Why a file of this name is left out although it is a picture, if it is."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix not in UNREADABLE or suffix in _formats():
+        return None
+    return ImageIssue(location, f"is a {suffix} file, which Pillow does not read here", "left out; convert it")
+
+
+def is_image_by_name(name: str) -> bool:
+    """Whether a file's suffix is that of a format that Pillow reads."""
+    return _formats().get(os.path.splitext(name)[1].lower()) in KNOWN_BY_NAME
+
+
+def is_image_by_content(stream: Stream) -> bool:
+    """Whether a file that can be opened begins as an image does."""
+    formats = [name for name in KNOWN_BY_CONTENT if name in _formats().values()]
+    try:
+        with Image.open(cast(IO[bytes], stream), formats=formats):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def open_image(stream: Stream, location: str) -> Image.Image:
+    """Open an image, of which this reads no more than the header.
+
+    Raises:
+        RefusedImageError: it is none, or none for these networks.
+    """
+    try:
+        image = Image.open(cast(IO[bytes], stream))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        detail = type(error).__name__
+        raise RefusedImageError(location, "is not an image that can be read", detail, "repair or remove it") from None
+    if image.mode.startswith(("I", "F")):
+        raise RefusedImageError(location, "has more than 8 bits a colour", image.mode, "convert or remove it")
+    return image
+
+
+def issues_of(image: Image.Image, location: str) -> list[ImageIssue]:
+    """What is told of an opened image when the index first meets it."""
+    try:
+        several = image.format in ANIMATED and getattr(image, "is_animated", False)
+    except Exception:  # over a damaged second picture Pillow stumbles in any way; the first is what counts
+        return []
+    return [ImageIssue(location, "holds several pictures", "read as its first")] if several else []
+
+
+def no_image(location: str) -> ImageIssue:
+    """A file whose content decided that it is no image."""
+    return ImageIssue(location, "is no image", LEFT_OUT)
+
+
+def beside_classes(location: str) -> ImageIssue:
+    """A file where only class folders belong."""
+    return ImageIssue(location, "lies beside the class folders", LEFT_OUT)
+
+
+def no_file(location: str, mode: int) -> ImageIssue | None:
+    """Why what has this `st_mode` is left out, if it is no file: opening a named pipe would wait forever."""
+    if stat.S_ISREG(mode):
+        return None
+    return ImageIssue(location, "is a named pipe, a socket or a device", LEFT_OUT)
+
+
+def unreadable(location: str, error: OSError) -> ImageIssue:
+    """A file or folder that ought to be read and cannot be."""
+    dangling = isinstance(error, FileNotFoundError) and os.path.islink(location)
+    detail = "a link that leads nowhere" if dangling else error.strerror or str(error)
+    return ImageIssue(location, "cannot be read", "repair it, remove it, or check its permissions", detail, stops=True)
+
+
+@cache
+def _formats() -> dict[str, str]:
+    """Pillow's formats that can be read, by suffix."""
+    return {suffix: name for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}

@@ -1,0 +1,164 @@
+"""Labels that lie in a file beside a flat set of images, and how class names of one place are found in another's."""
+
+import csv
+import os
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError, did_you_mean
+
+LABEL_FILE_SUFFIXES = (".txt", ".csv", ".tsv")
+
+
+def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[str]:
+    """Class of each image of a flat set, in the order of `names`.
+
+    Args:
+        file: ImageNet's development kit (.tar.gz), or text. Either one line ``CLASS`` for each image in sorted order, or
+            lines ``FILE CLASS`` with a blank, a tab or a comma between, quoted or not (words after CLASS are ignored; a
+            header is one first line that names neither an image nor a class). Where all classes are numbers and those of
+            the training set are names, they count the sorted names from 0, as Caffe's lists do.
+        classes: the names that a class may have.
+
+    Raises:
+        UserError: the file cannot be read or does not fit the images.
+    """
+    try:
+        if file.name.endswith((".tar.gz", ".tgz")):
+            lines = _devkit_labels(file)
+        else:
+            text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # file names may be of any encoding
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, tarfile.TarError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read the label file {file}: {error}") from None
+    known = set(classes)
+    if all(line in known or len(line.replace(",", " ").split()) == 1 for line in lines):
+        if len(lines) != len(names):
+            raise UserError(
+                f"{file} has {len(lines)} labels for {len(names)} images: one line an image in sorted order"
+            )
+        labels = lines
+    else:
+        labels = _labels_by_file(file, lines, names, known)
+    return find_classes(file, labels, classes)
+
+
+def find_classes(origin: object, names: list[str], classes: tuple[str, ...]) -> list[str]:
+    """Find each of `names`, which may repeat, among `classes`.
+
+    Numbers among classes that are none are taken as positions from 0, if one of them is 0; this is said on stderr.
+
+    Raises:
+        UserError: a name is none of the classes.
+    """
+    known = set(classes)
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return names
+    numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
+    all_numbers = len(unknown) == len(names) and all(name.isascii() and name.isdigit() for name in names)
+    if all_numbers and 0 in numbers and max(numbers) < len(classes):
+        print(
+            f"warning: the classes of {origin} are numbers: taken as positions in the sorted class names, counted from 0 "
+            f"(0 is {classes[0]}, {max(numbers)} is {classes[max(numbers)]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return [classes[int(name)] for name in names]
+    if all_numbers:
+        remedy = (
+            f": these are numbers from {min(numbers)} to {max(numbers)} in an order that is not known; give labels by "
+            f"name, as '{classes[0]}' (for ImageNet's ground truth: the development kit, .tar.gz)"
+        )
+    elif all(name.isdigit() for name in classes):
+        remedy = ", which are numbers (--classes FILE names them)"
+    elif len(set(unknown)) == len(set(names)):
+        remedy = (
+            f", nor is any other here: expected names such as '{classes[0]}'; for images without class folders give the "
+            "file of their labels (data.val_labels or --labels)"
+        )
+    else:
+        remedy = did_you_mean(unknown[0], classes)
+    raise UserError(f"{origin}: the class '{unknown[0]}' is none of the network's{remedy}")
+
+
+def labels_needed(root: Path) -> str:
+    """What to do about a place whose images have no class folders."""
+    found = _label_file_near(root)
+    likely = f", which may be {found}" if found else ""
+    return f"for images without class folders give the file of their labels (data.val_labels or --labels){likely}"
+
+
+def _label_file_near(root: Path) -> Path | None:
+    """A file in the folder `root`, or beside it, whose name says that it holds labels."""
+    words = ("label", "annotation", "solution", "ground_truth", root.name.lower())
+    for folder in (root, root.parent):
+        try:
+            files = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+        except OSError:
+            continue
+        for name in files:
+            if name.lower().endswith(LABEL_FILE_SUFFIXES) and any(word in name.lower() for word in words):
+                return folder / name
+    return None
+
+
+def _file_and_class(line: str, position: dict[str, int], known: set[str]) -> tuple[str, str]:
+    """The image's key in `position` and the class; of a line that names no image, what stands in their places."""
+    readings = []
+    for delimiter in ("\t", ",", " "):
+        fields = [field.strip() for field in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+        if len(fields) > 1:
+            rest = line.partition(delimiter)[2].strip()  # a class whose name has the delimiter in it
+            words = fields[1].split() or [""]
+            readings.append((fields[0], next((name for name in (fields[1], rest) if name in known), words[0])))
+    if len(words := line.rsplit(None, 1)) == 2:  # a file whose name has blanks in it
+        readings.append((words[0], words[1]))
+    for file, label in sorted(readings, key=lambda reading: reading[1] not in known):
+        if key := _key(file, position):
+            return key, label
+    return readings[0] if readings else (line, "")
+
+
+def _key(file: str, position: dict[str, int]) -> str | None:
+    """How `position` calls a file: by its path, or by its name without folders or without its suffix."""
+    return next((key for key in (os.path.normpath(file), Path(file).name, Path(file).stem) if key in position), None)
+
+
+def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[str]) -> list[str]:
+    """Classes from lines ``FILE CLASS``, where FILE may lack its folder and its suffix."""
+    keys = [{Path(name).stem, Path(name).name, name} for name in names]
+    times = Counter(key for of_one in keys for key in of_one)
+    position = {key: i for i, of_one in enumerate(keys) for key in of_one if times[key] == 1}
+    numbered = all(_file_and_class(line, position, known)[1].isdigit() for line in lines[1:])
+    labels: list[str | None] = [None] * len(names)
+    for number, line in enumerate(lines, start=1):
+        image, label = _file_and_class(line, position, known)
+        if image not in position:
+            if number == 1 and label not in known and not (numbered and label.isdigit()):  # a header
+                continue
+            ambiguous = " (two images are called so: give their paths)" if times[image] > 1 else ""
+            raise UserError(f"{file}, line {number}: there is no image '{image}'{ambiguous}: expected 'FILE CLASS'")
+        if labels[position[image]] is not None:
+            raise UserError(f"{file}, line {number}: a second label for the image '{image}': remove one")
+        labels[position[image]] = label
+    if None in labels:
+        raise UserError(f"{file} has no line for the image {names[labels.index(None)]}: expected 'FILE CLASS'")
+    return [label for label in labels if label is not None]
+
+
+def _devkit_labels(file: Path) -> list[str]:
+    """WordNet ids of the validation images from ILSVRC2012_devkit_t12.tar.gz: ids by number, numbers by image."""
+    from scipy.io import loadmat
+
+    with tarfile.open(file) as tar:
+        files = {Path(member.name).name: tar.extractfile(member) for member in tar.getmembers() if member.isreg()}
+        truth = files["ILSVRC2012_validation_ground_truth.txt"]
+        synsets = loadmat(files["meta.mat"], squeeze_me=True)["synsets"]
+        numbers = truth.read().split() if truth else []
+    wordnet_ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
+    return [wordnet_ids[int(number)] for number in numbers]

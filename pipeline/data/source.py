@@ -1,0 +1,115 @@
+"""What a kind of place that holds images must offer: a folder, an archive, arrays in memory.
+
+To add a kind of place for image files (zip, parquet, shards): write one module with a class like `Source`, and add one
+line to `sources.SOURCES`. Indexing, its cache, labels, training, evaluation and --verify then work with it unchanged.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+Stream = io.RawIOBase | io.BufferedIOBase  # what `open(file, "rb")` gives, with or without a buffer
+
+
+@dataclass(frozen=True)
+class ImageIssue:
+    """Something to tell about a file or an image.
+
+    Attributes:
+        location: where it lies, for people.
+        fault: what is odd, as "is truncated".
+        outcome: what comes of it, or what to do.
+        detail: more about this very one.
+        stops: the index or a run stops there.
+    """
+
+    location: str
+    fault: str
+    outcome: str
+    detail: str = ""
+    stops: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.location} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file that is an image, or may be one.
+
+    Attributes:
+        name: path within its group.
+        offset, length: its bytes, as the source's `open` takes them; length is that of the image file.
+        time: when it changed (ns); 0 where the group has a stamp.
+        by_name: its name says that it is an image. Otherwise its content decides.
+    """
+
+    name: str
+    offset: int
+    length: int
+    time: int = 0
+    by_name: bool = True
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a group sorted by name, and what was found beside them."""
+
+    members: tuple[Member, ...]
+    issues: tuple[ImageIssue, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The files that are listed and cached together: those of one class, or all of a set without classes.
+
+    Attributes:
+        name: the class; empty for a set without classes.
+        list: finds the files.
+        stamp: changes when the files do, and is known without listing them; empty: list them to know.
+    """
+
+    name: str
+    list: Callable[[], Listing]
+    stamp: str = ""
+
+
+class Source(Protocol):
+    """Images and how their bytes are read. It is pickled for other ranks, so that it may not keep a file open in that."""
+
+    @property
+    def root(self) -> str:
+        """What the user calls it: a folder or a file."""
+
+    def open(self, name: str, offset: int, length: int) -> Stream:
+        """Open one image file as a stream that can seek. Threads call this at once.
+
+        Args:
+            name: ``GROUP/MEMBER``, or ``MEMBER`` in a set without classes.
+            offset, length: as in `Member`.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+
+    def location(self, name: str) -> str:
+        """Where an image lies, for people."""
+
+
+class FileSource(Source, Protocol):
+    """A place with image files, which are still to be found."""
+
+    @classmethod
+    def at(cls, root: str) -> "FileSource | None":
+        """The source at this existing path, or None if the path is not of this kind."""
+
+    def groups(self) -> tuple[list[Group], list[ImageIssue]]:
+        """The classes, which may be none, and what is no part of any class.
+
+        Raises:
+            UserError: the place as a whole cannot be read.
+        """
+
+    def flat(self) -> Group:
+        """All images as one group without a class."""

@@ -1,0 +1,32 @@
+"""The kinds of places that may hold image files. The first that knows a path takes it."""
+
+import os
+from pathlib import Path
+
+from pipeline.data.archive import TarSource
+from pipeline.data.folder import FolderSource
+from pipeline.data.source import FileSource
+from pipeline.errors import UserError
+
+SOURCES: dict[str, type[FileSource]] = {
+    "tar archive": TarSource,
+    "folder": FolderSource,
+}
+
+
+def open_source(root: str | Path) -> FileSource:
+    """The source of the images at a path.
+
+    Raises:
+        UserError: nothing is there, it cannot be looked at, or it is of no known kind.
+    """
+    try:
+        os.stat(root)
+        for kind in SOURCES.values():
+            if source := kind.at(str(root)):
+                return source
+    except FileNotFoundError:
+        raise UserError(f"the data folder {root} does not exist: set data.dir (or --data)") from None
+    except OSError as error:
+        raise UserError(f"cannot read {root}: {error.strerror}: check its path and permissions") from None
+    raise UserError(f"{root} is neither a {' nor a '.join(reversed(SOURCES))}: unpack it, or give another path")

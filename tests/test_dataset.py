@@ -1,0 +1,189 @@
+"""From the data section to two sets: layouts that people have, and what is said of those that do not fit."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import photo, small_config, write_class_folders
+
+from pipeline.config import DataConfig
+from pipeline.data.checks import warnings_about
+from pipeline.data.dataset import open_datasets
+from pipeline.data.index import scan_classes
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    write_class_folders(tmp_path / "data" / "train", 3, 12)
+    write_class_folders(tmp_path / "data" / "val", 3, 6, seed=1000)
+    return tmp_path / "data"
+
+
+def config_of(root: Path, **fields) -> DataConfig:
+    return small_config(root, data={"dir": str(root), "loader": "reference", **fields}).data
+
+
+def open_all(root: Path, **fields):
+    return open_datasets(config_of(root, **fields), root.parent / "cache", progress=False)
+
+
+def flat(folder: Path, images: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(images):
+        photo(2000 + i, 30, 30).save(folder / f"val_{i}.jpg")
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        (("valid",), "val does not exist: there is valid: set data.val valid, or data.holdout"),
+        (("validation",), "set data.val validation, or data.holdout"),
+        (("test",), "set data.val test, or data.holdout"),
+        (("val.tar",), "set data.val val.tar, or data.holdout"),
+        (("valid", "test"), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds test, train, valid\)"),
+        ((), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train\)"),
+    ],
+)
+def test_another_name_of_the_validation_set_is_offered(root, monkeypatch, there, expected):
+    shutil.rmtree(root / "val")
+    for name in there:
+        (root / name).mkdir()
+    monkeypatch.setattr("pipeline.data.dataset.scan_classes", lambda *_: pytest.fail("scanned before it was checked"))
+    with pytest.raises(UserError, match=expected):
+        open_all(root)
+
+
+def test_the_training_folder_in_place_of_the_one_above(root):
+    with pytest.raises(UserError, match=f"train/train does not exist: data.dir is the folder above: set it to {root}$"):
+        open_all(root / "train")
+
+
+def test_a_missing_training_set(root):
+    (root / "train").rename(root / "Training")
+    with pytest.raises(UserError, match="there is Training: set data.train Training$"):
+        open_all(root)
+    with pytest.raises(UserError, match="nowhere/train does not exist: set data.dir "):
+        open_all(root / "nowhere")
+    with pytest.raises(UserError, match="no.txt does not exist: set data.val_labels"):
+        open_all(root, train="Training", val_labels="no.txt")
+
+
+def test_parts_of_a_data_set_are_no_classes(root):
+    with pytest.raises(
+        UserError, match="holds train and val: parts of a data set, which are no classes: give one of them, as .*/val$"
+    ):
+        scan_classes(root)
+
+
+def test_a_flat_validation_folder_names_the_label_file(root):
+    shutil.rmtree(root / "val")
+    flat(root / "val", 3)
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n")
+    with pytest.raises(
+        UserError, match="val holds no class folders .*data.val_labels or --labels\\), which may be .*solution.csv"
+    ):
+        open_all(root)
+
+
+def test_tiny_imagenets_validation_folder_names_its_label_file(root, capfd):
+    shutil.rmtree(root / "val")
+    flat(root / "val" / "images", 3)
+    (root / "val" / "val_annotations.txt").write_text("".join(f"val_{i}.jpg\tclass{i}\t0\t1\t2\t3\n" for i in range(3)))
+    with pytest.raises(
+        UserError, match=r"none of the training classes, but 'images'.*data.val_labels.*val_annotations.txt"
+    ):
+        open_all(root)
+    _, val = open_all(root, val_labels="val/val_annotations.txt")
+    assert val.labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_validation_set_may_lack_classes(root, how, capfd):
+    shutil.rmtree(root / "val" / "class1")
+    if how == "empty":
+        (root / "val" / "class1").mkdir()
+    train, val = open_all(root)
+    assert val.classes == train.classes == ("class0", "class1", "class2")
+    assert val.labels.tolist() == [0, 0, 2, 2]
+    assert "has images of 2 of the 3 training classes (none of 'class1')" in capfd.readouterr().err
+
+
+def test_a_validation_set_may_not_have_more_classes(root):
+    (root / "val" / "class0").rename(root / "val" / "class7")
+    with pytest.raises(
+        UserError, match="train has no class 'class7', which .*val has: remove it there, or set data.holdout"
+    ):
+        open_all(root)
+    (root / "train" / "class9").mkdir()
+    with pytest.raises(UserError, match="the class class9 in .*train has no images: fill or remove it"):
+        open_all(root)
+
+
+def test_a_data_set_of_another_user(root, monkeypatch, capfd):
+    """`os.access` says what another user may; root may do all."""
+    open_all(root)
+    cache = root / ".train.index.jsonl"
+    assert cache.exists() and capfd.readouterr().err == ""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != cache and real(path, mode))
+    open_all(root)
+    assert (root.parent / "cache" / cache.name).exists()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "cannot be read and written by this user" in line and str(root.parent / "cache") in line
+
+
+def test_one_folder_of_class_folders_is_refused(root):
+    (root / "above").mkdir()
+    (root / "train").rename(root / "above" / "images")
+    with pytest.raises(UserError, match=f"would be one class: .* in which are 3 folders .*give {root}/above/images$"):
+        open_all(root, train="above")
+
+
+def test_what_looks_wrong_is_said(root, tmp_path):
+    def said(**fields):
+        config = config_of(root, **fields)
+        return warnings_about(*open_datasets(config, tmp_path / "cache", False), config)
+
+    assert said() == [] and said(holdout=3) == []
+    (line,) = said(val="train")
+    assert "training and validation images are the same" in line and "data.holdout" in line
+    (root / "link").symlink_to(root / "train")
+    assert said(val="link") == [line.replace("train)", "link)")]
+
+    twin = root / "val" / "class1" / "renamed.jpg"
+    shutil.copy(root / "train" / "class1" / "image0004.jpg", twin)
+    (line,) = said()
+    assert "validation images are training images too, 1 of" in line
+    assert f"{twin} is {root}/train/class1/image0004.jpg" in line
+    twin.unlink()
+    (root / "val" / "class1" / "image0004.jpg").unlink()
+    os.link(root / "train" / "class1" / "image0004.jpg", root / "val" / "class1" / "image0004.jpg")
+    assert "too, 1 of" in said()[0]
+
+
+def test_sets_that_can_hardly_be_meant(tmp_path):
+    config = DataConfig()
+    one_a_class = warnings_about(scan_classes(write_class_folders(tmp_path / "a", 4, 4)), None, config)
+    assert len(one_a_class) == 1 and "one image a class (4 of them)" in one_a_class[0]
+    one_class = warnings_about(scan_classes(write_class_folders(tmp_path / "b", 1, 4)), None, config)
+    assert len(one_class) == 1 and "one class ('class0'), so that every answer is right" in one_class[0]
+    for kind in ("animals", "plants"):
+        write_class_folders(tmp_path / "c" / kind, 2, 6)
+    nested = warnings_about(scan_classes(tmp_path / "c"), None, config)
+    assert len(nested) == 1 and "holds folders of images (4 in all)" in nested[0]
+    for kind in ("n01", "n02"):  # as Tiny-ImageNet has it
+        write_class_folders(tmp_path / "d" / kind, 1, 3)
+    assert warnings_about(scan_classes(tmp_path / "d"), None, config) == []
+
+
+def test_archives_and_arrays_are_compared_too(root, tmp_path):
+    train, _ = open_all(root)
+    config = config_of(root)
+    part = train.take(np.arange(0, 12, 4))
+    assert "3 of the few" in warnings_about(train, part, config)[0]
+    arrays = dataclasses.replace(part, lengths=np.full(3, 7))
+    assert warnings_about(train, arrays, config) == []
