@@ -75,7 +75,7 @@ class CheckpointFolder:
         Raises:
             UserError: a file cannot be read, which may pass.
         """
-        damaged = []
+        damaged: list[Path] = []
         for path in (self.last, self.previous):
             if path.exists():
                 try:

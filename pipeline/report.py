@@ -1,20 +1,38 @@
 """What a run says of itself: its configuration and audit as files, and a summary at the end."""
 
+import sys
+
 from pipeline.audit import AuditRow, audit, count_differences, setting_for, to_markdown
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
+from pipeline.data.checks import warnings_about
 from pipeline.run import Run
 from pipeline.run_dir import write_text
 
 
 def write_description(run: Run, found: Found | None) -> None:
-    """Write what the run is into its directory, and put aside what earlier starts have left there."""
+    """Write what the run is into its directory, put aside what earlier starts have left there, and warn of a new run."""
     CheckpointFolder(run.dir / "checkpoints").remove_temporary()
     if found:
         found.set_damaged_aside()
+    else:
+        for line in warnings_of(run):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     title = f"{run.config.model.name} beside the paper's {setting_for(run.config).name} setting"
     write_text(run.dir / "config.yaml", to_yaml(run.config))
     write_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines()))
+
+
+def warnings_of(run: Run) -> list[str]:
+    """A line for each thing about a run that its user should know before hours of training."""
+    config, lines = run.config, warnings_about(run.train_loader.index, run.val_loader.index, run.config.data)
+    late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]
+    if config.optim.schedule == "step" and late:
+        lines.append(
+            f"the learning rate never drops at epoch {', '.join(map(str, late))}: the run has optim.epochs "
+            f"{config.optim.epochs}; set optim.milestones"
+        )
+    return lines
 
 
 def summary(run: Run) -> str:

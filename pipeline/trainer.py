@@ -25,7 +25,7 @@ from pipeline.metrics import Score
 from pipeline.monitor import Monitor
 from pipeline.optim import set_learning_rate
 from pipeline.preemption import PreemptionHandler
-from pipeline.report import summary, write_description
+from pipeline.report import summary, warnings_of, write_description
 from pipeline.resume import find_checkpoint
 from pipeline.run import Progress, Run
 from pipeline.run_dir import locked
@@ -63,7 +63,8 @@ def dry_run(config: Config) -> str:
         if found := world.broadcast_from_rank0(lambda: find_checkpoint(run.dir)):
             run.load_state_dict(found.state)
         next(run.train_loader.batches(epoch=0))
-        return f"{to_yaml(config)}\n{run.description()}"
+        warnings = [f"warning: {line}" for line in (warnings_of(run) if world.is_main else [])]
+        return "\n".join([to_yaml(config), run.description(), *warnings])
 
 
 class Trainer:

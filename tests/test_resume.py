@@ -231,6 +231,26 @@ def test_several_ranks_agree_on_a_damaged_checkpoint(tmp_path):
     assert_equal_weights(weights(config), whole)
 
 
+def test_a_save_that_takes_long_beside_the_launchers_limit_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LAUNCH_GRACE_SECONDS", "0.000001")
+    trainer.fit(small_config(tmp_path / "slow", optim={"epochs": 1}))
+    said = "and a run that is asked to leave is killed after 0 s: give python -m launch more --warning-seconds"
+    assert capsys.readouterr().out.count(said) == 1
+    monkeypatch.setenv("LAUNCH_GRACE_SECONDS", "100000")
+    trainer.fit(small_config(tmp_path / "quick", optim={"epochs": 1}))
+    assert "asked to leave" not in capsys.readouterr().out
+
+
+def test_a_new_run_is_warned_of_what_looks_wrong(tmp_path, capsys):
+    config = small_config(tmp_path, optim={"epochs": 1, "milestones": [3, 1]})
+    line = "warning: the learning rate never drops at epoch 3, 1: the run has optim.epochs 1; set optim.milestones"
+    assert line in trainer.dry_run(config)
+    trainer.fit(config)
+    assert line in capsys.readouterr().err
+    trainer.fit(config)
+    assert line not in capsys.readouterr().err
+
+
 def test_warnings_name_what_was_done(finished, tmp_path):
     config = copy_of(finished, tmp_path)
     last = tmp_path / "checkpoints" / "last.pt"

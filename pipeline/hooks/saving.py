@@ -7,6 +7,7 @@ import time
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.errors import InterruptedRunError
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
+from pipeline.preemption import grace_period
 from pipeline.run import Run
 from pipeline.run_dir import STATUS, replace_text
 
@@ -17,6 +18,7 @@ class Saving(Hook):
     def __init__(self, run: Run):
         self._folder = CheckpointFolder(run.dir / "checkpoints")
         self._saved_at = time.monotonic()
+        self._limit_said = False
 
     def on_step(self, trainer: Training, result: StepResult) -> None:
         run, train = trainer.run, trainer.run.config.train
@@ -51,7 +53,19 @@ class Saving(Hook):
 
         run.world.broadcast_from_rank0(write)
         self._saved_at = time.monotonic()
-        trainer.seconds["checkpoint"] += self._saved_at - start
+        seconds = self._saved_at - start
+        trainer.seconds["checkpoint"] += seconds
+        self._compare_with_limit(trainer, seconds)
+
+    def _compare_with_limit(self, trainer: Training, seconds: float) -> None:
+        """Say once if a save takes so long that a launcher may kill the run before it is done."""
+        limit = grace_period()
+        if limit and not self._limit_said and seconds > limit.seconds / 2:
+            self._limit_said = True
+            trainer.monitor.say(
+                f"warning: a save takes {seconds:.0f} s, and a run that is asked to leave is killed after {limit.seconds:.0f} s: "
+                f"{limit.remedy}"
+            )
 
     def _status(self, run: Run) -> dict[str, object]:
         progress = run.progress

@@ -112,6 +112,11 @@ def create_model(
 def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module:
     import timm  # takes seconds to import
 
+    if "." in name:
+        raise UserError(
+            f"model.name: 'timm:{name}' names pretrained weights, which are not loaded: take timm:{name.partition('.')[0]} to "
+            "train from random weights, or evaluate a file of the weights with tools.evaluate --model"
+        )
     if not timm.is_model(name):
         raise UserError(f"model.name: timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
     try:
