@@ -44,8 +44,8 @@ def unsupported(features: nn.Module, x: Tensor) -> str:
     return kernels.unavailable_reason() or ""
 
 
-def stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    return _Stem.apply(y.contiguous(memory_format=torch.channels_last), norm, norm.weight, norm.bias)
+def stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    return _Stem.apply(x.contiguous(memory_format=torch.channels_last), norm, norm.weight, norm.bias)
 
 
 def stage(x: Tensor, stage: Stage) -> Tensor:

@@ -23,8 +23,8 @@ def unsupported(features: nn.Module, x: Tensor) -> str:
     return "" if features.training else "memory_efficient is for training"
 
 
-def stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    return _Stem.apply(y, norm, norm.weight, norm.bias)
+def stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    return _Stem.apply(x, norm, norm.weight, norm.bias)
 
 
 def stage(x: Tensor, stage: Stage) -> Tensor:
