@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline import renamed
@@ -36,8 +36,13 @@ CorruptImages = Literal["stop", "skip"]
 NotFinite = Literal["stop", "skip"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
-DenseBlock = Literal["auto", "eager", "memory_efficient", "fused"]
 ActivationCheckpointing = Literal["none", "first", "all"]
+
+
+def _name_of_today(dense_block: str) -> str:
+    if dense_block in renamed.VALUES["model.dense_block"]:
+        raise ValueError(f"'{dense_block}' is now called '{renamed.VALUES['model.dense_block'][dense_block]}'")
+    return dense_block
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -46,9 +51,10 @@ class ModelConfig:
     """A network of pipeline/models/zoo.py, or timm:NAME."""
     dropout: Fraction = 0.0
     """Probability of dropping a unit after every convolution but the first (the paper: 0.2 without augmentation)."""
-    dense_block: DenseBlock = "auto"
-    """How our DenseNets compute. eager: module by module; memory_efficient: shared statistics, less memory;
-    fused: C++ kernels for CPU; auto: fused where it can be, else eager. All give the same result up to rounding."""
+    dense_block: Annotated[str, AfterValidator(_name_of_today)] = "auto"
+    """How our DenseNets compute: auto, eager, or a name in pipeline/models/backends.py. eager: module by module;
+    memory_efficient: shared statistics, less memory; fused: C++ kernels for CPU; auto: fused where it can be, else eager.
+    All give the same result up to rounding."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Blocks whose bottlenecks memory_efficient and fused compute again in the backward pass, for less memory."""
 

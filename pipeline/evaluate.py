@@ -77,7 +77,8 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    ids, top5, probability, losses, logits = [], [], [], [], []
+    answered: list[_Answers] = []
+    all_logits: list[_Answers] = []
     batches = loader.batches()
     for _ in range(loader.rounds):
         between_batches()
@@ -86,37 +87,41 @@ def evaluate(
             continue
         answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average)
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
-        ids.append(batch.ids)
-        top5.append(best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1).cpu().numpy())
-        probability.append((best.values[:, 0] - answers.logsumexp(dim=1)).exp().cpu().numpy())
-        losses.append(F.cross_entropy(answers, batch.labels, reduction="none").cpu().numpy())
+        found = (
+            best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1),
+            (best.values[:, 0] - answers.logsumexp(dim=1)).exp(),
+            F.cross_entropy(answers, batch.labels, reduction="none"),
+        )
+        answered.append((batch.ids, *(tensor.cpu().numpy() for tensor in found)))
         if keep_logits:
-            logits.append(answers.cpu().numpy())
+            all_logits.append((batch.ids, answers.cpu().numpy()))
     model.train(was_training)
 
-    shares = world.gather_to_rank0((ids, logits)) if keep_logits else []
-    all_logits = _concatenate(shares) if shares else None
-    ids, top5, probability, losses = _concatenate(world.gather((ids, top5, probability, losses)))
-    order = np.argsort(ids)
-    if not np.array_equal(ids[order], np.arange(len(loader.index))):
-        raise RuntimeError(f"evaluated {len(ids)} images, {len(set(ids.tolist()))} different, of {len(loader.index)}")
-    top5, losses = top5[order], losses[order]
-    right = top5 == loader.index.labels[:, None]
+    images = len(loader.index)
+    gathered = world.gather_to_rank0(all_logits) if keep_logits else []
+    logits = _in_order(gathered, images)[0] if gathered else None
+    top5, probability, losses = _in_order(world.gather(answered), images)
+    correct = top5 == loader.index.labels[:, None]
     score = Score(
-        images=len(ids),
-        top1_correct=int(right[:, 0].sum()),
-        top5_correct=int(right.any(axis=1).sum()),
+        images=images,
+        top1_correct=int(correct[:, 0].sum()),
+        top5correct=int(correct.any(axis=1).sum()),
         loss_sum=float(losses.sum(dtype=np.float64)),
     )
-    logits_in_order = all_logits[1][order] if all_logits else None
-    not_finite = int((top5[:, 0] == -1).sum())
-    return Evaluation(score, top5, probability[order], losses, logits_in_order, not_finite)
+    return Evaluation(score, top5, probability, losses, logits, not_finite=int((top5[:, 0] == -1).sum()))
 
 
-def _concatenate(shares: list[tuple[list[np.ndarray], ...]]) -> tuple[np.ndarray, ...]:
-    """Join the batches of all ranks, column by column; a rank may have none."""
-    columns = zip(*(share for share in shares if share[0]), strict=True)
-    return tuple(np.concatenate([batch for batches in column for batch in batches]) for column in columns)
+_Answers = tuple[np.ndarray, ...]  # of the n images of a batch: their ids, and what was found
+
+
+def _in_order(by_rank: list[list[_Answers]], images: int) -> tuple[np.ndarray, ...]:
+    """Join the batches of all ranks, of which some may have none, and put what was found into the order of the index."""
+    columns = zip(*(batch for batches in by_rank for batch in batches), strict=True)
+    ids, *found = (np.concatenate(column) for column in columns)
+    order = np.argsort(ids)
+    if not np.array_equal(ids[order], np.arange(images)):
+        raise RuntimeError(f"evaluated {len(ids)} images, {len(set(ids.tolist()))} different, of {images}")
+    return tuple(column[order] for column in found)
 
 
 def _average(logits: Tensor, average: Average) -> Tensor:

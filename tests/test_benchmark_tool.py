@@ -30,10 +30,10 @@ IMPLEMENTATIONS = {
         "torchvision memory_efficient",
         "timm channels_last",
         "eager",
-        "memory_efficient, recompute all",
         "fused",
+        "memory_efficient, checkpointing all",
     ],
-    "inference": [BASELINE, "torchvision channels_last", "eager", "fused"],
+    "inference": [BASELINE, "torchvision channels_last", "eager", "fused", "memory_efficient"],
 }
 WORKLOAD = Workload("step", "densenet_bc40_k12", 2, 16, "fp32", "cpu")
 
@@ -116,13 +116,13 @@ def replace(monkeypatch, name: str, **options: object) -> None:
     monkeypatch.setitem(benchmark.IMPLEMENTATIONS, name, implementation)
 
 
-def test_a_contestant_with_another_loss_is_refused(monkeypatch, one_core):
+def test_an_implementation_with_another_loss_is_refused(monkeypatch, one_core):
     replace(monkeypatch, "eager", dense_block="eager", dropout=0.5)
     with pytest.raises(UserError, match=f"16 px, fp32: loss of 'eager' and '{BASELINE}' differ"):
         time_implementations(WORKLOAD, [BASELINE, "eager"], repeats=1)
 
 
-def test_a_contestant_with_other_gradients_is_refused(monkeypatch, one_core):
+def test_an_implementation_with_other_gradients_is_refused(monkeypatch, one_core):
     def create(*arguments: object, **options: object) -> torch.nn.Module:
         network = create_model(*arguments, **options, dense_block="eager")
         network.features.transition1.register_full_backward_hook(lambda module, inputs, _: (0.5 * inputs[0],))
@@ -133,7 +133,7 @@ def test_a_contestant_with_other_gradients_is_refused(monkeypatch, one_core):
         time_implementations(WORKLOAD, [BASELINE, "eager"], repeats=1)
 
 
-def test_a_contestant_that_computes_in_another_way_is_left_out(monkeypatch, one_core):
+def test_an_implementation_that_computes_in_another_way_is_left_out(monkeypatch, one_core):
     replace(monkeypatch, "fused", dense_block="fused", dropout=0.5)
     rows, left_out = time_implementations(WORKLOAD, [BASELINE, "eager", "fused"], repeats=1)
     assert [row["implementation"] for row in rows] == [BASELINE, "eager"] and "dropout" in left_out["fused"]
@@ -150,8 +150,8 @@ def test_a_contestant_that_computes_in_another_way_is_left_out(monkeypatch, one_
         (["step", "--size", "48"], "--size 48: densenet121 needs 64 pixels or more"),
         (["step", "--precisions", "int8"], "--precisions: invalid choice: 'int8'"),
         (
-            ["inference", "--implementations", "memory_efficient"],
-            "--implementations: 'memory_efficient' takes no part in inference",
+            ["inference", "--implementations", "fused, checkpointing all"],
+            "--implementations: 'fused, checkpointing all' takes no part in inference",
         ),
         (["step", "--output", "{folder}/file/results"], "cannot write into --output"),
     ],

@@ -1,5 +1,7 @@
 """Each C++ kernel against torch's operators in float64, at sizes that are no multiple of any tile or vector."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -271,6 +273,135 @@ def test_a_nan_is_not_hidden():
     assert b[17].isnan().all() and not b[:17].isnan().any() and not b[18:].isnan().any()
 
 
+def copy_and_measure(x: Tensor, out: Tensor | None, ld: int, mean: Tensor | None, variance: Tensor | None) -> None:
+    call("copy_and_measure", torch.float32, x, 8, 4, out, ld, mean, variance)
+
+
+X, OUT, MEAN = torch.ones(8, 4), torch.zeros(8, 16), torch.zeros(4)
+IMAGES = torch.ones(2, 4, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((X.double(), OUT, 16, MEAN, MEAN), "copy_and_measure's x must be torch.float32 .* not torch.float64"),
+        ((X.half(), OUT, 16, MEAN, MEAN), "copy_and_measure's x must be torch.float32 .* not torch.float16"),
+        ((X.to("meta"), OUT, 16, MEAN, MEAN), "copy_and_measure's x must be .* on meta"),
+        ((X.t().contiguous().t(), OUT, 16, MEAN, MEAN), "x must be .* strides \\(1, 8\\)"),
+        ((torch.ones(8, 5)[:, :4], OUT, 16, MEAN, MEAN), "x must be .* strides \\(5, 1\\)"),
+        ((IMAGES, OUT, 16, MEAN, MEAN), "x must be .* shape \\(2, 4, 2, 2\\)"),
+        ((torch._neg_view(X), OUT, 16, MEAN, MEAN), "x must be"),
+        ((None, OUT, 16, MEAN, MEAN), "x must be a tensor, not None"),
+        ((X, OUT, 12, MEAN, MEAN), "out must be .* strides \\(16, 1\\)"),
+        ((X, OUT, 16, torch.zeros(8)[::2], MEAN), "mean must be .* strides \\(2,\\)"),
+        ((X[:7], OUT, 16, MEAN, MEAN), "x must be .* shape \\(7, 4\\)"),
+        ((X, OUT[:, 14:], 16, MEAN, MEAN), "out must be .* shape \\(8, 2\\)"),
+        ((X, OUT, 16, MEAN[:3], MEAN), "mean must be .* shape \\(3,\\)"),
+        ((X, OUT, True, MEAN, MEAN), "ldout must be a whole number, not True"),
+        ((X, OUT, 16.0, MEAN, MEAN), "ldout must be a whole number, not 16.0"),
+        ((X, OUT, 16, MEAN, 3), "variance must be a tensor, not 3"),
+    ],
+)
+def test_a_tensor_that_a_kernel_cannot_read_is_an_error(arguments, complaint):
+    with pytest.raises(TypeError, match=complaint):
+        copy_and_measure(*arguments)
+    assert not OUT.any() and not MEAN.any()
+
+
+def test_images_in_channels_last_order_are_rows_of_pixels():
+    x = torch.randn(2, 4, 2, 2).contiguous(memory_format=torch.channels_last)
+    out = torch.zeros(8, 16)
+    copy_and_measure(x, out, 16, None, None)
+    assert torch.equal(out[:, :4], as_pixels(x))
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("kernel", kernels.SIGNATURES)
+def test_a_miscounted_argument_is_an_error(kernel, change):
+    count = len(kernels.SIGNATURES[kernel].split()) + change
+    with pytest.raises(TypeError, match=f"{kernel} takes {count - change} arguments, not {count}"):
+        call(kernel, torch.float32, *[None] * count)
+
+
+def test_the_signatures_are_those_of_the_source():
+    source = next(path for path in kernels.SOURCES if path.suffix == ".cpp").read_text()
+    for kernel, declared in kernels.SIGNATURES.items():
+        parameters = re.search(rf"^void {kernel}\(long threads, (.*?)\) {{", source, re.MULTILINE | re.DOTALL)[1]
+        expected = []
+        for parameter in re.sub(r"\s+", " ", parameters).split(", "):
+            kind, name = parameter.rsplit(" ", 1)
+            expected.append((name, "long" if kind == "long" else kind.removeprefix("const ")))
+        c_types = {"": {"long"}, "norm": {"BatchNorm<T>*"}, "sums": {"double*"}, "bytes": {"uint8_t*"}}
+        words = [word.rstrip("?").partition(":") for word in declared.split()]
+        assert [name for name, _, _ in words] == [name for name, _ in expected], kernel
+        for (_, _, kind), (name, c_type) in zip(words, expected, strict=True):
+            assert c_type in c_types.get(kind.split("(")[0], {"T*"}), f"{kernel}'s {name}"
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (torch.zeros(8)[::2], MEAN, MEAN, MEAN),
+        (MEAN, MEAN.double(), MEAN, MEAN),
+        (MEAN, MEAN, MEAN.to("meta"), MEAN),
+        (MEAN, MEAN, MEAN, torch._neg_view(MEAN)),
+    ],
+    ids=["strided", "dtype", "device", "negated"],
+)
+def test_a_batch_norm_of_tensors_that_a_kernel_cannot_read_is_an_error(tensors):
+    with pytest.raises(TypeError, match="a batch norm's tensor must be"):
+        BatchNorm(*tensors, 1e-5)
+
+
+@pytest.mark.parametrize("tensor", [MEAN.double(), MEAN[:3]], ids=["dtype", "channels"])
+def test_a_batch_norm_of_other_channels_is_an_error(tensor):
+    norm = BatchNorm(*[tensor] * 4, 1e-5)
+    with pytest.raises(TypeError, match="norm must be a BatchNorm of 4 channels in torch.float32"):
+        call("pool_forward", torch.float32, OUT, 16, 2, 2, 2, 4, norm, 2, 2, IMAGES)
+
+
+WIDE = """
+import resource, sys, torch
+from pipeline.models.kernels import BatchNorm, call, vector_lanes
+torch.set_num_threads(2)
+wide, f64 = 1024, torch.float64
+norm = BatchNorm(*torch.ones(4, wide), 1e-5)
+x, g, dz, out = torch.ones(4, 4, wide)
+w, dw, v, s = torch.ones(9, wide, wide), torch.ones(9, wide, wide), torch.ones(2, wide), torch.ones(4, wide, dtype=f64)
+calls = {
+    "bottleneck_forward": (x, wide, 4, wide, norm, w[0], wide, out, *v),
+    "bottleneck_backward": (dz, x, 4, wide, norm, s[0], s[1], *v, x, g, wide, wide, norm, w[0], dw[0], *v, s[2], s[3]),
+    "conv3x3_forward": (x, 1, 2, 2, wide, norm, w, wide, out, wide, *v),
+    "conv3x3_backward": (x, 1, 2, 2, wide, norm, w, wide, g, dz, dw, s[0], s[1]),
+}
+arguments = calls[sys.argv[1]]
+call(sys.argv[1], torch.float32, *arguments)  # starts the threads
+for mebibytes in map(int, sys.argv[2:]):
+    in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + mebibytes * 2**20, resource.RLIM_INFINITY))
+    try:
+        call(sys.argv[1], torch.float32, *arguments)
+    except RuntimeError as error:
+        print(mebibytes, type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("kernel", ["bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward"])
+def test_no_memory_is_an_error_not_the_end_of_the_process(kernel):
+    """With the larger limits a kernel gets a part of what it asks for, and then no more."""
+    limits = {"bottleneck_forward": [0, 1, 3], "bottleneck_backward": [0, 5, 10], "conv3x3_forward": [0, 5, 60]}
+    mebibytes = limits.get(kernel, [0, 5, 70, 180])
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE, kernel, *map(str, mebibytes)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    error = f"OutOfMemoryError the kernel {kernel} cannot allocate memory: take fewer images at once"
+    assert done.stdout.splitlines() == [f"{limit} {error}" for limit in mebibytes]
+
+
 def test_compiled_once_by_processes_that_start_together(tmp_path):
     """Three processes with an empty cache: one library, no leftovers, all can call it."""
     script = (
@@ -282,7 +413,7 @@ def test_compiled_once_by_processes_that_start_together(tmp_path):
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    assert [process.communicate(timeout=120)[0] for process in processes] == ["3.0\n"] * 3
+    assert [process.communicate(timeout=600)[0] for process in processes] == ["3.0\n"] * 3
     files = sorted(path.suffix for path in (tmp_path / "densenet-pipeline").iterdir())
     assert files == [".lock", ".so"]
 

@@ -8,23 +8,25 @@ batch norms run do not count, as they are there anyway.
 
 import copy
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
 
+from pipeline.config import ActivationCheckpointing
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.models import create_model
+from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseNet
 from pipeline.models.zoo import cifar_densenet
 from tools.support.facts import multiply_accumulates_by_module, parameters
 from tools.support.markdown import table
 
-# dense_block and recompute
-MODES = [
+MODES = [  # model.dense_block, model.activation_checkpointing
     ("eager", "none"),
-    *((block, blocks) for block in ("memory_efficient", "fused") for blocks in ("none", "first", "all")),
+    *((backend, blocks) for backend in BACKENDS for blocks in get_args(ActivationCheckpointing)),
 ]
 KINDS = {nn.Conv2d: "conv", nn.MaxPool2d: "max pool", nn.AvgPool2d: "average pool"}
 
@@ -71,7 +73,7 @@ def main() -> None:
     print(f"{count:,} parameters, {work / 1e9:.3f} billion multiply-accumulates an image\n")
     print("\n".join(stage_table(stages)))
     print(f"\nKept for the backward pass, measured with {options.batch} images:\n")
-    print("\n".join(table(["dense_block", "recompute", "computed", "MiB an image"], memory, names=3)))
+    print("\n".join(table(["dense_block", "activation_checkpointing", "computed", "MiB an image"], memory, names=3)))
 
 
 def own_size(network: nn.Module) -> int:

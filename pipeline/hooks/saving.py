@@ -63,8 +63,8 @@ class Saving(Hook):
         if limit and not self._limit_said and seconds > limit.seconds / 2:
             self._limit_said = True
             trainer.monitor.say(
-                f"warning: a save takes {seconds:.0f} s, and a run that is asked to leave is killed after {limit.seconds:.0f} s: "
-                f"{limit.remedy}"
+                f"warning: a save takes {seconds:.0f} s, and a run that is asked to leave is killed after "
+                f"{limit.seconds:.0f} s: {limit.remedy}"
             )
 
     def _status(self, run: Run) -> dict[str, object]:

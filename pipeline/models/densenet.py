@@ -6,16 +6,14 @@ and parameter names are torchvision's, so that state dictionaries pass between t
 
 import math
 from collections import OrderedDict
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import ActivationCheckpointing
-from pipeline.config import DenseBlock as DenseBlockName
-from pipeline.models import fused, memory_efficient
-from pipeline.models.selection import Selection, select
+from pipeline.models.backends import BACKENDS, Backend
+from pipeline.models.selection import Selection, Selector
 from pipeline.models.stage import Layer, Stage
 
 BOTTLENECK_WIDTH = 4  # a bottleneck gives 4k feature maps (Section 3, "Bottleneck layers")
@@ -94,9 +92,10 @@ class DenseNet(nn.Module):
         compression: theta, the fraction of feature maps that a transition keeps (below 1: DenseNet-C).
         dropout: probability after every convolution but the stem's, where the authors' Torch code puts it.
         num_classes: outputs of the classifier.
-        dense_block: the implementation of the dense blocks (selection.py). What it cannot do right (dropout, frozen batch
-            norms, hooks, ...) goes through the eager modules; `selection` says which one the last forward pass took, why.
-        recompute: the blocks whose bottleneck outputs memory_efficient and fused compute again for the backward pass.
+        dense_block: who computes the dense blocks: "auto", "eager" (the modules), or a name in backends.py. What it cannot
+            do right (dropout, frozen batch norms, hooks, ...) the modules do. `selection` says who computed the last
+            forward pass, and why.
+        activation_checkpointing: the blocks whose bottleneck outputs a backend computes again in the backward pass.
     """
 
     selection: Selection | None = None
@@ -111,7 +110,7 @@ class DenseNet(nn.Module):
         compression: float = 0.5,
         dropout: float = 0.0,
         num_classes: int = 1000,
-        dense_block: DenseBlockName = "auto",
+        dense_block: str = "auto",
         activation_checkpointing: ActivationCheckpointing = "none",
     ):
         super().__init__()
@@ -129,27 +128,28 @@ class DenseNet(nn.Module):
                 channels = kept
         # torchvision calls the norm after the last of its four blocks so; the name serves any number of blocks.
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self._selector = Selector(self.features)
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.selection = select(self.features, x, self.dense_block)
+        self.selection = self._selector.select(self.features, x, self.dense_block)
         if self.selection.method == "eager":
             x = torch.relu(self.features(x))
             x = x.mean(dim=(2, 3))  # global average pooling
         else:
-            x = self._by_stages(x, memory_efficient if self.selection.method == "memory_efficient" else fused)
+            x = self._by_stages(x, BACKENDS[self.selection.method])
         return self.classifier(x)
 
-    def _by_stages(self, x: Tensor, implementation: ModuleType) -> Tensor:
-        """What `forward` does up to the classifier, with a transition's pooling before its convolution.
+    def _by_stages(self, x: Tensor, backend: Backend) -> Tensor:
+        """What `forward` does up to the classifier, with a transition's pooling before its 1x1 convolution.
 
-        The two commute, as both are linear and each mixes what the other keeps apart.
+        Their order does not matter: the pooling is linear within a channel, the convolution within a pixel.
         """
         features = self.features
         x = features.conv0(x)
         if hasattr(features, "norm0"):
-            x = implementation.run_stem(x, features.norm0)
+            x = backend.stem(x, features.norm0)
         for i in range(1, self.block_count + 1):
             block = features.get_submodule(f"denseblock{i}")
             transition = features.get_submodule(f"transition{i}") if i < self.block_count else None
@@ -162,7 +162,7 @@ class DenseNet(nn.Module):
                 raise ValueError(f"a transition cannot halve maps of {x.shape[2]}x{x.shape[3]}")
             layers = tuple(Layer(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in block)
             recompute = self.activation_checkpointing == "all" or (self.activation_checkpointing == "first" and i == 1)
-            x = implementation.run_stage(x, Stage(layers, norm, pool, recompute))
+            x = backend.stage(x, Stage(layers, norm, pool, recompute))
             if transition:
                 x = transition.conv(x)
         return x.flatten(1)

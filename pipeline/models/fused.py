@@ -1,26 +1,54 @@
-"""The fused dense block: batch norm and ReLU computed within the convolutions, by the C++ kernels, on CPU.
+"""The fused dense block: C++ kernels for CPU that compute batch norm and ReLU inside the convolutions.
 
-What is kept for the backward pass: a block's maps once, their batch statistics, and each bottleneck's output unless it
-is recomputed. The algebra is in kernels/ALGEBRA.md.
+It keeps for the backward pass: the maps of a block once, their batch statistics, and each bottleneck's output unless
+that is recomputed. The formulas are in kernels/ALGEBRA.md.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from pipeline.models import kernels
 from pipeline.models.kernels import BatchNorm, call, vector_lanes
 from pipeline.models.stage import Stage, eager_stage, eager_stem, gradients_by_definition, update_running_statistics
 
+AUTOMATIC = True
 
-def run_stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Batch norm, ReLU and 3x3 max pooling of stride 2: (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-    return _Stem.apply(y.contiguous(memory_format=torch.channels_last), norm, norm.weight, norm.bias)
+# Of the convolutions that torch computes, and of the 3x3 ones, whose weight is copied into the kernels' order.
+_ANY_STRIDES = ("conv0.weight", "conv.weight", "conv2.weight")
+_empty = functools.partial(torch.empty, device="cpu")  # whatever the default device is
 
 
-def run_stage(x: Tensor, stage: Stage) -> Tensor:
-    """`stage` of x, channels-last."""
+def unsupported(features: nn.Module, x: Tensor) -> str:
+    if x.device.type != "cpu":
+        return "the kernels are for CPU"
+    if torch.is_autocast_enabled("cpu"):
+        return "the kernels have no autocast"
+    dtypes = {x.dtype}
+    for name, tensor in (*features.named_parameters(), *features.named_buffers()):
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device}"
+        if tensor.layout is not torch.strided:
+            return f"{name} is not dense"
+        if not tensor.is_contiguous() and not name.endswith(_ANY_STRIDES):
+            return f"{name} is not contiguous"
+        if tensor.is_neg():
+            return f"{name} is a negated view"
+        if tensor.is_floating_point() or tensor.is_complex():
+            dtypes.add(tensor.dtype)
+    if len(dtypes) > 1 or not dtypes <= kernels.SUFFIXES.keys():
+        return "the kernels take all in float32 or all in float64"
+    return kernels.unavailable_reason() or ""
+
+
+def stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    return _Stem.apply(x.contiguous(memory_format=torch.channels_last), norm, norm.weight, norm.bias)
+
+
+def stage(x: Tensor, stage: Stage) -> Tensor:
     keep = torch.is_grad_enabled() and not stage.recompute
     return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *stage.parameters)
 
@@ -31,13 +59,13 @@ class _Stem(Function):
         images, channels, height, width = y.shape
         mean, variance = norm.running_mean, norm.running_var
         if norm.training:
-            mean, variance = torch.empty(2, channels, dtype=y.dtype)
+            mean, variance = _empty(2, channels, dtype=y.dtype)
             pixels = images * height * width
             call("copy_and_measure", y.dtype, y, pixels, channels, None, 0, mean, variance)
             update_running_statistics(norm, mean, variance, pixels)
         shape = (images, channels, (height + 1) // 2, (width + 1) // 2)
-        out = torch.empty(shape, dtype=y.dtype, memory_format=torch.channels_last)
-        argmax = torch.empty(shape, dtype=torch.uint8)
+        out = _empty(shape, dtype=y.dtype, memory_format=torch.channels_last)
+        argmax = _empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         batch_norm = BatchNorm(mean, variance, gamma, beta, norm.eps)
         call("stem_forward", y.dtype, y, images, height, width, channels, batch_norm, out, argmax)
         ctx.save_for_backward(y, gamma, beta, mean, variance, argmax)
@@ -47,6 +75,9 @@ class _Stem(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, gamma, beta, mean, variance, argmax = ctx.saved_tensors
+        y, argmax = (
+            saved.contiguous(memory_format=torch.channels_last) for saved in (y, argmax)
+        )  # hooks may change it
         if torch.is_grad_enabled():
             dy, *others = gradients_by_definition(eager_stem, gradient, y, ctx.norm, (gamma, beta))
             return dy, None, *others
@@ -66,8 +97,8 @@ class _Stage(Function):
     def forward(ctx: Any, x: Tensor, stage: Stage, keep: bool, *parameters: Tensor) -> Tensor:
         dtype, sizes = x.dtype, _Sizes(x, stage)
         images, height, width, pixels = sizes.images, sizes.height, sizes.width, sizes.pixels
-        maps = torch.empty(pixels, sizes.row, dtype=dtype)
-        mean, variance = torch.empty(2, sizes.channels_out, dtype=dtype)
+        maps = _empty(pixels, sizes.row, dtype=dtype)
+        mean, variance = _empty(2, sizes.channels_out, dtype=dtype)
         training = stage.norm.training
 
         def batch_norm(
@@ -88,8 +119,8 @@ class _Stage(Function):
         for i, layer in enumerate(stage.layers):
             gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
             if keep or bottleneck is None:
-                bottleneck = torch.empty(pixels, sizes.bottleneck_row, dtype=dtype)
-            mean2, variance2 = torch.empty(2, sizes.bottleneck, dtype=dtype)
+                bottleneck = _empty(pixels, sizes.bottleneck_row, dtype=dtype)
+            mean2, variance2 = _empty(2, sizes.bottleneck, dtype=dtype)
             weight2 = weight2.permute(2, 3, 1, 0).contiguous()
             call(
                 "bottleneck_forward", dtype, maps, sizes.row, pixels, channels,
@@ -106,7 +137,7 @@ class _Stage(Function):
             if keep:
                 bottlenecks.append(bottleneck)
         shape = (images, channels, height // stage.pool[0], width // stage.pool[1])
-        out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        out = _empty(shape, dtype=dtype, memory_format=torch.channels_last)
         last_norm = batch_norm(stage.norm, mean, variance, *parameters[-2:])
         call("pool_forward", dtype, maps, sizes.row, images, height, width, channels, last_norm, *stage.pool, out)
 
@@ -131,14 +162,14 @@ class _Stage(Function):
         images, height, width, pixels, growth = sizes.images, sizes.height, sizes.width, sizes.pixels, sizes.growth
         gradients = [torch.empty_like(parameter) for parameter in parameters]
         for i in range(5, len(parameters), 6):  # the kernel writes 3x3 weights as [3][3][in][out]
-            gradients[i] = torch.empty(3, 3, sizes.bottleneck, sizes.growth, dtype=x.dtype).permute(3, 2, 0, 1)
+            gradients[i] = _empty(3, 3, sizes.bottleneck, sizes.growth, dtype=x.dtype).permute(3, 2, 0, 1)
         map_gradient = torch.empty_like(maps)
         # The sums over pixels of map_gradient, and of it times (x - mean), of each map.
-        map_sum, map_centred_sum = torch.empty(2, sizes.channels_out, dtype=torch.float64)
-        new_gradient = torch.empty(pixels, sizes.growth_row, dtype=dtype)
-        dz = torch.empty(pixels, sizes.bottleneck_row, dtype=dtype)
+        map_sum, map_centred_sum = _empty(2, sizes.channels_out, dtype=torch.float64)
+        new_gradient = _empty(pixels, sizes.growth_row, dtype=dtype)
+        dz = _empty(pixels, sizes.bottleneck_row, dtype=dtype)
         recomputed = None if bottlenecks else torch.empty_like(dz)
-        sum2, centred_sum2 = torch.empty(2, sizes.bottleneck, dtype=torch.float64)
+        sum2, centred_sum2 = _empty(2, sizes.bottleneck, dtype=torch.float64)
 
         def finish_gradient(first: int, channels: int, out: Tensor, row: int) -> None:
             norm = BatchNorm(mean[first:], variance[first:], None, None, stage.norm.eps)
@@ -172,14 +203,15 @@ class _Stage(Function):
             finish_gradient(channels, growth, new_gradient, sizes.growth_row)
             call(
                 "conv3x3_backward", dtype, bottleneck, images, height, width, sizes.bottleneck,
-                norm2, weight2.permute(2, 3, 0, 1).contiguous(), growth, new_gradient, dz, dweight2, sum2, centred_sum2,
+                norm2, weight2.permute(2, 3, 0, 1).contiguous(), growth, new_gradient, dz, dweight2.permute(2, 3, 1, 0),
+                sum2, centred_sum2,
             )  # fmt: skip
             call(
                 "bottleneck_backward", dtype, dz, bottleneck, pixels, sizes.bottleneck, norm2, sum2, centred_sum2,
                 dgamma2, dbeta2, maps, map_gradient, sizes.row, channels, norm1, weight1, dweight1, dgamma1, dbeta1,
                 map_sum, map_centred_sum,
             )  # fmt: skip
-        dx = torch.empty_like(x)
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
         finish_gradient(0, sizes.channels_in, dx, sizes.channels_in)
         return dx, None, None, *gradients
 

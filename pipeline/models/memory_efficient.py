@@ -5,6 +5,7 @@ maps of a block lie in one buffer, nothing is concatenated, and the backward pas
 of keeping them. kernels/ALGEBRA.md has the formulas. Not run on a GPU yet.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,14 +16,18 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from pipeline.models.stage import Stage, eager_stage, eager_stem, gradients_by_definition, update_running_statistics
 
-
-def run_stem(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Batch norm, ReLU and 3x3 max pooling of stride 2: (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-    return _Stem.apply(y, norm, norm.weight, norm.bias)
+AUTOMATIC = False  # nobody has measured it on a GPU yet
 
 
-def run_stage(x: Tensor, stage: Stage) -> Tensor:
-    """`stage` of x, channels-last."""
+def unsupported(features: nn.Module, x: Tensor) -> str:
+    return "" if features.training else "memory_efficient is for training"
+
+
+def stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    return _Stem.apply(x, norm, norm.weight, norm.bias)
+
+
+def stage(x: Tensor, stage: Stage) -> Tensor:
     keep = torch.is_grad_enabled() and not stage.recompute
     return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *stage.parameters)
 
@@ -31,11 +36,15 @@ class _Autocast:
     """The autocast state of a forward pass, to have it again in the backward pass."""
 
     def __init__(self, device: str):
-        self._arguments = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self._device, self._dtype = device, None
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            self._dtype = torch.get_autocast_dtype(device)
 
-    def __call__(self) -> torch.autocast:
-        device, dtype, enabled = self._arguments
-        return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+    def __call__(self) -> AbstractContextManager[Any]:
+        if not torch.amp.is_autocast_available(self._device):
+            return nullcontext()
+        enabled = self._dtype is not None
+        return torch.autocast(self._device, dtype=self._dtype, enabled=enabled, cache_enabled=False)
 
 
 class _Stem(Function):

@@ -1,5 +1,7 @@
-"""What the memory_efficient and the fused implementation work on at once: a dense block with all that follows up to the next
-convolution, and its meaning in torch's own operators."""
+"""A stage: a dense block, and the batch norm, ReLU and average pooling after it. It is what a backend computes at once.
+
+Also here: the same in torch's own operators, for second derivatives.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ class Stage:
     Shape: (N, C, H, W) -> (N, C + layers * growth_rate, H // pool[0], W // pool[1]).
 
     Attributes:
-        recompute: compute the bottlenecks' outputs again for the backward pass instead of keeping them.
+        recompute: compute the bottlenecks' outputs again in the backward pass instead of keeping them.
     """
 
     layers: tuple[Layer, ...]
@@ -37,8 +39,10 @@ class Stage:
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """Six of each layer, in the order of `Layer`, and the two of the last norm."""
-        modules = [module for layer in self.layers for module in layer]
-        return tuple(parameter for module in (*modules, self.norm) for parameter in module.parameters())
+        found = []
+        for norm1, conv1, norm2, conv2 in self.layers:
+            found += [norm1.weight, norm1.bias, conv1.weight, norm2.weight, norm2.bias, conv2.weight]
+        return *found, self.norm.weight, self.norm.bias
 
     @property
     def growth_rate(self) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config import ActivationCheckpointing, DenseBlock
+from pipeline.config import ActivationCheckpointing
 from pipeline.errors import UserError, did_you_mean
+from pipeline.models import backends
 from pipeline.models.densenet import DenseNet
 
 
@@ -71,19 +72,20 @@ def create_model(
     name: str,
     num_classes: int = 1000,
     dropout: float = 0.0,
-    dense_block: DenseBlock = "auto",
+    dense_block: str = "auto",
     activation_checkpointing: ActivationCheckpointing = "none",
 ) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.
 
     Args:
         name: a key of `DENSENETS`, a name that `cifar_densenet` knows, or ``timm:NAME`` for any of timm's models.
-        dense_block: how our own networks compute (selection.py); no matter for timm's.
-        recompute: whose bottlenecks are computed again in the backward pass, likewise.
+        dense_block: who computes the dense blocks of our own networks (backends.py); timm's networks do not use it.
+        activation_checkpointing: the blocks whose bottlenecks are computed again in the backward pass, likewise.
 
     Raises:
-        UserError: there is no such network.
+        UserError: there is no such network or `dense_block`.
     """
+    backends.candidates(dense_block)
     if name.startswith("timm:"):
         return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout)
     if name in NETWORKS:

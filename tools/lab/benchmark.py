@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -34,14 +34,15 @@ import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.config import OptimConfig
+from pipeline.config import ActivationCheckpointing, OptimConfig
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from pipeline.models import create_model
+from pipeline.models.backends import BACKENDS
 from pipeline.models.zoo import DENSENETS
 from pipeline.optim import create_optimizer
 from pipeline.precision import set_tf32
-from tools.lab.benchmark_report import BASELINE, COMPILED, plot_contestants, plot_growth, report, summarise
+from tools.lab.benchmark_report import BASELINE, COMPILED, plot_growth, plot_implementations, report, summarise
 from tools.lab.machine import describe_machine
 from tools.support.outputs import writable_folder
 
@@ -57,7 +58,7 @@ MODELS = [name for name, spec in DENSENETS.items() if spec.get("bottleneck", Tru
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What all implementations of one table shard."""
+    """What all implementations of one table share."""
 
     task: str
     model: str
@@ -110,8 +111,8 @@ def _with_stem(network: nn.Module, name: str) -> nn.Module:
     return network
 
 
-def _ours(dense_block: str, recompute: str = "none") -> Implementation:
-    return Implementation(functools.partial(create_model, dense_block=dense_block, activation_checkpointing=recompute))
+def _ours(dense_block: str, blocks: str = "none") -> Implementation:
+    return Implementation(functools.partial(create_model, dense_block=dense_block, activation_checkpointing=blocks))
 
 
 PEERS = {
@@ -123,28 +124,28 @@ PEERS = {
 }
 OURS = {
     "eager": _ours("eager"),
-    "memory_efficient": _ours("memory_efficient"),
-    "memory_efficient, recompute all": _ours("memory_efficient", "all"),
-    "fused": _ours("fused"),
-    "fused, recompute first": _ours("fused", "first"),
-    "fused, recompute all": _ours("fused", "all"),
+    **{
+        name if blocks == "none" else f"{name}, checkpointing {blocks}": _ours(name, blocks)
+        for name in BACKENDS
+        for blocks in get_args(ActivationCheckpointing)
+    },
 }
 IMPLEMENTATIONS = PEERS | OURS
 TASKS = {
     "step": list(IMPLEMENTATIONS),
-    "inference": [BASELINE, "torchvision channels_last", COMPILED, "timm channels_last", "eager", "fused"],
+    "inference": [BASELINE, "torchvision channels_last", COMPILED, "timm channels_last", "eager", *BACKENDS],
 }
 
 
 def main() -> None:
     options = _parser().parse_args()
-    settings = choose_settings(options)
-    names = choose_contestants(options)
+    workloads = choose_workloads(options)
+    names = choose_implementations(options)
     output = writable_folder(options.output)
     results = {
         "task": options.task,
         "machine": describe_machine(["torch", "torchvision", "timm"]),
-        "device": settings[0].device,
+        "device": workloads[0].device,
         "repeats": options.repeats,
         "tables": [],
     }
@@ -152,28 +153,28 @@ def main() -> None:
         # For the processes to come: compile afresh, then from the cache, and with constant weights where nothing
         # learns. As an option of torch.compile, freezing comes too late to have an effect (torch 2.14).
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FREEZING": "1"}
-        for setting in settings:
-            print(f"{setting}: {len(names)} implementations", flush=True)
-            rows, left_out = measure(setting, names, options.repeats)
-            rows = summarise(rows, setting.batch_size)
-            results["tables"].append({**dataclasses.asdict(setting), "rows": rows, "left_out": left_out})
+        for workload in workloads:
+            print(f"{workload}: {len(names)} implementations", flush=True)
+            rows, left_out = measure(workload, names, options.repeats)
+            rows = summarise(rows, workload.batch_size)
+            results["tables"].append({**dataclasses.asdict(workload), "rows": rows, "left_out": left_out})
             files = write(results, output)  # after each: the next may take an hour, or all memory
     print(f"\n{report(results)}\n\nin {output}: {', '.join(files)}")
 
 
-def measure(setting: Workload, names: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measure(workload: Workload, names: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """A row of samples for each implementation, and why others could not be measured."""
-    rows, left_out = in_own_process(setting, time_implementations, names, repeats)
+    rows, left_out = in_own_process(workload, time_implementations, names, repeats)
     for row in tqdm(rows, "memory", leave=False, disable=None):
-        row["memory_bytes"] = in_own_process(setting, measure_memory, row["implementation"])
+        row["memory_bytes"] = in_own_process(workload, measure_memory, row["implementation"])
     return rows, left_out
 
 
-def in_own_process(setting: Workload, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``function(setting, *arguments)`` in a new process, which starts as every other one does."""
+def in_own_process(workload: Workload, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function(workload, *arguments)`` in a new process, which starts as every other one does."""
     try:
         with ProcessPoolExecutor(1, PROCESSES, _prepare_process) as pool:
-            return pool.submit(function, setting, *arguments).result()
+            return pool.submit(function, workload, *arguments).result()
     except RuntimeError as error:
         if isinstance(error, BrokenProcessPool):
             problem = "the process ended in the middle, most likely for lack of memory"
@@ -181,7 +182,7 @@ def in_own_process(setting: Workload, function: Callable[..., Any], *arguments: 
             problem = "out of memory"
         else:
             raise
-        raise UserError(f"{setting}: {problem}; choose smaller --batch-sizes or --size") from None
+        raise UserError(f"{workload}: {problem}; choose smaller --batch-sizes or --size") from None
 
 
 def _prepare_process() -> None:
@@ -192,7 +193,7 @@ def _prepare_process() -> None:
 
 
 def time_implementations(
-    setting: Workload, names: list[str], repeats: int
+    workload: Workload, names: list[str], repeats: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Seconds of each implementation, all run once a repetition: what disturbs the machine disturbs them alike.
 
@@ -200,9 +201,9 @@ def time_implementations(
     """
     runs, rows, first, left_out = {}, {}, {}, {}
     for name in tqdm(names, "first calls", leave=False, disable=None):
-        network, run = prepare(setting, name)
+        network, run = prepare(workload, name)
         try:
-            seconds, output = timed(run, setting.device)
+            seconds, output = timed(run, workload.device)
         except Exception as error:
             if not IMPLEMENTATIONS[name].compiled:
                 raise
@@ -214,14 +215,14 @@ def time_implementations(
         runs[name], first[name] = run, output
         rows[name] = {"implementation": name, "peer": name in PEERS, "first_call_s": seconds, "seconds": []}
     second = {name: run() for name, run in runs.items()}
-    tolerance, tolerance_of_step = TOLERANCES[setting.precision]
-    check_agreement(setting, "loss" if setting.task == "step" else "logits", first, tolerance)
-    if setting.task == "step":
+    tolerance, tolerance_of_step = TOLERANCES[workload.precision]
+    check_agreement(workload, "loss" if workload.task == "step" else "logits", first, tolerance)
+    if workload.task == "step":
         falls = {name: first[name] - second[name] for name in runs}
-        check_agreement(setting, "fall of the loss by a step", falls, tolerance_of_step)
+        check_agreement(workload, "fall of the loss by a step", falls, tolerance_of_step)
     for repeat in tqdm(range(repeats), "repetitions", leave=False, disable=None):
         for name in list(runs)[:: -1 if repeat % 2 else 1]:
-            rows[name]["seconds"].append(timed(runs[name], setting.device)[0])
+            rows[name]["seconds"].append(timed(runs[name], workload.device)[0])
     return list(rows.values()), left_out
 
 
@@ -235,22 +236,22 @@ def timed(run: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
     return time.perf_counter() - start, output
 
 
-def check_agreement(setting: Workload, what: str, values: dict[str, Tensor], tolerance: float) -> None:
+def check_agreement(workload: Workload, what: str, values: dict[str, Tensor], tolerance: float) -> None:
     """Refuse to compare implementations that do not compute the same."""
     expected = values[BASELINE].float()
     for name, actual in values.items():
         difference = ((actual.float() - expected).abs().max() / expected.abs().max()).item()
         if not difference <= tolerance:  # nor NaN
-            raise UserError(f"{setting}: {what} of '{name}' and '{BASELINE}' differ by {100 * difference:.2g} %")
+            raise UserError(f"{workload}: {what} of '{name}' and '{BASELINE}' differ by {100 * difference:.2g} %")
 
 
-def measure_memory(setting: Workload, name: str) -> int:
+def measure_memory(workload: Workload, name: str) -> int:
     """Bytes by which the process's peak grows in a few steps."""
-    _, run = prepare(setting, name)
-    before = peak_memory(setting.device)
+    _, run = prepare(workload, name)
+    before = peak_memory(workload.device)
     for _ in range(MEMORY_STEPS):
         run()
-    return peak_memory(setting.device) - before
+    return peak_memory(workload.device) - before
 
 
 def peak_memory(device: str) -> int:
@@ -260,23 +261,23 @@ def peak_memory(device: str) -> int:
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def prepare(setting: Workload, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A implementation's network, and its step or pass as a function that returns the loss or logits."""
+def prepare(workload: Workload, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """An implementation's network, and its step or pass as a function that returns the loss or logits."""
     implementation = IMPLEMENTATIONS[name]
-    training = setting.task == "step"
+    training = workload.task == "step"
     layout = torch.channels_last if implementation.channels_last else torch.contiguous_format
-    network = implementation.create(setting.model, num_classes=setting.classes)
+    network = implementation.create(workload.model, num_classes=workload.classes)
     torch.manual_seed(SEED)
     draw_weights(network)
-    network = network.to(setting.device, memory_format=layout).train(training)
+    network = network.to(workload.device, memory_format=layout).train(training)
     optimizer = create_optimizer(network, OptimConfig(lr=LEARNING_RATE))
-    labels = torch.randint(setting.classes, (setting.batch_size,)).to(setting.device)
-    shape = (setting.batch_size, 3, setting.size, setting.size)
-    images = torch.empty(shape, device=setting.device, memory_format=layout)
+    labels = torch.randint(workload.classes, (workload.batch_size,)).to(workload.device)
+    shape = (workload.batch_size, 3, workload.size, workload.size)
+    images = torch.empty(shape, device=workload.device, memory_format=layout)
     for image in images:  # one by one: a second batch would leave memory to be used again, unmeasured
         image.copy_(torch.randn(shape[1:]))
     call = torch.compile(network) if implementation.compiled else network
-    autocast = functools.partial(torch.autocast, setting.device, torch.bfloat16, enabled=setting.precision == "bf16")
+    autocast = functools.partial(torch.autocast, workload.device, torch.bfloat16, enabled=workload.precision == "bf16")
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -312,12 +313,12 @@ def draw_weights(network: nn.Module) -> None:
 # Command line
 
 
-def choose_settings(options: argparse.Namespace) -> list[Workload]:
+def choose_workloads(options: argparse.Namespace) -> list[Workload]:
     """The combinations of models, batch sizes and precisions."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use")
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    settings = []
+    workloads = []
     for model in options.models:
         spec = DENSENETS[model]
         imagenet = spec["stem"] == "imagenet"
@@ -325,16 +326,16 @@ def choose_settings(options: argparse.Namespace) -> list[Workload]:
         smallest = (4 if imagenet else 1) * 2 ** len(spec["block_sizes"])  # 2 x 2 positions in the last block
         if size < smallest:
             raise UserError(f"--size {size}: {model} needs {smallest} pixels or more")
-        settings += [
+        workloads += [
             Workload(options.task, model, batch_size, size, precision, device)
             for batch_size in options.batch_sizes
             for precision in options.precisions
         ]
-    return settings
+    return workloads
 
 
-def choose_contestants(options: argparse.Namespace) -> list[str]:
-    """The names of those who take part, in the order of the tables."""
+def choose_implementations(options: argparse.Namespace) -> list[str]:
+    """The names of the implementations, in the order of the tables."""
     for name in options.implementations or []:
         if name not in TASKS[options.task]:
             raise UserError(f"--implementations: '{name}' takes no part in {options.task}")
@@ -347,7 +348,7 @@ def write(results: dict[str, Any], folder: Path) -> list[str]:
     stem = f"benchmark-{results['task']}"
     (folder / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / f"{stem}.md").write_text(report(results) + "\n")
-    plot_contestants(results, folder / f"{stem}.png")
+    plot_implementations(results, folder / f"{stem}.png")
     files = [f"{stem}.json", f"{stem}.md", f"{stem}.png"]
     return files + [f"{stem}-growth.png"] * plot_growth(results, folder / f"{stem}-growth.png")
 

@@ -83,7 +83,7 @@ def title(measured: dict[str, Any]) -> str:
     return f"{measured['model']}, batch {measured['batch_size']}, {measured['size']} px, {measured['precision']}"
 
 
-def plot_contestants(results: dict[str, Any], file: Path) -> None:
+def plot_implementations(results: dict[str, Any], file: Path) -> None:
     """Bars of images per second and of memory, two panels a table."""
     tables = results["tables"]
     heights = [1 + 0.3 * len(measured["rows"]) for measured in tables]
@@ -148,7 +148,7 @@ def growth(tables: list[dict[str, Any]]) -> list[tuple[str, str, list[Point]]]:
 
 
 def draw_lines(axes: Axes, points: list[Point], key: str, unit: int) -> None:
-    """A line a implementation; the peers' are gray and dashed."""
+    """A line for each implementation; the peers' are gray and dashed."""
     peers = {row["implementation"]: row["peer"] for _, rows in points for row in rows}
     for i, (name, peer) in enumerate(peers.items()):
         found = [(x, row[key] / unit) for x, rows in points for row in rows if row["implementation"] == name]

@@ -17,7 +17,7 @@ constexpr long TILE_BYTES = 160 * 1024;  // of activations that a thread has in 
 
 // Pixels that a thread works on at once: whole register tiles, within a share of the cache.
 template <class T> long tile_rows(long channels) {
-  return std::clamp<long>(TILE_BYTES / (channels * sizeof(T)) / ROWS * ROWS, 4 * ROWS, 32 * ROWS);
+  return std::clamp<long>(TILE_BYTES / (channels * sizeof(T)) / MR * MR, 4 * MR, 32 * MR);
 }
 
 // A batch norm: statistics (of the batch, or the running ones) and parameters, one of each a channel.
@@ -108,12 +108,13 @@ void bottleneck_forward(long threads, const T* x, long ldx, long pixels, long ch
   const Affine<T> normalise(*norm, channels);
   Buffer<T> panels(channels * ldb);
   std::vector<Moments<T>> moments(threads, Moments<T>(width));
+  PerThread<Buffer<T>> activations(threads, tile * lda);
   parallel(threads, [&](int thread, int all) {
     const Range packed = share(channels, thread, all), range = share(pixels, thread, all);
-    pack<T>(channels, width, WIDE, packed.begin, packed.end, panels,
+    pack<T>(channels, width, NR, packed.begin, packed.end, panels,
             [&](long c, long k) { return weight[k * channels + c]; });
     wait_for_all_threads();
-    Buffer<T> a(tile * lda);
+    T* a = activations[thread];
     for (long begin = range.begin; begin < range.end; begin += tile) {
       const long rows = std::min(tile, range.end - begin);
       for (long r = 0; r < rows; r++) {
@@ -137,22 +138,24 @@ void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, lon
                          const double* sum2, const double* centred_sum2, T* dgamma2, T* dbeta2, const T* x, T* g,
                          long ldx, long channels, const BatchNorm<T>* norm1, const T* weight, T* dweight, T* dgamma1,
                          T* dbeta1, double* map_sum, double* map_centred_sum) {
-  constexpr long PANEL = WIDE_TRANSPOSED * LANES<T>, TILE = 24 * ROWS;
-  const long ldb = padded<T>(width), columns = padded<T>(channels), width_rows = round_up(width, ROWS_TRANSPOSED);
+  constexpr long PANEL = NR_TRANSPOSED * LANES<T>, TILE = 24 * MR;
+  const long ldb = padded<T>(width), columns = padded<T>(channels), width_rows = round_up(width, MR_TRANSPOSED);
   const NormBackward<T> norm_backward(*norm2, sum2, centred_sum2, pixels, width);
   parameter_gradients(*norm2, sum2, centred_sum2, width, dgamma2, dbeta2);
   const Affine<T> normalise(*norm1, channels);
   const Padded<T> gamma(norm1->gamma, channels), mean(norm1->mean, channels);
   Buffer<T> panels(width * columns), dweights(threads * width_rows * columns);
   std::vector<BackwardSums<T>> sums(threads, BackwardSums<T>(channels));
+  PerThread<Buffer<T>> db_of(threads, TILE * std::max(ldb, width_rows)), a_of(threads, TILE * PANEL);
+  PerThread<Buffer<T>> da_of(threads, TILE * PANEL);
   parallel(threads, [&](int thread, int all) {
     const Range packed = share(width, thread, all), range = share(pixels, thread, all);
-    pack<T>(width, channels, WIDE_TRANSPOSED, packed.begin, packed.end, panels,
+    pack<T>(width, channels, NR_TRANSPOSED, packed.begin, packed.end, panels,
             [&](long k, long c) { return weight[k * channels + c]; });
     T* dw = dweights + thread * width_rows * columns;
     std::fill_n(dw, width_rows * columns, T(0));
     wait_for_all_threads();
-    Buffer<T> db(TILE * std::max(ldb, width_rows)), a(TILE * PANEL), da(TILE * PANEL);
+    T *db = db_of[thread], *a = a_of[thread], *da = da_of[thread];
     for (long begin = range.begin; begin < range.end; begin += TILE) {
       const long rows = std::min(TILE, range.end - begin);
       for (long r = 0; r < rows; r++)
@@ -167,8 +170,8 @@ void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, lon
         const long next = last ? (begin + TILE) * ldx : begin * ldx + j + PANEL;
         const long coming = last ? std::min(TILE, range.end - begin - TILE) : rows;
         Prefetch x_ahead(x + next, coming, PANEL, ldx), g_ahead(g + next, coming, PANEL, ldx);
-        x_ahead.over(TILE / ROWS);
-        g_ahead.over(width_rows / ROWS_TRANSPOSED);
+        x_ahead.over(TILE / MR);
+        g_ahead.over(width_rows / MR_TRANSPOSED);
         multiply_panel<T>(rows, panel / LANES<T>, width, db, ldb, panels + j * width, da, panel, x_ahead);
         for (long c = 0; c < panel; c += LANES<T>) {
           const Vector<T> gain = load(gamma + j + c), centre = load(mean + j + c);
@@ -230,12 +233,13 @@ void conv3x3_forward(long threads, const T* b, long images, long height, long wi
   const Affine<T> normalise(*norm, channels);
   Buffer<T> weights(FREQUENCIES * channels * padded<T>(growth));
   std::vector<Moments<T>> moments(threads, Moments<T>(growth));
+  PerThread<ConvolveScratch<T>> scratch(threads, tiles, channels, growth);
   parallel(threads, [&](int thread, int all) {
     const Range packed = share(channels, thread, all);
     transform_weights<T>(weight, false, channels, growth, packed.begin, packed.end, weights);
     wait_for_all_threads();
     const Range range = share(tiles.rows(), thread, all);
-    convolve<T>(tiles, range, channels, growth, weights,
+    convolve<T>(tiles, range, channels, growth, weights, scratch[thread],
                 NormalisedRow<T>{b, width, ldb, normalise}, [&](long row, const T* values) {
                   for (long x = 0; x < width; x++)
                     copy(values + x * padded<T>(growth), growth, out + (row * width + x) * ldout);
@@ -254,23 +258,25 @@ void conv3x3_backward(long threads, const T* b, long images, long height, long w
                       const BatchNorm<T>* norm, const T* weight, long growth, const T* gradient, T* dz, T* dweight,
                       double* sum, double* centred_sum) {
   const Tiles tiles{images, height, width};
-  const long ldb = padded<T>(channels), ldg = padded<T>(growth), matrix = round_up(channels, ROWS_TRANSPOSED) * ldg;
+  const long ldb = padded<T>(channels), ldg = padded<T>(growth), matrix = round_up(channels, MR_TRANSPOSED) * ldg;
   const Affine<T> normalise(*norm, channels);
   const Padded<T> mean(norm->mean, channels);
   Buffer<T> weights(FREQUENCIES * growth * padded<T>(channels)), dweights(threads * FREQUENCIES * matrix);
   std::vector<BackwardSums<T>> sums(threads, BackwardSums<T>(channels));
+  PerThread<WeightGradientScratch<T>> weight_scratch(threads, tiles, channels, growth);
+  PerThread<ConvolveScratch<T>> scratch(threads, tiles, growth, channels);
   parallel(threads, [&](int thread, int all) {
     const Range packed = share(growth, thread, all), range = share(tiles.rows(), thread, all);
     transform_weights<T>(weight, true, growth, channels, packed.begin, packed.end, weights);
     T* dw = dweights + thread * FREQUENCIES * matrix;
     std::fill_n(dw, FREQUENCIES * matrix, T(0));
     wait_for_all_threads();
-    convolve_backward_weights<T>(tiles, range, channels, growth, NormalisedRow<T>{b, width, ldb, normalise},
-                                 gradient, dw, [&](long begin, long end) {
+    convolve_backward_weights<T>(tiles, range, channels, growth, weight_scratch[thread],
+                                 NormalisedRow<T>{b, width, ldb, normalise}, gradient, dw, [&](long begin, long end) {
                                    return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb);
                                  });
     convolve<T>(
-        tiles, range, growth, channels, weights,
+        tiles, range, growth, channels, weights, scratch[thread],
         [&](long row, T* out) { std::copy_n(gradient + row * width * ldg, width * ldg, out); },
         [&](long row, const T* values) {
           for (long c = 0; c < channels; c += LANES<T>) {
@@ -418,14 +424,14 @@ void stem_backward(long threads, const T* y, long images, long height, long widt
                    const BatchNorm<T>* norm, const T* gradient, const uint8_t* argmax, T* dy, T* dgamma, T* dbeta) {
   const long rows = (height + 1) / 2, columns = (width + 1) / 2, pixels = images * height * width;
   std::vector<std::vector<double>> sums(threads, std::vector<double>(2 * channels));
+  std::vector<std::vector<T>> line_sums(threads, std::vector<T>(2 * channels));
   std::vector<double> sum(channels), centred_sum(channels);
   parallel(threads, [&](int thread, int all) {
     const Range range = share(images * height, thread, all);
-    std::vector<T> line_sum(channels), line_centred_sum(channels);
+    T *line_sum = line_sums[thread].data(), *line_centred_sum = line_sum + channels;
     for (long line = range.begin; line < range.end; line++) {
       const long image = line / height, i = line % height;
-      std::fill(line_sum.begin(), line_sum.end(), T(0));
-      std::fill(line_centred_sum.begin(), line_centred_sum.end(), T(0));
+      std::fill_n(line_sum, 2 * channels, T(0));
       for (long j = 0; j < width; j++) {
         T* d = dy + (line * width + j) * channels;
         std::fill_n(d, channels, T(0));
@@ -460,11 +466,25 @@ void stem_backward(long threads, const T* y, long images, long height, long widt
   });
 }
 
+// A kernel as it is called from outside: returns 0, or 1 if there is no memory for its scratch. The threads of a
+// parallel region throw nothing, see `PerThread`.
+template <auto kernel> struct Exported;
+template <class... Arguments, void (*kernel)(Arguments...)> struct Exported<kernel> {
+  static int call(Arguments... arguments) noexcept {
+    try {
+      kernel(arguments...);
+      return 0;
+    } catch (const std::bad_alloc&) {
+      return 1;
+    }
+  }
+};
+
 }  // namespace dense
 
-#define EXPORT(kernel)                            \
-  auto kernel##_float32 = dense::kernel<float>;   \
-  auto kernel##_float64 = dense::kernel<double>;
+#define EXPORT(kernel)                                                    \
+  auto kernel##_float32 = dense::Exported<dense::kernel<float>>::call;    \
+  auto kernel##_float64 = dense::Exported<dense::kernel<double>>::call;
 
 EXPORT(copy_and_measure)
 EXPORT(bottleneck_forward)

@@ -1,8 +1,9 @@
 // Vectors of the machine's width, and the matrix products of which every kernel here is made.
 //
 // Written with the vector extensions of GCC and Clang, so that one source serves AVX-512, AVX2, SSE and NEON. The
-// names are those of GEMM practice: a product is cut into register tiles of a few rows by a few vectors of columns;
-// the right-hand matrix is packed into panels as wide as such a tile.
+// names are the usual ones of matrix products: a micro-kernel computes a register tile of MR rows by NR vectors of
+// columns; the right-hand matrix is packed into panels of NR vectors. The depth is not cut (there is no KC): it is at
+// most a few thousand channels.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -14,6 +15,8 @@
 
 namespace dense {
 
+static_assert(sizeof(long) == 8 && sizeof(void*) == 8, "sizes and offsets are long, which must have 64 bits");
+
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, REGISTERS = 32;
 #elif defined(__AVX__)
@@ -24,10 +27,11 @@ constexpr int VECTOR_BYTES = 16, REGISTERS = 32;
 constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
 #endif
 
-// A register tile: ROWS x WIDE vectors of accumulators, WIDE vectors of the panel and one broadcast element.
-constexpr int ROWS = 6, WIDE = REGISTERS == 32 ? 4 : 2;
-// The same for a transposed left-hand matrix, whose rows lie side by side in memory.
-constexpr int ROWS_TRANSPOSED = 8, WIDE_TRANSPOSED = REGISTERS == 32 ? 2 : 1;
+// A register tile has MR x NR vectors of accumulators. Beside them, registers hold NR vectors of the panel and one
+// broadcast element.
+constexpr int MR = 6, NR = REGISTERS == 32 ? 4 : 2;
+// The same where the left-hand matrix is transposed, so that its MR elements lie side by side in memory.
+constexpr int MR_TRANSPOSED = 8, NR_TRANSPOSED = REGISTERS == 32 ? 2 : 1;
 
 template <class T> struct Simd {
   typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
@@ -72,9 +76,9 @@ template <class T> inline Vector<T> relu_backward(Vector<T> z, Vector<T> gradien
   return z <= 0 ? Vector<T>{} : gradient;
 }
 
-// c[rows][width vectors] (+)= a b, one register tile. a(i, k) is a[i * lda + k], transposed a[k * lda + i].
+// The micro-kernel: c[rows][width vectors] (+)= a b. a(i, k) is a[i * lda + k], transposed a[k * lda + i].
 template <class T, int rows, int width, bool transposed>
-inline void register_tile(long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc, bool add) {
+inline void micro_kernel(long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc, bool add) {
   Vector<T> sum[rows][width];
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < width; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES<T>) : Vector<T>{};
@@ -90,8 +94,8 @@ inline void register_tile(long depth, const T* a, long lda, const T* b, long ldb
     for (int j = 0; j < width; j++) store(c + i * ldc + j * LANES<T>, sum[i][j]);
 }
 
-// Lines of memory to have in the cache soon: `rows` of `bytes`, `stride` apart. A product asks for a few of them with
-// each of its register tiles, so that the next tile's data come while this one is computed.
+// Memory to fetch into the cache: `rows` of `bytes`, `stride` apart. A product fetches a few cache lines with each of its
+// register tiles, so that the next tile's data come while this one is computed.
 class Prefetch {
  public:
   Prefetch() = default;
@@ -121,19 +125,19 @@ class Prefetch {
 template <class T, int width>
 void multiply_rows(long rows, long depth, const T* a, long lda, const T* b, T* c, long ldc, Prefetch& ahead) {
   constexpr long columns = width * LANES<T>;
-  for (long i = 0; i < rows; i += ROWS) {
+  for (long i = 0; i < rows; i += MR) {
     ahead.some();
-    if (i + ROWS <= rows) {
-      register_tile<T, ROWS, width, false>(depth, a + i * lda, lda, b, columns, c + i * ldc, ldc, false);
+    if (i + MR <= rows) {
+      micro_kernel<T, MR, width, false>(depth, a + i * lda, lda, b, columns, c + i * ldc, ldc, false);
     } else {
-      T last[ROWS * columns];
-      register_tile<T, ROWS, width, false>(depth, a + i * lda, lda, b, columns, last, columns, false);
+      T last[MR * columns];
+      micro_kernel<T, MR, width, false>(depth, a + i * lda, lda, b, columns, last, columns, false);
       for (long r = i; r < rows; r++) std::copy_n(last + (r - i) * columns, columns, c + r * ldc);
     }
   }
 }
 
-// c = a b for one packed panel b [depth][width vectors]. Reads rows of a up to a multiple of ROWS.
+// c = a b for one packed panel b [depth][width vectors]. Reads rows of a up to a multiple of MR.
 template <class T>
 void multiply_panel(long rows, long width, long depth, const T* a, long lda, const T* b, T* c, long ldc,
                     Prefetch& ahead) {
@@ -147,35 +151,35 @@ void multiply_panel(long rows, long width, long depth, const T* a, long lda, con
 
 // Register tiles of `multiply`.
 template <class T> long register_tiles(long rows, long columns) {
-  constexpr long PANEL = WIDE * LANES<T>;
-  return (rows + ROWS - 1) / ROWS * ((columns + PANEL - 1) / PANEL);
+  constexpr long PANEL = NR * LANES<T>;
+  return (rows + MR - 1) / MR * ((columns + PANEL - 1) / PANEL);
 }
 
-// c = a b for all panels of b, packed WIDE vectors wide.
+// c = a b for all panels of b, packed NR vectors wide.
 template <class T>
 void multiply(long rows, long columns, long depth, const T* a, long lda, const T* b, T* c, long ldc, Prefetch& ahead) {
-  constexpr long PANEL = WIDE * LANES<T>;
+  constexpr long PANEL = NR * LANES<T>;
   for (long j = 0; j < columns; j += PANEL) {
-    const long width = std::min<long>(WIDE, padded<T>(columns - j) / LANES<T>);
+    const long width = std::min<long>(NR, padded<T>(columns - j) / LANES<T>);
     multiply_panel(rows, width, depth, a, lda, b + j * depth, c + j, ldc, ahead);
   }
 }
 
-// c += a' b with a [depth][rows] and b [depth][columns]. Reads and writes rows up to a multiple of ROWS_TRANSPOSED.
+// c += a' b with a [depth][rows] and b [depth][columns]. Reads and writes rows up to a multiple of MR_TRANSPOSED.
 template <class T>
 void multiply_transposed(long rows, long columns, long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc,
                          Prefetch& ahead) {
-  constexpr long PANEL = WIDE_TRANSPOSED * LANES<T>;
+  constexpr long PANEL = NR_TRANSPOSED * LANES<T>;
   long j = 0;
   for (; j + PANEL <= padded<T>(columns); j += PANEL)
-    for (long i = 0; i < rows; i += ROWS_TRANSPOSED) {
+    for (long i = 0; i < rows; i += MR_TRANSPOSED) {
       ahead.some();
-      register_tile<T, ROWS_TRANSPOSED, WIDE_TRANSPOSED, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+      micro_kernel<T, MR_TRANSPOSED, NR_TRANSPOSED, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
     }
   for (; j < columns; j += LANES<T>)
-    for (long i = 0; i < rows; i += ROWS_TRANSPOSED) {
+    for (long i = 0; i < rows; i += MR_TRANSPOSED) {
       ahead.some();
-      register_tile<T, ROWS_TRANSPOSED, 1, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+      micro_kernel<T, MR_TRANSPOSED, 1, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
     }
 }
 

@@ -1,12 +1,13 @@
-// Threads, their scratch memory, and sums over pixels that come out the same in every run.
+// Threads, their scratch memory, and sums over pixels that have the same bits in every run.
 //
-// Each thread works on one contiguous range of the pixels and keeps sums of its own; they are added in the order of
-// the threads. So a result depends on the number of threads, but never on which of them was faster.
+// Each thread works on one contiguous range of the pixels and keeps its own sums; these are added in the order of the
+// threads. So a result depends on the number of threads, but not on which of them was faster.
 #pragma once
 
 #include <omp.h>
 
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -43,6 +44,19 @@ template <class T> class Buffer {
 
  private:
   T* data_;
+};
+
+// An `Item` of each thread, made before the threads start: within a parallel region a lack of memory could not be told to
+// the caller, it would end the process.
+template <class Item> class PerThread {
+ public:
+  template <class... Arguments> explicit PerThread(long threads, Arguments... arguments) {
+    for (long i = 0; i < threads; i++) items_.push_back(std::make_unique<Item>(arguments...));
+  }
+  Item& operator[](int thread) { return *items_[thread]; }
+
+ private:
+  std::vector<std::unique_ptr<Item>> items_;
 };
 
 // Coefficients of channels, filled up with zeros to whole vectors.

@@ -30,7 +30,7 @@ struct Tiles {
     long best = 1;
     double least = 2;
     for (long rows = 1; rows == 1 || rows * columns() <= 60; rows++) {
-      const double waste = double(round_up(rows * columns(), ROWS)) / (rows * columns());
+      const double waste = double(round_up(rows * columns(), MR)) / (rows * columns());
       if (waste <= least) best = rows, least = waste;
     }
     return best;
@@ -101,7 +101,7 @@ inline void transform_gradient(Gradient gradient, long channels, T* out, long pl
 // weight: [3][3][channels_in][channels_out], turned by 180 degrees if asked.
 template <class T>
 void transform_weights(const T* weight, bool turned, long channels_in, long channels_out, long begin, long end, T* packed) {
-  const long plane = channels_in * channels_out, matrix = channels_in * padded<T>(channels_out), panel = WIDE * LANES<T>;
+  const long plane = channels_in * channels_out, matrix = channels_in * padded<T>(channels_out), panel = NR * LANES<T>;
   for (long in = begin; in < end; in++)
     for (long o = 0; o < channels_out; o += LANES<T>) {
       Vector<T> t[4][3];
@@ -137,14 +137,15 @@ template <class T> void transform_weight_gradient(const Vector<T> (&u)[FREQUENCI
   }
 }
 
-// The transformed inputs of rows of tiles. `load_row(row, out)` writes a row of pixels of the batch, [width][ld];
-// the rows of a tile that the next row of tiles needs too are kept.
+// The transformed inputs of rows of tiles. `load_row(row, out)` writes a row of pixels of the batch, [width][ld].
+// Two of a tile's four rows belong to the next row of tiles too: they are kept.
 template <class T, class LoadRow> class InputTiles {
  public:
-  InputTiles(const Tiles& tiles, long channels, LoadRow load_row)
-      : tiles_(tiles), ld_(padded<T>(channels)), row_((2 * tiles.columns() + 2) * ld_), load_row_(load_row),
-        rows_(5 * row_) {
-    std::fill_n(rows_ + 0, 5 * row_, T(0));
+  static long size(const Tiles& tiles, long channels) { return 5 * (2 * tiles.columns() + 2) * padded<T>(channels); }
+
+  InputTiles(const Tiles& tiles, long channels, LoadRow load_row, T* rows)  // `size` elements of memory
+      : tiles_(tiles), ld_(padded<T>(channels)), row_((2 * tiles.columns() + 2) * ld_), load_row_(load_row), rows_(rows) {
+    std::fill_n(rows_, 5 * row_, T(0));
   }
 
   // Frequency f of the tiles of tile rows [begin, end) goes to out + f * plane, [tiles][ld].
@@ -171,20 +172,31 @@ template <class T, class LoadRow> class InputTiles {
   const Tiles tiles_;
   const long ld_, row_;
   LoadRow load_row_;
-  Buffer<T> rows_;  // with a pixel of zeros left and one or two right
+  T* const rows_;  // four, and one of zeros; each with a pixel of zeros left and one or two right
   long held_[4] = {-1, -1, -1, -1};
+};
+
+// What a thread needs for `convolve`.
+template <class T> struct ConvolveScratch {
+  const long at_once, count, plane_in, plane_out;  // planes are no multiple of a page
+  Buffer<T> rows, inputs, products, output;
+
+  ConvolveScratch(const Tiles& tiles, long channels_in, long channels_out)
+      : at_once(tiles.rows_at_once()), count(round_up(at_once * tiles.columns(), MR)),
+        plane_in(count * padded<T>(channels_in) + LANES<T>), plane_out(count * padded<T>(channels_out) + LANES<T>),
+        rows(InputTiles<T, int>::size(tiles, channels_in)), inputs(FREQUENCIES * plane_in),
+        products(FREQUENCIES * plane_out), output(4 * tiles.columns() * padded<T>(channels_out)) {}
 };
 
 // Convolve rows [begin, end) of tiles. `store_row(row, values)` takes a row of pixels [width][padded channels out];
 // `coming(begin, end)` is what to fetch while tile rows [begin, end) are multiplied.
 template <class T, class LoadRow, class StoreRow, class Coming>
-void convolve(const Tiles& tiles, Range range, long channels_in, long channels_out, const T* weights, LoadRow load_row,
-              StoreRow store_row, Coming coming) {
-  const long at_once = tiles.rows_at_once(), columns = tiles.columns();
-  const long count = round_up(at_once * columns, ROWS), ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
-  const long plane_in = count * ldin + LANES<T>, plane_out = count * ldout + LANES<T>;  // not a multiple of a page
-  Buffer<T> inputs(FREQUENCIES * plane_in), products(FREQUENCIES * plane_out), output(4 * columns * ldout);
-  InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row);
+void convolve(const Tiles& tiles, Range range, long channels_in, long channels_out, const T* weights,
+              ConvolveScratch<T>& scratch, LoadRow load_row, StoreRow store_row, Coming coming) {
+  const long at_once = scratch.at_once, plane_in = scratch.plane_in, plane_out = scratch.plane_out;
+  const long columns = tiles.columns(), ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
+  T *inputs = scratch.inputs, *products = scratch.products, *output = scratch.output;
+  InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row, scratch.rows);
   for (long begin = range.begin; begin < range.end; begin += at_once) {
     const long end = std::min(begin + at_once, range.end);
     input_tiles.transform(begin, end, inputs, plane_in);
@@ -204,16 +216,29 @@ void convolve(const Tiles& tiles, Range range, long channels_in, long channels_o
   }
 }
 
+// What a thread needs for `convolve_backward_weights`.
+template <class T> struct WeightGradientScratch {
+  const long at_once, plane_in, plane_out;
+  Buffer<T> rows, inputs, gradients;
+
+  WeightGradientScratch(const Tiles& tiles, long channels_in, long channels_out)
+      : at_once(tiles.rows_at_once()),
+        plane_in(at_once * tiles.columns() * padded<T>(channels_in) + LANES<T> + MR_TRANSPOSED),
+        plane_out(at_once * tiles.columns() * padded<T>(channels_out) + LANES<T>),
+        rows(InputTiles<T, int>::size(tiles, channels_in)), inputs(FREQUENCIES * plane_in),
+        gradients(FREQUENCIES * plane_out) {}
+};
+
 // Add to sums [16][channels_in rounded up][padded channels_out] the gradient of the transformed weights over rows
 // [begin, end) of tiles. gradient [pixels][padded channels_out] is that of the convolution's output.
 template <class T, class LoadRow, class Coming>
-void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in, long channels_out, LoadRow load_row,
-                               const T* gradient, T* sums, Coming coming) {
-  const long at_once = tiles.rows_at_once(), columns = tiles.columns(), count = at_once * columns;
-  const long ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
-  const long plane_in = count * ldin + LANES<T> + ROWS_TRANSPOSED, plane_out = count * ldout + LANES<T>;
-  Buffer<T> inputs(FREQUENCIES * plane_in), gradients(FREQUENCIES * plane_out);
-  InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row);
+void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in, long channels_out,
+                               WeightGradientScratch<T>& scratch, LoadRow load_row, const T* gradient, T* sums,
+                               Coming coming) {
+  const long at_once = scratch.at_once, plane_in = scratch.plane_in, plane_out = scratch.plane_out;
+  const long columns = tiles.columns(), ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
+  T *inputs = scratch.inputs, *gradients = scratch.gradients;
+  InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row, scratch.rows);
   for (long begin = range.begin; begin < range.end; begin += at_once) {
     const long end = std::min(begin + at_once, range.end);
     input_tiles.transform(begin, end, inputs, plane_in);
@@ -230,11 +255,11 @@ void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in
             channels_out, out, plane_out);
     }
     Prefetch ahead = coming(begin, end);
-    ahead.over(FREQUENCIES * (channels_in / ROWS_TRANSPOSED + 1));
+    ahead.over(FREQUENCIES * (channels_in / MR_TRANSPOSED + 1));
     for (int f = 0; f < FREQUENCIES; f++)
       multiply_transposed<T>(channels_in, ldout, (end - begin) * columns, inputs + f * plane_in, ldin,
                              gradients + f * plane_out, ldout,
-                             sums + f * round_up(channels_in, ROWS_TRANSPOSED) * ldout, ldout, ahead);
+                             sums + f * round_up(channels_in, MR_TRANSPOSED) * ldout, ldout, ahead);
   }
 }
 

@@ -1,0 +1,48 @@
+"""The package as a library: ``from pipeline import create_model, load_config, fit, evaluate``.
+
+>>> config = load_config("configs/demo.yaml", {"optim.epochs": 1})
+>>> fit(config)
+>>> evaluate("runs/demo/checkpoints/best.pt", "data/fashion-mnist/val").score.top1_error
+"""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.config import load_config
+from pipeline.data.index import known_cache, scan_classes
+from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.distributed import init_distributed
+from pipeline.evaluate import Evaluation, check_image_size
+from pipeline.evaluate import evaluate as evaluate_network
+from pipeline.models import create_model
+from pipeline.trainer import fit
+from pipeline.weights import read_weights
+
+__all__ = ["create_model", "evaluate", "fit", "load_config"]
+
+
+def evaluate(
+    weights: str | Path, folder: str | Path, crops: int = 1, batch_size: int = 64, device: str = "auto"
+) -> Evaluation:
+    """Evaluate weights on a folder or archive of images by class, prepared as the weights' own configuration says.
+
+    Args:
+        weights: a checkpoint, or a file of torchvision, timm or openmmlab; see `weights.read_weights`.
+        folder: its classes are the network's, or a part of them.
+        crops: 1 or 10.
+        batch_size: images at once.
+        device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
+
+    Raises:
+        UserError: the weights or images cannot be read, or do not go together.
+    """
+    found = read_weights(weights)
+    index = scan_classes(folder, known_cache(Path(folder))).with_classes(found.classes)
+    data = found.config.data
+    with init_distributed(device) as world:
+        shard = Shard(world.rank, world.size, world.device, world.cores)
+        loader = EvaluationLoader(index, data, shard, batch_size=batch_size, crops=crops)
+        network = found.network.to(world.device).to(memory_format=torch.channels_last)
+        check_image_size(network, data.crop_size, str(weights))
+        return evaluate_network(network, loader, world)
