@@ -13,8 +13,8 @@ from pipeline.config import load_config
 from pipeline.data.index import known_cache, scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import init_distributed
-from pipeline.evaluate import Evaluation, check_image_size
-from pipeline.evaluate import evaluate as evaluate_network
+from pipeline.evaluation import Evaluation, check_image_size
+from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.models import create_model
 from pipeline.trainer import fit
 from pipeline.weights import read_weights

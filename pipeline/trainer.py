@@ -18,7 +18,7 @@ from pipeline.config import Config, to_yaml
 from pipeline.data.loader import Batch
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
-from pipeline.evaluate import evaluate
+from pipeline.evaluation import evaluate
 from pipeline.finite import StepSkipper
 from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
 from pipeline.metrics import Score

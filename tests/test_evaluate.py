@@ -20,7 +20,7 @@ from pipeline.data.index import scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.evaluate import Evaluation, evaluate
+from pipeline.evaluation import Evaluation, evaluate
 from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.weights import Weights, imagenet_ids, read_weights

@@ -27,7 +27,7 @@ LAYERS = [
         "pipeline.watchdog",
     },
     {
-        "pipeline.evaluate",
+        "pipeline.evaluation",
         "pipeline.feature_reuse",
         "pipeline.finite",
         "pipeline.objective",
@@ -37,7 +37,7 @@ LAYERS = [
     {"pipeline.run"},
     {"pipeline.hooks", "pipeline.report"},
     {"pipeline.trainer"},
-    {"pipeline.train"},
+    {"pipeline.api", "pipeline.train"},
     {"tools", "launch"},
 ]
 MODULES = sorted(

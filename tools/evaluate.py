@@ -26,7 +26,7 @@ from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_fl
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
-from pipeline.evaluate import Average, Evaluation, check_image_size, evaluate
+from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.precision import autocast, set_tf32
 from pipeline.weights import Weights, imagenet_ids
 from tools.support import published

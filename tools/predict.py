@@ -23,7 +23,7 @@ from pipeline.data.index import find_images as find_images_in
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
-from pipeline.evaluate import check_image_size
+from pipeline.evaluation import check_image_size
 from pipeline.precision import set_tf32
 from tools.support.outputs import writable_file
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
-from pipeline.evaluate import Evaluation
+from pipeline.evaluation import Evaluation
 from tools.support.markdown import table
 
 WORST = 24  # mistakes shown as pictures
