@@ -105,7 +105,7 @@ def evaluate(
     score = Score(
         images=images,
         top1_correct=int(correct[:, 0].sum()),
-        top5correct=int(correct.any(axis=1).sum()),
+        top5_correct=int(correct.any(axis=1).sum()),
         loss_sum=float(losses.sum(dtype=np.float64)),
     )
     return Evaluation(score, top5, probability, losses, logits, not_finite=int((top5[:, 0] == -1).sum()))
