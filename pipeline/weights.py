@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ EXTERNAL_KEYS = (
 )  # where others keep the weights among other things
 EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
 REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
+FEW = 0.05  # of a file's tensors that may be odd while it is still said which
 PREFIXES = re.compile(r"(module|model|_orig_mod|net|network)\.")
 
 # Names that others give to our modules.
@@ -301,16 +303,23 @@ def _outputs(state: dict[str, Tensor], model: str | None, path: Path) -> int:
 
 
 def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
-    """The one of our networks that has as many and such tensors."""
-    shapes = sorted(tuple(t.shape) for name, t in state.items() if not name.endswith("num_batches_tracked"))
+    """The one of our networks that has such tensors, but for a few; which those are, `match` says."""
+    shapes = _count_shapes(state)
+    odd: dict[str, int] = {}  # tensors that one side has and the other lacks, by network
     for name in DENSENETS:
         with torch.device("meta"):
-            own = create_model(name, num_classes=outputs).state_dict()
-        if sorted(tuple(t.shape) for key, t in own.items() if not key.endswith("num_batches_tracked")) == shapes:
-            return name
+            own = _count_shapes(create_model(name, num_classes=outputs).state_dict())
+        odd[name] = ((own - shapes) + (shapes - own)).total()
+    nearest = min(odd, key=lambda name: odd[name])
+    if odd[nearest] <= FEW * shapes.total():
+        return nearest
     raise UserError(
         f"{path} holds the weights of none of the paper's networks: name it with --model, as densenet_bc22_k6 or timm:resnet50"
     )
+
+
+def _count_shapes(state: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(t.shape) for name, t in state.items() if not name.endswith("num_batches_tracked"))
 
 
 def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
@@ -353,10 +362,16 @@ def imagenet_ids() -> tuple[str, ...]:
 
 
 def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries without prefixes that wrappers have put before all of them."""
+    """The entries without prefixes that wrappers have put before them; a few entries may lack it."""
     names = list(state)
-    while all(PREFIXES.match(name) for name in names) and len({name.split(".")[0] for name in names}) == 1:
-        names = [name.split(".", 1)[1] for name in names]
+    while names:
+        ((first, count),) = Counter(name.split(".")[0] for name in names).most_common(1)
+        if not PREFIXES.match(f"{first}.") or count < (1 - FEW) * len(names):
+            break
+        shorter = [name.removeprefix(f"{first}.") for name in names]
+        if len(set(shorter)) < len(names):  # two would have the same name
+            break
+        names = shorter
     return dict(zip(names, state.values(), strict=True))
 
 

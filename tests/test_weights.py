@@ -311,7 +311,7 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
         "nothing.pth": "holds no state dictionary",
         "list.pth": "holds no state dictionary",
         "resnet.pth": "the weights of none of the paper's networks: name it with --model",
-        "gap.pth": "the weights of none of the paper's networks",
+        "gap.pth": "10 of the network's 606 tensors are not there",
     }
 
 
@@ -341,3 +341,16 @@ def test_wrong_files_get_one_line_and_run_no_code(tmp_path, monkeypatch, theirs)
     ):
         done = run_module("tools.convert", *(tmp_path / word if "." in word else word for word in words))
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.module."])
+@pytest.mark.parametrize("odd", ["epoch", "features.conv0.scale", "head.extra.weight"])
+def test_an_odd_tensor_is_named_and_the_others_are_known(tmp_path, prefix, odd):
+    state = {prefix + name: value for name, value in create_model("densenet_bc40_k12", 5).state_dict().items()}
+    torch.save({**state, odd: torch.zeros(3)}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=f"more.pth .*: 1 are left over, as '{odd}'"):
+        read_weights(tmp_path / "more.pth")
+    missing = prefix + "features.norm5.weight"
+    torch.save({name: value for name, value in state.items() if name != missing}, tmp_path / "less.pth")
+    with pytest.raises(UserError, match="less.pth .*: 1 of the network's .* are not there, as 'features.norm5.weight'"):
+        read_weights(tmp_path / "less.pth")
