@@ -28,7 +28,6 @@ class Batch:
         images: (n * V, 3, H, W) float32, channels-last; the views of an image are neighbours.
         labels: (n) int64.
         weights: (n) float32, 1 for an image that counts and 0 for a replacement; see `BatchPlan.weights`.
-        counted: images that count: the sum of the weights (on the host, so that nothing waits for the device).
         ids: (n) int64, rows of the index (NumPy, on the host).
         views: V.
     """
@@ -36,7 +35,6 @@ class Batch:
     images: Tensor
     labels: Tensor
     weights: Tensor
-    counted: int
     ids: np.ndarray
     views: int
 
@@ -195,7 +193,6 @@ def _batches(
             images=apply_colors(pixels, plan, device),
             labels=torch.from_numpy(index.labels[plan.ids]).to(device, non_blocking=True),
             weights=torch.from_numpy(plan.weights).to(device, non_blocking=True),
-            counted=int(plan.weights.sum()),
             ids=plan.ids,
             views=plan.hflip.shape[1],
         )

@@ -1,4 +1,7 @@
-"""The kinds of places that may hold image files. The first that knows a path takes it."""
+"""The kinds of places that may hold image files.
+
+The first kind that knows a path takes it: a kind whose paths are folders (of shards, say) stands above "folder".
+"""
 
 import os
 from pathlib import Path
