@@ -90,7 +90,7 @@ def main():
     {after}
 
 class Last:
-    """Strikes when modules are taken down, after Python has given back its handlers."""
+    # Strikes when modules are taken down, after Python has given back its handlers.
     def __del__(self, kill=os.kill, process=os.getpid(), numbers=STOP_SIGNALS):
         for number in numbers:
             kill(process, number)
