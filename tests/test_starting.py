@@ -89,7 +89,14 @@ def main():
     strike()
     {after}
 
+class Last:
+    # Strikes when modules are taken down, after Python has given back its handlers.
+    def __del__(self, kill=os.kill, process=os.getpid(), numbers=STOP_SIGNALS):
+        for number in numbers:
+            kill(process, number)
+
 exit_when_asked()
+last = Last()
 atexit.register(strike)
 exit_on_user_error(main)
 """
