@@ -224,7 +224,7 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     assert (comparison["only_a_wrong"], comparison["only_b_wrong"]) == (only_first, only_second)
     text, page = (tmp_path / "report" / "report.md").read_text(), (tmp_path / "report" / "report.html").read_text()
     assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
-    assert page.count("<img src=") == sum(map(sum, wrong)) and "class0 (67 %), is class1" in page
+    assert page.count("<img src=") == sum(map(sum, wrong)) and "predicted: class0 (67 %)<br>true: class1<br>" in page
     assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar)" in printed
 
 
@@ -282,7 +282,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
     row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| x&y" in line)
     assert row.count("|") - row.count("\\|") == 5
     page = (tmp_path / "report.html").read_bytes()
-    assert b"a&lt;b&gt;.png" in page and b"<b>" not in page and b"is x&amp;y" in page and page.count(b"<img") == 2
+    assert b"a&lt;b&gt;.png" in page and b"<b>" not in page and b"true: x&amp;y" in page and page.count(b"<img") == 2
     assert b"\xff.png" in (tmp_path / "a.csv").read_bytes()
 
 
