@@ -135,6 +135,7 @@ def test_images_held_out_are_the_validation_set(fashion, loader):
         open_datasets(dataclasses.replace(config, holdout=37), fashion, False)
 
 
+@pytest.mark.slow
 def test_training_resumes_with_the_same_bits_and_evaluates_on_the_test_images(tmp_path, fashion, monkeypatch):
     def config(name):
         data = {**FASHION, "dir": str(fashion), "holdout": 5}

@@ -175,6 +175,7 @@ def timms_preparation(name: str, index):
     return torch.stack([transform(Image.open(index.file(i)).convert("RGB")) for i in range(len(index))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "densenet121"])
 def test_logits_are_timms(name, tmp_path, image_folders, evaluated):
     """Random weights of timm through the tool, with timm's preprocessing, against timm's transform and network."""

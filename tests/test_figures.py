@@ -76,6 +76,7 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     assert points(axes)["ResNet, fb.resnet.torch"][1] == (25.557032, 24.01)
 
 
+@pytest.mark.slow
 def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch):
     torchvision_sets.write_svhn(tmp_path / "svhn", monkeypatch)
     data = {

@@ -96,6 +96,7 @@ DRESSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dress", DRESSES)
 def test_weights_of_others_give_their_logits(tmp_path, theirs, images, dress):
     make, note = DRESSES[dress]
@@ -111,6 +112,7 @@ def test_weights_of_others_give_their_logits(tmp_path, theirs, images, dress):
         assert (weights.network(images) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_timms_weights_and_the_way_to_timm_and_back(tmp_path):
     torch.manual_seed(0)
     network = with_random_norms(timm.create_model("densenet121", num_classes=CLASSES))
@@ -121,6 +123,7 @@ def test_timms_weights_and_the_way_to_timm_and_back(tmp_path):
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_way_to_torchvision_and_back_is_exact(tmp_path):
     torch.manual_seed(0)
     ours = with_random_norms(create_model("densenet169", CLASSES))
@@ -317,6 +320,7 @@ def wrong_files(folder: Path, state: dict) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_wrong_files_get_one_line_and_run_no_code(tmp_path, monkeypatch, theirs, user_error):
     monkeypatch.chdir(tmp_path)
     for name, expected in wrong_files(tmp_path, theirs.state_dict()).items():
