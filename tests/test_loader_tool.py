@@ -1,6 +1,5 @@
 """The loader benchmark as a user runs it: its files, its tolerances, and its error messages."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -11,21 +10,9 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
-from pipeline.data.index import scan_classes
-from pipeline.data.loader import Shard, create_image_pipeline
 from pipeline.data.plan import training_plans
 from pipeline.errors import exit_on_user_error
-from tools.lab.loader import (
-    BASELINE,
-    BOUND,
-    STAGES,
-    TORCHVISION,
-    Differences,
-    clamped_colors,
-    frame_widths,
-    main,
-    unnormalised,
-)
+from tools.lab.loader import BASELINE, BOUND, STAGES, TORCHVISION, Differences, clamped_colors, main, unnormalised
 
 SETTINGS = ["--images", "6", "--repeats", "1", "--threads", "1", "--batch-size", "3"]
 
@@ -106,27 +93,6 @@ def test_differences_tell_the_frame_from_the_interior():
     assert differences.result() == pytest.approx(
         {"mean": 4 / 144, "max": 3, "interior_mean": 1 / 16, "interior_max": 1, "frame_mean": 3 / 128, "frame_max": 3}
     )
-
-
-def test_the_frame_follows_the_crop(tmp_path):
-    """A crop of 8 pixels that becomes 224: what differs at its edge lies in the frame, which is 32 pixels wide."""
-    (tmp_path / "a").mkdir()
-    photo(3, 60, 60).save(tmp_path / "a" / "a.png")
-    index, config = scan_classes(tmp_path), DataConfig(color_jitter=0, pca_noise=0)
-    options = dict(seed=5, epoch=0, first_step=0, batch_size=1, rank=0, ranks=1, accumulation=1)
-    (drawn,) = training_plans(index, config, **options)
-    changes = {"crop_boxes": [[9, 20, 8, 9]], "sizes": [[224, 224]], "offsets": [[[0, 0]]]}
-    plan = dataclasses.replace(drawn, **{name: np.array(value, np.int32) for name, value in changes.items()})
-    assert frame_widths(plan) == [32] and frame_widths(drawn)[0] < 8
-    shard = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=1)
-    results = []
-    for name in ("dali", "reference"):
-        image_pipeline = create_image_pipeline(index, dataclasses.replace(config, loader=name), shard, 1, views=1)
-        results.append(next(iter(image_pipeline.run([plan])))[1][0])
-    narrow, wide = Differences(), Differences()
-    narrow.add(*results)
-    wide.add(*results, frame_widths(plan))
-    assert narrow.result()["interior_max"] > 0.5 and wide.result()["interior_max"] < 0.1
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,11 @@ DALI on GPU takes part where there is a GPU; it has not been run on one yet.
 
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import statistics
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,32 +225,22 @@ def torchvision_loader(workload: Workload, jitter: bool) -> DataLoader:
 # Fidelity
 
 
-def frame_widths(plan: BatchPlan) -> list[int]:
-    """Width in pixels of the frame of each view of a plan, n * V: where DALI repeats the edge of an enlarged crop and Torch7
-    extrapolates it. That is one pixel of the crop as it is after the resize, and FRAME at least."""
-    enlarged = (plan.sizes - 1) / np.maximum(plan.crop_boxes[:, 2:] - 1, 1)
-    return np.repeat(np.maximum(np.ceil(enlarged.max(axis=1)).astype(int), FRAME), plan.hflip.shape[1]).tolist()
-
-
 class Differences:
     """Mean and maximum of absolute differences: everywhere, in the interior, and in the frame around it."""
 
     def __init__(self):
         self._sums, self._counts, self._maxima = np.zeros(3), np.zeros(3), np.zeros(3)
 
-    def add(self, actual: Tensor, expected: Tensor, frames: Sequence[int] = (FRAME,)) -> None:
-        """Add images, (n, H, W, 3), or one, with the width of the frame of each, or one width for all."""
-        differences = (actual.cpu() - expected.cpu()).abs()
-        for difference, frame in zip(
-            differences.view(-1, *differences.shape[-3:]), itertools.cycle(frames), strict=False
-        ):
-            interior = difference[frame:-frame, frame:-frame]
-            everywhere, inside = difference.sum(dtype=torch.float64).item(), interior.sum(dtype=torch.float64).item()
-            self._sums += (everywhere, inside, everywhere - inside)
-            self._counts += (difference.numel(), interior.numel(), difference.numel() - interior.numel())
-            maxima = [difference.max().item(), interior.max().item() if interior.numel() else 0.0]
-            interior.zero_()  # leaves the frame
-            self._maxima = np.maximum(self._maxima, [*maxima, difference.max().item()])
+    def add(self, actual: Tensor, expected: Tensor) -> None:
+        """Add images, (..., H, W, 3)."""
+        difference = (actual.cpu() - expected.cpu()).abs()
+        interior = difference[..., FRAME:-FRAME, FRAME:-FRAME, :]
+        everywhere, inside = difference.sum(dtype=torch.float64).item(), interior.sum(dtype=torch.float64).item()
+        self._sums += (everywhere, inside, everywhere - inside)
+        self._counts += (difference.numel(), interior.numel(), difference.numel() - interior.numel())
+        maxima = [difference.max().item(), interior.max().item() if interior.numel() else 0.0]
+        interior.zero_()  # leaves the frame
+        self._maxima = np.maximum(self._maxima, [*maxima, difference.max().item()])
 
     def result(self) -> dict[str, float]:
         means = self._sums / np.maximum(self._counts, 1)
@@ -284,16 +273,14 @@ def against_reference(
     rows = []
     for name in [*dali_pipelines(), TORCHVISION]:
         expected = images(workload, REFERENCE, plans, resize, colored)
-        rows.append(row(operator, name, images(workload, name, plans, resize, colored), expected, plans))
+        rows.append(row(operator, name, images(workload, name, plans, resize, colored), expected))
     return rows
 
 
-def row(
-    operator: str, name: str, actual: Iterable[Tensor], expected: Iterable[Tensor], plans: list[BatchPlan]
-) -> dict[str, Any]:
+def row(operator: str, name: str, actual: Iterable[Tensor], expected: Iterable[Tensor]) -> dict[str, Any]:
     differences = Differences()
-    for ours, wanted, plan in zip(actual, expected, plans, strict=True):
-        differences.add(ours, wanted, frame_widths(plan))
+    for ours, wanted in zip(actual, expected, strict=True):
+        differences.add(ours, wanted)
     return {"operator": operator, "image_pipeline": name, **differences.result()}
 
 
@@ -339,8 +326,14 @@ def flip_rows(workload: Workload, upright: list[BatchPlan]) -> list[dict[str, An
         turned = (
             batch.flip(-2) for batch in images(workload, name, upright, workload.config.interpolation, colored=False)
         )
-        flipped = images(workload, name, mirrored, workload.config.interpolation, colored=False)
-        rows.append(row("horizontal flip", name, flipped, turned, mirrored))
+        rows.append(
+            row(
+                "horizontal flip",
+                name,
+                images(workload, name, mirrored, workload.config.interpolation, colored=False),
+                turned,
+            )
+        )
     return rows
 
 
