@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from pipeline.config import Config, from_dict
 from pipeline.data.index import DatasetIndex
 from pipeline.data.synthetic import synthetic_index
+from pipeline.errors import exit_on_user_error
 from pipeline.parsing import flatten
 
 REPOSITORY = Path(__file__).parent.parent
@@ -130,6 +132,25 @@ def run_module(
         timeout=timeout,
         preexec_fn=(lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])) if cores else None,
     )
+
+
+@pytest.fixture
+def user_error(monkeypatch, capfd):
+    """Run a command's main with these words; return the one line that it must end with, on stderr and with exit code 2."""
+
+    def run(main: Callable[[], object], *words: object, silent: bool = False) -> str:
+        """`silent`: it must have printed nothing before, so that no work was done for nothing."""
+        monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            exit_on_user_error(main)
+        said = capfd.readouterr()
+        complaint = said.err.splitlines()
+        assert end.value.code == 2 and len(complaint) == 1 and complaint[0].startswith("error: "), complaint
+        assert not (silent and said.out)
+        return complaint[0]
+
+    return run
 
 
 def override_flags(config: Config) -> list[str]:

@@ -136,6 +136,7 @@ def test_images_held_out_are_the_validation_set(fashion, loader):
         open_datasets(dataclasses.replace(config, holdout=37), fashion, False)
 
 
+@pytest.mark.slow
 def test_training_resumes_with_the_same_bits_and_evaluates_on_the_test_images(tmp_path, fashion, monkeypatch):
     def config(name):
         data = {**FASHION, "dir": str(fashion), "holdout": 5}
@@ -188,13 +189,13 @@ def test_evaluation_fetches_the_images_that_it_lacks(tmp_path, monkeypatch):
     weights = REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors"
     words = [str(weights), "--data", str(tmp_path / "here")]
     with pytest.raises(UserError, match="or --download"):
-        evaluate.open_contestants(evaluate._parser().parse_args(words))
+        evaluate.open_candidates(evaluate._parser().parse_args(words))
     handler = functools.partial(SimpleHTTPRequestHandler, directory=raw)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
-        (contestant,) = evaluate.open_contestants(evaluate._parser().parse_args([*words, "--download"]))
+        (candidate,) = evaluate.open_candidates(evaluate._parser().parse_args([*words, "--download"]))
         server.shutdown()
-    assert len(contestant.index) == torchvision_sets.IMAGES["test"]
+    assert len(candidate.index) == torchvision_sets.IMAGES["test"]

@@ -56,6 +56,7 @@ def one_core():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", IMPLEMENTATIONS)
 def test_the_files_can_be_read(monkeypatch, tmp_path, capsys, one_core, task):
     words = ["--models", "densenet_bc40_k12", "--size", 16, "--batch-sizes", 2, 3, "--repeats", 2, "--no-compile"]

@@ -1,5 +1,7 @@
 """A short version of the fault tests with real processes; and their comparison notices a difference of one bit."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import run_module, small_config
@@ -11,6 +13,7 @@ from tools.lab.chaos import same_bits
 SHORT = ["kill-saving", "signal"]
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_sample_of_the_faults(tmp_path):
     done = run_module("tools.lab.chaos", "--tries", 1, "--output", tmp_path, "--faults", *SHORT, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -18,10 +21,18 @@ def test_a_run_survives_a_sample_of_the_faults(tmp_path):
     assert [row.split(":")[0].strip("| ") for row in rows] == SHORT
 
 
-@pytest.mark.parametrize("change", ["none", "weight", "momentum", "record"])
-def test_a_difference_of_one_bit_or_record_is_noticed(tmp_path, change):
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """The folder of runs `a` and `b` of the same configuration."""
+    folder = tmp_path_factory.mktemp("runs")
     for name in ("a", "b"):
-        trainer.fit(small_config(tmp_path / name, optim={"epochs": 1}))
+        trainer.fit(small_config(folder / name, optim={"epochs": 1}))
+    return folder
+
+
+@pytest.mark.parametrize("change", ["none", "weight", "momentum", "record"])
+def test_a_difference_of_one_bit_or_record_is_noticed(tmp_path, two_runs, change):
+    shutil.copytree(two_runs, tmp_path, dirs_exist_ok=True)
     folder = CheckpointFolder(tmp_path / "b" / "checkpoints")
     state = load_checkpoint(folder.last)
     if change == "weight":

@@ -11,26 +11,10 @@ import torch
 from conftest import REPOSITORY, override_flags, photo, run_module, small_config, write_class_folders
 
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.errors import exit_on_user_error
 from pipeline.models import create_model
 from pipeline.train import main as train
 from tools.demo import main as demo
 from tools.evaluate import main as evaluate
-
-
-@pytest.fixture
-def user_error(monkeypatch, capfd):
-    """Run a command's main with these words; return the one line that it must end with."""
-
-    def run(main, *words: object) -> str:
-        monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            exit_on_user_error(main)
-        complaint = capfd.readouterr().err.splitlines()
-        assert end.value.code == 2 and len(complaint) == 1 and complaint[0].startswith("error: "), complaint
-        return complaint[0]
-
-    return run
 
 
 def flags(run_dir: Path, data: Path, **more: object) -> list[str]:
@@ -167,6 +151,7 @@ def test_evaluating_a_flat_folder_with_a_label_file(tmp_path, monkeypatch, capsy
     assert "images of 2 of the 3 classes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_under_torchrun_rank_0_says_it_once(tmp_path):
     done = run_module("pipeline.train", *flags(tmp_path / "run", tmp_path / "nowhere"), ranks=2)
     assert done.returncode != 0
@@ -174,6 +159,7 @@ def test_under_torchrun_rank_0_says_it_once(tmp_path):
     assert "Traceback" not in done.stderr.split("error: ")[1].split("\n")[0]
 
 
+@pytest.mark.slow
 def test_a_dry_run_builds_everything_and_trains_nothing(images, tmp_path):
     done = run_module("pipeline.train", *flags(tmp_path / "run", images), "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -182,6 +168,7 @@ def test_a_dry_run_builds_everything_and_trains_nothing(images, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_the_demo_from_the_archive_to_the_table(tmp_path):
     """Two real processes on the embedded images, a network and an epoch that are cut short."""
     words = ["--data.dir", tmp_path / "data", "--run_dir", tmp_path / "runs" / "demo", "--optim.epochs", 1]

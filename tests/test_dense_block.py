@@ -84,6 +84,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "images", "height", "width"), NETWORKS)
 def test_gradients_and_statistics_equal_torchvisions(name, images, height, width):
     theirs = with_random_norms(torchvision_network(name)).double()
@@ -100,6 +101,7 @@ def test_gradients_and_statistics_equal_torchvisions(name, images, height, width
         assert_equal_state(network, theirs)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("name", ["densenet121", "densenet_bc40_k12"])
 def test_evaluation_equals_torchvisions_before_and_after_training(name):
@@ -173,6 +175,7 @@ def test_the_input_has_a_gradient(method):
     assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
 @each_fast
 def test_second_derivatives(method):
     """A gradient penalty, as in WGAN-GP: its gradient needs the backward pass to be differentiable."""
@@ -318,6 +321,7 @@ def test_torch_jit_traces_the_modules():
         torch.testing.assert_close(traced(images), network(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_modules_whole():
     network = create_model("densenet_bc40_k12", CLASSES).double()
     expected = ours("densenet_bc40_k12", network, "eager")
@@ -339,6 +343,7 @@ def test_images_that_are_too_small(method, size, message):
         network(torch.randn(images, 3, height, width))
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("name", ["densenet_bc40_k12", "densenet_bc100_k12"])
 def test_the_first_20_steps_have_the_same_losses(name):

@@ -33,6 +33,7 @@ def test_parameter_counts_are_the_papers(name):
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
 def test_logits_equal_torchvisions_with_the_same_weights(name):
     torch.manual_seed(0)

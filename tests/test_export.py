@@ -45,6 +45,7 @@ def weights(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_onnx_runs_in_onnxruntime_with_any_batch(weights, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     done = run_module("tools.export", weights, tmp_path / "new" / "network.onnx")
@@ -67,6 +68,7 @@ def test_onnx_runs_in_onnxruntime_with_any_batch(weights, tmp_path):
     assert json.loads(metadata["preprocessing"]) == PREPARATION
 
 
+@pytest.mark.slow
 def test_pt2_is_loaded_by_torch_export_with_any_batch(weights, tmp_path, monkeypatch):
     for package in export.ONNX_PACKAGES:  # which it does without
         monkeypatch.setitem(sys.modules, package, None)
@@ -83,6 +85,7 @@ def test_pt2_is_loaded_by_torch_export_with_any_batch(weights, tmp_path, monkeyp
     assert json.loads(metadata["preprocessing"]) == PREPARATION
 
 
+@pytest.mark.slow
 def test_densenet121_and_a_network_of_timm():
     pytest.importorskip("onnxruntime")
     for name, suffix in (("densenet121", ".onnx"), ("timm:resnet10t", ".pt2")):
@@ -93,6 +96,7 @@ def test_densenet121_and_a_network_of_timm():
         assert difference < 1e-5
 
 
+@pytest.mark.slow
 def test_nothing_is_written_that_computes_something_else(weights, tmp_path, monkeypatch):
     serialise, load = export.FORMATS[".pt2"]
     file = tmp_path / "network.pt2"
@@ -126,7 +130,7 @@ def test_mistakes_are_one_line(weights, tmp_path, monkeypatch):
     assert "folder.pt2: Is a directory" in refused(weights, tmp_path / "folder.pt2")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     message = refused(weights, tmp_path / "network.onnx")
-    assert message == "ONNX needs onnxruntime: install requirements.txt, or give an OUTPUT.pt2"
+    assert message == "ONNX needs onnxruntime: pip install -r requirements-dev.txt, or give an OUTPUT.pt2"
     with pytest.raises(UserError, match="timm:choosy cannot be exported to .pt2: ") as error:
         export.export(Weights("", Choosy(), Config(model=ModelConfig(name="timm:choosy")), (), None), ".pt2")
     assert "\n" not in str(error.value)

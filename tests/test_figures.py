@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline import trainer
 from pipeline.models import create_model
-from tools.figures import draw_curves, draw_imagenet, draw_small_images, read_run, runs_in
+from tools.figures import draw_curves, draw_imagenet, draw_small_images, main, read_run, runs_in
 from tools.support.facts import multiply_accumulates, on_meta, parameters
 
 # Billions of multiply-accumulates of convolutions and linear layers at 224 and at 32 pixels.
@@ -32,6 +32,7 @@ def points(axes) -> dict[str, list[tuple[float, float]]]:
     return {line.get_label(): [tuple(map(float, xy)) for xy in line.get_xydata()] for line in axes.lines}
 
 
+@pytest.mark.slow
 def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     torchvision_sets.write_cifar(tmp_path / "cifar", monkeypatch, 10)
     data = {"dataset": "cifar10", "dir": str(tmp_path / "cifar"), "loader": "auto", "train_crop": "random_crop"}
@@ -75,6 +76,7 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     assert points(axes)["ResNet, fb.resnet.torch"][1] == (25.557032, 24.01)
 
 
+@pytest.mark.slow
 def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch):
     torchvision_sets.write_svhn(tmp_path / "svhn", monkeypatch)
     data = {
@@ -103,7 +105,6 @@ def test_damaged_records_are_passed_over(tmp_path):
     assert read_run(tmp_path / "run").epochs == whole.epochs
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_mistakes_are_one_line(tmp_path, user_error):
     for path, expected in ((tmp_path, "holds no run"), (tmp_path / "none.pt", "cannot read the weights")):
-        done = run_module("tools.figures", path, "--output", tmp_path / "figures")
-        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+        assert expected in user_error(main, path, "--output", tmp_path / "figures")

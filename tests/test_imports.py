@@ -38,7 +38,9 @@ LAYERS = [
     {"pipeline.hooks", "pipeline.report"},
     {"pipeline.trainer"},
     {"pipeline.api", "pipeline.train"},
-    {"tools", "launch"},
+    {"tools.support"},
+    {"tools.lab", "launch"},
+    {"tools"},
 ]
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
@@ -81,6 +83,11 @@ def test_imports_only_from_below_or_from_its_own_part(module):
 
 def test_configuration_needs_no_torch():
     assert not any(name.split(".")[0] == "torch" for name in imports_of("pipeline.config"))
+
+
+def test_no_users_command_needs_the_laboratory():
+    users = [module for module in MODULES if module.startswith("tools.") and not module.startswith("tools.lab.")]
+    assert not [module for module in users if any(name.startswith("tools.lab") for name in imports_of(module))]
 
 
 def test_dali_is_imported_where_its_pipelines_are_defined_and_nowhere_else():

@@ -155,6 +155,7 @@ def test_memory_of_densenet121_is_what_lies_in_the_graph_and_shrinks_as_promised
         assert kept["memory_efficient", "none"] < kept["fused", "none"] < 1.1 * kept["memory_efficient", "none"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table():
     done = run_module("tools.inspect", "densenet_bc22_k6", "--batch", 3)
     assert done.returncode == 0, done.stderr

@@ -55,6 +55,7 @@ def results(photos, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_the_files_can_be_read(results):
     found = json.loads((results / "loader.json").read_text())
     assert found["images"]["count"] == 6 and found["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -69,6 +70,7 @@ def test_the_files_can_be_read(results):
             assert np.asarray(image.convert("L")).std() > 10
 
 
+@pytest.mark.slow
 def test_the_image_pipelines_are_within_their_tolerances(results):
     rows = json.loads((results / "loader.json").read_text())["fidelity"]
     ours = {line["operator"]: line for line in rows if line["image_pipeline"].startswith("DALI")}

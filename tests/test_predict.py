@@ -122,6 +122,7 @@ def weights(tmp_path, network):
     return weights_file(tmp_path / "w.safetensors", network, "pil-bilinear")
 
 
+@pytest.mark.slow
 def test_files_come_in_their_order_and_wordnets_ids_with_their_names(folder, weights, tmp_path):
     files = [folder / "c.jpg", folder / "b", folder / "c.jpg"]
     done = run_module("tools.predict", weights, *files, "--top", 3, "--json", tmp_path / "out.json")
@@ -145,6 +146,7 @@ def test_all_of_imagenets_classes_have_names():
     assert predict.human_names(("bag", "n123", "shirt")) == {}
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, folder, weights):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("no image")

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import REPOSITORY, run_module
 
 from tools.demo import ARCHIVE, unpack
@@ -11,6 +12,7 @@ WRONG = 109  # of the 2,000 test images
 ROUNDING = 2  # images whose two most probable classes are so near that another machine may order them otherwise
 
 
+@pytest.mark.slow
 def test_the_trained_network_is_as_good_as_the_readme_says(tmp_path):
     unpack(ARCHIVE, tmp_path / "images")
     words = ["--data", tmp_path / "images", "--dataset", "images", "--json", tmp_path / "result.json"]

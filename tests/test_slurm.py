@@ -21,9 +21,13 @@ from tools.lab.images import write_images
 CLUSTER = Path("/tmp/slurm-for-tests")
 PATIENCE = 1800  # seconds: the machine may have much else to do
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("SLURM_CONF") != str(CLUSTER / "slurm.conf"), reason="tests/slurm/cluster is not up"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("SLURM_CONF") != str(CLUSTER / "slurm.conf"), reason="tests/slurm/cluster is not up"
+    ),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # one after the other: they share the cluster's nodes
+]
 
 
 @pytest.fixture(scope="module")

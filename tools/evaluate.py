@@ -199,7 +199,7 @@ def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict
     wrong = np.bincount(labels[answers != labels], minlength=len(names))
     wrong5 = np.bincount(labels[(evaluation.top5 != labels[:, None]).all(axis=1)], minlength=len(names))
     pairs, counts = np.unique(np.stack([labels, answers])[:, answers != labels], axis=1, return_counts=True)
-    commonest = np.argsort(-counts, kind="stable")[:CONFUSIONS]
+    most_frequent = np.argsort(-counts, kind="stable")[:CONFUSIONS]
     return {
         "by_class": [
             {
@@ -211,7 +211,7 @@ def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict
             for k in np.flatnonzero(images).tolist()
         ],
         "confusions": [
-            {"class": names[pairs[0, i]], "answer": names[pairs[1, i]], "images": int(counts[i])} for i in commonest
+            {"class": names[pairs[0, i]], "answer": names[pairs[1, i]], "images": int(counts[i])} for i in most_frequent
         ],
     }
 

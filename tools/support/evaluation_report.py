@@ -85,7 +85,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
     lines += [f"- {_comparison(row)}" for row in summary["comparisons"]]
     for result in summary["evaluations"]:
         lines += ["", f"## {result['name']}", "", *(f"- {line}" for line in _lines(result)), "", "### Classes", ""]
-        lines += [*table(*_class_table(result), 1), "", "### Commonest confusions", ""]
+        lines += [*table(*_class_table(result), 1), "", "### Most frequent confusions", ""]
         lines += table(*_confusion_table(result), 2)
     return "\n".join(lines) + "\n"
 
@@ -98,7 +98,7 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
         parts.append(f"<h2>{html.escape(result['name'])}</h2>")
         parts += [f"<p>{html.escape(line)}</p>" for line in _lines(result)]
         parts += ["<h3>Worst mistakes</h3>", f'<div class="mistakes">{_pictures(evaluation, index)}</div>']
-        parts += ["<h3>Commonest confusions</h3>", _html_table(*_confusion_table(result))]
+        parts += ["<h3>Most frequent confusions</h3>", _html_table(*_confusion_table(result))]
         parts += ["<h3>Classes</h3>", _html_table(*_class_table(result))]
     head = f'<meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n'
@@ -142,8 +142,8 @@ def _lines(r: dict[str, Any]) -> list[str]:
 
 def _comparison(row: dict[str, Any]) -> str:
     return (
-        f"{row['a']} and {row['b']}: {row['only_a_wrong']} images only the first has wrong, {row['only_b_wrong']} only the "
-        f"second; p = {row['p']:.2g} if they were equally good (McNemar)"
+        f"{row['a']} and {row['b']}: {row['only_a_wrong']} images that only the first gets wrong, {row['only_b_wrong']} that "
+        f"only the second does; p = {row['p']:.2g} that equally good networks differ so much (McNemar)"
     )
 
 
@@ -161,7 +161,9 @@ def _class_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _confusion_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    return ["class", "answer", "images"], [[r["class"], r["answer"], str(r["images"])] for r in result["confusions"]]
+    return ["true class", "predicted class", "images"], [
+        [r["class"], r["answer"], str(r["images"])] for r in result["confusions"]
+    ]
 
 
 def _html_table(titles: list[str], rows: list[list[str]]) -> str:
@@ -183,9 +185,9 @@ def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
         image.save(jpeg, "JPEG", quality=85)
         source = base64.b64encode(jpeg.getvalue()).decode()
         answer, label = index.classes[evaluation.top5[i, 0]], index.classes[index.labels[i]]
-        caption = f"{html.escape(answer)} ({100 * evaluation.probability[i]:.0f} %), is {html.escape(label)}"
+        predicted = f"predicted: {html.escape(answer)} ({100 * evaluation.probability[i]:.0f} %)"
         parts.append(
-            f'<figure><img src="data:image/jpeg;base64,{source}" alt=""><figcaption>{caption}<br>'
-            f"{html.escape(index.names[i])}</figcaption></figure>"
+            f'<figure><img src="data:image/jpeg;base64,{source}" alt=""><figcaption>{predicted}<br>'
+            f"true: {html.escape(label)}<br>{html.escape(index.names[i])}</figcaption></figure>"
         )
     return "\n".join(parts)
