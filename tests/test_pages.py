@@ -15,6 +15,7 @@ import pytest
 from conftest import REPOSITORY
 from torch.distributed.run import get_args_parser
 
+from pipeline import config
 from pipeline.config import SCHEMA, load_config, parse_command_line
 from pipeline.errors import UserError
 
@@ -95,6 +96,7 @@ def understands(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
         raise Understood
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(config, "parse_command_line", parse_run_and_stop)
 
     def understand(module: str, words: list[str]) -> None:
         words = [
@@ -104,7 +106,7 @@ def understands(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
         if module == "launch":
             monkeypatch.setattr(main, "describe", stop)
             monkeypatch.setattr(main, "_refuse_if_running", lambda run: None)
-        elif hasattr(main, "parse_command_line"):
+        elif hasattr(main, "parse_command_line"):  # imported before
             monkeypatch.setattr(main, "parse_command_line", parse_run_and_stop)
         monkeypatch.setattr(sys, "argv", [module, *words])
         with pytest.raises(Understood):
