@@ -4,6 +4,7 @@ No command is run that takes long. The others' arguments are read by the command
 """
 
 import argparse
+import dataclasses
 import importlib
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 from conftest import REPOSITORY
 from torch.distributed.run import get_args_parser
 
+from launch.cluster import Cluster
 from pipeline import config
 from pipeline.config import SCHEMA, load_config, parse_command_line
 from pipeline.errors import UserError
@@ -189,9 +191,23 @@ def test_fields_that_are_named_exist(page, monkeypatch):
         unknown = [word for word in words if word.startswith("--") and word.removeprefix("--") not in SCHEMA.fields]
         assert not unknown, f"{name(page)} names {unknown[0]}, which is no field"
         if len(words) > 1 and not any(word.isupper() for word in words):
-            parse_command_line(["configs/demo.yaml", *words], "page", "")
+            parse_command_line(["configs/densenet121.yaml", *words], "page", "")
         if re.fullmatch(r"(model|data|optim|train)\.[a-z_]+", piece):
             assert piece in SCHEMA.fields, f"{name(page)} names {piece}, which is no field"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_flags_that_are_named_exist(page):
+    """Flags that stand alone in a text, such as --crops 10, belong to one of the commands."""
+    sources = [
+        file.read_text() for folder in ("launch", "pipeline", "tools") for file in (REPOSITORY / folder).rglob("*.py")
+    ]
+    known = {word for source in sources for word in re.findall(r'"(?:--)?([a-z][a-z-]*)"', source)}
+    known |= {field.name.replace("_", "-") for field in dataclasses.fields(Cluster)}
+    known |= {flag.removeprefix("--") for flag in get_args_parser()._option_string_actions}
+    for piece in code(page):
+        for flag in re.findall(r"(?:^|\s)--([a-z][a-z-]*)(?=[\s=]|$)", piece) if piece.startswith("--") else []:
+            assert flag in known, f"{name(page)} names --{flag}, which no command has"
 
 
 def test_a_flag_and_a_field_that_do_not_exist_are_noticed(understands):
