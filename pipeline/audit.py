@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config, Dataset
+from pipeline.config import Config
 from pipeline.measured import Measured
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
@@ -83,7 +83,7 @@ IMAGENET = PaperSetting(
 
 def _cifar(
     name: str,
-    dataset: Dataset,
+    dataset: str,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     holdout: int = 0,

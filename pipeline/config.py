@@ -29,8 +29,6 @@ from pipeline.parsing import (
 
 Rgb = tuple[Number, Number, Number]
 Interpolation = Literal["torch7-bicubic", "pil-bilinear", "pil-bicubic"]
-Loader = Literal["auto", "dali", "reference", "synthetic"]
-Dataset = Literal["images", "cifar10", "cifar100", "svhn", "fashion-mnist"]
 TrainCrop = Literal["random_resized_crop", "random_crop"]
 CorruptImages = Literal["stop", "skip"]
 NotFinite = Literal["stop", "skip"]
@@ -63,7 +61,7 @@ class ModelConfig:
 class DataConfig:
     dir: PathText = "data/imagenet"
     """Folder of the data set."""
-    dataset: Dataset = "images"
+    dataset: str = "images"
     """images: files of images, see data.train; else a data set of that name as torchvision keeps it in data.dir."""
     download: bool = False
     """Have torchvision fetch its data set if data.dir lacks it."""
@@ -74,7 +72,7 @@ class DataConfig:
     val_labels: PathText | None = None
     """Labels of a flat validation set: a line 'CLASS' for each file in sorted order, lines 'FILE CLASS', or ImageNet's
     development kit (.tar.gz)."""
-    loader: Loader = "auto"
+    loader: str = "auto"
     """auto: DALI where it is installed, else reference (PIL). synthetic: generated images, no files."""
     holdout: NonNegative = 0
     """Training images that are held out and validated on in place of data.val: the same whatever the seed."""

@@ -5,9 +5,9 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from pipeline import preemption
 from pipeline.exits import (
@@ -19,6 +19,8 @@ from pipeline.exits import (
     open_closed_streams,
     record_for_torchrun,
 )
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -54,6 +56,17 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the nearest of `choices`, or an empty string."""
     nearest = get_close_matches(name, list(choices), n=1, cutoff=0.65)
     return f" (did you mean '{nearest[0]}'?)" if nearest else ""
+
+
+def look_up(registry: Mapping[str, T], name: str, key: str) -> T:
+    """Return what a registry has under `name`, which the field `key` of the configuration gave.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in registry:
+        raise UserError(f"{key}: there is no '{name}'{did_you_mean(name, registry)}; choose {', '.join(registry)}")
+    return registry[name]
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:

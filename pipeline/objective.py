@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import look_up
 
 
 class Objective(Protocol):
@@ -60,9 +60,4 @@ def create_objective(config: Config) -> Objective:
     Raises:
         UserError: there is none of that name.
     """
-    name = config.optim.objective
-    if name not in OBJECTIVES:
-        raise UserError(
-            f"optim.objective: there is no '{name}'{did_you_mean(name, OBJECTIVES)}; choose {', '.join(OBJECTIVES)}"
-        )
-    return OBJECTIVES[name](config)
+    return look_up(OBJECTIVES, config.optim.objective, "optim.objective")(config)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import look_up
 
 Parameters = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
@@ -33,10 +33,7 @@ def create_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opt
     Raises:
         UserError: there is none of that name.
     """
-    if config.optimizer not in OPTIMIZERS:
-        nearest = did_you_mean(config.optimizer, OPTIMIZERS)
-        raise UserError(f"optim.optimizer: there is no '{config.optimizer}'{nearest}; choose {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[config.optimizer](network.parameters(), config)
+    return look_up(OPTIMIZERS, config.optimizer, "optim.optimizer")(network.parameters(), config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

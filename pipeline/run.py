@@ -126,7 +126,7 @@ class Run:
         }
 
     def _open_data(self) -> None:
-        config, world = self.config, self.world
+        config, world, loader = self.config, self.world, choose_loader(self.config.data)
         train_index, val_index = world.broadcast_from_rank0(
             lambda: open_datasets(config.data, self.dir / "index", progress=True)
         )
@@ -134,7 +134,7 @@ class Run:
             classes=list(train_index.classes),
             fingerprint=hashlib.sha256((train_index.fingerprint + val_index.fingerprint).encode()).hexdigest(),
             images=[len(train_index), len(val_index)],
-            loader=choose_loader(config.data),
+            loader=loader,
             ranks=world.size,
         )
         shard = Shard(world.rank, world.size, world.device, world.cores)

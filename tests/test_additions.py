@@ -151,8 +151,15 @@ def test_a_network_with_several_outputs(tmp_path, monkeypatch):
             r"optim.objective: there is no 'crossentropy' \(did you mean 'cross_entropy'\?\); choose",
         ),
         ("optimizer", "adam", "optim.optimizer: there is no 'adam'; choose sgd"),
+        (
+            "loader",
+            "dalli",
+            r"data.loader: there is no 'dalli' \(did you mean 'dali'\?\); choose dali, reference, synthetic",
+        ),
+        ("dataset", "cifar", r"data.dataset: there is no 'cifar' \(did you mean 'cifar10"),
     ],
 )
 def test_a_name_that_is_not_registered_is_refused_with_those_that_are(tmp_path, field, name, expected):
+    section = {"data": {"loader": "auto", field: name}} if field in ("loader", "dataset") else {"optim": {field: name}}
     with pytest.raises(UserError, match=expected):
-        trainer.fit(small_config(tmp_path, optim={field: name}))
+        trainer.fit(small_config(tmp_path, **section))

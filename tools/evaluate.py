@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import Config, DataConfig, Dataset, Interpolation, Precision, from_dict
+from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
@@ -296,7 +296,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder of class folders, or a data set with val/ in it"
     )
-    parser.add_argument("--dataset", choices=typing.get_args(Dataset), help="kind of data set in DIR [the run's]")
+    parser.add_argument("--dataset", choices=DATASETS, help="kind of data set in DIR [the run's]")
     parser.add_argument(
         "--download",
         action="store_true",

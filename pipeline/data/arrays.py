@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.config import Dataset
 from pipeline.data.formats import to_pnm
 from pipeline.data.index import DatasetIndex
 from pipeline.data.source import Stream
@@ -27,7 +26,7 @@ class ArraySource:
         download: have torchvision fetch what the folder lacks.
     """
 
-    dataset: Dataset
+    dataset: str
     dir: str
     split: Literal["train", "test"]
     download: bool = dataclasses.field(default=False, compare=False)

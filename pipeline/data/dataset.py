@@ -14,7 +14,7 @@ from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_f
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
 from pipeline.data.synthetic import synthetic_index
-from pipeline.errors import UserError
+from pipeline.errors import UserError, look_up
 
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
 TRAINING_NAMES = ("train", "training")
@@ -37,7 +37,7 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
         UserError: see `scan_classes`, `scan_flat` and `read_arrays`; the validation set has a class that the training set has
             not; or too many images are held out.
     """
-    opener = DATASETS["synthetic" if config.loader == "synthetic" else config.dataset]
+    opener = _open_synthetic if config.loader == "synthetic" else look_up(DATASETS, config.dataset, "data.dataset")
     if opener is _open_files:
         _check_folders(config)
     train = opener(config, "train", (), cache, progress)
@@ -102,7 +102,6 @@ def _open_synthetic(
 # How data.dataset is opened: (configuration, split, training classes, cache folder, show progress).
 DATASETS: dict[str, Opener] = {
     "images": _open_files,
-    "synthetic": _open_synthetic,
     **dict.fromkeys(CLASSES_OF_TORCHVISION, _open_arrays),
 }
 

@@ -17,7 +17,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan, epoch_order, evaluation_plans, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferencePipeline
 from pipeline.data.synthetic import SyntheticPipeline
-from pipeline.errors import UserError
+from pipeline.errors import UserError, look_up
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def choose_loader(config: DataConfig) -> str:
         raise UserError("data.loader is dali, but nvidia-dali is not installed: install requirements.txt, or use auto")
     if config.loader == "auto":
         return "dali" if dali else "reference"
+    look_up(IMAGE_PIPELINES, config.loader, "data.loader")
     return config.loader
 
 
