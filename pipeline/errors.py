@@ -95,6 +95,14 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         sys.exit(EXIT_BROKEN_PIPE)
     except Exception as error:
+        if _is_out_of_memory(error):
+            reason = f"out of memory ({' '.join(str(error).split()) or 'MemoryError'})"
+            remedy = (
+                "lower the batch size, or set model.activation_checkpointing or more optim.grad_accum_steps in training"
+            )
+            print(f"error: {reason}: {remedy}", file=sys.stderr, flush=True)
+            record_for_torchrun(reason, EXIT_USER_ERROR)
+            sys.exit(EXIT_USER_ERROR)
         disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR if disk_is_full else EXIT_BUG)
         if not disk_is_full:
@@ -102,3 +110,11 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         file = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python, NumPy, or torch on CPU or GPU, which is not imported for this."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in ("allocate memory", "out of memory"))
+    )

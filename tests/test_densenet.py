@@ -110,6 +110,13 @@ def test_depths_that_no_network_has_are_refused(name, nearest):
         create_model(name)
 
 
+def test_a_name_that_promises_weights_is_refused():
+    with pytest.raises(
+        UserError, match=r"'timm:densenet121.tv_in1k' names pretrained weights.* take timm:densenet121 to"
+    ):
+        create_model("timm:densenet121.tv_in1k")
+
+
 def test_timm_models_by_name():
     network = create_model("timm:resnet18", num_classes=7)
     assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 7)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import override_flags, run_module, small_config
+from conftest import override_flags, run_module, small_config, write_class_folders
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from training_hooks import InterruptAfter, InterruptionError
@@ -167,6 +167,32 @@ def test_a_step_follows_the_mean_loss_of_the_global_batch(tmp_path, images, leng
         assert run.epoch_metrics.score().loss == pytest.approx(loss.item() / images, rel=1e-5)
     for (name, p), gradient in zip(run.network.named_parameters(), gradients, strict=True):
         # Nesterov's first step from rest: lr (g + momentum g)
+        torch.testing.assert_close(p.detach(), start[name] - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_follows_the_mean_loss_of_the_images_that_count(tmp_path):
+    """One of six images is corrupt and replaced by another of its batch, which counts once."""
+    write_class_folders(tmp_path / "images" / "train", 2, 6, size=(20, 20))
+    write_class_folders(tmp_path / "images" / "val", 2, 2, size=(20, 20))
+    corrupt = tmp_path / "images" / "train" / "class0" / "image0002.jpg"
+    corrupt.write_bytes(corrupt.read_bytes()[:-40])
+    data = {"loader": "reference", "dir": str(tmp_path / "images"), "corrupt_images": "skip"}
+    optim = {"epochs": 1, "batch_size": 6, "grad_accum_steps": 2, "weight_decay": 0.0}
+    config = small_config(tmp_path / "run", data=data, optim=optim, model={"name": "densenet_bc22_k6"})
+    with trainer.init_distributed("cpu") as world:
+        run = Run(config, world)
+        batches = list(run.train_loader.batches(0))
+        assert sum(batch.weights.sum() for batch in batches) == 5
+        start = {name: p.detach().clone() for name, p in run.network.named_parameters()}
+        run.network.train()
+        loss = sum(
+            (torch.nn.functional.cross_entropy(run.network(b.images), b.labels, reduction="none") * b.weights).sum()
+            for b in batches
+        )
+        gradients = torch.autograd.grad(loss / 5, list(run.network.parameters()))
+        trainer.Trainer(run, hooks=[]).train_epoch()
+        assert run.epoch_metrics.score().images == 5
+    for (name, p), gradient in zip(run.network.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(p.detach(), start[name] - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
 
 

@@ -1,0 +1,23 @@
+"""How a command ends."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import exit_on_user_error
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50)], ids=["torch", "numpy"])
+def test_no_memory_is_one_line_that_says_what_to_lower(capsys, allocate):
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(allocate)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: out of memory (") and "lower the batch size" in line
+
+
+def test_a_bug_keeps_its_traceback():
+    def bug():
+        raise RuntimeError("of another kind")
+
+    with pytest.raises(RuntimeError, match="of another kind"):
+        exit_on_user_error(bug)
