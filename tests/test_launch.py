@@ -113,6 +113,7 @@ def wait_for(condition, patience: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_path):
     optim = {"epochs": 6, "milestones": [3]}
     twin, torchrun = (small_config(tmp_path / name, optim=optim) for name in ("twin", "torchrun"))
@@ -136,6 +137,7 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     assert "0: resuming at" in logs and "1: interrupted: rank 1 has lost contact" in logs
 
 
+@pytest.mark.slow
 def test_the_local_twin_is_cancelled_with_a_checkpoint_and_resumed(tmp_path):
     config = small_config(tmp_path / "run", optim={"epochs": 40, "milestones": [20]})
     run = Path(config.run_dir)
