@@ -268,6 +268,7 @@ def stop_rank0(run: Path, file: str) -> int:
     return started["pid"]
 
 
+@pytest.mark.slow
 def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_path):
     optim = {"epochs": 6, "milestones": [3]}
     twin, torchrun = (small_config(tmp_path / name, optim=optim) for name in ("twin", "torchrun"))
@@ -291,6 +292,7 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     assert "0: resuming at" in logs and "1: interrupted: rank 1 has lost contact" in logs
 
 
+@pytest.mark.slow
 def test_the_local_twin_is_cancelled_with_a_checkpoint_and_resumed(tmp_path):
     config = small_config(tmp_path / "run", optim={"epochs": 8, "milestones": [4]})
     run = Path(config.run_dir)
