@@ -100,7 +100,7 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
     """A network and a synthetic data set that train a step in a fraction of a second."""
     tree = {
         "run_dir": str(run_dir),
-        "model": {"name": "densenet_bc40_k12"},
+        "model": {"name": "densenet_bc22_k8"},
         "data": {
             "loader": "synthetic",
             "crop_size": 16,

@@ -424,7 +424,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     config = small_config(tmp_path / "run")
     start(local_words(config, "--dry-run", "--images-per-second", "10", "--grid", "optim.lr=0.1,0.2"))
     text = capsys.readouterr().out
-    assert f"{tmp_path}/run-lr0.2: densenet_bc40_k12, 46 training and 11 validation images, 3 classes" in text
+    assert f"{tmp_path}/run-lr0.2: densenet_bc22_k8, 46 training and 11 validation images, 3 classes" in text
     assert (
         "batch 12 = 1 nodes x 2 ranks x 1 accumulation steps x 6 images" in text
         and "4 steps an epoch, 2 epochs" in text

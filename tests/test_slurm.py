@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
     (root / "training.yaml").write_text(
         json.dumps(
             {
-                "model": {"name": "densenet_bc40_k12"},
+                "model": {"name": "densenet_bc22_k8"},
                 "data": {"dir": str(root / "images"), "crop_size": 24, "resize_size": 26},
                 "optim": {"epochs": 6, "batch_size": 32, "milestones": [3, 5]},
                 "train": {"device": "cpu", "checkpoint_every": 5, "log_every": 5, "heartbeat_timeout": 600},

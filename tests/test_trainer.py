@@ -302,7 +302,7 @@ def test_the_recorded_gradient_norm_does_not_depend_on_loss_scaling(tmp_path):
     [
         ({"train": {"precision": "bf16"}}, "train.precision was fp32 and is now bf16"),
         ({"optim": {"lr": 0.2}}, "optim.lr was 0.1 and is now 0.2"),
-        ({"model": {"name": "densenet40_k12"}}, "model.name was densenet_bc40_k12 and is now densenet40_k12"),
+        ({"model": {"name": "densenet40_k12"}}, "model.name was densenet_bc22_k8 and is now densenet40_k12"),
         ({"data": {"synthetic_images": 47}}, "data.synthetic_images was 46"),
         (
             {"optim": {"grad_accum_steps": 2}},
@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_p
 
 def test_a_dry_run_describes_and_does_not_train(tmp_path):
     text = trainer.dry_run(small_config(tmp_path))
-    assert "densenet_bc40_k12: 175,191 parameters, 3 classes" in text
+    assert "densenet_bc22_k8: 32,277 parameters, 3 classes" in text
     assert "batch 12 = 1 ranks x 1 accumulation steps x 12 images" in text and "4 steps an epoch, 2 epochs" in text
     assert not list(tmp_path.iterdir())
 

@@ -146,7 +146,7 @@ def test_a_runs_weights_keep_what_is_known_of_them(tmp_path):
     trainer.fit(config)
     checkpoint = tmp_path / "run" / "checkpoints" / "best.pt"
     done = run_module("tools.convert", checkpoint, tmp_path / "out.safetensors")
-    assert done.returncode == 0 and done.stdout.startswith("densenet_bc40_k12, 175,191 parameters, 3 classes: "), (
+    assert done.returncode == 0 and done.stdout.startswith("densenet_bc22_k8, 32,277 parameters, 3 classes: "), (
         done.stderr
     )
     a, b = read_weights(checkpoint), read_weights(tmp_path / "out.safetensors")
