@@ -82,10 +82,10 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         sys.exit(EXIT_BROKEN_PIPE)
     except Exception as error:
-        disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR if disk_is_full else EXIT_BUG)
-        if not disk_is_full:
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            record_for_torchrun(traceback.format_exc(), EXIT_BUG)
             raise
+        record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR)  # a full disk
         file = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
