@@ -187,8 +187,8 @@ def look_after(verb: str, arguments: list[str]) -> None:
                 {"cancel": cancel, "resume": resume}[verb](run)
             except UserError as error:  # the others have a right to theirs
                 failed.append(error)
-        for error in failed[:-1]:
-            print(f"error: {error}", file=sys.stderr)
+        for failure in failed[:-1]:
+            print(f"error: {failure}", file=sys.stderr)
         if failed:
             raise failed[-1]
 

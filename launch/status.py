@@ -65,7 +65,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     records = read_records(run_dir)
     attempts = [event for event in events if event["event"] == "start"]
     state, nodes, reason = _state(run_dir, job, events, queue)
-    validation = next((r for r in reversed(records) if "val/top1_error" in r), {})
+    validation: dict[str, Any] = next((r for r in reversed(records) if "val/top1_error" in r), {})
     speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
     speed = sorted(speeds)[len(speeds) // 2] if speeds else None
     return Status(

@@ -103,10 +103,10 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             print(f"error: {reason}: {remedy}", file=sys.stderr, flush=True)
             record_for_torchrun(reason, EXIT_USER_ERROR)
             sys.exit(EXIT_USER_ERROR)
-        disk_is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR if disk_is_full else EXIT_BUG)
-        if not disk_is_full:
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            record_for_torchrun(traceback.format_exc(), EXIT_BUG)
             raise
+        record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR)  # a full disk
         file = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)

@@ -8,15 +8,18 @@ program that calls ``trainer.fit`` without `exit_when_asked`, the program's own 
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pipeline.exits import EXIT_KEYBOARD, EXIT_RESUME, open_closed_streams, record_for_torchrun
 
 # SIGTERM: torchrun, a scheduler's time limit or preemption; SIGUSR1, SIGUSR2: a scheduler's early warning; SIGINT: Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # what signal.signal takes and returns
 
 _phase: Literal["library", "starting", "training", "ending"] = "library"  # library: no command has called us
 _received = 0  # number of the first signal that came
@@ -90,7 +93,7 @@ class PreemptionHandler:
 
     def __init__(self):
         self.signal = 0
-        self._handlers: dict[signal.Signals, object] = {}
+        self._handlers: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "PreemptionHandler":
         global _phase

@@ -8,7 +8,7 @@ batch norms run do not count, as they are there anyway.
 
 import copy
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from pipeline.config import ActivationCheckpointing
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
-from pipeline.models.densenet import DenseNet
+from pipeline.models.densenet import DenseBlock, DenseNet
 from pipeline.models.zoo import cifar_densenet
 from tools.support.facts import multiply_accumulates_by_module, parameters
 from tools.support.markdown import table
@@ -80,7 +80,7 @@ def own_size(network: nn.Module) -> int:
     """Side of the images that a network is made for, in pixels."""
     if isinstance(network, DenseNet):
         return 224 if hasattr(network.features, "pool0") else 32
-    return network.pretrained_cfg["input_size"][1]
+    return cast("dict[str, Any]", network.pretrained_cfg)["input_size"][1]  # as all of timm's networks have it
 
 
 def stages_of(network: nn.Module, size: int) -> list[StageCost]:
@@ -100,7 +100,8 @@ def stages_of(network: nn.Module, size: int) -> list[StageCost]:
         rows = densenet_rows(network, last_side=shapes["features.norm5"][-1])
     else:
         rows = [(name, type(module).__name__, [name]) for name, module in network.named_children()]
-    stages, counted = [], set()
+    stages: list[StageCost] = []
+    counted: set[nn.Parameter] = set()
     for title, layers, parts in rows:
         own = {p for part in parts for p in network.get_submodule(part).parameters()} - counted  # modules may share
         counted |= own
@@ -124,26 +125,25 @@ def densenet_rows(network: DenseNet, last_side: int) -> list[tuple[str, str, lis
     """
     features = network.features
     stem = [f"features.{name}" for name in ("conv0", "norm0", "relu0") if hasattr(features, name)]
-    rows = [("convolution", describe(features.conv0), stem)]
+    rows = [("convolution", describe(features.get_submodule("conv0")), stem)]
     if hasattr(features, "pool0"):
-        rows.append(("pooling", describe(features.pool0), ["features.pool0"]))
+        rows.append(("pooling", describe(features.get_submodule("pool0")), ["features.pool0"]))
     for i in range(1, network.block_count + 1):
-        block = features.get_submodule(f"denseblock{i}")
-        layer = ", ".join(describe(part) for part in block[0] if isinstance(part, nn.Conv2d))
+        block = cast("DenseBlock", features.get_submodule(f"denseblock{i}"))
+        layer = ", ".join(describe(part) for part in block[0].children() if isinstance(part, nn.Conv2d))
         rows.append((f"dense block {i}", f"[{layer}] x {len(block)}", [f"features.denseblock{i}"]))
         if i < network.block_count:
             name = f"features.transition{i}"
-            transition = network.get_submodule(name)
-            rows.append(
-                (f"transition {i}", describe(transition.conv), [f"{name}.{part}" for part in ("norm", "relu", "conv")])
-            )
-            rows.append((f"transition {i}", describe(transition.pool), [f"{name}.pool"]))
+            convolution, pool = (describe(network.get_submodule(f"{name}.{part}")) for part in ("conv", "pool"))
+            rows.append((f"transition {i}", convolution, [f"{name}.{part}" for part in ("norm", "relu", "conv")]))
+            rows.append((f"transition {i}", pool, [f"{name}.pool"]))
     classification = f"{last_side}x{last_side} global average pool, {network.classifier.out_features}D fully-connected"
     return [*rows, ("classification", classification, ["features.norm5", "classifier"])]
 
 
 def describe(layer: nn.Module) -> str:
     """A convolution or pooling as the paper writes it."""
+    assert isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d), layer
     side, stride = (value[0] if isinstance(value, tuple) else value for value in (layer.kernel_size, layer.stride))
     return f"{side}x{side} {KINDS[type(layer)]}{f', stride {stride}' if stride > 1 else ''}"
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -32,15 +33,39 @@ PREFETCH = 2  # batches that DALI prepares ahead
 # Interpolation, antialias, and type of the result. Catmull-Rom overshoots 0..255, which the paper's code keeps, so that
 # mode stays in floats; Pillow rounds to bytes.
 RESIZES = {
-    "torch7-bicubic": (types.INTERP_CUBIC, False, types.FLOAT),
-    "pil-bilinear": (types.INTERP_LINEAR, True, types.UINT8),
-    "pil-bicubic": (types.INTERP_CUBIC, True, types.UINT8),
+    "torch7-bicubic": (types.DALIInterpType.INTERP_CUBIC, False, types.DALIDataType.FLOAT),
+    "pil-bilinear": (types.DALIInterpType.INTERP_LINEAR, True, types.DALIDataType.UINT8),
+    "pil-bicubic": (types.DALIInterpType.INTERP_CUBIC, True, types.DALIDataType.UINT8),
 }
+
+
+class DecoderOptions(TypedDict):
+    """Of fn.decoders."""
+
+    adjust_orientation: bool
+    jpeg_fancy_upsampling: bool
+
+
+class PaddingOptions(TypedDict, total=False):
+    """Of fn.slice; empty where no crop reaches beyond its image."""
+
+    out_of_bounds_policy: str
+    fill_values: list[float]
+    dtype: types.DALIDataType
+
+
+class DaliOptions(TypedDict):
+    """Of pipeline_def."""
+
+    batch_size: int
+    num_threads: int
+    device_id: int
+    prefetch_queue_depth: int
 
 
 # adjust_orientation: a plan's crop_boxes are in stored pixels, as Pillow and the Torch code see them. jpeg_fancy_upsampling:
 # on GPU too, as libjpeg-turbo does on CPU.
-AS_STORED = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
+AS_STORED = DecoderOptions(adjust_orientation=False, jpeg_fancy_upsampling=True)
 
 
 @dataclass(frozen=True)
@@ -52,8 +77,8 @@ class Fed:
     by_pillow: bool
 
 
-class DaliPipeline:
-    """Turns plans into pixels; one `run` at a time.
+class DaliPlans:
+    """Runs plans through DALI, one `_outputs` at a time; a subclass adds `run`, which says what the caller gets of them.
 
     Args:
         batch_size: the most images that a plan may have.
@@ -74,28 +99,24 @@ class DaliPipeline:
         self._crop_size, self._resize = config.crop_size, config.interpolation
         # A crop that reaches beyond its image finds the mean colour there, which is no byte.
         self._around = (
-            dict(out_of_bounds_policy="pad", fill_values=[255 * mean for mean in config.mean], dtype=types.FLOAT)
+            PaddingOptions(
+                out_of_bounds_policy="pad",
+                fill_values=[255 * mean for mean in config.mean],
+                dtype=types.DALIDataType.FLOAT,
+            )
             if config.train_crop == "random_crop" and views == 1
-            else {}
+            else PaddingOptions()
         )
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._decoder = "mixed" if device.type == "cuda" else "cpu"
-        self._options = dict(
+        self._options = DaliOptions(
             batch_size=batch_size, num_threads=threads, device_id=device.index, prefetch_queue_depth=PREFETCH
         )
         self._pipeline: Pipeline | None = None
         self._reader = Reader(index)
         self._batches: Iterator[Fed] = iter(())
         self._pending: deque[Fed] = deque()
-
-    def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255: uint8 if Pillow's resizes leave them so, else float32.
-
-        Corrupt images are replaced, or raised, as in `replacements.collect`.
-        """
-        for plan, output in self._outputs(plans):
-            yield plan, self._to_torch(output).view(-1, self._views, self._crop_size, self._crop_size, 3)
 
     def _outputs(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, TensorListCPU | TensorListGPU]]:
         # A run that was abandoned or failed leaves its batches in the pipeline, so only one that ended is used again.
@@ -135,19 +156,6 @@ class DaliPipeline:
                 again.append(Fed(*collect(batch.plan, futures, self._corrupt_images), by_pillow=True))
         self._batches, self._pending = chain(again, self._batches), deque()
 
-    def _to_torch(self, output: TensorListCPU | TensorListGPU) -> Tensor:
-        """The batch as one tensor: DALI's own memory on CPU, a copy on GPU, where DALI may write to it again too soon."""
-        tensor = output.as_tensor()
-        if self._stream is None:
-            return torch.from_dlpack(tensor)
-        dtype = torch.float32 if self._resize == "torch7-bicubic" or self._around else torch.uint8
-        with torch.cuda.stream(self._stream):  # not the training stream, whose queue the host must not wait for
-            copy = torch.empty(tensor.shape(), dtype=dtype, device=self._device)
-            feed_ndarray(tensor, copy, cuda_stream=self._stream)
-        self._stream.synchronize()
-        copy.record_stream(torch.cuda.current_stream(self._device))
-        return copy
-
     def _build(self) -> Pipeline:
         @pipeline_def(**self._options)
         def define():
@@ -170,7 +178,7 @@ class DaliPipeline:
 
     def _resized(self, images: DataNode, size: DataNode, roi_start: DataNode, roi_end: DataNode) -> DataNode:
         interpolation, antialias, dtype = RESIZES[self._resize]
-        return fn.resize(
+        resized = fn.resize(
             images,
             size=size,
             roi_start=roi_start,
@@ -179,6 +187,7 @@ class DaliPipeline:
             antialias=antialias,
             dtype=dtype,
         )
+        return cast("DataNode", resized)  # DALI's type is that of all modes, which give one node, several, or none
 
     def _all_views(self, images: DataNode, corners: DataNode, own_ids: DataNode) -> DataNode:
         """All views in one pass over memory, one below the other, cut from the image with its mirror image beside it."""
@@ -232,3 +241,28 @@ class DaliPipeline:
             turned = plan.hflip[:, 0]
             start[turned, 1], end[turned, 1] = end[turned, 1], start[turned, 1]
         return start.astype(np.float32), end.astype(np.float32)
+
+
+class DaliPipeline(DaliPlans):
+    """Turns plans into pixels; one `run` at a time."""
+
+    def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+        """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255: uint8 if Pillow's resizes leave them so, else float32.
+
+        Corrupt images are replaced, or raised, as in `replacements.collect`.
+        """
+        for plan, output in self._outputs(plans):
+            yield plan, self._to_torch(output).view(-1, self._views, self._crop_size, self._crop_size, 3)
+
+    def _to_torch(self, output: TensorListCPU | TensorListGPU) -> Tensor:
+        """The batch as one tensor: DALI's own memory on CPU, a copy on GPU, where DALI may write to it again too soon."""
+        tensor = output.as_tensor()
+        if self._stream is None:
+            return torch.from_dlpack(tensor)
+        dtype = torch.float32 if self._resize == "torch7-bicubic" or self._around else torch.uint8
+        with torch.cuda.stream(self._stream):  # not the training stream, whose queue the host must not wait for
+            copy = torch.empty(tensor.shape(), dtype=dtype, device=self._device)
+            feed_ndarray(tensor, copy, cuda_stream=self._stream)
+        self._stream.synchronize()
+        copy.record_stream(torch.cuda.current_stream(self._device))
+        return copy

@@ -7,7 +7,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import DataConfig, Interpolation
-from pipeline.data.dali import AS_STORED, DaliPipeline
+from pipeline.data.dali import AS_STORED, DaliPlans
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 
@@ -16,7 +16,7 @@ from pipeline.data.plan import BatchPlan
 ARRAYS = {"read": 1, "full decode": 1, "decode": 3, "resize": 6}
 
 
-class CutPipeline(DaliPipeline):
+class CutPipeline(DaliPlans):
     """Runs plans of one view up to and including the stage `last`; the results stay DALI's, of any size."""
 
     def __init__(self, last: str, index: DatasetIndex, resize: Interpolation, threads: int, batch_size: int):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.models import fused, memory_efficient
-from pipeline.models.stage import Stage
+from pipeline.models.stage import Stage, TrackedBatchNorm
 
 
 class Backend(Protocol):
@@ -26,7 +26,7 @@ class Backend(Protocol):
         layout of x and of the parameters, on autocast and on the mode, not on the size or the values of x.
         """
 
-    def stem(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    def stem(self, x: Tensor, norm: TrackedBatchNorm) -> Tensor:
         """Batch norm, ReLU and 3x3 max pooling of stride 2: (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
 
     def stage(self, x: Tensor, stage: Stage) -> Tensor:

@@ -6,7 +6,8 @@ and parameter names are torchvision's, so that state dictionaries pass between t
 
 import math
 from collections import OrderedDict
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.config import ActivationCheckpointing
 from pipeline.models.backends import BACKENDS, Backend
 from pipeline.models.selection import Selection, Selector
-from pipeline.models.stage import Layer, Stage
+from pipeline.models.stage import Layer, Stage, TrackedBatchNorm
 
 BOTTLENECK_WIDTH = 4  # a bottleneck gives 4k feature maps (Section 3, "Bottleneck layers")
 
@@ -147,24 +148,26 @@ class DenseNet(nn.Module):
         Their order does not matter: the pooling is linear within a channel, the convolution within a pixel.
         """
         features = self.features
-        x = features.conv0(x)
+        x = features.get_submodule("conv0")(x)
         if hasattr(features, "norm0"):
-            x = backend.stem(x, features.norm0)
+            x = backend.stem(x, _tracked(features.norm0))
         for i in range(1, self.block_count + 1):
-            block = features.get_submodule(f"denseblock{i}")
+            block = cast("Iterable[DenseLayer]", features.get_submodule(f"denseblock{i}"))
             transition = features.get_submodule(f"transition{i}") if i < self.block_count else None
-            norm, pool = (transition.norm, (2, 2)) if transition else (features.norm5, tuple(x.shape[2:]))
+            norm, pool = (transition.norm, (2, 2)) if transition else (features.norm5, (x.shape[2], x.shape[3]))
             if self.training and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"batch norm in training needs more than one value a channel, got maps {tuple(x.shape)}"
                 )
             if transition and min(x.shape[2:]) < 2:
                 raise ValueError(f"a transition cannot halve maps of {x.shape[2]}x{x.shape[3]}")
-            layers = tuple(Layer(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in block)
+            layers = tuple(
+                Layer(_tracked(layer.norm1), layer.conv1, _tracked(layer.norm2), layer.conv2) for layer in block
+            )
             recompute = self.activation_checkpointing == "all" or (self.activation_checkpointing == "first" and i == 1)
-            x = backend.stage(x, Stage(layers, norm, pool, recompute))
+            x = backend.stage(x, Stage(layers, _tracked(norm), pool, recompute))
             if transition:
-                x = transition.conv(x)
+                x = transition.get_submodule("conv")(x)
         return x.flatten(1)
 
     def _initialise(self) -> None:
@@ -176,6 +179,11 @@ class DenseNet(nn.Module):
                 bound = 1 / math.sqrt(module.in_features)
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
+
+
+def _tracked(norm: Tensor | nn.Module) -> TrackedBatchNorm:
+    """A batch norm of a network that a backend computes; the selection has seen that it is as it was built."""
+    return cast("TrackedBatchNorm", norm)
 
 
 def _stem(kind: Literal["imagenet", "cifar"], channels: int) -> OrderedDict[str, nn.Module]:

@@ -13,7 +13,14 @@ from torch.autograd import Function
 
 from pipeline.models import kernels
 from pipeline.models.kernels import BatchNorm, call, vector_lanes
-from pipeline.models.stage import Stage, eager_stage, eager_stem, gradients_by_definition, update_running_statistics
+from pipeline.models.stage import (
+    Stage,
+    TrackedBatchNorm,
+    eager_stage,
+    eager_stem,
+    gradients_by_definition,
+    update_running_statistics,
+)
 
 AUTOMATIC = True
 
@@ -44,7 +51,7 @@ def unsupported(features: nn.Module, x: Tensor) -> str:
     return kernels.unavailable_reason() or ""
 
 
-def stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+def stem(x: Tensor, norm: TrackedBatchNorm) -> Tensor:
     return _Stem.apply(x.contiguous(memory_format=torch.channels_last), norm, norm.weight, norm.bias)
 
 
@@ -55,7 +62,7 @@ def stage(x: Tensor, stage: Stage) -> Tensor:
 
 class _Stem(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, norm: TrackedBatchNorm, gamma: Tensor, beta: Tensor) -> Tensor:
         images, channels, height, width = y.shape
         mean, variance = norm.running_mean, norm.running_var
         if norm.training:
@@ -102,7 +109,7 @@ class _Stage(Function):
         training = stage.norm.training
 
         def batch_norm(
-            norm: nn.BatchNorm2d, batch_mean: Tensor, batch_variance: Tensor, gamma: Tensor, beta: Tensor
+            norm: TrackedBatchNorm, batch_mean: Tensor, batch_variance: Tensor, gamma: Tensor, beta: Tensor
         ) -> BatchNorm:
             if not training:
                 return BatchNorm(norm.running_mean, norm.running_var, gamma, beta, norm.eps)
@@ -178,7 +185,8 @@ class _Stage(Function):
                 map_sum[first:], map_centred_sum[first:], out, row,
             )  # fmt: skip
 
-        last_norm = BatchNorm(mean, variance, *parameters[-2:], stage.norm.eps)
+        gamma, beta = parameters[-2:]
+        last_norm = BatchNorm(mean, variance, gamma, beta, stage.norm.eps)
         call(
             "pool_backward", dtype, maps, map_gradient, sizes.row, images, height, width, sizes.channels_out, last_norm,
             *stage.pool, gradient.contiguous(memory_format=torch.channels_last), *gradients[-2:],
@@ -191,7 +199,8 @@ class _Stage(Function):
             gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
             dgamma1, dbeta1, dweight1, dgamma2, dbeta2, dweight2 = gradients[6 * i : 6 * i + 6]
             norm1 = BatchNorm(mean, variance, gamma1, beta1, layer.norm1.eps)
-            norm2 = BatchNorm(*statistics[2 * i : 2 * i + 2], gamma2, beta2, layer.norm2.eps)
+            mean2, variance2 = statistics[2 * i : 2 * i + 2]
+            norm2 = BatchNorm(mean2, variance2, gamma2, beta2, layer.norm2.eps)
             if recomputed is None:
                 bottleneck = bottlenecks[i]
             else:

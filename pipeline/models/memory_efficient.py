@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from pipeline.models.stage import Stage, eager_stage, eager_stem, gradients_by_definition, update_running_statistics
+from pipeline.models.stage import (
+    Stage,
+    TrackedBatchNorm,
+    eager_stage,
+    eager_stem,
+    gradients_by_definition,
+    update_running_statistics,
+)
 
 AUTOMATIC = False  # nobody has measured it on a GPU yet
 
@@ -23,7 +30,7 @@ def unsupported(features: nn.Module, x: Tensor) -> str:
     return "" if features.training else "memory_efficient is for training"
 
 
-def stem(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+def stem(x: Tensor, norm: TrackedBatchNorm) -> Tensor:
     return _Stem.apply(x, norm, norm.weight, norm.bias)
 
 
@@ -51,7 +58,7 @@ class _Stem(Function):
     """Keeps its input only."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, norm: TrackedBatchNorm, gamma: Tensor, beta: Tensor) -> Tensor:
         ctx.save_for_backward(y, gamma, beta)
         ctx.norm, ctx.autocast = norm, _Autocast(y.device.type)
         norm.num_batches_tracked.add_(1)
@@ -97,7 +104,8 @@ class _Stage(Function):
         update_running_statistics(stage.norm, mean, variance, pixels)
         ctx.save_for_backward(x, maps, mean, variance, *parameters, *bottlenecks)
         ctx.stage, ctx.autocast = stage, _Autocast(x.device.type)
-        return F.avg_pool2d(_normalise(maps, mean, variance, *parameters[-2:], stage.norm.eps), stage.pool)
+        gamma, beta = parameters[-2:]
+        return F.avg_pool2d(_normalise(maps, mean, variance, gamma, beta, stage.norm.eps), stage.pool)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +127,7 @@ def _gradients(
     parameters: list[Tensor],
     bottlenecks: list[Tensor],
     gradient: Tensor,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Gradients of a stage's input and parameters."""
     images, channels, height, width = maps.shape
     pixels, growth = images * height * width, stage.growth_rate
@@ -147,7 +155,8 @@ def _gradients(
         dx -= centred.mul_(_channels(inverse[part] ** 3 * map_centred_sum[part] / pixels))
         return dx.to(maps.dtype)
 
-    a = _normalise(maps, mean, variance, *parameters[-2:], stage.norm.eps).requires_grad_()
+    gamma, beta = parameters[-2:]
+    a = _normalise(maps, mean, variance, gamma, beta, stage.norm.eps).requires_grad_()
     with torch.enable_grad():
         pooled = F.avg_pool2d(a, stage.pool)
     norm_backward(len(parameters) - 2, a, torch.autograd.grad(pooled, a, gradient)[0])

@@ -145,7 +145,7 @@ def _select(features: nn.Module, x: Tensor, wanted: str, built: Blueprint) -> Se
     reason = _unsupported(features, x, built)
     if reason:
         return Selection("eager", reason)
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         reason = BACKENDS[name].unsupported(features, x)
         if not reason:

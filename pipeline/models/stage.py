@@ -12,12 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class TrackedBatchNorm(nn.BatchNorm2d):
+    """A type only, no module is of this class: an `nn.BatchNorm2d` with running statistics and a momentum.
+
+    torch's own type lets each of them be None. Before a backend is called, selection.py has seen that none is.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+
 class Layer(NamedTuple):
     """The modules of a dense layer with a bottleneck that have parameters."""
 
-    norm1: nn.BatchNorm2d
+    norm1: TrackedBatchNorm
     conv1: nn.Conv2d
-    norm2: nn.BatchNorm2d
+    norm2: TrackedBatchNorm
     conv2: nn.Conv2d
 
 
@@ -32,7 +44,7 @@ class Stage:
     """
 
     layers: tuple[Layer, ...]
-    norm: nn.BatchNorm2d
+    norm: TrackedBatchNorm
     pool: tuple[int, int]
     recompute: bool
 
@@ -82,7 +94,7 @@ def gradients_by_definition(
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 
-def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int) -> None:
+def update_running_statistics(norm: TrackedBatchNorm, mean: Tensor, variance: Tensor, pixels: int) -> None:
     """What a batch norm does in training; `variance` is the biased one."""
     with torch.no_grad():
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)

@@ -53,14 +53,22 @@ def cifar_densenet(name: str) -> dict[str, Any] | None:
 CIFAR_NETWORKS = (
     "densenet40_k12", "densenet100_k12", "densenet100_k24", "densenet_bc100_k12", "densenet_bc250_k24", "densenet_bc190_k40",
 )  # fmt: skip
+
+
+def _known_cifar_densenet(name: str) -> dict[str, Any]:
+    spec = cifar_densenet(name)
+    assert spec is not None, name
+    return spec
+
+
 DENSENETS: dict[str, dict[str, Any]] = {
     "densenet121": _imagenet(6, 12, 24, 16),
     "densenet161": _imagenet(6, 12, 36, 24, growth_rate=48),
     "densenet169": _imagenet(6, 12, 32, 32),
     "densenet201": _imagenet(6, 12, 48, 32),
     "densenet264": _imagenet(6, 12, 64, 48),
-    **{name: cifar_densenet(name) for name in CIFAR_NETWORKS},
-    "densenet_bc40_k12": cifar_densenet("densenet_bc40_k12"),  # not in the paper: small enough for the demo
+    **{name: _known_cifar_densenet(name) for name in CIFAR_NETWORKS},
+    "densenet_bc40_k12": _known_cifar_densenet("densenet_bc40_k12"),  # not in the paper: small enough for the demo
 }
 
 

@@ -39,6 +39,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.machine import available_cores, keep_freed_memory
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
+from pipeline.models.densenet import DenseNet
 from pipeline.models.zoo import DENSENETS
 from pipeline.optim import create_optimizer
 from pipeline.precision import set_tf32
@@ -105,13 +106,14 @@ def _sizes(name: str) -> dict[str, Any]:
 def _with_stem(network: nn.Module, name: str) -> nn.Module:
     """Give a network with the ImageNet stem the one of `name`."""
     if DENSENETS[name]["stem"] == "cifar":
-        network.features.conv0 = nn.Conv2d(3, DENSENETS[name]["stem_channels"], kernel_size=3, padding=1, bias=False)
-        for part in {"norm0", "relu0", "pool0"} & dict(network.features.named_children()).keys():
-            setattr(network.features, part, nn.Identity())
+        features = network.get_submodule("features")
+        features.conv0 = nn.Conv2d(3, DENSENETS[name]["stem_channels"], kernel_size=3, padding=1, bias=False)
+        for part in {"norm0", "relu0", "pool0"} & dict(features.named_children()).keys():
+            setattr(features, part, nn.Identity())
     return network
 
 
-def _ours(dense_block: str, blocks: str = "none") -> Implementation:
+def _ours(dense_block: str, blocks: ActivationCheckpointing = "none") -> Implementation:
     return Implementation(functools.partial(create_model, dense_block=dense_block, activation_checkpointing=blocks))
 
 
@@ -199,7 +201,8 @@ def time_implementations(
 
     Also returns who is left out and why: our networks compute some cases otherwise than they were asked to.
     """
-    runs, rows, first, left_out = {}, {}, {}, {}
+    runs, first, left_out = {}, {}, {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in tqdm(names, "first calls", leave=False, disable=None):
         network, run = prepare(workload, name)
         try:
@@ -209,8 +212,9 @@ def time_implementations(
                 raise
             reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(f"{name}: {reason}; --no-compile leaves it out") from error
-        if name in OURS and network.selection.method != network.dense_block:
-            left_out[name] = network.selection.reason
+        selection = network.selection if isinstance(network, DenseNet) else None  # only ours select
+        if selection and selection.method != network.dense_block:
+            left_out[name] = selection.reason
             continue
         runs[name], first[name] = run, output
         rows[name] = {"implementation": name, "peer": name in PEERS, "first_call_s": seconds, "seconds": []}
@@ -258,7 +262,7 @@ def peak_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     # Not getrusage's ru_maxrss: it survives exec, so that a process starts with its parent's.
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
 
 
 def prepare(workload: Workload, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -269,7 +273,7 @@ def prepare(workload: Workload, name: str) -> tuple[nn.Module, Callable[[], Tens
     network = implementation.create(workload.model, num_classes=workload.classes)
     torch.manual_seed(SEED)
     draw_weights(network)
-    network = network.to(workload.device, memory_format=layout).train(training)
+    network = network.to(memory_format=layout).to(workload.device).train(training)
     optimizer = create_optimizer(network, OptimConfig(lr=LEARNING_RATE))
     labels = torch.randint(workload.classes, (workload.batch_size,)).to(workload.device)
     shape = (workload.batch_size, 3, workload.size, workload.size)
@@ -303,6 +307,7 @@ def draw_weights(network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
+            assert module.running_mean is not None and module.running_var is not None  # none of the networks lacks them
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
         elif isinstance(module, nn.Linear):

@@ -136,7 +136,7 @@ def growth(tables: list[dict[str, Any]]) -> list[tuple[str, str, list[Point]]]:
     for measured in tables:
         spec, rest = DENSENETS[measured["model"]], f"{measured['size']} px, {measured['precision']}"
         family = f"DenseNets with k = {spec['growth_rate']}, batch {measured['batch_size']}, {rest}"
-        depth = int(re.search(r"\d+", measured["model"])[0])
+        depth = int(re.findall(r"\d+", measured["model"])[0])
         batches.setdefault(f"{measured['model']}, {rest}", []).append((measured["batch_size"], measured["rows"]))
         depths.setdefault(family, []).append((depth, measured["rows"]))
     return [
@@ -152,7 +152,7 @@ def draw_lines(axes: Axes, points: list[Point], key: str, unit: int) -> None:
     peers = {row["implementation"]: row["peer"] for _, rows in points for row in rows}
     for i, (name, peer) in enumerate(peers.items()):
         found = [(x, row[key] / unit) for x, rows in points for row in rows if row["implementation"] == name]
-        style = dict(color=f"{0.3 + 0.1 * i:.1f}", linestyle="--") if peer else {}
+        style: dict[str, Any] = dict(color=f"{0.3 + 0.1 * i:.1f}", linestyle="--") if peer else {}
         axes.plot(*zip(*found, strict=True), marker="osv^DxP*<>h"[i % 11], label=name, **style)
     axes.set_xticks([x for x, _ in points])
     axes.set_ylim(bottom=0)

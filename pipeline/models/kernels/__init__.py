@@ -262,7 +262,9 @@ def _function(kernel: str, dtype: torch.dtype) -> tuple[list[_Parameter], Any]:
     names = [word.split(":")[0] for word in SIGNATURES[kernel].split()]
     parameters = []
     for word in SIGNATURES[kernel].split():
-        name, kind, sizes, leading = re.fullmatch(r"(\w+)(?::(\w+)\((.*?)\)(?:/([\w()]+))?\??)?", word).groups()
+        match = re.fullmatch(r"(\w+)(?::(\w+)\((.*?)\)(?:/([\w()]+))?\??)?", word)
+        assert match, word
+        name, kind, sizes, leading = match.groups()
         expression = f"lambda {', '.join(names)}: ({sizes}{f', {leading}' if leading else ''},)" if kind else "None"
         parameters.append(
             _Parameter(
@@ -275,6 +277,7 @@ def _function(kernel: str, dtype: torch.dtype) -> tuple[list[_Parameter], Any]:
         )
     # The library exports pointers to instances of its templates.
     address = ctypes.c_void_p.in_dll(load(), f"{kernel}_{SUFFIXES[dtype]}").value
+    assert address is not None
     prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, *(parameter.c_type for parameter in parameters))
     return parameters, prototype(address)
 
