@@ -205,7 +205,7 @@ class Testbed:
         before = _files(run_dir)
         with self.start(run_dir) as run:
             code, output = run.end(), run.output()
-        return code != 0 and reason in output and "exitcode  : 2\n" in output and _files(run_dir) == before
+        return code != 0 and reason in output and "exitcode  : 2 (" in output and _files(run_dir) == before
 
     def interrupted(self, saves: int) -> Path:
         """The directory of a run that was told to stop after a few checkpoints."""
@@ -470,7 +470,8 @@ def damage_all_checkpoints(testbed: Testbed, tries: int) -> Outcome:
         reason = f"error: {run_dir} holds a run (last.pt (damaged), previous.pt (damaged)"
         refused = [testbed.is_refused(run_dir, reason) for _ in range(2)]
         folder.last.write_bytes(copy)
-        return all(refused) and "resuming at" in testbed.finish(run_dir), run_dir
+        resumed = "resuming at" in testbed.finish(run_dir)
+        return all(refused) and resumed, run_dir
 
     return _repeat(testbed, tries, once)
 
@@ -491,7 +492,8 @@ def fail_to_read(testbed: Testbed, tries: int) -> Outcome:
             refused = testbed.is_refused(run_dir, f"error: cannot read the checkpoint {last}: Is a directory")
             last.rmdir()
         aside.rename(last)
-        return refused and "resuming at" in testbed.finish(run_dir), run_dir
+        resumed = "resuming at" in testbed.finish(run_dir)
+        return refused and resumed, run_dir
 
     return _repeat(testbed, tries, once)
 
