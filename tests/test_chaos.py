@@ -10,15 +10,21 @@ from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from tools.lab.chaos import same_bits
 
-SHORT = ["kill-saving", "signal"]
-
 
 @pytest.mark.slow
-def test_a_run_survives_a_sample_of_the_faults(tmp_path):
-    done = run_module("tools.lab.chaos", "--tries", 1, "--output", tmp_path, "--faults", *SHORT, timeout=600)
+@pytest.mark.parametrize(
+    ("model", "faults"),
+    [
+        ("densenet121", ["kill-saving", "signal"]),  # its saves take long enough to be struck
+        ("densenet_bc40_k12", ["signal-starting", "signal-ending", "all-damaged", "read-error"]),
+    ],
+)
+def test_a_run_survives_a_sample_of_the_faults(tmp_path, model, faults):
+    words = ["--tries", 1, "--model", model, "--output", tmp_path, "--faults", *faults]
+    done = run_module("tools.lab.chaos", *words, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in (tmp_path / "chaos.md").read_text().splitlines()[2:] if line.endswith("| 1 | 1 | 1 |")]
-    assert [row.split(":")[0].strip("| ") for row in rows] == SHORT
+    assert [row.split(":")[0].strip("| ") for row in rows] == faults
 
 
 @pytest.fixture(scope="module")

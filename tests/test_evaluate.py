@@ -15,7 +15,7 @@ from conftest import index_of, run_module, small_config, with_random_norms
 from PIL import Image
 
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.config import Config, DataConfig
+from pipeline.config import Config, DataConfig, from_dict
 from pipeline.data.index import scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World
@@ -26,6 +26,7 @@ from pipeline.models import create_model
 from pipeline.weights import Weights, imagenet_ids, read_weights
 from tools.evaluate import main, published_errors, real_labels_score
 from tools.support.evaluation_report import write_answers, write_report
+from tools.support.output_subset import restrict_outputs
 from tools.support.significance import mcnemar, wilson_interval
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -246,6 +247,133 @@ def test_networks_with_their_classes_in_another_order_are_compared(image_folders
     assert [(row["only_a_wrong"], row["only_b_wrong"], row["p"]) for row in summary["comparisons"]] == [(0, 0, 1)] * 3
 
 
+def chosen(logits: np.ndarray, outputs: list[int]) -> tuple[list[int], dict[int, float]]:
+    """What a network with only these outputs would say: its outputs from best to worst, and each one's probability."""
+    ranked = sorted(outputs, key=lambda k: -logits[k])
+    powers = {k: np.exp(np.float64(logits[k]) - np.float64(logits[ranked[0]])) for k in outputs}
+    return ranked, {k: power / sum(powers.values()) for k, power in powers.items()}
+
+
+def test_outputs_are_restricted_as_numpy_does_it():
+    """40 images of 7 of 12 classes, one without a finite answer."""
+    random = np.random.default_rng(0)
+    logits, present = random.normal(0, 3, (40, 12)).astype(np.float32), [1, 2, 4, 5, 8, 9, 11]
+    labels = random.choice(present, 40)
+    top5 = np.argsort(-logits, axis=1)[:, :5]
+    logits[3, 0], top5[3] = np.nan, -1  # of an output that is not used
+    zeros = np.zeros(40, np.float32)
+    ours = restrict_outputs(Evaluation(Score(40, 0, 0, 0.0), top5, zeros, zeros, logits, 1), labels, np.array(present))
+    answers = [chosen(row, present) for row in logits]
+    for i, (ranked, probability) in enumerate(answers):
+        assert ours.top5[i].tolist() == ([-1] * 5 if i == 3 else ranked[:5])
+        assert ours.probability[i] == pytest.approx(probability[ranked[0]], rel=1e-5)
+        assert ours.losses[i] == pytest.approx(-np.log(probability[labels[i]]), rel=1e-4, abs=1e-6)
+    counted = [(ranked, label) for i, ((ranked, _), label) in enumerate(zip(answers, labels, strict=True)) if i != 3]
+    correct = [sum(label in ranked[:k] for ranked, label in counted) for k in (1, 5)]
+    assert [ours.score.top1_correct, ours.score.top5_correct] == correct and correct[0] < correct[1] < 39
+    assert ours.not_finite == 1 and ours.score.images == 40
+
+
+@pytest.fixture(scope="module")
+def five_outputs(network, tmp_path_factory):
+    """A checkpoint with five outputs, of which the images have those at 0, 2 and 4; all five are answers to some image."""
+    random = torch.Generator().manual_seed(1)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    mixed = torch.randn(5, 3, generator=random)
+    for name in ("classifier.weight", "classifier.bias"):
+        state[name] = mixed @ state[name]
+    folder = CheckpointFolder(tmp_path_factory.mktemp("five"))
+    config = small_config("unused", data={"crop_size": 32, "resize_size": 36, "loader": "auto"})
+    tree = dataclasses.asdict(config) | {"published": {"source": "someone", "top1": 12.5}}
+    classes = ["class0", "absent1", "class1", "absent3", "class2"]
+    folder.save({"model": state, "config": tree, "classes": classes}, best=True)
+    return folder.best
+
+
+@pytest.mark.parametrize("outputs", ["all", "present"])
+def test_images_of_a_part_of_the_classes(image_folders, five_outputs, tmp_path, evaluated, outputs):
+    """Both choices of outputs are told; everything else is of the one that was asked for."""
+    names, present = ["class0", "absent1", "class1", "absent3", "class2"], [0, 2, 4]
+    words = ["--outputs", outputs] if outputs == "present" else []
+    printed = evaluated(five_outputs, "--data", image_folders, "--report", tmp_path, *words)
+    (result,) = json.loads((tmp_path / "report.json").read_text())["evaluations"]
+    logits = np.load(tmp_path / f"{result['name']}.npy")
+    labels = [present[k] for k in scan_classes(image_folders / "val").labels]
+    assert logits.shape == (11, 5)
+    answers = {which: [chosen(row, use) for row in logits] for which, use in (("all", range(5)), ("present", present))}
+    wrong = {
+        which: sum(ranked[0] != label for (ranked, _), label in zip(found, labels, strict=True))
+        for which, found in answers.items()
+    }
+    assert 0 < wrong["present"] < wrong["all"]  # or the test could not tell them apart
+    other = {"all": "present", "present": "all"}[outputs]
+    assert (result["outputs"], result["outputs_used"]) == (outputs, {"all": 5, "present": 3}[outputs])
+    assert (result["classes"], result["classes_present"], result["top1_wrong"]) == (5, 3, wrong[outputs])
+    assert result["other_outputs"]["outputs"] == other and result["other_outputs"]["top1_wrong"] == wrong[other]
+    losses = [-np.log(share[label]) for (_, share), label in zip(answers[outputs], labels, strict=True)]
+    assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    confusions: dict[tuple[str, str], int] = {}
+    for (ranked, _), label in zip(answers[outputs], labels, strict=True):
+        if ranked[0] != label:
+            pair = names[label], names[ranked[0]]
+            confusions[pair] = confusions.get(pair, 0) + 1
+    assert {(row["class"], row["answer"]): row["images"] for row in result["confusions"]} == confusions
+    assert [row["class"] for row in result["by_class"]] == ["class0", "class1", "class2"]
+    rows = list(csv.DictReader((tmp_path / f"{result['name']}.csv").read_text().splitlines()))
+    for row, (ranked, share) in zip(rows, answers[outputs], strict=True):
+        assert [row[f"answer{i + 1}"] for i in range(len(ranked))] == [names[k] for k in ranked]
+        assert float(row["probability"]) == pytest.approx(share[ranked[0]], abs=2e-6)
+    assert result["published"] == [] and "12.5" not in printed
+    assert "no published error is shown: those of this network are for all 5 classes" in printed
+    among = {"all": "all 5 outputs", "present": "the 3 outputs of those classes"}
+    other_error = f"{100 * wrong[other] / 11:.2f} %"
+    assert (
+        f"images of 3 of the 5 classes: the network chose among {among[outputs]}; among {among[other]} top-1 error "
+        f"{other_error}" in printed
+    )
+    assert f"(--outputs {other})" in printed
+
+
+def test_images_without_a_finite_answer_are_wrong_and_get_no_name(image_folders, checkpoint, tmp_path, evaluated):
+    """A network that looks at one feature alone, with a weight so large that the logits of some images overflow."""
+    index, state = scan_classes(image_folders / "val"), load_checkpoint(checkpoint)
+    network = read_weights(checkpoint).network
+    loader = EvaluationLoader(index, DATA, SHARD, batch_size=11, crops=1)
+    with torch.no_grad():
+        network.classifier.bias.zero_()
+        network.classifier.weight.zero_()[:, 0] = 1
+        network.features.norm5.bias[0] = 1
+        feature = np.median(evaluate(network, loader, ALONE, keep_logits=True).logits)
+        network.features.norm5.weight[0] *= 2 / feature
+        network.features.norm5.bias[0] *= 2 / feature
+        network.classifier.weight[:, 0] = torch.finfo(torch.float32).max / 2 * torch.tensor([0.25, 0.5, 1])
+    evaluation = evaluate(network, loader, ALONE, keep_logits=True)
+    assert 0 < evaluation.not_finite < 11
+    overflown = CheckpointFolder(tmp_path / "checkpoints")
+    overflown.last.parent.mkdir()
+    overflown.save(state | {"model": network.state_dict()}, best=False)
+    printed = evaluated(
+        overflown.last, "--data", image_folders, "--report", tmp_path / "report", "--loader", "reference"
+    )
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    text = (tmp_path / "report" / "report.json").read_text()
+    (result,) = json.loads(text, parse_constant=refuse)["evaluations"]
+    finite = np.isfinite(evaluation.logits).all(axis=1)
+    wrong = finite & (evaluation.logits.argmax(axis=1) != index.labels)
+    lost = index.location(int(np.flatnonzero(~finite)[0]))
+    assert result["not_finite"] == (~finite).sum() and result["top1_wrong"] == (wrong | ~finite).sum()
+    assert f"the answers to {(~finite).sum()} images are not finite and count as wrong (the first: {lost})" in printed
+    assert sum(row["images"] for row in result["confusions"]) == wrong.sum()
+    rows = list(csv.DictReader((tmp_path / "report" / f"{result['name']}.csv").read_text().splitlines()))
+    for row, is_finite, best in zip(rows, finite, evaluation.logits.argmax(axis=1), strict=True):
+        assert row["answer1"] == (f"class{best}" if is_finite else "")
+        assert is_finite or (row["answer2"], row["answer3"], row["probability"]) == ("", "", "nan")
+    assert (tmp_path / "report" / "report.html").read_text().count("<img src=") == wrong.sum()
+
+
 def test_mistakes_show_before_the_work(image_folders, checkpoint, tmp_path, user_error):
     state = load_checkpoint(checkpoint)
     state["model"]["classifier.bias"][0] = float("nan")
@@ -268,15 +396,17 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         Image.new("RGB", (9, 9)).save(tmp_path / "images" / name)
     index = scan_flat(tmp_path / "images", labels_of(tmp_path, names), ("x&y", "|"))
     zeros = np.zeros(2, np.float32)
-    evaluation = Evaluation(Score(2, 0, 2, 0.0), np.array([[1, 0], [1, 0]]), zeros, zeros, None)
+    evaluation = Evaluation(Score(2, 0, 2, 0.0), np.array([[1, 0], [1, 0]]), zeros, zeros, None, 0)
     row = {"class": "x&y|z", "images": 2, "top1_error": 100, "top5_error": 0}
     result = {
         "name": "n", "weights": "w", "note": "", "model": "m", "parameters": 1, "multiply_accumulates": 1, "data": "d",
-        "images": 2, "classes": 2, "classes_present": 1, "crops": 1, "average": "logits", "precision": "fp32",
+        "images": 2, "classes": 2, "classes_present": 1, "other_outputs": None, "not_finite": 0,
+        "crops": 1, "average": "logits", "precision": "fp32",
         "interpolation": "torch7-bicubic", "resize_size": 9, "crop_size": 9, "loader": "dali",
         "top1_error": 100, "top5_error": 0,
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
-        "published": [], "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
+        "published": [], "published_note": "",
+        "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
     }  # fmt: skip
     write_report(tmp_path, {"evaluations": [result], "comparisons": []}, [evaluation], [index])
     write_answers(tmp_path / "a.csv", evaluation, index)
@@ -326,20 +456,62 @@ def test_real_labels_judge_by_any_label_and_pass_over_images_without(tmp_path):
     )
     top5 = np.array(answers)[:, None] + np.arange(5)
     zeros = np.zeros(4, np.float32)
-    evaluation = Evaluation(Score(4, 0, 0, 0.0), top5, zeros, zeros, None)
+    evaluation = Evaluation(Score(4, 0, 0, 0.0), top5, zeros, zeros, None, 0)
     assert real_labels_score(evaluation, index)["images"] == 3
     assert real_labels_score(evaluation, index)["top1_error"] == pytest.approx(100 / 3)
     assert real_labels_score(evaluation, dataclasses.replace(index, classes=("a",) * 1000)) is None
 
 
+def labelled(images: int, classes: tuple[str, ...], present: int):
+    """An index of images of the first `present` classes, which exist nowhere."""
+    return dataclasses.replace(index_of([(9, 9)] * images), labels=np.arange(images) % present, classes=classes)
+
+
 def test_published_errors_stand_beside_networks_of_imagenet():
     weights = Weights("x", torch.nn.Identity(), Config(), imagenet_ids(), None)
-    assert [(row["source"], row["top1_error"]) for row in published_errors(weights, 1)] == [
-        ("the paper", 25.02),
-        ("openmixup", 25.04),
-    ]
-    assert published_errors(weights, 10) == [{"source": "the paper", "top1_error": 23.61, "top5_error": 6.66}]
-    assert published_errors(dataclasses.replace(weights, classes=("a", "b")), 1) == []
+    validation = labelled(50_000, imagenet_ids(), 1000)
+    rows, note = published_errors(weights, 1, validation)
+    assert [(row["source"], row["top1_error"]) for row in rows] == [("the paper", 25.02), ("openmixup", 25.04)]
+    assert note == ""
+    rows, _ = published_errors(weights, 10, validation)
+    assert rows == [{"source": "the paper", "top1_error": 23.61, "top5_error": 6.66}]
+    assert published_errors(dataclasses.replace(weights, classes=("a", "b")), 1, labelled(9, ("a", "b"), 2)) == ([], "")
+
+
+IMAGENET = "no published error is shown: those of this network are for 50,000 images of all 1000 classes"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "images", "present", "note"),
+    [
+        ("imagenet", 50_000, 999, IMAGENET),
+        ("imagenet", 7_500, 200, IMAGENET),  # as ImageNet-A
+        ("imagenet", 10_000, 1000, IMAGENET),  # as ImageNetV2
+        ("svhn", 26_032, 10, ""),
+        (
+            "svhn",
+            10_000,
+            10,
+            "no published error is shown: those of this network are for 26,032 images of all 10 classes",
+        ),
+        (
+            "svhn",
+            26_032,
+            9,
+            "no published error is shown: those of this network are for 26,032 images of all 10 classes",
+        ),
+        ("images", 123, 10, ""),
+        ("images", 123, 9, "no published error is shown: those of this network are for all 10 classes"),
+    ],
+)
+def test_no_published_error_stands_beside_other_images(dataset, images, present, note):
+    classes = imagenet_ids() if dataset == "imagenet" else tuple("abcdefghij")
+    tree = {"published": {"source": "someone", "top1": 12.5}, "data": {"dataset": dataset}}
+    if dataset == "imagenet":
+        tree["data"] = {}
+    weights = Weights("x", torch.nn.Identity(), from_dict(tree, "test"), classes, None)
+    rows, said = published_errors(weights, 1, labelled(images, classes, present))
+    assert said == note and bool(rows) == (note == "")
 
 
 def test_classes_are_matched_by_letters_and_digits(image_folders):

@@ -3,19 +3,21 @@
 WEIGHTS are checkpoints of this project or files of torchvision, timm or openmmlab. Images are prepared (crop and resize size,
 resize filter, mean and standard deviation) as in the run that trained the weights; for --model timm:NAME as timm's
 configuration says; for the paper's networks from other files as in the paper. Flags override each of these. Several WEIGHTS
-are compared on the same images.
+are compared on the same images. Where images of some classes are missing, errors among all outputs and among those of the
+classes present are both told; --outputs says which of them all else is of.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import math
 import re
 import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,16 +29,19 @@ from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
+from pipeline.metrics import Score
 from pipeline.precision import autocast, set_tf32
 from pipeline.weights import Weights, imagenet_ids
 from tools.support import published
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.output_subset import restrict_outputs
 from tools.support.outputs import writable_file, writable_folder
 from tools.support.significance import mcnemar, wilson_interval
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
+Outputs = Literal["all", "present"]
 CONFUSIONS = 20  # pairs of classes in the list of confusions
 
 
@@ -108,7 +113,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     """Evaluate one network; return its results (complete on rank 0) and its predictions.
 
     Raises:
-        UserError: its predictions are not finite.
+        UserError: none of its predictions is finite.
     """
     weights, data, index = candidate.weights, candidate.data, candidate.index
     shard = Shard(world.rank, world.size, world.device, world.cores)
@@ -117,15 +122,23 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     if options.compile:
         network.compile()
     set_tf32(options.precision)
+    present = np.unique(index.labels)
+    keep_logits = bool(options.report) or len(present) < len(index.classes)
     start = time.perf_counter()
     with autocast(options.precision, world.device):
-        evaluation = evaluate(network, loader, world, options.average, keep_logits=bool(options.report))
+        evaluation = evaluate(network, loader, world, options.average, keep_logits=keep_logits)
     seconds = time.perf_counter() - start
-    if not np.isfinite(evaluation.losses).all():
+    if evaluation.not_finite == len(index):
         raise UserError(
             f"{candidate.file}: the answers are not finite: damaged weights, or numbers too large for --precision"
         )
-    result = describe(candidate, evaluation, options) if world.is_main else {}
+    result: dict[str, Any] = {}
+    if world.is_main:
+        other = None
+        if len(present) < len(index.classes):
+            both = evaluation, restrict_outputs(evaluation, index.labels, present)
+            evaluation, other = both if options.outputs == "all" else both[::-1]
+        result = describe(candidate, evaluation, other, options)
     about = {"name": candidate.name, "weights": candidate.file, "ranks": world.size}
     return about | {"images_per_second": len(index) / seconds} | result, evaluation
 
@@ -157,11 +170,20 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     return scan_classes(folder, cache, progress=True).with_classes(classes)
 
 
-def describe(candidate: Candidate, evaluation: Evaluation, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is reported about one network except its speed."""
+def describe(
+    candidate: Candidate, evaluation: Evaluation, other: Evaluation | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything that is reported about one network except its speed.
+
+    Args:
+        other: the answers among the other choice of outputs than --outputs; None if images of every class are there.
+    """
     weights, data, index = candidate.weights, candidate.data, candidate.index
     score, config = evaluation.score, weights.config
-    wrong = [score.images - score.top1_correct, score.images - score.top5_correct]
+    counts = {"all": len(index.classes), "present": len(set(index.labels.tolist()))}
+    unused = "present" if options.outputs == "all" else "all"
+    no_answer = np.flatnonzero(evaluation.top5[:, 0] < 0)
+    published_rows, published_note = published_errors(weights, options.crops, index)
     return {
         "model": config.model.name,
         "note": weights.note,
@@ -169,8 +191,13 @@ def describe(candidate: Candidate, evaluation: Evaluation, options: argparse.Nam
         "multiply_accumulates": candidate.multiply_accumulates,
         "data": index.root,
         "images": score.images,
-        "classes": len(index.classes),
-        "classes_present": len(set(index.labels.tolist())),
+        "classes": counts["all"],
+        "classes_present": counts["present"],
+        "outputs": options.outputs,
+        "outputs_used": counts[options.outputs],
+        "other_outputs": other and {"outputs": unused, "outputs_used": counts[unused], **errors(other.score)},
+        "not_finite": evaluation.not_finite,
+        "first_not_finite": index.location(int(no_answer[0])) if len(no_answer) else None,
         "crops": options.crops,
         "average": options.average,
         "precision": options.precision,
@@ -178,27 +205,40 @@ def describe(candidate: Candidate, evaluation: Evaluation, options: argparse.Nam
         "resize_size": data.resize_size,
         "crop_size": data.crop_size,
         "loader": choose_loader(data),
+        **errors(score),
+        "loss": score.loss if math.isfinite(score.loss) else None,
+        "real": real_labels_score(evaluation, index),
+        "published": published_rows,
+        "published_note": published_note,
+        "training": weights.audit,
+        **by_class(evaluation, index),
+    }
+
+
+def errors(score: Score) -> dict[str, Any]:
+    """Errors in percent, with counts and intervals."""
+    wrong = [score.images - score.top1_correct, score.images - score.top5_correct]
+    return {
         "top1_error": score.top1_error,
         "top5_error": score.top5_error,
         "top1_wrong": wrong[0],
         "top5_wrong": wrong[1],
         "top1_interval": wilson_interval(wrong[0], score.images),
         "top5_interval": wilson_interval(wrong[1], score.images),
-        "loss": score.loss,
-        "real": real_labels_score(evaluation, index),
-        "published": published_errors(weights, options.crops),
-        "training": weights.audit,
-        **by_class(evaluation, index),
     }
 
 
 def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict[str, Any]]]:
-    """Errors of each class that has images, and the most frequent confusions of two classes."""
+    """Errors of each class that has images, and the most frequent confusions of two classes.
+
+    The true class of a confusion has images; the predicted one may be any of the outputs used.
+    """
     labels, answers, names = index.labels, evaluation.top5[:, 0], index.classes
     images = np.bincount(labels, minlength=len(names))
     wrong = np.bincount(labels[answers != labels], minlength=len(names))
     wrong5 = np.bincount(labels[(evaluation.top5 != labels[:, None]).all(axis=1)], minlength=len(names))
-    pairs, counts = np.unique(np.stack([labels, answers])[:, answers != labels], axis=1, return_counts=True)
+    confused = (answers != labels) & (answers >= 0)  # where an answer is not finite there is none
+    pairs, counts = np.unique(np.stack([labels, answers])[:, confused], axis=1, return_counts=True)
     most_frequent = np.argsort(-counts, kind="stable")[:CONFUSIONS]
     return {
         "by_class": [
@@ -242,8 +282,12 @@ def real_labels_score(evaluation: Evaluation, index: DatasetIndex) -> dict[str, 
     }
 
 
-def published_errors(weights: Weights, crops: int) -> list[dict[str, Any]]:
-    """Published errors of this network: those in the run's configuration; on ImageNet also the paper's and openmixup's."""
+def published_errors(weights: Weights, crops: int, index: DatasetIndex) -> tuple[list[dict[str, Any]], str]:
+    """Published errors of this network, or why there is none to show beside these images.
+
+    They are those in the run's configuration; on ImageNet also the paper's and openmixup's. They are of the whole test set:
+    with another number of images, or without some of the classes, they are of something else.
+    """
     own, name = weights.config.published, weights.config.model.name
     suffix = "_10crop" if crops == 10 else ""
     rows = [(own.source or "published", (getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")))]
@@ -252,9 +296,16 @@ def published_errors(weights: Weights, crops: int) -> list[dict[str, Any]]:
             rows.append(("the paper", published.DENSENETS_ON_IMAGENET[crops].get(name, (None, None))))
         if crops == 1:
             rows.append(("openmixup", published.OPENMIXUP_ON_IMAGENET.get(name, (None, None))))
-    return [
+    found = [
         {"source": source, "top1_error": top1, "top5_error": top5} for source, (top1, top5) in rows if top1 is not None
     ]
+    dataset = "imagenet" if weights.classes == imagenet_ids() else weights.config.data.dataset
+    images = published.TEST_IMAGES.get(dataset)  # of other data sets it is not known
+    present, classes = len(set(index.labels.tolist())), len(weights.classes)
+    if not found or (present == classes and images in (None, len(index))):
+        return found, ""
+    of_images = "" if images is None else f"{images:,} images of "
+    return [], f"no published error is shown: those of this network are for {of_images}all {classes} classes"
 
 
 def compare(
@@ -304,6 +355,13 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--labels", metavar="FILE", help="label file, if DIR is a folder of images without class folders"
+    )
+    parser.add_argument(
+        "--outputs",
+        choices=typing.get_args(Outputs),
+        default="all",
+        help="outputs among which the network chooses if DIR lacks some classes: all, or those of the classes present, as "
+        "ImageNet-A and ImageNet-R want it [all]",
     )
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(

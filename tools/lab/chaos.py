@@ -2,8 +2,9 @@
 
 ``python -m tools.lab.chaos [--faults NAME ...] [--tries N]`` trains a network with two processes again and again. It kills
 and freezes processes, sends signals, fills the disk, and damages checkpoints and images; then it starts the same command
-again. A run has survived if it resumed from a checkpoint and, for a fault that must end it, said why in one line. It has the
-same bits if weights, optimiser, progress and records at its end equal those of the undisturbed run.
+again. A run has survived if it resumed from a checkpoint and, for a fault that must end it, said why in one line. Where no
+checkpoint can be read it must refuse to start, change nothing, and resume once the cause is removed. It has the same bits if
+weights, optimiser, progress and records at its end equal those of the undisturbed run.
 
 Linux only: it looks for the ranks in /proc.
 """
@@ -33,7 +34,7 @@ import torch
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, from_dict, to_yaml
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.run_dir import RECORDS, read_records
+from pipeline.run_dir import RECORDS, STATUS, read_records
 from tools.lab.images import write_images
 from tools.support.outputs import writable_folder
 from tools.support.torchrun import torchrun
@@ -83,6 +84,15 @@ class Run:
             _send(pid, signal.SIGKILL)
         self.process.wait()
 
+    def wait_for_handlers(self) -> bool:
+        """Wait until all ranks hear signals, which is before they import anything slow; False if the run ends before."""
+
+        def all_hear() -> bool:
+            self.ranks = _ranks_below(self.process.pid)
+            return len(self.ranks) == RANKS and all(map(_hears_signals, self.ranks.values()))
+
+        return self.wait_until(all_hear)
+
     def wait_for_training(self) -> bool:
         """Wait until the ranks have met and are about to train; False if the run ends before."""
         if not self.wait_until(lambda: "(what a batch-norm statistic sees)" in self.output()):
@@ -103,6 +113,10 @@ class Run:
                 raise FaultError(f"nothing happened: {self.output()[-2000:]}")
             time.sleep(pause)
         return True
+
+    def wait_for_completion(self) -> bool:
+        """Wait until the run has saved that it is complete; False if its processes have gone by then."""
+        return self.wait_until(lambda: _is_complete(self.run_dir), pause=0.001)
 
     def wait_for_saves(self, count: int) -> bool:
         """Wait until `count` more checkpoints have been written; False if the run ends before."""
@@ -152,7 +166,13 @@ class Testbed:
         )
         self.file = self.write_config("config.yaml", self.config)
         self.undisturbed = self.new_run_dir()
-        self.finish(self.undisturbed)
+        with self.start(self.undisturbed) as run:
+            run.wait_for_handlers()
+            start = time.monotonic()
+            run.wait_for_training()
+            self.seconds_to_start = time.monotonic() - start
+            if run.end(4 * PATIENCE) != 0:
+                raise FaultError(f"the run failed: {run.output()[-3000:]}")
 
     def cost_of_a_save(self) -> str:
         """Size and time of the undisturbed run's checkpoints."""
@@ -179,6 +199,13 @@ class Testbed:
             if run.end(4 * PATIENCE) != 0:
                 raise FaultError(f"the run failed: {run.output()[-3000:]}")
             return run.output()
+
+    def is_refused(self, run_dir: Path, reason: str) -> bool:
+        """Start the run; whether it ends with exit code 2 and `reason` in its output, and leaves every file as it was."""
+        before = _files(run_dir)
+        with self.start(run_dir) as run:
+            code, output = run.end(), run.output()
+        return code != 0 and reason in output and "exitcode  : 2 (" in output and _files(run_dir) == before
 
     def interrupted(self, saves: int) -> Path:
         """The directory of a run that was told to stop after a few checkpoints."""
@@ -262,22 +289,74 @@ def stop_by_signal(testbed: Testbed, tries: int) -> Outcome:
         time.sleep(testbed.random.uniform(0, 4))
         if run.process.poll() is not None:
             return None
-        number, target = testbed.random.choice(STOP_SIGNALS), testbed.random.choice(("torchrun", "a rank", "all ranks"))
-        if target == "torchrun":
-            _send(run.process.pid, signal.SIGTERM)
-        for rank in {"torchrun": [], "a rank": [testbed.random.randrange(RANKS)], "all ranks": range(RANKS)}[target]:
-            _send(run.ranks[rank], number)
+        target = _stop(testbed, run)
         code = run.end()
         if "\nrecipe: " in run.output():  # all had been done and saved: torchrun was struck while it looked for that
             return False
         left = run.output().count("interrupted: rank") == RANKS
         if code != 0 and not (left and (target == "torchrun" or "exitcode  : 75" in run.output())):
-            raise FaultError(
-                f"{target} got {number.name}, but not all ranks left as they should: {run.output()[-3000:]}"
-            )
+            raise FaultError(f"{target} was struck, but not all ranks left as they should: {run.output()[-3000:]}")
         return code != 0
 
     return _strike_again_and_again(testbed, tries, strike)
+
+
+def stop_while_starting(testbed: Testbed, tries: int) -> Outcome:
+    """SIGTERM, SIGUSR1 or SIGUSR2 to ranks, or SIGTERM to torchrun, from the imports to the first step: exit code 75"""
+
+    def strike(run: Run) -> bool | None:
+        if not (run.run_dir / "checkpoints" / "last.pt").exists() and testbed.random.random() < 0.5:
+            run.wait_for_training()  # so that the next start, which is struck, has a checkpoint to load
+            run.wait_for_saves(1)
+            _send(run.process.pid, signal.SIGTERM)
+            return False
+        if not run.wait_for_handlers():
+            return None
+        time.sleep(testbed.random.uniform(0, testbed.seconds_to_start))
+        target = _stop(testbed, run)
+        code, output = run.end(), run.output()
+        if "while starting" not in output:  # it trained already
+            return False if code != 0 else None
+        left = output.count("interrupted: rank") == RANKS
+        if code == 0 or not left or not (target == "torchrun" or "exitcode  : 75" in output):
+            raise FaultError(f"{target} was struck, but not all ranks left as they should: {output[-3000:]}")
+        return True
+
+    return _strike_again_and_again(testbed, tries, strike)
+
+
+def stop_after_the_last_step(testbed: Testbed, tries: int) -> Outcome:
+    """the same signals after the last checkpoint, before the processes have gone: complete; the next start does nothing"""
+
+    def once() -> tuple[bool, Path]:
+        while True:
+            run_dir = testbed.new_run_dir()
+            with testbed.start(run_dir) as run:
+                run.wait_for_training()
+                run.wait_for_completion()
+                time.sleep(testbed.random.uniform(0, 0.5))
+                struck = any(map(_alive, run.ranks.values()))
+                target = _stop(testbed, run)
+                code = run.end()
+            if struck:
+                break
+            shutil.rmtree(run_dir)  # it was too late
+        print(f"  {target} was struck, exit code {code}", flush=True)
+        before, complete = _results(run_dir), _is_complete(run_dir)
+        testbed.finish(run_dir)
+        return complete and _results(run_dir) == before, run_dir
+
+    return _repeat(testbed, tries, once)
+
+
+def _stop(testbed: Testbed, run: Run) -> str:
+    """Send torchrun, a rank or all ranks a signal that asks them to stop; return which."""
+    target, number = testbed.random.choice(("torchrun", "a rank", "all ranks")), testbed.random.choice(STOP_SIGNALS)
+    if target == "torchrun":
+        _send(run.process.pid, signal.SIGTERM)
+    for rank in {"torchrun": [], "a rank": [testbed.random.randrange(RANKS)], "all ranks": range(RANKS)}[target]:
+        _send(run.ranks[rank], number)
+    return target
 
 
 def _strike_again_and_again(testbed: Testbed, tries: int, strike: Callable[[Run], bool | None]) -> Outcome:
@@ -352,12 +431,7 @@ def cut_the_checkpoint(testbed: Testbed, tries: int) -> Outcome:
 def flip_a_bit(testbed: Testbed, tries: int) -> Outcome:
     """one bit of the last checkpoint flipped"""
 
-    def flip(content: bytes) -> bytes:
-        damaged = bytearray(content)
-        damaged[testbed.random.randrange(len(content))] ^= 1 << testbed.random.randrange(8)
-        return bytes(damaged)
-
-    return _damage(testbed, tries, flip)
+    return _damage(testbed, tries, lambda content: _with_a_bit_flipped(testbed.random, content))
 
 
 def plant_a_pickle(testbed: Testbed, tries: int) -> Outcome:
@@ -375,6 +449,51 @@ def _damage(testbed: Testbed, tries: int, damage: Callable[[bytes], bytes]) -> O
         output = testbed.finish(run_dir)
         loud = "last.pt is damaged" in output and "resuming at" in output
         return loud and not (testbed.folder / "hostile-code-ran").exists(), run_dir
+
+    return _repeat(testbed, tries, once)
+
+
+def damage_all_checkpoints(testbed: Testbed, tries: int) -> Outcome:
+    """last.pt and previous.pt damaged: two starts refused, no file changed; resumed when a copy of last.pt is back"""
+
+    def once() -> tuple[bool, Path]:
+        run_dir = testbed.interrupted(saves=testbed.random.randint(2, 5))
+        folder = CheckpointFolder(run_dir / "checkpoints")
+        copy = folder.last.read_bytes()
+        for file in (folder.last, folder.previous):
+            content = file.read_bytes()
+            cut, flipped = (
+                content[: testbed.random.randrange(len(content))],
+                _with_a_bit_flipped(testbed.random, content),
+            )
+            file.write_bytes(testbed.random.choice((cut, flipped)))
+        reason = f"error: {run_dir} holds a run (last.pt (damaged), previous.pt (damaged)"
+        refused = [testbed.is_refused(run_dir, reason) for _ in range(2)]
+        folder.last.write_bytes(copy)
+        resumed = "resuming at" in testbed.finish(run_dir)
+        return all(refused) and resumed, run_dir
+
+    return _repeat(testbed, tries, once)
+
+
+def fail_to_read(testbed: Testbed, tries: int) -> Outcome:
+    """a read error of last.pt (EIO or EISDIR): a start refused, no file changed; resumed when the cause is removed"""
+
+    def once() -> tuple[bool, Path]:
+        run_dir = testbed.interrupted(saves=testbed.random.randint(2, 5))
+        last, aside = run_dir / "checkpoints" / "last.pt", run_dir / "aside"
+        last.rename(aside)
+        if testbed.random.choice((True, False)):
+            last.symlink_to("/proc/self/mem")  # it opens, and no process has memory at address 0
+            refused = testbed.is_refused(run_dir, f"error: cannot read the checkpoint {last}: Input/output error")
+            last.unlink()
+        else:
+            last.mkdir()
+            refused = testbed.is_refused(run_dir, f"error: cannot read the checkpoint {last}: Is a directory")
+            last.rmdir()
+        aside.rename(last)
+        resumed = "resuming at" in testbed.finish(run_dir)
+        return refused and resumed, run_dir
 
     return _repeat(testbed, tries, once)
 
@@ -441,11 +560,15 @@ FAULTS: dict[str, tuple[Callable[[Testbed, int], Outcome], int]] = {
     "kill-saving": (kill_while_saving, 50),
     "kill-torchrun": (kill_torchrun, 5),
     "signal": (stop_by_signal, 10),
+    "signal-starting": (stop_while_starting, 10),
+    "signal-ending": (stop_after_the_last_step, 5),
     "freeze": (freeze_a_rank, 4),
     "disk-full": (fill_the_disk, 5),
     "cut": (cut_the_checkpoint, 5),
     "bit-flip": (flip_a_bit, 5),
     "pickle": (plant_a_pickle, 3),
+    "all-damaged": (damage_all_checkpoints, 4),
+    "read-error": (fail_to_read, 4),
     "remove-image": (remove_an_image, 3),
     "corrupt-image": (skip_a_corrupt_image, 3),
 }
@@ -523,6 +646,44 @@ def _ranks_below(parent: int) -> dict[int, int]:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             found |= {int(word[5:]): int(pid) for word in environment if word.startswith(b"RANK=")}
     return found
+
+
+def _hears_signals(pid: int) -> bool:
+    """Whether the process has a handler for SIGTERM. A rank sets it first, and those of the other signals with it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return all(caught >> (number - 1) & 1 for number in STOP_SIGNALS)
+
+
+def _is_complete(run_dir: Path) -> bool:
+    try:
+        return json.loads((run_dir / STATUS).read_text())["complete"]
+    except FileNotFoundError:
+        return False
+
+
+def _files(folder: Path) -> dict[Path, bytes | str]:
+    """What is in a run directory, but for its lock, which names the last process that held it."""
+    return {
+        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+        if path.name != "lock"
+    }
+
+
+def _results(run_dir: Path) -> dict[Path, bytes | str]:
+    """The checkpoints, records and status of a run."""
+    kept = ("checkpoints", RECORDS, STATUS)
+    return {path: content for path, content in _files(run_dir).items() if path.relative_to(run_dir).parts[0] in kept}
+
+
+def _with_a_bit_flipped(random: random.Random, content: bytes) -> bytes:
+    damaged = bytearray(content)
+    damaged[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    return bytes(damaged)
 
 
 def _changed(file: Path) -> int | None:

@@ -105,15 +105,19 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
 
 
 def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
-    """One CSV line an image: file, its class, the probability of the first answer, the loss, and the answers in order."""
+    """One CSV line an image: file, its class, the probability of the first answer, the loss, and the answers in order.
+
+    Answers that are not finite have no names, and the probability nan.
+    """
     with open(file, "w", newline="", **ANY_NAME) as stream:
         writer = csv.writer(stream)
         answers = [f"answer{i + 1}" for i in range(evaluation.top5.shape[1])]
         writer.writerow(["file", "class", "probability", "loss", *answers])
         columns = (index.names, index.labels, evaluation.probability, evaluation.losses, evaluation.top5)
         for name, label, probability, loss, top5 in zip(*columns, strict=True):
-            named = [index.classes[k] for k in top5]
-            writer.writerow([name, index.classes[label], f"{probability:.6f}", f"{loss:.6f}", *named])
+            named = [index.classes[k] if k >= 0 else "" for k in top5]
+            sure = f"{probability:.6f}" if named[0] else "nan"
+            writer.writerow([name, index.classes[label], sure, f"{loss:.6f}", *named])
 
 
 def _lines(r: dict[str, Any]) -> list[str]:
@@ -130,14 +134,30 @@ def _lines(r: dict[str, Any]) -> list[str]:
     ]
     if r["real"]:
         lines.append(f"top-1 error {r['real']['top1_error']:.2f} % by the ReaL labels of {r['real']['images']} images")
-    if r["classes_present"] < r["classes"]:
-        lines.append(f"images of {r['classes_present']} of the {r['classes']} classes")
+    if other := r["other_outputs"]:
+        lines.append(
+            f"images of {r['classes_present']} of the {r['classes']} classes: the network chose among {_outputs(r)}; among "
+            f"{_outputs(other)} top-1 error {other['top1_error']:.2f} %, top-5 error {other['top5_error']:.2f} % "
+            f"(--outputs {other['outputs']})"
+        )
+    if r["not_finite"]:
+        lines.append(
+            f"the answers to {r['not_finite']} images are not finite and count as wrong (the first: {r['first_not_finite']}): "
+            "damaged weights, or numbers too large for --precision"
+        )
     for p in r["published"]:
         top5 = "" if p["top5_error"] is None else f", top-5 error {p['top5_error']} %"
         lines.append(f"{p['source']}: top-1 error {p['top1_error']} %{top5}")
+    if r["published_note"]:
+        lines.append(r["published_note"])
     if r["training"]:
         lines.append(f"training: {r['training']}")
     return [f"{r['weights']}: {r['note']}", *lines] if r["note"] else lines
+
+
+def _outputs(result: dict[str, Any]) -> str:
+    number = result["outputs_used"]
+    return f"all {number} outputs" if result["outputs"] == "all" else f"the {number} outputs of those classes"
 
 
 def _comparison(row: dict[str, Any]) -> str:
@@ -174,8 +194,9 @@ def _html_table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
-    """The wrong predictions with the highest probability."""
-    wrong = np.flatnonzero(evaluation.top5[:, 0] != index.labels)
+    """The wrong predictions with the highest probability. Where an answer is not finite nothing is predicted."""
+    answers = evaluation.top5[:, 0]
+    wrong = np.flatnonzero((answers != index.labels) & (answers >= 0))
     surest = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:WORST]
     reader, parts = Reader(index), []
     for i in surest.tolist():

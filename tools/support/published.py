@@ -1,5 +1,8 @@
 """Published errors in percent, for comparison with own runs."""
 
+# Number of test images of which the errors are; of ImageNet its validation images.
+TEST_IMAGES = {"imagenet": 50_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "fashion-mnist": 10_000}
+
 # The paper's Table 2: C10, C10+, C100, C100+, SVHN.
 COLUMNS = ("C10", "C10+", "C100", "C100+", "SVHN")
 DENSENETS_ON_SMALL_IMAGES = {
