@@ -108,11 +108,12 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
             "synthetic_images": 46,
             "synthetic_classes": 3,
         },
-        "optim": {"epochs": 2, "batch_size": 12, "milestones": [1]},
+        "optim": {"epochs": 2, "batch_size": 12},
         "train": {"log_every": 2, "device": "cpu"},
     }
     for name, fields in sections.items():
         tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    tree["optim"].setdefault("milestones", [1] if tree["optim"]["epochs"] > 1 else [])
     return from_dict(tree, "test")
 
 
@@ -157,5 +158,8 @@ def override_flags(config: Config) -> list[str]:
     """The command-line words that turn the defaults into `config`."""
     words = []
     for key, value in flatten(dataclasses.asdict(config)).items():
-        words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        if key == "train.change":  # words of its own
+            words += [word for field in value for word in (f"--{key}", field)]
+        else:
+            words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words

@@ -9,7 +9,8 @@ from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
 from pipeline.models.stage import Stage, eager_stage, eager_stem
-from tools import benchmark, inspect
+from tools import inspect
+from tools.lab import benchmark
 
 
 class Toy:

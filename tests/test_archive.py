@@ -170,4 +170,4 @@ def test_the_benchmark_packs_the_same_images_twice_and_measures_both(image_folde
     monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
     archives.main()
     printed = capsys.readouterr().out
-    assert "10 images" in printed and printed.count("images/s") == 4 and "Indexing ImageNet" in printed
+    assert "10 images" in printed and printed.count("images/s") == 4 and "indexing ImageNet" in printed
