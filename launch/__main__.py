@@ -241,7 +241,9 @@ def resume(run: Path) -> None:
     asked = next((event for event in reversed(read_events(run)) if event["event"] == "submit"), None)
     if asked is None:
         raise UserError(f"{run} was never submitted: start it with python -m launch CONFIG.yaml")
-    config = load_stored_config(run / "submitted.yaml")
+    # What the training accepted; what was submitted last, it may have refused.
+    accepted = run / "config.yaml"
+    config = load_stored_config(accepted if accepted.exists() else run / "submitted.yaml")
     cluster = Cluster(**asked["cluster"])
     (job,) = submit([config], cluster)
     print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")

@@ -39,10 +39,10 @@ def cause_of(code: int, words: list[dict[str, Any]], complete: bool, limit_reach
         limit_reached: so much time had passed that the warning before the time limit was due.
     """
     codes = [word.get("code") for word in words]
+    if code != 0 and EXIT_USER_ERROR in codes:  # of a complete run too, whose new configuration it refuses
+        return "mistake"
     if code == 0 or complete:
         return "complete"
-    if EXIT_USER_ERROR in codes:
-        return "mistake"
     if code not in (EXIT_RESUME, *KILLED_BY_SIGNAL) or any(other != EXIT_RESUME for other in codes):
         return "failed"
     if limit_reached and (code != EXIT_RESUME or any(word.get("signal") for word in words)):

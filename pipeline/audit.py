@@ -169,7 +169,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     compare(
         "images in a batch-norm statistic",
         BATCH_NORM_IMAGES,
-        _statistics_text(statistics),
+        statistics_text(statistics),
         "noisier statistics: use fewer ranks or fewer optim.grad_accum_steps"
         if fewer
         else "use more ranks or more optim.grad_accum_steps",
@@ -215,6 +215,9 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
         compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
+    if measured:
+        compare("fields changed on the way", "none", ", ".join(measured.changed) or "none", "see the notes below")
+        compare("steps left out", 0, measured.skipped_steps, "their loss or gradient was not finite")
     compare("corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images")
     return rows
 
@@ -283,7 +286,7 @@ def _text(value: Any, exact: bool = False) -> str:
     return f"{value:.4g}" if isinstance(value, float) and not exact else str(value)
 
 
-def _statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
+def statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
     texts = []
     for epoch, (smallest, largest) in statistics:
         size = str(smallest) if smallest == largest else f"{smallest} or {largest}"

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from pipeline import renamed
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_out_of_memory
 from pipeline.run_dir import io_as_user_error
 
 FORMAT = 3
@@ -77,7 +77,7 @@ class CheckpointFolder:
         """
         damaged: list[Path] = []
         for path in (self.last, self.previous):
-            if path.exists():
+            if is_present(path):
                 try:
                     return Found(load_checkpoint(path), path, tuple(damaged)), damaged
                 except DamagedCheckpointError:
@@ -111,6 +111,17 @@ class Found:
             )
 
 
+def is_present(path: Path) -> bool:
+    """Whether there is something of that name: a link to nowhere, or what cannot be looked at, is not nothing."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def is_checkpoint(file: BinaryIO) -> bool:
     """Whether a file is a checkpoint of this project, damaged perhaps. Moves its position."""
     file.seek(max(0, file.seek(0, os.SEEK_END) - _DIGEST_LENGTH - 2))
@@ -135,6 +146,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} holds more than tensors and plain values: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _REQUIRED.items()):
         raise UserError(f"{path} is not a checkpoint of this project")

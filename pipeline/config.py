@@ -9,11 +9,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline import renamed
-from pipeline.errors import ArgumentParser
+from pipeline.errors import ArgumentParser, did_you_mean
 from pipeline.parsing import (
     STRICT,
     Fraction,
@@ -25,6 +25,7 @@ from pipeline.parsing import (
     PositiveFloat,
     PositiveRange,
     Schema,
+    flatten,
 )
 
 Rgb = tuple[Number, Number, Number]
@@ -41,6 +42,14 @@ def _name_of_today(dense_block: str) -> str:
     if dense_block in renamed.VALUES["model.dense_block"]:
         raise ValueError(f"'{dense_block}' is now called '{renamed.VALUES['model.dense_block'][dense_block]}'")
     return dense_block
+
+
+def _split_names(names: Any) -> Any:
+    """Names between commas, in one text or in several."""
+    texts = [names] if isinstance(names, str) else names
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return names
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -191,7 +200,7 @@ class TrainConfig:
     allow_world_size_change: bool = False
     """Let a checkpoint resume with another number of ranks or gradient accumulation steps: the same batches and
     augmentation, but other batch-norm statistics."""
-    change: tuple[str, ...] = ()
+    change: Annotated[tuple[str, ...], BeforeValidator(_split_names)] = ()
     """Fields, by key, that may have another value than in the checkpoint that the run resumes from: optim.lr, say. The
     change is recorded in the run's history."""
     not_finite: NotFinite = "stop"
@@ -226,6 +235,16 @@ class Config:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     published: PublishedConfig = PublishedConfig()
+
+    @model_validator(mode="after")
+    def _changed_fields_exist(self) -> "Config":
+        known = flatten(dataclasses.asdict(self))
+        for key in self.train.change:
+            if key not in known:
+                raise ValueError(
+                    f"train.change: there is no field '{key}'{did_you_mean(key, known)}; name fields as optim.lr"
+                )
+        return self
 
 
 SCHEMA = Schema(

@@ -95,7 +95,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         sys.exit(EXIT_BROKEN_PIPE)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             reason = f"out of memory ({' '.join(str(error).split()) or 'MemoryError'})"
             remedy = (
                 "lower the batch size, or set model.activation_checkpointing or more optim.grad_accum_steps in training"
@@ -112,7 +112,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         sys.exit(EXIT_USER_ERROR)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Of Python, NumPy, or torch on CPU or GPU, which is not imported for this."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or (

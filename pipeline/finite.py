@@ -63,10 +63,11 @@ class FiniteGuard:
 
     Args:
         file: names the images of that step and of the one before, when `check` finds it.
+        skips: steps whose loss is not finite are left out, so that this is no remedy.
     """
 
-    def __init__(self, world: World, loader: TrainingLoader, file: Path):
-        self._world, self._loader, self._file = world, loader, file
+    def __init__(self, world: World, loader: TrainingLoader, file: Path, skips: bool):
+        self._world, self._loader, self._file, self._skips = world, loader, file, skips
         self._first = torch.full((), NEVER, device=world.device)
 
     def add(self, step: int, losses: Tensor, weights: Tensor) -> None:
@@ -83,18 +84,21 @@ class FiniteGuard:
             UserError: says in which step, and what to do.
         """
         finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
-        earliest = min(int(self._first), NEVER if finite else last_step)
-        first = -self._world.all_reduce_max([-earliest])[0]
+        by_loss, by_tensors = self._world.all_reduce_max([-int(self._first), -(NEVER if finite else last_step)])
+        first = min(-by_loss, -by_tensors)
         if first == NEVER:
             return
+        what = "loss is" if -by_loss == first else "network's weights or batch-norm statistics are"
+        skip = "" if self._skips else " or with --train.not_finite skip;"
         self._world.broadcast_from_rank0(
             lambda: write_text(self._file, json.dumps(self._batches_until(first), indent=1))
         )
         epoch, step = divmod(first, self._loader.steps_per_epoch)
         raise UserError(
-            f"the loss is not finite at epoch {epoch}, step {step}: start the same command again with a lower optim.lr and "
-            "--train.change optim.lr, or with train.precision fp32 and --train.change train.precision, or with "
-            f"--train.not_finite skip; it resumes from the checkpoint before that step. {self._file} names the step's images"
+            f"the {what} not finite at epoch {epoch}, step {step}: start the same command again with a lower optim.lr and "
+            f"--train.change optim.lr, or with train.precision fp32 and --train.change train.precision,{skip} it resumes from "
+            "the checkpoint before that step. If that is too late, put best.pt or previous.pt in the place of last.pt first. "
+            f"{self._file} names the step's images"
         )
 
     def _batches_until(self, step: int) -> list[dict[str, Any]]:

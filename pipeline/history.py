@@ -55,10 +55,11 @@ class History:
 
     def begin(self, step: int, epoch: int, config: Config, ranks: int, changed: dict[str, tuple[Any, Any]]) -> None:
         """Begin a segment at this step, if it differs from the one before."""
+        last = self.segments[-1]
+        if len(self.segments) > 1 and last.step == step and not last.changed:
+            self.segments.pop()  # of which nothing was trained
         new = Segment(step, epoch, ranks, config.optim.grad_accum_steps, changed)
         if changed or new.batch_split != self.segments[-1].batch_split:
-            if self.segments[-1].step == step and not self.segments[-1].changed and step:
-                self.segments.pop()  # of which nothing was trained
             self.segments.append(new)
 
     def lines(self) -> list[str]:

@@ -20,6 +20,8 @@ class Measured:
         last_batch: images of the last step of an epoch.
         spread: standard deviation of the convolutions' initial weights, in units of sqrt(2 / fan-out).
         decayed: parameters to which weight decay applies, and all.
+        changed: fields that were changed on the way.
+        skipped_steps: steps that were left out, as their loss or gradient was not finite.
     """
 
     images: tuple[int, int]
@@ -28,6 +30,8 @@ class Measured:
     last_batch: int
     spread: float
     decayed: tuple[int, int]
+    changed: tuple[str, ...] = ()
+    skipped_steps: int = 0
 
 
 def statistic_images(batch: int, microbatches: int) -> tuple[int, int]:

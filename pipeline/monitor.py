@@ -1,5 +1,6 @@
 """What a run shows: TensorBoard events, JSON lines, a progress bar or plain lines. Rank 0 only."""
 
+import itertools
 import json
 import math
 import os
@@ -124,13 +125,18 @@ def _record_files(run_dir: Path) -> list[Path]:
 
 
 def _cut_records(run_dir: Path, lengths: dict[str, int]) -> None:
-    """Cut each file of records to the length in `lengths`, and remove our own that no checkpoint knows of.
+    """Cut each file of records to the length in `lengths`, and put away our own that no checkpoint knows of.
 
-    What other programs have written into the directory stays.
+    What other programs have written into the directory stays. Without any checkpoint nothing is deleted, but renamed.
     """
     for file in _record_files(run_dir):
-        if file.name not in lengths:
-            file.unlink()
+        if file.name in lengths:
+            continue
+        if lengths:
+            file.unlink()  # of an attempt that has come no further than the checkpoint, and is made again
+        elif file.stat().st_size:  # of a start before the first checkpoint, or of a run that is gone
+            earlier = file.name.replace("events.out.tfevents", "earlier")  # a name that TensorBoard does not read
+            os.replace(file, next(p for i in itertools.count(1) if not (p := run_dir / f"{earlier}.{i}").exists()))
     for name, length in lengths.items():
         file = run_dir / name
         if file.exists() and file.stat().st_size > length:

@@ -36,6 +36,14 @@ def create_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opt
     return look_up(OPTIMIZERS, config.optimizer, "optim.optimizer")(network.parameters(), config)
 
 
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Resume an optimiser's state under its own hyperparameters, which `state` has as they were."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+        group.update(hyperparameters)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate `rate`, times its own "lr_scale" if it has one."""
     for group in optimizer.param_groups:

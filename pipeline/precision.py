@@ -1,5 +1,7 @@
 """The precisions that training and evaluation compute in. CUDA's have not been run on a GPU yet."""
 
+from typing import Any
+
 import torch
 
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -16,6 +18,14 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def create_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+class Scaler(torch.amp.GradScaler):
+    """Begins anew where the run that it resumes had no loss scaling."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            super().load_state_dict(state_dict)
+
+
+def create_scaler(precision: str, device: torch.device) -> Scaler:
     """Loss scaling, which does something for fp16 alone: its gradients would vanish."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return Scaler(device.type, enabled=precision == "fp16")

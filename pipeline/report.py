@@ -2,12 +2,12 @@
 
 import sys
 
-from pipeline.audit import AuditRow, audit, count_differences, setting_for, to_markdown
+from pipeline.audit import AuditRow, audit, count_differences, setting_for, statistics_text, to_markdown
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.run import Run
-from pipeline.run_dir import write_text
+from pipeline.run_dir import replace_text
 
 
 def write_description(run: Run, found: Found | None) -> None:
@@ -16,16 +16,17 @@ def write_description(run: Run, found: Found | None) -> None:
     if found:
         found.set_damaged_aside()
     else:
-        for line in warnings_of(run):
+        for line in warnings_of(run, None):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     title = f"{run.config.model.name} beside the paper's {setting_for(run.config).name} setting"
-    write_text(run.dir / "config.yaml", to_yaml(run.config))
-    write_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines()))
+    replace_text(run.dir / "config.yaml", to_yaml(run.config))
+    replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines()))
 
 
-def warnings_of(run: Run) -> list[str]:
+def warnings_of(run: Run, found: Found | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
     config, lines = run.config, warnings_about(run.train_loader.index, run.val_loader.index, run.config.data)
+    lines += [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []
     late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]
     if config.optim.schedule == "step" and late:
         lines.append(
@@ -48,7 +49,9 @@ def summary(run: Run) -> str:
         top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
         note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
-    lines.append(f"a batch-norm statistic saw {run.config.optim.batch_size // run.microbatches} images")
+    lines.append(f"images in a batch-norm statistic: {statistics_text(run.measured.statistics)}")
+    if run.progress.skipped_steps:
+        lines.append(f"{run.progress.skipped_steps} steps were left out, as their loss or gradient was not finite")
     lines += run.history.lines()
     lines.append(f"recipe: {count_differences(audit_of(run))} ({run.dir / 'audit.md'})")
     return "\n".join(lines)

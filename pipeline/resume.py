@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import CheckpointFolder, Found
+from pipeline.checkpoint import CheckpointFolder, Found, is_present
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.history import batch_split
@@ -16,13 +16,16 @@ from pipeline.run_dir import RECORDS, STATUS, read_records
 # the accumulation because it is compared together with the number of ranks.
 FREE_TO_CHANGE = {
     "run_dir", "model.activation_checkpointing", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
-    "data.download", "data.corrupt_images", "optim.grad_accum_steps", "train.device", "train.compile", "train.eval_batch_size",
+    "data.download", "optim.grad_accum_steps", "train.device", "train.compile", "train.eval_batch_size",
     "train.log_every", "train.reuse_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
-    "train.allow_world_size_change", "train.change", "train.not_finite",
+    "train.allow_world_size_change", "train.change",
 }  # fmt: skip
 
 # Without these a checkpoint is of another network or other data, and a run that changes them is another run.
-NEVER_TO_CHANGE = ("model.name", "data.dataset", "data.loader", "seed")
+NEVER_TO_CHANGE = ("model.name", "data.dataset", "data.loader", "seed", "optim.batch_size", "optim.optimizer")
+
+# These may change without being asked for, and the history tells.
+TOLD = ("data.corrupt_images", "train.not_finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ def find_checkpoint(run_dir: Path) -> Found | None:
     if found:
         return found
     traces = [f"{path.name} (damaged)" for path in damaged]
-    traces += [file.name for file in (folder.best, run_dir / STATUS) if file.exists()]
+    traces += [file.name for file in (folder.best, run_dir / STATUS) if is_present(file)]
     traces += sorted(file.name for file in folder.last.parent.glob("*.damaged*"))
     if any("val/top1_error" in record for record in read_records(run_dir)):  # a checkpoint is saved before
         traces.append(RECORDS)
@@ -81,15 +84,19 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
     _check_names(config)
     defaults = flatten(dataclasses.asdict(Config()))
     old = defaults | flatten(state["config"])  # an older checkpoint lacks fields that came later
-    changed = {}
+    changed: dict[str, tuple[Any, Any]] = {}
+    refused: dict[str, str] = {}
     for key, value in flatten(dataclasses.asdict(config)).items():
         if key in FREE_TO_CHANGE or key.startswith("published.") or old[key] == value:
             continue
-        if key in config.train.change:
+        if key in config.train.change or key in TOLD:
             changed[key] = (old[key], value)
-            continue
-        on_purpose = "" if key in NEVER_TO_CHANGE else f", change it on purpose with --train.change {key}"
-        _refuse(config, f"{key} was {_text(old[key])} and is now {_text(value)}", f"put it back{on_purpose}")
+        else:
+            refused[key] = f"{key} was {_text(old[key])} and is now {_text(value)}"
+    if refused:
+        keys = ",".join(key for key in refused if key not in NEVER_TO_CHANGE)
+        on_purpose = f", change it on purpose with --train.change {keys}" if keys else ""
+        _refuse(config, "; ".join(refused.values()), f"put it back{on_purpose}")
     before = Conditions(**state["conditions"])
     if before.classes != now.classes:
         _refuse(config, f"the classes were {_difference(before.classes, now.classes)}")
@@ -109,11 +116,8 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
 
 
 def _check_names(config: Config) -> None:
-    """Refuse names in ``train.change`` that are none, or whose change makes another run."""
-    known = flatten(dataclasses.asdict(config))
+    """Refuse names in ``train.change`` whose change makes another run."""
     for key in config.train.change:
-        if key not in known:
-            raise UserError(f"train.change: there is no field '{key}'; name fields as optim.lr")
         if key in NEVER_TO_CHANGE:
             raise UserError(f"train.change: a run with another {key} is another run: start it with another --run_dir")
 

@@ -29,7 +29,7 @@ from pipeline.measured import Measured, decayed_parameters, initial_spread, stat
 from pipeline.metrics import MetricAccumulator, Score
 from pipeline.models import create_model
 from pipeline.objective import create_objective
-from pipeline.optim import create_optimizer, learning_rate
+from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import autocast, create_scaler, set_tf32
 from pipeline.resume import Conditions, check_same_run
 
@@ -54,6 +54,7 @@ class Progress:
     best_epoch: int = -1
     last_top1_error: float = math.inf
     last_top5_error: float = math.inf
+    skipped_steps: int = 0  # left out, as their loss or gradient was not finite
 
     def finish_epoch(self, val: Score) -> bool:
         """Note an epoch's validation errors and go on to the next; return whether none before was better."""
@@ -85,6 +86,19 @@ class Weights:
         load_weights(self._network, state, "the checkpoint")
 
 
+class OptimizerState:
+    """An optimiser as a part of a run's state; see `optim.load_state`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_state(self._optimizer, state)
+
+
 class Run:
     """One run on this rank.
 
@@ -114,10 +128,11 @@ class Run:
         self.progress, self.history = Progress(), History(config, world.size)
         self.epoch_metrics, self.window_metrics = MetricAccumulator(world), MetricAccumulator(world)
         self._spread = initial_spread(self.network)
-        self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json")
+        skips = config.train.not_finite == "skip"
+        self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json", skips)
         self.parts: dict[str, Stateful] = {
             "model": Weights(self.network),
-            "optimizer": self.optimizer,
+            "optimizer": OptimizerState(self.optimizer),
             "scaler": self.scaler,
             "progress": self.progress,
             "epoch_metrics": self.epoch_metrics,
@@ -161,6 +176,8 @@ class Run:
             last_batch=loader.global_batch(loader.steps_per_epoch - 1),
             spread=self._spread,
             decayed=decayed_parameters(self.optimizer),
+            changed=tuple(key for segment in self.history.segments for key in segment.changed),
+            skipped_steps=self.progress.skipped_steps,
         )
 
     @property
@@ -213,6 +230,11 @@ class Run:
                     f"cannot resume {self.dir}: its checkpoint has no '{name}', which this configuration needs"
                 )
             part.load_state_dict(state[name])
+        if self.is_complete and changed:
+            raise UserError(
+                f"{self.dir} is complete ({self.progress.epoch} epochs), and nothing is left to train with another "
+                f"{', '.join(changed)}: give more optim.epochs (--train.change optim.epochs), or another --run_dir"
+            )
         self.history.begin(self.done_steps, self.progress.epoch, self.config, self.world.size, changed)
 
     def count(self, outcomes: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:

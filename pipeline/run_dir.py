@@ -18,7 +18,12 @@ STATUS = "status.json"  # how far the run is, written with each checkpoint
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` so far; one that is being written, was cut short or damaged is passed over."""
     file = run_dir / RECORDS
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
     return [record for line in lines if (record := _record(line))]
 
 
@@ -77,8 +82,12 @@ def replace_text(file: Path, text: str) -> None:
     """Write a small file of the run so that others read it whole or as it was; `UserError` if that fails."""
     temporary = file.with_suffix(".tmp")
     with io_as_user_error(file.parent):
-        temporary.write_text(text)
-        os.replace(temporary, file)
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -89,5 +98,5 @@ def io_as_user_error(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"cannot write the run directory {run_dir} ({error.strerror}): make room, or set --run_dir; "
-            "the checkpoints in it are as they were"
+            "the checkpoints in it are whole"
         ) from None

@@ -60,10 +60,11 @@ def dry_run(config: Config) -> str:
     with init_distributed(config.train.device) as world:
         run = Run(config, world)
         create_hooks(run)
-        if found := world.broadcast_from_rank0(lambda: find_checkpoint(run.dir)):
+        found = world.broadcast_from_rank0(lambda: find_checkpoint(run.dir))
+        if found:
             run.load_state_dict(found.state)
         next(run.train_loader.batches(epoch=0))
-        warnings = [f"warning: {line}" for line in (warnings_of(run) if world.is_main else [])]
+        warnings = [f"warning: {line}" for line in (warnings_of(run, found) if world.is_main else [])]
         return "\n".join([to_yaml(config), run.description(), *warnings])
 
 
@@ -149,6 +150,7 @@ class Trainer:
             run.scaler.step(run.optimizer)
             run.scaler.update()
         run.optimizer.zero_grad()
+        run.progress.skipped_steps += skipped
         return StepResult(images, rate, norm, logged, last, skipped)
 
     def validate(self) -> Score:
@@ -164,8 +166,9 @@ class Trainer:
         )
         if evaluation.not_finite and not self.skipper:
             raise UserError(
-                f"after epoch {run.progress.epoch} the answers to {evaluation.not_finite} validation images are not finite: "
-                "lower optim.lr with --train.change optim.lr, or count them as wrong with --train.not_finite skip"
+                f"the answers to {evaluation.not_finite} validation images are not finite: put best.pt in the place of last.pt "
+                f"in {run.dir}/checkpoints and start again with a lower optim.lr and --train.change optim.lr, or count them "
+                "as wrong with --train.not_finite skip"
             )
         return evaluation.score
 

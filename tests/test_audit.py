@@ -99,6 +99,8 @@ MEASURED = Measured(
         ),
         ({"last_batch": 0}, "last, smaller batch of an epoch", "0 of its 143 images"),
         ({"spread": 0.7}, "initial weights of convolutions: standard deviation", "0.7 sqrt(2 / fan-out)"),
+        ({"changed": ("optim.lr",)}, "fields changed on the way", "optim.lr"),
+        ({"skipped_steps": 2}, "steps left out", "2"),
         ({"decayed": (121, 364)}, "weight decay applies to", "121 of 364 tensors"),
     ],
 )

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, last_state, records, weights
 from training_hooks import InterruptAfter, InterruptionError
@@ -13,6 +12,9 @@ from training_hooks import InterruptAfter, InterruptionError
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.errors import UserError
+from pipeline.evaluation import evaluate
+from pipeline.hooks import Hook
+from pipeline.run import Run
 from pipeline.run_dir import STATUS
 
 
@@ -127,9 +129,11 @@ def test_fields_that_a_checkpoint_lacks_are_compared_with_their_defaults(tmp_pat
 def test_a_field_is_changed_on_purpose_and_the_history_tells(tmp_path, capsys):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
     with pytest.raises(UserError, match=r"optim.epochs was 1 and is now 3; .*--train.change optim.epochs"):
-        trainer.fit(small_config(tmp_path, optim={"epochs": 3}))
+        trainer.fit(small_config(tmp_path, optim={"epochs": 3, "milestones": []}))
     more = small_config(
-        tmp_path, optim={"epochs": 3, "lr": 0.01}, train={"change": ["optim.epochs", "optim.lr"], "log_every": 1}
+        tmp_path,
+        optim={"epochs": 3, "lr": 0.01, "milestones": []},
+        train={"change": "optim.epochs,optim.lr", "log_every": 1},
     )
     assert trainer.fit(more).epoch == 3
     changes = ["from epoch 1, step 4 of the run on, optim.epochs is 3; before, 1"]
@@ -138,18 +142,27 @@ def test_a_field_is_changed_on_purpose_and_the_history_tells(tmp_path, capsys):
     audit = (tmp_path / "audit.md").read_text()
     assert all(said.count(change) >= 2 for change in changes)  # at the start and in the summary
     assert all(f"- {change}" in audit for change in changes)
-    assert {r["train/learning_rate"] for r in records(more) if "train/loss" in r and r["step"] > 8} == {0.01 * 0.1}
+    assert {r["train/learning_rate"] for r in records(more) if "train/loss" in r and r["step"] > 8} == {0.01}
     trainer.fit(more)  # again, nothing is new
     assert len(last_state(more)["history"]["segments"]) == 2
-    with pytest.raises(UserError, match="train.change: there is no field 'optim.rate'"):
-        trainer.fit(small_config(tmp_path, optim={"epochs": 3, "lr": 0.01}, train={"change": ["optim.rate"]}))
-    with pytest.raises(UserError, match="train.change: a run with another model.name is another run"):
-        trainer.fit(small_config(tmp_path, optim={"epochs": 3, "lr": 0.01}, train={"change": ["model.name"]}))
+    with pytest.raises(UserError, match=r"train.change: there is no field 'optim.lrr' \(did you mean 'optim.lr'\?\)"):
+        small_config(tmp_path, train={"change": "optim.lr,optim.lrr"})
+    for key in ("model.name", "optim.batch_size"):
+        with pytest.raises(UserError, match=f"train.change: a run with another {key} is another run"):
+            trainer.fit(
+                small_config(tmp_path, optim={"epochs": 3, "lr": 0.01, "milestones": []}, train={"change": key})
+            )
+    with pytest.raises(
+        UserError, match=r"is complete \(3 epochs\), and nothing is left to train with another optim.lr"
+    ):
+        trainer.fit(
+            small_config(tmp_path, optim={"epochs": 3, "lr": 0.5, "milestones": []}, train={"change": "optim.lr"})
+        )
 
 
 def test_the_audit_tells_every_layout_that_a_run_had(tmp_path):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
-    words = {"epochs": 2, "grad_accum_steps": 2}
+    words = {"epochs": 2, "grad_accum_steps": 2, "milestones": []}
     config = small_config(tmp_path, optim=words, train={"allow_world_size_change": True, "change": ["optim.epochs"]})
     trainer.fit(config)
     audit = (tmp_path / "audit.md").read_text()
@@ -169,7 +182,7 @@ def test_a_run_whose_loss_was_not_finite_resumes_with_what_the_advice_names(tmp_
     assert trainer.fit(lower).epoch == 2
 
 
-class Spike(trainer.Hook):
+class Spike(Hook):
     """Makes the images of one step infinite."""
 
     def __init__(self, step: int):
@@ -206,16 +219,84 @@ def test_a_run_that_only_leaves_out_steps_stops(tmp_path):
         trainer.fit(config, hooks=[Spikes(0)])
 
 
-def test_answers_that_are_not_finite_stop_a_run_or_count_as_wrong(tmp_path):
-    class Spoil(trainer.Hook):
-        def on_step(self, trainer, result):
-            if result.last:
-                with torch.no_grad():
-                    trainer.run.network.get_buffer("features.norm5.running_var").fill_(float("nan"))
+class SpoilValidation(Hook):
+    """Makes the network's answers no numbers, after the last checkpoint before a validation."""
 
-    config = small_config(tmp_path / "stop", optim={"epochs": 1}, train={"checkpoint_every": 1})
-    with pytest.raises(UserError, match="not finite"):
-        trainer.fit(config, hooks=[Spoil()])
+    def on_evaluation_batch(self, trainer):
+        if trainer.run.progress.step:
+            trainer.run.network.get_buffer("features.norm5.running_var").fill_(float("nan"))
+
+
+def test_answers_that_are_not_finite_stop_a_run(tmp_path):
+    config = small_config(tmp_path, optim={"epochs": 1})
+    with pytest.raises(
+        UserError, match=r"the answers to 11 validation images are not finite: put best.pt in the place of"
+    ):
+        trainer.fit(config, hooks=[SpoilValidation()])
+
+
+def test_answers_that_are_not_finite_count_as_wrong(tmp_path):
+    config = small_config(tmp_path, optim={"epochs": 1})
+    with trainer.init_distributed("cpu") as world:
+        run = Run(config, world)
+        run.network.get_buffer("features.norm5.running_var").fill_(float("nan"))
+        found = evaluate(run.network, run.val_loader, world)
+    assert found.not_finite == 11 and (found.top5 == -1).all() and found.score.top5_correct == 0
+
+
+def test_every_hyperparameter_that_is_changed_on_purpose_trains(tmp_path):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
+    fields = {"epochs": 2, "milestones": [], "momentum": 0.5, "weight_decay": 0.0, "nesterov": False}
+    change = [f"optim.{name}" for name in ("epochs", "momentum", "weight_decay", "nesterov")]
+    seen = []
+
+    class Look(Hook):
+        def on_step(self, trainer, result):
+            seen.append(
+                {key: trainer.run.optimizer.param_groups[0][key] for key in ("momentum", "weight_decay", "nesterov")}
+            )
+
+    trainer.fit(small_config(tmp_path, optim=fields, train={"change": change}), hooks=[Look()])
+    assert seen[-1] == {"momentum": 0.5, "weight_decay": 0.0, "nesterov": False}
+    assert "| fields changed on the way " in (tmp_path / "audit.md").read_text()
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "bf16")])
+def test_the_precision_is_changed_on_purpose(tmp_path, before, after):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}, train={"precision": before}))
+    train = {"precision": after, "change": "train.precision,optim.epochs"}
+    config = small_config(tmp_path, optim={"epochs": 2, "milestones": []}, train=train)
+    assert trainer.fit(config).epoch == 2
+
+
+def test_all_that_has_changed_is_refused_at_once(tmp_path):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
+    with pytest.raises(
+        UserError,
+        match=r"optim.epochs was 1 and is now 3; optim.lr was 0.1 and is now 0.3; optim.milestones was  and is now 1; "
+        r"put it back, change it on purpose with --train.change optim.epochs,optim.lr,optim.milestones",
+    ):
+        trainer.fit(small_config(tmp_path, optim={"epochs": 3, "lr": 0.3}))
+
+
+def test_a_link_to_nowhere_is_not_a_run_that_never_was(finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.unlink()
+    last.symlink_to(tmp_path / "elsewhere" / "last.pt")
+    with pytest.raises(UserError, match="cannot read the checkpoint .*last.pt: No such file"):
+        trainer.fit(config)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_too(tmp_path):
+    class Burst(Hook):
+        def on_batch(self, trainer, batch):
+            if trainer.run.done_steps == 1:
+                trainer.run.network.get_parameter("classifier.bias").grad[0] = float("inf")
+
+    config = small_config(tmp_path, optim={"epochs": 1}, train={"not_finite": "skip"})
+    assert trainer.fit(config, hooks=[Burst()]).skipped_steps == 1
+    assert all(value.isfinite().all() for value in weights(config).values())
 
 
 def test_several_ranks_agree_on_a_damaged_checkpoint(tmp_path):

@@ -81,7 +81,7 @@ class Records(Hook):
 
     def _begin_window(self, trainer: Training) -> None:
         self._window_start, self._window_images = time.perf_counter(), 0
-        trainer.seconds.clear()
+        trainer.seconds["data"] = 0.0
 
     def _announce_dense_block(self, trainer: Training) -> None:
         """Say which implementation of the dense block is at work, and again if that changes."""
@@ -110,6 +110,7 @@ class Records(Hook):
             "speed/checkpoint_seconds": trainer.seconds["checkpoint"],
             "memory/peak_gib": peak_memory(run.world.device) / 2**30,
         }
+        trainer.seconds["checkpoint"] = 0.0
         trainer.monitor.scalars(run.done_steps, run.progress.epoch, values)
         trainer.monitor.say(
             f"epoch {run.progress.epoch} step {run.progress.step}/{run.train_loader.steps_per_epoch}: "
