@@ -305,7 +305,7 @@ def stop_by_signal(testbed: Testbed, tries: int) -> Outcome:
             return False
         left = run.output().count("interrupted: rank") == RANKS
         if code != 0 and not (left and (target == "torchrun" or "exitcode  : 75" in run.output())):
-            raise FaultError(f"{target} was struck, but not all ranks left as they should: {run.output()[-3000:]}")
+            raise FaultError(f"{target} struck, but not all ranks left as they should: {run.output()[-3000:]}")
         return code != 0
 
     return _strike_again_and_again(testbed, tries, strike)
@@ -331,7 +331,7 @@ def stop_while_starting(testbed: Testbed, tries: int) -> Outcome:
             return False if code != 0 else None
         left = output.count("interrupted: rank") == RANKS
         if code == 0 or not left or not (target == "torchrun" or "exitcode  : 75" in output):
-            raise FaultError(f"{target} was struck, but not all ranks left as they should: {output[-3000:]}")
+            raise FaultError(f"{target} struck, but not all ranks left as they should: {output[-3000:]}")
         return True
 
     return _strike_again_and_again(testbed, tries, strike)
@@ -353,7 +353,7 @@ def stop_after_the_last_step(testbed: Testbed, tries: int) -> Outcome:
             if struck:
                 break
             shutil.rmtree(run_dir)  # it was too late
-        print(f"  {target} was struck, exit code {code}", flush=True)
+        print(f"  struck: {target}, exit code {code}", flush=True)
         before, complete = _results(run_dir), _is_complete(run_dir)
         testbed.finish(run_dir)
         return complete and _results(run_dir) == before, run_dir
