@@ -8,7 +8,7 @@ from conftest import run_module, small_config
 
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from tools.lab.chaos import same_bits
+from tools.lab.chaos import files_in, same_bits
 
 
 @pytest.mark.slow
@@ -51,3 +51,25 @@ def test_a_difference_of_one_bit_or_record_is_noticed(tmp_path, two_runs, change
         (tmp_path / "b" / "metrics.jsonl").write_text("".join(lines + lines[-1:]))
     folder.save(state, best=False)
     assert same_bits(tmp_path / "a", tmp_path / "b") == (change == "none")
+
+
+@pytest.mark.parametrize("change", ["none", "lock", "emptied", "renamed", "new", "link"])
+def test_a_file_that_a_refused_start_changes_is_noticed(tmp_path, change):
+    (tmp_path / "checkpoints").mkdir()
+    last, records = tmp_path / "checkpoints" / "last.pt", tmp_path / "metrics.jsonl"
+    last.symlink_to("/proc/self/mem")  # as a read error is made; it cannot be read here either
+    for file in (records, tmp_path / "lock"):
+        file.write_text("content")
+    before = files_in(tmp_path)
+    if change == "lock":
+        (tmp_path / "lock").write_text("another process")
+    elif change == "emptied":
+        records.write_text("")
+    elif change == "renamed":
+        last.rename(last.with_suffix(".damaged"))
+    elif change == "new":
+        (tmp_path / "checkpoints" / "last.tmp").touch()
+    elif change == "link":
+        last.unlink()
+        last.symlink_to("elsewhere")
+    assert (files_in(tmp_path) == before) == (change in ("none", "lock"))

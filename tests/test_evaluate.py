@@ -290,12 +290,15 @@ def five_outputs(network, tmp_path_factory):
     return folder.best
 
 
-@pytest.mark.parametrize("outputs", ["all", "present"])
-def test_images_of_a_part_of_the_classes(image_folders, five_outputs, tmp_path, evaluated, outputs):
+@pytest.mark.parametrize(
+    ("outputs", "ranks"), [("all", 1), ("present", 1), pytest.param("present", 2, marks=pytest.mark.slow)]
+)
+def test_images_of_a_part_of_the_classes(image_folders, five_outputs, tmp_path, evaluated, outputs, ranks):
     """Both choices of outputs are told; everything else is of the one that was asked for."""
     names, present = ["class0", "absent1", "class1", "absent3", "class2"], [0, 2, 4]
-    words = ["--outputs", outputs] if outputs == "present" else []
-    printed = evaluated(five_outputs, "--data", image_folders, "--report", tmp_path, *words)
+    words = [five_outputs, "--data", image_folders, "--report", tmp_path]
+    words += ["--outputs", outputs] if outputs == "present" else []
+    printed = evaluated(*words) if ranks == 1 else run_module("tools.evaluate", *words, ranks=ranks).stdout
     (result,) = json.loads((tmp_path / "report.json").read_text())["evaluations"]
     logits = np.load(tmp_path / f"{result['name']}.npy")
     labels = [present[k] for k in scan_classes(image_folders / "val").labels]

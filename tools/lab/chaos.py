@@ -44,6 +44,7 @@ STRIKES_A_RUN = 5
 HANG_SECONDS = 10
 TORCHRUN_PATIENCE = 40  # seconds that torchrun gives a rank which does not react, and some
 PATIENCE = 180  # seconds for whatever a run should do soon
+TRAINS = "(what a batch-norm statistic sees)"  # what a run prints when its ranks have met and are about to train
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -95,7 +96,7 @@ class Run:
 
     def wait_for_training(self) -> bool:
         """Wait until the ranks have met and are about to train; False if the run ends before."""
-        if not self.wait_until(lambda: "(what a batch-norm statistic sees)" in self.output()):
+        if not self.wait_until(lambda: TRAINS in self.output()):
             return False
         self.ranks = _ranks_below(self.process.pid)
         return len(self.ranks) == RANKS
@@ -202,10 +203,10 @@ class Testbed:
 
     def is_refused(self, run_dir: Path, reason: str) -> bool:
         """Start the run; whether it ends with exit code 2 and `reason` in its output, and leaves every file as it was."""
-        before = _files(run_dir)
+        before = files_in(run_dir)
         with self.start(run_dir) as run:
             code, output = run.end(), run.output()
-        return code != 0 and reason in output and "exitcode  : 2 (" in output and _files(run_dir) == before
+        return code != 0 and reason in output and "exitcode  : 2 (" in output and files_in(run_dir) == before
 
     def interrupted(self, saves: int) -> Path:
         """The directory of a run that was told to stop after a few checkpoints."""
@@ -229,6 +230,15 @@ def same_bits(run_dir: Path, other: Path) -> bool:
     a, b = (load_checkpoint(CheckpointFolder(folder / "checkpoints").last) for folder in (run_dir, other))
     states = all(_equal(a[part], b[part]) for part in ("model", "optimizer", "scaler", "progress"))
     return states and _records(run_dir) == _records(other)
+
+
+def files_in(folder: Path) -> dict[Path, bytes | str]:
+    """What is in a run directory, but for its lock, which names the last process that held it."""
+    return {
+        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+        if path.name != "lock"
+    }
 
 
 def kill_a_rank(testbed: Testbed, tries: int) -> Outcome:
@@ -295,7 +305,7 @@ def stop_by_signal(testbed: Testbed, tries: int) -> Outcome:
             return False
         left = run.output().count("interrupted: rank") == RANKS
         if code != 0 and not (left and (target == "torchrun" or "exitcode  : 75" in run.output())):
-            raise FaultError(f"{target} was struck, but not all ranks left as they should: {run.output()[-3000:]}")
+            raise FaultError(f"{target} struck, but not all ranks left as they should: {run.output()[-3000:]}")
         return code != 0
 
     return _strike_again_and_again(testbed, tries, strike)
@@ -312,6 +322,8 @@ def stop_while_starting(testbed: Testbed, tries: int) -> Outcome:
             return False
         if not run.wait_for_handlers():
             return None
+        if TRAINS in run.output():
+            raise FaultError("the ranks heard no signal before they trained")
         time.sleep(testbed.random.uniform(0, testbed.seconds_to_start))
         target = _stop(testbed, run)
         code, output = run.end(), run.output()
@@ -319,7 +331,7 @@ def stop_while_starting(testbed: Testbed, tries: int) -> Outcome:
             return False if code != 0 else None
         left = output.count("interrupted: rank") == RANKS
         if code == 0 or not left or not (target == "torchrun" or "exitcode  : 75" in output):
-            raise FaultError(f"{target} was struck, but not all ranks left as they should: {output[-3000:]}")
+            raise FaultError(f"{target} struck, but not all ranks left as they should: {output[-3000:]}")
         return True
 
     return _strike_again_and_again(testbed, tries, strike)
@@ -341,7 +353,7 @@ def stop_after_the_last_step(testbed: Testbed, tries: int) -> Outcome:
             if struck:
                 break
             shutil.rmtree(run_dir)  # it was too late
-        print(f"  {target} was struck, exit code {code}", flush=True)
+        print(f"  struck: {target}, exit code {code}", flush=True)
         before, complete = _results(run_dir), _is_complete(run_dir)
         testbed.finish(run_dir)
         return complete and _results(run_dir) == before, run_dir
@@ -665,19 +677,10 @@ def _is_complete(run_dir: Path) -> bool:
         return False
 
 
-def _files(folder: Path) -> dict[Path, bytes | str]:
-    """What is in a run directory, but for its lock, which names the last process that held it."""
-    return {
-        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
-        for path in folder.rglob("*")
-        if path.name != "lock"
-    }
-
-
 def _results(run_dir: Path) -> dict[Path, bytes | str]:
     """The checkpoints, records and status of a run."""
     kept = ("checkpoints", RECORDS, STATUS)
-    return {path: content for path, content in _files(run_dir).items() if path.relative_to(run_dir).parts[0] in kept}
+    return {path: content for path, content in files_in(run_dir).items() if path.relative_to(run_dir).parts[0] in kept}
 
 
 def _with_a_bit_flipped(random: random.Random, content: bytes) -> bytes:
