@@ -53,7 +53,9 @@ def network(image_folders):
 @pytest.fixture(scope="module")
 def checkpoint(network, tmp_path_factory):
     folder = CheckpointFolder(tmp_path_factory.mktemp("checkpoint"))
-    config = small_config("unused", data={"crop_size": 32, "resize_size": 36, "loader": "auto"})
+    config = small_config(
+        "unused", model={"name": "densenet_bc40_k12"}, data={"crop_size": 32, "resize_size": 36, "loader": "auto"}
+    )
     state = {
         "model": network.state_dict(),
         "config": dataclasses.asdict(config),
@@ -283,7 +285,9 @@ def five_outputs(network, tmp_path_factory):
     for name in ("classifier.weight", "classifier.bias"):
         state[name] = mixed @ state[name]
     folder = CheckpointFolder(tmp_path_factory.mktemp("five"))
-    config = small_config("unused", data={"crop_size": 32, "resize_size": 36, "loader": "auto"})
+    config = small_config(
+        "unused", model={"name": "densenet_bc40_k12"}, data={"crop_size": 32, "resize_size": 36, "loader": "auto"}
+    )
     tree = dataclasses.asdict(config) | {"published": {"source": "someone", "top1": 12.5}}
     classes = ["class0", "absent1", "class1", "absent3", "class2"]
     folder.save({"model": state, "config": tree, "classes": classes}, best=True)

@@ -11,6 +11,7 @@ from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import (
     assert_equal_weights,
     assert_no_doubles_on_the_board,
+    board_files_in_order,  # noqa: F401 - a fixture for every test
     comparable_records,
     last_state,
     records,
