@@ -60,8 +60,8 @@ class ModelConfig:
     """Probability of dropping a unit after every convolution but the first (the paper: 0.2 without augmentation)."""
     dense_block: Annotated[str, AfterValidator(_name_of_today)] = "auto"
     """How our DenseNets compute: auto, eager, or a name in pipeline/models/backends.py. eager: module by module;
-    memory_efficient: shared statistics, less memory; fused: C++ kernels for CPU; auto: fused where it can be, else eager.
-    All give the same result up to rounding."""
+    memory_efficient: shared statistics, less memory; fused: C++ kernels for CPU (not fp16); auto: fused where it can be,
+    else eager. All give the same result up to rounding."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Blocks whose bottlenecks memory_efficient and fused compute again in the backward pass, for less memory."""
 

@@ -1,5 +1,6 @@
 """The benchmark as a user runs it, its arithmetic, and what it refuses to compare."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,11 +16,13 @@ from tools.lab import benchmark
 from tools.lab.benchmark import (
     MODELS,
     PEERS,
+    TASKS,
     Implementation,
     Workload,
     create_timm,
     create_torchvision,
     main,
+    prepare,
     time_implementations,
 )
 from tools.lab.benchmark_report import BASELINE, growth, summarise
@@ -77,6 +80,20 @@ def test_the_files_can_be_read(monkeypatch, tmp_path, capsys, one_core, task):
     for name in (f"benchmark-{task}.png", f"benchmark-{task}-growth.png"):
         with Image.open(tmp_path / name) as image:
             assert np.asarray(image.convert("L")).std() > 10
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_in_bf16_all_run_under_the_same_autocast(one_core, task):
+    names = [BASELINE, "torchvision channels_last", "eager", "fused"]
+    workload = dataclasses.replace(WORKLOAD, task=task, precision="bf16", batch_size=8)
+    rows, left_out = time_implementations(workload, names, repeats=1)
+    assert [row["implementation"] for row in rows] == names and not left_out
+    for name in names:
+        network, run = prepare(workload, name)
+        seen = set()
+        network.features.register_forward_hook(lambda module, inputs, output, seen=seen: seen.add(output.dtype))
+        run()
+        assert seen == {torch.bfloat16}, name
 
 
 def test_ratios_are_to_the_peer_with_the_smallest_median():
@@ -149,7 +166,7 @@ def test_an_implementation_that_computes_in_another_way_is_left_out(monkeypatch,
         (["step", "--models", "densenet40_k12"], "--models: invalid choice: 'densenet40_k12'"),
         (["step", "--batch-sizes", "16", "0"], "--batch-sizes: a positive number is needed (got '0')"),
         (["step", "--size", "48"], "--size 48: densenet121 needs 64 pixels or more"),
-        (["step", "--precisions", "int8"], "--precisions: invalid choice: 'int8'"),
+        (["step", "--precision", "int8"], "--precision/--precisions: invalid choice: 'int8'"),
         (
             ["inference", "--implementations", "fused, checkpointing all"],
             "--implementations: 'fused, checkpointing all' takes no part in inference",

@@ -294,12 +294,12 @@ def test_synchronised_batch_norms_go_through_the_modules():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_memory_efficient_under_autocast_is_as_near_to_float64_as_eager(dtype):
-    """The kernels have no autocast: asked for them, a network takes memory_efficient."""
+    """The kernels have no float16: asked for them, a network takes memory_efficient."""
     exact = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="eager")).double()
     images, labels = batch(16, 12, 12)
     expected = backward(copy.deepcopy(exact), images, labels)
     errors = {}
-    for method in ("eager", "memory_efficient", "fused"):
+    for method in ("eager", "memory_efficient", *["fused"] * (dtype is torch.float16)):
         network = create_model("densenet_bc40_k12", CLASSES, dense_block=method)
         network.load_state_dict(exact.state_dict())
         with torch.autocast("cpu", dtype=dtype):
@@ -309,7 +309,7 @@ def test_memory_efficient_under_autocast_is_as_near_to_float64_as_eager(dtype):
         wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
         errors[method] = ((gradients - wanted).norm() / wanted.norm()).item()
         assert network.selection.method == ("eager" if method == "eager" else "memory_efficient")
-    assert errors["memory_efficient"] == errors["fused"] <= 1.1 * errors["eager"]
+    assert errors.get("fused", errors["memory_efficient"]) == errors["memory_efficient"] <= 1.1 * errors["eager"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch calls it deprecated

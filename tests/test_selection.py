@@ -292,9 +292,12 @@ def test_weights_in_channels_last_order_are_fused():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda n: n.features.denseblock1.half(), "the kernels take all in float32 or all in float64"),
+        (lambda n: n.features.denseblock1.half(), "the kernels have no float16"),
         (lambda n: n.features.denseblock2.to("meta"), "denseblock2.denselayer1.norm1.weight is on meta"),
-        (lambda n: n.features.norm5.float(), "the kernels take all in float32 or all in float64"),
+        (
+            lambda n: n.features.norm5.float(),
+            "the kernels take images and parameters in float32, in float64 or in bfloat16",
+        ),
     ],
     ids=["dtype", "device", "dtype of norm5"],
 )
@@ -474,7 +477,8 @@ def momentum(network: nn.Module) -> None:
         (lambda n: n.eval(), lambda n: n.train()),
         (lambda n: setattr(layer(n).conv2, "forward", layer(n).conv2.forward), lambda n: delattr(layer(n).conv2, "forward")),
         (lambda n: setattr(n, "features", copy.deepcopy(n.features).to("meta")), None),
-        (lambda n: n.bfloat16(), lambda n: n.float()),
+        (lambda n: n.half(), lambda n: n.float()),
+        (lambda n: n.bfloat16(), lambda n: n.float()),  # of which the images are not
     ],
 )  # fmt: skip
 def test_a_change_is_noticed_at_the_next_pass_and_so_is_its_end(change, back):
@@ -500,8 +504,10 @@ def test_the_circumstances_of_a_pass_are_noticed():
     assert selected() == "eager (gradients in evaluation mode)"
     with torch.no_grad():
         assert selected() == "fused"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert selected() == "fused"
         with torch.autocast("cpu", torch.float16):
-            assert selected().startswith("eager (")
+            assert selected() == "eager (the kernels have no float16)"
         assert selected() == "fused"
     network.dense_block = "eager"
     assert selected() == "eager"

@@ -1,10 +1,14 @@
 """The fused dense block: C++ kernels for CPU that compute batch norm and ReLU inside the convolutions.
 
+In float32, float64 or bfloat16. The latter is mixed precision, as under torch's autocast: maps and their gradients are in
+bfloat16, parameters, their gradients, statistics and sums in float32.
+
 It keeps for the backward pass: the maps of a block once, their batch statistics, and each bottleneck's output unless
 that is recomputed. The formulas are in kernels/ALGEBRA.md.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from pipeline.models import kernels
-from pipeline.models.kernels import BatchNorm, call, vector_lanes
+from pipeline.models.kernels import BatchNorm, call, computing_dtype, vector_lanes
 from pipeline.models.stage import (
     Stage,
     TrackedBatchNorm,
@@ -32,9 +36,7 @@ _empty = functools.partial(torch.empty, device="cpu")  # whatever the default de
 def unsupported(features: nn.Module, x: Tensor) -> str:
     if x.device.type != "cpu":
         return "the kernels are for CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "the kernels have no autocast"
-    dtypes = {x.dtype}
+    dtypes = set()
     for name, tensor in (*features.named_parameters(), *features.named_buffers()):
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}"
@@ -46,27 +48,45 @@ def unsupported(features: nn.Module, x: Tensor) -> str:
             return f"{name} is a negated view"
         if tensor.is_floating_point() or tensor.is_complex():
             dtypes.add(tensor.dtype)
-    if len(dtypes) > 1 or not dtypes <= kernels.SUFFIXES.keys():
-        return "the kernels take all in float32 or all in float64"
-    return kernels.unavailable_reason() or ""
+    return _unsupported_dtypes(x.dtype, dtypes) or kernels.unavailable_reason() or ""
+
+
+def _unsupported_dtypes(images: torch.dtype, parameters: set[torch.dtype]) -> str:
+    autocast = torch.is_autocast_enabled("cpu")
+    if torch.float16 in parameters or (autocast and torch.get_autocast_dtype("cpu") is torch.float16):
+        return "the kernels have no float16"
+    if autocast and images is not torch.float64 and parameters in ({torch.float32}, {torch.bfloat16}):
+        return ""  # the first convolution gives maps in bfloat16
+    if autocast or parameters != {images} or images not in kernels.SUFFIXES:
+        return "the kernels take images and parameters in float32, in float64 or in bfloat16"
+    return ""
 
 
 def stem(x: Tensor, norm: TrackedBatchNorm) -> Tensor:
-    return _Stem.apply(x.contiguous(memory_format=torch.channels_last), norm, norm.weight, norm.bias)
+    dtype = computing_dtype(x.dtype)
+    return _Stem.apply(
+        x.contiguous(memory_format=torch.channels_last), norm, norm.weight.to(dtype), norm.bias.to(dtype)
+    )
 
 
 def stage(x: Tensor, stage: Stage) -> Tensor:
     keep = torch.is_grad_enabled() and not stage.recompute
-    return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *stage.parameters)
+    parameters = [parameter.to(computing_dtype(x.dtype)) for parameter in stage.parameters]
+    return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *parameters)
+
+
+def _gradients_by_definition(eager: Callable[..., Tensor], gradient: Tensor, x: Tensor, *arguments: Any) -> list[Any]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype is torch.bfloat16, cache_enabled=False):
+        return gradients_by_definition(eager, gradient, x, *arguments)
 
 
 class _Stem(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, norm: TrackedBatchNorm, gamma: Tensor, beta: Tensor) -> Tensor:
         images, channels, height, width = y.shape
-        mean, variance = norm.running_mean, norm.running_var
+        mean, variance = norm.running_mean.to(gamma.dtype), norm.running_var.to(gamma.dtype)
         if norm.training:
-            mean, variance = _empty(2, channels, dtype=y.dtype)
+            mean, variance = _empty(2, channels, dtype=gamma.dtype)
             pixels = images * height * width
             call("copy_and_measure", y.dtype, y, pixels, channels, None, 0, mean, variance)
             update_running_statistics(norm, mean, variance, pixels)
@@ -86,7 +106,7 @@ class _Stem(Function):
             saved.contiguous(memory_format=torch.channels_last) for saved in (y, argmax)
         )  # hooks may change it
         if torch.is_grad_enabled():
-            dy, *others = gradients_by_definition(eager_stem, gradient, y, ctx.norm, (gamma, beta))
+            dy, *others = _gradients_by_definition(eager_stem, gradient, y, ctx.norm, (gamma, beta))
             return dy, None, *others
         images, channels, height, width = y.shape
         gradient = gradient.contiguous(memory_format=torch.channels_last)
@@ -105,14 +125,15 @@ class _Stage(Function):
         dtype, sizes = x.dtype, _Sizes(x, stage)
         images, height, width, pixels = sizes.images, sizes.height, sizes.width, sizes.pixels
         maps = _empty(pixels, sizes.row, dtype=dtype)
-        mean, variance = _empty(2, sizes.channels_out, dtype=dtype)
+        mean, variance = _empty(2, sizes.channels_out, dtype=computing_dtype(dtype))
         training = stage.norm.training
 
         def batch_norm(
             norm: TrackedBatchNorm, batch_mean: Tensor, batch_variance: Tensor, gamma: Tensor, beta: Tensor
         ) -> BatchNorm:
             if not training:
-                return BatchNorm(norm.running_mean, norm.running_var, gamma, beta, norm.eps)
+                running = norm.running_mean.to(gamma.dtype), norm.running_var.to(gamma.dtype)
+                return BatchNorm(*running, gamma, beta, norm.eps)
             channels = norm.num_features
             update_running_statistics(norm, batch_mean[:channels], batch_variance[:channels], pixels)
             return BatchNorm(batch_mean, batch_variance, gamma, beta, norm.eps)
@@ -127,7 +148,7 @@ class _Stage(Function):
             gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
             if keep or bottleneck is None:
                 bottleneck = _empty(pixels, sizes.bottleneck_row, dtype=dtype)
-            mean2, variance2 = _empty(2, sizes.bottleneck, dtype=dtype)
+            mean2, variance2 = _empty(2, sizes.bottleneck, dtype=mean.dtype)
             weight2 = weight2.permute(2, 3, 1, 0).contiguous()
             call(
                 "bottleneck_forward", dtype, maps, sizes.row, pixels, channels,
@@ -163,13 +184,13 @@ class _Stage(Function):
             saved[6 + 8 * layers :],
         )
         if torch.is_grad_enabled():
-            dx, *others = gradients_by_definition(eager_stage, gradient, x, stage, parameters)
+            dx, *others = _gradients_by_definition(eager_stage, gradient, x, stage, parameters)
             return dx, None, None, *others
         dtype, sizes = x.dtype, _Sizes(x, stage)
         images, height, width, pixels, growth = sizes.images, sizes.height, sizes.width, sizes.pixels, sizes.growth
         gradients = [torch.empty_like(parameter) for parameter in parameters]
         for i in range(5, len(parameters), 6):  # the kernel writes 3x3 weights as [3][3][in][out]
-            gradients[i] = _empty(3, 3, sizes.bottleneck, sizes.growth, dtype=x.dtype).permute(3, 2, 0, 1)
+            gradients[i] = _empty(3, 3, sizes.bottleneck, sizes.growth, dtype=mean.dtype).permute(3, 2, 0, 1)
         map_gradient = torch.empty_like(maps)
         # The sums over pixels of map_gradient, and of it times (x - mean), of each map.
         map_sum, map_centred_sum = _empty(2, sizes.channels_out, dtype=torch.float64)

@@ -97,9 +97,12 @@ def gradients_by_definition(
 def update_running_statistics(norm: TrackedBatchNorm, mean: Tensor, variance: Tensor, pixels: int) -> None:
     """What a batch norm does in training; `variance` is the biased one."""
     with torch.no_grad():
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        unbiased = variance.to(norm.running_var.dtype) * (pixels / (pixels - 1))
-        norm.running_var.lerp_(unbiased, norm.momentum)
+        for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (pixels / (pixels - 1)))):
+            if running.dtype == batch.dtype:
+                running.lerp_(batch, norm.momentum)
+            else:  # rounded once, to what is stored
+                wide = torch.promote_types(running.dtype, batch.dtype)
+                running.copy_(running.to(wide).lerp_(batch.to(wide), norm.momentum))
         norm.num_batches_tracked.add_(1)
 
 

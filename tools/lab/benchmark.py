@@ -371,12 +371,14 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--batch-sizes", nargs="+", type=positive_integer, metavar="N", default=[16], help="[16]")
     parser.add_argument(
+        "--precision",
         "--precisions",
         nargs="+",
         choices=TOLERANCES,
         metavar="NAME",
         default=["fp32"],
-        help="fp32, bf16 (autocast) [fp32]",
+        dest="precisions",
+        help="fp32, bf16 (all implementations under the same autocast), or both [fp32]",
     )
     parser.add_argument("--size", type=positive_integer, metavar="PIXELS", help="[224, or 32 for the CIFAR networks]")
     parser.add_argument(

@@ -19,16 +19,17 @@ from torch import Tensor
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
-SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
+SUFFIXES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}  # of maps
 
 # The arguments of each kernel in dense_block.cpp after the number of threads. A word NAME is an integer; NAME:KIND(SIZES)
 # a tensor, where SIZES are expressions of the integers. With a question mark, None may stand for it. KIND is
-#   rows       a matrix with so many rows and columns at least, and from one row to the next LD elements, as in
+#   rows       in the dtype of the maps: a matrix with so many rows and columns at least, and from one row to the next LD
+#              elements, as in
 #              rows(ROWS,COLUMNS)/LD; images (N, C, H, W) in channels-last order have a row a pixel
-#   flat       so many numbers side by side, in the order of the tensor's indices: parameters and batch statistics
+#   flat       in the computing dtype: so many numbers side by side, in the order of the tensor's indices
 #   sums       the same in float64
 #   bytes      images in channels-last order, in uint8
-#   norm       a `BatchNorm` of so many channels
+#   norm       a `BatchNorm` of so many channels in the computing dtype
 # `padded` rounds up to whole vectors.
 SIGNATURES = {
     "copy_and_measure": (
@@ -215,9 +216,14 @@ def _as_matrix(tensor: Tensor) -> tuple[int, int, int]:
     return 0, 0, -1
 
 
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the parameters, statistics and sums, for maps of `dtype`."""
+    return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
 def vector_lanes(dtype: torch.dtype) -> int:
-    """Elements of a vector register: rows of intermediate matrices are a multiple of it."""
-    return ctypes.c_long.in_dll(load(), "vector_bytes").value // dtype.itemsize
+    """Numbers in a vector register, for maps of `dtype`: rows of intermediate matrices are a multiple of it."""
+    return ctypes.c_long.in_dll(load(), "vector_bytes").value // computing_dtype(dtype).itemsize
 
 
 @functools.cache
@@ -258,7 +264,7 @@ def load() -> ctypes.CDLL:
 @functools.cache
 def _function(kernel: str, dtype: torch.dtype) -> tuple[list[_Parameter], Any]:
     """The parameters of a kernel for maps of this dtype, and it as a function."""
-    lanes = vector_lanes(dtype)
+    lanes, dtypes = vector_lanes(dtype), {"rows": dtype, "sums": torch.float64, "bytes": torch.uint8}
     names = [word.split(":")[0] for word in SIGNATURES[kernel].split()]
     parameters = []
     for word in SIGNATURES[kernel].split():
@@ -271,7 +277,7 @@ def _function(kernel: str, dtype: torch.dtype) -> tuple[list[_Parameter], Any]:
                 name=f"{kernel}'s {name}",
                 kind=kind or "int",
                 optional=word.endswith("?"),
-                dtype={"sums": torch.float64, "bytes": torch.uint8}.get(kind, dtype),
+                dtype=dtypes.get(kind, computing_dtype(dtype)),
                 sizes=eval(expression, {"padded": lambda n: -(-n // lanes) * lanes}),
             )
         )

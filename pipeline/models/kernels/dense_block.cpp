@@ -2,11 +2,12 @@
 //
 // Activations are channels-last, [pixels][channels], the pixels those of all images. A block keeps its input and all
 // its new maps in one matrix x [pixels][ldx]; a layer reads the first columns and writes the next ones. ALGEBRA.md
-// beside this file has the formulas. Every kernel exists for float and double; leading dimensions `ld` count
-// elements. Intermediate matrices (a bottleneck's output, gradients of new maps) have rows of whole vectors.
+// beside this file has the formulas. Every kernel exists for maps in float, double and bfloat16 (S) and computes in float
+// or double (T): statistics, parameters and their gradients are in T, sums over pixels in double. Leading dimensions `ld`
+// count elements. Intermediate matrices (a bottleneck's output, gradients of new maps) have rows of whole vectors.
 
 #include <cmath>
-#include <cstdint>
+#include <type_traits>
 
 #include "parallel.h"
 #include "winograd.h"
@@ -85,8 +86,8 @@ void parameter_gradients(const BatchNorm<T>& norm, const std::vector<BackwardSum
 }
 
 // out[:, :channels] = x [pixels][channels], with the mean and variance of each channel; either may be null.
-template <class T>
-void copy_and_measure(long threads, const T* x, long pixels, long channels, T* out, long ldout, T* mean, T* variance) {
+template <class T, class S>
+void copy_and_measure(long threads, const S* x, long pixels, long channels, S* out, long ldout, T* mean, T* variance) {
   std::vector<Moments<T>> moments(threads, Moments<T>(channels));
   parallel(threads, [&](int thread, int all) {
     const Range range = share(pixels, thread, all);
@@ -99,33 +100,40 @@ void copy_and_measure(long threads, const T* x, long pixels, long channels, T* o
   if (mean) write_moments(moments, mean, variance);
 }
 
-// b [pixels][padded width] = relu(norm(x[:, :channels])) weight', with the mean and variance of its columns if mean is
-// not null. weight: [width][channels].
-template <class T>
-void bottleneck_forward(long threads, const T* x, long ldx, long pixels, long channels, const BatchNorm<T>* norm,
-                        const T* weight, long width, T* b, T* mean, T* variance) {
-  const long ldb = padded<T>(width), lda = padded<T>(channels) + LANES<T>, tile = tile_rows<T>(channels);
+// b [pixels][padded width] = relu(norm(x[:, :channels])) weight', with the mean and variance of its columns, before they
+// are rounded to S, if mean is not null. weight: [width][channels].
+template <class T, class S>
+void bottleneck_forward(long threads, const S* x, long ldx, long pixels, long channels, const BatchNorm<T>* norm,
+                        const T* weight, long width, S* b, T* mean, T* variance) {
+  constexpr bool ROUNDED = !std::is_same_v<S, T>;
+  const long ldb = padded<T>(width), lda = padded<T>(channels) + VECTOR_BYTES / sizeof(Element<S>);
+  const long depth = operands<S>(channels), tile = tile_rows<T>(channels);
   const Affine<T> normalise(*norm, channels);
-  Buffer<T> panels(channels * ldb);
+  Buffer<Operand<S>> panels(depth * ldb);
   std::vector<Moments<T>> moments(threads, Moments<T>(width));
-  PerThread<Buffer<T>> activations(threads, tile * lda);
+  PerThread<Buffer<Element<S>>> activations(threads, tile * lda);
+  PerThread<Buffer<T>> products(threads, ROUNDED ? tile * ldb : 0);
   parallel(threads, [&](int thread, int all) {
-    const Range packed = share(channels, thread, all), range = share(pixels, thread, all);
-    pack<T>(channels, width, NR, packed.begin, packed.end, panels,
+    const Range packed = share(depth, thread, all), range = share(pixels, thread, all);
+    pack<S>(channels, width, NR, packed.begin, packed.end, panels,
             [&](long c, long k) { return weight[k * channels + c]; });
     wait_for_all_threads();
-    T* a = activations[thread];
+    Element<S>* a = activations[thread];
     for (long begin = range.begin; begin < range.end; begin += tile) {
       const long rows = std::min(tile, range.end - begin);
       for (long r = 0; r < rows; r++) {
-        const T* pixel = x + (begin + r) * ldx;
-        T* out = a + r * lda;
-        for (long c = 0; c < channels; c += LANES<T>) store(out + c, relu<T>(normalise(c, load(pixel + c))));
+        const S* pixel = x + (begin + r) * ldx;
+        store_all(a + r * lda, padded<T>(channels),
+                  [&](long c) { return relu<T>(normalise(c, load(pixel + c, channels - c))); });
       }
       Prefetch ahead(x + (begin + tile) * ldx, std::min(tile, range.end - begin - tile), channels, ldx);
       ahead.over(register_tiles<T>(rows, width));
-      multiply<T>(rows, width, channels, a, lda, panels, b + begin * ldb, ldb, ahead);
-      if (mean) moments[thread].add(b + begin * ldb, ldb, rows);
+      T* c;
+      if constexpr (ROUNDED) c = products[thread];
+      else c = b + begin * ldb;
+      multiply(rows, width, depth, as_operands<S>(a), lda / PER_OPERAND<S>, panels + 0, c, ldb, ahead);
+      if (mean) moments[thread].add(c, ldb, rows);
+      if constexpr (ROUNDED) store_all(b + begin * ldb, rows * ldb, [&](long i) { return load(c + i); });
     }
   });
   if (mean) write_moments(moments, mean, variance);
@@ -133,35 +141,47 @@ void bottleneck_forward(long threads, const T* x, long ldx, long pixels, long ch
 
 // The way back from dz, the gradient of norm2(b), to the layer's input: adds gamma1 dz1 to g[:, :channels]. sum2 and
 // centred_sum2 are those of dz; map_sum and map_centred_sum take in those of g.
-template <class T>
-void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, long width, const BatchNorm<T>* norm2,
-                         const double* sum2, const double* centred_sum2, T* dgamma2, T* dbeta2, const T* x, T* g,
+template <class T, class S>
+void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, long width, const BatchNorm<T>* norm2,
+                         const double* sum2, const double* centred_sum2, T* dgamma2, T* dbeta2, const S* x, S* g,
                          long ldx, long channels, const BatchNorm<T>* norm1, const T* weight, T* dweight, T* dgamma1,
                          T* dbeta1, double* map_sum, double* map_centred_sum) {
-  constexpr long PANEL = NR_TRANSPOSED * LANES<T>, TILE = 24 * MR;
+  constexpr long P = PER_OPERAND<S>, VECTORS = NR_TRANSPOSED * P, PANEL = VECTORS * LANES<T>, TILE = 24 * MR;
   const long ldb = padded<T>(width), columns = padded<T>(channels), width_rows = round_up(width, MR_TRANSPOSED);
+  const long depth = operands<S>(width), db_size = TILE * std::max(ldb, width_rows);
   const NormBackward<T> norm_backward(*norm2, sum2, centred_sum2, pixels, width);
   parameter_gradients(*norm2, sum2, centred_sum2, width, dgamma2, dbeta2);
   const Affine<T> normalise(*norm1, channels);
   const Padded<T> gamma(norm1->gamma, channels), mean(norm1->mean, channels);
-  Buffer<T> panels(width * columns), dweights(threads * width_rows * columns);
+  Buffer<Operand<S>> panels(depth * columns);
+  Buffer<T> dweights(threads * width_rows * columns);
   std::vector<BackwardSums<T>> sums(threads, BackwardSums<T>(channels));
-  PerThread<Buffer<T>> db_of(threads, TILE * std::max(ldb, width_rows)), a_of(threads, TILE * PANEL);
+  PerThread<Buffer<Element<S>>> db_of(threads, db_size);
+  // For dweight, whose sum is over pixels: db with two pixels in a pair, and a.
+  PerThread<Buffer<Operand<S>>> db_pairs_of(threads, IN_PAIRS<S> ? db_size / 2 : 0), a_of(threads, TILE / P * PANEL);
   PerThread<Buffer<T>> da_of(threads, TILE * PANEL);
   parallel(threads, [&](int thread, int all) {
-    const Range packed = share(width, thread, all), range = share(pixels, thread, all);
-    pack<T>(width, channels, NR_TRANSPOSED, packed.begin, packed.end, panels,
+    const Range packed = share(depth, thread, all), reduced = share(width, thread, all);
+    const Range range = share(pixels, thread, all);
+    pack<S>(width, channels, VECTORS, packed.begin, packed.end, panels,
             [&](long k, long c) { return weight[k * channels + c]; });
     T* dw = dweights + thread * width_rows * columns;
     std::fill_n(dw, width_rows * columns, T(0));
     wait_for_all_threads();
-    T *db = db_of[thread], *a = a_of[thread], *da = da_of[thread];
+    Element<S>* db = db_of[thread];
+    Operand<S>*db_pairs = db_pairs_of[thread], *a = a_of[thread];
+    T* da = da_of[thread];
     for (long begin = range.begin; begin < range.end; begin += TILE) {
       const long rows = std::min(TILE, range.end - begin);
-      for (long r = 0; r < rows; r++)
+      for (long r = 0; r < rows; r += P)
         for (long k = 0; k < ldb; k += LANES<T>) {
-          const long i = (begin + r) * ldb + k;
-          store(db + r * ldb + k, norm_backward(k, load(dz + i), load(b + i)));
+          Vector<T> v[P] = {};
+          for (long p = 0; p < std::min(P, rows - r); p++) {
+            const long i = (begin + r + p) * ldb + k;
+            v[p] = norm_backward(k, load(dz + i, width - k), load(b + i, width - k));
+            store(db + (r + p) * ldb + k, v[p]);
+          }
+          if constexpr (IN_PAIRS<S>) store<Pair>(db_pairs + r / 2 * ldb + k, as_pairs(v[0], v[1]));
         }
       for (long j = 0; j < channels; j += PANEL) {
         const long panel = std::min(PANEL, columns - j);
@@ -172,26 +192,32 @@ void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, lon
         Prefetch x_ahead(x + next, coming, PANEL, ldx), g_ahead(g + next, coming, PANEL, ldx);
         x_ahead.over(TILE / MR);
         g_ahead.over(width_rows / MR_TRANSPOSED);
-        multiply_panel<T>(rows, panel / LANES<T>, width, db, ldb, panels + j * width, da, panel, x_ahead);
+        multiply_panel(rows, panel / LANES<T>, depth, as_operands<S>(db), ldb / P, panels + j * depth, da, panel, x_ahead);
         for (long c = 0; c < panel; c += LANES<T>) {
           const Vector<T> gain = load(gamma + j + c), centre = load(mean + j + c);
           Vector<T> sum = {}, centred_sum = {};
-          for (long r = 0; r < rows; r++) {
-            const long i = (begin + r) * ldx + j + c;
-            const Vector<T> value = load(x + i), z = normalise(j + c, value);
-            const Vector<T> dz1 = relu_backward<T>(z, load(da + r * panel + c));
-            store(a + r * panel + c, relu<T>(z));
-            store(g + i, load(g + i) + gain * dz1);
-            sum += dz1;
-            centred_sum += dz1 * (value - centre);
+          for (long r = 0; r < rows; r += P) {
+            Vector<T> v[P] = {};
+            for (long p = 0; p < std::min(P, rows - r); p++) {
+              const long i = (begin + r + p) * ldx + j + c;
+              const Vector<T> value = load(x + i), z = normalise(j + c, value);
+              const Vector<T> dz1 = relu_backward<T>(z, load(da + (r + p) * panel + c));
+              v[p] = relu<T>(z);
+              store(g + i, load(g + i) + gain * dz1);
+              sum += dz1;
+              centred_sum += dz1 * (value - centre);
+            }
+            if constexpr (IN_PAIRS<S>) store<Pair>(a + r / 2 * panel + c, as_pairs(v[0], v[1]));
+            else store(a + r * panel + c, v[0]);
           }
           sums[thread].add(j + c, sum, centred_sum);
         }
-        multiply_transposed<T>(width, panel, rows, db, ldb, a, panel, dw + j * width_rows, panel, g_ahead);
+        multiply_transposed(width, panel, operands<S>(rows), IN_PAIRS<S> ? db_pairs : as_operands<S>(db), ldb,
+                            a, panel, dw + j * width_rows, panel, g_ahead);
       }
     }
     wait_for_all_threads();
-    for (long k = packed.begin; k < packed.end; k++)
+    for (long k = reduced.begin; k < reduced.end; k++)
       for (long j = 0; j < channels; j += PANEL) {
         const long panel = std::min(PANEL, columns - j);
         for (long c = j; c < std::min(j + panel, channels); c++) {
@@ -204,48 +230,50 @@ void bottleneck_backward(long threads, const T* dz, const T* b, long pixels, lon
   parameter_gradients(*norm1, sums, channels, dgamma1, dbeta1, map_sum, map_centred_sum);
 }
 
-// Rows of pixels relu(norm(b)), [width][padded channels].
-template <class T> struct NormalisedRow {
-  const T* b;
-  long width, ld;
+// Rows of pixels relu(norm(b)), [width][padded channels], filled up with zeros.
+template <class T, class S> struct NormalisedRow {
+  const S* b;
+  long width, channels;
   const Affine<T>& normalise;
 
   void operator()(long row, T* out) const {
-    const T* in = b + row * width * ld;
+    const long ld = padded<T>(channels);
+    const S* in = b + row * width * ld;
     for (long i = 0; i < width * ld; i += ld)
-      for (long c = 0; c < ld; c += LANES<T>) store(out + i + c, relu<T>(normalise(c, load(in + i + c))));
+      for (long c = 0; c < ld; c += LANES<T>) store(out + i + c, relu<T>(normalise(c, load(in + i + c, channels - c))));
   }
 };
 
 // The pixels of rows [begin, end) of tiles.
-template <class T> Prefetch pixels_of(const Tiles& tiles, long begin, long end, const T* b, long ldb) {
+template <class S> Prefetch pixels_of(const Tiles& tiles, long begin, long end, const S* b, long ldb) {
   const long length = tiles.width * ldb;
   return Prefetch(b + tiles.pixel_row(begin) * length, 2 * (end - begin), length, length);
 }
 
-// out[:, :growth] = the 3x3 convolution of relu(norm(b)), with the mean and variance of its columns if mean is not null.
-// weight: [3][3][channels][growth].
-template <class T>
-void conv3x3_forward(long threads, const T* b, long images, long height, long width, long channels,
-                     const BatchNorm<T>* norm, const T* weight, long growth, T* out, long ldout, T* mean, T* variance) {
+// out[:, :growth] = the 3x3 convolution of relu(norm(b)), with the mean and variance of its columns, before they are
+// rounded to S, if mean is not null. weight: [3][3][channels][growth].
+template <class T, class S>
+void conv3x3_forward(long threads, const S* b, long images, long height, long width, long channels,
+                     const BatchNorm<T>* norm, const T* weight, long growth, S* out, long ldout, T* mean, T* variance) {
   const Tiles tiles{images, height, width};
-  const long ldb = padded<T>(channels);
+  const long ldb = padded<T>(channels), ldg = padded<T>(growth), depth = operands<S>(channels);
   const Affine<T> normalise(*norm, channels);
-  Buffer<T> weights(FREQUENCIES * channels * padded<T>(growth));
+  Buffer<Operand<S>> weights(FREQUENCIES * depth * ldg);
   std::vector<Moments<T>> moments(threads, Moments<T>(growth));
-  PerThread<ConvolveScratch<T>> scratch(threads, tiles, channels, growth);
+  PerThread<ConvolveScratch<T, S>> scratch(threads, tiles, channels, growth);
   parallel(threads, [&](int thread, int all) {
-    const Range packed = share(channels, thread, all);
-    transform_weights<T>(weight, false, channels, growth, packed.begin, packed.end, weights);
+    const Range packed = share(depth, thread, all), range = share(tiles.rows(), thread, all);
+    transform_weights<T, S>(weight, false, channels, growth, packed.begin, packed.end, weights);
     wait_for_all_threads();
-    const Range range = share(tiles.rows(), thread, all);
-    convolve<T>(tiles, range, channels, growth, weights, scratch[thread],
-                NormalisedRow<T>{b, width, ldb, normalise}, [&](long row, const T* values) {
-                  for (long x = 0; x < width; x++)
-                    copy(values + x * padded<T>(growth), growth, out + (row * width + x) * ldout);
-                  if (mean) moments[thread].add(values, padded<T>(growth), width);
-                },
-                [&](long begin, long end) { return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb); });
+    convolve<T, S>(
+        tiles, range, channels, growth, weights, scratch[thread], NormalisedRow<T, S>{b, width, channels, normalise},
+        [&](long row, const T* values) {
+          for (long x = 0; x < width; x++)
+            for (long c = 0; c < growth; c += LANES<T>)
+              store(out + (row * width + x) * ldout + c, load(values + x * ldg + c), growth - c);
+          if (mean) moments[thread].add(values, ldg, width);
+        },
+        [&](long begin, long end) { return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb); });
   });
   if (mean) write_moments(moments, mean, variance);
 }
@@ -253,31 +281,36 @@ void conv3x3_forward(long threads, const T* b, long images, long height, long wi
 // The way back through the 3x3 convolution and the ReLU before it: dweight, and the masked gradient dz of norm(b) with
 // its sums over pixels. gradient: [pixels][padded growth]; weight: [3][3][growth][channels]; dweight:
 // [3][3][channels][growth].
-template <class T>
-void conv3x3_backward(long threads, const T* b, long images, long height, long width, long channels,
-                      const BatchNorm<T>* norm, const T* weight, long growth, const T* gradient, T* dz, T* dweight,
+template <class T, class S>
+void conv3x3_backward(long threads, const S* b, long images, long height, long width, long channels,
+                      const BatchNorm<T>* norm, const T* weight, long growth, const S* gradient, S* dz, T* dweight,
                       double* sum, double* centred_sum) {
   const Tiles tiles{images, height, width};
   const long ldb = padded<T>(channels), ldg = padded<T>(growth), matrix = round_up(channels, MR_TRANSPOSED) * ldg;
+  const long depth = operands<S>(growth);
   const Affine<T> normalise(*norm, channels);
   const Padded<T> mean(norm->mean, channels);
-  Buffer<T> weights(FREQUENCIES * growth * padded<T>(channels)), dweights(threads * FREQUENCIES * matrix);
+  Buffer<Operand<S>> weights(FREQUENCIES * depth * ldb);
+  Buffer<T> dweights(threads * FREQUENCIES * matrix);
   std::vector<BackwardSums<T>> sums(threads, BackwardSums<T>(channels));
-  PerThread<WeightGradientScratch<T>> weight_scratch(threads, tiles, channels, growth);
-  PerThread<ConvolveScratch<T>> scratch(threads, tiles, growth, channels);
+  PerThread<WeightGradientScratch<T, S>> weight_scratch(threads, tiles, channels, growth);
+  PerThread<ConvolveScratch<T, S>> scratch(threads, tiles, growth, channels);
   parallel(threads, [&](int thread, int all) {
-    const Range packed = share(growth, thread, all), range = share(tiles.rows(), thread, all);
-    transform_weights<T>(weight, true, growth, channels, packed.begin, packed.end, weights);
+    const Range packed = share(depth, thread, all), range = share(tiles.rows(), thread, all);
+    transform_weights<T, S>(weight, true, growth, channels, packed.begin, packed.end, weights);
     T* dw = dweights + thread * FREQUENCIES * matrix;
     std::fill_n(dw, FREQUENCIES * matrix, T(0));
     wait_for_all_threads();
-    convolve_backward_weights<T>(tiles, range, channels, growth, weight_scratch[thread],
-                                 NormalisedRow<T>{b, width, ldb, normalise}, gradient, dw, [&](long begin, long end) {
-                                   return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb);
-                                 });
-    convolve<T>(
+    convolve_backward_weights<T, S>(
+        tiles, range, channels, growth, weight_scratch[thread], NormalisedRow<T, S>{b, width, channels, normalise},
+        gradient, dw,
+        [&](long begin, long end) { return pixels_of(tiles, end, std::min(2 * end - begin, range.end), b, ldb); });
+    convolve<T, S>(
         tiles, range, growth, channels, weights, scratch[thread],
-        [&](long row, T* out) { std::copy_n(gradient + row * width * ldg, width * ldg, out); },
+        [&](long row, T* out) {
+          for (long i = row * width * ldg; i < (row + 1) * width * ldg; i += ldg, out += ldg)
+            for (long c = 0; c < ldg; c += LANES<T>) store(out + c, load(gradient + i + c, growth - c));
+        },
         [&](long row, const T* values) {
           for (long c = 0; c < channels; c += LANES<T>) {
             Vector<T> row_sum = {}, row_centred_sum = {};
@@ -308,9 +341,9 @@ void conv3x3_backward(long threads, const T* b, long images, long height, long w
 }
 
 // The gradient of maps whose consumers are all done: out [pixels][ldout], filled up with zeros.
-template <class T>
-void finish_gradient(long threads, const T* g, const T* x, long ldx, long pixels, long channels,
-                     const BatchNorm<T>* norm, const double* map_sum, const double* map_centred_sum, T* out,
+template <class T, class S>
+void finish_gradient(long threads, const S* g, const S* x, long ldx, long pixels, long channels,
+                     const BatchNorm<T>* norm, const double* map_sum, const double* map_centred_sum, S* out,
                      long ldout) {
   constexpr long AHEAD = 16;  // rows
   const NormBackward<T> norm_backward(*norm, map_sum, map_centred_sum, pixels, channels);
@@ -328,9 +361,9 @@ void finish_gradient(long threads, const T* g, const T* x, long ldx, long pixels
 
 // out [pixels / (side_y side_x)][channels] = the average of relu(norm(x)) over rectangles; what is left over at the
 // bottom and on the right is left out.
-template <class T>
-void pool_forward(long threads, const T* x, long ldx, long images, long height, long width, long channels,
-                  const BatchNorm<T>* norm, long side_y, long side_x, T* out) {
+template <class T, class S>
+void pool_forward(long threads, const S* x, long ldx, long images, long height, long width, long channels,
+                  const BatchNorm<T>* norm, long side_y, long side_x, S* out) {
   const long rows = height / side_y, columns = width / side_x;
   const Affine<T> normalise(*norm, channels);
   const T factor = T(1) / (side_y * side_x);
@@ -338,7 +371,7 @@ void pool_forward(long threads, const T* x, long ldx, long images, long height, 
     const Range range = share(images * rows * columns, thread, all);
     for (long q = range.begin; q < range.end; q++) {
       const long image = q / (rows * columns), row = q / columns % rows, column = q % columns;
-      const T* first = x + ((image * height + row * side_y) * width + column * side_x) * ldx;
+      const S* first = x + ((image * height + row * side_y) * width + column * side_x) * ldx;
       for (long c = 0; c < channels; c += LANES<T>) {
         Vector<T> sum = {};
         for (long i = 0; i < side_y; i++)
@@ -350,9 +383,9 @@ void pool_forward(long threads, const T* x, long ldx, long images, long height, 
 }
 
 // The way back: writes g = gamma dz, zero where no rectangle lies, and its sums over pixels.
-template <class T>
-void pool_backward(long threads, const T* x, T* g, long ldx, long images, long height, long width, long channels,
-                   const BatchNorm<T>* norm, long side_y, long side_x, const T* gradient, T* dgamma, T* dbeta,
+template <class T, class S>
+void pool_backward(long threads, const S* x, S* g, long ldx, long images, long height, long width, long channels,
+                   const BatchNorm<T>* norm, long side_y, long side_x, const S* gradient, T* dgamma, T* dbeta,
                    double* map_sum, double* map_centred_sum) {
   const long rows = height / side_y, columns = width / side_x;
   const Affine<T> normalise(*norm, channels);
@@ -363,10 +396,10 @@ void pool_backward(long threads, const T* x, T* g, long ldx, long images, long h
     const Range range = share(images * height, thread, all);
     for (long line = range.begin; line < range.end; line++) {
       const long image = line / height, row = line % height / side_y;
-      T* out = g + line * width * ldx;
+      S* out = g + line * width * ldx;
       const long covered = row < rows ? columns * side_x : 0;
-      for (long column = covered; column < width; column++) std::fill_n(out + column * ldx, channels, T(0));
-      const T* pooled = gradient + (image * rows + row) * columns * channels;
+      for (long column = covered; column < width; column++) std::fill_n(out + column * ldx, channels, S{});
+      const S* pooled = gradient + (image * rows + row) * columns * channels;
       for (long c = 0; c < channels && covered; c += LANES<T>) {
         Vector<T> sum = {}, centred_sum = {};
         for (long column = 0; column < covered; column++) {
@@ -391,9 +424,9 @@ void pool_backward(long threads, const T* x, T* g, long ldx, long images, long h
 constexpr int NO_WINNER = 255;  // no pixel of the window is above zero
 
 // out = 3x3 max pooling, stride 2, padding 1, of relu(norm(y)); argmax: which of the nine pixels gave it.
-template <class T>
-void stem_forward(long threads, const T* y, long images, long height, long width, long channels,
-                  const BatchNorm<T>* norm, T* out, uint8_t* argmax) {
+template <class T, class S>
+void stem_forward(long threads, const S* y, long images, long height, long width, long channels,
+                  const BatchNorm<T>* norm, S* out, uint8_t* argmax) {
   const long rows = (height + 1) / 2, columns = (width + 1) / 2;
   const Affine<T> normalise(*norm, channels);
   parallel(threads, [&](int thread, int all) {
@@ -419,38 +452,44 @@ void stem_forward(long threads, const T* y, long images, long height, long width
 }
 
 // dy, from the gradient of the pooled maps.
-template <class T>
-void stem_backward(long threads, const T* y, long images, long height, long width, long channels,
-                   const BatchNorm<T>* norm, const T* gradient, const uint8_t* argmax, T* dy, T* dgamma, T* dbeta) {
+template <class T, class S>
+void stem_backward(long threads, const S* y, long images, long height, long width, long channels,
+                   const BatchNorm<T>* norm, const S* gradient, const uint8_t* argmax, S* dy, T* dgamma,
+                   T* dbeta) {
   const long rows = (height + 1) / 2, columns = (width + 1) / 2, pixels = images * height * width;
   std::vector<std::vector<double>> sums(threads, std::vector<double>(2 * channels));
-  std::vector<std::vector<T>> line_sums(threads, std::vector<T>(2 * channels));
   std::vector<double> sum(channels), centred_sum(channels);
+  const Padded<T> mean(norm->mean, channels);
+  typedef int8_t Bytes __attribute__((vector_size(LANES<T>)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
+  typedef Integer Mask __attribute__((vector_size(VECTOR_BYTES)));
   parallel(threads, [&](int thread, int all) {
     const Range range = share(images * height, thread, all);
-    T *line_sum = line_sums[thread].data(), *line_centred_sum = line_sum + channels;
     for (long line = range.begin; line < range.end; line++) {
       const long image = line / height, i = line % height;
-      std::fill_n(line_sum, 2 * channels, T(0));
-      for (long j = 0; j < width; j++) {
-        T* d = dy + (line * width + j) * channels;
-        std::fill_n(d, channels, T(0));
-        // The windows that contain this pixel: rows row with 2 row - 1 <= i <= 2 row + 1, columns likewise.
-        for (long row = i / 2; row <= std::min((i + 1) / 2, rows - 1); row++)
-          for (long column = j / 2; column <= std::min((j + 1) / 2, columns - 1); column++) {
-            const long q = ((image * rows + row) * columns + column) * channels;
-            const uint8_t position = (i - 2 * row + 1) * 3 + j - 2 * column + 1;
-            for (long c = 0; c < channels; c++) d[c] += argmax[q + c] == position ? gradient[q + c] : T(0);
-          }
-        const T* pixel = y + (line * width + j) * channels;
-        for (long c = 0; c < channels; c++) {
-          line_sum[c] += d[c];
-          line_centred_sum[c] += d[c] * (pixel[c] - norm->mean[c]);
+      for (long c = 0; c < channels; c += LANES<T>) {
+        const long count = std::min(LANES<T>, channels - c);
+        Vector<T> line_sum = {}, line_centred_sum = {};
+        for (long j = 0; j < width; j++) {
+          Vector<T> d = {};
+          // The windows that contain this pixel: rows row with 2 row - 1 <= i <= 2 row + 1, columns likewise.
+          for (long row = i / 2; row <= std::min((i + 1) / 2, rows - 1); row++)
+            for (long column = j / 2; column <= std::min((j + 1) / 2, columns - 1); column++) {
+              const long q = ((image * rows + row) * columns + column) * channels + c;
+              Bytes winner = {};
+              std::memcpy(&winner, argmax + q, count);
+              const Bytes wins = winner == int8_t((i - 2 * row + 1) * 3 + j - 2 * column + 1);
+              d += __builtin_convertvector(wins, Mask) ? load(gradient + q, count) : Vector<T>{};
+            }
+          const long k = (line * width + j) * channels + c;
+          store(dy + k, d, count);
+          line_sum += d;
+          line_centred_sum += d * (load(y + k, count) - load(mean + c));
         }
-      }
-      for (long c = 0; c < channels; c++) {
-        sums[thread][c] += line_sum[c];
-        sums[thread][channels + c] += line_centred_sum[c];
+        for (long k = 0; k < count; k++) {
+          sums[thread][c + k] += line_sum[k];
+          sums[thread][channels + c + k] += line_centred_sum[k];
+        }
       }
     }
   });
@@ -482,9 +521,10 @@ template <class... Arguments, void (*kernel)(Arguments...)> struct Exported<kern
 
 }  // namespace dense
 
-#define EXPORT(kernel)                                                    \
-  auto kernel##_float32 = dense::Exported<dense::kernel<float>>::call;    \
-  auto kernel##_float64 = dense::Exported<dense::kernel<double>>::call;
+#define EXPORT(kernel)                                                          \
+  auto kernel##_float32 = dense::Exported<dense::kernel<float, float>>::call;   \
+  auto kernel##_float64 = dense::Exported<dense::kernel<double, double>>::call; \
+  auto kernel##_bfloat16 = dense::Exported<dense::kernel<float, dense::bf16>>::call;
 
 EXPORT(copy_and_measure)
 EXPORT(bottleneck_forward)

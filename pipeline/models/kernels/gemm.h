@@ -1,31 +1,17 @@
-// Vectors of the machine's width, and the matrix products of which every kernel here is made.
+// The matrix products of which every kernel here is made.
 //
-// Written with the vector extensions of GCC and Clang, so that one source serves AVX-512, AVX2, SSE and NEON. The
-// names are the usual ones of matrix products: a micro-kernel computes a register tile of MR rows by NR vectors of
+// The names are the usual ones of matrix products: a micro-kernel computes a register tile of MR rows by NR vectors of
 // columns; the right-hand matrix is packed into panels of NR vectors. The depth is not cut (there is no KC): it is at
 // most a few thousand channels.
+//
+// A product multiplies operands. In float and double an operand is a number. In bfloat16 it is a pair of numbers that
+// follow each other in the summed dimension, where the processor multiplies pairs (AVX512_BF16) and adds in float; else it
+// is a float, and bfloat16 is a format of storage alone. The depth of a product counts operands.
 #pragma once
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-#include <algorithm>
-#include <cstring>
+#include "simd.h"
 
 namespace dense {
-
-static_assert(sizeof(long) == 8 && sizeof(void*) == 8, "sizes and offsets are long, which must have 64 bits");
-
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, REGISTERS = 32;
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, REGISTERS = 16;
-#elif defined(__aarch64__)
-constexpr int VECTOR_BYTES = 16, REGISTERS = 32;
-#else
-constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
-#endif
 
 // A register tile has MR x NR vectors of accumulators. Beside them, registers hold NR vectors of the panel and one
 // broadcast element.
@@ -33,61 +19,79 @@ constexpr int MR = 6, NR = REGISTERS == 32 ? 4 : 2;
 // The same where the left-hand matrix is transposed, so that its MR elements lie side by side in memory.
 constexpr int MR_TRANSPOSED = 8, NR_TRANSPOSED = REGISTERS == 32 ? 2 : 1;
 
-template <class T> struct Simd {
-  typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
-  typedef T Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
-  static constexpr long LANES = VECTOR_BYTES / sizeof(T);
+typedef uint32_t Pair;  // of bfloat16: the first in the lower half
+
+// For maps stored in S: in what the left-hand matrix is written, and what is multiplied.
+template <class S> struct Operands {
+  typedef S Element, Operand;
 };
-template <class T> using Vector = typename Simd<T>::Vector;
-template <class T> constexpr long LANES = Simd<T>::LANES;
-
-inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
-template <class T> long padded(long channels) { return round_up(channels, LANES<T>); }
-
-template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p); }
-template <class T> inline void store(T* p, Vector<T> v) { *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v; }
-
-// The first `count` lanes of a vector, if it is that short; a load leaves zero in the others. Memory beyond is not touched.
-template <class T> inline Vector<T> load(const T* p, long count) {
-  if (count >= LANES<T>) return load(p);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((1u << count) - 1, p);
-  if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd((1u << count) - 1, p);
+#if defined(__AVX512BF16__)
+template <> struct Operands<bf16> {
+  typedef bf16 Element;
+  typedef Pair Operand;
+};
+#else
+template <> struct Operands<bf16> {
+  typedef float Element, Operand;
+};
 #endif
-  Vector<T> v = {};
-  std::memcpy(&v, p, count * sizeof(T));
-  return v;
-}
-template <class T> inline void store(T* p, Vector<T> v, long count) {
-  if (count >= LANES<T>) return store(p, v);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << count) - 1, v);
-  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, (1u << count) - 1, v);
-#endif
-  std::memcpy(p, &v, count * sizeof(T));
-}
-template <class T> inline void copy(const T* from, long count, T* to) {
-  for (long i = 0; i < count; i += LANES<T>) store(to + i, load(from + i, count - i), count - i);
+template <class S> using Element = typename Operands<S>::Element;
+template <class S> using Operand = typename Operands<S>::Operand;
+template <class S> constexpr long PER_OPERAND = sizeof(Operand<S>) / sizeof(Element<S>);  // elements: 1 or 2
+template <class S> constexpr bool IN_PAIRS = PER_OPERAND<S> == 2;
+
+// Operands that hold so many elements; the last one is filled up with a zero.
+template <class S> long operands(long depth) { return (depth + PER_OPERAND<S> - 1) / PER_OPERAND<S>; }
+
+// The operand of elements element(0) and, where it is a pair, element(1).
+template <class S, class ElementAt> inline Operand<S> operand(ElementAt element) {
+  if constexpr (IN_PAIRS<S>) return narrow(element(0)) >> 16 | narrow(element(1));
+  else return element(0);
 }
 
-// As torch's: a NaN passes, in both directions.
-template <class T> inline Vector<T> relu(Vector<T> z) { return z < 0 ? Vector<T>{} : z; }
-template <class T> inline Vector<T> relu_backward(Vector<T> z, Vector<T> gradient) {
-  return z <= 0 ? Vector<T>{} : gradient;
+template <class S> inline const Operand<S>* as_operands(const Element<S>* p) {
+  return reinterpret_cast<const Operand<S>*>(p);
 }
+
+template <class T> inline Vector<T> multiply_add(T element, Vector<T> row, Vector<T> sum) { return sum + element * row; }
+#if defined(__AVX512BF16__)
+inline Vector<float> multiply_add(Pair element, Words row, Vector<float> sum) {
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(Words{} + element), (__m512bh)row);
+}
+
+// A vector of pairs (first, second) from two rows that follow each other in the summed dimension.
+inline Words as_pairs(Vector<float> first, Vector<float> second) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Words)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+
+// Rows [rows][ld] as operands of a product over the rows: two rows become one of pairs, an odd last one with zeros.
+inline void pair_rows(const bf16* in, long rows, long ld, Pair* out) {
+  constexpr long N = LANES<float>;
+  for (long r = 0; r < rows; r += 2)
+    for (long c = 0; c < ld; c += N) {
+      Halves first, second = {};
+      std::memcpy(&first, in + r * ld + c, sizeof first);
+      if (r + 1 < rows) std::memcpy(&second, in + (r + 1) * ld + c, sizeof second);
+      store<Pair>(out + r / 2 * ld + c, __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16);
+    }
+}
+#endif
 
 // The micro-kernel: c[rows][width vectors] (+)= a b. a(i, k) is a[i * lda + k], transposed a[k * lda + i].
-template <class T, int rows, int width, bool transposed>
-inline void micro_kernel(long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc, bool add) {
+// Here and below, O is the type of an operand; lda and ldb count operands.
+template <class T, class O, int rows, int width, bool transposed>
+inline void micro_kernel(long depth, const O* a, long lda, const O* b, long ldb, T* c, long ldc, bool add) {
   Vector<T> sum[rows][width];
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < width; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES<T>) : Vector<T>{};
   for (long k = 0; k < depth; k++) {
-    Vector<T> row[width];
+    Vector<O> row[width];
     for (int j = 0; j < width; j++) row[j] = load(b + k * ldb + j * LANES<T>);
     for (int i = 0; i < rows; i++) {
-      const T element = transposed ? a[k * lda + i] : a[i * lda + k];
-      for (int j = 0; j < width; j++) sum[i][j] += element * row[j];
+      const O element = transposed ? a[k * lda + i] : a[i * lda + k];
+      for (int j = 0; j < width; j++) sum[i][j] = multiply_add(element, row[j], sum[i][j]);
     }
   }
   for (int i = 0; i < rows; i++)
@@ -122,24 +126,24 @@ class Prefetch {
   long bytes_ = 0, stride_ = 0, rows_ = 0, offset_ = 0, lines_ = 0;
 };
 
-template <class T, int width>
-void multiply_rows(long rows, long depth, const T* a, long lda, const T* b, T* c, long ldc, Prefetch& ahead) {
+template <class T, int width, class O>
+void multiply_rows(long rows, long depth, const O* a, long lda, const O* b, T* c, long ldc, Prefetch& ahead) {
   constexpr long columns = width * LANES<T>;
   for (long i = 0; i < rows; i += MR) {
     ahead.some();
     if (i + MR <= rows) {
-      micro_kernel<T, MR, width, false>(depth, a + i * lda, lda, b, columns, c + i * ldc, ldc, false);
+      micro_kernel<T, O, MR, width, false>(depth, a + i * lda, lda, b, columns, c + i * ldc, ldc, false);
     } else {
       T last[MR * columns];
-      micro_kernel<T, MR, width, false>(depth, a + i * lda, lda, b, columns, last, columns, false);
+      micro_kernel<T, O, MR, width, false>(depth, a + i * lda, lda, b, columns, last, columns, false);
       for (long r = i; r < rows; r++) std::copy_n(last + (r - i) * columns, columns, c + r * ldc);
     }
   }
 }
 
 // c = a b for one packed panel b [depth][width vectors]. Reads rows of a up to a multiple of MR.
-template <class T>
-void multiply_panel(long rows, long width, long depth, const T* a, long lda, const T* b, T* c, long ldc,
+template <class T, class O>
+void multiply_panel(long rows, long width, long depth, const O* a, long lda, const O* b, T* c, long ldc,
                     Prefetch& ahead) {
   switch (width) {
     case 1: return multiply_rows<T, 1>(rows, depth, a, lda, b, c, ldc, ahead);
@@ -156,8 +160,8 @@ template <class T> long register_tiles(long rows, long columns) {
 }
 
 // c = a b for all panels of b, packed NR vectors wide.
-template <class T>
-void multiply(long rows, long columns, long depth, const T* a, long lda, const T* b, T* c, long ldc, Prefetch& ahead) {
+template <class T, class O>
+void multiply(long rows, long columns, long depth, const O* a, long lda, const O* b, T* c, long ldc, Prefetch& ahead) {
   constexpr long PANEL = NR * LANES<T>;
   for (long j = 0; j < columns; j += PANEL) {
     const long width = std::min<long>(NR, padded<T>(columns - j) / LANES<T>);
@@ -166,31 +170,36 @@ void multiply(long rows, long columns, long depth, const T* a, long lda, const T
 }
 
 // c += a' b with a [depth][rows] and b [depth][columns]. Reads and writes rows up to a multiple of MR_TRANSPOSED.
-template <class T>
-void multiply_transposed(long rows, long columns, long depth, const T* a, long lda, const T* b, long ldb, T* c, long ldc,
+template <class T, class O>
+void multiply_transposed(long rows, long columns, long depth, const O* a, long lda, const O* b, long ldb, T* c, long ldc,
                          Prefetch& ahead) {
   constexpr long PANEL = NR_TRANSPOSED * LANES<T>;
   long j = 0;
   for (; j + PANEL <= padded<T>(columns); j += PANEL)
     for (long i = 0; i < rows; i += MR_TRANSPOSED) {
       ahead.some();
-      micro_kernel<T, MR_TRANSPOSED, NR_TRANSPOSED, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+      micro_kernel<T, O, MR_TRANSPOSED, NR_TRANSPOSED, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
     }
   for (; j < columns; j += LANES<T>)
     for (long i = 0; i < rows; i += MR_TRANSPOSED) {
       ahead.some();
-      micro_kernel<T, MR_TRANSPOSED, 1, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+      micro_kernel<T, O, MR_TRANSPOSED, 1, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
     }
 }
 
-// Pack rows [begin, end) of b [depth][columns], where b(k, j) = element(k, j), into panels `wide` vectors wide; the
-// last is as narrow as its columns allow, and filled up with zeros.
-template <class T, class Element>
-void pack(long depth, long columns, long wide, long begin, long end, T* panels, Element element) {
+// Pack operands [begin, end) of the rows of b [depth][columns], where b(k, j) = element(k, j), into panels `wide` vectors
+// wide; the last is as narrow as its columns allow, and filled up with zeros.
+template <class S, class ElementAt>
+void pack(long depth, long columns, long wide, long begin, long end, Operand<S>* panels, ElementAt element) {
+  using T = decltype(element(0, 0));
   for (long j = 0; j < padded<T>(columns); j += wide * LANES<T>) {
     const long width = std::min(wide * LANES<T>, padded<T>(columns - j));
     for (long k = begin; k < end; k++)
-      for (long i = 0; i < width; i++) panels[j * depth + k * width + i] = j + i < columns ? element(k, j + i) : T(0);
+      for (long i = 0; i < width; i++)
+        panels[j * operands<S>(depth) + k * width + i] = operand<S>([&](long p) {
+          const long row = k * PER_OPERAND<S> + p;
+          return row < depth && j + i < columns ? element(row, j + i) : T(0);
+        });
   }
 }
 

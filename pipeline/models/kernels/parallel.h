@@ -37,6 +37,9 @@ template <class T> class Buffer {
  public:
   explicit Buffer(long count) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 1, 64)))) {
     if (!data_) throw std::bad_alloc();
+#if defined(FILL_SCRATCH_WITH_NAN)  // by the tests: what a kernel reads before it has written it shows
+    std::memset(data_, 0xff, round_up(count * sizeof(T) + 1, 64));
+#endif
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
@@ -74,7 +77,7 @@ template <class T> class Moments {
       : channels_(channels), mean_(channels), squares_(channels), tile_(2 * padded<T>(channels)) {}
 
   // Take in the pixels x [rows][ld].
-  void add(const T* x, long ld, long rows) {
+  template <class S> void add(const S* x, long ld, long rows) {
     long c = 0;
     for (; c + 4 * LANES<T> <= channels_; c += 4 * LANES<T>) add_columns<4>(x, ld, rows, c);
     for (; c < channels_; c += LANES<T>) add_columns<1>(x, ld, rows, c);
@@ -94,7 +97,7 @@ template <class T> class Moments {
   }
 
  private:
-  template <int vectors> void add_columns(const T* x, long ld, long rows, long c) {
+  template <int vectors, class S> void add_columns(const S* x, long ld, long rows, long c) {
     Vector<T> mean[vectors] = {}, squares[vectors] = {};
     for (long r = 0; r < rows; r++)
       for (int i = 0; i < vectors; i++) mean[i] += load(x + r * ld + c + i * LANES<T>, channels_ - c);

@@ -38,7 +38,7 @@ struct Tiles {
 };
 
 // B' d B of a row of tiles, from four rows of pixels: frequency f goes to out + f * plane, [tiles][ld].
-template <class T> void transform_input(const T* const (&pixels)[4], long tiles, long ld, T* out, long plane) {
+template <class T, class E> void transform_input(const T* const (&pixels)[4], long tiles, long ld, E* out, long plane) {
   for (long c = 0; c < ld; c += LANES<T>) {
     Vector<T> t[4][4];  // of rows of frequencies and columns of pixels, of which a tile has two from the one before
     const auto load_column = [&](long column, int j) {
@@ -48,7 +48,7 @@ template <class T> void transform_input(const T* const (&pixels)[4], long tiles,
     };
     load_column(0, 0);
     load_column(1, 1);
-    T* to = out + c;
+    E* to = out + c;
     for (long tile = 0; tile < tiles; tile++, to += ld) {
       load_column(2 * tile + 2, 2);
       load_column(2 * tile + 3, 3);
@@ -80,8 +80,8 @@ template <class T> inline void transform_output(const T* in, long plane, long ch
 }
 
 // A dY A' of 2x2 output gradients; `gradient` gives a vector of them at (row, column, channel).
-template <class T, class Gradient>
-inline void transform_gradient(Gradient gradient, long channels, T* out, long plane) {
+template <class T, class E, class Gradient>
+inline void transform_gradient(Gradient gradient, long channels, E* out, long plane) {
   for (long c = 0; c < channels; c += LANES<T>) {
     Vector<T> t[4][2];
     for (int j = 0; j < 2; j++) {
@@ -97,29 +97,41 @@ inline void transform_gradient(Gradient gradient, long channels, T* out, long pl
   }
 }
 
-// G w G' of the weights into and out of channels [begin, end), packed as 16 matrices for `multiply`.
+// G w G' of 3x3 weights; weight(position) gives a vector of them.
+template <class T, class Weight> inline void transform_weight(Weight weight, Vector<T> (&u)[FREQUENCIES]) {
+  Vector<T> t[4][3];
+  for (int x = 0; x < 3; x++) {
+    const Vector<T> w0 = weight(x), w1 = weight(3 + x), w2 = weight(6 + x);
+    t[0][x] = w0, t[1][x] = (w0 + w1 + w2) / 2, t[2][x] = (w0 - w1 + w2) / 2, t[3][x] = w2;
+  }
+  for (int y = 0; y < 4; y++) {
+    u[4 * y + 0] = t[y][0];
+    u[4 * y + 1] = (t[y][0] + t[y][1] + t[y][2]) / 2;
+    u[4 * y + 2] = (t[y][0] - t[y][1] + t[y][2]) / 2;
+    u[4 * y + 3] = t[y][2];
+  }
+}
+
+// The transformed weights of operands [begin, end) of channels in, packed as 16 matrices for `multiply`.
 // weight: [3][3][channels_in][channels_out], turned by 180 degrees if asked.
-template <class T>
-void transform_weights(const T* weight, bool turned, long channels_in, long channels_out, long begin, long end, T* packed) {
-  const long plane = channels_in * channels_out, matrix = channels_in * padded<T>(channels_out), panel = NR * LANES<T>;
-  for (long in = begin; in < end; in++)
+template <class T, class S>
+void transform_weights(const T* weight, bool turned, long channels_in, long channels_out, long begin, long end,
+                       Operand<S>* packed) {
+  const long plane = channels_in * channels_out, depth = operands<S>(channels_in), panel = NR * LANES<T>;
+  const long matrix = depth * padded<T>(channels_out);
+  for (long k = begin; k < end; k++)
     for (long o = 0; o < channels_out; o += LANES<T>) {
-      Vector<T> t[4][3];
-      for (int x = 0; x < 3; x++) {
-        const auto row = [&](int y) {
-          const int position = turned ? 8 - 3 * y - x : 3 * y + x;
-          return load(weight + position * plane + in * channels_out + o, channels_out - o);
-        };
-        const Vector<T> w0 = row(0), w1 = row(1), w2 = row(2);
-        t[0][x] = w0, t[1][x] = (w0 + w1 + w2) / 2, t[2][x] = (w0 - w1 + w2) / 2, t[3][x] = w2;
+      Vector<T> u[PER_OPERAND<S>][FREQUENCIES] = {};
+      for (long p = 0; p < PER_OPERAND<S> && k * PER_OPERAND<S> + p < channels_in; p++) {
+        const T* first = weight + (k * PER_OPERAND<S> + p) * channels_out + o;
+        transform_weight<T>(
+            [&](int position) { return load(first + (turned ? 8 - position : position) * plane, channels_out - o); }, u[p]);
       }
-      const long first = o / panel * panel, width = std::min(panel, padded<T>(channels_out) - first);
-      T* out = packed + first * channels_in + in * width + o - first;
-      for (int y = 0; y < 4; y++) {
-        store(out + (4 * y + 0) * matrix, t[y][0]);
-        store(out + (4 * y + 1) * matrix, (t[y][0] + t[y][1] + t[y][2]) / 2);
-        store(out + (4 * y + 2) * matrix, (t[y][0] - t[y][1] + t[y][2]) / 2);
-        store(out + (4 * y + 3) * matrix, t[y][2]);
+      const long start = o / panel * panel, width = std::min(panel, padded<T>(channels_out) - start);
+      Operand<S>* out = packed + start * depth + k * width + o - start;
+      for (int f = 0; f < FREQUENCIES; f++) {
+        if constexpr (IN_PAIRS<S>) store<Pair>(out + f * matrix, as_pairs(u[0][f], u[1][f]));
+        else store(out + f * matrix, u[0][f]);
       }
     }
 }
@@ -149,7 +161,7 @@ template <class T, class LoadRow> class InputTiles {
   }
 
   // Frequency f of the tiles of tile rows [begin, end) goes to out + f * plane, [tiles][ld].
-  void transform(long begin, long end, T* out, long plane) {
+  template <class E> void transform(long begin, long end, E* out, long plane) {
     for (long tile_row = begin; tile_row < end; tile_row++) {
       const long image = tile_row / tiles_.rows_of_image(), top = 2 * (tile_row % tiles_.rows_of_image()) - 1;
       const T* pixels[4];
@@ -177,25 +189,29 @@ template <class T, class LoadRow> class InputTiles {
 };
 
 // What a thread needs for `convolve`.
-template <class T> struct ConvolveScratch {
+template <class T, class S> struct ConvolveScratch {
   const long at_once, count, plane_in, plane_out;  // planes are no multiple of a page
-  Buffer<T> rows, inputs, products, output;
+  Buffer<T> rows, products, output;
+  Buffer<Element<S>> inputs;
 
   ConvolveScratch(const Tiles& tiles, long channels_in, long channels_out)
       : at_once(tiles.rows_at_once()), count(round_up(at_once * tiles.columns(), MR)),
-        plane_in(count * padded<T>(channels_in) + LANES<T>), plane_out(count * padded<T>(channels_out) + LANES<T>),
-        rows(InputTiles<T, int>::size(tiles, channels_in)), inputs(FREQUENCIES * plane_in),
-        products(FREQUENCIES * plane_out), output(4 * tiles.columns() * padded<T>(channels_out)) {}
+        plane_in(count * padded<T>(channels_in) + VECTOR_BYTES / sizeof(Element<S>)),
+        plane_out(count * padded<T>(channels_out) + LANES<T>), rows(InputTiles<T, int>::size(tiles, channels_in)),
+        products(FREQUENCIES * plane_out), output(4 * tiles.columns() * padded<T>(channels_out)),
+        inputs(FREQUENCIES * plane_in) {}
 };
 
 // Convolve rows [begin, end) of tiles. `store_row(row, values)` takes a row of pixels [width][padded channels out];
 // `coming(begin, end)` is what to fetch while tile rows [begin, end) are multiplied.
-template <class T, class LoadRow, class StoreRow, class Coming>
-void convolve(const Tiles& tiles, Range range, long channels_in, long channels_out, const T* weights,
-              ConvolveScratch<T>& scratch, LoadRow load_row, StoreRow store_row, Coming coming) {
+template <class T, class S, class LoadRow, class StoreRow, class Coming>
+void convolve(const Tiles& tiles, Range range, long channels_in, long channels_out, const Operand<S>* weights,
+              ConvolveScratch<T, S>& scratch, LoadRow load_row, StoreRow store_row, Coming coming) {
   const long at_once = scratch.at_once, plane_in = scratch.plane_in, plane_out = scratch.plane_out;
   const long columns = tiles.columns(), ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
-  T *inputs = scratch.inputs, *products = scratch.products, *output = scratch.output;
+  const long depth = operands<S>(channels_in);
+  Element<S>* inputs = scratch.inputs;
+  T *products = scratch.products, *output = scratch.output;
   InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row, scratch.rows);
   for (long begin = range.begin; begin < range.end; begin += at_once) {
     const long end = std::min(begin + at_once, range.end);
@@ -203,8 +219,8 @@ void convolve(const Tiles& tiles, Range range, long channels_in, long channels_o
     Prefetch ahead = coming(begin, end);
     ahead.over(FREQUENCIES * register_tiles<T>((end - begin) * columns, channels_out));
     for (int f = 0; f < FREQUENCIES; f++)
-      multiply<T>((end - begin) * columns, channels_out, channels_in, inputs + f * plane_in, ldin,
-                  weights + f * channels_in * ldout, products + f * plane_out, ldout, ahead);
+      multiply((end - begin) * columns, channels_out, depth, as_operands<S>(inputs + f * plane_in), ldin / PER_OPERAND<S>,
+               weights + f * depth * ldout, products + f * plane_out, ldout, ahead);
     for (long tile_row = begin; tile_row < end; tile_row++) {
       for (long column = 0; column < columns; column++) {
         T* rows[2] = {output + 2 * column * ldout, output + (2 * columns + 2 * column) * ldout};
@@ -217,36 +233,39 @@ void convolve(const Tiles& tiles, Range range, long channels_in, long channels_o
 }
 
 // What a thread needs for `convolve_backward_weights`.
-template <class T> struct WeightGradientScratch {
+template <class T, class S> struct WeightGradientScratch {
   const long at_once, plane_in, plane_out;
-  Buffer<T> rows, inputs, gradients;
+  Buffer<T> rows;
+  Buffer<Element<S>> inputs, gradients;
+  Buffer<Operand<S>> input_pairs, gradient_pairs;  // of one frequency
 
   WeightGradientScratch(const Tiles& tiles, long channels_in, long channels_out)
       : at_once(tiles.rows_at_once()),
-        plane_in(at_once * tiles.columns() * padded<T>(channels_in) + LANES<T> + MR_TRANSPOSED),
-        plane_out(at_once * tiles.columns() * padded<T>(channels_out) + LANES<T>),
+        plane_in(at_once * tiles.columns() * padded<T>(channels_in) + VECTOR_BYTES / sizeof(Element<S>) + MR_TRANSPOSED),
+        plane_out(at_once * tiles.columns() * padded<T>(channels_out) + VECTOR_BYTES / sizeof(Element<S>)),
         rows(InputTiles<T, int>::size(tiles, channels_in)), inputs(FREQUENCIES * plane_in),
-        gradients(FREQUENCIES * plane_out) {}
+        gradients(FREQUENCIES * plane_out), input_pairs(IN_PAIRS<S> ? plane_in : 0),
+        gradient_pairs(IN_PAIRS<S> ? plane_out : 0) {}
 };
 
 // Add to sums [16][channels_in rounded up][padded channels_out] the gradient of the transformed weights over rows
 // [begin, end) of tiles. gradient [pixels][padded channels_out] is that of the convolution's output.
-template <class T, class LoadRow, class Coming>
+template <class T, class S, class LoadRow, class Coming>
 void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in, long channels_out,
-                               WeightGradientScratch<T>& scratch, LoadRow load_row, const T* gradient, T* sums,
+                               WeightGradientScratch<T, S>& scratch, LoadRow load_row, const S* gradient, T* sums,
                                Coming coming) {
   const long at_once = scratch.at_once, plane_in = scratch.plane_in, plane_out = scratch.plane_out;
   const long columns = tiles.columns(), ldin = padded<T>(channels_in), ldout = padded<T>(channels_out);
-  T *inputs = scratch.inputs, *gradients = scratch.gradients;
+  Element<S> *inputs = scratch.inputs, *gradients = scratch.gradients;
   InputTiles<T, LoadRow> input_tiles(tiles, channels_in, load_row, scratch.rows);
   for (long begin = range.begin; begin < range.end; begin += at_once) {
     const long end = std::min(begin + at_once, range.end);
     input_tiles.transform(begin, end, inputs, plane_in);
-    T* out = gradients;
+    Element<S>* out = gradients;
     for (long tile_row = begin; tile_row < end; tile_row++) {
       const long first = tiles.pixel_row(tile_row), count = tiles.height - first % tiles.height;
       for (long column = 0; column < columns; column++, out += ldout)
-        transform_gradient(
+        transform_gradient<T>(
             [&](long i, long j, long c) {
               const long x = 2 * column + j;
               if (i >= count || x >= tiles.width) return Vector<T>{};
@@ -256,10 +275,17 @@ void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in
     }
     Prefetch ahead = coming(begin, end);
     ahead.over(FREQUENCIES * (channels_in / MR_TRANSPOSED + 1));
-    for (int f = 0; f < FREQUENCIES; f++)
-      multiply_transposed<T>(channels_in, ldout, (end - begin) * columns, inputs + f * plane_in, ldin,
-                             gradients + f * plane_out, ldout,
-                             sums + f * round_up(channels_in, MR_TRANSPOSED) * ldout, ldout, ahead);
+    const long count = (end - begin) * columns;
+    for (int f = 0; f < FREQUENCIES; f++) {
+      const Operand<S>*a = as_operands<S>(inputs + f * plane_in), *b = as_operands<S>(gradients + f * plane_out);
+      if constexpr (IN_PAIRS<S>) {  // the sum is over tiles
+        pair_rows(inputs + f * plane_in, count, ldin, scratch.input_pairs);
+        pair_rows(gradients + f * plane_out, count, ldout, scratch.gradient_pairs);
+        a = scratch.input_pairs, b = scratch.gradient_pairs;
+      }
+      multiply_transposed(channels_in, ldout, operands<S>(count), a, ldin, b, ldout,
+                          sums + f * round_up(channels_in, MR_TRANSPOSED) * ldout, ldout, ahead);
+    }
   }
 }
 
