@@ -379,19 +379,21 @@ def _strike_again_and_again(testbed: Testbed, tries: int, strike: Callable[[Run]
     """
     hits = survived = equal = 0
     while hits < tries:
-        run_dir, hits_of_run, was_hit = testbed.new_run_dir(), 0, False
+        run_dir, hits_of_run, unjudged = testbed.new_run_dir(), 0, 0
         for start in range(STRIKES_A_RUN + 1):
             whole = start == STRIKES_A_RUN or hits + hits_of_run == tries
             must_resume = (run_dir / "checkpoints" / "last.pt").exists()
             with testbed.start(run_dir) as run:
                 hit = None if whole else strike(run)
                 code = run.end()
-                resumed = "resuming at" in run.output() or not must_resume
+                output = run.output()
                 if hit is None and code != 0:
-                    raise FaultError(f"the run failed by itself: {run.output()[-3000:]}")
-            survived += was_hit and resumed
-            was_hit = bool(hit)
-            hits_of_run += was_hit
+                    raise FaultError(f"the run failed by itself: {output[-3000:]}")
+            if "while starting" not in output or not must_resume:  # it came so far that it would say so
+                survived += unjudged * ("resuming at" in output or not must_resume)
+                unjudged = 0
+            unjudged += bool(hit)
+            hits_of_run += bool(hit)
             if code == 0:
                 break
         hits += hits_of_run
