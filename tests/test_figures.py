@@ -58,7 +58,7 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     found = [read_run(run) for run in runs_in(runs)]
     assert [(run.name, run.data) for run in found] == [("cifar", "C10+"), ("densenet121", "synthetic images")]
     lines = [json.loads(line) for line in (runs / "cifar" / "metrics.jsonl").read_text().splitlines()]
-    own = parameters(create_model("densenet_bc40_k12", 10)) / 1e6
+    own = parameters(create_model("densenet_bc22_k8", 10)) / 1e6
     panel = points(draw_small_images(found).axes[0])
     assert panel["ours: cifar"] == [(own, [r for r in lines if "val/loss" in r][-1]["val/top1_error"])]
     assert (0.769162, 4.51) in panel["DenseNet-BC, paper"] and (1.019722, 5.24) in panel["DenseNet, paper"]
