@@ -19,6 +19,8 @@ from pipeline.errors import UserError
 from pipeline.hooks import Hook
 from pipeline.models import zoo
 
+pytestmark = pytest.mark.slow  # for the most part
+
 
 class Mixup(objective.CrossEntropy):
     """Mixes each image with its neighbour in the batch, and the losses with both labels likewise."""

@@ -28,6 +28,8 @@ from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member
 from pipeline.data.verify import verify
 from tools import evaluate
 
+pytestmark = pytest.mark.slow  # for the most part
+
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 
 

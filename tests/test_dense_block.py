@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pipeline.models import create_model, kernels
 from pipeline.models.zoo import DENSENETS
 
+pytestmark = pytest.mark.slow  # for the most part
+
 FUSED = ("fused", "none"), ("fused", "first"), ("fused", "all")
 MEMORY_EFFICIENT = ("memory_efficient", "none"), ("memory_efficient", "all")
 CLASSES = 7

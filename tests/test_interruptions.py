@@ -29,6 +29,8 @@ from pipeline.resume import Conditions, check_same_run
 from pipeline.run_dir import locked
 from pipeline.watchdog import Status, diagnose_stall
 
+pytestmark = pytest.mark.slow  # for the most part
+
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 

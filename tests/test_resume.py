@@ -17,6 +17,8 @@ from pipeline.hooks import Hook
 from pipeline.run import Run
 from pipeline.run_dir import STATUS
 
+pytestmark = pytest.mark.slow  # for the most part
+
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != "lock"}

@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import create_model, kernels, selection
 
+pytestmark = pytest.mark.slow  # for the most part
+
 CLASSES = 5
 SMALL = "densenet_bc22_k6"
 Change = Callable[[nn.Module], object]

@@ -16,6 +16,8 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.preemption import SIGNALS, GracePeriod, PreemptionHandler, grace_period, received
 from pipeline.run_dir import read_records
 
+pytestmark = pytest.mark.slow  # for the most part
+
 PATIENCE = 600  # seconds for what takes a few, on a machine that has much else to do
 
 

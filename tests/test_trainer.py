@@ -21,6 +21,8 @@ from pipeline.errors import UserError
 from pipeline.metrics import Score
 from pipeline.run import Run
 
+pytestmark = pytest.mark.slow  # for the most part
+
 
 @pytest.fixture(autouse=True)
 def board_files_in_order(monkeypatch):

@@ -22,6 +22,8 @@ from pipeline.models import create_model
 from pipeline.weights import imagenet_ids, preprocessing_of, read_weights, write_safetensors, write_torch
 from tools.convert import main as convert
 
+pytestmark = pytest.mark.slow  # for the most part
+
 CLASSES = 7
 
 
