@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import REPOSITORY, Template
 from PIL import Image
 
 from pipeline.config import Config, from_dict
@@ -16,8 +17,6 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.synthetic import synthetic_index
 from pipeline.errors import exit_on_user_error
 from pipeline.parsing import flatten
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def pytest_configure():
@@ -109,7 +108,7 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
             "synthetic_classes": 3,
         },
         "optim": {"epochs": 2, "batch_size": 12},
-        "train": {"log_every": 2, "device": "cpu"},
+        "train": {"log_every": 2, "device": "cpu", "reuse_every": 0},
     }
     for name, fields in sections.items():
         tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
@@ -117,21 +116,30 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
     return from_dict(tree, "test")
 
 
+TEMPLATE = Template()
+
+
+def pytest_sessionfinish():
+    TEMPLATE.close()
+
+
 def run_module(
     *arguments: object, ranks: int = 1, cores: int | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
-    """Run ``python -m ARGUMENTS`` in the repository, under torchrun for several ranks, on so many of this test's CPU cores."""
-    words = [str(argument) for argument in arguments]
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    """Run ``python -m ARGUMENTS`` in the repository, as several ranks if asked, on so many of this test's CPU cores."""
+    return TEMPLATE.run([str(argument) for argument in arguments], ranks, cores, timeout)
+
+
+def run_torchrun(*arguments: object, ranks: int, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run ``torchrun -m ARGUMENTS`` in the repository, as a user does."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
-        [sys.executable, "-m", *launcher, *words],
+        [sys.executable, *launcher, *map(str, arguments)],
         cwd=REPOSITORY,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=timeout,
-        preexec_fn=(lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])) if cores else None,
     )
 
 

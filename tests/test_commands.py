@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, override_flags, photo, run_module, small_config, write_class_folders
+from conftest import REPOSITORY, override_flags, photo, run_module, run_torchrun, small_config, write_class_folders
 
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.models import create_model
@@ -154,7 +154,7 @@ def test_evaluating_a_flat_folder_with_a_label_file(tmp_path, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_under_torchrun_rank_0_says_it_once(tmp_path):
-    done = run_module("pipeline.train", *flags(tmp_path / "run", tmp_path / "nowhere"), ranks=2)
+    done = run_torchrun("pipeline.train", *flags(tmp_path / "run", tmp_path / "nowhere"), ranks=2)
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr.split("error: ")[1].split("\n")[0]

@@ -95,9 +95,9 @@ def test_dali_is_imported_where_its_pipelines_are_defined_and_nowhere_else():
     assert set(users) <= {"pipeline.data.dali", "pipeline.data.dali_stages"}
 
 
-@pytest.mark.parametrize("package", ["pipeline", "tools"])
+@pytest.mark.parametrize("package", ["pipeline", "tools", "launch.__main__"])
 def test_waiting_threads_are_set_up_before_torch_is_loaded(package):
-    """OpenMP reads its settings when it is loaded."""
+    """OpenMP reads its settings when it is loaded. The launcher needs no torch at all: it takes seconds to load."""
     script = f"import os, sys, {package}; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     result = subprocess.run(

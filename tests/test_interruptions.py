@@ -213,7 +213,7 @@ def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path):
     words = ["configs/demo.yaml", *override_flags(config)]
     refused = run_module("pipeline.train", *words, ranks=2)
     assert (
-        refused.returncode == 1
+        refused.returncode == 2
         and "a batch was 1 ranks x 1 accumulation steps and is now 2 ranks x 1 accumulation steps" in refused.stderr
     )
     done = run_module("pipeline.train", *words, "--train.allow_world_size_change", "true", ranks=2)

@@ -3,16 +3,17 @@
 They run where `SLURM_CONF` names the cluster that ``tests/slurm/cluster up`` starts, which .ci/run does.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_module
+from conftest import REPOSITORY, run_module, run_torchrun
 
 from launch.records import read_events, read_job
 from tools.lab.chaos import same_bits
@@ -46,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
             }
         )
     )
-    done = run_module("pipeline.train", root / "training.yaml", "--run_dir", root / "torchrun", ranks=4)
+    done = run_torchrun("pipeline.train", root / "training.yaml", "--run_dir", root / "torchrun", ranks=4)
     assert done.returncode == 0, done.stderr
     return root
 
@@ -73,20 +74,35 @@ def wait_until(condition: Callable[[], object], run: Path) -> None:
     end = time.monotonic() + PATIENCE
     job = read_job(run).id
     while not condition():
-        assert time.monotonic() < end, launch("status", run) + launch("logs", run)[-3000:]
+        over = any(event.get("what") in ("done", "stopped") for event in read_events(run)[-1:])
+        if (over and not condition()) or time.monotonic() > end:
+            raise AssertionError(launch("status", run) + launch("logs", run)[-3000:])
         waits = slurm("squeue", "--noheader", "--jobs", job, "--format=%T %r") == "PENDING BeginTime"
         if waits and not ranks_of(run):  # or what is left of the last attempt would hold the run's lock
             time.sleep(5)  # SLURM refuses a start in the second in which it has ended the last one
             slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
-def wait_for_steps(run: Path, steps: int) -> None:
-    def there() -> bool:
+@contextlib.contextmanager
+def held_at(run: Path, step: int) -> Iterator[list[int]]:
+    """The run's ranks, stopped at that step or a little later until this is left: a test strikes before training ends."""
+
+    def reached() -> bool:
         lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-        return bool(lines) and json.loads(lines[-1])["step"] >= steps
+        return bool(lines) and json.loads(lines[-1])["step"] >= step
 
-    wait_until(there, run)
+    wait_until(reached, run)
+    ranks = ranks_of(run)
+    try:
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        assert len(ranks) == 4 and read_events(run)[-1]["event"] == "start", "training was faster than the test"
+        yield ranks
+    finally:
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def starts(run: Path) -> int:
@@ -126,17 +142,16 @@ def test_two_nodes_train_as_torchrun_does(folder):
 
 def test_a_killed_rank(folder):
     run = submit(folder, "killed")
-    wait_for_steps(run, 20)
-    ranks = ranks_of(run)
-    assert [len(os.sched_getaffinity(pid)) for pid in ranks] == [1] * 4  # SLURM has bound each to its own core
-    os.kill(ranks[-1], signal.SIGKILL)
+    with held_at(run, 20) as ranks:
+        assert [len(os.sched_getaffinity(pid)) for pid in ranks] == [1] * 4  # SLURM has bound each to its own core
+        os.kill(ranks[-1], signal.SIGKILL)
     assert_ends_as_torchrun(run, at_least=2)
 
 
 def test_a_requeue_by_hand(folder):
     run = submit(folder, "requeued")
-    wait_for_steps(run, 20)
-    slurm("scontrol", "requeue", read_job(run).id)
+    with held_at(run, 20):
+        slurm("scontrol", "requeue", read_job(run).id)
     assert_ends_as_torchrun(run, at_least=2)
 
 
@@ -144,9 +159,9 @@ def test_two_warnings_of_the_time_limit(folder):
     """As SLURM gives them, but at a step that does not depend on how fast this machine is."""
     run = submit(folder, "timed-out")
     for _ in range(2):
-        wait_for_steps(run, 20 * starts(run))
         before = starts(run)
-        slurm("scancel", "--signal=USR2", read_job(run).id)
+        with held_at(run, 20 * before):
+            slurm("scancel", "--signal=USR2", read_job(run).id)
         wait_until(lambda: starts(run) > before, run)  # noqa: B023
     assert_ends_as_torchrun(run, at_least=3)
 
@@ -172,8 +187,8 @@ def test_a_request_that_sbatch_refuses_leaves_nothing(folder):
 
 def test_a_preemption(folder):
     run = submit(folder, "preempted")
-    wait_for_steps(run, 20)
-    slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    with held_at(run, 20):
+        slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     wait_until(lambda: starts(run) >= 2, run)
     assert_ends_as_torchrun(run, at_least=2)
 
@@ -181,12 +196,12 @@ def test_a_preemption(folder):
 def test_a_lost_node(folder):
     """All that runs on it is killed at once: SLURM's daemon, its keeper of the job's step, and the ranks."""
     run = submit(folder, "lost-node")
-    wait_for_steps(run, 20)
-    ranks = ranks_of(run, "node2")
-    keepers = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
-    assert len(ranks) == 2 and all("slurmstepd" in Path(f"/proc/{pid}/cmdline").read_text() for pid in keepers)
-    for pid in (int((CLUSTER / "slurmd-node2.pid").read_text()), *keepers, *ranks):
-        os.kill(pid, signal.SIGKILL)
+    with held_at(run, 20):
+        ranks = ranks_of(run, "node2")
+        keepers = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+        assert len(ranks) == 2 and all("slurmstepd" in Path(f"/proc/{pid}/cmdline").read_text() for pid in keepers)
+        for pid in (int((CLUSTER / "slurmd-node2.pid").read_text()), *keepers, *ranks):
+            os.kill(pid, signal.SIGKILL)
     try:
         wait_until(lambda: "down" in slurm("sinfo", "--noheader", "--nodes=node2", "--format=%t"), run)
     finally:
@@ -208,8 +223,8 @@ def test_an_array_of_two_runs(folder):
 
 def test_cancel_and_resume(folder):
     run = submit(folder, "cancelled")
-    wait_for_steps(run, 20)
-    launch("cancel", run)
+    with held_at(run, 20):
+        launch("cancel", run)
     wait_until(lambda: " cancelled " in launch("status", run), run)
     assert slurm("squeue", "--noheader", "--jobs", read_job(run).id, "--format=%T") == ""
     launch("resume", run)

@@ -63,7 +63,12 @@ def assert_no_doubles_on_the_board(config) -> None:
 
 
 def test_training_learns_and_leaves_what_it_promises(tmp_path):
-    config = small_config(tmp_path, data={"synthetic_images": 240}, optim={"epochs": 4, "lr": 0.05, "milestones": [3]})
+    config = small_config(
+        tmp_path,
+        data={"synthetic_images": 240},
+        optim={"epochs": 4, "lr": 0.05, "milestones": [3]},
+        train={"reuse_every": 4},
+    )
     progress = trainer.fit(config)
     assert progress.epoch == 4 and progress.best_top1_error < 40  # chance: 67
     assert (tmp_path / "config.yaml").read_text() == to_yaml(config)

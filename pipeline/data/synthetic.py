@@ -3,15 +3,17 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 from pipeline.data.source import Stream
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PATTERN = 4  # cells along a side of a class's colour pattern
 
@@ -54,8 +56,10 @@ class SyntheticPipeline:
         shape = (len(index.classes), _PATTERN, _PATTERN, 3)
         self._patterns = np.random.Generator(np.random.Philox(key=0)).integers(0, 128, shape, np.uint8)
 
-    def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+    def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, "Tensor"]]:
         """Yield each plan with its pixels, (n, V, H, W, 3) uint8."""
+        import torch  # not above: `launch` needs only the index, and torch takes seconds to import
+
         for plan in plans:
             views = plan.hflip.shape[1]
             images = np.stack([self._image(i) for i in plan.ids.tolist()])
