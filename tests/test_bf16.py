@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,19 @@ from torch import Tensor, nn
 from pipeline.models import create_model, kernels
 from pipeline.trainer import fit
 
-pytestmark = pytest.mark.skipif(kernels.unavailable_reason() is not None, reason=str(kernels.unavailable_reason()))
+pytestmark = [
+    pytest.mark.skipif(kernels.unavailable_reason() is not None, reason=str(kernels.unavailable_reason())),
+    pytest.mark.slow,
+]
 CLASSES = 7
 Step = dict[str, list[Tensor]]
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """The bits of a step, and with them the errors, follow from the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """The bits of a step, and with them the errors, follow from the number of threads. conftest.py gives them back."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def exact_network(name: str, random_norms: bool = True) -> nn.Module:
@@ -123,6 +122,7 @@ def test_evaluation_is_nearly_as_near_to_float64_as_torchs_own(dtype, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "parameters in bfloat16"])
 @pytest.mark.parametrize(("name", "size"), [("densenet121", (2, 64, 64)), ("densenet_bc22_k7", (3, 9, 13))])
 def test_a_step_has_the_same_bits_each_time_and_with_recomputation(name, size, dtype):
+    torch.set_num_threads(2)
     exact, data = exact_network(name), batch(*size)
     first = step(like(exact, name, "fused", dtype), *data)
     assert all(tensor.isfinite().all() for tensors in first.values() for tensor in tensors)
@@ -133,6 +133,7 @@ def test_a_step_has_the_same_bits_each_time_and_with_recomputation(name, size, d
 @pytest.mark.parametrize("name", ["densenet_bc22_k7", "densenet121"])
 def test_nothing_is_read_before_it_is_written(name):
     """torch fills new memory with NaN where it must be deterministic."""
+    torch.set_num_threads(2)
     exact, data = exact_network(name), batch(3, 65, 67)
     expected = step(like(exact, name, "fused"), *data)
     torch.use_deterministic_algorithms(True)

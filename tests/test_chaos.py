@@ -12,15 +12,10 @@ from tools.lab.chaos import files_in, same_bits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "faults"),
-    [
-        ("densenet121", ["kill-saving", "signal"]),  # its saves take long enough to be struck
-        ("densenet_bc40_k12", ["signal-starting", "signal-ending", "all-damaged", "read-error"]),
-    ],
-)
-def test_a_run_survives_a_sample_of_the_faults(tmp_path, model, faults):
-    words = ["--tries", 1, "--model", model, "--output", tmp_path, "--faults", *faults]
+def test_a_run_survives_a_sample_of_the_faults(tmp_path):
+    """Processes under torchrun; a single one meets the other faults in test_starting, _interruptions and _resume."""
+    faults = ["read-error"]
+    words = ["--tries", 1, "--model", "densenet_bc22_k8", "--output", tmp_path, "--faults", *faults]
     done = run_module("tools.lab.chaos", *words, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in (tmp_path / "chaos.md").read_text().splitlines()[2:] if line.endswith("| 1 | 1 | 1 |")]

@@ -79,6 +79,19 @@ def test_a_signal_during_validation_loses_no_training(whole, tmp_path):
     assert comparable_records(cut) == comparable_records(whole)
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 20, 30])
+def test_a_kill_while_a_run_saves_loses_nothing(whole, tmp_path, call):
+    """At any call that makes a checkpoint, a record or the status safe: the first ones, and some of later saves."""
+    cut = small_config(tmp_path, train={"eval_batch_size": 2})
+    words = [*override_flags(cut), "--train.checkpoint_every", 1]
+    assert run_module("tests.killed_while_saving", call, "configs/demo.yaml", *words).returncode == -signal.SIGKILL
+    trainer.fit(cut)
+    assert_equal_weights(weights(cut), weights(whole))
+    assert comparable_records(cut) == comparable_records(whole)
+    assert last_state(cut)["progress"] == last_state(whole)["progress"]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_second_ctrl_c_ends_at_once():
     with pytest.raises(KeyboardInterrupt), PreemptionHandler() as request:
         os.kill(os.getpid(), signal.SIGINT)

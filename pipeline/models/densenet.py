@@ -131,7 +131,8 @@ class DenseNet(nn.Module):
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
         self._selector = Selector(self.features)
         self.classifier = nn.Linear(channels, num_classes)
-        self._initialise()
+        if not self.classifier.weight.is_meta:  # else there is nothing to draw, for which torch would load its compiler
+            self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
         self.selection = self._selector.select(self.features, x, self.dense_block)
