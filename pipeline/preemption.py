@@ -7,6 +7,7 @@ program that calls ``trainer.fit`` without `exit_when_asked`, the program's own 
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any, Literal, NoReturn
 
 from pipeline.exits import EXIT_KEYBOARD, EXIT_RESUME, open_closed_streams, record_for_torchrun
 
-# SIGTERM: torchrun, a scheduler's time limit or preemption; SIGUSR1, SIGUSR2: a scheduler's early warning; SIGINT: Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# SIGTERM: torchrun, a scheduler's time limit or preemption; SIGUSR1, SIGUSR2: a scheduler's early warning; SIGHUP: the
+# terminal has been closed; SIGINT: Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # what signal.signal takes and returns
@@ -45,7 +47,7 @@ def exit_when_asked() -> None:
     """
     global _phase
     first, _phase = _phase == "library", "starting"
-    for number in SIGNALS:
+    for number in _heard():
         signal.signal(number, _note)  # a signal without a handler of Python's does not wake the thread
     if first:
         open_closed_streams()  # or the pipe would become the standard output
@@ -100,7 +102,7 @@ class PreemptionHandler:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
             if _phase != "library":
                 _phase = "training"
-            self._handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            self._handlers = {number: signal.signal(number, self._remember) for number in _heard()}
             if _phase == "training":
                 self.signal = _received  # one that came too late for the thread
         return self
@@ -116,6 +118,21 @@ class PreemptionHandler:
             raise KeyboardInterrupt
         _note(number, None)
         self.signal = self.signal or number
+        if number == signal.SIGHUP:
+            _leave_terminal()
+
+
+def _heard() -> list[signal.Signals]:
+    """The signals that ask for a stop: not SIGHUP below nohup, which has it ignored."""
+    return [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def _leave_terminal() -> None:
+    """Write nothing more to a terminal that has been closed: an error of print would come before the checkpoint."""
+    with open(os.devnull, "wb") as nothing:
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nothing.fileno(), descriptor)
 
 
 def _note(number: int, _: FrameType | None) -> None:

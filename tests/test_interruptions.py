@@ -1,9 +1,12 @@
 """Signals, hangs and changed conditions: a run leaves with a checkpoint, is ended with a reason, or is refused."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -31,7 +34,7 @@ from pipeline.watchdog import Status, diagnose_stall
 
 pytestmark = pytest.mark.slow  # for the most part
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,39 @@ def test_the_command_ends_with_one_line_and_code_75(tmp_path):
     assert line.startswith("interrupted: rank 0 leaves at epoch") and line.endswith(
         "start the same command again to go on"
     )
+
+
+def test_a_run_whose_terminal_is_closed_leaves_with_a_checkpoint(tmp_path):
+    config = small_config(tmp_path, optim={"epochs": 1000, "milestones": [1]}, train={"checkpoint_every": 1})
+    command = [sys.executable, "-m", "pipeline.train", "configs/demo.yaml", *override_flags(config)]
+    here, terminal = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # as a login shell has it
+    )
+    os.close(terminal)
+    last = tmp_path / "checkpoints" / "last.pt"
+    while not last.exists():
+        assert process.poll() is None
+        os.read(here, 4096)
+    os.close(here)
+    assert process.wait(600) == 75
+    assert load_checkpoint(last)["progress"]["step"] + load_checkpoint(last)["progress"]["epoch"] > 0
+
+
+def test_below_nohup_a_hangup_is_not_heard():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with PreemptionHandler() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_directory_has_one_user_at_a_time(tmp_path):
