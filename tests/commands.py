@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
+PATIENCE = 1800  # seconds for what takes a few, on a machine that has much else to do
 SLOW_MODULES = (
     "pipeline.trainer",
     "pipeline.data.dali",
@@ -36,7 +37,7 @@ class Template:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
-    def run(self, words: list[str], ranks: int, cores: int | None, timeout: float) -> subprocess.CompletedProcess:
+    def run(self, words: list[str], ranks: int, cores: int | None) -> subprocess.CompletedProcess:
         """Run ``python WORDS`` as so many ranks; the exit code is the first failed rank's, and the others are ended then.
 
         Raises:
@@ -53,14 +54,12 @@ class Template:
             )
         assert self._process.stdin and self._process.stdout
         with tempfile.TemporaryDirectory() as folder:
-            request = dict(
-                words=words, ranks=ranks, cores=cores, timeout=timeout, folder=folder, environment=dict(os.environ)
-            )
+            request = dict(words=words, ranks=ranks, cores=cores, folder=folder, environment=dict(os.environ))
             print(json.dumps(request), file=self._process.stdin, flush=True)
             code = json.loads(self._process.stdout.readline())
             output, complaint = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
         if code is None:
-            raise subprocess.TimeoutExpired(words, timeout, output, complaint)
+            raise subprocess.TimeoutExpired(words, PATIENCE, output, complaint)
         return subprocess.CompletedProcess(words, code, output, complaint)
 
     def close(self) -> None:
@@ -80,7 +79,7 @@ def _serve() -> dict | None:
                 _become(request, rank, port)
                 return request
             children.add(pid)
-        print(json.dumps(_wait(children, request["timeout"])), flush=True)
+        print(json.dumps(_wait(children)), flush=True)
     return None
 
 
@@ -102,8 +101,8 @@ def _become(request: dict, rank: int, port: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: request["cores"]])
 
 
-def _wait(children: set[int], timeout: float) -> int | None:
-    end, code = time.monotonic() + timeout, 0
+def _wait(children: set[int]) -> int | None:
+    end, code = time.monotonic() + PATIENCE, 0
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:

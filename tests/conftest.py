@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import REPOSITORY, Template
+from commands import PATIENCE, REPOSITORY, Template
 from PIL import Image
 
 from pipeline.config import Config, from_dict
@@ -123,14 +123,12 @@ def pytest_sessionfinish():
     TEMPLATE.close()
 
 
-def run_module(
-    *arguments: object, ranks: int = 1, cores: int | None = None, timeout: float = 300
-) -> subprocess.CompletedProcess:
+def run_module(*arguments: object, ranks: int = 1, cores: int | None = None) -> subprocess.CompletedProcess:
     """Run ``python -m ARGUMENTS`` in the repository, as several ranks if asked, on so many of this test's CPU cores."""
-    return TEMPLATE.run([str(argument) for argument in arguments], ranks, cores, timeout)
+    return TEMPLATE.run([str(argument) for argument in arguments], ranks, cores)
 
 
-def run_torchrun(*arguments: object, ranks: int, timeout: float = 300) -> subprocess.CompletedProcess:
+def run_torchrun(*arguments: object, ranks: int) -> subprocess.CompletedProcess:
     """Run ``torchrun -m ARGUMENTS`` in the repository, as a user does."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
@@ -139,7 +137,7 @@ def run_torchrun(*arguments: object, ranks: int, timeout: float = 300) -> subpro
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
     )
 
 

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import REPOSITORY, small_config
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_functions_train_and_evaluate(tmp_path, image_folders):

@@ -27,6 +27,8 @@ from tools.lab.benchmark import (
 )
 from tools.lab.benchmark_report import BASELINE, growth, summarise
 
+pytestmark = pytest.mark.slow  # for the most part
+
 IMPLEMENTATIONS = {
     "step": [
         BASELINE,

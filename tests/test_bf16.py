@@ -217,7 +217,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, capfd):
 def test_two_ranks_train_to_the_same_bits_each_time(tmp_path):
     for name in ("first", "second"):
         config = small_config(tmp_path / name, train={"precision": "bf16", "device": "cpu"}, optim={"epochs": 1})
-        done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(config), ranks=2, timeout=900)
+        done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(config), ranks=2)
         assert done.returncode == 0, done.stderr
         assert re.search(r"dense blocks: fused$", done.stdout, re.MULTILINE)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")

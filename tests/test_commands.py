@@ -173,8 +173,9 @@ def test_a_dry_run_builds_everything_and_trains_nothing(images, tmp_path):
 def test_the_demo_from_the_archive_to_the_table(tmp_path):
     """Two real processes on the embedded images, a network and an epoch that are cut short."""
     words = ["--data.dir", tmp_path / "data", "--run_dir", tmp_path / "runs" / "demo", "--optim.epochs", 1]
+    words += ["--model.name", "densenet_bc22_k8"]
     small = ["--data.crop_size", 12, "--data.resize_size", 14, "--optim.batch_size", 256]
-    done = run_module("tools.demo", *words, *small, "--optim.milestones", "1", timeout=600)
+    done = run_module("tools.demo", *words, *small, "--optim.milestones", "1")
     assert done.returncode == 0, done.stderr
     assert sum(len(files) for *_, files in os.walk(tmp_path / "data")) == 10_002  # and two caches of the index
     table = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("1 ", "10 "))]

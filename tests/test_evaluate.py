@@ -78,6 +78,7 @@ def evaluated(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", ["logits", "softmax"])
 @pytest.mark.parametrize("crops", [1, 10])
 def test_scores_are_those_of_a_loop_over_images(image_folders, network, crops, average):
@@ -232,6 +233,7 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar)" in printed
 
 
+@pytest.mark.slow
 def test_networks_with_their_classes_in_another_order_are_compared(image_folders, checkpoint, tmp_path, evaluated):
     """The same network with its outputs turned round, and the same again: no image tells them apart."""
     state = load_checkpoint(checkpoint)

@@ -33,6 +33,7 @@ def test_reuse_is_the_mean_absolute_weight_of_each_source(name, stem):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_shows_it_in_tensorboard(tmp_path):
     trainer.fit(small_config(tmp_path, optim={"epochs": 3}, train={"reuse_every": 2}))
     board = EventAccumulator(str(tmp_path)).Reload()

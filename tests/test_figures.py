@@ -20,6 +20,8 @@ WORK = {
     "densenet_bc190_k40": (32, 9.302),
 }  # fmt: skip
 
+pytestmark = pytest.mark.slow  # for the most part
+
 
 @pytest.mark.parametrize("name", WORK)
 def test_multiply_accumulates_are_the_papers(name):

@@ -23,6 +23,7 @@ VIT_TINY = 12 * (4 * 197 * 192**2 + 2 * 197**2 * 192 + 8 * 197 * 192**2) + 196 *
 FLOAT = 4  # bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGENET)
 def test_stages_are_table_1(name):
     count, work, blocks = IMAGENET[name]
@@ -135,6 +136,7 @@ def in_the_graph(output: torch.Tensor) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 def test_memory_of_densenet121_is_what_lies_in_the_graph_and_shrinks_as_promised():
     network = create_model("densenet121").to(memory_format=torch.channels_last).train()
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)

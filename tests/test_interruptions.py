@@ -10,7 +10,7 @@ import termios
 import time
 
 import pytest
-from conftest import REPOSITORY, override_flags, run_module, small_config
+from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
 from test_trainer import (
     assert_equal_weights,
     assert_no_doubles_on_the_board,
@@ -120,7 +120,7 @@ def test_the_command_ends_with_one_line_and_code_75(tmp_path):
     assert refused.returncode == 2
     assert f"{tmp_path} is in use by process {process.pid} on" in refused.stderr.strip().splitlines()[-1]
     process.terminate()
-    _, complaint = process.communicate(timeout=600)
+    _, complaint = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     (line,) = complaint.strip().splitlines()
     assert line.startswith("interrupted: rank 0 leaves at epoch") and line.endswith(
@@ -147,7 +147,7 @@ def test_a_run_whose_terminal_is_closed_leaves_with_a_checkpoint(tmp_path):
         assert process.poll() is None
         os.read(here, 4096)
     os.close(here)
-    assert process.wait(600) == 75
+    assert process.wait(PATIENCE) == 75
     assert load_checkpoint(last)["progress"]["step"] + load_checkpoint(last)["progress"]["epoch"] > 0
 
 
@@ -203,7 +203,7 @@ def test_a_rank_that_hangs_is_named_and_ends_in_time(tmp_path, ranks):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, *launcher, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == (75 if ranks == 1 else 1)
     assert f"rank {ranks - 1}: no progress for 3 s in 'step 3'" in done.stderr and "hangs.py" in done.stderr
     if ranks == 2:

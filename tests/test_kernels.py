@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY
+from conftest import PATIENCE, REPOSITORY
 from torch import Tensor
 
 from pipeline.models import kernels
@@ -444,6 +444,7 @@ for mebibytes in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["bottleneck_forward", "bottleneck_backward", "conv3x3_forward", "conv3x3_backward"])
 def test_no_memory_is_an_error_not_the_end_of_the_process(kernel):
     """With the larger limits a kernel gets a part of what it asks for, and then no more."""
@@ -460,6 +461,7 @@ def test_no_memory_is_an_error_not_the_end_of_the_process(kernel):
     assert done.stdout.splitlines() == [f"{limit} {error}" for limit in mebibytes]
 
 
+@pytest.mark.slow
 def test_compiled_once_by_processes_that_start_together(tmp_path):
     """Three processes with an empty cache: one library, no leftovers, all can call it."""
     script = (
@@ -471,11 +473,12 @@ def test_compiled_once_by_processes_that_start_together(tmp_path):
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    assert [process.communicate(timeout=600)[0] for process in processes] == ["3.0\n"] * 3
+    assert [process.communicate(timeout=PATIENCE)[0] for process in processes] == ["3.0\n"] * 3
     files = sorted(path.suffix for path in (tmp_path / "densenet-pipeline").iterdir())
     assert files == [".lock", ".so"]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     script = "from pipeline.models import kernels; print(kernels.unavailable_reason())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere", "PYTHONPATH": str(REPOSITORY)}
@@ -483,6 +486,7 @@ def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     assert result.stdout == "no C++ compiler (c++, g++, clang++ or $CXX)\n"
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_named(tmp_path):
     script = "from pipeline.models import kernels; print(kernels.unavailable_reason())"
     environment = {
@@ -495,6 +499,7 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     assert result.stdout == "false cannot compile the kernels: exit code 1\n"
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "densenet-pipeline").write_text("a file where the folder should be")
     script = "from pipeline.models import kernels; print(kernels.unavailable_reason())"

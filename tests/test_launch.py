@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, override_flags, run_module, small_config
+from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, weights
 
 from launch.__main__ import grid_values, start
@@ -254,8 +254,8 @@ def local_words(config, *more: object) -> list[str]:
     return [str(word) for word in words]
 
 
-def wait_for(condition, patience: float = 900) -> None:
-    end = time.monotonic() + patience
+def wait_for(condition) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -82,6 +82,7 @@ def odd_ones_into(images: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_told_once_with_its_number(images, tmp_path, capfd):
     before = scan_classes(images)
     faults = odd_ones_into(images)
@@ -100,7 +101,7 @@ def test_what_is_left_out_is_told_once_with_its_number(images, tmp_path, capfd):
     issues = list(verify([open_source(images)], []))
     counts = {fault: sum(issue.fault == fault for issue in issues) for fault in faults}
     assert counts == faults and not any(issue.stops for issue in issues)
-    done = run_module("tools.index", images, "--verify", timeout=120)
+    done = run_module("tools.index", images, "--verify")
     assert done.returncode == 0, done.stderr
     assert "no image is odd" not in done.stdout and "         4  is hidden: left out" in done.stdout
 
@@ -199,7 +200,7 @@ def test_all_that_stops_is_named_together_up_to_a_few(images):
         (images / "class1" / f"text{i}.jpg").write_text("no image")
     with pytest.raises(UserError, match=r"11 things stop .*; and 6 more \(python -m tools.index"):
         scan_classes(images)
-    done = run_module("tools.index", images, "--verify", timeout=120)
+    done = run_module("tools.index", images, "--verify")
     assert done.returncode == 2 and done.stdout.count("is not an image that can be read") == 8 + 1
 
 

@@ -270,6 +270,7 @@ def data(tmp_path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_images_in_both_sets_are_listed(data, tmp_path):
     expected = f"{data}/train/class1/image0003.jpg is a validation image too ({data}/val/class1/twin.jpg): counted as"
     (finding,) = verify([open_source(data / "train")], [open_source(data / "val")])
@@ -289,6 +290,7 @@ def test_images_in_both_sets_are_listed(data, tmp_path):
         assert done.stdout.count("images     5 in") == (words == [data])
 
 
+@pytest.mark.slow
 def test_the_command_lists_all_and_fails_if_something_would_stop(data):
     for name, content in (("text.jpg", b"text"), ("cut.jpg", odd_files()["truncated.jpg"])):
         (data / "train" / "class0" / name).write_bytes(content)
@@ -311,6 +313,7 @@ def test_nothing_odd(data):
     assert done.returncode == 0 and "no image is odd" in done.stdout
 
 
+@pytest.mark.slow
 def test_arguments_that_do_not_fit(data):
     for words in ([data, "--against", data / "val", "--verify"], [data / "train", "--against", data / "val"]):
         done = run_module("tools.index", *words)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, write_class_folders
+from conftest import PATIENCE, REPOSITORY, write_class_folders
 from PIL import Image
 
 from pipeline.data.index import DatasetIndex, scan_classes
@@ -93,6 +93,7 @@ def test_short_reads_of_an_archive_are_read_on(index, tmp_path, monkeypatch):
         Reader(packed).read(3)
 
 
+@pytest.mark.slow
 def test_a_limit_on_memory_is_one_line(tmp_path):
     """A picture that is small as a file and large when it is decoded."""
     (tmp_path / "train" / "a").mkdir(parents=True)
@@ -114,7 +115,9 @@ def main():
 
 exit_on_user_error(main)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert "error: not enough memory to decode the image" in line and "large.png: raise the limit on memory" in line

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_module, run_torchrun
+from conftest import PATIENCE, REPOSITORY, run_module, run_torchrun
 
 from launch.records import read_events, read_job
 from tools.lab.chaos import same_bits
 from tools.lab.images import write_images
 
 CLUSTER = Path("/tmp/slurm-for-tests")
-PATIENCE = 1800  # seconds: the machine may have much else to do
 
 pytestmark = [
     pytest.mark.skipif(

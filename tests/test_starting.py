@@ -10,15 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, override_flags, run_module, small_config
+from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
 
 from pipeline.checkpoint import load_checkpoint
 from pipeline.preemption import SIGNALS, GracePeriod, PreemptionHandler, grace_period, received
 from pipeline.run_dir import read_records
 
 pytestmark = pytest.mark.slow  # for the most part
-
-PATIENCE = 600  # seconds for what takes a few, on a machine that has much else to do
 
 
 def start_training(tmp_path: Path, **environment: str) -> subprocess.Popen:
@@ -204,5 +202,5 @@ def test_a_mistake_is_said_by_a_rank_without_a_world(monkeypatch):
     """RANK may be left over in a shell: nobody else would say it."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    done = run_module("pipeline.train", "nowhere.yaml", timeout=PATIENCE)
+    done = run_module("pipeline.train", "nowhere.yaml")
     assert done.returncode == 2 and "nowhere.yaml" in done.stderr
