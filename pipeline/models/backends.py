@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.models import fused, memory_efficient
+from pipeline.models import fused, memory_efficient, triton_block
 from pipeline.models.stage import Stage, TrackedBatchNorm
 
 
@@ -36,6 +36,7 @@ class Backend(Protocol):
 # In the order of preference. `auto` takes the first automatic one that can; for one that is asked for by name and cannot,
 # the first of those after it that can; where none can, the modules are called.
 BACKENDS: dict[str, Backend] = {
+    "triton": triton_block,
     "fused": fused,
     "memory_efficient": memory_efficient,
 }
