@@ -123,22 +123,19 @@ def _unsupported_dtypes(x: Tensor, parameters: set[torch.dtype]) -> str:
 
 
 def stem(x: Tensor, norm: TrackedBatchNorm) -> Tensor:
-    with torch.cuda.device_of(x):
-        return _Stem.apply(
-            x.contiguous(memory_format=torch.channels_last), norm, norm.weight.float(), norm.bias.float()
-        )
+    return _Stem.apply(x.contiguous(memory_format=torch.channels_last), norm, norm.weight.float(), norm.bias.float())
 
 
 def stage(x: Tensor, stage: Stage) -> Tensor:
     keep = torch.is_grad_enabled() and not stage.recompute
     parameters = [parameter.float() for parameter in stage.parameters]
-    with torch.cuda.device_of(x):
-        return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *parameters)
+    return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *parameters)
 
 
 def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
     """Start a kernel of triton_kernels.py. What counts or compiles launches puts itself in the place of this function."""
-    getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
+    with torch.cuda.device_of(arguments[0]):  # Triton starts kernels on the current device
+        getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
 
 
 def architecture(device: torch.device) -> int:

@@ -1,0 +1,153 @@
+"""A training step on a GPU that is not there: torch's fake tensors on device "cuda", and the launches of own kernels.
+
+Nothing is computed. Autograd's engine wants a real device for each gradient, so `gradients` walks the graph in its place.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+
+from pipeline.models import create_model, triton_block
+from pipeline.models.backends import BACKENDS
+from pipeline.models.densenet import DenseNet
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel of triton_kernels.py, as `triton_block.launch` was asked for it."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+class Step(NamedTuple):
+    """What a training step is of."""
+
+    model: str
+    dense_block: str
+    batch_size: int
+    size: int
+    precision: str
+    architecture: int = 90
+
+
+def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) -> None:
+    """Forward and backward pass of a network from its first convolution to the loss, on a fake GPU.
+
+    Args:
+        on_launch: is called at each launch of an own kernel.
+        mode: a dispatch mode that sees torch's own operators.
+    """
+
+    def record(kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+        on_launch(Launch(kernel, grid, arguments, constants, warps, stages))
+
+    with (
+        FakeTensorMode(),
+        mock.patch.object(triton_block, "launch", record),
+        mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
+        mock.patch.object(torch.autograd, "grad", gradients),
+        _tf32(step.precision == "tf32"),
+    ):
+        with torch.device("cuda"):
+            network = create_model(step.model, dense_block=step.dense_block).train()
+            shape = (step.batch_size, 3, step.size, step.size)
+            images = torch.empty(shape, memory_format=torch.channels_last)
+            labels = torch.zeros(step.batch_size, dtype=torch.long)
+        assert isinstance(network, DenseNet)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):  # `Module.to` cannot change fake parameters
+                module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
+        with mode or nullcontext():
+            with _autocast(DTYPES[step.precision]):
+                if step.dense_block == "eager":
+                    logits = network(images)
+                else:
+                    logits = network.classifier(network._by_stages(images, BACKENDS[step.dense_block]))
+            loss = F.cross_entropy(logits.float(), labels)
+            gradients(loss, list(network.parameters()))
+
+
+@contextmanager
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """`torch.autocast("cuda", dtype)`, which does nothing on a machine without CUDA."""
+    torch.set_autocast_enabled("cuda", dtype is not torch.float32)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def gradients(
+    outputs: Tensor, inputs: Tensor | Sequence[Tensor], grad_outputs: Tensor | None = None, **_: Any
+) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad` without autograd's engine, for first derivatives, of tensors that hooks do not watch.
+
+    Raises:
+        KeyError: an input has no gradient.
+    """
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    root = outputs.grad_fn
+    assert root is not None, "the output has no graph"
+    waiting: Counter[Any] = Counter()
+    known, ahead = {root}, [root]
+    while ahead:
+        for following, _position in ahead.pop().next_functions:
+            if following is not None:
+                waiting[following] += 1
+                if following not in known:
+                    known.add(following)
+                    ahead.append(following)
+    found: dict[Tensor, Tensor] = {}
+    arrived: dict[Any, dict[int, Tensor]] = {
+        root: {outputs.output_nr: torch.ones_like(outputs) if grad_outputs is None else grad_outputs}
+    }
+    ready: list[Any] = [root]
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            own = arrived.pop(node, {})
+            if type(node).__name__ == "AccumulateGrad":
+                found[node.variable] = own[0]
+                continue
+            values = [own.get(position) for position in range(max(own, default=0) + 1)]
+            if isinstance(node, BackwardCFunction):  # its inputs that are no tensors have no edge, and None as gradient
+                results = [gradient for gradient in node.apply(*values) if gradient is not None]
+            else:
+                results = node(*values)
+                results = results if isinstance(results, tuple) else (results,)
+            for (following, position), gradient in zip(node.next_functions, results, strict=True):
+                if following is None:
+                    continue
+                if gradient is not None:
+                    slots = arrived.setdefault(following, {})
+                    slots[position] = slots[position] + gradient if position in slots else gradient
+                waiting[following] -= 1
+                if not waiting[following]:
+                    ready.append(following)
+    return tuple(found[tensor] for tensor in inputs)
