@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 
 from pipeline.models import create_model, triton_block
 from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseNet
+from pipeline.precision import autocast, set_tf32
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = "fp32", "tf32", "bf16", "fp16"
 
 
 class Launch(NamedTuple):
@@ -60,7 +62,9 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
         mock.patch.object(triton_block, "launch", record),
         mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
         mock.patch.object(torch.autograd, "grad", gradients),
-        _tf32(step.precision == "tf32"),
+        mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True),
+        _tf32(step.precision),
     ):
         with torch.device("cuda"):
             network = create_model(step.model, dense_block=step.dense_block).train()
@@ -72,7 +76,7 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
             if isinstance(module, nn.Conv2d):  # `Module.to` cannot change fake parameters
                 module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
         with mode or nullcontext():
-            with _autocast(DTYPES[step.precision]):
+            with autocast(step.precision, images.device):
                 if step.dense_block == "eager":
                     logits = network(images)
                 else:
@@ -82,21 +86,9 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
 
 
 @contextmanager
-def _autocast(dtype: torch.dtype) -> Iterator[None]:
-    """`torch.autocast("cuda", dtype)`, which does nothing on a machine without CUDA."""
-    torch.set_autocast_enabled("cuda", dtype is not torch.float32)
-    torch.set_autocast_dtype("cuda", dtype)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.clear_autocast_cache()
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def _tf32(precision: str) -> Iterator[None]:
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
+    set_tf32(precision)
     try:
         yield
     finally:
@@ -106,35 +98,34 @@ def _tf32(allowed: bool) -> Iterator[None]:
 def gradients(
     outputs: Tensor, inputs: Tensor | Sequence[Tensor], grad_outputs: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, ...]:
-    """`torch.autograd.grad` without autograd's engine, for first derivatives, of tensors that hooks do not watch.
+    """`torch.autograd.grad` without autograd's engine: first derivatives, with regard to tensors that do not depend on
+    each other.
 
     Raises:
         KeyError: an input has no gradient.
     """
-    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    root = outputs.grad_fn
-    assert root is not None, "the output has no graph"
+    edges = [get_gradient_edge(tensor) for tensor in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+    ends = {edge.node for edge in edges}
+    root = get_gradient_edge(outputs)
     waiting: Counter[Any] = Counter()
-    known, ahead = {root}, [root]
+    known, ahead = {root.node}, [root.node]
     while ahead:
-        for following, _position in ahead.pop().next_functions:
+        node = ahead.pop()
+        for following, _position in () if node in ends else node.next_functions:
             if following is not None:
                 waiting[following] += 1
                 if following not in known:
                     known.add(following)
                     ahead.append(following)
-    found: dict[Tensor, Tensor] = {}
-    arrived: dict[Any, dict[int, Tensor]] = {
-        root: {outputs.output_nr: torch.ones_like(outputs) if grad_outputs is None else grad_outputs}
-    }
-    ready: list[Any] = [root]
+    first = torch.ones_like(outputs) if grad_outputs is None else grad_outputs
+    arrived: dict[Any, dict[int, Tensor]] = {root.node: {root.output_nr: first}}
+    ready: list[Any] = [root.node]
     with torch.no_grad():
         while ready:
             node = ready.pop()
-            own = arrived.pop(node, {})
-            if type(node).__name__ == "AccumulateGrad":
-                found[node.variable] = own[0]
+            if node in ends or type(node).__name__ == "AccumulateGrad":
                 continue
+            own = arrived.pop(node, {})
             values = [own.get(position) for position in range(max(own, default=0) + 1)]
             if isinstance(node, BackwardCFunction):  # its inputs that are no tensors have no edge, and None as gradient
                 results = [gradient for gradient in node.apply(*values) if gradient is not None]
@@ -150,4 +141,4 @@ def gradients(
                 waiting[following] -= 1
                 if not waiting[following]:
                     ready.append(following)
-    return tuple(found[tensor] for tensor in inputs)
+    return tuple(arrived[edge.node][edge.output_nr] for edge in edges)

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.models import triton_kernels
 from pipeline.models.triton_block import MULTIPROCESSORS
-from tools.lab.fake_gpu import DTYPES, Launch, Step, run_step
+from tools.lab.fake_gpu import PRECISIONS, Launch, Step, run_step
 from tools.support.markdown import table
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", default="densenet121", help="of the zoo [densenet121]")
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images [64]")
     parser.add_argument("--size", type=positive_integer, metavar="PIXELS", default=224, help="side of an image [224]")
-    parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), default=["bf16"], help="[bf16]")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16"], help="[bf16]")
     parser.add_argument(
         "--architectures", nargs="+", type=int, choices=list(MULTIPROCESSORS), default=list(MULTIPROCESSORS),
         help="compute capabilities times 10 [80 90 100]",
