@@ -64,6 +64,8 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
         mock.patch.object(torch.autograd, "grad", gradients),
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True),
+        # Without a card torch does not know what cuDNN does: it answers in the order of the maps that it gets.
+        mock.patch.object(torch._C, "_conv_determine_backend_memory_format", lambda *_: torch.channels_last),
         _tf32(step.precision),
     ):
         with torch.device("cuda"):
