@@ -22,16 +22,24 @@ from tools.lab import gpu_traffic
 from tools.lab.fake_gpu import Launch
 
 CLASSES = 7
-Size = tuple[int, int, int]
+Size = tuple[int, int, int]  # images, height, width
 IMAGENET = functools.partial(DenseNet, 5, (2, 1), "imagenet", 10, num_classes=CLASSES)  # rows of 20 channels and fewer
 WIDE = functools.partial(DenseNet, 40, (1, 1), "cifar", 9, num_classes=CLASSES)  # 160 features: two parts of a bottleneck
-NETWORKS = [(IMAGENET, (3, 27, 37)), (WIDE, (2, 7, 9))]
-ids = ["imagenet", "wide"]
+SMALL = 4, 19, 29
+# With so few multiprocessors, pixels come in several ranges, or in one of several tiles.
+NETWORKS = [pytest.param(IMAGENET, SMALL, 3, id="imagenet"), pytest.param(WIDE, (2, 5, 7), 1, id="wide")]
+each_network = pytest.mark.parametrize(("create", "size", "multiprocessors"), NETWORKS)
+
+
+@pytest.fixture
+def multiprocessors() -> int:
+    return 3
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def few_multiprocessors(monkeypatch, multiprocessors) -> None:
     torch.manual_seed(0)
+    monkeypatch.setitem(triton_block.MULTIPROCESSORS, 80, multiprocessors)
 
 
 def networks(create, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
@@ -68,36 +76,44 @@ def equal(first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -> bo
     return all(torch.equal(a, b) for what in first for a, b in zip(first[what], second[what], strict=True))
 
 
-@pytest.mark.parametrize(("create", "size"), NETWORKS, ids=ids)
+def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Relative, of all tensors as one."""
+    return errors(*([torch.cat([tensor.double().flatten() for tensor in tensors])] for tensors in (actual, expected)))[0]
+
+
+@each_network
 def test_a_step_in_float32_is_as_near_to_float64_as_eager(create, size):
     data, built = batch(size), networks(create)
     found = {name: step(network, *data) for name, network in built.items()}
     assert str(built["triton"].selection) == "triton"
-    for what in found["exact"]:
-        triton, eager = (errors(found[name][what], found["exact"][what]) for name in ("triton", "eager"))
-        assert max(triton) <= max(3 * max(eager), 1e-6), f"{what}: {triton}, eager {eager}"
-        assert max(triton) <= 2e-5
+    for what, expected in found["exact"].items():
+        own, eager = (distance(found[name][what], expected) for name in ("triton", "eager"))
+        assert own <= max(2 * eager, 5e-7), f"{what}: {own}, eager {eager}"
+        assert max(errors(found["triton"][what], expected)) <= 2e-4, what  # a norm's small gradient by itself
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "parameters in float16"])
-@pytest.mark.parametrize(("create", "size"), NETWORKS, ids=ids)
-def test_a_step_in_float16_is_as_near_to_float64_as_eager(create, size, whole):
-    total: dict[str, dict[str, float]] = {"triton": {}, "eager": {}}
-    for draw in range(1 if whole else 3):
-        torch.manual_seed(draw)
-        data, built = batch(size), networks(create, torch.float16 if whole else torch.float32)
-        found = {name: step(network, *data, half=name != "exact") for name, network in built.items()}
-        assert str(built["triton"].selection) == "triton"
-        for name, sums in total.items():
-            for what, tensors in found[name].items():
-                sums[what] = sums.get(what, 0) + float(np.mean(errors(tensors, found["exact"][what])))
-    for what, error in total["triton"].items():
-        assert error <= 1.25 * total["eager"][what], f"{what}: {total}"
+@pytest.mark.parametrize(
+    ("create", "size", "dtype", "multiprocessors"),
+    [
+        pytest.param(IMAGENET, SMALL, torch.float32, 3, id="imagenet-autocast"),
+        pytest.param(IMAGENET, SMALL, torch.float16, 3, id="imagenet-parameters in float16"),
+        pytest.param(WIDE, (2, 5, 7), torch.float32, 1, id="wide-autocast"),
+    ],
+)
+def test_a_step_in_float16_is_about_as_near_to_float64_as_eager(create, size, dtype):
+    """A ReLU that rounding turns on or off changes a gradient by more than rounding does, in either."""
+    torch.manual_seed(1)
+    data, built = batch(size), networks(create, dtype)
+    found = {name: step(network, *data, half=name != "exact") for name, network in built.items()}
+    assert str(built["triton"].selection) == "triton"
+    for what, expected in found["exact"].items():
+        own, eager = (distance(found[name][what], expected) for name in ("triton", "eager"))
+        assert own <= 1.5 * eager + (0.005 if what == "gradients" else 0), f"{what}: {own}, eager {eager}"
 
 
 def test_a_step_has_the_same_bits_with_recomputation_and_reads_nothing_before_it_is_written():
     """torch fills new memory with NaN where it must be deterministic."""
-    data, network = batch((3, 27, 37)), networks(IMAGENET)["triton"]
+    data, network = batch((2, 17, 21)), networks(IMAGENET)["triton"]
     start = copy.deepcopy(network.state_dict())
     first = step(network, *data)
     assert all(tensor.isfinite().all() for tensors in first.values() for tensor in tensors)
@@ -113,7 +129,7 @@ def test_a_step_has_the_same_bits_with_recomputation_and_reads_nothing_before_it
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
 def test_evaluation_uses_running_statistics(half):
-    data, built = batch((3, 27, 37)), networks(IMAGENET)
+    data, built = batch(SMALL), networks(IMAGENET)
     found = {}
     for name, network in built.items():
         with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=half and name != "exact"):
@@ -126,7 +142,7 @@ def test_evaluation_uses_running_statistics(half):
 
 
 def test_second_derivatives_and_the_gradient_of_the_images():
-    images, labels = batch((3, 27, 37))
+    images, labels = batch(SMALL)
     results = {}
     for name, network in networks(IMAGENET).items():
         leaf = images.to(next(network.parameters()).dtype).requires_grad_()
@@ -135,8 +151,7 @@ def test_second_derivatives_and_the_gradient_of_the_images():
         gradients = torch.autograd.grad(loss, inputs, create_graph=True)
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs)
         results[name] = [*gradients, *second]
-    triton, eager = (errors(results[name], results["exact"]) for name in ("triton", "eager"))
-    assert max(triton) <= 3 * max(eager) and max(triton) <= 1e-4
+    assert distance(results["triton"], results["exact"]) <= 3 * distance(results["eager"], results["exact"]) <= 1e-4
 
 
 def test_norms_of_which_a_part_is_trained_and_other_momenta():
@@ -214,8 +229,10 @@ def touched(monkeypatch) -> Iterator[Touched]:
     yield found
 
 
-@pytest.mark.parametrize(("create", "size"), NETWORKS, ids=ids)
-def test_every_address_lies_in_an_argument_and_the_counted_traffic_is_what_is_touched(create, size, touched, monkeypatch):
+@each_network
+def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_is_touched(
+    create, size, touched, monkeypatch
+):
     """On a GPU a wrong address would be a crash or a wrong number; the interpreter by itself does not notice it."""
     run, kernels = triton_block.launch, set()
 

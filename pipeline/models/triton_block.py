@@ -42,20 +42,21 @@ class Tile(NamedTuple):
 
     Attributes:
         block_p: pixels.
-        block_n: output channels at most.
-        block_k: channels that are summed over at most; of the weight's gradients, input channels.
-        warps, stages: threads in 32s; copies of shared memory by which loads run ahead.
+        block_n: output channels at most, or the bottleneck's.
+        block_k: channels that are summed over at most; of the backward passes to weights, input channels.
+        stages: in how many copies of shared memory loads run ahead.
+        programs: of a kernel that splits the pixels, so many for a multiprocessor, as its registers allow.
     """
 
     block_p: int
     block_n: int
     block_k: int
-    warps: int
     stages: int
+    programs: int = 1
 
 
 class Tiles(NamedTuple):
-    """The tiles of an architecture for one size of operands. All are fixed: the order of summation follows from them."""
+    """The tiles of an architecture for one kind of products. All are fixed: the order of summation follows from them."""
 
     bottleneck_forward: Tile
     conv3x3_forward: Tile
@@ -64,16 +65,46 @@ class Tiles(NamedTuple):
     bottleneck_backward: Tile
 
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-_HALF = Tiles(
-    bottleneck_forward=Tile(128, 128, 32, 8, 3),
-    conv3x3_forward=Tile(128, 64, 64, 8, 2),
-    conv3x3_backward_data=Tile(64, 128, 32, 8, 3),
-    conv3x3_backward_weights=Tile(64, 128, 128, 8, 3),
-    bottleneck_backward=Tile(64, 128, 32, 8, 2),
+WARPS = 8  # 256 threads, of kernels with products
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 and a B200; a constant, as it decides the order of sums
+_IEEE = Tiles(
+    bottleneck_forward=Tile(64, 64, 32, stages=2),
+    conv3x3_forward=Tile(128, 32, 32, stages=2),
+    conv3x3_backward_data=Tile(64, 64, 32, stages=2),
+    conv3x3_backward_weights=Tile(32, 32, 64, stages=2, programs=2),
+    bottleneck_backward=Tile(32, 64, 32, stages=1),
 )
-# By architecture and by bytes of an operand. Chosen by registers and shared memory as compiled, without spills.
-TILES: dict[tuple[int, int], Tiles] = {(a, b): _HALF for a in (80, 90, 100) for b in (2, 4)}
+_TF32 = Tiles(
+    bottleneck_forward=Tile(64, 128, 32, stages=2),
+    conv3x3_forward=Tile(128, 32, 32, stages=2),
+    conv3x3_backward_data=Tile(64, 128, 32, stages=2),
+    conv3x3_backward_weights=Tile(32, 32, 128, stages=2, programs=2),
+    bottleneck_backward=Tile(32, 128, 32, stages=1, programs=2),
+)
+_HALF = Tiles(
+    bottleneck_forward=Tile(128, 128, 32, stages=3),
+    conv3x3_forward=Tile(128, 32, 64, stages=2),
+    conv3x3_backward_data=Tile(64, 128, 32, stages=3),
+    conv3x3_backward_weights=Tile(64, 32, 128, stages=3, programs=2),
+    bottleneck_backward=Tile(64, 128, 32, stages=2),
+)
+# By architecture and by how float32 or halves are multiplied. Chosen by what they compile to (tools/lab/gpu_kernels.py): no
+# spills, and where possible two programs a multiprocessor. No GPU has timed them.
+TILES = {
+    (80, "ieee"): _IEEE,
+    (80, "tf32"): _TF32,
+    (80, "half"): _HALF,
+    (90, "ieee"): _IEEE,
+    (90, "tf32"): _TF32._replace(bottleneck_backward=Tile(64, 128, 32, stages=1)),
+    (90, "half"): _HALF._replace(bottleneck_backward=Tile(64, 128, 64, stages=2)),
+    (100, "ieee"): _IEEE._replace(conv3x3_forward=Tile(128, 32, 16, stages=2)),
+    (100, "tf32"): _TF32._replace(conv3x3_forward=Tile(128, 32, 16, stages=2)),
+    (100, "half"): _HALF._replace(
+        bottleneck_forward=Tile(64, 128, 32, stages=3),
+        conv3x3_forward=Tile(128, 32, 32, stages=2),
+        bottleneck_backward=Tile(64, 128, 32, stages=1, programs=2),
+    ),
+}
 POINT = 64  # pixels and channels of a tile of what has no product
 SUMS = dict(BLOCK_T=512, BLOCK_C=8, warps=8)  # tiles and channels of a program that adds up partial sums
 NUMBERS = 1024  # of a program that adds up the weights' gradients
@@ -308,9 +339,9 @@ class _Launches:
         self.images, self.channels, self.height, self.width = x.shape
         self.pixels, self.dtype, self.device = self.images * self.height * self.width, x.dtype, x.device
         name = architecture(x.device)
-        self.tiles, self.multiprocessors = TILES[name, x.element_size()], MULTIPROCESSORS[name]
-        exact = x.dtype is torch.float32 and not torch.backends.cudnn.allow_tf32
-        self.precision = "ieee" if exact else "tf32"  # of halves it means nothing
+        products = "half" if x.dtype in HALVES else "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        self.tiles, self.multiprocessors = TILES[name, products], MULTIPROCESSORS[name]
+        self.precision = "ieee" if products == "ieee" else "tf32"  # which means nothing for halves
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -432,7 +463,7 @@ class _Launches:
         tile = self.tiles.conv3x3_backward_weights
         block_c, block_n = _fitting(tile.block_k, width), _fitting(tile.block_n, growth)
         blocks = 3 * _blocks(growth, block_n), _blocks(width, block_c)
-        ranges, tiles = self._ranges(tile, 2 * self.multiprocessors // (blocks[0] * blocks[1]))
+        ranges, tiles = self._ranges(tile, blocks[0] * blocks[1])
         partial = self.floats(ranges, growth, 9, width)
         launch(
             "conv3x3_backward_weights", (blocks[0], ranges, blocks[1]),
@@ -448,7 +479,7 @@ class _Launches:
         tile, width = self.tiles.bottleneck_backward, b.shape[1]
         block_c, block_n = _fitting(tile.block_k, channels), _fitting(tile.block_n, width)
         blocks, parts = _blocks(channels, block_c), _blocks(width, block_n)
-        ranges, tiles = self._ranges(tile, self.multiprocessors // blocks)
+        ranges, tiles = self._ranges(tile, blocks)
         weight_partial, partial = self.floats(ranges, width, channels), self.floats(parts * ranges, 2, channels)
         for part in range(parts):  # the gradient of a wide bottleneck's input adds up over parts of it
             launch(
@@ -461,12 +492,12 @@ class _Launches:
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)
 
     def _product(self, tile: Tile) -> dict[str, Any]:
-        return dict(PRECISION=self.precision, warps=tile.warps, stages=tile.stages)
+        return dict(PRECISION=self.precision, warps=WARPS, stages=tile.stages)
 
-    def _ranges(self, tile: Tile, programs: int) -> tuple[int, int]:
-        """Into how many ranges a kernel splits the pixels to occupy so many programs; tiles of a range."""
+    def _ranges(self, tile: Tile, blocks: int) -> tuple[int, int]:
+        """Into how many ranges a kernel with so many blocks of channels splits the pixels; the tiles of a range."""
         tiles = _blocks(self.pixels, tile.block_p)
-        of_a_range = _blocks(tiles, max(1, programs))
+        of_a_range = _blocks(tiles, max(1, tile.programs * self.multiprocessors // blocks))
         return _blocks(tiles, of_a_range), of_a_range
 
     def _reduce_moments(self, partial: Tensor | None, rows: int, moments: Tensor | None) -> None:
