@@ -24,7 +24,9 @@ from tools.lab.fake_gpu import Launch
 CLASSES = 7
 Size = tuple[int, int, int]  # images, height, width
 IMAGENET = functools.partial(DenseNet, 5, (2, 1), "imagenet", 10, num_classes=CLASSES)  # rows of 20 channels and fewer
-WIDE = functools.partial(DenseNet, 40, (1, 1), "cifar", 9, num_classes=CLASSES)  # 160 features: two parts of a bottleneck
+WIDE = functools.partial(
+    DenseNet, 40, (1, 1), "cifar", 9, num_classes=CLASSES
+)  # 160 features: two parts of a bottleneck
 SMALL = 4, 19, 29
 # With so few multiprocessors, pixels come in several ranges, or in one of several tiles.
 NETWORKS = [pytest.param(IMAGENET, SMALL, 3, id="imagenet"), pytest.param(WIDE, (2, 5, 7), 1, id="wide")]
@@ -78,7 +80,9 @@ def equal(first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -> bo
 
 def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Relative, of all tensors as one."""
-    return errors(*([torch.cat([tensor.double().flatten() for tensor in tensors])] for tensors in (actual, expected)))[0]
+    return errors(*([torch.cat([tensor.double().flatten() for tensor in tensors])] for tensors in (actual, expected)))[
+        0
+    ]
 
 
 @each_network
@@ -263,5 +267,7 @@ def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_
 
 def test_a_device_of_another_kind_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(triton_block, "_is_interpreted", lambda: False)
-    with pytest.raises(UserError, match=r"^model.dense_block: 'triton' cannot run here: its kernels are for CUDA devices"):
+    with pytest.raises(
+        UserError, match=r"^model.dense_block: 'triton' cannot run here: its kernels are for CUDA devices"
+    ):
         backends.refuse_elsewhere("triton", torch.device("cpu"))

@@ -82,5 +82,6 @@ def test_an_unknown_backend_is_one_line(toy, name):
     with pytest.raises(UserError) as error:
         create_model(name, 5, dense_block="fusd")
     assert str(error.value) == (
-        "model.dense_block: there is no 'fusd' (did you mean 'fused'?); choose auto, eager, triton, fused, memory_efficient, toy"
+        "model.dense_block: there is no 'fusd' (did you mean 'fused'?); "
+        "choose auto, eager, triton, fused, memory_efficient, toy"
     )

@@ -75,4 +75,3 @@ def test_the_kernels_compile_for_each_architecture_with_the_chosen_tiles(one_lay
             assert not is_product or found.products.get(PRODUCTS[architecture]), found
             kernels.add(launch.kernel)
     assert len(kernels) == (15 if architecture == 80 else 5), kernels
-

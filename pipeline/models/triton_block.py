@@ -66,7 +66,11 @@ class Tiles(NamedTuple):
 
 
 WARPS = 8  # 256 threads, of kernels with products
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 and a B200; a constant, as it decides the order of sums
+MULTIPROCESSORS = {
+    80: 108,
+    90: 132,
+    100: 148,
+}  # of an A100, an H100 and a B200; a constant, as it decides the order of sums
 _IEEE = Tiles(
     bottleneck_forward=Tile(64, 64, 32, stages=2),
     conv3x3_forward=Tile(128, 32, 32, stages=2),
@@ -119,7 +123,8 @@ def refusal(device: torch.device) -> str:
         return f"its kernels are for CUDA devices, and this one is '{device.type}'"
     capability = torch.cuda.get_device_capability(device)
     if capability < LOWEST_CAPABILITY:
-        return f"its kernels need compute capability {LOWEST_CAPABILITY[0]}.{LOWEST_CAPABILITY[1]}, the GPU has {capability[0]}.{capability[1]}"
+        needed, found = (".".join(map(str, numbers)) for numbers in (LOWEST_CAPABILITY, capability))
+        return f"its kernels need compute capability {needed}, and this GPU has {found}"
     return ""
 
 
@@ -163,7 +168,9 @@ def stage(x: Tensor, stage: Stage) -> Tensor:
     return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *parameters)
 
 
-def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+def launch(
+    kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
+) -> None:
     """Start a kernel of triton_kernels.py. What counts or compiles launches puts itself in the place of this function."""
     with torch.cuda.device_of(arguments[0]):  # Triton starts kernels on the current device
         getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
@@ -193,7 +200,7 @@ class _Stem(Function):
         moments = run.floats(2, run.channels)
         if norm.training:
             run.copy_and_measure(y, None, moments)
-            update_running_statistics(norm, *moments, run.pixels)
+            update_running_statistics(norm, moments[0], moments[1], run.pixels)
         size = (run.height + 1) // 2, (run.width + 1) // 2
         out = run.images_of(run.channels, *size)
         argmax = torch.empty_like(out, dtype=torch.uint8)
@@ -214,10 +221,12 @@ class _Stem(Function):
         )  # hooks may change what is saved
         run = _Launches(y)
         dy, dgamma, dbeta = torch.empty_like(y), torch.empty_like(gamma), torch.empty_like(beta)
-        batch_norm = _Norm(*moments, gamma, beta, ctx.norm.eps)
+        batch_norm = _batch_norm(moments, gamma, beta, ctx.norm.eps)
         sums = run.doubles(2, run.channels)
         run.stem_backward(y, batch_norm, gradient, argmax, dy, dgamma, dbeta, sums)
-        run.finish_gradient(dy, y, run.channels, moments, ctx.norm.eps, sums, dy)  # in place: a number depends on no other
+        run.finish_gradient(
+            dy, y, run.channels, moments, ctx.norm.eps, sums, dy
+        )  # in place: a number depends on no other
         return dy, None, dgamma, dbeta
 
 
@@ -281,16 +290,18 @@ class _Stage(Function):
         new_gradient, dz, coefficients = run.maps(run.pixels, growth), run.maps(run.pixels, width), run.floats(3, width)
         recomputed = None if bottlenecks else torch.empty_like(dz)
 
-        last_norm = _Norm(*moments, *parameters[-2:], eps)
+        last_norm = _batch_norm(moments, parameters[-2], parameters[-1], eps)
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        run.pool_backward(maps, channels, last_norm, stage.pool, gradient, map_gradient, *gradients[-2:], sums)
+        run.pool_backward(
+            maps, channels, last_norm, stage.pool, gradient, map_gradient, gradients[-2], gradients[-1], sums
+        )  # fmt: skip
         for i in reversed(range(layers)):
             channels -= growth
             layer, (weight1, weight2) = stage.layers[i], packed[2 * i : 2 * i + 2]
             gamma1, beta1, _, gamma2, beta2, _ = parameters[6 * i : 6 * i + 6]
             dgamma1, dbeta1, dweight1, dgamma2, dbeta2, dweight2 = gradients[6 * i : 6 * i + 6]
-            norm1 = _Norm(*moments, gamma1, beta1, layer.norm1.eps)
-            norm2 = _Norm(*moments[:, channels_out + i * width :], gamma2, beta2, layer.norm2.eps)
+            norm1 = _batch_norm(moments, gamma1, beta1, layer.norm1.eps)
+            norm2 = _batch_norm(moments[:, channels_out + i * width :], gamma2, beta2, layer.norm2.eps)
             if recomputed is None:
                 bottleneck = bottlenecks[i]
             else:
@@ -322,10 +333,15 @@ class _Norm(NamedTuple):
     eps: float
 
 
+def _batch_norm(moments: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> _Norm:
+    return _Norm(moments[0], moments[1], gamma, beta, eps)
+
+
 def _norm(norm: TrackedBatchNorm, moments: Tensor, gamma: Tensor, beta: Tensor) -> _Norm:
     """With the batch's moments in training, with the running ones in evaluation."""
-    mean, variance = moments if norm.training else (norm.running_mean.float(), norm.running_var.float())
-    return _Norm(mean, variance, gamma, beta, norm.eps)
+    if norm.training:
+        return _batch_norm(moments, gamma, beta, norm.eps)
+    return _Norm(norm.running_mean.float(), norm.running_var.float(), gamma, beta, norm.eps)
 
 
 class _Launches:

@@ -434,7 +434,11 @@ def bottleneck_backward(
     k1 = tl.load(coefficients + features + n, mask=feature, other=0.0)[None, :]
     k2 = tl.load(coefficients + 2 * features + n, mask=feature, other=0.0)[None, :]
     w = tl.load(weight + n[:, None] * channels + c[None, :], mask=feature[:, None] & channel, other=0.0)
-    total, s, q = tl.zeros((BLOCK_N, BLOCK_C), tl.float32), tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    total, s, q = (
+        tl.zeros((BLOCK_N, BLOCK_C), tl.float32),
+        tl.zeros((BLOCK_C,), tl.float32),
+        tl.zeros((BLOCK_C,), tl.float32),
+    )
     for t in range(0, tiles):
         p = (part * tiles + t) * BLOCK_P + tl.arange(0, BLOCK_P)
         pixel, row = (p < pixels)[:, None], p[:, None].to(tl.int64)

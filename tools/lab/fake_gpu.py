@@ -54,7 +54,9 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
         mode: a dispatch mode that sees torch's own operators.
     """
 
-    def record(kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any) -> None:
+    def record(
+        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
+    ) -> None:
         on_launch(Launch(kernel, grid, arguments, constants, warps, stages))
 
     with (
@@ -129,15 +131,20 @@ def gradients(
                 continue
             own = arrived.pop(node, {})
             values = [own.get(position) for position in range(max(own, default=0) + 1)]
+            results: Sequence[Tensor | None]
             if isinstance(node, BackwardCFunction):  # its inputs that are no tensors have no edge, and None as gradient
                 results = [gradient for gradient in node.apply(*values) if gradient is not None]
             else:
-                results = node(*values)
-                results = results if isinstance(results, tuple) else (results,)
+                result = node(*values)
+                results = result if isinstance(result, tuple) else (result,)
             for (following, position), gradient in zip(node.next_functions, results, strict=True):
                 if following is None:
                     continue
                 if gradient is not None:
+                    shape = following._input_metadata[position].shape
+                    gradient = (
+                        gradient if gradient.shape == shape else gradient.sum_to_size(shape)
+                    )  # as the engine does
                     slots = arrived.setdefault(following, {})
                     slots[position] = slots[position] + gradient if position in slots else gradient
                 waiting[following] -= 1

@@ -20,7 +20,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,7 +38,8 @@ _NORM = "mean:channels variance:channels gamma:channels beta:channels"
 _POOLED = "pixels//(height*width)*out_height*out_width*channels"
 _PART = "min(BLOCK_N,features-first)"
 # Of each kernel: what it reads and what it writes. NAME:NUMBERS is an argument and an expression of the other arguments, the
-# constants, and of the grid: `tiles`, its first side, where that is no argument, and `ranges`, its second side. An argument that is None is not touched.
+# constants and the grid: `tiles` is its first side, where that is no argument, and `ranges` its second. An argument that is
+# None is not touched.
 TRAFFIC = {
     "copy_and_measure": ("x:pixels*channels", "out:pixels*channels partial:2*tiles*channels"),
     "reduce_moments": ("partial:2*tiles*channels", "mean:channels variance:channels"),
@@ -188,7 +188,9 @@ def traffic(step: Step) -> Traffic:
 
 def main() -> None:
     parser = ArgumentParser(
-        prog="python -m tools.lab.gpu_traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.lab.gpu_traffic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", default="densenet121", help="of the zoo [densenet121]")
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images [64]")
@@ -200,13 +202,21 @@ def main() -> None:
         name: traffic(Step(options.model, name, options.batch_size, options.size, options.precision))
         for name in IMPLEMENTATIONS
     }
-    titles = ["dense_block", "launches", "read, GB", "written, GB", *(f"ms at an {card}'s bandwidth" for card in BANDWIDTHS)]
+    titles = [
+        "dense_block",
+        "launches",
+        "read, GB",
+        "written, GB",
+        *(f"ms at an {card}'s bandwidth" for card in BANDWIDTHS),
+    ]
     rows = []
     for name, own in found.items():
         moved = own.total.read + own.total.written
         times = [f"{1e3 * moved / bandwidth:.1f}" for bandwidth in BANDWIDTHS.values()]
         rows.append([name, *_cells(own.total), *times])
-    print(f"{options.model}, batch {options.batch_size}, {options.size} px, {options.precision}; counted, not measured\n")
+    print(
+        f"{options.model}, batch {options.batch_size}, {options.size} px, {options.precision}; counted, not measured\n"
+    )
     print("\n".join(table(titles, rows, names=1)))
     if options.details:
         for name, own in found.items():
