@@ -6,6 +6,7 @@ The networks are tiny, and their sizes fit no tile. In bfloat16 the interpreter'
 import copy
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ IMAGENET = functools.partial(DenseNet, 5, (2, 1), "imagenet", 10, num_classes=CL
 WIDE = functools.partial(
     DenseNet, 40, (1, 1), "cifar", 9, num_classes=CLASSES
 )  # 160 features: two parts of a bottleneck
-SMALL = 4, 19, 29
+SMALL = 3, 19, 29
 # With so few multiprocessors, pixels come in several ranges, or in one of several tiles.
 NETWORKS = [pytest.param(IMAGENET, SMALL, 3, id="imagenet"), pytest.param(WIDE, (2, 5, 7), 1, id="wide")]
 each_network = pytest.mark.parametrize(("create", "size", "multiprocessors"), NETWORKS)
@@ -85,15 +86,31 @@ def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
     ]
 
 
+@contextmanager
+def new_memory_full_of_nan() -> Iterator[None]:
+    """As torch fills it where it must be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @each_network
-def test_a_step_in_float32_is_as_near_to_float64_as_eager(create, size):
+def test_a_step_in_float32_is_as_near_to_float64_as_eager_and_the_same_with_recomputation(create, size):
     data, built = batch(size), networks(create)
+    again = copy.deepcopy(built["triton"])
     found = {name: step(network, *data) for name, network in built.items()}
     assert str(built["triton"].selection) == "triton"
     for what, expected in found["exact"].items():
         own, eager = (distance(found[name][what], expected) for name in ("triton", "eager"))
         assert own <= max(2 * eager, 5e-7), f"{what}: {own}, eager {eager}"
         assert max(errors(found["triton"][what], expected)) <= 2e-4, what  # a norm's small gradient by itself
+    if create is IMAGENET:
+        again.activation_checkpointing = "all"
+        with new_memory_full_of_nan():
+            assert equal(step(again, *data), found["triton"])  # so nothing is read before it is written, either
 
 
 @pytest.mark.parametrize(
@@ -112,23 +129,8 @@ def test_a_step_in_float16_is_about_as_near_to_float64_as_eager(create, size, dt
     assert str(built["triton"].selection) == "triton"
     for what, expected in found["exact"].items():
         own, eager = (distance(found[name][what], expected) for name in ("triton", "eager"))
-        assert own <= 1.5 * eager + (0.005 if what == "gradients" else 0), f"{what}: {own}, eager {eager}"
-
-
-def test_a_step_has_the_same_bits_with_recomputation_and_reads_nothing_before_it_is_written():
-    """torch fills new memory with NaN where it must be deterministic."""
-    data, network = batch((2, 17, 21)), networks(IMAGENET)["triton"]
-    start = copy.deepcopy(network.state_dict())
-    first = step(network, *data)
-    assert all(tensor.isfinite().all() for tensors in first.values() for tensor in tensors)
-    network.load_state_dict(start)
-    network.activation_checkpointing = "all"
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        assert equal(step(network, *data), first)
-    finally:
-        torch.use_deterministic_algorithms(False)
+        few = {"gradients": 0.005, "logits": 5e-4, "statistics": 0.0}[what]  # how far chance may part few numbers
+        assert own <= 1.5 * eager + few, f"{what}: {own}, eager {eager}"
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])

@@ -50,24 +50,24 @@ def test_a_network_that_was_trained_with_it_computes_on_cpu_and_says_how():
 
 
 @pytest.fixture
-def one_layer_of_each(monkeypatch, tmp_path) -> str:
-    """A network of DenseNet-121's growth rate whose layers read as many channels as some of its layers do."""
+def network(monkeypatch, tmp_path) -> str:
+    """A network of one layer, as wide as DenseNet-121's."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    spec = dict(growth_rate=32, block_sizes=(1, 1), stem="imagenet", stem_channels=64)
+    spec = dict(growth_rate=32, block_sizes=(1,), stem="imagenet", stem_channels=64)
     monkeypatch.setitem(zoo.NETWORKS, "small", functools.partial(DenseNet, **spec))
     return "small"
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_the_kernels_compile_for_each_architecture_with_the_chosen_tiles(one_layer_of_each, architecture):
+def test_the_kernels_compile_for_each_architecture_with_the_chosen_tiles(network, architecture):
     """Without spills, within the card's shared memory, and with products on its tensor cores."""
     from tools.lab.gpu_kernels import PRODUCTS, SHARED_MEMORY, compile_launch, launches  # not while Triton interprets
 
     kernels = set()
     for precision in ("bf16", "tf32"):
-        for launch in launches(Step(one_layer_of_each, "triton", 16, 64, precision, architecture)):
+        for launch in launches(Step(network, "triton", 16, 64, precision, architecture)):
             is_product = "PRECISION" in launch.constants
-            if not is_product and (architecture, precision) != (80, "bf16"):
+            if not is_product and (architecture != 80 or launch.kernel in kernels):
                 continue  # what does no products compiles alike
             found = compile_launch(launch, architecture)
             assert found.spills == 0, found
