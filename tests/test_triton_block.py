@@ -69,6 +69,8 @@ def test_the_kernels_compile_for_each_architecture_with_the_chosen_tiles(network
             is_product = "PRECISION" in launch.constants
             if not is_product and (architecture != 80 or launch.kernel in kernels):
                 continue  # what does no products compiles alike
+            if precision == "tf32" and launch.kernel not in ("conv3x3_forward", "bottleneck_backward"):
+                continue  # these two need the most registers, and have tiles for each architecture
             found = compile_launch(launch, architecture)
             assert found.spills == 0, found
             assert found.shared_memory <= SHARED_MEMORY[architecture], found
