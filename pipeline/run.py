@@ -27,7 +27,7 @@ from pipeline.finite import FiniteGuard
 from pipeline.history import History
 from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
 from pipeline.metrics import MetricAccumulator, Score
-from pipeline.models import create_model
+from pipeline.models import backends, create_model
 from pipeline.objective import create_objective
 from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import autocast, create_scaler, set_tf32
@@ -117,6 +117,7 @@ class Run:
         set_tf32(config.train.precision)
         torch.manual_seed(config.seed)
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        backends.refuse_elsewhere(config.model.dense_block, world.device)
         network = create_model(num_classes=len(self.conditions.classes), **dataclasses.asdict(config.model))
         self._check_image_size(network)
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)

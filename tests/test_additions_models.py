@@ -18,6 +18,9 @@ class Toy:
 
     AUTOMATIC = False
 
+    def refusal(self, device: torch.device) -> str:
+        return ""
+
     def unsupported(self, features: nn.Module, x: Tensor) -> str:
         return "" if features.training else "toy is for training"
 
@@ -68,7 +71,8 @@ def test_auto_takes_the_first_automatic_backend_that_can(toy, monkeypatch):
 
 def test_the_tools_list_the_registry():
     names = ["eager", *BACKENDS]
-    assert list(dict.fromkeys(name for name, _ in inspect.MODES)) == names
+    on_cpu = [name for name in BACKENDS if not BACKENDS[name].refusal(torch.device("cpu"))]
+    assert list(dict.fromkeys(name for name, _ in inspect.MODES)) == ["eager", *on_cpu]
     assert [name for name in benchmark.OURS if "," not in name] == names
     assert set(BACKENDS) < set(benchmark.TASKS["inference"])
 
@@ -78,5 +82,6 @@ def test_an_unknown_backend_is_one_line(toy, name):
     with pytest.raises(UserError) as error:
         create_model(name, 5, dense_block="fusd")
     assert str(error.value) == (
-        "model.dense_block: there is no 'fusd' (did you mean 'fused'?); choose auto, eager, fused, memory_efficient, toy"
+        "model.dense_block: there is no 'fusd' (did you mean 'fused'?); "
+        "choose auto, eager, triton, fused, memory_efficient, toy"
     )

@@ -24,9 +24,10 @@ from pipeline.models.zoo import cifar_densenet
 from tools.support.facts import multiply_accumulates_by_module, parameters
 from tools.support.markdown import table
 
+_ON_CPU = [name for name, backend in BACKENDS.items() if not backend.refusal(torch.device("cpu"))]
 MODES = [  # model.dense_block, model.activation_checkpointing
     ("eager", "none"),
-    *((backend, blocks) for backend in BACKENDS for blocks in get_args(ActivationCheckpointing)),
+    *((name, blocks) for name in _ON_CPU for blocks in get_args(ActivationCheckpointing)),
 ]
 KINDS = {nn.Conv2d: "conv", nn.MaxPool2d: "max pool", nn.AvgPool2d: "average pool"}
 

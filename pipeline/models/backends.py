@@ -6,10 +6,11 @@ densenet.py, called one after the other, and the reference for the others.
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.models import fused, memory_efficient
+from pipeline.models import fused, memory_efficient, triton_block
 from pipeline.models.stage import Stage, TrackedBatchNorm
 
 
@@ -18,6 +19,9 @@ class Backend(Protocol):
 
     AUTOMATIC: bool
     """Whether `auto` may take it."""
+
+    def refusal(self, device: torch.device) -> str:
+        """Why a run on `device` that asks for it by name is refused; empty if it can run there or others may stand in."""
 
     def unsupported(self, features: nn.Module, x: Tensor) -> str:
         """Why it cannot compute `features` of the images x (N, 3, H, W) as they are; empty if it can.
@@ -36,6 +40,7 @@ class Backend(Protocol):
 # In the order of preference. `auto` takes the first automatic one that can; for one that is asked for by name and cannot,
 # the first of those after it that can; where none can, the modules are called.
 BACKENDS: dict[str, Backend] = {
+    "triton": triton_block,
     "fused": fused,
     "memory_efficient": memory_efficient,
 }
@@ -57,3 +62,14 @@ def candidates(dense_block: str) -> list[str]:
     known = ("auto", "eager", *names)
     hint = did_you_mean(dense_block, known)
     raise UserError(f"model.dense_block: there is no '{dense_block}'{hint}; choose {', '.join(known)}")
+
+
+def refuse_elsewhere(dense_block: str, device: torch.device) -> None:
+    """Stop a run that asks for a backend by name on a device that it is not for.
+
+    Raises:
+        UserError: `device` is such a one.
+    """
+    reason = BACKENDS[dense_block].refusal(device) if dense_block in BACKENDS else ""
+    if reason:
+        raise UserError(f"model.dense_block: '{dense_block}' cannot run here: {reason}; choose auto")

@@ -33,6 +33,10 @@ _ANY_STRIDES = ("conv0.weight", "conv.weight", "conv2.weight")
 _empty = functools.partial(torch.empty, device="cpu")  # whatever the default device is
 
 
+def refusal(device: torch.device) -> str:
+    return ""
+
+
 def unsupported(features: nn.Module, x: Tensor) -> str:
     if x.device.type != "cpu":
         return "the kernels are for CPU"

@@ -26,6 +26,10 @@ from pipeline.models.stage import (
 AUTOMATIC = False  # nobody has measured it on a GPU yet
 
 
+def refusal(device: torch.device) -> str:
+    return ""
+
+
 def unsupported(features: nn.Module, x: Tensor) -> str:
     return "" if features.training else "memory_efficient is for training"
 
