@@ -7,7 +7,7 @@ line to `sources.SOURCES`. Indexing, its cache, labels, training, evaluation and
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Stream = io.RawIOBase | io.BufferedIOBase  # what `open(file, "rb")` gives, with or without a buffer
 
@@ -95,6 +95,14 @@ class Source(Protocol):
 
     def location(self, name: str) -> str:
         """Where an image lies, for people."""
+
+
+@runtime_checkable
+class PlacedSource(Protocol):
+    """A source whose images lie as they are in files of this machine, so that they can be read without Python."""
+
+    def place(self, name: str, offset: int) -> tuple[str | int, int]:
+        """The path of the file, or its number if it is open and stays so, and the image's first byte in it."""
 
 
 class FileSource(Source, Protocol):
