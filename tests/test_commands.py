@@ -64,7 +64,7 @@ def test_class_sets_that_differ(user_error, images, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated"])
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_a_file_that_does_not_decode(user_error, images, tmp_path, monkeypatch, damage, loader):
     monkeypatch.chdir(REPOSITORY)
     file = images / "train" / "class1" / "image0004.jpg"

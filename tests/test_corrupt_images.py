@@ -23,7 +23,7 @@ from pipeline.errors import LocalUserError
 
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 IMAGES, BATCH = 22, 8
-both_loaders = pytest.mark.parametrize("loader", ["dali", "reference"])
+both_loaders = pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 
 
 @pytest.fixture(scope="module")

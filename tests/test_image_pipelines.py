@@ -78,7 +78,7 @@ def test_dali_and_the_reference_agree(photos, resize, mean, inner, frame, crops)
     assert difference.max() <= frame
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_an_image_whose_short_side_fits_is_not_resampled(tmp_path, loader):
     (tmp_path / "a").mkdir()
     image = photo(0, 230, 224)
@@ -156,7 +156,7 @@ def test_colors_are_applied_image_by_image():
             torch.testing.assert_close(actual[i].permute(1, 2, 0).double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference", "synthetic"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference", "synthetic"])
 def test_an_abandoned_epoch_leaves_no_trace(photos, loader):
     config = dataclasses.replace(SMALL, loader=loader)
     training = TrainingLoader(photos, config, CPU, seed=1, batch_size=8, accumulation=1)
@@ -174,7 +174,7 @@ def test_a_rank_without_images_loads_none(photos):
     assert list(EvaluationLoader(photos, config, shard, batch_size=8, crops=1).batches()) == []
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [

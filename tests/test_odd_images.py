@@ -194,7 +194,7 @@ def test_what_is_said_is_what_happens(odd, tmp_path, name):
             scan_classes(tmp_path)
         return
     index = scan_classes(tmp_path)
-    for loader in ("dali", "reference"):
+    for loader in ("native", "dali", "reference"):
         config = DataConfig(crop_size=56, resize_size=64, loader=loader)
         skip = DataConfig(crop_size=56, resize_size=64, loader=loader, corrupt_images="skip")
         evaluation = EvaluationLoader(index, skip, CPU, batch_size=4, crops=1)

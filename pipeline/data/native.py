@@ -34,11 +34,23 @@ from pipeline.errors import LocalUserError
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FILTERS = {"torch7-bicubic": 0, "pil-bilinear": 1, "pil-bicubic": 2}
+PILLOW_FILTERS: dict[Interpolation, Image.Resampling] = {
+    "pil-bilinear": Image.Resampling.BILINEAR,
+    "pil-bicubic": Image.Resampling.BICUBIC,
+}
 BATCHES_AHEAD = 2
-LIBJPEG = (  # in the order of `libjpeg` in native.cpp
-    "jpeg_std_error jpeg_CreateDecompress jpeg_destroy_decompress jpeg_abort_decompress jpeg_mem_src jpeg_read_header "
-    "jpeg_start_decompress jpeg_crop_scanline jpeg_skip_scanlines jpeg_read_scanlines"
-).split()
+LIBJPEG = [  # in the order of `libjpeg` in native.cpp
+    "jpeg_std_error",
+    "jpeg_CreateDecompress",
+    "jpeg_destroy_decompress",
+    "jpeg_abort_decompress",
+    "jpeg_mem_src",
+    "jpeg_read_header",
+    "jpeg_start_decompress",
+    "jpeg_crop_scanline",
+    "jpeg_skip_scanlines",
+    "jpeg_read_scanlines",
+]
 # What Pillow's resizes are tried on: sizes before and after, smaller and larger, in both orders of its passes.
 TRIALS = (((61, 23), (17, 21)), ((23, 61), (21, 17)), ((9, 14), (31, 20)), ((40, 40), (25, 25)))
 
@@ -144,7 +156,7 @@ class NativePipeline:
     def _start(self, plan: BatchPlan, colored: bool) -> "_Work":
         crop = self._config.crop_size
         out = self._memory.take((len(plan), self._views, crop, crop, 3))
-        work = _Work(plan, out, self._fields(plan, colored), self._config)
+        work = _Work(plan, out, self._config, *self._places(plan, colored))
         for _ in range(min(self._number, len(plan))):
             work.tasks.append(self._pool.submit(self._work_on, work))
         return work
@@ -165,8 +177,8 @@ class NativePipeline:
         plan, rows = collect(work.plan, futures, self._corrupt_images)
         return plan, work.out[rows]
 
-    def _fields(self, plan: BatchPlan, colored: bool) -> dict[str, np.ndarray]:
-        """The arrays of a batch as C++ takes them."""
+    def _places(self, plan: BatchPlan, colored: bool) -> tuple[ctypes.Array[ctypes.c_char_p], dict[str, np.ndarray]]:
+        """The paths of a batch's files, and its arrays, by their names in native.cpp."""
         index, ids = self._index, plan.ids
         n = len(ids)
         files, positions = np.full(n, -1, np.int32), np.zeros(n, np.int64)
@@ -186,13 +198,7 @@ class NativePipeline:
             plan = dataclasses.replace(
                 plan, color=np.tile(255 * same, (n, 1, 1)), mean_color=np.zeros((n, 3, 3)), shift=np.zeros((n, 3))
             )
-        return {
-            "paths": np.frombuffer(names, np.uint64),
-            "files": files,
-            "positions": positions,
-            "lengths": index.lengths[ids],
-            **_arrays(plan),
-        }
+        return names, {"files": files, "positions": positions, "lengths": index.lengths[ids], **_arrays(plan)}
 
     def _work_on(self, work: "_Work") -> None:
         """What each thread does to a batch: take images until there are none."""
@@ -222,8 +228,15 @@ class _Work:
         errors: of images that could not be loaded, by their place in the plan.
     """
 
-    def __init__(self, plan: BatchPlan, out: Tensor, arrays: dict[str, np.ndarray], config: DataConfig):
-        self.plan, self.out, self._arrays = plan, out, arrays
+    def __init__(
+        self,
+        plan: BatchPlan,
+        out: Tensor,
+        config: DataConfig,
+        paths: ctypes.Array[ctypes.c_char_p],
+        arrays: dict[str, np.ndarray],
+    ):
+        self.plan, self.out, self._pointed_to = plan, out, (paths, arrays)
         self.tasks: list[Future[None]] = []
         self.errors: dict[int, Exception] = {}
         self.batch = _Batch(
@@ -231,6 +244,7 @@ class _Work:
             views=plan.hflip.shape[1],
             crop=config.crop_size,
             filter=FILTERS[config.interpolation],
+            paths=ctypes.cast(paths, ctypes.c_void_p),
             around=(ctypes.c_float * 3)(*config.mean),
             out=out.data_ptr(),
             **{name: array.ctypes.data for name, array in arrays.items()},
@@ -264,14 +278,16 @@ def _resizes_as_pillow(library: ctypes.CDLL) -> bool:
     random = np.random.default_rng(0)
     for (height, width), size in TRIALS:
         image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
-        for interpolation, kernel in (("pil-bilinear", Image.Resampling.BILINEAR), ("pil-bicubic", Image.Resampling.BICUBIC)):
+        for interpolation, kernel in PILLOW_FILTERS.items():
             expected = np.asarray(image.resize(size[::-1], kernel))
             if not np.array_equal(resized(library, image, size, interpolation), expected):
                 return False
     return True
 
 
-def resized(library: ctypes.CDLL, image: Image.Image, size: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+def resized(
+    library: ctypes.CDLL, image: Image.Image, size: tuple[int, int], interpolation: Interpolation
+) -> np.ndarray:
     """(height, width, 3) float32: an image in another size, with one view that has room for all of it."""
     crop = max(size)
     plan = BatchPlan(
@@ -286,7 +302,8 @@ def resized(library: ctypes.CDLL, image: Image.Image, size: tuple[int, int], int
         shift=np.zeros((1, 3), np.float32),
     )
     out = torch.empty(1, 1, crop, crop, 3)
-    work = _Work(plan, out, _arrays(plan), DataConfig(crop_size=crop, resize_size=crop, interpolation=interpolation))
+    config = DataConfig(crop_size=crop, resize_size=crop, interpolation=interpolation)
+    work = _Work(plan, out, config, (ctypes.c_char_p * 1)(), _arrays(plan))
     _finish(library, work.batch, 0, image)
     return out[0, 0, : size[0], : size[1]].numpy()
 
