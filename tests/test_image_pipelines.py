@@ -12,10 +12,10 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.index import DatasetIndex, scan_classes
-from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader, create_image_pipeline
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
 from pipeline.data.reference import resize_as_torch7
-from pipeline.errors import LocalUserError, UserError
+from pipeline.errors import LocalUserError
 
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 SMALL = DataConfig(crop_size=56, resize_size=64)
@@ -200,11 +200,3 @@ def test_a_file_that_does_not_decode_is_named(tmp_path, loader, damage, expected
     config = dataclasses.replace(SMALL, loader=loader)
     with pytest.raises(LocalUserError, match=expected):
         list(EvaluationLoader(index, config, CPU, batch_size=2, crops=1).batches())
-
-
-def test_auto_takes_dali_where_it_is_installed(monkeypatch):
-    assert choose_loader(DataConfig()) == "dali"
-    monkeypatch.setattr("pipeline.data.loader.find_spec", lambda name: None)
-    assert choose_loader(DataConfig()) == "reference"
-    with pytest.raises(UserError, match="nvidia-dali is not installed"):
-        choose_loader(DataConfig(loader="dali"))

@@ -25,12 +25,15 @@ typedef int32_t I __attribute__((vector_size(64)));
 typedef uint8_t B __attribute__((vector_size(16)));
 
 enum Filter { TORCH7, BILINEAR, BICUBIC };
+enum Stage { READ, DECODE, ALL };
 static const int AHEAD = 4;  // images that a thread has asked the disk for besides the one that it works on
 
 extern "C" {
 // n images with V views each; `Batch` of native.py has the same fields.
 struct Batch {
-  int64_t n, views, crop, filter, bfloat16, next;  // next: the first image that no thread has taken
+  int64_t n, views, crop, filter, bfloat16;
+  int64_t last;                                    // the stage after which to stop: what each costs can so be measured
+  int64_t next;                                    // the first image that no thread has taken
   const char* const* paths;                        // of the images' files, or null: `files`
   const int32_t* files;                            // open files; -1: Python reads this image
   const int64_t *positions, *lengths;              // the bytes of an image in its file
@@ -455,7 +458,7 @@ template <class Decode> static bool process(const Batch& b, long i, Decode decod
   const long start = b.views * b.crop * b.crop * 3 * i;
   auto with = [&](const auto& y, const auto& x, auto finish) {
     const Pixels in = decode(Region{box[0] + y.begin, box[1] + x.begin, y.end - y.begin, x.end - x.begin});
-    if (!in.at) return false;
+    if (!in.at || b.last == DECODE) return in.at != nullptr;
     if (b.bfloat16) finish(in, static_cast<uint16_t*>(b.out) + start);
     else finish(in, static_cast<float*>(b.out) + start);
     return true;
@@ -653,10 +656,10 @@ static bool run_one(const Batch& b, int64_t i, int file) {
   bool done = false;
   try {
     const int64_t length = b.lengths[i];
-    int sampling;
+    int sampling = 1;
     done = file >= 0 && read_whole(file, room(kept, length), b.positions[i], length) &&
-           is_plain_jpeg(kept.data(), length, sampling) &&
-           process(b, i, [&](Region r) { return jpeg.decode(kept.data(), length, r, sampling); });
+           (b.last == READ || is_plain_jpeg(kept.data(), length, sampling)) &&
+           (b.last == READ || process(b, i, [&](Region r) { return jpeg.decode(kept.data(), length, r, sampling); }));
   } catch (const std::bad_alloc&) {  // Python says so if it happens to Pillow too
   }
   if (file >= 0 && b.paths[i]) close(file);

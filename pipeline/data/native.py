@@ -38,6 +38,7 @@ PILLOW_FILTERS: dict[Interpolation, Image.Resampling] = {
     "pil-bilinear": Image.Resampling.BILINEAR,
     "pil-bicubic": Image.Resampling.BICUBIC,
 }
+READ, DECODE, ALL = range(3)  # stages: the last that is done
 BATCHES_AHEAD = 2
 LIBJPEG = [  # in the order of `libjpeg` in native.cpp
     "jpeg_std_error",
@@ -59,7 +60,7 @@ class _Batch(ctypes.Structure):
     """`Batch` of native.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "views", "crop", "filter", "bfloat16", "next")),
+        *((name, ctypes.c_int64) for name in ("n", "views", "crop", "filter", "bfloat16", "last", "next")),
         *((name, ctypes.c_void_p) for name in ("paths", "files", "positions", "lengths", "boxes", "sizes", "corners")),
         *((name, ctypes.c_void_p) for name in ("hflip", "color", "mean_color", "shift")),
         ("around", ctypes.c_float * 3),
@@ -109,14 +110,19 @@ def unavailable_reason() -> str | None:
 @functools.cache
 def _threads(number: int) -> ThreadPoolExecutor:
     """The threads that load images: training and evaluation take turns at the same ones."""
-    return ThreadPoolExecutor(number, "load images")
+    return ThreadPoolExecutor(number, f"load images, {number} threads")
 
 
 class NativePipeline:
     """Turns plans into pixels or into the network's input, a few batches ahead.
 
     A batch's tensor is used again when no tensor looks at its memory any more.
+
+    Attributes:
+        last: the last stage that is done; before `ALL` what comes out is left over.
     """
+
+    last = ALL
 
     def __init__(
         self, index: DatasetIndex, config: DataConfig, threads: int, views: int, corrupt_images: CorruptImages = "stop"
@@ -156,7 +162,7 @@ class NativePipeline:
     def _start(self, plan: BatchPlan, colored: bool) -> "_Work":
         crop = self._config.crop_size
         out = self._memory.take((len(plan), self._views, crop, crop, 3))
-        work = _Work(plan, out, self._config, *self._places(plan, colored))
+        work = _Work(plan, out, self._config, self.last, *self._places(plan, colored))
         for _ in range(min(self._number, len(plan))):
             work.tasks.append(self._pool.submit(self._work_on, work))
         return work
@@ -233,6 +239,7 @@ class _Work:
         plan: BatchPlan,
         out: Tensor,
         config: DataConfig,
+        last: int,
         paths: ctypes.Array[ctypes.c_char_p],
         arrays: dict[str, np.ndarray],
     ):
@@ -246,6 +253,7 @@ class _Work:
             filter=FILTERS[config.interpolation],
             paths=ctypes.cast(paths, ctypes.c_void_p),
             around=(ctypes.c_float * 3)(*config.mean),
+            last=last,
             out=out.data_ptr(),
             **{name: array.ctypes.data for name, array in arrays.items()},
         )
@@ -303,7 +311,7 @@ def resized(
     )
     out = torch.empty(1, 1, crop, crop, 3)
     config = DataConfig(crop_size=crop, resize_size=crop, interpolation=interpolation)
-    work = _Work(plan, out, config, (ctypes.c_char_p * 1)(), _arrays(plan))
+    work = _Work(plan, out, config, ALL, (ctypes.c_char_p * 1)(), _arrays(plan))
     _finish(library, work.batch, 0, image)
     return out[0, 0, : size[0], : size[1]].numpy()
 
