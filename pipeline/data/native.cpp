@@ -473,10 +473,16 @@ template <class Decode> static bool process(const Batch& b, long i, Decode decod
 }
 
 // JPEG files. The library is the one that Pillow decodes with, so that pixels are Pillow's to the bit. Its wheel brings no
-// headers; these declarations are of the interface of libjpeg 6b, which has not changed since 1998 and which the library
-// itself checks by its version and the structure's size when a decompressor is made. What is not used is not named.
+// headers; these declarations are of the interface of libjpeg 6b, whose first part, up to what is used here, version 8 has
+// too, and which has not changed since 1998. The library itself checks version and size when a decompressor is made. What is
+// not used is not named.
 
-static const int LIBRARY_VERSION = 62, RGB = 2;
+static const int RGB = 2;
+static constexpr struct Interface {
+  int version;
+  size_t size;  // of its Decompressor
+} INTERFACES[] = {{62, 632}, {80, 656}};
+static Interface interface;
 
 struct ErrorManager;
 struct Decompressor {
@@ -488,7 +494,7 @@ struct Decompressor {
   int components, color_space, out_color_space;
   char unused[68];
   unsigned out_width, out_height;
-  char unused_either[488];
+  char unused_either[512];
 };
 struct ErrorManager {
   void (*exit)(Decompressor*);
@@ -497,7 +503,7 @@ struct ErrorManager {
   void (*format)(Decompressor*, char* text);
   char unused[136];
 };
-static_assert(sizeof(void*) == 8 && offsetof(Decompressor, out_width) == 136 && sizeof(Decompressor) == 632 && sizeof(ErrorManager) == 168);
+static_assert(sizeof(void*) == 8 && offsetof(Decompressor, out_width) == 136 && sizeof(Decompressor) == 656 && sizeof(ErrorManager) == 168);
 
 static struct {
   ErrorManager* (*std_error)(ErrorManager*);
@@ -592,7 +598,7 @@ struct Jpeg {
       errors.format(&info, text);
       return;
     }
-    libjpeg.create(&info, LIBRARY_VERSION, sizeof info);
+    libjpeg.create(&info, interface.version, interface.size);
     made = true;
   }
   ~Jpeg() {
@@ -672,9 +678,13 @@ const char* native_open(void* const* functions) {
   static_assert(sizeof libjpeg == 10 * sizeof(void*));
   static char why[256];
   memcpy(&libjpeg, functions, sizeof libjpeg);
-  const Jpeg jpeg;
-  snprintf(why, sizeof why, "%s", jpeg.text);
-  return jpeg.made ? nullptr : why;
+  for (const Interface& known : INTERFACES) {
+    interface = known;
+    const Jpeg jpeg;
+    if (jpeg.made) return nullptr;
+    snprintf(why, sizeof why, "%s", jpeg.text);
+  }
+  return why;
 }
 
 // Work on images that nobody has taken until there are none, which is -1, or one is left to Python, which is its number.
