@@ -35,7 +35,7 @@ from pipeline.history import History
 from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
 from pipeline.metrics import MetricAccumulator, Score
 from pipeline.models import create_model
-from pipeline.objective import create_objective
+from pipeline.objective import CrossEntropy, create_objective
 from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import autocast, create_scaler, set_tf32
 from pipeline.resume import Conditions, check_same_run, find_checkpoint, loader_of
@@ -125,6 +125,7 @@ class Run:
         """
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
         self.microbatches = _split_batch(config, world)
+        self.objective = create_objective(config)
         self._open_data(began_with)
         set_tf32(config.train.precision)
         torch.manual_seed(config.seed)
@@ -134,7 +135,6 @@ class Run:
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
         compiled: Any = torch.compile(network) if config.train.compile else network
         self.training_network = data_parallel(compiled, world)
-        self.objective = create_objective(config)
         self.optimizer = create_optimizer(self.network, config.optim)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
@@ -175,8 +175,15 @@ class Run:
             seed=config.seed,
             batch_size=config.optim.batch_size,
             accumulation=config.optim.grad_accum_steps,
+            dtype=self._image_dtype(),
         )
         self.val_loader = EvaluationLoader(val_index, data, shard, batch_size=config.train.eval_batch_size, crops=1)
+
+    def _image_dtype(self) -> torch.dtype:
+        """bfloat16 where the first thing that becomes of an image is that autocast rounds it to that, else float32."""
+        as_they_are = type(self.objective).prepare is CrossEntropy.prepare
+        halves = self.config.train.precision == "bf16" and self.world.device.type == "cpu"
+        return torch.bfloat16 if halves and as_they_are else torch.float32
 
     @property
     def measured(self) -> Measured:

@@ -27,7 +27,7 @@ from pipeline.data.loader import Shard, TrainingLoader, choose_loader, create_im
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reference import resize_as_torch7
 from pipeline.errors import UserError
-from pipeline.run import open_run
+from pipeline.run import Run, open_run
 
 reason = native.unavailable_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -338,6 +338,35 @@ def test_auto_takes_native_on_cpu_and_dali_on_gpu(monkeypatch):
     assert choose_loader(DataConfig(), cpu) == choose_loader(DataConfig(), gpu) == "reference"
     with pytest.raises(UserError, match="nvidia-dali is not installed"):
         choose_loader(DataConfig(loader="dali"), gpu)
+
+
+def test_bfloat16_is_float32_rounded(photos):
+    """To the nearest, ties to even, in views that lie in the image and in such that do not."""
+    for views in (1, 3):
+        for interpolation in native.FILTERS:
+            config = DataConfig(crop_size=20, resize_size=20, interpolation=interpolation, train_crop="random_crop")
+            plan = random_plan(photos, 20, views, 3)
+            half, full = (
+                next(native.NativePipeline(photos, config, 2, views, dtype=dtype).run_with_colors([plan]))[1]
+                for dtype in (torch.bfloat16, torch.float32)
+            )
+            assert half.dtype is torch.bfloat16 and torch.equal(half, full.bfloat16())
+
+
+@pytest.mark.slow
+def test_training_in_bf16_has_the_bits_of_float32_images(image_folders, tmp_path, monkeypatch):
+    weights, data = [], {"dir": str(image_folders), "loader": "native", "crop_size": 32, "resize_size": 36}
+    train, optim = {"precision": "bf16"}, {"epochs": 1, "milestones": []}
+    chosen = Run._image_dtype
+    for dtype in (torch.bfloat16, torch.float32):
+        folder = tmp_path / str(dtype)
+        config = small_config(folder, data=data, train=train, optim=optim)
+        with trainer.init_distributed("cpu") as world:
+            assert chosen(Run(config, world)) is torch.bfloat16
+        monkeypatch.setattr(Run, "_image_dtype", lambda run, dtype=dtype: dtype)
+        trainer.fit(config)
+        weights.append(load_checkpoint(folder / "checkpoints" / "last.pt")["model"])
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ class Batch:
     """n images with V views each, on the device.
 
     Attributes:
-        images: (n * V, 3, H, W) float32, channels-last; the views of an image are neighbours.
+        images: (n * V, 3, H, W) float32, or bfloat16 if `TrainingLoader` was asked for it; channels-last; the views of an
+            image are neighbours.
         labels: (n) int64.
         weights: (n) float32, 1 for an image that counts and 0 for a replacement; see `BatchPlan.weights`.
         ids: (n) int64, rows of the index (NumPy, on the host).
@@ -49,7 +50,7 @@ class ColoringPipeline(Protocol):
     """An image pipeline that maps the colours too, where others leave that to `apply_colors`."""
 
     def run_with_colors(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Yield each plan with what `apply_colors` would make of its pixels, on the host."""
+        """Yield each plan with what `apply_colors` would make of its pixels, on the host, in the dtype asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,29 @@ class Shard:
 
 
 class TrainingLoader:
-    """This rank's training batches of any epoch, from any step."""
+    """This rank's training batches of any epoch, from any step.
+
+    Args:
+        dtype: of the images, for loaders that map the colours on the host; the others give float32.
+    """
 
     def __init__(
-        self, index: DatasetIndex, config: DataConfig, shard: Shard, *, seed: int, batch_size: int, accumulation: int
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        shard: Shard,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int,
+        dtype: torch.dtype = torch.float32,
     ):
         self.index, self._config, self._shard = index, config, shard
         self._seed, self._batch_size, self._accumulation = seed, batch_size, accumulation
         self.steps_per_epoch = steps_per_epoch(len(index), batch_size)
         part = batch_size // shard.ranks // accumulation
         self._image_pipeline = create_image_pipeline(
-            index, config, shard, part, views=1, corrupt_images=config.corrupt_images
+            index, config, shard, part, views=1, corrupt_images=config.corrupt_images, dtype=dtype
         )
 
     def global_batch(self, step: int) -> int:
@@ -159,6 +172,7 @@ class PipelineOptions:
         batch_size: the most images that a plan may have.
         views: V, views of each image.
         corrupt_images: what to do about images that do not decode.
+        dtype: float32 or bfloat16, of images whose colours the image pipeline maps.
     """
 
     index: DatasetIndex
@@ -168,6 +182,7 @@ class PipelineOptions:
     batch_size: int
     views: int
     corrupt_images: CorruptImages
+    dtype: torch.dtype
 
 
 def _dali(work: PipelineOptions) -> ImagePipeline:
@@ -181,7 +196,7 @@ def _dali(work: PipelineOptions) -> ImagePipeline:
 def _native(work: PipelineOptions) -> ImagePipeline:
     from pipeline.data.native import NativePipeline  # only where it can be compiled
 
-    return NativePipeline(work.index, work.config, work.threads, work.views, work.corrupt_images)
+    return NativePipeline(work.index, work.config, work.threads, work.views, work.corrupt_images, work.dtype)
 
 
 # What turns plans into pixels, by the name that data.loader gives it.
@@ -203,6 +218,7 @@ def create_image_pipeline(
     batch_size: int,
     views: int,
     corrupt_images: CorruptImages = "stop",
+    dtype: torch.dtype = torch.float32,
 ) -> ImagePipeline:
     """Build the image pipeline that the configuration names.
 
@@ -210,7 +226,7 @@ def create_image_pipeline(
         corrupt_images: not the configuration's own, because evaluation always stops at them.
     """
     threads = config.threads or shard.threads
-    work = PipelineOptions(index, config, shard.device, threads, batch_size, views, corrupt_images)
+    work = PipelineOptions(index, config, shard.device, threads, batch_size, views, corrupt_images, dtype)
     return IMAGE_PIPELINES[choose_loader(config, shard.device)](work)
 
 

@@ -125,10 +125,16 @@ class NativePipeline:
     last = ALL
 
     def __init__(
-        self, index: DatasetIndex, config: DataConfig, threads: int, views: int, corrupt_images: CorruptImages = "stop"
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        threads: int,
+        views: int,
+        corrupt_images: CorruptImages = "stop",
+        dtype: torch.dtype = torch.float32,
     ):
         self._index, self._config, self._views, self._corrupt_images = index, config, views, corrupt_images
-        self._library, self._number, self._pool = load(), threads, _threads(threads)
+        self._library, self._number, self._pool, self._dtype = load(), threads, _threads(threads), dtype
         self._reader = Reader(index)
         self._memory = Memory()
         # Images that C++ has handed back once: it need not read them again.
@@ -142,7 +148,7 @@ class NativePipeline:
         yield from self._run(plans, colored=False)
 
     def run_with_colors(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """As `run`, with the plans' colours mapped: (n * V, 3, H, W) float32, channels-last in memory."""
+        """As `run`, with the plans' colours mapped: (n * V, 3, H, W) of the dtype asked for, channels-last in memory."""
         for plan, images in self._run(plans, colored=True):
             yield plan, images.flatten(0, 1).permute(0, 3, 1, 2)
 
@@ -161,7 +167,8 @@ class NativePipeline:
 
     def _start(self, plan: BatchPlan, colored: bool) -> "_Work":
         crop = self._config.crop_size
-        out = self._memory.take((len(plan), self._views, crop, crop, 3))
+        dtype = self._dtype if colored else torch.float32
+        out = self._memory.take((len(plan), self._views, crop, crop, 3), dtype)
         work = _Work(plan, out, self._config, self.last, *self._places(plan, colored))
         for _ in range(min(self._number, len(plan))):
             work.tasks.append(self._pool.submit(self._work_on, work))
@@ -253,6 +260,7 @@ class _Work:
             filter=FILTERS[config.interpolation],
             paths=ctypes.cast(paths, ctypes.c_void_p),
             around=(ctypes.c_float * 3)(*config.mean),
+            bfloat16=out.dtype is torch.bfloat16,
             last=last,
             out=out.data_ptr(),
             **{name: array.ctypes.data for name, array in arrays.items()},
@@ -320,15 +328,15 @@ class Memory:
     """Tensors whose memory is used again as soon as no tensor looks at it."""
 
     def __init__(self):
-        self._free: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[np.ndarray]] = {}
 
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of this shape, float32, that nobody else has; what it holds is left over."""
-        free = self._free.setdefault(shape, [])
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that nobody else has, float32 or bfloat16; what it holds is left over."""
+        free = self._free.setdefault((shape, dtype), [])
         try:
             array = free.pop()
         except IndexError:
-            array = np.empty(shape, np.float32)
+            array = np.empty(shape, np.float32 if dtype is torch.float32 else np.uint16)
         lent = array.view()  # lives until the last tensor that shares the memory is gone, as its views do
         weakref.finalize(lent, free.append, array).atexit = False
-        return torch.from_numpy(lent)
+        return torch.from_numpy(lent).view(dtype)
