@@ -164,7 +164,7 @@ def test_under_torchrun_rank_0_says_it_once(tmp_path):
 def test_a_dry_run_builds_everything_and_trains_nothing(images, tmp_path):
     done = run_module("pipeline.train", *flags(tmp_path / "run", images), "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "37 training and 11 validation images through the dali loader" in done.stdout
+    assert "37 training and 11 validation images through the native loader" in done.stdout
     assert "batch_size: 12" in done.stdout
     assert not list((tmp_path / "run").glob("**/*"))
 
