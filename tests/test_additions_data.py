@@ -95,7 +95,7 @@ def test_the_index_is_that_of_the_folders_and_is_cached(zipped, image_folders, m
 
 
 @pytest.mark.parametrize("name", ["native", "dali", "reference"])
-def test_both_loaders_read_it_in_another_process_too(zipped, image_folders, name):
+def test_all_loaders_read_it_in_another_process_too(zipped, image_folders, name):
     config = DataConfig(crop_size=24, resize_size=28, loader=name)
     batches = []
     for root in (zipped / "train.zip", image_folders / "train"):
