@@ -82,7 +82,8 @@ class DataConfig:
     """Labels of a flat validation set: a line 'CLASS' for each file in sorted order, lines 'FILE CLASS', or ImageNet's
     development kit (.tar.gz)."""
     loader: str = "auto"
-    """auto: DALI where it is installed, else reference (PIL). synthetic: generated images, no files."""
+    """native: C++, on CPU; dali: DALI, on GPU and CPU; reference: PIL, slow; auto: the first that can be used of dali and
+    native on GPU, of native and dali on CPU. synthetic: generated images, no files."""
     holdout: NonNegative = 0
     """Training images that are held out and validated on in place of data.val: the same whatever the seed."""
     corrupt_images: CorruptImages = "stop"

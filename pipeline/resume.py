@@ -36,7 +36,7 @@ class Conditions:
         classes: class names.
         fingerprint: of the training and the validation images.
         images: how many of each.
-        loader: "dali", "reference" or "synthetic".
+        loader: a name in `loader.IMAGE_PIPELINES`.
         ranks: number of ranks.
     """
 
@@ -68,6 +68,11 @@ def find_checkpoint(run_dir: Path) -> Found | None:
             f"{folder.last.parent}, or start anew with another --run_dir, or rename {run_dir} first"
         )
     return None
+
+
+def loader_of(found: Found | None) -> str | None:
+    """The loader of the run that saved a checkpoint. Loaders differ in the last bits, so that the run keeps its own."""
+    return found.state.get("conditions", {}).get("loader") if found else None
 
 
 def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) -> dict[str, tuple[Any, Any]]:

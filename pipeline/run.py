@@ -17,10 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import load_weights
+from pipeline.checkpoint import Found, load_weights
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
-from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader
+from pipeline.data.loader import (
+    AUTOMATIC,
+    EvaluationLoader,
+    Shard,
+    TrainingLoader,
+    choose_loader,
+    unavailable_reason,
+)
 from pipeline.distributed import World, data_parallel
 from pipeline.errors import UserError
 from pipeline.finite import FiniteGuard
@@ -28,10 +35,10 @@ from pipeline.history import History
 from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
 from pipeline.metrics import MetricAccumulator, Score
 from pipeline.models import backends, create_model
-from pipeline.objective import create_objective
+from pipeline.objective import CrossEntropy, create_objective
 from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import autocast, create_scaler, set_tf32
-from pipeline.resume import Conditions, check_same_run
+from pipeline.resume import Conditions, check_same_run, find_checkpoint, loader_of
 
 
 class Stateful(Protocol):
@@ -110,10 +117,16 @@ class Run:
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, world: World, began_with: str | None = None):
+        """Build everything that a run is made of.
+
+        Args:
+            began_with: the loader of a run that resumes, which ``data.loader: auto`` then stands for; see `loader_of`.
+        """
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
         self.microbatches = _split_batch(config, world)
-        self._open_data()
+        self.objective = create_objective(config)
+        self._open_data(began_with)
         set_tf32(config.train.precision)
         torch.manual_seed(config.seed)
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
@@ -123,7 +136,6 @@ class Run:
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
         compiled: Any = torch.compile(network) if config.train.compile else network
         self.training_network = data_parallel(compiled, world)
-        self.objective = create_objective(config)
         self.optimizer = create_optimizer(self.network, config.optim)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
@@ -141,8 +153,11 @@ class Run:
             "history": self.history,
         }
 
-    def _open_data(self) -> None:
-        config, world, loader = self.config, self.world, choose_loader(self.config.data)
+    def _open_data(self, began_with: str | None) -> None:
+        config, world = self.config, self.world
+        loader = began_with if began_with and config.data.loader == "auto" else config.data.loader
+        loader = _same_loader(choose_loader(dataclasses.replace(config.data, loader=loader), world.device), world)
+        data = dataclasses.replace(config.data, loader=loader)
         train_index, val_index = world.broadcast_from_rank0(
             lambda: open_datasets(config.data, self.dir / "index", progress=True)
         )
@@ -156,15 +171,20 @@ class Run:
         shard = Shard(world.rank, world.size, world.device, world.cores)
         self.train_loader = TrainingLoader(
             train_index,
-            config.data,
+            data,
             shard,
             seed=config.seed,
             batch_size=config.optim.batch_size,
             accumulation=config.optim.grad_accum_steps,
+            dtype=self._image_dtype(),
         )
-        self.val_loader = EvaluationLoader(
-            val_index, config.data, shard, batch_size=config.train.eval_batch_size, crops=1
-        )
+        self.val_loader = EvaluationLoader(val_index, data, shard, batch_size=config.train.eval_batch_size, crops=1)
+
+    def _image_dtype(self) -> torch.dtype:
+        """bfloat16 where the first thing that becomes of an image is that autocast rounds it to that, else float32."""
+        as_they_are = type(self.objective).prepare is CrossEntropy.prepare
+        halves = self.config.train.precision == "bf16" and self.world.device.type == "cpu"
+        return torch.bfloat16 if halves and as_they_are else torch.float32
 
     @property
     def measured(self) -> Measured:
@@ -269,11 +289,18 @@ class Run:
             f"{self.config.model.name}: {parameters:,} parameters, {len(self.conditions.classes)} classes, "
             f"{self.config.train.precision} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
-            f"through the {_named_loader(self.config)} loader\n"
+            f"through the {self._named_loader()} loader\n"
             f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
             f"{optim.batch_size // self.microbatches} images (what a batch-norm statistic sees); "
             f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
         )
+
+    def _named_loader(self) -> str:
+        """The loader, and why it is not the first choice where it was left to choose."""
+        name, device = self.conditions.loader, self.world.device.type
+        better = AUTOMATIC[device][: AUTOMATIC[device].index(name)] if self.config.data.loader == "auto" else ()
+        reasons = [f"{other}: {reason}" for other in better if (reason := unavailable_reason(other))]
+        return f"{name} (not {'; not '.join(reasons)})" if reasons else name
 
     def _check_image_size(self, network: nn.Module) -> None:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
@@ -291,6 +318,12 @@ class Run:
             ) from None
 
 
+def open_run(config: Config, world: World) -> tuple[Run, Found | None]:
+    """Build a run, and find the checkpoint in its directory from which it may resume. Every rank must call this."""
+    found = world.broadcast_from_rank0(lambda: find_checkpoint(Path(config.run_dir)))
+    return Run(config, world, loader_of(found)), found
+
+
 def _split_batch(config: Config, world: World) -> int:
     """Into how many microbatches a global batch is cut; `UserError` if they cannot be equal."""
     microbatches = world.size * config.optim.grad_accum_steps
@@ -302,7 +335,7 @@ def _split_batch(config: Config, world: World) -> int:
     return microbatches
 
 
-def _named_loader(config: Config) -> str:
-    name = choose_loader(config.data)
-    fallback = name == "reference" and config.data.loader == "auto"
-    return f"{name} (slow: DALI is not installed)" if fallback else name
+def _same_loader(mine: str, world: World) -> str:
+    """What all ranks can use where they would choose different loaders: the last of `AUTOMATIC` that one of them chose."""
+    chosen = world.gather(mine)
+    return max(chosen, key=AUTOMATIC[world.device.type].index) if len(set(chosen)) > 1 else mine

@@ -26,8 +26,7 @@ from pipeline.monitor import Monitor
 from pipeline.optim import set_learning_rate
 from pipeline.preemption import PreemptionHandler
 from pipeline.report import summary, warnings_of, write_description
-from pipeline.resume import find_checkpoint
-from pipeline.run import Progress, Run
+from pipeline.run import Progress, Run, open_run
 from pipeline.run_dir import locked
 from pipeline.watchdog import Watchdog
 
@@ -47,9 +46,9 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
     """
     with init_distributed(config.train.device) as world, ExitStack() as stack:
         world.broadcast_from_rank0(lambda: stack.enter_context(locked(Path(config.run_dir))))
-        run = Run(config, world)
+        run, found = open_run(config, world)
         trainer = Trainer(run, [*create_hooks(run), *hooks, Saving(run)])
-        trainer.fit(world.broadcast_from_rank0(lambda: find_checkpoint(run.dir)))
+        trainer.fit(found)
         if world.is_main:
             print(summary(run), flush=True)
         return run.progress
@@ -58,9 +57,8 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
 def dry_run(config: Config) -> str:
     """Build everything that `fit` would, write and train nothing, and return a description of the run."""
     with init_distributed(config.train.device) as world:
-        run = Run(config, world)
+        run, found = open_run(config, world)
         create_hooks(run)
-        found = world.broadcast_from_rank0(lambda: find_checkpoint(run.dir))
         if found:
             run.load_state_dict(found.state)
         next(run.train_loader.batches(epoch=0))

@@ -156,7 +156,7 @@ def test_a_network_with_several_outputs(tmp_path, monkeypatch):
         (
             "loader",
             "dalli",
-            r"data.loader: there is no 'dalli' \(did you mean 'dali'\?\); choose dali, reference, synthetic",
+            r"data.loader: there is no 'dalli' \(did you mean 'dali'\?\); choose dali, native, reference, synthetic",
         ),
         ("dataset", "cifar", r"data.dataset: there is no 'cifar' \(did you mean 'cifar10"),
     ],

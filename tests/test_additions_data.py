@@ -94,8 +94,8 @@ def test_the_index_is_that_of_the_folders_and_is_cached(zipped, image_folders, m
     assert flat.names == index.names and flat.labels.tolist() == index.labels.tolist()
 
 
-@pytest.mark.parametrize("name", ["dali", "reference"])
-def test_both_loaders_read_it_in_another_process_too(zipped, image_folders, name):
+@pytest.mark.parametrize("name", ["native", "dali", "reference"])
+def test_all_loaders_read_it_in_another_process_too(zipped, image_folders, name):
     config = DataConfig(crop_size=24, resize_size=28, loader=name)
     batches = []
     for root in (zipped / "train.zip", image_folders / "train"):

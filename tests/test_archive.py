@@ -88,7 +88,7 @@ def test_a_flat_tar_with_the_devkit_is_indexed_as_a_folder_with_labels(packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_training_from_archives_equals_training_from_folders_to_the_bit(packed, tmp_path, loader):
     runs = []
     for name, data in (

@@ -73,7 +73,7 @@ def test_pixels_labels_and_classes_are_torchvisions(tmp_path, monkeypatch, datas
         np.testing.assert_array_equal(batch.labels, labels[batch.ids])
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 @pytest.mark.parametrize("resize", ["torch7-bicubic", "pil-bilinear"])
 def test_padded_crops_are_the_torch_codes(fashion, loader, resize):
     """Normalise, pad with zeros, cut anywhere, mirror: fb.resnet.torch datasets/cifar10.lua, in float64."""
@@ -96,7 +96,7 @@ def test_padded_crops_are_the_torch_codes(fashion, loader, resize):
     assert len(places) > 20
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_padding_without_augmentation_is_the_image(fashion, loader):
     config = data_config(fashion, loader=loader, padding=0, hflip=False)
     index = index_arrays(ArraySource("fashion-mnist", str(fashion), "train"))

@@ -64,7 +64,7 @@ def test_class_sets_that_differ(user_error, images, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated"])
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_a_file_that_does_not_decode(user_error, images, tmp_path, monkeypatch, damage, loader):
     monkeypatch.chdir(REPOSITORY)
     file = images / "train" / "class1" / "image0004.jpg"
@@ -164,7 +164,7 @@ def test_under_torchrun_rank_0_says_it_once(tmp_path):
 def test_a_dry_run_builds_everything_and_trains_nothing(images, tmp_path):
     done = run_module("pipeline.train", *flags(tmp_path / "run", images), "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "37 training and 11 validation images through the dali loader" in done.stdout
+    assert "37 training and 11 validation images through the native loader" in done.stdout
     assert "batch_size: 12" in done.stdout
     assert not list((tmp_path / "run").glob("**/*"))
 

@@ -23,7 +23,7 @@ from pipeline.errors import LocalUserError
 
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 IMAGES, BATCH = 22, 8
-both_loaders = pytest.mark.parametrize("loader", ["dali", "reference"])
+all_loaders = pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def evaluation(index, loader: str) -> EvaluationLoader:
     return EvaluationLoader(index, config, CPU, batch_size=BATCH, crops=1)
 
 
-@both_loaders
+@all_loaders
 def test_the_next_sound_image_stands_in_and_does_not_count(sound, images, loader, capfd):
     order = epoch_order(IMAGES, 1, 0)
     corrupt = [1, 2, 7, 10]  # positions of the epoch: two neighbours, the last of a batch, and one of the next
@@ -79,7 +79,7 @@ def test_the_next_sound_image_stands_in_and_does_not_count(sound, images, loader
     assert all(str(file(images, order[position])) in "".join(lines) for position in corrupt)
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 2), (5, 1)])
 def test_the_weights_of_a_step_add_up_to_the_images_that_count(images, loader, ranks, accumulation):
     """Over all ranks and parts of a step, so that a loss divided by their sum is a mean over images that count."""
@@ -106,7 +106,7 @@ def test_the_weights_of_a_step_add_up_to_the_images_that_count(images, loader, r
         )
 
 
-@both_loaders
+@all_loaders
 def test_a_run_that_resumes_skips_the_same_images(images, loader):
     truncate(*(file(images, i) for i in (3, 9, 15)))
     index = scan_classes(images)
@@ -115,14 +115,14 @@ def test_a_run_that_resumes_skips_the_same_images(images, loader):
         assert torch.equal(a.images, b.images) and torch.equal(a.weights, b.weights)
 
 
-@both_loaders
+@all_loaders
 def test_evaluation_always_stops(images, loader):
     truncate(file(images, 3))
     with pytest.raises(CorruptImageError, match="03.jpg does not decode .*repair or remove it .*--verify"):
         list(evaluation(scan_classes(images), loader).batches())
 
 
-@both_loaders
+@all_loaders
 def test_without_a_sound_image_in_a_batch_training_stops(images, loader):
     order = epoch_order(IMAGES, 1, 0)
     truncate(*(file(images, i) for i in order[8:10]))
@@ -130,7 +130,7 @@ def test_without_a_sound_image_in_a_batch_training_stops(images, loader):
         list(training(scan_classes(images), loader, accumulation=4).batches(0))
 
 
-@both_loaders
+@all_loaders
 @pytest.mark.parametrize("damage", ["missing", "shorter"])
 def test_what_cannot_be_read_is_not_skipped(images, loader, damage):
     index = scan_classes(images)

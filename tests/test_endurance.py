@@ -5,7 +5,7 @@ from conftest import run_module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_a_few_short_epochs_are_steady(loader):
     done = run_module("tools.lab.endurance", "--files", 600, "--epochs", 5, "--loader", loader)
     assert done.returncode == 0, done.stderr

@@ -12,10 +12,10 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.index import DatasetIndex, scan_classes
-from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader, create_image_pipeline
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
 from pipeline.data.reference import resize_as_torch7
-from pipeline.errors import LocalUserError, UserError
+from pipeline.errors import LocalUserError
 
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 SMALL = DataConfig(crop_size=56, resize_size=64)
@@ -78,7 +78,7 @@ def test_dali_and_the_reference_agree(photos, resize, mean, inner, frame, crops)
     assert difference.max() <= frame
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_an_image_whose_short_side_fits_is_not_resampled(tmp_path, loader):
     (tmp_path / "a").mkdir()
     image = photo(0, 230, 224)
@@ -156,7 +156,7 @@ def test_colors_are_applied_image_by_image():
             torch.testing.assert_close(actual[i].permute(1, 2, 0).double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference", "synthetic"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference", "synthetic"])
 def test_an_abandoned_epoch_leaves_no_trace(photos, loader):
     config = dataclasses.replace(SMALL, loader=loader)
     training = TrainingLoader(photos, config, CPU, seed=1, batch_size=8, accumulation=1)
@@ -174,7 +174,7 @@ def test_a_rank_without_images_loads_none(photos):
     assert list(EvaluationLoader(photos, config, shard, batch_size=8, crops=1).batches()) == []
 
 
-@pytest.mark.parametrize("loader", ["dali", "reference"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -200,11 +200,3 @@ def test_a_file_that_does_not_decode_is_named(tmp_path, loader, damage, expected
     config = dataclasses.replace(SMALL, loader=loader)
     with pytest.raises(LocalUserError, match=expected):
         list(EvaluationLoader(index, config, CPU, batch_size=2, crops=1).batches())
-
-
-def test_auto_takes_dali_where_it_is_installed(monkeypatch):
-    assert choose_loader(DataConfig()) == "dali"
-    monkeypatch.setattr("pipeline.data.loader.find_spec", lambda name: None)
-    assert choose_loader(DataConfig()) == "reference"
-    with pytest.raises(UserError, match="nvidia-dali is not installed"):
-        choose_loader(DataConfig(loader="dali"))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import PATIENCE, REPOSITORY
 from torch import Tensor
 
+from pipeline import cpp
 from pipeline.models import kernels
 from pipeline.models.kernels import BatchNorm, call, computing_dtype
 
@@ -496,7 +497,7 @@ def test_a_compiler_that_fails_is_named(tmp_path):
         "PYTHONPATH": str(REPOSITORY),
     }
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout == "false cannot compile the kernels: exit code 1\n"
+    assert result.stdout == "false cannot compile dense_block.cpp: exit code 1\n"
 
 
 @pytest.mark.slow
@@ -509,7 +510,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_kernels_compiled_for_another_cpu_are_not_loaded(monkeypatch):
-    here = kernels._fingerprint("c++")
-    assert kernels._fingerprint("c++") == here
-    monkeypatch.setattr(kernels, "_cpu", lambda: "model name: another\nflags: avx512f")
-    assert kernels._fingerprint("c++") != here
+    here = cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS)
+    assert cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS) == here
+    monkeypatch.setattr(cpp, "_cpu", lambda: "model name: another\nflags: avx512f")
+    assert cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS) != here

@@ -48,7 +48,7 @@ def test_what_pillow_reads_is_read(tmp_path, capfd):
     assert sorted(index.names) == sorted(f"cat/{name}" for name in READ)
     assert scan_classes(tmp_path / "train.tar").fingerprint == index.fingerprint
     assert capfd.readouterr().err == ""
-    for loader in ("dali", "reference"):
+    for loader in ("native", "dali", "reference"):
         config = DataConfig(crop_size=24, resize_size=28, loader=loader)
         batches = EvaluationLoader(index, config, CPU, batch_size=8, crops=1).batches()
         assert sum(len(batch.ids) for batch in batches) == len(READ)
@@ -131,7 +131,7 @@ def test_the_first_picture_is_read_of_several(tmp_path):
         pictures[0].save(tmp_path / "cat" / name, save_all=True, append_images=pictures[1:], **options)
     said = {Path(issue.location).name: str(issue) for issue in verify([open_source(tmp_path)], [])}
     assert len(said) == 4 and all("holds several pictures: read as its first" in line for line in said.values())
-    for loader in ("dali", "reference"):
+    for loader in ("native", "dali", "reference"):
         config = DataConfig(crop_size=20, resize_size=20, loader=loader, mean=(0, 0, 0), std=(1, 1, 1))
         (batch,) = EvaluationLoader(scan_classes(tmp_path), config, CPU, batch_size=8, crops=1).batches()
         np.testing.assert_allclose(batch.images[:, 0].mean(dim=(1, 2)), 200 / 255, atol=0.01)

@@ -17,7 +17,10 @@ from pipeline.data.plan import training_plans
 from pipeline.errors import exit_on_user_error
 from tools.lab.loader import (
     BASELINE,
+    BASELINE_ONE_CROP,
     BOUND,
+    NATIVE,
+    REGIONS,
     STAGES,
     TORCHVISION,
     Differences,
@@ -61,10 +64,13 @@ def test_the_files_can_be_read(results):
     assert found["images"]["count"] == 6 and found["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     speed = {line["loader"]: line for line in found["speed"]}
     assert speed[BASELINE]["ratio"] == 1 and BOUND in speed and all(line["images_per_s"] > 0 for line in speed.values())
-    assert [line["stage"] for line in found["stages"]] == list(STAGES)
-    assert sum(line["share"] for line in found["stages"]) == pytest.approx(1)
+    assert [(line["loader"], line["stage"]) for line in found["stages"]] == [
+        (loader, stage) for loader, stages in STAGES.items() for stage in stages
+    ]
+    assert sum(line["share"] for line in found["stages"]) == pytest.approx(len(STAGES))
+    assert speed[BASELINE_ONE_CROP]["ratio"] == 1 and f"{REGIONS}, {NATIVE}" in speed
     tables = [line for line in (results / "loader.md").read_text().splitlines() if line.startswith("|")]
-    assert len(tables) == 3 * 2 + len(found["fidelity"]) + len(found["speed"]) + len(STAGES)
+    assert len(tables) == 3 * 2 + len(found["fidelity"]) + len(found["speed"]) + len(found["stages"])
     for name in ("loader.png", "contact-sheet.png"):
         with Image.open(results / name) as image:
             assert np.asarray(image.convert("L")).std() > 10
@@ -81,6 +87,10 @@ def test_the_image_pipelines_are_within_their_tolerances(results):
     )
     assert ours["colour map"]["max"] < 0.01 and ours["training transform"]["mean"] < 0.1
     assert ours["evaluation, 1 crop"]["mean"] < 0.05 and ours["evaluation, 10 crops"]["mean"] < 0.05
+    exact = {line["operator"]: line for line in rows if line["image_pipeline"] == NATIVE}
+    assert exact["crop and resize, torch7-bicubic"]["max"] < 1e-3 and exact["training transform"]["max"] < 1e-3
+    assert exact["crop and resize, pil-bilinear"]["max"] == exact["crop and resize, pil-bicubic"]["max"] == 0
+    assert exact["horizontal flip"]["max"] < 1e-3 and exact["colour map"]["max"] < 1e-3
     theirs = {line["operator"]: line for line in rows if line["image_pipeline"] == TORCHVISION}
     # On Pillow images torchvision's resize is Pillow's, and neither is the paper's.
     assert (

@@ -1,4 +1,4 @@
-"""What `verify` says of odd files is what the index and both loaders do, and what both read they read alike."""
+"""What `verify` says of odd files is what the index and all loaders do, and what they read they read alike."""
 
 import dataclasses
 import io
@@ -27,8 +27,8 @@ from pipeline.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images:UserWarning")
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 
-READ_AS_RGB = "read as RGB through Pillow, alike by both loaders"
-READ_WITH_8_BITS = "read with 8 bits through Pillow, alike by both loaders"
+READ_AS_RGB = "read as RGB through Pillow, alike by all loaders"
+READ_WITH_8_BITS = "read with 8 bits through Pillow, alike by all loaders"
 READ_AS_IT_IS = "read as what it is"
 READ_AS_FIRST = "read as its first"
 READ_AS_STORED = "read as stored, not rotated, as the paper's code did"
@@ -194,7 +194,7 @@ def test_what_is_said_is_what_happens(odd, tmp_path, name):
             scan_classes(tmp_path)
         return
     index = scan_classes(tmp_path)
-    for loader in ("dali", "reference"):
+    for loader in ("native", "dali", "reference"):
         config = DataConfig(crop_size=56, resize_size=64, loader=loader)
         skip = DataConfig(crop_size=56, resize_size=64, loader=loader, corrupt_images="skip")
         evaluation = EvaluationLoader(index, skip, CPU, batch_size=4, crops=1)

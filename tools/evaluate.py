@@ -140,6 +140,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
             evaluation, other = both if options.outputs == "all" else both[::-1]
         result = describe(candidate, evaluation, other, options)
     about = {"name": candidate.name, "weights": candidate.file, "ranks": world.size}
+    about["loader"] = choose_loader(data, world.device)
     return about | {"images_per_second": len(index) / seconds} | result, evaluation
 
 
@@ -204,7 +205,6 @@ def describe(
         "interpolation": data.interpolation,
         "resize_size": data.resize_size,
         "crop_size": data.crop_size,
-        "loader": choose_loader(data),
         **errors(score),
         "loss": score.loss if math.isfinite(score.loss) else None,
         "real": real_labels_score(evaluation, index),
@@ -391,7 +391,9 @@ def _parser() -> ArgumentParser:
         help="of the network; bf16 and fp16 by autocast [fp32]",
     )
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="image loader [auto]")
+    parser.add_argument(
+        "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
+    )
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="loader threads per rank [all cores]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of each rank [auto]")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")

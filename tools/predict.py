@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="IMAGE-OR-FOLDER", help="image files and folders of images")
     parser.add_argument("--top", type=positive_integer, metavar="N", default=5, help="predictions per image [5]")
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
-    parser.add_argument("--loader", choices=("auto", "dali", "reference"), default="auto", help="image loader [auto]")
+    parser.add_argument(
+        "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the predictions as JSON")
     options = parser.parse_args()
     if options.json:

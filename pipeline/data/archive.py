@@ -80,9 +80,15 @@ class TarSource:
         return Group("", partial(self._list, 0, size), f"{self._stamp()} 0 {size}")
 
     def open(self, name: str, offset: int, length: int) -> Stream:
+        return Section(self._opened(), offset, length)
+
+    def place(self, name: str, offset: int) -> tuple[str | int, int]:
+        return self._opened().fileno(), offset
+
+    def _opened(self) -> io.FileIO:
         if self._stream is None:  # kept open: on a network file system each opening costs a round trip
             self._stream = io.FileIO(self.root)
-        return Section(self._stream, offset, length)
+        return self._stream
 
     def location(self, name: str) -> str:
         return f"{name} in {self.root}"

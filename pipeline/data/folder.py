@@ -40,6 +40,9 @@ class FolderSource:
     def open(self, name: str, offset: int, length: int) -> Stream:
         return open(self.location(name), "rb", buffering=0)
 
+    def place(self, name: str, offset: int) -> tuple[str | int, int]:
+        return self.location(name), 0
+
     def location(self, name: str) -> str:
         return os.path.join(self.root, name)
 

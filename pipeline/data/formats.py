@@ -40,6 +40,15 @@ def to_pnm(pixels: np.ndarray) -> np.ndarray:
     return np.frombuffer(header + pixels.tobytes(), np.uint8)
 
 
+def pnm_pixels(content: np.ndarray) -> np.ndarray | None:
+    """The pixels that `to_pnm` was given, as a view of a file's bytes, (length) uint8; None if they are not of its making."""
+    header = PNM_HEADER.match(content.data[:32])
+    if not header or not is_plain(content):
+        return None
+    shape = (int(header[3]), int(header[2]), *((3,) if header[1] == b"6" else ()))
+    return content[header.end() :].reshape(shape)
+
+
 def _is_plain_jpeg(view: memoryview) -> bool:
     if view[0] != 0xFF or view[1] != SOI:
         return False

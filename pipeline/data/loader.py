@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ class Batch:
     """n images with V views each, on the device.
 
     Attributes:
-        images: (n * V, 3, H, W) float32, channels-last; the views of an image are neighbours.
+        images: (n * V, 3, H, W) float32, or bfloat16 if `TrainingLoader` was asked for it; channels-last; the views of an
+            image are neighbours.
         labels: (n) int64.
         weights: (n) float32, 1 for an image that counts and 0 for a replacement; see `BatchPlan.weights`.
         ids: (n) int64, rows of the index (NumPy, on the host).
@@ -44,6 +45,14 @@ class ImagePipeline(Protocol):
         """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255."""
 
 
+@runtime_checkable
+class ColoringPipeline(Protocol):
+    """An image pipeline that maps the colours too, where others leave that to `apply_colors`."""
+
+    def run_with_colors(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+        """Yield each plan with what `apply_colors` would make of its pixels, on the host, in the dtype asked for."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Which part of the data this rank loads, where to, and with how many threads."""
@@ -55,17 +64,29 @@ class Shard:
 
 
 class TrainingLoader:
-    """This rank's training batches of any epoch, from any step."""
+    """This rank's training batches of any epoch, from any step.
+
+    Args:
+        dtype: of the images, for loaders that map the colours on the host; the others give float32.
+    """
 
     def __init__(
-        self, index: DatasetIndex, config: DataConfig, shard: Shard, *, seed: int, batch_size: int, accumulation: int
+        self,
+        index: DatasetIndex,
+        config: DataConfig,
+        shard: Shard,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int,
+        dtype: torch.dtype = torch.float32,
     ):
         self.index, self._config, self._shard = index, config, shard
         self._seed, self._batch_size, self._accumulation = seed, batch_size, accumulation
         self.steps_per_epoch = steps_per_epoch(len(index), batch_size)
         part = batch_size // shard.ranks // accumulation
         self._image_pipeline = create_image_pipeline(
-            index, config, shard, part, views=1, corrupt_images=config.corrupt_images
+            index, config, shard, part, views=1, corrupt_images=config.corrupt_images, dtype=dtype
         )
 
     def global_batch(self, step: int) -> int:
@@ -121,15 +142,25 @@ class EvaluationLoader:
         return _batches(self._image_pipeline, plans, self.index, self._shard.device)
 
 
-def choose_loader(config: DataConfig) -> str:
+def choose_loader(config: DataConfig, device: torch.device) -> str:
     """The loader that ``data.loader: auto`` stands for on this machine, or the one that was asked for."""
-    dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if config.loader == "dali" and not dali:
-        raise UserError("data.loader is dali, but nvidia-dali is not installed: install requirements.txt, or use auto")
     if config.loader == "auto":
-        return "dali" if dali else "reference"
+        return next(name for name in AUTOMATIC[device.type] if not unavailable_reason(name))
     look_up(IMAGE_PIPELINES, config.loader, "data.loader")
+    if reason := unavailable_reason(config.loader):
+        raise UserError(f"data.loader is {config.loader}, but {reason}; or use auto")
     return config.loader
+
+
+def unavailable_reason(loader: str) -> str | None:
+    """Why a loader cannot be used on this machine, in one line; None if it can."""
+    if loader == "dali" and (find_spec("nvidia") is None or find_spec("nvidia.dali") is None):
+        return "nvidia-dali is not installed: install requirements.txt"
+    if loader == "native":
+        from pipeline.data import native  # only where it is needed: it is compiled at first use
+
+        return native.unavailable_reason()
+    return None
 
 
 @dataclass(frozen=True)
@@ -141,6 +172,7 @@ class PipelineOptions:
         batch_size: the most images that a plan may have.
         views: V, views of each image.
         corrupt_images: what to do about images that do not decode.
+        dtype: float32 or bfloat16, of images whose colours the image pipeline maps.
     """
 
     index: DatasetIndex
@@ -150,6 +182,7 @@ class PipelineOptions:
     batch_size: int
     views: int
     corrupt_images: CorruptImages
+    dtype: torch.dtype
 
 
 def _dali(work: PipelineOptions) -> ImagePipeline:
@@ -160,12 +193,22 @@ def _dali(work: PipelineOptions) -> ImagePipeline:
     )
 
 
+def _native(work: PipelineOptions) -> ImagePipeline:
+    from pipeline.data.native import NativePipeline  # only where it can be compiled
+
+    return NativePipeline(work.index, work.config, work.threads, work.views, work.corrupt_images, work.dtype)
+
+
 # What turns plans into pixels, by the name that data.loader gives it.
 IMAGE_PIPELINES: dict[str, Callable[[PipelineOptions], ImagePipeline]] = {
     "dali": _dali,
+    "native": _native,
     "reference": lambda work: ReferencePipeline(work.index, work.config, work.threads, work.corrupt_images),
     "synthetic": lambda work: SyntheticPipeline(work.index, work.config.crop_size),
 }
+
+# What data.loader auto takes, by the kind of device: the first that can be used.
+AUTOMATIC = {"cpu": ("native", "dali", "reference"), "cuda": ("dali", "native", "reference")}
 
 
 def create_image_pipeline(
@@ -175,6 +218,7 @@ def create_image_pipeline(
     batch_size: int,
     views: int,
     corrupt_images: CorruptImages = "stop",
+    dtype: torch.dtype = torch.float32,
 ) -> ImagePipeline:
     """Build the image pipeline that the configuration names.
 
@@ -182,18 +226,26 @@ def create_image_pipeline(
         corrupt_images: not the configuration's own, because evaluation always stops at them.
     """
     threads = config.threads or shard.threads
-    work = PipelineOptions(index, config, shard.device, threads, batch_size, views, corrupt_images)
-    return IMAGE_PIPELINES[choose_loader(config)](work)
+    work = PipelineOptions(index, config, shard.device, threads, batch_size, views, corrupt_images, dtype)
+    return IMAGE_PIPELINES[choose_loader(config, shard.device)](work)
 
 
 def _batches(
     image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], index: DatasetIndex, device: torch.device
 ) -> Iterator[Batch]:
-    for plan, pixels in image_pipeline.run(plans):
+    for plan, images in _colored(image_pipeline, plans, device):
         yield Batch(
-            images=apply_colors(pixels, plan, device),
+            images=images,
             labels=torch.from_numpy(index.labels[plan.ids]).to(device, non_blocking=True),
             weights=torch.from_numpy(plan.weights).to(device, non_blocking=True),
             ids=plan.ids,
             views=plan.hflip.shape[1],
         )
+
+
+def _colored(
+    image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], device: torch.device
+) -> Iterator[tuple[BatchPlan, Tensor]]:
+    if isinstance(image_pipeline, ColoringPipeline):
+        return ((plan, images.to(device)) for plan, images in image_pipeline.run_with_colors(plans))
+    return ((plan, apply_colors(pixels, plan, device)) for plan, pixels in image_pipeline.run(plans))

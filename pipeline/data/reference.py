@@ -82,7 +82,7 @@ def cut(pixels: np.ndarray, top: int, left: int, crop: int, around: np.ndarray) 
     view = np.empty((crop, crop, 3), pixels.dtype)
     view[:] = around
     y, x = max(top, 0), max(left, 0)
-    inside = pixels[y : min(top + crop, height), x : min(left + crop, width)]
+    inside = pixels[y : max(y, min(top + crop, height)), x : max(x, min(left + crop, width))]  # nothing, perhaps
     view[y - top : y - top + inside.shape[0], x - left : x - left + inside.shape[1]] = inside
     return view
 

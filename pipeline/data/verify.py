@@ -59,10 +59,10 @@ def examine(content: np.ndarray, name: str, location: str) -> list[ImageIssue]:
         fault = f"is {header.format}, {'not what its suffix says' if expected else 'which its name does not say'}"
         issues.append(ImageIssue(location, fault, "read as what it is"))
     if header.mode == "CMYK":
-        outcome = "read as RGB through Pillow, alike by both loaders"
+        outcome = "read as RGB through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has CMYK colours", outcome))
     if header.format == "PNG" and content[PNG_DEPTH] > 8:
-        outcome = "read with 8 bits through Pillow, alike by both loaders"
+        outcome = "read with 8 bits through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has more than 8 bits a colour", outcome, header.mode))
     if _orientation(image) in range(2, 9):
         outcome = "read as stored, not rotated, as the paper's code did"

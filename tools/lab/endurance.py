@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--files", type=positive_integer, default=20_000, help="number of JPEG files [%(default)s]")
     parser.add_argument("--epochs", type=positive_integer, default=20, help="number of epochs [%(default)s]")
     parser.add_argument(
-        "--loader", choices=("auto", "dali", "reference"), default="auto", help="image loader [%(default)s]"
+        "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [%(default)s]"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """The loader benchmark: how exact and how fast the data loaders are on your images.
 
-``python -m tools.lab.loader DIR [--images N] [--output FOLDER]`` prepares the same images with DALI, the PIL reference
-and torchvision, compares the results operator by operator, and times the loaders in interleaved repetitions. It prints the
-tables and writes loader.json, loader.md, loader.png and contact-sheet.png.
+``python -m tools.lab.loader DIR [--images N] [--output FOLDER]`` prepares the same images with the native loader, DALI, the
+PIL reference and torchvision, compares the results operator by operator, and times the loaders in interleaved repetitions. It
+prints the tables and writes loader.json, loader.md, loader.png and contact-sheet.png.
 
 DALI on GPU takes part where there is a GPU; it has not been run on one yet.
 """
@@ -23,8 +23,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 from torchvision.transforms import functional
 from tqdm import tqdm
 
@@ -33,26 +31,41 @@ from pipeline.data.color import apply_colors
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes
-from pipeline.data.loader import EvaluationLoader, ImagePipeline, Shard, TrainingLoader, create_image_pipeline
+from pipeline.data.loader import (
+    ColoringPipeline,
+    EvaluationLoader,
+    ImagePipeline,
+    Shard,
+    TrainingLoader,
+    create_image_pipeline,
+    unavailable_reason,
+)
+from pipeline.data.native import DECODE, READ, NativePipeline
 from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.lab.loader_report import (
     BASELINE,
+    BASELINE_ONE_CROP,
     BOUND,
     DALI_CPU,
     DALI_GPU,
+    DALI_USUAL,
     FRAME,
+    NATIVE,
     ONE_CROP,
     REFERENCE,
+    REGIONS,
     STAGES,
     TEN_CROPS,
     TORCHVISION,
+    baseline_of,
     plot,
     report,
 )
 from tools.lab.machine import describe_machine
+from tools.lab.peers import UsualDali, torchvision_evaluation, torchvision_training
 from tools.support.outputs import writable_folder
 
 SEED = 1
@@ -76,7 +89,7 @@ class Workload:
         return create_image_pipeline(self.index, config, self.shard(name), self.batch_size, views)
 
     def loader_config(self, name: str) -> DataConfig:
-        return dataclasses.replace(self.config, loader="reference" if name == REFERENCE else "dali")
+        return dataclasses.replace(self.config, loader={NATIVE: "native", REFERENCE: "reference"}.get(name, "dali"))
 
     def shard(self, name: str) -> Shard:
         return Shard(rank=0, ranks=1, device=device_of(name), threads=self.threads)
@@ -136,15 +149,17 @@ def open_images(folder: Path, images: int, output: Path) -> DatasetIndex:
     return dataclasses.replace(index, names=tuple(index.names[i] for i in kept), **rows)
 
 
-def dali_pipelines() -> list[str]:
-    return [DALI_GPU, DALI_CPU] if torch.cuda.is_available() else [DALI_CPU]
+def fast_pipelines() -> list[str]:
+    """The loaders that can be used here, but for the reference."""
+    native = [] if unavailable_reason("native") else [NATIVE]
+    return [*native, *([DALI_GPU] if torch.cuda.is_available() else []), DALI_CPU]
 
 
 def device_of(name: str) -> torch.device:
     return torch.device("cuda", 0) if name == DALI_GPU else torch.device("cpu")
 
 
-# torchvision, as an image pipeline of plans and with its own random transforms
+# torchvision, as an image pipeline of plans
 
 
 class TorchvisionPipeline:
@@ -192,35 +207,6 @@ def clamped_colors(pixels: Tensor, plan: BatchPlan, config: DataConfig) -> Tenso
             image = functional.adjust_saturation(image, saturation[i])
             results.append(functional.to_tensor(image) + pca_noise[i, :, None, None])
     return functional.normalize(torch.stack(results), config.mean, config.std)
-
-
-class PhotoSet(Dataset):
-    """The images of an index as a data set for torchvision's loader."""
-
-    def __init__(self, index: DatasetIndex, transform: Callable[[Image.Image], Tensor]):
-        self._index, self._transform = index, transform
-        self._reader: Reader | None = None
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        self._reader = self._reader or Reader(self._index)  # each worker opens its own
-        return self._transform(decode(self._reader.read(i), self._index.location(i))), int(self._index.labels[i])
-
-
-def torchvision_loader(workload: Workload, jitter: bool) -> DataLoader:
-    """The usual training transform, with as many workers as the other loaders have threads."""
-    config = workload.config
-    crop = transforms.RandomResizedCrop(
-        config.crop_size, config.scale, config.ratio, functional.InterpolationMode.BICUBIC
-    )
-    colors = [transforms.ColorJitter(*[config.color_jitter] * 3)] if jitter else []
-    normalise = [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
-    photos = PhotoSet(
-        workload.index, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *colors, *normalise])
-    )
-    return DataLoader(photos, workload.batch_size, shuffle=True, num_workers=workload.threads, persistent_workers=True)
 
 
 # Fidelity
@@ -282,7 +268,7 @@ def against_reference(
     operator: str, workload: Workload, plans: list[BatchPlan], resize: Interpolation, colored: bool
 ) -> list[dict[str, Any]]:
     rows = []
-    for name in [*dali_pipelines(), TORCHVISION]:
+    for name in [*fast_pipelines(), TORCHVISION]:
         expected = images(workload, REFERENCE, plans, resize, colored)
         rows.append(row(operator, name, images(workload, name, plans, resize, colored), expected, plans))
     return rows
@@ -301,7 +287,12 @@ def images(
     workload: Workload, name: str, plans: list[BatchPlan], resize: Interpolation, colored: bool
 ) -> Iterator[Tensor]:
     """Batches (n * V, H, W, 3) of an image pipeline in units of 1/255, their colours mapped or as they are."""
-    for plan, pixels in workload.image_pipeline(name, resize, views=plans[0].hflip.shape[1]).run(plans):
+    image_pipeline = workload.image_pipeline(name, resize, views=plans[0].hflip.shape[1])
+    if colored and isinstance(image_pipeline, ColoringPipeline):
+        for _, mapped in image_pipeline.run_with_colors(plans):
+            yield unnormalised(mapped, workload.config)
+        return
+    for plan, pixels in image_pipeline.run(plans):
         yield colored_images(workload, name, plan, pixels) if colored else pixels.flatten(0, 1).float()
 
 
@@ -336,7 +327,7 @@ def flip_rows(workload: Workload, upright: list[BatchPlan]) -> list[dict[str, An
     mirrored = [dataclasses.replace(plan, hflip=np.ones_like(plan.hflip)) for plan in upright]
     rows = []
     filter_ = workload.config.interpolation
-    for name in [*dali_pipelines(), REFERENCE, TORCHVISION]:
+    for name in [*fast_pipelines(), REFERENCE, TORCHVISION]:
         turned = (batch.flip(-2) for batch in images(workload, name, upright, filter_, colored=False))
         ours = images(workload, name, mirrored, filter_, colored=False)
         rows.append(row("horizontal flip", name, ours, turned, mirrored))
@@ -344,14 +335,14 @@ def flip_rows(workload: Workload, upright: list[BatchPlan]) -> list[dict[str, An
 
 
 def color_rows(workload: Workload, plans: list[BatchPlan]) -> list[dict[str, Any]]:
-    """`apply_colors` on each device, and torchvision's operators, against float64: all on the same bytes."""
+    """Each loader's colour map against float64: all on the same bytes, which are Pillow's in the native loader too."""
     rows = []
-    for name in [*dali_pipelines(), TORCHVISION]:
+    for name in [*fast_pipelines(), TORCHVISION]:
         differences = Differences()
+        native = images(workload, NATIVE, plans, "pil-bicubic", colored=True) if name == NATIVE else None
         for plan, pixels in workload.image_pipeline(TORCHVISION, "pil-bicubic", views=1).run(plans):
-            differences.add(
-                colored_images(workload, name, plan, pixels), unnormalised(exact_colors(pixels, plan), workload.config)
-            )
+            actual = next(native) if native else colored_images(workload, name, plan, pixels)
+            differences.add(actual, unnormalised(exact_colors(pixels, plan), workload.config))
         rows.append({"operator": "colour map", "image_pipeline": name, **differences.result()})
     return rows
 
@@ -368,53 +359,74 @@ def exact_colors(pixels: Tensor, plan: BatchPlan) -> Tensor:
 
 
 def measure_speed(workload: Workload, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of images per second, and rows of what each stage of DALI's training loader on CPU costs an image."""
+    """Rows of images per second, and rows of what each stage of the training loaders on CPU costs an image."""
     loaders, cuts = loaders_to_time(workload), stages_to_time(workload)
-    seconds = time_interleaved({**loaders, **cuts}, repeats)
+    parts = {f"{stage} {name}": run for name, stages in cuts.items() for stage, run in stages.items()}
+    seconds = time_interleaved({**loaders, **parts}, repeats)
     speed = []
     for name in loaders:
         rate = len(workload.index) / seconds[name]
-        ratio = seconds[BASELINE] / seconds[name]
+        ratio = seconds[baseline_of(name)] / seconds[name]
         speed.append({"loader": name, "images_per_s": rate, "per_core": rate / workload.threads, "ratio": ratio})
-    ends = [seconds[name] for name in cuts] + [seconds[f"training, {DALI_CPU}"]]
-    costs = np.diff(ends, prepend=0.0).clip(min=0)  # noise can make a cheap stage's difference negative
-    stages = [
-        {"stage": stage, "ms_per_image": 1000 * cost / len(workload.index), "share": cost / costs.sum()}
-        for stage, cost in zip(STAGES, costs.tolist(), strict=True)
-    ]
-    return speed, stages
+    rows = []
+    for name, stages in cuts.items():
+        ends = [seconds[f"{stage} {name}"] for stage in stages] + [seconds[f"training, {name}"]]
+        costs = np.diff(ends, prepend=0.0).clip(min=0)  # noise can make a cheap stage's difference negative
+        for stage, cost in zip(STAGES[name], costs.tolist(), strict=True):
+            per_image = 1000 * cost / len(workload.index)
+            rows.append({"loader": name, "stage": stage, "ms_per_image": per_image, "share": cost / costs.sum()})
+    return speed, rows
 
 
 def loaders_to_time(workload: Workload) -> dict[str, Callable[[], object]]:
     """The loaders of the speed table, as functions that load every image once."""
+    index, config, threads, batch_size = workload.index, workload.config, workload.threads, workload.batch_size
+    options, plans = (index, config, threads, batch_size), workload.training_plans()
     runs: dict[str, Callable[[], object]] = {}
     for name, jitter in ((BASELINE, True), (f"{BASELINE}, no ColorJitter", False)):
-        runs[name] = _pass(torchvision_loader(workload, jitter).__iter__)
-    for name in [*dali_pipelines(), REFERENCE]:
-        parts = (workload.index, workload.loader_config(name), workload.shard(name))
-        training = TrainingLoader(*parts, seed=SEED, batch_size=workload.batch_size, accumulation=1)
+        runs[name] = _pass(torchvision_training(*options, jitter).__iter__)
+    runs[DALI_USUAL] = _pass(UsualDali(*options).run, plans)
+    runs[f"{DALI_USUAL}, antialias"] = _pass(UsualDali(*options, antialias=True).run, plans)
+    for name in [*fast_pipelines(), REFERENCE]:
+        parts = (index, workload.loader_config(name), workload.shard(name))
+        training = TrainingLoader(*parts, seed=SEED, batch_size=batch_size, accumulation=1)
         runs[f"training, {name}"] = _pass(training.batches, epoch=0)
-    for name, crops in ((ONE_CROP, 1), (TEN_CROPS, 10)):
-        dali = dali_pipelines()[0]
-        parts = (workload.index, workload.loader_config(dali), workload.shard(dali))
-        evaluation = EvaluationLoader(*parts, batch_size=workload.batch_size, crops=crops)
-        runs[name] = _pass(evaluation.batches)
-    bound = CutPipeline(
-        "full decode", workload.index, workload.config.interpolation, workload.threads, workload.batch_size
-    )
-    return runs | {BOUND: _pass(bound.run, workload.training_plans())}
+    one_crop = workload.evaluation_plans(1)
+    runs[BASELINE_ONE_CROP] = _pass(torchvision_evaluation(*options).__iter__)
+    runs[f"{ONE_CROP}, {DALI_USUAL}"] = _pass(UsualDali(*options, evaluation=True).run, one_crop)
+    for crops, kind in ((1, ONE_CROP), (10, TEN_CROPS)):
+        for name in fast_pipelines():
+            parts = (index, workload.loader_config(name), workload.shard(name))
+            evaluation = EvaluationLoader(*parts, batch_size=batch_size, crops=crops)
+            runs[f"{kind}, {name}"] = _pass(evaluation.batches)
+    bounds = {BOUND: "full decode", f"{REGIONS}, {DALI_CPU}": "decode"}
+    for name, last in bounds.items():
+        runs[name] = _pass(CutPipeline(last, index, config.interpolation, threads, batch_size).run, plans)
+    if NATIVE in fast_pipelines():
+        runs[f"{REGIONS}, {NATIVE}"] = _pass(cut_native(workload, DECODE).run, plans)
+    return runs
 
 
-def stages_to_time(workload: Workload) -> dict[str, Callable[[], object]]:
-    """DALI's training pipeline on CPU up to each stage but the last: the whole loader includes that one."""
-    plans, runs = workload.training_plans(), {}
-    for stage in STAGES[:3]:
-        image_pipeline = CutPipeline(
-            stage, workload.index, workload.config.interpolation, workload.threads, workload.batch_size
-        )
-        runs[stage] = _pass(image_pipeline.run, plans)
-    uncut = workload.image_pipeline(DALI_CPU, workload.config.interpolation, views=1)
-    return runs | {STAGES[3]: _pass(uncut.run, plans)}
+def stages_to_time(workload: Workload) -> dict[str, dict[str, Callable[[], object]]]:
+    """The training loaders on CPU up to each stage but the last: the whole loader includes that one."""
+    index, interpolation, plans = workload.index, workload.config.interpolation, workload.training_plans()
+    dali = {}
+    for stage in STAGES[DALI_CPU][:3]:
+        cut = CutPipeline(stage, index, interpolation, workload.threads, workload.batch_size)
+        dali[stage] = _pass(cut.run, plans)
+    uncut = workload.image_pipeline(DALI_CPU, interpolation, views=1)
+    stages = {DALI_CPU: dali | {STAGES[DALI_CPU][3]: _pass(uncut.run, plans)}}
+    if NATIVE in fast_pipelines():
+        ends = zip(STAGES[NATIVE], (READ, DECODE), strict=False)
+        stages = {NATIVE: {stage: _pass(cut_native(workload, last).run, plans) for stage, last in ends}} | stages
+    return stages
+
+
+def cut_native(workload: Workload, last: int) -> ImagePipeline:
+    """The native loader up to a stage."""
+    image_pipeline = NativePipeline(workload.index, workload.config, workload.threads, views=1)
+    image_pipeline.last = last
+    return image_pipeline
 
 
 def _pass(start: Callable[..., Iterator], *arguments: Any, **options: Any) -> Callable[[], object]:
@@ -447,7 +459,7 @@ def contact_sheet(workload: Workload, file: Path) -> None:
     """A few training images through each image_pipeline, and how they differ from the reference's."""
     few = dataclasses.replace(workload, batch_size=min(SHEET_IMAGES, len(workload.index)))
     plans = few.training_plans()[:1]
-    names = [*dali_pipelines(), REFERENCE, TORCHVISION]
+    names = [*fast_pipelines(), REFERENCE, TORCHVISION]
     sheet = {name: next(images(few, name, plans, few.config.interpolation, colored=True)) for name in names}
     others = [name for name in names if name != REFERENCE]
     columns = list(sheet.items()) + [

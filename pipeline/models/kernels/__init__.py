@@ -1,15 +1,8 @@
 """The C++ kernels of the fused dense block: compiled at first use, kept in the user's cache, called through ctypes."""
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import os
-import platform
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline import cpp
+from pipeline.cpp import CppUnavailableError
+
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = [*cpp.FLAGS, "-fopenmp"]
 SUFFIXES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}  # of maps
 
 # The arguments of each kernel in dense_block.cpp after the number of threads. A word NAME is an integer; NAME:KIND(SIZES)
@@ -84,10 +80,6 @@ SIGNATURES = {
         "dy:rows(images*height*width,channels)/channels dgamma:flat(channels) dbeta:flat(channels)"
     ),
 }
-
-
-class KernelsUnavailableError(Exception):
-    """The kernels cannot be compiled or loaded here; the message is one line."""
 
 
 class BatchNorm(ctypes.Structure):
@@ -231,34 +223,15 @@ def unavailable_reason() -> str | None:
     """Why the kernels cannot be used on this machine, in one line; None if they can."""
     try:
         load()
-    except KernelsUnavailableError as error:
+    except CppUnavailableError as error:
         return str(error)
     return None
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The compiled kernels.
-
-    Raises:
-        KernelsUnavailableError: no compiler, or it failed.
-    """
-    compiler = _compiler()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "densenet-pipeline"
-    library = folder / f"dense_block-{_fingerprint(compiler)}.so"
-    try:
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(library.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one of a machine's ranks compiles, the others wait
-                if not library.exists():
-                    _compile(compiler, library)
-    except OSError as error:
-        raise KernelsUnavailableError(f"cannot write {folder} ({error.strerror}): set XDG_CACHE_HOME") from None
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise KernelsUnavailableError(f"cannot load {library} ({error}): delete it") from None
+    """The compiled kernels; see `load_cpp`."""
+    return cpp.load_cpp(SOURCES, FLAGS)
 
 
 @functools.cache
@@ -286,40 +259,3 @@ def _function(kernel: str, dtype: torch.dtype) -> tuple[list[_Parameter], Any]:
     assert address is not None
     prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, *(parameter.c_type for parameter in parameters))
     return parameters, prototype(address)
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
-            return name
-    raise KernelsUnavailableError("no C++ compiler (c++, g++, clang++ or $CXX)")
-
-
-def _fingerprint(compiler: str) -> str:
-    """Of all that the compiled code depends on, so that a cache shared by different machines is safe."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [version, _cpu().encode(), " ".join(FLAGS).encode(), *(path.read_bytes() for path in SOURCES)]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _cpu() -> str:
-    """The CPU's model and instruction sets, of which -march=native makes use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    keys = ("model name", "flags", "CPU implementer", "CPU part", "Features")
-    return "\n".join(line for line in lines if line.startswith(keys))
-
-
-def _compile(compiler: str, library: Path) -> None:
-    source = next(path for path in SOURCES if path.suffix == ".cpp")
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        new = Path(folder) / library.name
-        result = subprocess.run(
-            [compiler, *FLAGS, str(source), "-o", str(new)], capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            first = next(iter(result.stderr.strip().splitlines()), f"exit code {result.returncode}")
-            raise KernelsUnavailableError(f"{compiler} cannot compile the kernels: {first}")
-        new.replace(library)

@@ -1,0 +1,79 @@
+"""C++ that is compiled at first use for the CPU it runs on, and kept in the user's cache."""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+class CppUnavailableError(Exception):
+    """Code cannot be compiled or loaded here; the message is one line."""
+
+
+def load_cpp(sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
+    """Compile the one .cpp file among `sources`, which may include the others, unless the cache has it; load it.
+
+    Raises:
+        CppUnavailableError: no compiler, or it failed, or the cache cannot be written.
+    """
+    compiler = find_compiler()
+    source = next(path for path in sources if path.suffix == ".cpp")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "densenet-pipeline"
+    library = folder / f"{source.stem}-{fingerprint(compiler, sources, flags)}.so"
+    try:
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(library.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one of a machine's ranks compiles, the others wait
+                if not library.exists():
+                    _compile(compiler, source, flags, library)
+    except OSError as error:
+        raise CppUnavailableError(f"cannot write {folder} ({error.strerror}): set XDG_CACHE_HOME") from None
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CppUnavailableError(f"cannot load {library} ({error}): delete it") from None
+
+
+def find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise CppUnavailableError("no C++ compiler (c++, g++, clang++ or $CXX)")
+
+
+def fingerprint(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
+    """Of all that the compiled code depends on, so that a cache shared by different machines is safe."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    parts = [version, _cpu().encode(), " ".join(flags).encode(), *(path.read_bytes() for path in sources)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """The CPU's model and instruction sets, of which -march=native makes use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    keys = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    return "\n".join(line for line in lines if line.startswith(keys))
+
+
+def _compile(compiler: str, source: Path, flags: Sequence[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        new = Path(folder) / library.name
+        result = subprocess.run(
+            [compiler, *flags, str(source), "-o", str(new)], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            first = next(iter(result.stderr.strip().splitlines()), f"exit code {result.returncode}")
+            raise CppUnavailableError(f"{compiler} cannot compile {source.name}: {first}")
+        new.replace(library)
