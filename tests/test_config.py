@@ -134,7 +134,7 @@ def test_paths_take_the_home_folder_and_variables(tmp_path, monkeypatch):
 
 
 def test_a_flag_of_a_truth_value_stands_for_true():
-    assert parse("--train.compile").train.compile and not parse("--train.compile", "false").train.compile
+    assert parse("--data.download").data.download and not parse("--data.download", "false").data.download
 
 
 def test_stored_configurations_are_read_under_their_old_names(tmp_path):

@@ -7,7 +7,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import DataConfig, Interpolation
-from pipeline.data.dali import AS_STORED, DaliPlans
+from pipeline.data.dali import DaliPlans
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan
 
@@ -35,7 +35,7 @@ class CutPipeline(DaliPlans):
             if self._last == "read":
                 return fn.copy(content)
             if self._last == "full decode":
-                return fn.decoders.image(content, **AS_STORED)
+                return fn.decoders.image(content, **self._decoding)
             images = self._decoded(content, *arrays[:2])
             return images if self._last == "decode" else self._resized(images, *arrays[2:])
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig
-from pipeline.data.color import apply_colors
+from pipeline.data.ahead import on_own_stream
+from pipeline.data.color import apply_colors, to_device
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan, epoch_order, evaluation_plans, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferencePipeline
@@ -189,11 +190,17 @@ def create_image_pipeline(
 def _batches(
     image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], index: DatasetIndex, device: torch.device
 ) -> Iterator[Batch]:
-    for plan, pixels in image_pipeline.run(plans):
-        yield Batch(
-            images=apply_colors(pixels, plan, device),
-            labels=torch.from_numpy(index.labels[plan.ids]).to(device, non_blocking=True),
-            weights=torch.from_numpy(plan.weights).to(device, non_blocking=True),
-            ids=plan.ids,
-            views=plan.hflip.shape[1],
-        )
+    batches = (_batch(plan, pixels, index, device) for plan, pixels in image_pipeline.run(plans))
+    if device.type != "cuda":  # where it would compute beside the network
+        return batches
+    return on_own_stream(batches, lambda batch: [batch.images, batch.labels, batch.weights], device)
+
+
+def _batch(plan: BatchPlan, pixels: Tensor, index: DatasetIndex, device: torch.device) -> Batch:
+    return Batch(
+        images=apply_colors(pixels, plan, device),
+        labels=to_device(index.labels[plan.ids], device),
+        weights=to_device(plan.weights, device),
+        ids=plan.ids,
+        views=plan.hflip.shape[1],
+    )
