@@ -171,6 +171,11 @@ class DaliPlans:
         self._batches, self._pending = chain(again, self._batches), deque()
 
     def _build(self) -> Pipeline:
+        pipeline = self._define()
+        pipeline.build()
+        return pipeline
+
+    def _define(self) -> Pipeline:
         @pipeline_def(**self._options)
         def define():
             content, start, shape, size, roi_start, roi_end, corners, *own_ids = fn.external_source(
@@ -181,9 +186,7 @@ class DaliPlans:
                 return fn.slice(images, start=corners, shape=[self._crop_size] * 2, axes=[0, 1], **self._around)
             return self._all_views(images, corners, *own_ids)
 
-        pipeline = define()
-        pipeline.build()
-        return pipeline
+        return define()
 
     def _decoded(self, content: DataNode, start: DataNode, shape: DataNode) -> DataNode:
         return fn.decoders.image_slice(
