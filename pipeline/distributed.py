@@ -168,7 +168,7 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
     """
     rank, local_rank, size, local_size = _ranks_of_environment()
-    world = World(rank, local_rank, size, local_size, _device(device, local_rank))
+    world = World(rank, local_rank, size, local_size, choose_device(device, local_rank))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed would leave its ranks behind
         ask_for_signal_when_parent_dies(signal.SIGTERM)
     if world.device.type == "cuda":
@@ -354,8 +354,15 @@ def data_parallel(network: nn.Module, world: World) -> nn.Module:
     return parallel
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    """The device of a rank. With one visible GPU that is its own: SLURM's --gpus-per-task hides the others."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a rank. With one visible GPU that is its own: SLURM's --gpus-per-task hides the others.
+
+    Args:
+        name: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
+
+    Raises:
+        LocalUserError: there is no GPU for the rank, or one that torch cannot use.
+    """
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -86,7 +86,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    answered: list[_Answers] = []
+    answered: list[tuple[np.ndarray, *tuple[Tensor, ...]]] = []  # on the device, which nothing here waits for
     all_logits: list[_Answers] = []
     batches = loader.batches()
     for _ in range(loader.rounds):
@@ -101,7 +101,7 @@ def evaluate(
             (best.values[:, 0] - answers.logsumexp(dim=1)).exp(),
             F.cross_entropy(answers, batch.labels, reduction="none"),
         )
-        answered.append((batch.ids, *(tensor.cpu().numpy() for tensor in found)))
+        answered.append((batch.ids, *found))
         if keep_logits:
             all_logits.append((batch.ids, answers.cpu().numpy()))
     model.train(was_training)
@@ -109,7 +109,8 @@ def evaluate(
     images = len(loader.index)
     gathered = world.gather_to_rank0(all_logits) if keep_logits else []
     logits = _in_order(gathered, images)[0] if gathered else None
-    top5, probability, losses = _in_order(world.gather(answered), images)
+    on_host = [(ids, *(tensor.cpu().numpy() for tensor in found)) for ids, *found in answered]
+    top5, probability, losses = _in_order(world.gather(on_host), images)
     correct = top5 == loader.index.labels[:, None]
     score = Score(
         images=images,

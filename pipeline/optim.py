@@ -1,7 +1,7 @@
 """The optimisers by name, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -16,18 +16,18 @@ Parameters = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
 def sgd(parameters: Parameters, config: OptimConfig) -> torch.optim.SGD:
     """The paper's: momentum without dampening, and weight decay on every parameter (Section 4.2)."""
-    parameters = list(parameters)  # type: ignore[arg-type]
+    given: list[Any] = list(parameters)
     return torch.optim.SGD(
-        parameters,
+        given,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
-        fused=(config.fused and _on_gpu(parameters)) or None,  # None: torch chooses among its others
+        fused=(config.fused and _on_gpu(given)) or None,  # None: torch chooses among its others
     )
 
 
-def _on_gpu(parameters: Sequence[Any]) -> bool:
+def _on_gpu(parameters: list[Any]) -> bool:
     """Whether all of them, tensors or groups of them, are on GPUs."""
     tensors = chain.from_iterable(given["params"] if isinstance(given, dict) else [given] for given in parameters)
     return all(tensor.device.type == "cuda" for tensor in tensors)

@@ -30,7 +30,8 @@ def choose_kernels(benchmark: bool, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS
     if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports a compiler, for seconds
         torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing of ours reads such memory
+    # Filling memory that nobody has written costs time, and nothing of ours reads it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = benchmark and not deterministic  # timing may choose another kernel each time
 
 

@@ -284,10 +284,10 @@ class Run:
         """A few lines on what this run is."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         optim, ranks, precision = self.config.optim, self.world.size, self.config.train.precision
-        precision += " (validation too)" if precision in AUTOCAST_TYPES else ""
+        validation = " (validation too)" if precision in AUTOCAST_TYPES else ""
         return (
             f"{self.config.model.name}: {parameters:,} parameters, {len(self.conditions.classes)} classes, "
-            f"{precision} on {self.world.device.type}\n"
+            f"{precision}{validation} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
             f"through the {_named_loader(self.config)} loader\n"
             f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "

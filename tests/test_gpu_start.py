@@ -168,13 +168,13 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (1, 0, 0)])
 def test_a_task_that_sees_one_gpu_takes_it(gpus, visible, local_rank, index):
     gpus(visible)
-    assert distributed._device("auto", local_rank) == torch.device("cuda", index)
+    assert distributed.choose_device("auto", local_rank) == torch.device("cuda", index)
 
 
 def test_more_ranks_than_gpus_are_refused(gpus):
     gpus(2)
     with pytest.raises(LocalUserError, match="rank 2 of this machine has no GPU"):
-        distributed._device("cuda", 2)
+        distributed.choose_device("cuda", 2)
 
 
 def test_two_ranks_on_one_gpu_are_refused(monkeypatch):
@@ -260,14 +260,14 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatc
     with pytest.raises(
         LocalUserError, match=r"cannot use this machine's GPU .*/nvidia0 \(.*--train.device cpu"
     ) as failure:
-        distributed._device(device, 0)
+        distributed.choose_device(device, 0)
     assert len(str(failure.value).splitlines()) == 1
-    assert distributed._device("cpu", 0) == CPU
+    assert distributed.choose_device("cpu", 0) == CPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert distributed._device("auto", 0) == CPU
+    assert distributed.choose_device("auto", 0) == CPU
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     os.unlink(tmp_path / "nvidia0")
-    assert distributed._device("auto", 0) == CPU
+    assert distributed.choose_device("auto", 0) == CPU
 
 
 @pytest.mark.parametrize(("benchmark", "deterministic"), [(True, False), (False, False), (True, True)])

@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from pipeline import precision
 from pipeline.config import ActivationCheckpointing, OptimConfig
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.distributed import choose_device
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, is_out_of_memory, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
@@ -181,7 +182,7 @@ def in_own_process(workload: Workload, function: Callable[..., Any], *arguments:
     except RuntimeError as error:
         if isinstance(error, BrokenProcessPool):
             problem = "the process ended in the middle, most likely for lack of memory"
-        elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        elif is_out_of_memory(error):
             problem = "out of memory"
         else:
             raise
@@ -326,7 +327,7 @@ def choose_workloads(options: argparse.Namespace) -> list[Workload]:
     """The combinations of models, batch sizes and precisions."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use")
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = choose_device(options.device).type
     workloads = []
     for model in options.models:
         spec = DENSENETS[model]
