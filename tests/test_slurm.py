@@ -131,12 +131,13 @@ def test_each_rank_has_the_cores_that_it_is_bound_to_and_no_other_divides_them(t
     script = tmp_path / "rank.py"
     script.write_text(
         "import json, os, torch\n"
-        "number = os.environ.__getitem__\n"
-        "os.environ.update(RANK=number('SLURM_PROCID'), WORLD_SIZE=number('SLURM_NTASKS'), LOCAL_RANK=number('SLURM_LOCALID'),\n"
-        "                  LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29417')\n"
         "from pipeline.distributed import init_distributed\n"
+        "for torchs, slurms in dict(RANK='PROCID', WORLD_SIZE='NTASKS', LOCAL_RANK='LOCALID').items():\n"
+        "    os.environ[torchs] = os.environ[f'SLURM_{slurms}']\n"
+        "os.environ.update(LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29417')\n"
         "with init_distributed('cpu') as world:\n"
-        "    print(json.dumps([number('SLURMD_NODENAME'), sorted(os.sched_getaffinity(0)), world.cores, torch.get_num_threads()]))\n"
+        "    mask, threads = sorted(os.sched_getaffinity(0)), torch.get_num_threads()\n"
+        "    print(json.dumps([os.environ['SLURMD_NODENAME'], mask, world.cores, threads]))\n"
     )
     request = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=1", "--partition=low", "--exclusive"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
