@@ -272,12 +272,16 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatc
 
 @pytest.mark.parametrize(("benchmark", "deterministic"), [(True, False), (False, False), (True, True)])
 def test_kernels_are_chosen_as_asked(monkeypatch, benchmark, deterministic):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    try:
-        choose_kernels(benchmark, deterministic)
-        assert torch.are_deterministic_algorithms_enabled() == deterministic
-        assert torch.backends.cudnn.benchmark == (benchmark and not deterministic)
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
-    finally:
-        choose_kernels(False, False)
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    """torch's setter, which imports a compiler, is a stub."""
+    enabled = [False]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: enabled[-1])
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", enabled.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    choose_kernels(benchmark, deterministic)
+    assert enabled[-1] == deterministic and len(enabled) == 1 + deterministic
+    assert torch.backends.cudnn.benchmark == (benchmark and not deterministic)
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    choose_kernels(benchmark, False)
+    assert enabled[-1] is False  # of another run in the same process
