@@ -36,6 +36,8 @@ NotFinite = Literal["stop", "skip"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
 ActivationCheckpointing = Literal["none", "first", "all"]
+MemoryFormat = Literal["auto", "channels_last", "contiguous"]
+Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 
 
 def _name_of_today(dense_block: str) -> str:
@@ -89,6 +91,9 @@ class DataConfig:
     corrupt_images: CorruptImages = "stop"
     """What an image that does not decode does to training. stop: ends it; skip: another of its batch replaces it, without
     counting. Evaluation always ends, because an error is over all images."""
+    hw_decoder_load: Fraction = 0.0
+    """Share of the JPEG images that DALI gives to a GPU's hardware decoder, if it has one. That decoder's pixels differ
+    slightly, and which images it gets depends on the batch: with 0 an image has the same pixels in every batch."""
     crop_size: Positive = 224
     """Side of the square that the network sees, in pixels."""
     resize_size: Positive = 256
@@ -167,6 +172,8 @@ class OptimConfig:
     """Epochs over which the learning rate rises linearly from 0 (the paper: none)."""
     label_smoothing: Fraction = 0.0
     """Label smoothing (the paper: none)."""
+    fused: bool = True
+    """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "OptimConfig":
@@ -181,10 +188,16 @@ class TrainConfig:
     """auto: CUDA where there is a GPU."""
     precision: Precision = "fp32"
     """fp32 (the paper), tf32, or autocast to bf16 or fp16 (with loss scaling)."""
-    channels_last: bool = True
-    """Keep feature maps in NHWC order."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
+    memory_format: MemoryFormat = "auto"
+    """Order of feature maps in memory. channels_last: NHWC; contiguous: NCHW; auto: contiguous on CUDA in fp32, for which
+    cuDNN's kernels without tensor cores are in that order, else channels_last."""
+    compile: Compile = "none"
+    """Compile the network for whole batches with torch.compile in this mode; the two last ones use CUDA graphs on a GPU.
+    An epoch's last batch, if it is smaller, and validation are not compiled."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN time its kernels for each new shape and take the fastest; not with train.deterministic."""
+    deterministic: bool = False
+    """Allow kernels only that give the same bits each time on the same GPU; may be slower."""
     eval_batch_size: Positive = 64
     """Images a rank evaluates at once."""
     log_every: Positive = 20
@@ -196,8 +209,8 @@ class TrainConfig:
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Minutes between two checkpoints within an epoch; 0: no such rule."""
     heartbeat_timeout: Annotated[Positive, Field(ge=5)] = 600
-    """Seconds without progress after which a run ends and names the rank that the others wait for; more than a step, a
-    save or torch.compile takes."""
+    """Seconds without progress after which a run ends and names the rank that the others wait for; more than a step or a
+    save takes. The first step of a start may take an hour if it compiles (train.compile)."""
     allow_world_size_change: bool = False
     """Let a checkpoint resume with another number of ranks or gradient accumulation steps: the same batches and
     augmentation, but other batch-norm statistics."""

@@ -5,13 +5,14 @@ The CUDA and NCCL branches have not been run on a GPU yet; CPU with gloo is what
 
 import dataclasses
 import gc
+import inspect
 import math
 import os
 import signal
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import InterruptedRunError, LocalUserError, UserError
-from pipeline.machine import ask_for_signal_when_parent_dies, available_cores, keep_freed_memory, usable_cores
+from pipeline.machine import (
+    ask_for_signal_when_parent_dies,
+    available_cores,
+    keep_freed_memory,
+    network_interfaces,
+    present_gpus,
+    usable_cores,
+)
 
 PATIENCE = timedelta(hours=1)  # for another rank: rank 0 may be indexing a large data set for the first time
 
@@ -108,6 +116,34 @@ class World:
                 dist.broadcast(buffer, src=0)
 
 
+class Agreement:
+    """The largest values that any rank gives, place by place, as of the call before: no rank waits for another.
+
+    The ranks' hosts exchange the values while the devices compute. Alone, a rank has its own values at once.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def exchange(self, values: Sequence[int]) -> list[int]:
+        """Give this rank's values; return the largest that were given at the call before, zeros at first.
+
+        Every rank must call this at the same places.
+        """
+        if self._world.size == 1:
+            return list(values)
+        before = self._pending
+        tensor = torch.tensor(values)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._world.hosts, async_op=True)
+        assert work is not None  # this rank is in the group
+        self._pending = work, tensor
+        if before is None:
+            return [0] * len(values)
+        before[0].wait()
+        return before[1].tolist()
+
+
 def average_in_rank_order(size: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP communication hook: average gradients over `size` ranks, adding them in the order of the ranks.
 
@@ -132,7 +168,7 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
     """
     rank, local_rank, size, local_size = _ranks_of_environment()
-    world = World(rank, local_rank, size, local_size, _device(device, local_rank))
+    world = World(rank, local_rank, size, local_size, choose_device(device, local_rank))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed would leave its ranks behind
         ask_for_signal_when_parent_dies(signal.SIGTERM)
     if world.device.type == "cuda":
@@ -148,6 +184,9 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
     try:
         yield world
         failed = False
+    except InterruptedRunError:  # all ranks have agreed to leave, and leave together
+        failed = False
+        raise
     except RuntimeError as error:
         if size > 1 and _is_lost_contact(error):
             raise InterruptedRunError(
@@ -156,7 +195,8 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
             ) from None
         raise
     finally:
-        # After a failure the other ranks may be waiting in a collective, and NCCL would wait with them.
+        # After a failure the other ranks may be waiting in a collective, and NCCL would wait with them: a command of ours
+        # then ends without the group's end (errors.py).
         if size > 1 and not (failed and world.device.type == "cuda"):
             # Free the group's last users first: a gloo thread that outlives the interpreter aborts the process.
             gc.collect()
@@ -213,13 +253,77 @@ def _ranks_of_environment() -> tuple[int, int, int, int]:
 
 def _meet(world: World) -> dict[str, Any]:
     """Wait for the other ranks; return the store and the hosts' group."""
+    interface = None if "GLOO_SOCKET_IFNAME" in os.environ else gloo_interface(world.size > world.local_size)
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     options: dict[str, Any] = dict(store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     if world.device.type == "cuda":
+        refuse_shared_gpus(world, store)
         dist.init_process_group("nccl", device_id=world.device, **options)
         return dict(store=store, hosts=dist.new_group(backend="gloo", timeout=PATIENCE))
     dist.init_process_group("gloo", **options)
     return dict(store=store, hosts=dist.group.WORLD)
+
+
+def gloo_interface(several_machines: bool) -> str | None:
+    """The network interface for gloo; None to let it take the one of the host's name.
+
+    That is NCCL's, if the environment names one. Otherwise it is the one that reaches the rendezvous, where ranks are on
+    several machines and the host's name is an address of this machine alone (as Debian's /etc/hosts has it).
+    """
+    interfaces = network_interfaces()
+    wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if wanted:
+        return next(iter(_named_as_nccl_does(wanted, list(interfaces))), None)
+    if not several_machines or not _is_loopback_name(socket.gethostname()):
+        return None
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing, but chooses a route
+        address = probe.getsockname()[0]
+        return next((name for name, own in interfaces.items() if own == address and not own.startswith("127.")), None)
+    return None
+
+
+def _named_as_nccl_does(wanted: str, interfaces: list[str]) -> list[str]:
+    """Those of `interfaces` that NCCL_SOCKET_IFNAME names: prefixes between commas, whole names after =, others than those
+    after ^ (then neither loopback nor Docker's, which NCCL takes last)."""
+    excluded, exact = wanted.startswith("^"), wanted.lstrip("^").startswith("=")
+    names = [name for name in wanted.lstrip("^=").split(",") if name]
+
+    def is_named(interface: str) -> bool:
+        return interface in names if exact else interface.startswith(tuple(names))
+
+    if excluded:
+        return [name for name in interfaces if not is_named(name) and not name.startswith(("lo", "docker"))]
+    return [name for name in interfaces if is_named(name)]
+
+
+def _is_loopback_name(host: str) -> bool:
+    try:
+        return all(
+            info[4][0] in ("::1",) or str(info[4][0]).startswith("127.") for info in socket.getaddrinfo(host, None)
+        )
+    except OSError:  # the name is unknown
+        return True
+
+
+def refuse_shared_gpus(world: World, store: dist.Store) -> None:
+    """Refuse two ranks on one GPU, which NCCL would tell in a traceback, if at all.
+
+    Raises:
+        UserError: names the ranks, on every rank.
+    """
+    store.set(f"GPU of rank {world.rank}", str(torch.cuda.get_device_properties(world.device).uuid))
+    ranks: dict[bytes, list[int]] = {}
+    for rank in range(world.size):
+        ranks.setdefault(store.get(f"GPU of rank {rank}"), []).append(rank)
+    for gpu, users in ranks.items():
+        if len(users) > 1:
+            raise UserError(
+                f"ranks {', '.join(map(str, users))} have the same GPU ({gpu.decode()}): start one process a GPU, or choose "
+                "--train.device cpu"
+            )
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
@@ -232,23 +336,59 @@ def data_parallel(network: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return network
     on_cpu = world.device.type == "cpu"
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    # Rank 0's batch-norm statistics count, as the first GPU's do in the Torch code.
+    options: dict[str, Any] = {"forward_sync_buffers": False}
+    if (
+        "forward_sync_buffers" not in known
+    ):  # torch < 2.13; without its older word's buffers rank 0 sends none at the start
+        options = {"broadcast_buffers": False}
+        world.broadcast_buffers(network)
+    if "batched_grad_copy" in known and not on_cpu:  # fewer launches: two a bucket instead of two a parameter
+        options["batched_grad_copy"] = True
     parallel = DistributedDataParallel(
-        network,
-        device_ids=None if on_cpu else [world.device],
-        forward_sync_buffers=False,  # rank 0's batch-norm statistics count, as the first GPU's do in the Torch code
-        gradient_as_bucket_view=True,
+        network, device_ids=None if on_cpu else [world.device], gradient_as_bucket_view=True, **options
     )
     if on_cpu:
         parallel.register_comm_hook(world.size, average_in_rank_order)
     return parallel
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a rank. With one visible GPU that is its own: SLURM's --gpus-per-task hides the others.
+
+    Args:
+        name: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
+
+    Raises:
+        LocalUserError: there is no GPU for the rank, or one that torch cannot use.
+    """
+    if name == "cpu":
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+        if present := [] if hidden else present_gpus():
+            raise LocalUserError(
+                f"torch {torch.__version__} cannot use this machine's GPU {present[0]} ({_cuda_failure()}): install a driver "
+                "for its CUDA or a torch for the driver's, or choose --train.device cpu"
+            )
+        if name == "auto":
+            return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank
+    if index >= count:
         raise LocalUserError(
-            f"rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found): "
-            "start one process a GPU, or choose the device cpu"
+            f"rank {local_rank} of this machine has no GPU ({count} found): start one process a GPU, or choose the device cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
+
+
+def _cuda_failure() -> str:
+    """Why torch cannot use CUDA, in a few words."""
+    if torch.version.cuda is None:
+        return "it is built without CUDA"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # of several types
+        return str(error).splitlines()[0].rstrip(".")
+    return f"it is built for CUDA {torch.version.cuda}"

@@ -22,6 +22,9 @@ from pipeline.exits import (
 
 T = TypeVar("T")
 
+# What torch on CPU, CUDA and its libraries, and DALI say.
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "alloc_failed", "allocation failed", "can't allocate", "bad_alloc")
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, where, what to do."""
@@ -84,16 +87,16 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"error: {error}", file=sys.stderr, flush=True)
         record_for_torchrun(str(error), EXIT_USER_ERROR)
-        sys.exit(EXIT_USER_ERROR)
+        _end(EXIT_USER_ERROR)
     except InterruptedRunError as error:
         print(f"interrupted: {error}; start the same command again to go on", file=sys.stderr, flush=True)
         record_for_torchrun(str(error), EXIT_RESUME, signal=preemption.received())
-        sys.exit(EXIT_RESUME)
+        _end(EXIT_RESUME)
     except KeyboardInterrupt:
-        sys.exit(EXIT_KEYBOARD)
+        _end(EXIT_KEYBOARD)
     except BrokenPipeError:  # whoever read the output, as `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
-        sys.exit(EXIT_BROKEN_PIPE)
+        _end(EXIT_BROKEN_PIPE)
     except Exception as error:
         if is_out_of_memory(error):
             reason = f"out of memory ({' '.join(str(error).split()) or 'MemoryError'})"
@@ -102,19 +105,37 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             )
             print(f"error: {reason}: {remedy}", file=sys.stderr, flush=True)
             record_for_torchrun(reason, EXIT_USER_ERROR)
-            sys.exit(EXIT_USER_ERROR)
+            _end(EXIT_USER_ERROR)
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             record_for_torchrun(traceback.format_exc(), EXIT_BUG)
+            if _ranks_are_connected():
+                traceback.print_exc()
+                _end(EXIT_BUG)
             raise
         record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR)  # a full disk
         file = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        _end(EXIT_USER_ERROR)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process; at once where a failed rank has left NCCL alive, whose end may wait for the other ranks for ever."""
+    if _ranks_are_connected():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _ranks_are_connected() -> bool:
+    """Whether a process group is left, as `init_distributed` leaves NCCL's after a failure. torch is not imported for this."""
+    distributed = sys.modules.get("torch.distributed")
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of Python, NumPy, or torch on CPU or GPU, which is not imported for this."""
+    """Of Python, NumPy, DALI, or torch on CPU or GPU, which is not imported for this."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in said for words in ("allocate memory", "out of memory"))
+        isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
     )

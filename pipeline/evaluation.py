@@ -1,5 +1,6 @@
 """Single- and ten-crop evaluation over any number of ranks; every image counts exactly once."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,21 +41,29 @@ class Evaluation:
     not_finite: int
 
 
-@torch.inference_mode()
 def check_image_size(network: nn.Module, size: int, name: str) -> None:
     """Refuse images of `size` x `size` pixels that the network cannot take.
 
     Raises:
         UserError: it cannot; `name` is the network's.
     """
-    device = next(network.parameters()).device
+    if reason := why_not(copy.deepcopy(network), 1, size):
+        raise UserError(f"{name} cannot take images of {size} x {size} pixels ({reason}): choose another crop size")
+
+
+@torch.no_grad()
+def why_not(network: nn.Module, images: int, size: int) -> str:
+    """Why a network in its present mode cannot take so many images of `size` x `size` pixels; empty if it can.
+
+    It is asked without data: no kernel runs, and no GPU, so that nothing else than the shapes can be the reason. The
+    network itself is spoilt; give a copy.
+    """
     try:
-        network(torch.zeros(1, 3, size, size, device=device))
+        network.to("meta")(torch.zeros(images, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{name} cannot take images of {size} x {size} pixels ({reason}): choose another crop size"
-        ) from None
+        needs_data = isinstance(error, NotImplementedError) or "meta tensor" in str(error)  # which a first batch gives
+        return "" if needs_data else (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 @torch.inference_mode()
@@ -77,7 +86,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    answered: list[_Answers] = []
+    answered: list[tuple[np.ndarray, *tuple[Tensor, ...]]] = []  # on the device, which nothing here waits for
     all_logits: list[_Answers] = []
     batches = loader.batches()
     for _ in range(loader.rounds):
@@ -92,7 +101,7 @@ def evaluate(
             (best.values[:, 0] - answers.logsumexp(dim=1)).exp(),
             F.cross_entropy(answers, batch.labels, reduction="none"),
         )
-        answered.append((batch.ids, *(tensor.cpu().numpy() for tensor in found)))
+        answered.append((batch.ids, *found))
         if keep_logits:
             all_logits.append((batch.ids, answers.cpu().numpy()))
     model.train(was_training)
@@ -100,7 +109,8 @@ def evaluate(
     images = len(loader.index)
     gathered = world.gather_to_rank0(all_logits) if keep_logits else []
     logits = _in_order(gathered, images)[0] if gathered else None
-    top5, probability, losses = _in_order(world.gather(answered), images)
+    on_host = [(ids, *(tensor.cpu().numpy() for tensor in found)) for ids, *found in answered]
+    top5, probability, losses = _in_order(world.gather(on_host), images)
     correct = top5 == loader.index.labels[:, None]
     score = Score(
         images=images,

@@ -1,6 +1,7 @@
 """Notices on the device, without waiting for it, that a loss is not finite, and stops all ranks when it is asked."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from pipeline.errors import UserError
 from pipeline.run_dir import write_text
 
 NEVER = 2**62  # a step that no run reaches
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values of all tensors are finite. Waits for the device once, not for each of them."""
+    outcomes = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    return not outcomes or bool(torch.stack(outcomes).all())
 
 
 class StepSkipper:
@@ -39,7 +46,7 @@ class StepSkipper:
             losses: of each microbatch, (n).
             scaled: gradients are scaled, and the scaler leaves out those that are not finite.
         """
-        finite = all(bool(loss.isfinite().all()) for loss in losses)
+        finite = all_finite(losses)
         if finite and not scaled:
             gradients = (p.grad for p in self._network.parameters() if p.grad is not None)
             finite = bool(nn.utils.get_total_norm(gradients).isfinite())
@@ -83,7 +90,7 @@ class FiniteGuard:
         Raises:
             UserError: says in which step, and what to do.
         """
-        finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
+        finite = all_finite(tensors)
         by_loss, by_tensors = self._world.all_reduce_max([-int(self._first), -(NEVER if finite else last_step)])
         first = min(-by_loss, -by_tensors)
         if first == NEVER:

@@ -1,8 +1,13 @@
-"""What this machine gives a process: its cores, how its C library handles memory, and notice of its parent's death."""
+"""What this machine gives a process: its cores, GPUs, network interfaces, how its C library handles memory, and notice
+of its parent's death."""
 
 import ctypes
 import os
 import signal
+import socket
+import struct
+from contextlib import suppress
+from pathlib import Path
 
 
 def usable_cores() -> list[int]:
@@ -15,6 +20,32 @@ def usable_cores() -> list[int]:
 def available_cores() -> int:
     """How many CPU cores this process may use."""
     return len(usable_cores())
+
+
+def present_gpus(folder: Path = Path("/dev")) -> list[Path]:
+    """NVIDIA's GPUs that this process may open, whether or not a driver or torch can use them.
+
+    Not all that lie there: SLURM gives a job without GPUs no access to those of its machine.
+    """
+    found = []
+    for device in sorted(folder.glob("nvidia[0-9]*")):
+        with suppress(OSError):
+            os.close(os.open(device, os.O_RDWR))
+            found.append(device)
+    return found
+
+
+def network_interfaces() -> dict[str, str]:
+    """The network interfaces that have an IPv4 address, and it; none where the system does not tell."""
+    found: dict[str, str] = {}
+    with suppress(ImportError, OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        import fcntl  # not on every system
+
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has none
+                answer = fcntl.ioctl(asking, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR of Linux
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
 
 
 def keep_freed_memory() -> None:

@@ -35,18 +35,26 @@ class Score:
         return total / self.images if self.images else math.nan
 
 
+def batch_sums(logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
+    """Sums over n images, (4) float64: images, top-1 and top-5 correct, loss.
+
+    Args: logits (n, classes), labels (n), losses (n), weights (n) of 0 or 1.
+    """
+    correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    rows = torch.stack([torch.ones_like(weights), correct[:, 0], correct.any(dim=1), losses]).double()
+    return torch.where(weights > 0, rows, 0).sum(dim=1)
+
+
 class MetricAccumulator:
     """Sums of this rank, kept on the device; reading them (`score`) waits for the device and talks to all ranks."""
 
     def __init__(self, world: World):
         self._world = world
-        self._sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # images, top-1 and top-5 correct, loss
+        self._sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # as `batch_sums` has them
 
-    def add(self, logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> None:
-        """Add n images: logits (n, classes), labels (n), losses (n), weights (n) of 0 or 1."""
-        correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        rows = torch.stack([torch.ones_like(weights), correct[:, 0], correct.any(dim=1), losses]).double()
-        self._sums += torch.where(weights > 0, rows, 0).sum(dim=1)
+    def add(self, sums: Tensor) -> None:
+        """Add what `batch_sums` gave."""
+        self._sums += sums
 
     def reset(self) -> None:
         self._sums.zero_()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,13 +16,21 @@ Parameters = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
 def sgd(parameters: Parameters, config: OptimConfig) -> torch.optim.SGD:
     """The paper's: momentum without dampening, and weight decay on every parameter (Section 4.2)."""
+    given: list[Any] = list(parameters)
     return torch.optim.SGD(
-        parameters,
+        given,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        fused=(config.fused and _on_gpu(given)) or None,  # None: torch chooses among its others
     )
+
+
+def _on_gpu(parameters: list[Any]) -> bool:
+    """Whether all of them, tensors or groups of them, are on GPUs."""
+    tensors = chain.from_iterable(given["params"] if isinstance(given, dict) else [given] for given in parameters)
+    return all(tensor.device.type == "cuda" for tensor in tensors)
 
 
 OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig], torch.optim.Optimizer]] = {"sgd": sgd}
@@ -37,11 +46,18 @@ def create_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opt
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Resume an optimiser's state under its own hyperparameters, which `state` has as they were."""
+    """Resume an optimiser's state under its own hyperparameters, which `state` has as they were.
+
+    What belongs to a parameter is laid out as the parameter is: torch's kernels for many parameters at once need that.
+    """
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
         group.update(hyperparameters)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

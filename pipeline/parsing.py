@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import UserError, did_you_mean
+from pipeline.renamed import value_of_today
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -100,7 +101,7 @@ class Schema(Generic[T]):
                 options["metavar"] = _type_name(field.annotation)
                 if _is_list_of_words(field.annotation):
                     options["action"] = "append"
-                elif field.annotation is bool:
+                elif field.annotation is bool or "true" in self._renamed_values.get(key, {}):
                     options |= dict(nargs="?", const="true")
                 group.add_argument(self._flag(key), **options)
 
@@ -204,9 +205,9 @@ class Schema(Generic[T]):
         if kind == "value_error":  # of a check of ours
             return f": {error['ctx']['error']}"
         field = self.fields.get(key)
-        new = self._renamed_values.get(key, {}).get(value) if isinstance(value, str) else None
+        new = value_of_today(self._renamed_values.get(key, {}), value)
         if new:
-            return f": '{value}' is now called '{new}'"
+            return f": '{str(value).lower() if isinstance(value, bool) else value}' is now called '{new}'"
         got = f" (got {value!r})"
         if kind in ("missing", "too_short", "too_long", "tuple_type", "unexpected_positional_argument") and field:
             example = field.get_default(call_default_factory=True)

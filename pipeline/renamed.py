@@ -4,6 +4,7 @@ Files that a run has stored are read under their old names. In a user's file and
 refused with the new one, until the next release.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 KEYS = {
@@ -17,13 +18,16 @@ KEYS = {
     "optim.accumulation": "optim.grad_accum_steps",
     "optim.lr_drop": "optim.lr_gamma",
     "train.hang_seconds": "train.heartbeat_timeout",
+    "train.channels_last": "train.memory_format",
     "train.elastic": "train.allow_world_size_change",
 }
 
-VALUES = {
+VALUES = {  # truth values as YAML has them
     "model.dense_block": {"plain": "eager", "lean": "memory_efficient"},
     "data.interpolation": {"torch": "torch7-bicubic"},
     "data.train_crop": {"area": "random_resized_crop", "pad": "random_crop"},
+    "train.compile": {"true": "default", "false": "none"},
+    "train.memory_format": {"true": "channels_last", "false": "contiguous"},
 }
 
 # Flags and keys of timm, torchvision's references and others, with what to use here.
@@ -57,6 +61,11 @@ def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
         new[section] = {}
         for name, value in fields.items():
             key = KEYS.get(f"{section}.{name}", f"{section}.{name}")
-            values = VALUES.get(key, {})
-            new[section][key.partition(".")[2]] = values.get(value, value) if isinstance(value, str) else value
+            new[section][key.partition(".")[2]] = value_of_today(VALUES.get(key, {}), value) or value
     return new
+
+
+def value_of_today(values: Mapping[str, str], value: Any) -> str | None:
+    """The new name of a value that `values` has; None if it has none."""
+    text = str(value).lower() if isinstance(value, bool) else value
+    return values.get(text) if isinstance(text, str) else None

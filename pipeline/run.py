@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Found, load_weights
+from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import (
@@ -30,14 +31,24 @@ from pipeline.data.loader import (
 )
 from pipeline.distributed import World, data_parallel
 from pipeline.errors import UserError
+from pipeline.evaluation import why_not
 from pipeline.finite import FiniteGuard
 from pipeline.history import History
 from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
-from pipeline.metrics import MetricAccumulator, Score
+from pipeline.metrics import MetricAccumulator, Score, batch_sums
 from pipeline.models import backends, create_model
+from pipeline.models.densenet import DenseNet
 from pipeline.objective import CrossEntropy, create_objective
 from pipeline.optim import create_optimizer, learning_rate, load_state
-from pipeline.precision import autocast, create_scaler, set_tf32
+from pipeline.precision import (
+    AUTOCAST_TYPES,
+    autocast,
+    choose_kernels,
+    create_scaler,
+    memory_format,
+    seed_device,
+    set_tf32,
+)
 from pipeline.resume import Conditions, check_same_run, find_checkpoint, loader_of
 
 
@@ -128,13 +139,15 @@ class Run:
         self.objective = create_objective(config)
         self._open_data(began_with)
         set_tf32(config.train.precision)
+        choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
-        self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.memory_format = memory_format(config.train.memory_format, config.train.precision, world.device)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
         network = create_model(num_classes=len(self.conditions.classes), **dataclasses.asdict(config.model))
         self._check_image_size(network)
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
-        compiled: Any = torch.compile(network) if config.train.compile else network
+        whole_batch = config.optim.batch_size // self.microbatches
+        compiled = compile_network(network, config.train.compile, whole_batch, config.optim.grad_accum_steps)
         self.training_network = data_parallel(compiled, world)
         self.optimizer = create_optimizer(self.network, config.optim)
         self.scaler = create_scaler(config.train.precision, world.device)
@@ -222,11 +235,17 @@ class Run:
         """While it is entered, gradients add up on this rank and are not averaged over the ranks."""
         return self.training_network.no_sync() if skip and self.world.size > 1 else nullcontext()  # type: ignore[operator]
 
+    def selection_held(self, hooks_change_network: bool) -> AbstractContextManager[None]:
+        """While it is entered, and no hook changes the network's modules, its backend is not selected for each batch."""
+        if hooks_change_network or not isinstance(self.network, DenseNet):
+            return nullcontext()
+        return self.network.selection_held()
+
     def seed_dropout(self, microbatch: int) -> None:
         """Make dropout a function of seed, step and place in the batch, so that no generator's state need be saved."""
         place = self.world.rank * self.config.optim.grad_accum_steps + microbatch
         entropy = np.random.SeedSequence([self.config.seed, self.done_steps, place])
-        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        seed_device(int(entropy.generate_state(1, np.uint64)[0]), self.world.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds. Every rank must call this."""
@@ -262,8 +281,9 @@ class Run:
         """Add microbatches to the metrics: logits (n, classes), labels (n), losses (n) and weights (n) of each."""
         for logits, labels, losses, weights in outcomes:
             self.finite.add(self.done_steps, losses, weights)
-            for metrics in (self.epoch_metrics, self.window_metrics):
-                metrics.add(logits, labels, losses, weights)
+            sums = batch_sums(logits, labels, losses, weights)
+            self.epoch_metrics.add(sums)
+            self.window_metrics.add(sums)
 
     def gradient_norm(self) -> float:
         """Of all parameters together, without the loss scale; waits for the device."""
@@ -277,17 +297,18 @@ class Run:
         Args:
             counted: of this rank, a scalar; it is less than its share where corrupt images were replaced.
         """
-        factor = images / self.world.all_reduce_sum(counted).item()
-        if factor != 1:
-            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], factor)
+        factor = images / self.world.all_reduce_sum(counted).double()  # on the device; 1 changes no bit
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def description(self) -> str:
         """A few lines on what this run is."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        optim, ranks = self.config.optim, self.world.size
+        optim, ranks, precision = self.config.optim, self.world.size, self.config.train.precision
+        validation = " (validation too)" if precision in AUTOCAST_TYPES else ""
         return (
             f"{self.config.model.name}: {parameters:,} parameters, {len(self.conditions.classes)} classes, "
-            f"{self.config.train.precision} on {self.world.device.type}\n"
+            f"{precision}{validation} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
             f"through the {self._named_loader()} loader\n"
             f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
@@ -307,15 +328,12 @@ class Run:
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
         smallest = min(2, max(1, last_batch // self.microbatches))  # batch norm wants more than one value a channel
-        probe = copy.deepcopy(network).train()
-        try:
-            with torch.no_grad():
-                probe(torch.zeros(smallest, 3, config.data.crop_size, config.data.crop_size))
-        except (RuntimeError, ValueError, AssertionError) as error:
+        reason = why_not(copy.deepcopy(network).train(), smallest, config.data.crop_size)
+        if reason:
             raise UserError(
                 f"{config.model.name} cannot train on {smallest} images of {config.data.crop_size} pixels, the smallest part "
-                f"of a batch ({str(error).splitlines()[0]}): choose another data.crop_size or optim.batch_size"
-            ) from None
+                f"of a batch ({reason}): choose another data.crop_size or optim.batch_size"
+            )
 
 
 def open_run(config: Config, world: World) -> tuple[Run, Found | None]:

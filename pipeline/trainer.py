@@ -76,7 +76,7 @@ class Trainer:
         self.preemption = PreemptionHandler()
         self.watchdog = Watchdog(run.world, run.config.train.heartbeat_timeout)
         self.skipper = StepSkipper(run.network, run.world) if run.config.train.not_finite == "skip" else None
-        self.microbatch = 0
+        self.compiles, self.microbatch = run.config.train.compile != "none", 0
         self.seconds: dict[str, float] = defaultdict(float)
 
     def fit(self, found: Found | None) -> None:
@@ -88,7 +88,8 @@ class Trainer:
         lengths = found.state["record_lengths"] if found else {}
         self.monitor = Monitor(run.dir, run.world, run.done_steps, lengths)
         try:
-            with self.preemption, self.watchdog:
+            changed = any(hook.changes_network for hook in self.hooks)
+            with self.preemption, self.watchdog, run.selection_held(hooks_change_network=changed):
                 self._call("on_start")
                 while not run.is_complete:
                     self.train_epoch()
@@ -106,10 +107,10 @@ class Trainer:
         batches = self._timed(run.train_loader.batches(run.progress.epoch, run.progress.step))
         run.training_network.train()
         while run.progress.step < steps:
-            self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}")
+            self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}", self.compiles)
             self._call("on_step_start")
             result = self.step(batches)
-            run.progress.step += 1
+            run.progress.step, self.compiles = run.progress.step + 1, False
             self._call("on_step", result)
 
     def step(self, batches: Iterator[Batch]) -> StepResult:
@@ -123,9 +124,7 @@ class Trainer:
         scale = run.world.size / images
         if self.skipper:
             self.skipper.begin()
-        outcomes: list[
-            tuple[Tensor, Tensor, Tensor, Tensor]
-        ] = []  # of each microbatch: logits, labels, losses, weights
+        outcomes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # a microbatch's logits, labels, losses, weights
         for self.microbatch in range(accumulation):
             batch = run.objective.prepare(next(batches))
             run.seed_dropout(self.microbatch)
@@ -155,13 +154,14 @@ class Trainer:
         """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
         run = self.run
         run.world.broadcast_buffers(run.network)
-        evaluation = evaluate(
-            run.network,
-            run.val_loader,
-            run.world,
-            between_batches=self._between_batches,
-            logits_of=run.objective.logits,
-        )
+        with run.autocast():
+            evaluation = evaluate(
+                run.network,
+                run.val_loader,
+                run.world,
+                between_batches=self._between_batches,
+                logits_of=run.objective.logits,
+            )
         if evaluation.not_finite and not self.skipper:
             raise UserError(
                 f"the answers to {evaluation.not_finite} validation images are not finite: put best.pt in the place of last.pt "

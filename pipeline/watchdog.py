@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pipeline.distributed import World
+from pipeline.distributed import PATIENCE, World
 from pipeline.exits import EXIT_RESUME, record_for_torchrun
 
 _STORE_PATIENCE = timedelta(seconds=10)
@@ -38,6 +38,8 @@ class Status:
 class Watchdog:
     """Ends this process with exit code 75 after `patience` seconds without a `beat`. Watches from the first beat on.
 
+    What compiles may take as long as other ranks wait for each other.
+
     The time for which the process itself was stopped (Ctrl-Z) does not count.
     """
 
@@ -50,6 +52,7 @@ class Watchdog:
             self._store = dist.PrefixStore("watchdog", world.store.clone())
             self._store.set_timeout(_STORE_PATIENCE)
         self._ticks = self._beats = self._idle_ticks = 0
+        self._limit = patience  # of the present activity
         self._activity = "starting"
         self._watched_thread = threading.get_ident()
         self._closed = threading.Event()
@@ -64,9 +67,10 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
 
-    def beat(self, activity: str) -> None:
+    def beat(self, activity: str, compiles: bool = False) -> None:
         """Say what this rank begins to do now. All ranks must call this at the same places."""
         self._activity = activity
+        self._limit = max(self._patience, PATIENCE.total_seconds()) if compiles else self._patience
         self._beats += 1
         self._idle_ticks = 0
 
@@ -79,7 +83,7 @@ class Watchdog:
             except dist.DistError:  # its keeper is gone or stuck: what the main thread waits for will not come either
                 continue
             finally:
-                if self._idle_ticks * self._tick >= self._patience:
+                if self._idle_ticks * self._tick >= self._limit:
                     self._end()
 
     def _publish(self) -> None:
@@ -88,7 +92,7 @@ class Watchdog:
             self._store.set(str(self._rank), json.dumps(asdict(status)))
 
     def _end(self) -> None:
-        idle = f"rank {self._rank}: no progress for {self._patience:.0f} s in '{self._activity}'"
+        idle = f"rank {self._rank}: no progress for {self._limit:.0f} s in '{self._activity}'"
         error = f"{idle}; {self._diagnose_stall()}"
         print(f"interrupted: {error}", file=sys.stderr, flush=True)
         traceback.print_stack(sys._current_frames()[self._watched_thread])

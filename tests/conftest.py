@@ -24,7 +24,10 @@ def pytest_configure():
 
     This comes before torch is loaded, which then uses one thread: with tiny networks several threads mostly wait for each
     other. A test of several threads sets their number.
+
+    The tests, and what they start, see no GPU: many start more ranks than a machine has GPUs, and compare bits.
     """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

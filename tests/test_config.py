@@ -78,6 +78,9 @@ def test_published_errors_are_of_the_files_network_and_data():
         (["--optim.momentum", "1"], "--optim.momentum: a number below 1.0 is needed"),
         (["--data.mirror", "false"], "--data.mirror is now called --data.hflip"),
         (["--data.train_crop", "area"], "--data.train_crop: 'area' is now called 'random_resized_crop'"),
+        (["--train.compile"], "--train.compile: 'true' is now called 'default'"),
+        (["--train.compile", "false"], "--train.compile: 'false' is now called 'none'"),
+        (["--train.channels_last", "false"], "--train.channels_last is now called --train.memory_format"),
         (["--lr", "1"], "unknown argument --lr (did you mean '--optim.lr'?)"),
         (["--learning-rate", "1"], "unknown argument --learning-rate: use --optim.lr"),
         (["--resume"], "unknown argument --resume: a run resumes by itself: start the same command again"),
@@ -102,6 +105,7 @@ def test_mistakes_on_the_command_line_are_one_line(words, expected):
         ("optim: {lr: on}", "'optim.lr': a number is needed, not true"),
         ("data: {mean: [true, 0, 0]}", "'data.mean': a number is needed, not true"),
         ("optim: {accumulation: 2}", "'optim.accumulation' is now called 'optim.grad_accum_steps'"),
+        ("train: {compile: true}", "'train.compile': 'true' is now called 'default'"),
         ("model: {dense_block: lean}", "'model.dense_block': 'lean' is now called 'memory_efficient'"),
         ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
         ("1: 2", "must be a mapping"),
@@ -134,14 +138,14 @@ def test_paths_take_the_home_folder_and_variables(tmp_path, monkeypatch):
 
 
 def test_a_flag_of_a_truth_value_stands_for_true():
-    assert parse("--train.compile").train.compile and not parse("--train.compile", "false").train.compile
+    assert parse("--data.download").data.download and not parse("--data.download", "false").data.download
 
 
 def test_stored_configurations_are_read_under_their_old_names(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(
         "run_dir: r\nmodel: {dense_block: plain, recompute: first}\ndata: {mirror: false, resize: torch, training_crop: pad}\n"
-        "optim: {accumulation: 2}\ntrain: {elastic: true, hang_seconds: 9}\n"
+        "optim: {accumulation: 2}\ntrain: {elastic: true, hang_seconds: 9, compile: true, channels_last: false}\n"
     )
     config = load_stored_config(path)
     assert (config.model.dense_block, config.model.activation_checkpointing) == ("eager", "first")
@@ -150,6 +154,7 @@ def test_stored_configurations_are_read_under_their_old_names(tmp_path):
     )  # fmt: skip
     assert (config.optim.grad_accum_steps, config.train.heartbeat_timeout) == (2, 9)
     assert config.train.allow_world_size_change
+    assert (config.train.compile, config.train.memory_format) == ("default", "contiguous")
     with pytest.raises(UserError, match=r"config.yaml: 'model.dense_block': 'plain' is now called 'eager'"):
         load_config(path)
 

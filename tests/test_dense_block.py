@@ -1,6 +1,7 @@
 """The dense block's implementations against torchvision's networks in float64, and all that they must fall back from."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -296,22 +297,25 @@ def test_synchronised_batch_norms_go_through_the_modules():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_memory_efficient_under_autocast_is_as_near_to_float64_as_eager(dtype):
-    """The kernels have no float16: asked for them, a network takes memory_efficient."""
-    exact = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="eager")).double()
-    images, labels = batch(16, 12, 12)
-    expected = backward(copy.deepcopy(exact), images, labels)
-    errors = {}
-    for method in ("eager", "memory_efficient", *["fused"] * (dtype is torch.float16)):
-        network = create_model("densenet_bc40_k12", CLASSES, dense_block=method)
-        network.load_state_dict(exact.state_dict())
-        with torch.autocast("cpu", dtype=dtype):
-            logits = network(images.float())
-        F.cross_entropy(logits.float(), labels).backward()
-        gradients = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
-        wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
-        errors[method] = ((gradients - wanted).norm() / wanted.norm()).item()
-        assert network.selection.method == ("eager" if method == "eager" else "memory_efficient")
-    assert errors.get("fused", errors["memory_efficient"]) == errors["memory_efficient"] <= 1.1 * errors["eager"]
+    """In the mean over three networks: a sign that rounding turns makes one of them differ by a fifth either way. The
+    kernels have no float16: asked for them, a network takes memory_efficient."""
+    errors: Counter[str] = Counter()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        exact = with_random_norms(create_model("densenet_bc40_k12", CLASSES, dense_block="eager")).double()
+        images, labels = batch(16, 12, 12)
+        expected = backward(copy.deepcopy(exact), images, labels)
+        for method in ("eager", "memory_efficient", *["fused"] * (dtype is torch.float16)):
+            network = create_model("densenet_bc40_k12", CLASSES, dense_block=method)
+            network.load_state_dict(exact.state_dict())
+            with torch.autocast("cpu", dtype=dtype):
+                logits = network(images.float())
+            F.cross_entropy(logits.float(), labels).backward()
+            gradients = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+            wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
+            errors[method] += ((gradients - wanted).norm() / wanted.norm()).item()
+            assert network.selection.method == ("eager" if method == "eager" else "memory_efficient")
+    assert (errors["fused"] or errors["memory_efficient"]) == errors["memory_efficient"] <= 1.1 * errors["eager"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch calls it deprecated

@@ -12,7 +12,8 @@ LAYERS = [
     {"pipeline.exits", "pipeline.machine"},
     {"pipeline.preemption"},
     {"pipeline.errors"},
-    {"pipeline.parsing", "pipeline.renamed"},
+    {"pipeline.renamed"},
+    {"pipeline.parsing"},
     {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.run_dir"},
     {
         "pipeline.data",
@@ -20,6 +21,7 @@ LAYERS = [
         "pipeline.optim",
         "pipeline.metrics",
         "pipeline.checkpoint",
+        "pipeline.compilation",
         "pipeline.monitor",
         "pipeline.audit",
         "pipeline.history",

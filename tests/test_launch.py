@@ -394,12 +394,18 @@ def test_a_grid_makes_a_run_of_each_combination(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     configs = []
     monkeypatch.setattr("launch.__main__.describe", lambda config, *_: configs.append(config))
-    grid = ["--grid", "optim.milestones=[30,60],[20,40]", "--grid", "train.compile=true,false", "--train.channels_last"]
+    grid = [
+        "--grid",
+        "optim.milestones=[30,60],[20,40]",
+        "--grid",
+        "train.compile=default,none",
+        "--train.deterministic",
+    ]
     start(["configs/densenet121.yaml", "--cluster", "local", "--run_dir", str(tmp_path / "run"), "--dry-run", *grid])
     assert [(c.optim.milestones, c.train.compile) for c in configs] == [
-        ((30, 60), True), ((30, 60), False), ((20, 40), True), ((20, 40), False),
+        ((30, 60), "default"), ((30, 60), "none"), ((20, 40), "default"), ((20, 40), "none"),
     ]  # fmt: skip
-    assert configs[1].run_dir == f"{tmp_path}/run-milestones30-60-compilefalse" and configs[0].train.channels_last
+    assert configs[1].run_dir == f"{tmp_path}/run-milestones30-60-compilenone" and configs[0].train.deterministic
     start(["--optim.lr", "0.3", "configs/demo.yaml", "--nodes", "1", "configs/densenet169.yaml", "--dry-run"])
     assert [(Path(c.run_dir).name, c.optim.lr) for c in configs[4:]] == [("demo", 0.3), ("densenet169", 0.3)]
 

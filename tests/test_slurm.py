@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,32 @@ def ranks_of(run: Path, node: str = "node") -> list[int]:
 
 def test_two_nodes_train_as_torchrun_does(folder):
     assert_ends_as_torchrun(submit(folder, "whole"), at_least=1)
+
+
+def test_each_rank_has_the_cores_that_it_is_bound_to_and_no_other_divides_them(tmp_path):
+    """Cores and threads as the ranks end up with them. A machine with two cores cannot show more than one a rank:
+    test_gpu_start.py has 12 of 96."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import json, os, torch\n"
+        "from pipeline.distributed import init_distributed\n"
+        "for torchs, slurms in dict(RANK='PROCID', WORLD_SIZE='NTASKS', LOCAL_RANK='LOCALID').items():\n"
+        "    os.environ[torchs] = os.environ[f'SLURM_{slurms}']\n"
+        "os.environ.update(LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29417')\n"
+        "with init_distributed('cpu') as world:\n"
+        "    mask, threads = sorted(os.sched_getaffinity(0)), torch.get_num_threads()\n"
+        "    print(json.dumps([os.environ['SLURMD_NODENAME'], mask, world.cores, threads]))\n"
+    )
+    request = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=1", "--partition=low", "--exclusive"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = ["srun", *request, sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(ranks) == 4, done.stderr
+    for node in ("node1", "node2"):
+        masks = [mask for name, mask, _, _ in ranks if name == node]
+        assert len(masks) == 2 and not set(masks[0]) & set(masks[1])
+    assert all(cores == threads == len(mask) for _, mask, cores, threads in ranks)
 
 
 def test_a_killed_rank(folder):

@@ -95,7 +95,7 @@ RUNS = {
     "fused": {},
     "accumulation": {"optim": {"grad_accum_steps": 3}},
     "dropout": {"model": {"dropout": 0.2}},
-    "bf16": {"train": {"precision": "bf16", "channels_last": False}},
+    "bf16": {"train": {"precision": "bf16", "memory_format": "contiguous"}},
     "fp16": {"train": {"precision": "fp16"}, "optim": {"label_smoothing": 0.1}},
 }
 
@@ -278,7 +278,7 @@ def test_precision_smoothing_and_memory_format_reach_the_step(tmp_path, monkeypa
         half = one_step(tmp_path / precision, model=by_module, train={"precision": precision})["classifier.weight"]
         assert dtypes[-1] == dtype and not torch.equal(half, plain)
         torch.testing.assert_close(half, plain, rtol=0.05, atol=0.01)
-    nchw = one_step(tmp_path / "nchw", model=by_module, train={"channels_last": False})["classifier.weight"]
+    nchw = one_step(tmp_path / "nchw", model=by_module, train={"memory_format": "contiguous"})["classifier.weight"]
     assert not formats[-1]
     torch.testing.assert_close(nchw, plain, rtol=1e-3, atol=1e-4)
     smoothed = one_step(tmp_path / "smooth", model=by_module, optim={"label_smoothing": 0.5})["classifier.weight"]
@@ -366,7 +366,7 @@ def test_compiled_training_takes_the_same_first_step(tmp_path):
             model={"name": "timm:resnet10t"},
             data={"synthetic_images": 12, "crop_size": 32, "resize_size": 32},
             optim={"epochs": 1, "lr": 1e-3},
-            train={"compile": name == "compiled"},
+            train={"compile": "default" if name == "compiled" else "none"},
         )
         for name in ("eager", "compiled")
     )

@@ -17,16 +17,17 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch import feed_ndarray
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig
-from pipeline.data.decoding import as_ppm, readable_by_dali
+from pipeline.data.decoding import as_ppm, if_decodable, readable_by_dali
 from pipeline.data.index import DatasetIndex
+from pipeline.data.nvjpeg import load_nvjpeg
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reader import Reader
 from pipeline.data.replacements import collect
+from pipeline.errors import is_out_of_memory
 
 PREFETCH = 2  # batches that DALI prepares ahead
 
@@ -44,6 +45,7 @@ class DecoderOptions(TypedDict):
 
     adjust_orientation: bool
     jpeg_fancy_upsampling: bool
+    hw_decoder_load: float
 
 
 class PaddingOptions(TypedDict, total=False):
@@ -63,18 +65,18 @@ class DaliOptions(TypedDict):
     prefetch_queue_depth: int
 
 
-# adjust_orientation: a plan's crop_boxes are in stored pixels, as Pillow and the Torch code see them. jpeg_fancy_upsampling:
-# on GPU too, as libjpeg-turbo does on CPU.
-AS_STORED = DecoderOptions(adjust_orientation=False, jpeg_fancy_upsampling=True)
-
-
 @dataclass(frozen=True)
 class Fed:
-    """A batch as it goes into the pipeline: images' bytes, each (length) uint8, and whether Pillow has decoded all."""
+    """A batch as it goes into the pipeline: images' bytes, each (length) uint8, and what Pillow has done with them."""
 
     plan: BatchPlan
     contents: list[np.ndarray]
-    by_pillow: bool
+    treatment: int
+
+
+# What becomes of a batch with an image that DALI refuses, one after the other: Pillow finds the corrupt images, so that the
+# others keep DALI's pixels, which on a GPU are not Pillow's; then Pillow decodes all.
+UNTREATED, CHECKED, BY_PILLOW = range(3)
 
 
 class DaliPlans:
@@ -108,8 +110,15 @@ class DaliPlans:
             else PaddingOptions()
         )
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._decoder = "mixed" if device.type == "cuda" else "cpu"
+        self._on_gpu = device.type == "cuda"
+        self._decoder = "mixed" if self._on_gpu else "cpu"
+        if self._on_gpu:
+            load_nvjpeg()
+        # adjust_orientation: a plan's crop_boxes are in stored pixels, as Pillow and the Torch code see them.
+        # jpeg_fancy_upsampling: on GPU too, as libjpeg-turbo does on CPU.
+        self._decoding = DecoderOptions(
+            adjust_orientation=False, jpeg_fancy_upsampling=True, hw_decoder_load=config.hw_decoder_load
+        )
         self._options = DaliOptions(
             batch_size=batch_size, num_threads=threads, device_id=device.index, prefetch_queue_depth=PREFETCH
         )
@@ -124,7 +133,8 @@ class DaliPlans:
         self._batches, self._pending = self._read(plans), deque()
         while True:
             try:
-                (output,) = pipeline.run()
+                # On the present stream, for whose queue the host does not wait: loader.py has one for batches.
+                (output,) = pipeline.run(torch.cuda.current_stream(self._device) if self._on_gpu else None)
             except StopIteration:
                 break
             except RuntimeError as error:
@@ -138,25 +148,34 @@ class DaliPlans:
     def _read(self, plans: Iterable[BatchPlan]) -> Iterator[Fed]:
         """The batches of some plans, with replacements where images are corrupt."""
         for plan, futures in self._reader.read_ahead(plans, readable_by_dali):
-            yield Fed(*collect(plan, futures, self._corrupt_images), by_pillow=False)
+            yield Fed(*collect(plan, futures, self._corrupt_images), treatment=UNTREATED)
 
     def _feed_again(self, error: RuntimeError) -> None:
-        """Requeue the batches in flight before those to come, decoded by Pillow: DALI does not say which image failed.
+        """Requeue the batches in flight before those to come, after the next treatment: DALI does not say which image failed.
 
         Raises:
-            RuntimeError: Pillow had decoded them all, so the images are not the cause.
+            RuntimeError: the images are not the cause.
         """
-        if all(batch.by_pillow for batch in self._pending):
+        least = min((batch.treatment for batch in self._pending), default=BY_PILLOW)
+        if least == BY_PILLOW or is_out_of_memory(error) or "decoders.image" not in str(error):
             raise error
-        again = []
+        again, treat = [], if_decodable if least == UNTREATED else as_ppm
         with ThreadPoolExecutor(self._options["num_threads"]) as pool:
             for batch in self._pending:
+                if batch.treatment > least:
+                    again.append(batch)
+                    continue
                 places = map(self._index.location, batch.plan.ids.tolist())
-                futures = [pool.submit(as_ppm, *image) for image in zip(batch.contents, places, strict=True)]
-                again.append(Fed(*collect(batch.plan, futures, self._corrupt_images), by_pillow=True))
+                futures = [pool.submit(treat, *image) for image in zip(batch.contents, places, strict=True)]
+                again.append(Fed(*collect(batch.plan, futures, self._corrupt_images), treatment=least + 1))
         self._batches, self._pending = chain(again, self._batches), deque()
 
     def _build(self) -> Pipeline:
+        pipeline = self._define()
+        pipeline.build()
+        return pipeline
+
+    def _define(self) -> Pipeline:
         @pipeline_def(**self._options)
         def define():
             content, start, shape, size, roi_start, roi_end, corners, *own_ids = fn.external_source(
@@ -167,13 +186,11 @@ class DaliPlans:
                 return fn.slice(images, start=corners, shape=[self._crop_size] * 2, axes=[0, 1], **self._around)
             return self._all_views(images, corners, *own_ids)
 
-        pipeline = define()
-        pipeline.build()
-        return pipeline
+        return define()
 
     def _decoded(self, content: DataNode, start: DataNode, shape: DataNode) -> DataNode:
         return fn.decoders.image_slice(
-            content, start=start, shape=shape, axes=[0, 1], device=self._decoder, **AS_STORED
+            content, start=start, shape=shape, axes=[0, 1], device=self._decoder, **self._decoding
         )
 
     def _resized(self, images: DataNode, size: DataNode, roi_start: DataNode, roi_end: DataNode) -> DataNode:
@@ -255,14 +272,6 @@ class DaliPipeline(DaliPlans):
             yield plan, self._to_torch(output).view(-1, self._views, self._crop_size, self._crop_size, 3)
 
     def _to_torch(self, output: TensorListCPU | TensorListGPU) -> Tensor:
-        """The batch as one tensor: DALI's own memory on CPU, a copy on GPU, where DALI may write to it again too soon."""
-        tensor = output.as_tensor()
-        if self._stream is None:
-            return torch.from_dlpack(tensor)
-        dtype = torch.float32 if self._resize == "torch7-bicubic" or self._around else torch.uint8
-        with torch.cuda.stream(self._stream):  # not the training stream, whose queue the host must not wait for
-            copy = torch.empty(tensor.shape(), dtype=dtype, device=self._device)
-            feed_ndarray(tensor, copy, cuda_stream=self._stream)
-        self._stream.synchronize()
-        copy.record_stream(torch.cuda.current_stream(self._device))
-        return copy
+        """The batch as one tensor in DALI's own memory, which it gives back with the tensor's end, in the order of the
+        stream on which it was handed over."""
+        return torch.from_dlpack(output.as_tensor())

@@ -54,6 +54,12 @@ def as_ppm(content: np.ndarray, location: str) -> np.ndarray:
     return to_pnm(np.asarray(decode(content, location)))
 
 
+def if_decodable(content: np.ndarray, location: str) -> np.ndarray:
+    """Return a file's bytes as they are, if they decode; see `decode`."""
+    decode(content, location)
+    return content
+
+
 def readable_by_dali(content: np.ndarray, location: str) -> np.ndarray:
     """Return the bytes of an image that DALI decodes as Pillow does: its own, or those of a PPM file; see `decode`."""
     return content if is_plain(content) else as_ppm(content, location)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig
-from pipeline.data.color import apply_colors
+from pipeline.data.ahead import on_own_stream
+from pipeline.data.color import apply_colors, to_device
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan, epoch_order, evaluation_plans, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferencePipeline
@@ -233,19 +234,25 @@ def create_image_pipeline(
 def _batches(
     image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], index: DatasetIndex, device: torch.device
 ) -> Iterator[Batch]:
-    for plan, images in _colored(image_pipeline, plans, device):
-        yield Batch(
-            images=images,
-            labels=torch.from_numpy(index.labels[plan.ids]).to(device, non_blocking=True),
-            weights=torch.from_numpy(plan.weights).to(device, non_blocking=True),
-            ids=plan.ids,
-            views=plan.hflip.shape[1],
-        )
+    batches = (_batch(plan, images, index, device) for plan, images in _colored(image_pipeline, plans, device))
+    if device.type != "cuda":  # where it would compute beside the network
+        return batches
+    return on_own_stream(batches, lambda batch: [batch.images, batch.labels, batch.weights], device)
 
 
 def _colored(
     image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], device: torch.device
 ) -> Iterator[tuple[BatchPlan, Tensor]]:
     if isinstance(image_pipeline, ColoringPipeline):
-        return ((plan, images.to(device)) for plan, images in image_pipeline.run_with_colors(plans))
+        return ((plan, to_device(images, device)) for plan, images in image_pipeline.run_with_colors(plans))
     return ((plan, apply_colors(pixels, plan, device)) for plan, pixels in image_pipeline.run(plans))
+
+
+def _batch(plan: BatchPlan, images: Tensor, index: DatasetIndex, device: torch.device) -> Batch:
+    return Batch(
+        images=images,
+        labels=to_device(index.labels[plan.ids], device),
+        weights=to_device(plan.weights, device),
+        ids=plan.ids,
+        views=plan.hflip.shape[1],
+    )

@@ -7,6 +7,8 @@ from pipeline.run import Run
 
 
 class FeatureReusePictures(Hook):
+    changes_network = False
+
     def __init__(self, run: Run):
         self._every = run.config.train.reuse_every
 

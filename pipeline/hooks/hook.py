@@ -62,7 +62,13 @@ class Hook:
     """Does nothing. A hook overrides what it needs; every rank calls every method at the same places.
 
     A hook with a state gives it a name in `Run.parts` when it is made: the state is then saved and resumed with the run.
+
+    Attributes:
+        changes_network: whether it may change the network's modules in training, or their attributes (not the values of
+            parameters and buffers). Without such a hook the dense block's backend need not be selected for each batch.
     """
+
+    changes_network = True
 
     def on_start(self, trainer: Training) -> None:
         """Before the first step of this process; ``trainer.run.done_steps`` is 0 in a run that is new."""

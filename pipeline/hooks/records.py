@@ -14,6 +14,8 @@ GRID_IMAGES = 16
 
 
 class Records(Hook):
+    changes_network = False
+
     def __init__(self, run: Run):
         self._announced: object = None  # how the dense blocks computed when that was last said
         self._window_start: float | None = None  # when the steps since the last log line began

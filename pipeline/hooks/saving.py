@@ -5,6 +5,7 @@ import signal
 import time
 
 from pipeline.checkpoint import CheckpointFolder
+from pipeline.distributed import Agreement
 from pipeline.errors import InterruptedRunError
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.preemption import grace_period
@@ -13,9 +14,15 @@ from pipeline.run_dir import STATUS, replace_text
 
 
 class Saving(Hook):
-    """Ranks agree on every decision, so that all save and leave at the same step."""
+    """Ranks agree on every decision, so that all save and leave at the same step.
+
+    With several ranks a signal, or the clock, counts a step later: the ranks agree while the step computes.
+    """
+
+    changes_network = False
 
     def __init__(self, run: Run):
+        self._agreement = Agreement(run.world)
         self._folder = CheckpointFolder(run.dir / "checkpoints")
         self._saved_at = time.monotonic()
         self._limit_said = False
@@ -25,15 +32,15 @@ class Saving(Hook):
         by_steps = result.last or (train.checkpoint_every and run.progress.step % train.checkpoint_every == 0)
         minutes = train.checkpoint_minutes
         by_time = run.world.is_main and minutes and time.monotonic() - self._saved_at >= 60 * minutes
-        due, asked = run.world.all_reduce_max([bool(by_steps or by_time), trainer.preemption.signal])
-        if due or asked:
+        due, asked = self._agreement.exchange([bool(by_time), trainer.preemption.signal])
+        if by_steps or due or asked:
             self.save(trainer, best=False)
         if asked:
             self._leave(run, asked)
 
     def on_evaluation_batch(self, trainer: Training) -> None:
         """There is nothing new to save."""
-        (asked,) = trainer.run.world.all_reduce_max([trainer.preemption.signal])
+        _, asked = self._agreement.exchange([False, trainer.preemption.signal])
         if asked:
             self._leave(trainer.run, asked)
 

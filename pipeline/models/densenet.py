@@ -6,7 +6,8 @@ and parameter names are torchvision's, so that state dictionaries pass between t
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -133,6 +134,19 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         if not self.classifier.weight.is_meta:  # else there is nothing to draw, for which torch would load its compiler
             self._initialise()
+
+    @contextmanager
+    def selection_held(self) -> Iterator[None]:
+        """While it is entered, a backend is selected again for another mode, device, dtype or autocast only.
+
+        Without it every forward pass compares all modules with what they were. The caller sees to it that nobody changes
+        the modules or their attributes.
+        """
+        self._selector.hold()
+        try:
+            yield
+        finally:
+            self._selector.held = False
 
     def forward(self, x: Tensor) -> Tensor:
         self.selection = self._selector.select(self.features, x, self.dense_block)

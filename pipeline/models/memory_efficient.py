@@ -2,7 +2,7 @@
 
 A map's batch statistics are computed once, when it is made, and used by the first batch norm of every later layer. The
 maps of a block lie in one buffer, nothing is concatenated, and the backward pass computes normalised maps again instead
-of keeping them. kernels/ALGEBRA.md has the formulas. Not run on a GPU yet.
+of keeping them. It is for the sake of memory, not of speed. kernels/ALGEBRA.md has the formulas. Not run on a GPU yet.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,10 +17,10 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from pipeline.models.stage import (
     Stage,
     TrackedBatchNorm,
+    blend_running_statistics,
     eager_stage,
     eager_stem,
     gradients_by_definition,
-    update_running_statistics,
 )
 
 AUTOMATIC = False  # nobody has measured it on a GPU yet
@@ -91,8 +91,7 @@ class _Stage(Function):
         for i, layer in enumerate(stage.layers):
             gamma1, beta1, weight1, gamma2, beta2, weight2 = parameters[6 * i : 6 * i + 6]
             norm1, norm2 = layer.norm1, layer.norm2
-            update_running_statistics(norm1, mean[:channels], variance[:channels], pixels)
-            norm2.num_batches_tracked.add_(1)
+            blend_running_statistics(norm1, mean[:channels], variance[:channels], pixels)
             a = _normalise(maps[:, :channels], mean, variance, gamma1, beta1, norm1.eps)
             b = F.conv2d(a, weight1)
             del a
@@ -105,7 +104,9 @@ class _Stage(Function):
             channels += growth
             if keep:
                 bottlenecks.append(b)
-        update_running_statistics(stage.norm, mean, variance, pixels)
+        blend_running_statistics(stage.norm, mean, variance, pixels)
+        norms = [stage.norm, *(norm for layer in stage.layers for norm in (layer.norm1, layer.norm2))]
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
         ctx.save_for_backward(x, maps, mean, variance, *parameters, *bottlenecks)
         ctx.stage, ctx.autocast = stage, _Autocast(x.device.type)
         gamma, beta = parameters[-2:]
@@ -185,11 +186,13 @@ def _gradients(
 
 
 def _normalise(x: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
-    """ReLU(batch norm) of the first maps with statistics that are known; computed in the statistics' precision."""
-    channels = x.shape[1]
-    scale = gamma * (variance[:channels] + epsilon).rsqrt()
-    shift = torch.addcmul(beta, mean[:channels], scale, value=-1)
-    return torch.addcmul(_channels(shift), x, _channels(scale)).relu_().to(x.dtype)
+    """ReLU(batch norm) of the first maps with statistics that are known; computed in the statistics' precision.
+
+    Autocast does not widen the maps for it, as it would for the same in operators of arithmetic.
+    """
+    channels, wide = x.shape[1], mean.dtype
+    gamma, beta = gamma.to(wide), beta.to(wide)
+    return F.batch_norm(x, mean[:channels], variance[:channels], gamma, beta, training=False, eps=epsilon).relu_()
 
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,12 @@ class Selector:
 
     Args:
         features: the network's modules up to the classifier, as they were built.
+
+    Attributes:
+        held: nobody changes the modules now, so that they need not be compared.
     """
+
+    held = False
 
     def __init__(self, features: nn.Module):
         self._blueprint: Blueprint = blueprint(features)
@@ -50,12 +55,20 @@ class Selector:
         reason = _interception() if type(x) in TENSORS else f"the input is a {type(x).__name__}"
         if reason:
             return Selection("eager", reason)
-        circumstances = (wanted, *_circumstances(x))
+        circumstances = (wanted, features.training, *_circumstances(x))
         last = self._last  # one read and one write: threads may share a network
-        if last is None or last.circumstances != circumstances or last.network.has_changed(features):
+        if (
+            last is None
+            or last.circumstances != circumstances
+            or (not self.held and last.network.has_changed(features))
+        ):
             selection = _select(features, x, wanted, self._blueprint)
             last = self._last = _Decision(circumstances, _State(features), selection)
         return last.selection
+
+    def hold(self) -> None:
+        """Select once more, and then compare the modules no longer."""
+        self.held, self._last = True, None
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy or a pickled network: without its last decision
         return {"_blueprint": self._blueprint, "_last": None}

@@ -96,14 +96,19 @@ def gradients_by_definition(
 
 def update_running_statistics(norm: TrackedBatchNorm, mean: Tensor, variance: Tensor, pixels: int) -> None:
     """What a batch norm does in training; `variance` is the biased one."""
-    with torch.no_grad():
-        for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (pixels / (pixels - 1)))):
-            if running.dtype == batch.dtype:
-                running.lerp_(batch, norm.momentum)
-            else:  # rounded once, to what is stored
-                wide = torch.promote_types(running.dtype, batch.dtype)
-                running.copy_(running.to(wide).lerp_(batch.to(wide), norm.momentum))
-        norm.num_batches_tracked.add_(1)
+    blend_running_statistics(norm, mean, variance, pixels)
+    norm.num_batches_tracked.add_(1)
+
+
+@torch.no_grad()
+def blend_running_statistics(norm: TrackedBatchNorm, mean: Tensor, variance: Tensor, pixels: int) -> None:
+    """The same without the count of batches, which a stage can do for all of its norms at once."""
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * (pixels / (pixels - 1)))):
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, norm.momentum)
+        else:  # rounded once, to what is stored
+            wide = torch.promote_types(running.dtype, batch.dtype)
+            running.copy_(running.to(wide).lerp_(batch.to(wide), norm.momentum))
 
 
 def _normalise(x: Tensor, norm: nn.BatchNorm2d, gamma: Tensor, beta: Tensor) -> Tensor:

@@ -34,15 +34,16 @@ import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline import precision
 from pipeline.config import ActivationCheckpointing, OptimConfig
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.distributed import choose_device
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, is_out_of_memory, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseNet
 from pipeline.models.zoo import DENSENETS
 from pipeline.optim import create_optimizer
-from pipeline.precision import set_tf32
 from tools.lab.benchmark_report import BASELINE, COMPILED, plot_growth, plot_implementations, report, summarise
 from tools.lab.machine import describe_machine
 from tools.support.outputs import writable_folder
@@ -53,7 +54,8 @@ PROCESSES.set_forkserver_preload(["timm", "torchvision", "pipeline.config", "too
 SEED = 1
 LEARNING_RATE = 2e-4  # so low that what a step does to the loss follows from the gradients
 MEMORY_STEPS = 3
-TOLERANCES = {"fp32": (1e-3, 0.2), "bf16": (0.03, 0.5)}  # relative: of losses and logits; of the loss's fall by a step
+# Relative: of losses and logits; of the loss's fall by a step. TF32 is for GPUs, and has fp16's 10 bits.
+TOLERANCES = {"fp32": (1e-3, 0.2), "tf32": (0.01, 0.3), "bf16": (0.03, 0.5), "fp16": (0.01, 0.3)}
 MODELS = [name for name, spec in DENSENETS.items() if spec.get("bottleneck", True)]  # torchvision's and timm's have it
 
 
@@ -180,7 +182,7 @@ def in_own_process(workload: Workload, function: Callable[..., Any], *arguments:
     except RuntimeError as error:
         if isinstance(error, BrokenProcessPool):
             problem = "the process ended in the middle, most likely for lack of memory"
-        elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        elif is_out_of_memory(error):
             problem = "out of memory"
         else:
             raise
@@ -191,7 +193,6 @@ def _prepare_process() -> None:
     """Have a process run networks as `pipeline.train` does."""
     torch.set_num_threads(available_cores())
     keep_freed_memory()
-    set_tf32("fp32")
 
 
 def time_implementations(
@@ -267,6 +268,7 @@ def peak_memory(device: str) -> int:
 
 def prepare(workload: Workload, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     """An implementation's network, and its step or pass as a function that returns the loss or logits."""
+    precision.set_tf32(workload.precision)
     implementation = IMPLEMENTATIONS[name]
     training = workload.task == "step"
     layout = torch.channels_last if implementation.channels_last else torch.contiguous_format
@@ -281,14 +283,17 @@ def prepare(workload: Workload, name: str) -> tuple[nn.Module, Callable[[], Tens
     for image in images:  # one by one: a second batch would leave memory to be used again, unmeasured
         image.copy_(torch.randn(shape[1:]))
     call = torch.compile(network) if implementation.compiled else network
-    autocast = functools.partial(torch.autocast, workload.device, torch.bfloat16, enabled=workload.precision == "bf16")
+    device = torch.device(workload.device)
+    autocast = functools.partial(precision.autocast, workload.precision, device)
+    scaler = precision.create_scaler(workload.precision, device)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with autocast():
             loss = F.cross_entropy(call(images), labels)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         return loss.detach()
 
     @torch.no_grad()
@@ -322,7 +327,7 @@ def choose_workloads(options: argparse.Namespace) -> list[Workload]:
     """The combinations of models, batch sizes and precisions."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use")
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = choose_device(options.device).type
     workloads = []
     for model in options.models:
         spec = DENSENETS[model]
@@ -378,7 +383,7 @@ def _parser() -> ArgumentParser:
         metavar="NAME",
         default=["fp32"],
         dest="precisions",
-        help="fp32, bf16 (all implementations under the same autocast), or both [fp32]",
+        help="fp32, tf32, bf16 or fp16, all implementations under the same autocast; several make several tables [fp32]",
     )
     parser.add_argument("--size", type=positive_integer, metavar="PIXELS", help="[224, or 32 for the CIFAR networks]")
     parser.add_argument(

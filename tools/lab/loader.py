@@ -251,7 +251,7 @@ def measure_fidelity(workload: Workload) -> list[dict[str, Any]]:
     """Rows of differences in units of 1/255, operator by operator and as a whole."""
     plans = workload.training_plans()
     upright = [dataclasses.replace(plan, hflip=np.zeros_like(plan.hflip)) for plan in plans]
-    rows = [decode_row(workload, plans)]
+    rows = [decode_row(workload, plans, name) for name in fast_pipelines() if name != NATIVE]
     for resize in RESIZES:
         rows += against_reference(f"crop and resize, {resize}", workload, upright, resize, colored=False)
     rows += flip_rows(workload, upright)
@@ -307,19 +307,18 @@ def unnormalised(batch: Tensor, config: DataConfig) -> Tensor:
     return (batch.permute(0, 2, 3, 1).cpu() * torch.tensor(config.std) + torch.tensor(config.mean)) * 255
 
 
-def decode_row(workload: Workload, plans: list[BatchPlan]) -> dict[str, Any]:
+def decode_row(workload: Workload, plans: list[BatchPlan], name: str) -> dict[str, Any]:
     """Whole images as DALI and as Pillow decode them."""
     reader = Reader(workload.index)
-    image_pipeline = CutPipeline(
-        "full decode", workload.index, workload.config.interpolation, workload.threads, workload.batch_size
-    )
+    resize, device = workload.config.interpolation, device_of(name)
+    image_pipeline = CutPipeline("full decode", workload.index, resize, workload.threads, workload.batch_size, device)
     batches = ((plan.ids.tolist(), decoded) for plan, decoded in image_pipeline.run(plans))
     pairs = (pair for ids, decoded in batches for pair in zip(ids, decoded, strict=True))
     differences = Differences()
     for i, image in pairs:
         expected = np.array(decode(reader.read(i), workload.index.location(i)), np.float32)
         differences.add(torch.from_numpy(np.array(image, np.float32)), torch.from_numpy(expected))
-    return {"operator": "decode", "image_pipeline": DALI_CPU, **differences.result()}
+    return {"operator": "decode", "image_pipeline": name, **differences.result()}
 
 
 def flip_rows(workload: Workload, upright: list[BatchPlan]) -> list[dict[str, Any]]:

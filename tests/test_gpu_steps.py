@@ -1,0 +1,301 @@
+"""Steps without work for the host: what is launched, copied and waited for, counted on CPU and under fake tensors."""
+
+import math
+import time
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_config
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline import compilation, trainer, watchdog
+from pipeline.compilation import compile_network
+from pipeline.config import OptimConfig
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.finite import all_finite
+from pipeline.hooks import Hook
+from pipeline.metrics import MetricAccumulator, batch_sums
+from pipeline.models import create_model, memory_efficient, selection
+from pipeline.models.densenet import DenseBlock
+from pipeline.models.stage import Layer, Stage, eager_stage
+from pipeline.optim import create_optimizer, load_state, sgd
+from pipeline.run import Run
+from pipeline.watchdog import Watchdog
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+ALONE = World(0, 0, 1, 1, CPU)
+WAITS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outcome = function(*args, **(kwargs or {}))
+        self.counts[str(function.overloadpacket)] += 1
+        moves = function.namespace == "aten" and "empty" not in str(function)
+        if moves and not function.is_view:
+            leaves = torch.utils._pytree.tree_leaves((args, outcome))
+            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return outcome
+
+    @property
+    def waits(self) -> int:
+        return sum(self.counts[name] for name in WAITS)
+
+
+class CountsWaits(Hook):
+    """Counts the waits within the loop's part of each step, whose hooks come before and after."""
+
+    changes_network = False
+
+    def __init__(self):
+        self.waits: dict[bool, list[int]] = {False: [], True: []}  # by whether the step was logged
+
+    def on_step_start(self, trainer):
+        self.calls = Calls()
+        self.calls.__enter__()
+
+    def on_step(self, trainer, result):
+        self.calls.__exit__(None, None, None)
+        self.waits[result.logged].append(self.calls.waits)
+
+
+@pytest.mark.parametrize("corrupt_images", ["stop", "skip"])
+def test_a_step_that_is_not_logged_waits_for_no_device(tmp_path, corrupt_images):
+    """On CPU, where the same operators run; that a GPU waits at these only is torch's word."""
+    config = small_config(
+        tmp_path,
+        data={"corrupt_images": corrupt_images},
+        optim={"epochs": 1, "grad_accum_steps": 2},
+        train={"log_every": 2},
+    )
+    counted = CountsWaits()
+    with trainer.init_distributed("cpu") as world:
+        run = Run(config, world)
+        trainer.Trainer(run, [counted, *trainer.create_hooks(run)]).fit(None)
+    assert counted.waits[False] == [0, 0] and all(counted.waits[True]) and len(counted.waits[True]) == 2
+
+
+def test_all_tensors_are_looked_at_with_one_wait():
+    tensors = [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.int64)]
+    with Calls() as calls:
+        assert all_finite(tensors)
+    assert calls.waits == 1
+    assert not all_finite([*tensors, torch.tensor([1.0, math.inf])]) and all_finite([])
+
+
+def test_sums_of_a_batch_are_computed_once(tmp_path):
+    with trainer.init_distributed("cpu") as world:
+        run = Run(small_config(tmp_path), world)
+        outcome = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.rand(4), torch.tensor([1.0, 1, 0, 1])
+        with Calls() as calls:
+            run.count([outcome])
+    assert calls.counts["aten.topk"] == 1
+    apart = MetricAccumulator(ALONE)
+    apart.add(batch_sums(*outcome))
+    assert run.epoch_metrics.score() == run.window_metrics.score() == apart.score() and apart.score().images == 3
+
+
+class FreezesANorm(Hook):
+    def on_step_start(self, trainer):
+        if trainer.run.done_steps == 2:
+            trainer.run.network.features.norm5.eval()
+
+
+@pytest.mark.parametrize("hooks", [[], [FreezesANorm()]], ids=["ours", "another"])
+def test_a_training_compares_the_modules_where_a_hook_may_change_them(monkeypatch, tmp_path, capsys, hooks):
+    compared = []
+    has_changed = selection._State.has_changed
+    monkeypatch.setattr(
+        selection._State, "has_changed", lambda self, features: compared.append(1) or has_changed(self, features)
+    )
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}), hooks)
+    assert bool(compared) == bool(hooks)
+    assert ("norm5 is frozen" in capsys.readouterr().out) == bool(hooks)
+
+
+def test_a_held_selection_knows_another_mode_and_forgets_what_was_before():
+    network, x = create_model("densenet_bc22_k8", num_classes=3), torch.zeros(2, 3, 16, 16)
+    network(x)
+    network.features.norm5.eval()
+    with network.selection_held():
+        assert network(x).shape == (2, 3) and network.selection.method == "eager"
+        network.eval()
+        with torch.no_grad():
+            network(x)
+        assert network.selection.method == "fused"
+    network.features.norm5.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        network(x)
+    assert network.selection.method == "eager"
+
+
+def fake_stage(layers: int) -> tuple[torch.Tensor, Stage]:
+    """So many layers of DenseNet-121's first block, in training on a GPU that is not there."""
+    with torch.device("cuda"):
+        block, norm = DenseBlock(layers, 64, 32, bottleneck=True, dropout=0.0), nn.BatchNorm2d(64 + 32 * layers)
+        x = torch.empty(16, 64, 56, 56, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    parts = tuple(Layer(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in block)
+    return x, Stage(parts, norm, (2, 2), False)
+
+
+@pytest.fixture
+def bf16_on_cuda():
+    """Autocast for a GPU that is not there: torch.autocast would turn itself off."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+def test_autocast_widens_no_maps_of_the_memory_efficient_block(bf16_on_cuda):
+    """Under fake tensors: its forward pass moves little more than the modules' does (which keeps far more)."""
+    with FakeTensorMode(), torch.no_grad():
+        x, stage = fake_stage(6)
+        with Calls() as ours:
+            memory_efficient.stage(x, stage)
+        with Calls() as eager:
+            eager_stage(x, stage, *stage.parameters)
+    assert ours.bytes < 1.15 * eager.bytes, (ours.bytes, eager.bytes)
+    assert ours.counts["aten._foreach_add_"] == 1 and not ours.counts["aten.addcmul"]
+
+
+def test_the_running_statistics_of_the_memory_efficient_block_are_torchs():
+    torch.manual_seed(1)
+    networks = [
+        create_model("densenet_bc22_k8", num_classes=3, dense_block=kind) for kind in ("eager", "memory_efficient")
+    ]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = torch.randn(4, 3, 16, 16)
+    for network in networks:
+        network(x), network(x)
+    for (name, a), b in zip(networks[0].named_buffers(), networks[1].buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_momentum_of_another_layout_is_laid_out_as_its_parameter():
+    def trained(layout):
+        network = nn.Conv2d(8, 8, 3).to(memory_format=layout)
+        optimizer = create_optimizer(network, OptimConfig())
+        network(torch.ones(1, 8, 4, 4)).sum().backward()
+        optimizer.step()
+        return network, optimizer
+
+    _, saved = trained(torch.contiguous_format)
+    network, optimizer = trained(torch.channels_last)
+    load_state(optimizer, saved.state_dict())
+    momentum = optimizer.state[network.weight]["momentum_buffer"]
+    assert momentum.stride() == network.weight.stride() != saved.state_dict()["state"][0]["momentum_buffer"].stride()
+    assert torch.equal(momentum, saved.state_dict()["state"][0]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_on_a_gpu_are_updated_in_one_kernel(fused):
+    config = OptimConfig(fused=fused)
+    with FakeTensorMode():
+        on_gpu = [torch.zeros(3, device="cuda", requires_grad=True)]
+        assert bool(sgd(on_gpu, config).defaults["fused"]) == fused
+        assert bool(sgd(iter([{"params": on_gpu, "weight_decay": 0.0}]), config).defaults["fused"]) == fused
+    assert not sgd(nn.Linear(2, 2).parameters(), config).defaults["fused"]
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(2, 2), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_whole_batches_are_compiled_and_the_last_is_not(monkeypatch, mode):
+    """torch.compile is a stub here; test_trainer.py has the real one."""
+    network, asked, graphs = Counting(), [], []
+    monkeypatch.setattr(
+        compilation.torch, "compile", lambda inner, **options: asked.append(options) or (lambda x: inner(x) + 1)
+    )
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: graphs.append(1))
+    compiled = compile_network(network, mode, images=4, accumulation=1)
+    assert asked == [{"mode": mode, "dynamic": False}]
+    whole, last = torch.ones(4, 2), torch.ones(3, 2)
+    assert torch.equal(compiled(whole), network(whole) + 1) and torch.equal(compiled(last), network(last))
+    assert len(graphs) == (mode != "default")
+    assert [*compiled.parameters()] == [*network.parameters()]
+
+
+def test_what_cuda_graphs_cannot_do_is_refused():
+    network = Counting()
+    assert compile_network(network, "none", 4, 2) is network
+    with pytest.raises(UserError, match=r"reduce-overhead uses CUDA graphs.*choose optim.grad_accum_steps 1"):
+        compile_network(network, "reduce-overhead", 4, 2)
+
+
+def test_the_first_step_of_a_start_may_compile_for_longer_than_a_step_may_take(monkeypatch, tmp_path):
+    beats = []
+    monkeypatch.setattr(Watchdog, "beat", lambda self, activity, compiles=False: beats.append((activity, compiles)))
+    monkeypatch.setattr("pipeline.run.compile_network", lambda network, *_: network)
+    trainer.fit(small_config(tmp_path, optim={"epochs": 2}, train={"compile": "default"}))
+    steps = [compiles for activity, compiles in beats if ", step " in activity and "saving" not in activity]
+    assert steps == [True] + [False] * 7
+
+
+def test_a_compilation_does_not_end_a_run(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(watchdog.os, "_exit", ended.append)
+    with Watchdog(ALONE, 0.2) as dog:
+        dog.beat("compiling", compiles=True)
+        time.sleep(0.6)
+        assert not ended
+        dog.beat("a step")
+        until = time.monotonic() + 60
+        while not ended and time.monotonic() < until:
+            time.sleep(0.05)
+    assert ended and "in 'a step'" in capsys.readouterr().err
+
+
+def test_validation_is_in_the_precision_of_the_run(monkeypatch, tmp_path):
+    seen = []
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or evaluate(*a, **k)
+    )
+    with trainer.init_distributed("cpu") as world:
+        for precision in ("fp32", "bf16"):
+            run = Run(small_config(tmp_path, train={"precision": precision}), world)
+            assert ("bf16 (validation too) on cpu" in run.description()) == (precision == "bf16")
+            trainer.Trainer(run, []).validate()
+    assert seen == [False, True]
+
+
+def test_a_run_chooses_its_kernels(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("pipeline.run.choose_kernels", lambda *words: asked.append(words))
+    with trainer.init_distributed("cpu") as world:
+        Run(small_config(tmp_path), world)
+        Run(small_config(tmp_path, train={"deterministic": True, "cudnn_benchmark": False}), world)
+    assert asked == [(True, False), (False, True)]
+
+
+def test_dropout_is_seeded_as_torch_seeds_it(tmp_path):
+    with trainer.init_distributed("cpu") as world:
+        run = Run(small_config(tmp_path, model={"dropout": 0.2}), world)
+        run.seed_dropout(0)
+    seed = torch.default_generator.initial_seed()
+    ours = F.dropout(torch.ones(100))
+    torch.manual_seed(seed)
+    assert torch.equal(F.dropout(torch.ones(100)), ours)
