@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline.audit import AuditRow, audit, count_differences, setting_for, statistics_text, to_markdown
+from pipeline.audit import AuditRow, audit, count_differences, origin_text, setting_for, statistics_text, to_markdown
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
@@ -49,6 +49,8 @@ def summary(run: Run) -> str:
         top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
         note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
+    if run.config.model.weights:
+        lines.append(f"begun with {origin_text(run.config.model)}")
     lines.append(f"images in a batch-norm statistic: {statistics_text(run.measured.statistics)}")
     if run.progress.skipped_steps:
         lines.append(f"{run.progress.skipped_steps} steps were left out, as their loss or gradient was not finite")

@@ -16,7 +16,7 @@ from pipeline.run_dir import RECORDS, STATUS, read_records
 # the accumulation because it is compared together with the number of ranks.
 FREE_TO_CHANGE = {
     "run_dir", "model.activation_checkpointing", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
-    "data.download", "optim.grad_accum_steps", "train.device", "train.compile", "train.eval_batch_size",
+    "data.download", "data.from_weights", "optim.grad_accum_steps", "train.device", "train.compile", "train.eval_batch_size",
     "train.log_every", "train.reuse_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
     "train.allow_world_size_change", "train.change",
 }  # fmt: skip
@@ -60,7 +60,7 @@ def find_checkpoint(run_dir: Path) -> Found | None:
     traces = [f"{path.name} (damaged)" for path in damaged]
     traces += [file.name for file in (folder.best, run_dir / STATUS) if is_present(file)]
     traces += sorted(file.name for file in folder.last.parent.glob("*.damaged*"))
-    if any("val/top1_error" in record for record in read_records(run_dir)):  # a checkpoint is saved before
+    if any("val/loss" in record for record in read_records(run_dir)):  # a checkpoint is saved before
         traces.append(RECORDS)
     if traces:
         raise UserError(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.audit import origin_text
 from pipeline.checkpoint import load_weights
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
@@ -27,11 +28,13 @@ from pipeline.finite import FiniteGuard
 from pipeline.history import History
 from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
 from pipeline.metrics import MetricAccumulator, Score
-from pipeline.models import create_model
+from pipeline.models import create_network
+from pipeline.models.parts import freeze
 from pipeline.objective import create_objective
 from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import autocast, create_scaler, set_tf32
 from pipeline.resume import Conditions, check_same_run
+from pipeline.start import InitialWeights
 
 
 class Stateful(Protocol):
@@ -102,6 +105,9 @@ class OptimizerState:
 class Run:
     """One run on this rank.
 
+    Args:
+        weights: what a new run begins with, the same on every rank; without them its weights are drawn.
+
     Attributes:
         dir: the run's directory.
         microbatches: into how many parts a global batch is cut: ranks times gradient accumulation steps.
@@ -110,20 +116,22 @@ class Run:
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, world: World, weights: InitialWeights | None = None):
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
+        self._begun: list[str] = []
         self.microbatches = _split_batch(config, world)
         self._open_data()
         set_tf32(config.train.precision)
         torch.manual_seed(config.seed)
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        network = create_model(num_classes=len(self.conditions.classes), **dataclasses.asdict(config.model))
+        network = create_network(config.model, len(self.conditions.classes))
         self._check_image_size(network)
+        self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
         compiled: Any = torch.compile(network) if config.train.compile else network
         self.training_network = data_parallel(compiled, world)
         self.objective = create_objective(config)
-        self.optimizer = create_optimizer(self.network, config.optim)
+        self.optimizer = create_optimizer(self.network, config.optim, config.model.name)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
         self.epoch_metrics, self.window_metrics = MetricAccumulator(world), MetricAccumulator(world)
@@ -139,6 +147,8 @@ class Run:
             "window_metrics": self.window_metrics,
             "history": self.history,
         }
+        if weights:
+            self._begin_with(weights)
 
     def _open_data(self) -> None:
         config, world, loader = self.config, self.world, choose_loader(self.config.data)
@@ -197,6 +207,12 @@ class Run:
     def autocast(self) -> torch.autocast:
         return autocast(self.config.train.precision, self.world.device)
 
+    def set_training_mode(self) -> None:
+        """Put the network into training mode, but for what is frozen."""
+        self.training_network.train()
+        for module in self._frozen:
+            module.eval()
+
     def without_reduction(self, skip: bool) -> AbstractContextManager[None]:
         """While it is entered, gradients add up on this rank and are not averaged over the ranks."""
         return self.training_network.no_sync() if skip and self.world.size > 1 else nullcontext()  # type: ignore[operator]
@@ -206,6 +222,17 @@ class Run:
         place = self.world.rank * self.config.optim.grad_accum_steps + microbatch
         entropy = np.random.SeedSequence([self.config.seed, self.done_steps, place])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+    def _begin_with(self, weights: InitialWeights) -> None:
+        """Take a new run's initial weights, but for a classifier of other classes."""
+        reason = weights.new_classifier(self.conditions.classes)
+        state = self.network.state_dict()
+        state.update({name: t for name, t in weights.state.items() if not (reason and name in weights.classifier)})
+        load_weights(self.network, state, weights.origin)
+        taken = [f"{name} {_plain(getattr(self.config.data, name))}" for name in self.config.data.from_weights]
+        self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier of the weights"]
+        self._begun += [f"taken over from their source: {', '.join(taken)}"] if taken else []
+        self._begun += [weights.note] if weights.note else []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds. Every rank must call this."""
@@ -272,7 +299,16 @@ class Run:
             f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
             f"{optim.batch_size // self.microbatches} images (what a batch-norm statistic sees); "
             f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
+            f"{self._fine_tuning()}"
         )
+
+    def _fine_tuning(self) -> str:
+        """Further lines: what it began with, and what of it does not train; empty for a run from drawn weights."""
+        lines = [f"begun with {origin_text(self.config.model)}", *self._begun] if self.config.model.weights else []
+        if self._frozen:
+            still = sum(p.numel() for p in self.network.parameters() if not p.requires_grad)
+            lines.append(f"{still:,} parameters are frozen")
+        return "".join(f"\n{line}" for line in lines)
 
     def _check_image_size(self, network: nn.Module) -> None:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
@@ -299,6 +335,10 @@ def _split_batch(config: Config, world: World) -> int:
             f"{config.optim.grad_accum_steps} accumulation steps: choose a multiple of {microbatches}"
         )
     return microbatches
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _named_loader(config: Config) -> str:

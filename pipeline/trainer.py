@@ -26,9 +26,9 @@ from pipeline.monitor import Monitor
 from pipeline.optim import set_learning_rate
 from pipeline.preemption import PreemptionHandler
 from pipeline.report import summary, warnings_of, write_description
-from pipeline.resume import find_checkpoint
 from pipeline.run import Progress, Run
 from pipeline.run_dir import locked
+from pipeline.start import find_start
 from pipeline.watchdog import Watchdog
 
 
@@ -47,9 +47,10 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
     """
     with init_distributed(config.train.device) as world, ExitStack() as stack:
         world.broadcast_from_rank0(lambda: stack.enter_context(locked(Path(config.run_dir))))
-        run = Run(config, world)
+        start = world.broadcast_from_rank0(lambda: find_start(config))
+        run = Run(start.config, world, start.weights)
         trainer = Trainer(run, [*create_hooks(run), *hooks, Saving(run)])
-        trainer.fit(world.broadcast_from_rank0(lambda: find_checkpoint(run.dir)))
+        trainer.fit(start.checkpoint)
         if world.is_main:
             print(summary(run), flush=True)
         return run.progress
@@ -58,14 +59,14 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
 def dry_run(config: Config) -> str:
     """Build everything that `fit` would, write and train nothing, and return a description of the run."""
     with init_distributed(config.train.device) as world:
-        run = Run(config, world)
+        start = world.broadcast_from_rank0(lambda: find_start(config))
+        run = Run(start.config, world, start.weights)
         create_hooks(run)
-        found = world.broadcast_from_rank0(lambda: find_checkpoint(run.dir))
-        if found:
-            run.load_state_dict(found.state)
+        if start.checkpoint:
+            run.load_state_dict(start.checkpoint.state)
         next(run.train_loader.batches(epoch=0))
-        warnings = [f"warning: {line}" for line in (warnings_of(run, found) if world.is_main else [])]
-        return "\n".join([to_yaml(config), run.description(), *warnings])
+        warnings = [f"warning: {line}" for line in (warnings_of(run, start.checkpoint) if world.is_main else [])]
+        return "\n".join([to_yaml(run.config), run.description(), *warnings])
 
 
 class Trainer:
@@ -106,7 +107,7 @@ class Trainer:
             return
         self._between_batches()
         batches = self._timed(run.train_loader.batches(run.progress.epoch, run.progress.step))
-        run.training_network.train()
+        run.set_training_mode()
         while run.progress.step < steps:
             self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}")
             self._call("on_step_start")
@@ -125,9 +126,7 @@ class Trainer:
         scale = run.world.size / images
         if self.skipper:
             self.skipper.begin()
-        outcomes: list[
-            tuple[Tensor, Tensor, Tensor, Tensor]
-        ] = []  # of each microbatch: logits, labels, losses, weights
+        outcomes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # logits, labels, losses, weights of each microbatch
         for self.microbatch in range(accumulation):
             batch = run.objective.prepare(next(batches))
             run.seed_dropout(self.microbatch)
