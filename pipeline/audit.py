@@ -160,7 +160,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         spread = "sqrt(2 / fan-out)" if usual else f"{measured.spread:.3g} sqrt(2 / fan-out)"
         compare("initial weights of convolutions: standard deviation", "sqrt(2 / fan-out)", spread)
     if config.model.freeze is not None:
-        blocks = f" and {config.model.freeze} blocks" if config.model.freeze else ""
+        last = config.model.freeze
+        blocks = "" if not last else " and block 1" if last == 1 else f" and blocks 1 to {last}"
         compare("parts that do not train", "none", f"the stem{blocks}")
     compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
 

@@ -38,6 +38,7 @@ class Conditions:
         images: how many of each.
         loader: "dali", "reference" or "synthetic".
         ranks: number of ranks.
+        class_weights: of the classes in the loss, None for equal ones.
     """
 
     classes: list[str]
@@ -45,6 +46,7 @@ class Conditions:
     images: list[int]
     loader: str
     ranks: int
+    class_weights: list[float] | None = None
 
 
 def find_checkpoint(run_dir: Path) -> Found | None:
@@ -104,6 +106,8 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         _refuse(config, f"the data in {config.data.dir} were {_named(before)} and are now {_named(now)}")
     if before.loader != now.loader:
         _refuse(config, f"the loader was {before.loader} and is now {now.loader}")
+    if before.class_weights != now.class_weights and "optim.class_weights" not in changed:
+        _refuse(config, f"the class weights of {config.optim.class_weights} were others")
     was = batch_split(before.ranks, old["optim.grad_accum_steps"])
     is_now = batch_split(now.ranks, config.optim.grad_accum_steps)
     if was != is_now and not config.train.allow_world_size_change:

@@ -27,10 +27,10 @@ from pipeline.errors import UserError
 from pipeline.finite import FiniteGuard
 from pipeline.history import History
 from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
-from pipeline.metrics import MetricAccumulator, Score
+from pipeline.metrics import AnyScore, LabelScore, MetricAccumulator
 from pipeline.models import create_network
 from pipeline.models.parts import freeze
-from pipeline.objective import create_objective
+from pipeline.objective import create_objective, read_class_weights
 from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import autocast, create_scaler, set_tf32
 from pipeline.resume import Conditions, check_same_run
@@ -58,9 +58,25 @@ class Progress:
     last_top1_error: float = math.inf
     last_top5_error: float = math.inf
     skipped_steps: int = 0  # left out, as their loss or gradient was not finite
+    best_auroc: float = -math.inf  # mean over the classes, from 0 to 1, where images have several labels
+    best_average_precision: float = -math.inf
+    last_auroc: float = -math.inf
+    last_average_precision: float = -math.inf
 
-    def finish_epoch(self, val: Score) -> bool:
-        """Note an epoch's validation errors and go on to the next; return whether none before was better."""
+    def finish_epoch(self, val: AnyScore) -> bool:
+        """Note an epoch's validation errors and go on to the next; return whether none before was better.
+
+        Where images have several labels, the better epoch is that with the greater mean AUROC.
+        """
+        if isinstance(val, LabelScore):
+            assert val.mean is not None
+            better = self.best_epoch < 0 or val.mean.auroc > self.best_auroc
+            if better:
+                self.best_auroc, self.best_average_precision = val.mean.auroc, val.mean.average_precision
+                self.best_epoch = self.epoch
+            self.last_auroc, self.last_average_precision = val.mean.auroc, val.mean.average_precision
+            self.epoch, self.step = self.epoch + 1, 0
+            return better
         best = val.top1_error < self.best_top1_error
         if best:
             self.best_top1_error, self.best_top5_error, self.best_epoch = val.top1_error, val.top5_error, self.epoch
@@ -130,11 +146,13 @@ class Run:
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
         compiled: Any = torch.compile(network) if config.train.compile else network
         self.training_network = data_parallel(compiled, world)
-        self.objective = create_objective(config)
+        class_weights = None if self._class_weights is None else self._class_weights.to(world.device)
+        self.objective = create_objective(config, class_weights)
         self.optimizer = create_optimizer(self.network, config.optim, config.model.name)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
-        self.epoch_metrics, self.window_metrics = MetricAccumulator(world), MetricAccumulator(world)
+        names = self.conditions.classes if self.train_loader.index.several_labels else ()
+        self.epoch_metrics, self.window_metrics = MetricAccumulator(world, names), MetricAccumulator(world, names)
         self._spread = initial_spread(self.network)
         skips = config.train.not_finite == "skip"
         self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json", skips)
@@ -155,14 +173,18 @@ class Run:
         train_index, val_index = world.broadcast_from_rank0(
             lambda: open_datasets(config.data, self.dir / "index", progress=True)
         )
+        shard = Shard(world.rank, world.size, world.device, world.cores)
+        self._class_weights = world.broadcast_from_rank0(
+            lambda: read_class_weights(config.optim.class_weights, train_index)
+        )
         self.conditions = Conditions(
             classes=list(train_index.classes),
             fingerprint=hashlib.sha256((train_index.fingerprint + val_index.fingerprint).encode()).hexdigest(),
             images=[len(train_index), len(val_index)],
             loader=loader,
             ranks=world.size,
+            class_weights=None if self._class_weights is None else self._class_weights.tolist(),
         )
-        shard = Shard(world.rank, world.size, world.device, world.cores)
         self.train_loader = TrainingLoader(
             train_index,
             config.data,
@@ -230,7 +252,7 @@ class Run:
         state.update({name: t for name, t in weights.state.items() if not (reason and name in weights.classifier)})
         load_weights(self.network, state, weights.origin)
         taken = [f"{name} {_plain(getattr(self.config.data, name))}" for name in self.config.data.from_weights]
-        self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier of the weights"]
+        self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier taken from them"]
         self._begun += [f"taken over from their source: {', '.join(taken)}"] if taken else []
         self._begun += [weights.note] if weights.note else []
 

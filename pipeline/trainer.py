@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.finite import StepSkipper
 from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
-from pipeline.metrics import Score
+from pipeline.metrics import AnyScore, Score
 from pipeline.monitor import Monitor
 from pipeline.optim import set_learning_rate
 from pipeline.preemption import PreemptionHandler
@@ -152,7 +152,7 @@ class Trainer:
         run.progress.skipped_steps += skipped
         return StepResult(images, rate, norm, logged, last, skipped)
 
-    def validate(self) -> Score:
+    def validate(self) -> AnyScore:
         """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
         run = self.run
         run.world.broadcast_buffers(run.network)
@@ -171,7 +171,7 @@ class Trainer:
             )
         return evaluation.score
 
-    def finish_epoch(self, val: Score) -> None:
+    def finish_epoch(self, val: AnyScore) -> None:
         """Note the epoch's errors, and go on to the next."""
         run, progress = self.run, self.run.progress
         train = run.epoch_metrics.score() or Score(0, 0, 0, 0.0)

@@ -13,7 +13,7 @@ LAYERS = [
     {"pipeline.preemption"},
     {"pipeline.errors"},
     {"pipeline.parsing", "pipeline.renamed"},
-    {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.run_dir"},
+    {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking", "pipeline.run_dir"},
     {
         "pipeline.data",
         "pipeline.models",
