@@ -91,12 +91,12 @@ def evaluate(
         answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average, several)
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         if several:
-            probability = best.values[:, 0].sigmoid()
-            losses = F.binary_cross_entropy_with_logits(answers, batch.labels.float(), reduction="none").mean(dim=1)
+            surest = best.values[:, 0].sigmoid()
+            loss = F.binary_cross_entropy_with_logits(answers, batch.labels.float(), reduction="none").mean(dim=1)
         else:
-            probability = (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
-            losses = F.cross_entropy(answers, batch.labels, reduction="none")
-        found = (best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1), probability, losses)
+            surest = (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
+            loss = F.cross_entropy(answers, batch.labels, reduction="none")
+        found = (best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1), surest, loss)
         answered.append((batch.ids, *(tensor.cpu().numpy() for tensor in found)))
         if keep_logits or several:
             all_logits.append((batch.ids, answers.cpu().numpy()))
@@ -105,19 +105,19 @@ def evaluate(
     images = len(loader.index)
     gathered = world.gather_to_rank0(all_logits) if keep_logits or several else []
     logits = _in_order(gathered, images)[0] if gathered else None
-    top5, probability, all_losses = _in_order(world.gather(answered), images)
+    top5, probability, losses = _in_order(world.gather(answered), images)
     not_finite = int((top5[:, 0] == -1).sum())
     if several:
-        score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, all_losses))
-        return Evaluation(score, top5, probability, all_losses, logits if keep_logits else None, not_finite)
+        score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, losses))
+        return Evaluation(score, top5, probability, losses, logits if keep_logits else None, not_finite)
     correct = top5 == loader.index.labels[:, None]
     score = Score(
         images=images,
         top1_correct=int(correct[:, 0].sum()),
         top5_correct=int(correct.any(axis=1).sum()),
-        loss_sum=float(all_losses.sum(dtype=np.float64)),
+        loss_sum=float(losses.sum(dtype=np.float64)),
     )
-    return Evaluation(score, top5, probability, all_losses, logits, not_finite)
+    return Evaluation(score, top5, probability, losses, logits, not_finite)
 
 
 def _label_score(index: DatasetIndex, logits: np.ndarray | None, losses: np.ndarray) -> LabelScore:

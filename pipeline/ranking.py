@@ -60,9 +60,7 @@ def rank_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[tuple[Ranking,
         labels: (N, K), 0 or 1.
     """
     positive = labels.astype(bool)
-    scores = scores.astype(np.float64)
-    finite = np.isfinite(scores).all(axis=1, keepdims=True)
-    scores = np.where(finite, scores, np.where(positive, -np.inf, np.inf))
+    scores = _wrong_if_not_finite(scores, positive)
     rankings, influences = [], []
     for k in range(scores.shape[1]):
         ranking, influence = _rank(scores[:, k], positive[:, k])
@@ -82,6 +80,12 @@ def rank_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[tuple[Ranking,
         average_precision=float(np.mean([r.average_precision for r in defined])),
     )
     return tuple(rankings), mean
+
+
+def _wrong_if_not_finite(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """The (N, K) scores in float64; see `rank_classes`."""
+    finite = np.isfinite(scores).all(axis=1, keepdims=True)
+    return np.where(finite, scores.astype(np.float64), np.where(positive, -np.inf, np.inf))
 
 
 def logit_interval(value: float, deviation: float) -> tuple[float, float]:
@@ -121,12 +125,14 @@ def _midranks(values: np.ndarray) -> np.ndarray:
 
 
 def _average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    return _weighted_precision(np.ones(len(scores), np.int64), *_sorted(scores, positive)[1:])
+
+
+def _sorted(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images by falling score: their numbers, whether they are positive, and whether they are the last of their score."""
     order = np.argsort(-scores, kind="stable")
-    ranked, hits = scores[order], positive[order]
-    last_of_its_score = np.append(ranked[1:] != ranked[:-1], True)
-    found = np.cumsum(hits)[last_of_its_score]
-    shown = np.flatnonzero(last_of_its_score) + 1
-    return float(np.sum(np.diff(found, prepend=0) * found / shown) / found[-1])
+    ranked = scores[order]
+    return order, positive[order], np.append(ranked[1:] != ranked[:-1], True)
 
 
 def mean_text(mean: MeanRanking, classes: Sequence[object]) -> str:
@@ -139,3 +145,35 @@ def mean_text(mean: MeanRanking, classes: Sequence[object]) -> str:
         else f", over the {mean.classes} of {len(classes)} classes that have both kinds"
     )
     return f"mean AUROC {mean.auroc:.4f}{interval}, mean average precision {mean.average_precision:.4f}{of}"
+
+
+def mean_average_precision_interval(
+    scores: np.ndarray, labels: np.ndarray, resamples: int = 400
+) -> tuple[float, float]:
+    """95 % interval of the mean average precision: percentiles over images drawn with replacement, the same at each call.
+
+    Args:
+        scores, labels: (N, K) as in `rank_classes`; classes without images of both kinds count in no mean.
+    """
+    positive = labels.astype(bool)
+    scores = _wrong_if_not_finite(scores, positive)
+    defined = np.flatnonzero(positive.any(axis=0) & ~positive.all(axis=0)).tolist()
+    sorted_classes = [_sorted(scores[:, k], positive[:, k]) for k in defined]
+    if not sorted_classes:
+        return NOT_DEFINED
+    generator, n = np.random.Generator(np.random.Philox(key=0)), len(scores)
+    means = []
+    for _ in range(resamples):
+        times = np.bincount(generator.integers(0, n, n), minlength=n)
+        values = [_weighted_precision(times[order], hits, last) for order, hits, last in sorted_classes]
+        means.append(float(np.nanmean(values)) if np.isfinite(values).any() else math.nan)
+    low, high = np.nanpercentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _weighted_precision(times: np.ndarray, hits: np.ndarray, last_of_its_score: np.ndarray) -> float:
+    """Average precision of images, sorted by score, that stand so many times; NaN if none of them is positive."""
+    found, shown = np.cumsum(times * hits)[last_of_its_score], np.cumsum(times)[last_of_its_score]
+    if not found[-1]:
+        return math.nan
+    return float(np.sum(np.diff(found, prepend=0) * found / np.maximum(shown, 1)) / found[-1])

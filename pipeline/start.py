@@ -102,7 +102,7 @@ def find_start(config: Config) -> Start:
 def _completed(config: Config, sha256: str | None, data: Mapping[str, Any]) -> Config:
     """The configuration with the file's checksum and the fields of its data section that come from the weights' source."""
     model = dataclasses.replace(config.model, weights_sha256=config.model.weights_sha256 or sha256)
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **fields))
 
 

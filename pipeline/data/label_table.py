@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -95,21 +96,19 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
     found: dict[str, int] = {}
     for number, entry in enumerate(wanted, start=2):
         paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, entry))]
-        name = next((path for path in paths if path in known), None)
-        for key in (Path(entry).name, Path(entry).stem):
-            if name is None and times[key] == 1:
-                name = shorter[key]
-        if name is None:
+        alone = [shorter[key] for key in (Path(entry).name, Path(entry).stem) if times[key] == 1]
+        image = next(chain((path for path in paths if path in known), alone), None)
+        if image is None:
             several = times[Path(entry).name] > 1
             remedy = (
                 "several are called so: give their paths" if several else "remove the line, or set data.dir (or --data)"
             )
             raise UserError(f"{file}, line {number}: there is no image '{entry}': {remedy}")
-        if name in found:
+        if image in found:
             raise UserError(
-                f"{file}, line {number}: a second line for the image '{entry}' (line {found[name]}): remove one"
+                f"{file}, line {number}: a second line for the image '{entry}' (line {found[image]}): remove one"
             )
-        found[name] = number
+        found[image] = number
     return list(found)
 
 
