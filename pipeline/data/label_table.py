@@ -48,9 +48,11 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> Labe
     """
     try:
         with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
+            rows = list(csv.reader(stream))
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read the label file {file}: {getattr(error, 'strerror', None) or error}") from None
+    while rows and not any(cell.strip() for cell in rows[-1]):
+        rows.pop()
     if len(rows) < 2 or len(rows[0]) < 2:
         raise UserError(
             f"{file} is no table of labels: give a CSV file with a header, a column of files and one of labels"
