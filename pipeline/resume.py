@@ -22,7 +22,10 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 
 # Without these a checkpoint is of another network or other data, and a run that changes them is another run.
-NEVER_TO_CHANGE = ("model.name", "data.dataset", "data.loader", "seed", "optim.batch_size", "optim.optimizer")
+NEVER_TO_CHANGE = (
+    "model.name", "model.weights", "model.weights_sha256", "data.dataset", "data.labels", "data.loader", "seed",
+    "optim.batch_size", "optim.optimizer",
+)  # fmt: skip
 
 # These may change without being asked for, and the history tells.
 TOLD = ("data.corrupt_images", "train.not_finite")

@@ -281,6 +281,12 @@ def test_parts_may_thaw_on_purpose(whole, source, tmp_path):
     )
     with pytest.raises(UserError, match=r"model\.freeze was 1 and is now None; optim\.layer_decay was 0\.5"):
         trainer.fit(thawed)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None, weights_sha256=None))
+    with pytest.raises(UserError, match=r"model\.weights was .*weights\.pth and is now None"):
+        trainer.fit(other)
+    asked = dataclasses.replace(config.train, change=("model.weights",))
+    with pytest.raises(UserError, match=r"a run with another model\.weights is another run"):
+        trainer.fit(dataclasses.replace(other, train=asked))
     allowed = dataclasses.replace(thawed.train, change=("model.freeze", "optim.layer_decay"))
     trainer.fit(dataclasses.replace(thawed, train=allowed))
     trained = weights(config)
