@@ -92,16 +92,16 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
     shorter: dict[str, str] = {}
     times: Counter[str] = Counter()
     for name in names:
-        for key in {Path(name).name, Path(name).stem}:
+        for key in set(_short(name)):
             shorter[key] = name
             times[key] += 1
     found: dict[str, int] = {}
     for number, entry in enumerate(wanted, start=2):
         paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, entry))]
-        alone = [shorter[key] for key in (Path(entry).name, Path(entry).stem) if times[key] == 1]
+        alone = [shorter[key] for key in _short(entry) if times[key] == 1]
         image = next(chain((path for path in paths if path in known), alone), None)
         if image is None:
-            several = times[Path(entry).name] > 1
+            several = times[_short(entry)[0]] > 1
             remedy = (
                 "several are called so: give their paths" if several else "remove the line, or set data.dir (or --data)"
             )
@@ -112,6 +112,12 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
             )
         found[image] = number
     return list(found)
+
+
+def _short(path: str) -> tuple[str, str]:
+    """A file's name without folders, and without its suffix too."""
+    name = os.path.basename(path)
+    return name, os.path.splitext(name)[0]
 
 
 def _names(cell: str) -> list[str]:

@@ -91,11 +91,14 @@ def sample_order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int)
     if config.sampling == "shuffle":
         return order
     draws = _philox(seed, epoch, _BALANCE_STREAM)
-    present = np.unique(index.labels)
+    present, counts = np.unique(index.labels, return_counts=True)
+    of_class = dict(
+        zip(present.tolist(), np.split(np.argsort(index.labels, kind="stable"), np.cumsum(counts)[:-1]), strict=True)
+    )
     shuffled = present[np.argsort(draws.random_raw(len(present)), kind="stable")]
     rows: list[np.ndarray] = []
     for label, share in zip(shuffled.tolist(), split(0, len(index), len(present)), strict=True):
-        images = np.flatnonzero(index.labels == label)
+        images = of_class[label]
         images = images[np.argsort(draws.random_raw(len(images)), kind="stable")]
         rows.append(np.resize(images, len(share)))  # from the first on, again and again
     return np.concatenate(rows)[order]
