@@ -98,9 +98,16 @@ def read_config(
     folder = Path(config.run_dir, Path(file).stem) if several and "run_dir" in overrides else Path(config.run_dir)
     suffix = "".join(f"-{key.rpartition('.')[2]}{_in_a_file_name(value)}" for key, value in values)
     data = dataclasses.replace(config.data, dir=os.path.abspath(config.data.dir))
+    model, weights = config.model, config.model.weights
+    if weights and not weights.startswith("timm:"):
+        model = dataclasses.replace(model, weights=os.path.abspath(weights))
     on_gpus = gpus and config.train.device == "auto"
     train = dataclasses.replace(config.train, device="cuda") if on_gpus else config.train
-    return dataclasses.replace(config, run_dir=os.path.abspath(f"{folder}{suffix}"), data=data, train=train)
+    optim, class_weights = config.optim, config.optim.class_weights
+    if class_weights and class_weights != "balanced":
+        optim = dataclasses.replace(optim, class_weights=os.path.abspath(class_weights))
+    run_dir = os.path.abspath(f"{folder}{suffix}")
+    return dataclasses.replace(config, run_dir=run_dir, model=model, data=data, optim=optim, train=train)
 
 
 def grid_values(word: str) -> list[tuple[str, str]]:

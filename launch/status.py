@@ -65,7 +65,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     records = read_records(run_dir)
     attempts = [event for event in events if event["event"] == "start"]
     state, nodes, reason = _state(run_dir, job, events, queue)
-    validation: dict[str, Any] = next((r for r in reversed(records) if "val/top1_error" in r), {})
+    validation: dict[str, Any] = next((r for r in reversed(records) if "val/loss" in r), {})
     speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
     speed = sorted(speeds)[len(speeds) // 2] if speeds else None
     return Status(
@@ -191,7 +191,7 @@ def _remaining(config: Config, records: list[dict[str, Any]], speed: float | Non
     """Seconds until the end at the present speed, validation not counted."""
     if not speed or not records:
         return None
-    epochs_done = [(r["step"], r["epoch"] + 1) for r in records if "val/top1_error" in r]
+    epochs_done = [(r["step"], r["epoch"] + 1) for r in records if "val/loss" in r]
     if not epochs_done:
         return None
     steps_per_epoch = epochs_done[-1][0] / epochs_done[-1][1]

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from pipeline.config import load_config
-from pipeline.data.index import known_cache, scan_classes
+from pipeline.data.index import known_cache, scan_classes, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import init_distributed
+from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, check_image_size
 from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.models import create_model
@@ -23,7 +24,12 @@ __all__ = ["create_model", "evaluate", "fit", "load_config"]
 
 
 def evaluate(
-    weights: str | Path, folder: str | Path, crops: int = 1, batch_size: int = 64, device: str = "auto"
+    weights: str | Path,
+    folder: str | Path,
+    crops: int = 1,
+    batch_size: int = 64,
+    device: str = "auto",
+    labels: str | Path | None = None,
 ) -> Evaluation:
     """Evaluate weights on a folder or archive of images by class, prepared as the weights' own configuration says.
 
@@ -33,13 +39,21 @@ def evaluate(
         crops: 1 or 10.
         batch_size: images at once.
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
+        labels: CSV file with the labels of the images in the folder, for a network that gives several labels an image.
 
     Raises:
         UserError: the weights or images cannot be read, or do not go together.
     """
     found = read_weights(weights)
-    index = scan_classes(folder, known_cache(Path(folder))).with_classes(found.classes)
     data = found.config.data
+    if (data.labels == "multi") != (labels is not None):
+        raise UserError(
+            f"{weights} gives {data.labels} labels an image: labels is the CSV file of several, and of no other"
+        )
+    if labels is not None:
+        index = scan_label_table(folder, labels, found.classes, known_cache(Path(labels)))
+    else:
+        index = scan_classes(folder, known_cache(Path(folder))).with_classes(found.classes)
     with init_distributed(device) as world:
         shard = Shard(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, shard, batch_size=batch_size, crops=crops)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, ModelConfig
 from pipeline.measured import Measured
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
@@ -153,10 +153,16 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
 
     name = config.model.name
     compare("network", "one of the paper's", name, "another network", name in setting.networks)
-    if measured:
+    if config.model.weights:
+        compare("initial weights", "drawn", origin_text(config.model), "fine-tuned: errors cannot be compared")
+    elif measured:
         usual = abs(measured.spread - 1) < SPREAD_TOLERANCE
         spread = "sqrt(2 / fan-out)" if usual else f"{measured.spread:.3g} sqrt(2 / fan-out)"
         compare("initial weights of convolutions: standard deviation", "sqrt(2 / fan-out)", spread)
+    if config.model.freeze is not None:
+        last = config.model.freeze
+        blocks = "" if not last else " and block 1" if last == 1 else f" and blocks 1 to {last}"
+        compare("parts that do not train", "none", f"the stem{blocks}")
     compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
 
     compare("epochs", setting.epochs, optim.epochs)
@@ -180,6 +186,10 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         kept = "kept" if measured.last_batch == last else f"{measured.last_batch} of its {last} images"
         compare("last, smaller batch of an epoch", "kept", kept)
     compare("learning rate", 0.1, optim.lr)
+    if optim.head_lr is not None:
+        compare("learning rate of the classifier", 0.1, optim.head_lr)
+    if optim.layer_decay != 1:
+        compare("learning rate from part to part", "the same", f"times {optim.layer_decay} towards the images")
     paper_drops = _text(tuple(round(drop * setting.epochs) for drop in setting.drops))
     own_drops = tuple(sorted(milestone / optim.epochs for milestone in optim.milestones))
     by_steps = f"times {optim.lr_gamma} at epochs {_text(optim.milestones)} of {optim.epochs}"
@@ -200,6 +210,14 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
             "every parameter" if some == every else f"{some} of {every} tensors",
         )
     compare("label smoothing", 0.0, optim.label_smoothing)
+    if data.labels != "single":
+        compare(
+            "labels of an image", "one", "any number, binary cross-entropy", "another task: errors cannot be compared"
+        )
+    if optim.class_weights:
+        compare("weights of classes in the loss", "equal", optim.class_weights)
+    if data.sampling != "shuffle":
+        compare("images of an epoch", "each once", "equally many of each class")
     compare("precision", "fp32", config.train.precision)
 
     real = data.loader != "synthetic"
@@ -220,6 +238,11 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare("steps left out", 0, measured.skipped_steps, "their loss or gradient was not finite")
     compare("corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images")
     return rows
+
+
+def origin_text(model: ModelConfig) -> str:
+    """The file of a run's initial weights, and its checksum if that is known."""
+    return f"{model.weights} (SHA-256 {model.weights_sha256})" if model.weights_sha256 else str(model.weights)
 
 
 def differences(rows: list[AuditRow]) -> list[AuditRow]:

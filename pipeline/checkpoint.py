@@ -12,6 +12,7 @@ import pickle
 import re
 import struct
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -160,9 +161,18 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str
     """Copy a state dictionary into `model`.
 
     Raises:
+        UserError: see `check_weights`.
+    """
+    check_weights(model.state_dict(), weights, origin)
+    model.load_state_dict(weights)
+
+
+def check_weights(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Refuse a state dictionary that a network with the state dictionary `own` cannot take.
+
+    Raises:
         UserError: a name or a shape differs, or a tensor is none of real numbers one by one; names the first.
     """
-    own = model.state_dict()
     for name in own:
         if name not in weights:
             raise UserError(f"{origin} has no '{name}': it holds the weights of another architecture")
@@ -178,7 +188,6 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], origin: str
             raise UserError(
                 f"{origin} has '{name}', which the network lacks: it holds the weights of another architecture"
             )
-    model.load_state_dict(weights)
 
 
 def _upgrade(state: dict[str, Any]) -> dict[str, Any]:

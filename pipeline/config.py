@@ -31,6 +31,8 @@ from pipeline.parsing import (
 Rgb = tuple[Number, Number, Number]
 Interpolation = Literal["torch7-bicubic", "pil-bilinear", "pil-bicubic"]
 TrainCrop = Literal["random_resized_crop", "random_crop"]
+Labels = Literal["single", "multi"]
+Sampling = Literal["shuffle", "balanced"]
 CorruptImages = Literal["stop", "skip"]
 NotFinite = Literal["stop", "skip"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -38,6 +40,9 @@ Device = Literal["auto", "cpu", "cuda"]
 ActivationCheckpointing = Literal["none", "first", "all"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
+
+# Fields of the data section that belong to weights, in groups that are given or taken over together.
+OF_WEIGHTS = (("crop_size", "resize_size"), ("interpolation",), ("mean", "std"))
 
 
 def _name_of_today(dense_block: str) -> str:
@@ -66,6 +71,20 @@ class ModelConfig:
     else eager. All give the same result up to rounding."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Blocks whose bottlenecks memory_efficient and fused compute again in the backward pass, for less memory."""
+    weights: PathText | None = None
+    """Weights to begin with: a file that tools.convert reads, or timm:NAME.TAG from timm's cache. All but a classifier for
+    other classes must fit. A run that resumes does not read them again."""
+    weights_sha256: str | None = None
+    """SHA-256 that the file of model.weights must have; a run notes here that of the file."""
+    freeze: NonNegative | None = None
+    """Parts that do not train, batch-norm statistics included: 0: the stem; N: the stem and the first N blocks with the
+    transitions after them."""
+
+    @model_validator(mode="after")
+    def _checksum_has_a_file(self) -> "ModelConfig":
+        if self.weights_sha256 and not self.weights:
+            raise ValueError("weights_sha256 is of the file that weights names: set model.weights too")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -83,6 +102,11 @@ class DataConfig:
     val_labels: PathText | None = None
     """Labels of a flat validation set: a line 'CLASS' for each file in sorted order, lines 'FILE CLASS', or ImageNet's
     development kit (.tar.gz)."""
+    labels: Labels = "single"
+    """single: each image has one class; multi: any number of labels. data.train and data.val are then CSV files in data.dir,
+    with a header: a column of files and either one of names between |, or one of 0 and 1 for each class."""
+    sampling: Sampling = "shuffle"
+    """shuffle: each image once an epoch; balanced: equally many images of each class, of the rare ones more than once."""
     loader: str = "auto"
     """native: C++, on CPU; dali: DALI, on GPU and CPU; reference: PIL, slow; auto: the first that can be used of dali and
     native on GPU, of native and dali on CPU. synthetic: generated images, no files."""
@@ -120,6 +144,9 @@ class DataConfig:
     """Mean that is subtracted from each colour, in [0, 1]."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """Standard deviation by which each colour is divided."""
+    from_weights: Annotated[tuple[str, ...], BeforeValidator(_split_names)] = ()
+    """Fields of this section that a new run takes from the source of model.weights: of crop_size and resize_size,
+    interpolation, mean and std those that neither the file nor the command line gives."""
     threads: NonNegative = 0
     """Loader threads of each rank; 0: the machine's cores divided among its ranks."""
     synthetic_images: Positive = 1024
@@ -141,6 +168,27 @@ class DataConfig:
             raise ValueError(f"dataset {self.dataset} has labels of its own: val_labels is for images")
         return self
 
+    @model_validator(mode="after")
+    def _several_labels_are_in_tables(self) -> "DataConfig":
+        if self.labels == "multi":
+            if self.dataset != "images" or self.loader == "synthetic":
+                raise ValueError(
+                    "labels multi is for files of images: set dataset images, and another loader than synthetic"
+                )
+            if self.val_labels:
+                raise ValueError("with labels multi data.val is the file with the labels: leave out val_labels")
+            if self.sampling == "balanced":
+                raise ValueError("sampling balanced is for images with one class each: set optim.class_weights instead")
+        return self
+
+    @model_validator(mode="after")
+    def _of_weights(self) -> "DataConfig":
+        known = [name for group in OF_WEIGHTS for name in group]
+        for name in self.from_weights:
+            if name not in known:
+                raise ValueError(f"from_weights: weights have no '{name}'; choose {', '.join(known)}")
+        return self
+
 
 @dataclass(frozen=True, config=STRICT)
 class OptimConfig:
@@ -150,12 +198,19 @@ class OptimConfig:
     """Images of one optimiser step, over all ranks."""
     objective: str = "cross_entropy"
     """What a step minimises, one of pipeline/objective.py."""
+    class_weights: PathText | None = None
+    """Weights of the classes in the loss: balanced (rare classes weigh as much as frequent ones), or a file with a line
+    'CLASS WEIGHT' for each; with several labels an image, of a class's positive images."""
     optimizer: str = "sgd"
     """Optimiser, one of pipeline/optim.py."""
     grad_accum_steps: Positive = 1
     """Gradient accumulation steps: forward and backward passes of a rank for one optimiser step."""
     lr: Annotated[PositiveFloat, Field(le=1e6)] = 0.1
     """Learning rate after warm-up."""
+    head_lr: Annotated[PositiveFloat, Field(le=1e6)] | None = None
+    """Learning rate of the classifier after warm-up, which follows the same schedule; none: optim.lr."""
+    layer_decay: Annotated[PositiveFloat, Field(le=1)] = 1.0
+    """Factor of the learning rate from each part of the network to the one before it: classifier, blocks, stem."""
     momentum: Fraction = 0.9
     """SGD momentum, without dampening."""
     nesterov: bool = True
@@ -236,6 +291,8 @@ class PublishedConfig:
     """Ten-crop top-1 error."""
     top5_10crop: Number | None = None
     """Ten-crop top-5 error."""
+    auroc: Number | None = None
+    """Mean area under the ROC curve over the classes, from 0 to 1, where images have several labels."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -249,6 +306,17 @@ class Config:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     published: PublishedConfig = PublishedConfig()
+
+    @model_validator(mode="after")
+    def _objective_is_for_these_labels(self) -> "Config":
+        wanted = {"cross_entropy": "single", "binary_cross_entropy": "multi"}.get(self.optim.objective)
+        if wanted and wanted != self.data.labels:
+            other = {"single": "cross_entropy", "multi": "binary_cross_entropy"}[self.data.labels]
+            raise ValueError(
+                f"optim.objective: {self.optim.objective} is for data.labels {wanted}, and they are {self.data.labels}: set "
+                f"optim.objective {other}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _changed_fields_exist(self) -> "Config":
@@ -300,8 +368,17 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     dataset = tree.get("data", {}).get("dataset", DataConfig.dataset)
     if overrides.get("model.name", network) != network or overrides.get("data.dataset", dataset) != dataset:
         tree.pop("published", None)
-    config = SCHEMA.build(tree, str(path), overrides)
+    config = SCHEMA.build(tree, str(path), _with_fields_of_weights(tree, overrides))
     return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
+
+
+def _with_fields_of_weights(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides with the fields that nobody gives in data.from_weights, where there are weights to begin with."""
+    given = {*flatten(tree), *overrides}
+    if not overrides.get("model.weights", tree.get("model", {}).get("weights")) or "data.from_weights" in given:
+        return overrides
+    free = [name for group in OF_WEIGHTS if not {f"data.{n}" for n in group} & given for name in group]
+    return {**overrides, "data.from_weights": free}
 
 
 def load_stored_config(path: Path) -> Config:

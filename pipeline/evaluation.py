@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.metrics import Score
+from pipeline.metrics import AnyScore, LabelScore, Score
+from pipeline.ranking import rank_classes
 
 Average = Literal["logits", "softmax"]
 
@@ -26,14 +28,14 @@ class Evaluation:
     Attributes:
         score: totals over all images.
         top5: (N, 5) int64, most probable classes first (fewer columns with fewer classes).
-        probability: (N) float32, softmax probability of the first.
-        losses: (N) float32, cross-entropy.
+        probability: (N) float32, probability of the first: softmax's, or of several labels an image the sigmoid's.
+        losses: (N) float32, cross-entropy; of several labels an image the binary one, averaged over the classes.
         logits: (N, classes) float32, averaged over the views of each image, or the logarithm of the averaged
             probabilities; None unless asked for, and on other ranks than 0.
         not_finite: images whose answers are not finite; they count as wrong, with -1 in `top5`.
     """
 
-    score: Score
+    score: AnyScore
     top5: np.ndarray
     probability: np.ndarray
     losses: np.ndarray
@@ -85,6 +87,7 @@ def evaluate(
         logits_of: makes logits (n * V, classes) of what the network gives; see `Objective.logits`.
     """
     was_training = model.training
+    several = loader.index.several_labels
     model.eval()
     answered: list[tuple[np.ndarray, *tuple[Tensor, ...]]] = []  # on the device, which nothing here waits for
     all_logits: list[_Answers] = []
@@ -94,23 +97,29 @@ def evaluate(
         batch = next(batches, None)
         if batch is None:  # this rank has a batch fewer than others
             continue
-        answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average)
+        answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average, several)
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
-        found = (
-            best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1),
-            (best.values[:, 0] - answers.logsumexp(dim=1)).exp(),
-            F.cross_entropy(answers, batch.labels, reduction="none"),
-        )
+        if several:
+            surest = best.values[:, 0].sigmoid()
+            loss = F.binary_cross_entropy_with_logits(answers, batch.labels.float(), reduction="none").mean(dim=1)
+        else:
+            surest = (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
+            loss = F.cross_entropy(answers, batch.labels, reduction="none")
+        found = (best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1), surest, loss)
         answered.append((batch.ids, *found))
-        if keep_logits:
+        if keep_logits or several:
             all_logits.append((batch.ids, answers.cpu().numpy()))
     model.train(was_training)
 
     images = len(loader.index)
-    gathered = world.gather_to_rank0(all_logits) if keep_logits else []
+    gathered = world.gather_to_rank0(all_logits) if keep_logits or several else []
     logits = _in_order(gathered, images)[0] if gathered else None
     on_host = [(ids, *(tensor.cpu().numpy() for tensor in found)) for ids, *found in answered]
     top5, probability, losses = _in_order(world.gather(on_host), images)
+    not_finite = int((top5[:, 0] == -1).sum())
+    if several:
+        score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, losses))
+        return Evaluation(score, top5, probability, losses, logits if keep_logits else None, not_finite)
     correct = top5 == loader.index.labels[:, None]
     score = Score(
         images=images,
@@ -118,7 +127,22 @@ def evaluate(
         top5_correct=int(correct.any(axis=1).sum()),
         loss_sum=float(losses.sum(dtype=np.float64)),
     )
-    return Evaluation(score, top5, probability, losses, logits, not_finite=int((top5[:, 0] == -1).sum()))
+    return Evaluation(score, top5, probability, losses, logits, not_finite)
+
+
+def _label_score(index: DatasetIndex, logits: np.ndarray | None, losses: np.ndarray) -> LabelScore:
+    """The score of images with several labels, on rank 0, which has the (N, classes) logits."""
+    assert logits is not None
+    finite = np.isfinite(logits).all(axis=1, keepdims=True)
+    rankings, mean = rank_classes(logits, index.labels)
+    return LabelScore(
+        images=len(index),
+        classes=index.classes,
+        right_labels=int((((logits > 0) == (index.labels > 0)) & finite).sum()),
+        loss_sum=float(losses.sum(dtype=np.float64)),
+        rankings=rankings,
+        mean=mean,
+    )
 
 
 _Answers = tuple[np.ndarray, ...]  # of the n images of a batch: their ids, and what was found
@@ -134,8 +158,14 @@ def _in_order(by_rank: list[list[_Answers]], images: int) -> tuple[np.ndarray, .
     return tuple(column[order] for column in found)
 
 
-def _average(logits: Tensor, average: Average) -> Tensor:
-    """(n, V, classes) logits of V views to (n, classes) logits, or log-probabilities."""
+def _average(logits: Tensor, average: Average, several: bool) -> Tensor:
+    """(n, V, classes) logits of V views to (n, classes) logits, or log-probabilities.
+
+    Args:
+        several: an image may have several labels, so that the probability of each is the sigmoid of its logit.
+    """
     if average == "logits":
         return logits.mean(dim=1)
+    if several:
+        return logits.double().sigmoid().mean(dim=1).logit().float()
     return logits.log_softmax(dim=2).logsumexp(dim=1) - math.log(logits.shape[1])

@@ -1,6 +1,7 @@
 """Sums of losses and correct answers, exact over any number of ranks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import World
+from pipeline.ranking import MeanRanking, Ranking, mean_text
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,88 @@ class Score:
     def loss(self) -> float:
         return self._per_image(self.loss_sum)
 
+    def records(self) -> dict[str, float]:
+        """What is recorded of it, by name."""
+        return {"loss": self.loss, "top1_error": self.top1_error, "top5_error": self.top5_error}
+
+    def text(self, top5: bool = False) -> str:
+        """Its errors in a few words."""
+        return f"top-1 error {self.top1_error:.2f} %" + (f", top-5 error {self.top5_error:.2f} %" if top5 else "")
+
     def _per_image(self, total: float) -> float:
         return total / self.images if self.images else math.nan
 
 
-def batch_sums(logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
-    """Sums over n images, (4) float64: images, top-1 and top-5 correct, loss.
+@dataclass(frozen=True)
+class LabelScore:
+    """Sums over a number of images with several labels each, and how they are ranked for each class.
 
-    Args: logits (n, classes), labels (n), losses (n), weights (n) of 0 or 1.
+    Attributes:
+        classes: their names.
+        right_labels: of images times classes, by whether the probability is above one half.
+        rankings, mean: of each class and over them; empty and None in training, where no ranking is kept.
     """
-    correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    rows = torch.stack([torch.ones_like(weights), correct[:, 0], correct.any(dim=1), losses]).double()
+
+    images: int
+    classes: Sequence[str]
+    right_labels: int
+    loss_sum: float
+    rankings: tuple[Ranking, ...] = ()
+    mean: MeanRanking | None = None
+
+    @property
+    def label_error(self) -> float:
+        """Wrong ones among all labels, in percent."""
+        return 100 * (1 - self.right_labels / (self.images * len(self.classes))) if self.images else math.nan
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.images if self.images else math.nan
+
+    def records(self) -> dict[str, float]:
+        """What is recorded of it, by name; of each class its AUROC with the 95 % interval, and its average precision."""
+        values = {"loss": self.loss, "label_error": self.label_error}
+        if self.mean is not None:
+            values |= {"mean_auroc": self.mean.auroc, "mean_average_precision": self.mean.average_precision}
+            values |= dict(zip(("mean_auroc_low", "mean_auroc_high"), self.mean.auroc_interval, strict=True))
+        for name, ranking in zip(self.classes, self.rankings, strict=False):
+            low, high = ranking.auroc_interval
+            values |= {f"auroc/{name}": ranking.auroc, f"auroc_low/{name}": low, f"auroc_high/{name}": high}
+            values[f"average_precision/{name}"] = ranking.average_precision
+        return values
+
+    def text(self, top5: bool = False) -> str:
+        """Its errors in a few words."""
+        ranked = f", {mean_text(self.mean, self.classes)}" if self.mean is not None else ""
+        return f"label error {self.label_error:.2f} %{ranked}"
+
+
+AnyScore = Score | LabelScore
+
+
+def batch_sums(logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
+    """Sums over n images, (4) float64: images, top-1 and top-5 correct, loss; of several labels: images, right labels, 0, loss.
+
+    Args: logits (n, classes), labels (n) or (n, classes), losses (n), weights (n) of 0 or 1.
+    """
+    if labels.dim() == 2:
+        first, second = ((logits > 0) == (labels > 0)).sum(dim=1), torch.zeros_like(weights)
+    else:
+        correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        first, second = correct[:, 0], correct.any(dim=1)
+    rows = torch.stack([torch.ones_like(weights), first, second, losses]).double()
     return torch.where(weights > 0, rows, 0).sum(dim=1)
 
 
 class MetricAccumulator:
-    """Sums of this rank, kept on the device; reading them (`score`) waits for the device and talks to all ranks."""
+    """Sums of this rank, kept on the device; reading them (`score`) waits for the device and talks to all ranks.
 
-    def __init__(self, world: World):
-        self._world = world
+    Args:
+        classes: names of the classes of images with several labels; empty for images with one.
+    """
+
+    def __init__(self, world: World, classes: Sequence[str] = ()):
+        self._world, self._classes = world, classes
         self._sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # as `batch_sums` has them
 
     def add(self, sums: Tensor) -> None:
@@ -59,9 +124,11 @@ class MetricAccumulator:
     def reset(self) -> None:
         self._sums.zero_()
 
-    def score(self) -> Score | None:
+    def score(self) -> AnyScore | None:
         """Sums over all ranks; None if there was no image. Every rank must call this."""
         images, top1_correct, top5_correct, loss_sum = self._world.all_reduce_sum(self._sums).tolist()
+        if self._classes:
+            return LabelScore(int(images), self._classes, int(top1_correct), loss_sum) if images else None
         return Score(int(images), int(top1_correct), int(top5_correct), loss_sum) if images else None
 
     def state_dict(self) -> dict[str, Any]:

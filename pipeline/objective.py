@@ -4,15 +4,20 @@ To add an objective, write a class with the methods of `Objective` and give it a
 chooses it. The training loop, evaluation and the checkpoints need no change.
 """
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import Batch
-from pipeline.errors import look_up
+from pipeline.errors import UserError, look_up
 
 
 class Objective(Protocol):
@@ -34,7 +39,13 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
-    """Cross-entropy with the class of each image, the paper's (no label smoothing)."""
+    """Cross-entropy with the class of each image, the paper's (no label smoothing).
+
+    Attributes:
+        class_weights: (classes) float32, by which an image's loss is multiplied; None for 1.
+    """
+
+    class_weights: Tensor | None = None
 
     def __init__(self, label_smoothing: float):
         self._label_smoothing = label_smoothing
@@ -43,21 +54,98 @@ class CrossEntropy:
         return batch
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(outputs.float(), batch.labels, reduction="none", label_smoothing=self._label_smoothing)
+        losses = F.cross_entropy(outputs.float(), batch.labels, reduction="none", label_smoothing=self._label_smoothing)
+        return losses if self.class_weights is None else losses * self.class_weights[batch.labels]
 
     def logits(self, outputs: Tensor) -> Tensor:
         return outputs
 
 
+class BinaryCrossEntropy(CrossEntropy):
+    """Binary cross-entropy of each of an image's labels, averaged over the classes.
+
+    `class_weights` multiply the loss of a class in the images that have it.
+    """
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        targets = batch.labels.float() * (1 - self._label_smoothing) + self._label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(
+            outputs.float(), targets, pos_weight=self.class_weights, reduction="none"
+        )
+        return losses.mean(dim=1)
+
+
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "cross_entropy": lambda config: CrossEntropy(config.optim.label_smoothing),
+    "binary_cross_entropy": lambda config: BinaryCrossEntropy(config.optim.label_smoothing),
 }
 
 
-def create_objective(config: Config) -> Objective:
+def create_objective(config: Config, class_weights: Tensor | None = None) -> Objective:
     """Build the objective that the configuration names.
 
+    Args:
+        class_weights: (classes) float32 on the device; see `read_class_weights`.
+
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it does not weigh classes.
     """
-    return look_up(OBJECTIVES, config.optim.objective, "optim.objective")(config)
+    objective = look_up(OBJECTIVES, config.optim.objective, "optim.objective")(config)
+    if class_weights is not None:
+        if not hasattr(objective, "class_weights"):
+            raise UserError(f"optim.class_weights: the objective {config.optim.objective} does not weigh classes")
+        objective.class_weights = class_weights
+    return objective
+
+
+def read_class_weights(wanted: str | None, index: DatasetIndex) -> Tensor | None:
+    """The (classes) weights in float32 that ``optim.class_weights`` names; None for equal ones.
+
+    Balanced ones are images / (classes x images of the class), so that their mean over the images is 1; with several labels
+    an image, negative images / positive images of each class.
+
+    Raises:
+        UserError: the file cannot be read or does not name each class once; or a class is in no image.
+    """
+    if wanted is None:
+        return None
+    return torch.from_numpy(
+        (_balanced(index) if wanted == "balanced" else _of_file(Path(wanted), index)).astype(np.float32)
+    )
+
+
+def _balanced(index: DatasetIndex) -> np.ndarray:
+    images, classes = len(index), len(index.classes)
+    several = index.labels.ndim == 2
+    positive = index.labels.sum(axis=0, dtype=np.int64) if several else np.bincount(index.labels, minlength=classes)
+    if not positive.all():
+        raise UserError(
+            f"optim.class_weights balanced: no training image is of the class '{index.classes[int(positive.argmin())]}': "
+            "remove the class, or give a file of weights"
+        )
+    return (images - positive) / positive if several else images / (classes * positive)
+
+
+def _of_file(file: Path, index: DatasetIndex) -> np.ndarray:
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read optim.class_weights {file}: {error}") from None
+    found: dict[str, float] = {}
+    for number, line in enumerate(lines, start=1):
+        parts = re.fullmatch(r"(.+?)[\s,]+(\S+)", line)
+        name = parts[1] if parts else line
+        try:
+            weight = float(parts[2]) if parts else np.nan
+        except ValueError:
+            weight = np.nan
+        if name not in index.classes or name in found or not 0 <= weight < np.inf:
+            raise UserError(
+                f"optim.class_weights {file}, line {number}: '{line}' is not 'CLASS WEIGHT' with a class that stands once "
+                f"and a number from 0 on, such as '{index.classes[0]} 1.5'"
+            )
+        found[name] = weight
+    lacking = [name for name in index.classes if name not in found]
+    if lacking:
+        raise UserError(f"optim.class_weights {file} has no line for the class '{lacking[0]}': add 'CLASS WEIGHT'")
+    return np.array([found[name] for name in index.classes])

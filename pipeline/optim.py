@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.config import OptimConfig
 from pipeline.errors import look_up
+from pipeline.models.parts import classifier_of, parts_of
 
 Parameters = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
@@ -36,24 +37,51 @@ def _on_gpu(parameters: list[Any]) -> bool:
 OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig], torch.optim.Optimizer]] = {"sgd": sgd}
 
 
-def create_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def create_optimizer(network: nn.Module, config: OptimConfig, name: str = "") -> torch.optim.Optimizer:
     """Build the optimiser that the configuration names, for all parameters, batch-norm's and biases included.
 
+    Args:
+        name: the network's, for messages.
+
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name; or `parts_of` does not know the network that optim.layer_decay is for.
     """
-    return look_up(OPTIMIZERS, config.optimizer, "optim.optimizer")(network.parameters(), config)
+    create = look_up(OPTIMIZERS, config.optimizer, "optim.optimizer")
+    if config.head_lr is None and config.layer_decay == 1:
+        return create(network.parameters(), config)
+    scales = _learning_rate_scales(network, config, name)
+    parameters = network.named_parameters()  # in their order, by which a checkpoint numbers them
+    return create(
+        [
+            {"params": [parameter for _, parameter in group], "lr_scale": scale}
+            for scale, group in groupby(parameters, key=lambda item: scales[item[0]])
+        ],
+        config,
+    )
+
+
+def _learning_rate_scales(network: nn.Module, config: OptimConfig, name: str) -> dict[str, float]:
+    """Each parameter's learning rate as a multiple of optim.lr, by the parameter's name."""
+    names = [entry for entry, _ in network.named_parameters()]
+    scales = dict.fromkeys(names, 1.0)
+    if config.layer_decay != 1:
+        part = parts_of(network, name)
+        last = max(part.values())
+        scales = {entry: config.layer_decay ** (last - part[entry]) for entry in names}
+    if config.head_lr is not None:
+        head = tuple(f"{module}." for module in classifier_of(network))
+        scales |= {entry: config.head_lr / config.lr for entry in names if entry.startswith(head)}
+    return scales
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Resume an optimiser's state under its own hyperparameters, which `state` has as they were.
+    """Resume an optimiser's state under its own groups and hyperparameters, which `state` has as they were.
 
+    Groups keep the order of the network's parameters, so that another division into groups changes no parameter's number.
     What belongs to a parameter is laid out as the parameter is: torch's kernels for many parameters at once need that.
     """
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
-        group.update(hyperparameters)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

@@ -2,11 +2,11 @@
 
 import sys
 
-from pipeline.audit import AuditRow, audit, count_differences, setting_for, statistics_text, to_markdown
+from pipeline.audit import AuditRow, audit, count_differences, origin_text, setting_for, statistics_text, to_markdown
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
-from pipeline.run import Run
+from pipeline.run import Progress, Run
 from pipeline.run_dir import replace_text
 
 
@@ -39,22 +39,39 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
 def summary(run: Run) -> str:
     """Best and last validation error, beside the published ones where the configuration has them."""
     progress, published = run.progress, run.config.published
-    lines = [
-        f"best  (epoch {progress.best_epoch}): top-1 error {progress.best_top1_error:.2f} %, "
-        f"top-5 error {progress.best_top5_error:.2f} %",
-        f"last  (epoch {progress.epoch - 1}): top-1 error {progress.last_top1_error:.2f} %, "
-        f"top-5 error {progress.last_top5_error:.2f} %",
-    ]
+    several = run.train_loader.index.several_labels
+    best, last = (_of_labels if several else _errors)(progress)
+    lines = [f"best  (epoch {progress.best_epoch}): {best}", f"last  (epoch {progress.epoch - 1}): {last}"]
+    if published.auroc is not None and several:
+        lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
     if published.top1 is not None:
         top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
         note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
+    if run.config.model.weights:
+        lines.append(f"begun with {origin_text(run.config.model)}")
     lines.append(f"images in a batch-norm statistic: {statistics_text(run.measured.statistics)}")
     if run.progress.skipped_steps:
         lines.append(f"{run.progress.skipped_steps} steps were left out, as their loss or gradient was not finite")
     lines += run.history.lines()
     lines.append(f"recipe: {count_differences(audit_of(run))} ({run.dir / 'audit.md'})")
     return "\n".join(lines)
+
+
+def _errors(progress: Progress) -> tuple[str, str]:
+    """Of the best and of the last epoch."""
+    return (
+        f"top-1 error {progress.best_top1_error:.2f} %, top-5 error {progress.best_top5_error:.2f} %",
+        f"top-1 error {progress.last_top1_error:.2f} %, top-5 error {progress.last_top5_error:.2f} %",
+    )
+
+
+def _of_labels(progress: Progress) -> tuple[str, str]:
+    """As `_errors`, where images have several labels."""
+    return (
+        f"mean AUROC {progress.best_auroc:.4f}, mean average precision {progress.best_average_precision:.4f}",
+        f"mean AUROC {progress.last_auroc:.4f}, mean average precision {progress.last_average_precision:.4f}",
+    )
 
 
 def audit_of(run: Run) -> list[AuditRow]:

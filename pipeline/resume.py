@@ -16,14 +16,17 @@ from pipeline.run_dir import RECORDS, STATUS, read_records
 # the accumulation because it is compared together with the number of ranks.
 FREE_TO_CHANGE = {
     "run_dir", "model.activation_checkpointing", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
-    "data.download", "optim.grad_accum_steps", "train.device", "train.compile", "train.memory_format",
+    "data.download", "data.from_weights", "optim.grad_accum_steps", "train.device", "train.compile", "train.memory_format",
     "train.cudnn_benchmark", "train.deterministic", "optim.fused", "train.eval_batch_size",
     "train.log_every", "train.reuse_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
     "train.allow_world_size_change", "train.change",
 }  # fmt: skip
 
 # Without these a checkpoint is of another network or other data, and a run that changes them is another run.
-NEVER_TO_CHANGE = ("model.name", "data.dataset", "data.loader", "seed", "optim.batch_size", "optim.optimizer")
+NEVER_TO_CHANGE = (
+    "model.name", "model.weights", "model.weights_sha256", "data.dataset", "data.labels", "data.loader", "seed",
+    "optim.batch_size", "optim.optimizer",
+)  # fmt: skip
 
 # These may change without being asked for, and the history tells.
 TOLD = ("data.corrupt_images", "train.not_finite")
@@ -39,6 +42,7 @@ class Conditions:
         images: how many of each.
         loader: a name in `loader.IMAGE_PIPELINES`.
         ranks: number of ranks.
+        class_weights: of the classes in the loss, None for equal ones.
     """
 
     classes: list[str]
@@ -46,6 +50,7 @@ class Conditions:
     images: list[int]
     loader: str
     ranks: int
+    class_weights: list[float] | None = None
 
 
 def find_checkpoint(run_dir: Path) -> Found | None:
@@ -61,7 +66,7 @@ def find_checkpoint(run_dir: Path) -> Found | None:
     traces = [f"{path.name} (damaged)" for path in damaged]
     traces += [file.name for file in (folder.best, run_dir / STATUS) if is_present(file)]
     traces += sorted(file.name for file in folder.last.parent.glob("*.damaged*"))
-    if any("val/top1_error" in record for record in read_records(run_dir)):  # a checkpoint is saved before
+    if any("val/loss" in record for record in read_records(run_dir)):  # a checkpoint is saved before
         traces.append(RECORDS)
     if traces:
         raise UserError(
@@ -110,6 +115,8 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         _refuse(config, f"the data in {config.data.dir} were {_named(before)} and are now {_named(now)}")
     if before.loader != now.loader:
         _refuse(config, f"the loader was {before.loader} and is now {now.loader}")
+    if before.class_weights != now.class_weights and "optim.class_weights" not in changed:
+        _refuse(config, f"the class weights of {config.optim.class_weights} were others")
     was = batch_split(before.ranks, old["optim.grad_accum_steps"])
     is_now = batch_split(now.ranks, config.optim.grad_accum_steps)
     if was != is_now and not config.train.allow_world_size_change:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import Found, load_weights
+from pipeline.audit import origin_text
+from pipeline.checkpoint import load_weights
 from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
@@ -35,10 +36,11 @@ from pipeline.evaluation import why_not
 from pipeline.finite import FiniteGuard
 from pipeline.history import History
 from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
-from pipeline.metrics import MetricAccumulator, Score, batch_sums
-from pipeline.models import backends, create_model
+from pipeline.metrics import AnyScore, LabelScore, MetricAccumulator, batch_sums
+from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
-from pipeline.objective import CrossEntropy, create_objective
+from pipeline.models.parts import freeze
+from pipeline.objective import CrossEntropy, create_objective, read_class_weights
 from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import (
     AUTOCAST_TYPES,
@@ -49,7 +51,8 @@ from pipeline.precision import (
     seed_device,
     set_tf32,
 )
-from pipeline.resume import Conditions, check_same_run, find_checkpoint, loader_of
+from pipeline.resume import Conditions, check_same_run, loader_of
+from pipeline.start import InitialWeights, Start
 
 
 class Stateful(Protocol):
@@ -73,9 +76,25 @@ class Progress:
     last_top1_error: float = math.inf
     last_top5_error: float = math.inf
     skipped_steps: int = 0  # left out, as their loss or gradient was not finite
+    best_auroc: float = -math.inf  # mean over the classes, from 0 to 1, where images have several labels
+    best_average_precision: float = -math.inf
+    last_auroc: float = -math.inf
+    last_average_precision: float = -math.inf
 
-    def finish_epoch(self, val: Score) -> bool:
-        """Note an epoch's validation errors and go on to the next; return whether none before was better."""
+    def finish_epoch(self, val: AnyScore) -> bool:
+        """Note an epoch's validation errors and go on to the next; return whether none before was better.
+
+        Where images have several labels, the better epoch is that with the greater mean AUROC.
+        """
+        if isinstance(val, LabelScore):
+            assert val.mean is not None
+            better = self.best_epoch < 0 or val.mean.auroc > self.best_auroc
+            if better:
+                self.best_auroc, self.best_average_precision = val.mean.auroc, val.mean.average_precision
+                self.best_epoch = self.epoch
+            self.last_auroc, self.last_average_precision = val.mean.auroc, val.mean.average_precision
+            self.epoch, self.step = self.epoch + 1, 0
+            return better
         best = val.top1_error < self.best_top1_error
         if best:
             self.best_top1_error, self.best_top5_error, self.best_epoch = val.top1_error, val.top5_error, self.epoch
@@ -120,6 +139,9 @@ class OptimizerState:
 class Run:
     """One run on this rank.
 
+    Args:
+        weights: what a new run begins with, the same on every rank; without them its weights are drawn.
+
     Attributes:
         dir: the run's directory.
         microbatches: into how many parts a global batch is cut: ranks times gradient accumulation steps.
@@ -128,31 +150,34 @@ class Run:
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
-    def __init__(self, config: Config, world: World, began_with: str | None = None):
+    def __init__(self, config: Config, world: World, start: Start | None = None):
         """Build everything that a run is made of.
 
         Args:
-            began_with: the loader of a run that resumes, which ``data.loader: auto`` then stands for; see `loader_of`.
+            start: its initial weights; or the checkpoint from which it is to resume, whose loader ``data.loader: auto`` then
+                stands for. None for a new run with drawn weights.
         """
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
+        self._begun: list[str] = []
         self.microbatches = _split_batch(config, world)
-        self.objective = create_objective(config)
-        self._open_data(began_with)
+        self._open_data(loader_of(start.checkpoint) if start else None)
         set_tf32(config.train.precision)
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
         self.memory_format = memory_format(config.train.memory_format, config.train.precision, world.device)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
-        network = create_model(num_classes=len(self.conditions.classes), **dataclasses.asdict(config.model))
+        network = create_network(config.model, len(self.conditions.classes))
         self._check_image_size(network)
+        self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
         whole_batch = config.optim.batch_size // self.microbatches
         compiled = compile_network(network, config.train.compile, whole_batch, config.optim.grad_accum_steps)
         self.training_network = data_parallel(compiled, world)
-        self.optimizer = create_optimizer(self.network, config.optim)
+        self.optimizer = create_optimizer(self.network, config.optim, config.model.name)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
-        self.epoch_metrics, self.window_metrics = MetricAccumulator(world), MetricAccumulator(world)
+        names = self.conditions.classes if self.train_loader.index.several_labels else ()
+        self.epoch_metrics, self.window_metrics = MetricAccumulator(world, names), MetricAccumulator(world, names)
         self._spread = initial_spread(self.network)
         skips = config.train.not_finite == "skip"
         self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json", skips)
@@ -165,6 +190,8 @@ class Run:
             "window_metrics": self.window_metrics,
             "history": self.history,
         }
+        if start and start.weights:
+            self._begin_with(start.weights)
 
     def _open_data(self, began_with: str | None) -> None:
         config, world = self.config, self.world
@@ -174,14 +201,17 @@ class Run:
         train_index, val_index = world.broadcast_from_rank0(
             lambda: open_datasets(config.data, self.dir / "index", progress=True)
         )
+        shard = Shard(world.rank, world.size, world.device, world.cores)
+        weights = world.broadcast_from_rank0(lambda: read_class_weights(config.optim.class_weights, train_index))
+        self.objective = create_objective(config, None if weights is None else weights.to(world.device))
         self.conditions = Conditions(
             classes=list(train_index.classes),
             fingerprint=hashlib.sha256((train_index.fingerprint + val_index.fingerprint).encode()).hexdigest(),
             images=[len(train_index), len(val_index)],
             loader=loader,
             ranks=world.size,
+            class_weights=None if weights is None else weights.tolist(),
         )
-        shard = Shard(world.rank, world.size, world.device, world.cores)
         self.train_loader = TrainingLoader(
             train_index,
             data,
@@ -231,6 +261,12 @@ class Run:
     def autocast(self) -> torch.autocast:
         return autocast(self.config.train.precision, self.world.device)
 
+    def set_training_mode(self) -> None:
+        """Put the network into training mode, but for what is frozen."""
+        self.training_network.train()
+        for module in self._frozen:
+            module.eval()
+
     def without_reduction(self, skip: bool) -> AbstractContextManager[None]:
         """While it is entered, gradients add up on this rank and are not averaged over the ranks."""
         return self.training_network.no_sync() if skip and self.world.size > 1 else nullcontext()  # type: ignore[operator]
@@ -246,6 +282,17 @@ class Run:
         place = self.world.rank * self.config.optim.grad_accum_steps + microbatch
         entropy = np.random.SeedSequence([self.config.seed, self.done_steps, place])
         seed_device(int(entropy.generate_state(1, np.uint64)[0]), self.world.device)
+
+    def _begin_with(self, weights: InitialWeights) -> None:
+        """Take a new run's initial weights, but for a classifier of other classes."""
+        reason = weights.new_classifier(self.conditions.classes)
+        state = self.network.state_dict()
+        state.update({name: t for name, t in weights.state.items() if not (reason and name in weights.classifier)})
+        load_weights(self.network, state, weights.origin)
+        taken = [f"{name} {_plain(getattr(self.config.data, name))}" for name in self.config.data.from_weights]
+        self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier taken from them"]
+        self._begun += [f"taken over from their source: {', '.join(taken)}"] if taken else []
+        self._begun += [weights.note] if weights.note else []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds. Every rank must call this."""
@@ -314,6 +361,7 @@ class Run:
             f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
             f"{optim.batch_size // self.microbatches} images (what a batch-norm statistic sees); "
             f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
+            f"{self._fine_tuning()}"
         )
 
     def _named_loader(self) -> str:
@@ -322,6 +370,14 @@ class Run:
         better = AUTOMATIC[device][: AUTOMATIC[device].index(name)] if self.config.data.loader == "auto" else ()
         reasons = [f"{other}: {reason}" for other in better if (reason := unavailable_reason(other))]
         return f"{name} (not {'; not '.join(reasons)})" if reasons else name
+
+    def _fine_tuning(self) -> str:
+        """Further lines: what it began with, and what of it does not train; empty for a run from drawn weights."""
+        lines = [f"begun with {origin_text(self.config.model)}", *self._begun] if self.config.model.weights else []
+        if self._frozen:
+            still = sum(p.numel() for p in self.network.parameters() if not p.requires_grad)
+            lines.append(f"{still:,} parameters are frozen")
+        return "".join(f"\n{line}" for line in lines)
 
     def _check_image_size(self, network: nn.Module) -> None:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
@@ -334,12 +390,6 @@ class Run:
                 f"{config.model.name} cannot train on {smallest} images of {config.data.crop_size} pixels, the smallest part "
                 f"of a batch ({reason}): choose another data.crop_size or optim.batch_size"
             )
-
-
-def open_run(config: Config, world: World) -> tuple[Run, Found | None]:
-    """Build a run, and find the checkpoint in its directory from which it may resume. Every rank must call this."""
-    found = world.broadcast_from_rank0(lambda: find_checkpoint(Path(config.run_dir)))
-    return Run(config, world, loader_of(found)), found
 
 
 def _split_batch(config: Config, world: World) -> int:
@@ -357,3 +407,7 @@ def _same_loader(mine: str, world: World) -> str:
     """What all ranks can use where they would choose different loaders: the last of `AUTOMATIC` that one of them chose."""
     chosen = world.gather(mine)
     return max(chosen, key=AUTOMATIC[world.device.type].index) if len(set(chosen)) > 1 else mine
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

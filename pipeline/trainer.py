@@ -21,13 +21,14 @@ from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.finite import StepSkipper
 from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
-from pipeline.metrics import Score
+from pipeline.metrics import AnyScore, Score
 from pipeline.monitor import Monitor
 from pipeline.optim import set_learning_rate
 from pipeline.preemption import PreemptionHandler
 from pipeline.report import summary, warnings_of, write_description
-from pipeline.run import Progress, Run, open_run
+from pipeline.run import Progress, Run
 from pipeline.run_dir import locked
+from pipeline.start import find_start
 from pipeline.watchdog import Watchdog
 
 
@@ -46,9 +47,10 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
     """
     with init_distributed(config.train.device) as world, ExitStack() as stack:
         world.broadcast_from_rank0(lambda: stack.enter_context(locked(Path(config.run_dir))))
-        run, found = open_run(config, world)
+        start = world.broadcast_from_rank0(lambda: find_start(config))
+        run = Run(start.config, world, start)
         trainer = Trainer(run, [*create_hooks(run), *hooks, Saving(run)])
-        trainer.fit(found)
+        trainer.fit(start.checkpoint)
         if world.is_main:
             print(summary(run), flush=True)
         return run.progress
@@ -57,13 +59,14 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
 def dry_run(config: Config) -> str:
     """Build everything that `fit` would, write and train nothing, and return a description of the run."""
     with init_distributed(config.train.device) as world:
-        run, found = open_run(config, world)
+        start = world.broadcast_from_rank0(lambda: find_start(config))
+        run = Run(start.config, world, start)
         create_hooks(run)
-        if found:
-            run.load_state_dict(found.state)
+        if start.checkpoint:
+            run.load_state_dict(start.checkpoint.state)
         next(run.train_loader.batches(epoch=0))
-        warnings = [f"warning: {line}" for line in (warnings_of(run, found) if world.is_main else [])]
-        return "\n".join([to_yaml(config), run.description(), *warnings])
+        warnings = [f"warning: {line}" for line in (warnings_of(run, start.checkpoint) if world.is_main else [])]
+        return "\n".join([to_yaml(run.config), run.description(), *warnings])
 
 
 class Trainer:
@@ -105,7 +108,7 @@ class Trainer:
             return
         self._between_batches()
         batches = self._timed(run.train_loader.batches(run.progress.epoch, run.progress.step))
-        run.training_network.train()
+        run.set_training_mode()
         while run.progress.step < steps:
             self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}", self.compiles)
             self._call("on_step_start")
@@ -150,7 +153,7 @@ class Trainer:
         run.progress.skipped_steps += skipped
         return StepResult(images, rate, norm, logged, last, skipped)
 
-    def validate(self) -> Score:
+    def validate(self) -> AnyScore:
         """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
         run = self.run
         run.world.broadcast_buffers(run.network)
@@ -170,7 +173,7 @@ class Trainer:
             )
         return evaluation.score
 
-    def finish_epoch(self, val: Score) -> None:
+    def finish_epoch(self, val: AnyScore) -> None:
         """Note the epoch's errors, and go on to the next."""
         run, progress = self.run, self.run.progress
         train = run.epoch_metrics.score() or Score(0, 0, 0, 0.0)

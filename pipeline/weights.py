@@ -26,7 +26,7 @@ from pipeline.audit import C10, C100, audit, in_one_line
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
-from pipeline.models import create_model
+from pipeline.models import create_model, create_network
 from pipeline.models.zoo import DENSENETS, cifar_densenet
 
 METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
@@ -109,28 +109,14 @@ def read_weights(
         UserError: the file is missing, damaged, holds something else, or weights that do not fit the network.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            safetensors = file.read(9)[8:] == b"{"
-            checkpoint = is_checkpoint(file)
-    except OSError as error:
-        raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
-    if ema and (checkpoint or safetensors):
-        raise UserError(f"{path} holds one set of weights and no running average of them: leave out --ema")
-    found: OwnWeights | dict[str, Tensor]
-    if checkpoint:
-        found = _of_checkpoint(load_checkpoint(path), str(path))
-    elif safetensors:
-        found = _read_safetensors(path)
-    else:
-        found = _read_torch(path, ema)
+    found = read_file(path, ema)
     if not isinstance(found, OwnWeights):
         return _external(path, found, model, classes)
     if model and model != found.config.model.name:
         raise UserError(f"{path} holds weights of {found.config.model.name}, not of {model}")
     if classes and len(classes) != len(found.classes):
         raise UserError(f"{path} has {len(found.classes)} outputs, and {len(classes)} names of classes were given")
-    network = create_model(num_classes=len(found.classes), **dataclasses.asdict(found.config.model))
+    network = create_network(found.config.model, len(found.classes))
     load_weights(network, found.state, str(path))
     return Weights(str(path), network.eval(), found.config, classes or found.classes, found.microbatches)
 
@@ -196,6 +182,21 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
             _refuse(wanted, own, found, origin)
         found, note = dict(zip(wanted, values.values(), strict=True)), "names unknown, matched by order and shape"
     return {name: found.get(name, torch.zeros((), dtype=torch.int64)) for name in own}, note
+
+
+def read_file(path: Path, ema: bool = False) -> OwnWeights | dict[str, Tensor]:
+    """What a file of this project holds, or the tensors of an external one; see `read_weights`."""
+    try:
+        with path.open("rb") as file:
+            safetensors = file.read(9)[8:] == b"{"
+            checkpoint = is_checkpoint(file)
+    except OSError as error:
+        raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
+    if ema and (checkpoint or safetensors):
+        raise UserError(f"{path} holds one set of weights and no running average of them: leave out --ema")
+    if checkpoint:
+        return _of_checkpoint(load_checkpoint(path), str(path))
+    return _read_safetensors(path) if safetensors else _read_torch(path, ema)
 
 
 def _leaf(name: str) -> str | None:
@@ -277,7 +278,7 @@ def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
 
 
 def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: tuple[str, ...] | None) -> Weights:
-    outputs = _outputs(state, model, path)
+    outputs = outputs_of(state, model, path)
     if classes is None:
         classes = imagenet_ids() if outputs == 1000 else tuple(map(str, range(outputs)))
     elif len(classes) != outputs:
@@ -290,8 +291,12 @@ def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: 
     return Weights(str(path), network.eval(), config, classes, None, note)
 
 
-def _outputs(state: dict[str, Tensor], model: str | None, path: Path) -> int:
-    """Rows of the classifier's matrix, which in a DenseNet is the only one."""
+def outputs_of(state: dict[str, Tensor], model: str | None, path: Path) -> int:
+    """Rows of the classifier's matrix in external weights, which in a DenseNet is the only one.
+
+    Raises:
+        UserError: there is none.
+    """
     matrices = [tensor for tensor in state.values() if tensor.dim() == 2]
     if model and model.startswith("timm:"):
         classifier = _timm_config(create_model(model, num_classes=1))["classifier"]
@@ -333,7 +338,11 @@ def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
         return DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
     if not name.startswith("timm:"):
         return DataConfig()
-    about = _timm_config(network)
+    return preprocessing_of_timm(name, _timm_config(network))
+
+
+def preprocessing_of_timm(name: str, about: Mapping[str, Any]) -> DataConfig:
+    """As `preprocessing_of`, from timm's description of a network or of its weights."""
     _, height, width = about["input_size"]
     if about.get("crop_mode", "center") != "center" or height != width or about["crop_pct"] > 1:
         raise UserError(

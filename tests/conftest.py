@@ -167,7 +167,7 @@ def override_flags(config: Config) -> list[str]:
     """The command-line words that turn the defaults into `config`."""
     words = []
     for key, value in flatten(dataclasses.asdict(config)).items():
-        if key == "train.change":  # words of its own
+        if key in ("train.change", "data.from_weights"):  # words of their own
             words += [word for field in value for word in (f"--{key}", field)]
         else:
             words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]

@@ -31,7 +31,8 @@ DEPARTURES = [
     ("data.scale", (0.25, 1)), ("data.ratio", (0.5, 2)), ("data.crop_size", 192), ("data.resize_size", 232),
     ("data.interpolation", "pil-bilinear"), ("data.color_jitter", 0), ("data.pca_noise", 0), ("data.hflip", False),
     ("data.mean", (0.5, 0.5, 0.5)), ("data.std", (0.5, 0.5, 0.5)), ("data.loader", "synthetic"),
-    ("data.corrupt_images", "skip"),
+    ("data.corrupt_images", "skip"), ("model.weights", "weights.pt"), ("model.freeze", 1), ("optim.head_lr", 0.2),
+    ("optim.layer_decay", 0.5), ("optim.class_weights", "balanced"), ("data.sampling", "balanced"),
 ]  # fmt: skip
 
 
@@ -140,7 +141,8 @@ def test_every_field_that_shapes_a_result_is_audited():
         "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.synthetic_images",
         "data.synthetic_classes", "data.download", "optim.objective",
         "optim.optimizer", "optim.grad_accum_steps", "model.dense_block",
-        "model.activation_checkpointing",
+        "model.activation_checkpointing", "model.weights_sha256", "data.from_weights",
+        "data.labels",  # which optim.objective belongs to: test_label_table.py
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}
     fields = {

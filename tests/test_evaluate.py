@@ -415,7 +415,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         "top1_error": 100, "top5_error": 0,
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
         "published": [], "published_note": "",
-        "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
+        "begun_with": None, "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
     }  # fmt: skip
     write_report(tmp_path, {"evaluations": [result], "comparisons": []}, [evaluation], [index])
     write_answers(tmp_path / "a.csv", evaluation, index)

@@ -1,5 +1,6 @@
 """tools.predict gives the probabilities that the Torch code's transforms and torchvision's give, image by image."""
 
+import csv
 import json
 import os
 
@@ -139,6 +140,23 @@ def test_files_come_in_their_order_and_wordnets_ids_with_their_names(folder, wei
             assert answer["name"] == names.get(answer["class"])  # WordNet knows no n99999999
             probability = f"{100 * answer['probability']:6.2f} %"
             assert line == "  ".join(["", probability, answer["class"], answer["name"] or ""]).rstrip()
+
+
+@pytest.mark.slow
+def test_a_csv_file_holds_the_same_answers_however_many_images_are_known_at_once(
+    monkeypatch, capsys, folder, weights, tmp_path
+):
+    expected = answers_of(monkeypatch, tmp_path, weights, folder, "--top", 2)
+    monkeypatch.setattr(predict, "AT_ONCE", 3)
+    capsys.readouterr()
+    again = answers_of(monkeypatch, tmp_path, weights, folder, "--top", 2, "--csv", tmp_path / "new" / "out.csv")
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'out.csv'}: 4 images\n"
+    with open(tmp_path / "new" / "out.csv", newline="") as stream:
+        titles, *rows = csv.reader(stream)
+    assert titles == ["file", "class1", "name1", "probability1", "class2", "name2", "probability2"]
+    for row, entry, other in zip(rows, expected, again, strict=True):
+        cells = [cell for a in entry["answers"] for cell in (a["class"], a["name"] or "", f"{a['probability']:.6f}")]
+        assert row == [entry["file"], *cells] and other == entry
 
 
 def test_all_of_imagenets_classes_have_names():

@@ -22,19 +22,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from pipeline.audit import origin_text
 from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
 from pipeline.data.dataset import DATASETS
-from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat
+from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
-from pipeline.metrics import Score
+from pipeline.metrics import LabelScore, Score
 from pipeline.precision import autocast, set_tf32
 from pipeline.weights import Weights, imagenet_ids
 from tools.support import published
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.label_report import describe_labels
 from tools.support.output_subset import restrict_outputs
 from tools.support.outputs import writable_file, writable_folder
 from tools.support.significance import mcnemar, wilson_interval
@@ -122,8 +124,8 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     if options.compile:
         network.compile()
     set_tf32(options.precision)
-    present = np.unique(index.labels)
-    keep_logits = bool(options.report) or len(present) < len(index.classes)
+    present = np.arange(len(index.classes)) if index.several_labels else np.unique(index.labels)
+    keep_logits = bool(options.report) or index.several_labels or len(present) < len(index.classes)
     start = time.perf_counter()
     with autocast(options.precision, world.device):
         evaluation = evaluate(network, loader, world, options.average, keep_logits=keep_logits)
@@ -163,6 +165,10 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
                 f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
             )
         return DATASETS[data.dataset](data, "val", classes, folder, True).with_classes(classes)
+    if data.labels == "multi":
+        if not labels_file:
+            raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
+        return scan_label_table(folder, labels_file, classes, known_cache(Path(labels_file)), progress=True)
     if (folder / "val").is_dir() and "val" not in classes and not labels_file:
         folder = folder / "val"
     cache = known_cache(folder)
@@ -180,23 +186,16 @@ def describe(
         other: the answers among the other choice of outputs than --outputs; None if images of every class are there.
     """
     weights, data, index = candidate.weights, candidate.data, candidate.index
-    score, config = evaluation.score, weights.config
-    counts = {"all": len(index.classes), "present": len(set(index.labels.tolist()))}
-    unused = "present" if options.outputs == "all" else "all"
+    config = weights.config
     no_answer = np.flatnonzero(evaluation.top5[:, 0] < 0)
-    published_rows, published_note = published_errors(weights, options.crops, index)
-    return {
+    about = {
         "model": config.model.name,
         "note": weights.note,
         "parameters": parameters(weights.network),
         "multiply_accumulates": candidate.multiply_accumulates,
         "data": index.root,
-        "images": score.images,
-        "classes": counts["all"],
-        "classes_present": counts["present"],
-        "outputs": options.outputs,
-        "outputs_used": counts[options.outputs],
-        "other_outputs": other and {"outputs": unused, "outputs_used": counts[unused], **errors(other.score)},
+        "images": len(index),
+        "classes": len(index.classes),
         "not_finite": evaluation.not_finite,
         "first_not_finite": index.location(int(no_answer[0])) if len(no_answer) else None,
         "crops": options.crops,
@@ -205,12 +204,29 @@ def describe(
         "interpolation": data.interpolation,
         "resize_size": data.resize_size,
         "crop_size": data.crop_size,
+        "begun_with": origin_text(config.model) if config.model.weights else None,
+        "training": weights.audit,
+    }
+    if index.several_labels:
+        own = config.published
+        published_auroc = [] if own.auroc is None else [{"source": own.source or "published", "auroc": own.auroc}]
+        return about | describe_labels(evaluation, index) | {"published": published_auroc}
+    score, other_score = evaluation.score, other and other.score
+    assert isinstance(score, Score) and not isinstance(other_score, LabelScore)
+    counts = {"all": len(index.classes), "present": len(set(index.labels.tolist()))}
+    unused = "present" if options.outputs == "all" else "all"
+    published_rows, published_note = published_errors(weights, options.crops, index)
+    return {
+        **about,
+        "classes_present": counts["present"],
+        "outputs": options.outputs,
+        "outputs_used": counts[options.outputs],
+        "other_outputs": other_score and {"outputs": unused, "outputs_used": counts[unused], **errors(other_score)},
         **errors(score),
         "loss": score.loss if math.isfinite(score.loss) else None,
         "real": real_labels_score(evaluation, index),
         "published": published_rows,
         "published_note": published_note,
-        "training": weights.audit,
         **by_class(evaluation, index),
     }
 
@@ -311,8 +327,10 @@ def published_errors(weights: Weights, crops: int, index: DatasetIndex) -> tuple
 def compare(
     results: list[dict[str, Any]], evaluations: list[Evaluation], indexes: list[DatasetIndex]
 ) -> list[dict[str, Any]]:
-    """Compare each pair of networks on the same images."""
-    rows = []
+    """Compare each pair of networks on the same images, where each image has one class."""
+    rows: list[dict[str, Any]] = []
+    if indexes[0].several_labels:
+        return rows
     for a, b in itertools.combinations(range(len(results)), 2):
         wrong = [evaluations[i].top5[:, 0] != indexes[i].labels for i in (a, b)]
         only_a, only_b = int((wrong[0] & ~wrong[1]).sum()), int((wrong[1] & ~wrong[0]).sum())
@@ -354,7 +372,9 @@ def _parser() -> ArgumentParser:
         help="download the data set into DIR if it is one of torchvision's and not there",
     )
     parser.add_argument(
-        "--labels", metavar="FILE", help="label file, if DIR is a folder of images without class folders"
+        "--labels",
+        metavar="FILE",
+        help="label file, if DIR is a folder of images without class folders; CSV, if an image has several labels",
     )
     parser.add_argument(
         "--outputs",

@@ -1,8 +1,9 @@
 """Export a network to ONNX or torch.export: ``python -m tools.export WEIGHTS OUTPUT.onnx`` (or ``OUTPUT.pt2``).
 
 The exported network is in evaluation mode and takes float32 images of shape (N, 3, S, S), prepared as its metadata says, for
-any N; S is the crop size of the weights' run. The metadata also holds the class names. The file is loaded again and compared
-with PyTorch, and written only if the logits agree.
+any N; S is the crop size of the weights' run. The metadata also holds the class names, and whether probabilities are the
+softmax of the logits or, of several labels an image, their sigmoid. The file is loaded again and compared with PyTorch, and
+written only if the logits agree.
 """
 
 import io
@@ -105,6 +106,7 @@ def metadata_of(weights: Weights) -> dict[str, str]:
         "model": weights.config.model.name,
         "preprocessing": json.dumps(preparation),
         "classes": json.dumps(weights.classes),
+        "probabilities": "softmax" if data.labels == "single" else "sigmoid",
     }
 
 

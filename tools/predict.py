@@ -1,19 +1,24 @@
-"""Classify images: ``python -m tools.predict WEIGHTS IMAGE-OR-FOLDER ... [--top 5] [--crops 10]``.
+"""Classify images: ``python -m tools.predict WEIGHTS IMAGE-OR-FOLDER ... [--top 5] [--crops 10] [--csv FILE]``.
 
-Images are prepared as in the evaluation of the run that trained the weights. A folder stands for all images below it.
+Images are prepared as in the evaluation of the run that trained the weights. A folder stands for all images below it. Of a
+network that gives several labels an image, each class has a probability of its own. With --csv the answers go into a file as
+they are found, however many images there are, and a progress bar shows how far it is.
 """
 
+import csv
 import dataclasses
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pipeline.config import DataConfig
 from pipeline.data.folder import FolderSource
@@ -25,10 +30,12 @@ from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import check_image_size
 from pipeline.precision import set_tf32
-from tools.support.outputs import writable_file
+from tools.support.outputs import ANY_NAME, writable_file
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
+AT_ONCE = 4096  # images that are indexed together
+HEADER_THREADS = 16  # reading headers waits for the disk
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -42,32 +49,60 @@ def main() -> None:
         "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
     )
     parser.add_argument("--json", metavar="FILE", help="write the predictions as JSON")
+    parser.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="write a CSV line an image as it is found, and print none: for any number of images",
+    )
     options = parser.parse_args()
-    if options.json:
-        writable_file(options.json, "--json")
+    for flag in ("json", "csv"):
+        if getattr(options, flag):
+            writable_file(getattr(options, flag), f"--{flag}")
     weights = read_weights_of(options, options.weights)
     # Only the preparation of images is taken from the run, not its data set and its number of threads.
     data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader, threads=0)
-    index = index_files(find_images(options.paths), weights.classes)
-    names = human_names(weights.classes)
+    files, classes = find_images(options.paths), weights.classes
+    names = human_names(classes)
+    top, several = min(options.top, len(classes)), data.labels == "multi"
     set_tf32("fp32")
     answers = []
-    with init_distributed() as world:
+    with init_distributed() as world, ExitStack() as stack:
         network = weights.network.to(world.device).to(memory_format=torch.channels_last)
         check_image_size(network, data.crop_size, options.weights)
-        for file, probabilities in predict(network, index, data, options.crops, world):
+        rows = None
+        if options.csv:
+            rows = csv.writer(stack.enter_context(open(options.csv, "w", newline="", **ANY_NAME)))
+            rows.writerow(["file", *(classes if several else _titles(top))])
+        bar = stack.enter_context(
+            tqdm(total=len(files), unit=" images", leave=False, disable=None if options.csv else True)
+        )
+        for file, probabilities in predict_all(network, files, classes, data, options.crops, world):
             if not probabilities.isfinite().all():
                 raise UserError(f"{options.weights}: the answers are not finite: damaged weights")
-            best = probabilities.topk(min(options.top, len(index.classes)))
+            bar.update()
+            best = probabilities.topk(top)
             found = [
-                {"class": index.classes[i], "name": names.get(index.classes[i]), "probability": probability}
+                {"class": classes[i], "name": names.get(classes[i]), "probability": probability}
                 for probability, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
-            answers.append({"file": file, "answers": found})
-            lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
-            print("\n".join([file, *lines]).encode(errors="surrogateescape").decode(errors="replace"), flush=True)
+            if options.json:
+                answers.append({"file": file, "answers": found})
+            if rows and several:
+                rows.writerow([file, *(f"{probability:.6f}" for probability in probabilities.tolist())])
+            elif rows:
+                cells = ((a["class"], a["name"] or "", f"{a['probability']:.6f}") for a in found)
+                rows.writerow([file, *(cell for answer in cells for cell in answer)])
+            else:
+                lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
+                print("\n".join([file, *lines]).encode(errors="surrogateescape").decode(errors="replace"), flush=True)
+    if options.csv:
+        print(f"{options.csv}: {len(files):,} images")
     if options.json:
         Path(options.json).write_text(json.dumps(answers, indent=2) + "\n")
+
+
+def _titles(top: int) -> list[str]:
+    return [f"{what}{k}" for k in range(1, top + 1) for what in ("class", "name", "probability")]
 
 
 def find_images(paths: list[str]) -> list[str]:
@@ -93,15 +128,17 @@ def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
     Raises:
         UserError: a file cannot be read or is not an image.
     """
-    sizes, lengths = [], []
-    for file in files:
+
+    def size_and_length(file: str) -> tuple[tuple[int, int], int]:
         try:
             with open(file, "rb") as stream:
                 image = open_image(stream, file)
-                sizes.append((image.height, image.width))
-                lengths.append(os.fstat(stream.fileno()).st_size)
+                return (image.height, image.width), os.fstat(stream.fileno()).st_size
         except OSError as error:
             raise UserError(f"cannot read the image {file}: {error.strerror}") from None
+
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        sizes, lengths = zip(*pool.map(size_and_length, files), strict=True)
     nothing = np.zeros(len(files), np.int64)
     return DatasetIndex(
         names=tuple(files),
@@ -115,16 +152,28 @@ def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
     )
 
 
+def predict_all(
+    network: nn.Module, files: list[str], classes: tuple[str, ...], data: DataConfig, crops: int, world: World
+) -> Iterator[tuple[str, Tensor]]:
+    """`predict` for any number of image files, of which some thousand are known at a time."""
+    for start in range(0, len(files), AT_ONCE):
+        yield from predict(network, index_files(files[start : start + AT_ONCE], classes), data, crops, world)
+
+
 @torch.inference_mode()
 def predict(
     network: nn.Module, index: DatasetIndex, data: DataConfig, crops: int, world: World
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each file of the index with its (classes) probabilities on the CPU; of ten crops the logits are averaged."""
+    """Yield each file of the index with its (classes) probabilities on the CPU; of ten crops the logits are averaged.
+
+    Of several labels an image (``data.labels: multi``) each probability is the sigmoid of its logit, else all are a softmax.
+    """
     shard = Shard(0, 1, world.device, world.cores)
     loader = EvaluationLoader(index, data, shard, batch_size=BATCH_SIZE, crops=crops)
     for batch in loader.batches():
         logits = network(batch.images).float().unflatten(0, (-1, batch.views)).mean(dim=1)
-        for i, probabilities in zip(batch.ids.tolist(), logits.softmax(dim=1).cpu(), strict=True):
+        of_batch = logits.sigmoid() if data.labels == "multi" else logits.softmax(dim=1)
+        for i, probabilities in zip(batch.ids.tolist(), of_batch.cpu(), strict=True):
             yield index.location(i), probabilities
 
 

@@ -23,7 +23,7 @@ def warnings_about(train: DatasetIndex, val: DatasetIndex | None, config: DataCo
     Args:
         val: None where only one set is looked at.
     """
-    lines = [*_about_classes(train), *_about_folders(train)]
+    lines = [] if train.several_labels else [*_about_classes(train), *_about_folders(train)]
     if val is not None and not config.holdout:
         lines += _about_both(train, val)
     return lines

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arrays
-from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
+from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
 from pipeline.data.synthetic import synthetic_index
@@ -52,6 +52,8 @@ def _open_files(
     """Files of images, in a folder or an archive; see `sources.SOURCES`."""
     root = Path(config.dir, config.train if split == "train" else config.val)
     kept = _cache(root, cache)
+    if config.labels == "multi":
+        return _open_label_table(config, root, classes or None, kept, progress)
     if split == "train":
         return scan_classes(root, kept, progress)
     if config.val_labels:
@@ -80,6 +82,30 @@ def _open_files(
             flush=True,
         )
     return val if val.classes == classes else val.with_classes(classes)
+
+
+def _open_label_table(
+    config: DataConfig, table: Path, classes: tuple[str, ...] | None, cache: Path, progress: bool
+) -> DatasetIndex:
+    """Images in data.dir with the labels of a CSV file."""
+    if table.is_dir():
+        raise UserError(
+            f"{table} is a folder: with data.labels multi data.train and data.val are CSV files in data.dir, which name the "
+            "images and their labels"
+        )
+    index = scan_label_table(config.dir, table, classes, cache, progress)
+    positives = index.labels.sum(axis=0, dtype=np.int64)
+    lacking = [name for name, n in zip(index.classes, positives.tolist(), strict=True) if n in (0, len(index))]
+    if len(lacking) == len(index.classes):
+        raise UserError(f"{table}: no class has images with and images without it: nothing can be learnt or measured")
+    if lacking:
+        print(
+            f"warning: in {table} all images or none have '{lacking[0]}' ({len(lacking)} of {len(index.classes)} classes are "
+            "so): it counts in no mean over classes",
+            file=sys.stderr,
+            flush=True,
+        )
+    return index
 
 
 def _open_arrays(

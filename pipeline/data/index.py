@@ -28,8 +28,9 @@ from pipeline.data.image_files import (
     open_image,
     unreadable,
 )
+from pipeline.data.label_table import match_files, read_label_table
 from pipeline.data.labels import find_classes, labels_needed, read_labels
-from pipeline.data.source import FileSource, Group, ImageIssue, Member, Source, Stream
+from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 
@@ -46,7 +47,7 @@ class DatasetIndex:
 
     Attributes:
         names: (N) ``CLASS/IMAGE``, sorted within each class, or ``IMAGE`` in a flat set.
-        labels: (N) int64, index into `classes`.
+        labels: (N) int64, index into `classes`; or, of images with several labels, (N, classes) uint8, 0 or 1.
         sizes: (N, 2) int32, height and width in pixels as stored (EXIF orientation is not applied).
         classes: class names; for class folders the folders' names, sorted.
         fingerprint: SHA-256 of class names, image names, labels and lengths; of images in memory, of their pixels too.
@@ -65,6 +66,11 @@ class DatasetIndex:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether an image may have any number of labels."""
+        return self.labels.ndim == 2
 
     @property
     def root(self) -> str:
@@ -104,6 +110,10 @@ class DatasetIndex:
         if len(set(names)) < len(names):  # two of them are alike
             names = list(self.classes)
         own = np.array([position[name] for name in find_classes(self.root, names, classes)], np.int64)
+        if self.several_labels:
+            labels = np.zeros((len(self), len(classes)), np.uint8)
+            labels[:, own] = self.labels
+            return dataclasses.replace(self, labels=labels, classes=classes)
         return dataclasses.replace(self, labels=own[self.labels], classes=classes)
 
 
@@ -177,6 +187,42 @@ def scan_flat(
     found = read_labels(Path(labels_file), row["names"], classes)
     position = {name: i for i, name in enumerate(classes)}
     return _index(source, [group], [row], np.array([position[name] for name in found]), classes)
+
+
+def scan_label_table(
+    root: str | Path,
+    table: str | Path,
+    classes: tuple[str, ...] | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> DatasetIndex:
+    """Index the images of a folder or tar archive that a CSV file of labels names; see `label_table.read_label_table`.
+
+    Other images below `root` are left out, and their number is told on stderr when that is found out.
+
+    Args:
+        classes: those that there may be, in the order of the network's outputs; None for the table's own.
+
+    Raises:
+        UserError: the images or the table are missing, cannot be read or do not match.
+    """
+    source, table = open_source(root), Path(table)
+    read = read_label_table(table, classes)
+    listing = source.flat().list()
+    members = {member.name: member for member in listing.members}
+    prefix = os.path.relpath(table.parent, root)
+    names = match_files(table, read.files, members, prefix)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    listed = Listing(tuple(members[names[i]] for i in order), tuple(issue for issue in listing.issues if issue.stops))
+    group = Group("", lambda: listed)
+    (row,) = _scan(source, [group], [], cache, progress)
+    if len(row["names"]) < len(names):
+        odd = next(names[i] for i in order if names[i] not in set(row["names"]))
+        raise UserError(f"{table} names {source.location(odd)}, which is no image: remove the line")
+    others = sum(member.by_name for member in listing.members) - len(names)
+    if others and progress:
+        print(f"{others:,} images below {root} are not in {table}: left out", file=sys.stderr, flush=True)
+    return _index(source, [group], [row], read.labels[order], read.classes)
 
 
 def images_of(source: FileSource, group: Group) -> tuple[list[tuple[str, Member]], list[ImageIssue]]:
@@ -407,7 +453,7 @@ def _index(
         digest.update(os.fsencode(f"\n{name}\0{label}\0{length}"))
     return DatasetIndex(
         names=names,
-        labels=labels.astype(np.int64),
+        labels=labels if labels.ndim == 2 else labels.astype(np.int64),
         sizes=np.array([size for row in rows for size in row["sizes"]], np.int32).reshape(-1, 2),
         classes=classes,
         fingerprint=digest.hexdigest(),

@@ -15,7 +15,7 @@ from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.ahead import on_own_stream
 from pipeline.data.color import apply_colors, to_device
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import BatchPlan, epoch_order, evaluation_plans, steps_per_epoch, training_plans
+from pipeline.data.plan import BatchPlan, evaluation_plans, sample_order, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferencePipeline
 from pipeline.data.synthetic import SyntheticPipeline
 from pipeline.errors import UserError, look_up
@@ -28,7 +28,7 @@ class Batch:
     Attributes:
         images: (n * V, 3, H, W) float32, or bfloat16 if `TrainingLoader` was asked for it; channels-last; the views of an
             image are neighbours.
-        labels: (n) int64.
+        labels: (n) int64, or (n, classes) uint8 of images with several labels.
         weights: (n) float32, 1 for an image that counts and 0 for a replacement; see `BatchPlan.weights`.
         ids: (n) int64, rows of the index (NumPy, on the host).
         views: V.
@@ -97,7 +97,7 @@ class TrainingLoader:
     def global_ids(self, epoch: int, step: int) -> np.ndarray:
         """Rows of the index in the global batch of this step, (n) int64."""
         start = step * self._batch_size
-        return epoch_order(len(self.index), self._seed, epoch)[start : start + self.global_batch(step)]
+        return sample_order(self.index, self._config, self._seed, epoch)[start : start + self.global_batch(step)]
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield `accumulation` batches for each step from `first_step` to the end of the epoch."""

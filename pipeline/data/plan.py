@@ -23,6 +23,7 @@ CROP_TRIES = 10
 DRAWS = 64  # uniform numbers reserved for one image; Philox makes four a count
 _COUNTS = DRAWS // 4
 _ORDER_STREAM = 1 << 192  # counters of the sample order, apart from those of the images
+_BALANCE_STREAM = 1 << 193  # of the images that a balanced epoch takes of each class
 
 GRAY = np.array([0.299, 0.587, 0.114])
 LIGHTING_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
@@ -80,6 +81,29 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(_philox(seed, epoch, _ORDER_STREAM).random_raw(images), kind="stable")
 
 
+def sample_order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int) -> np.ndarray:
+    """(N) int64: rows of the index in the order in which an epoch visits them, as ``data.sampling`` says.
+
+    A balanced epoch has as many images as any other, and of each class that has images the same number, or one more: which
+    images of a frequent class, and which of a rare one twice, is drawn anew in each epoch.
+    """
+    order = epoch_order(len(index), seed, epoch)
+    if config.sampling == "shuffle":
+        return order
+    draws = _philox(seed, epoch, _BALANCE_STREAM)
+    present, counts = np.unique(index.labels, return_counts=True)
+    of_class = dict(
+        zip(present.tolist(), np.split(np.argsort(index.labels, kind="stable"), np.cumsum(counts)[:-1]), strict=True)
+    )
+    shuffled = present[np.argsort(draws.random_raw(len(present)), kind="stable")]
+    rows: list[np.ndarray] = []
+    for label, share in zip(shuffled.tolist(), split(0, len(index), len(present)), strict=True):
+        images = of_class[label]
+        images = images[np.argsort(draws.random_raw(len(images)), kind="stable")]
+        rows.append(np.resize(images, len(share)))  # from the first on, again and again
+    return np.concatenate(rows)[order]
+
+
 def split(start: int, stop: int, parts: int) -> list[range]:
     """Cut positions [start, stop) into `parts` consecutive ranges whose lengths differ by at most one."""
     short, longer = divmod(stop - start, parts)
@@ -106,9 +130,9 @@ def training_plans(
     """Yield this rank's batches from `first_step` to the end of the epoch, `accumulation` a step.
 
     A global batch is cut into ranks x accumulation parts; rank r takes the parts from r x accumulation on. Together
-    the ranks see each image of the epoch once. A part of the last batch that would be empty gets a replacement of weight 0.
+    the ranks see each position of the epoch once. A part of the last batch that would be empty gets a replacement of weight 0.
     """
-    order = epoch_order(len(index), seed, epoch)
+    order = sample_order(index, config, seed, epoch)
     for step in range(first_step, steps_per_epoch(len(index), batch_size)):
         start, stop = step * batch_size, min((step + 1) * batch_size, len(index))
         parts = split(start, stop, ranks * accumulation)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.data.loader import Batch
-from pipeline.metrics import Score
+from pipeline.metrics import AnyScore
 from pipeline.monitor import Monitor
 from pipeline.preemption import PreemptionHandler
 from pipeline.run import Run
@@ -50,11 +50,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """An epoch, counted from 0, with its scores; `best` if no earlier one had a smaller validation error."""
+    """An epoch, counted from 0, with its scores; `best` if no earlier one had a better validation score."""
 
     epoch: int
-    train: Score
-    val: Score
+    train: AnyScore
+    val: AnyScore
     best: bool
 
 

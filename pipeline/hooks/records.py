@@ -63,19 +63,14 @@ class Records(Hook):
     def on_epoch(self, trainer: Training, result: EpochResult) -> None:
         run, train, val = trainer.run, result.train, result.val
         values = {
-            "epoch/train_loss": train.loss,
-            "epoch/train_top1_error": train.top1_error,
-            "epoch/train_top5_error": train.top5_error,
+            **{f"epoch/train_{name}": value for name, value in train.records().items()},
             "epoch/skipped_images": len(run.train_loader.index) - train.images,
-            "val/loss": val.loss,
-            "val/top1_error": val.top1_error,
-            "val/top5_error": val.top5_error,
+            **{f"val/{name}": value for name, value in val.records().items()},
         }
         trainer.monitor.scalars(run.done_steps, result.epoch, values)
         trainer.monitor.say(
-            f"epoch {result.epoch}: train loss {train.loss:.4f}, top-1 error {train.top1_error:.2f} % | validation loss "
-            f"{val.loss:.4f}, top-1 error {val.top1_error:.2f} %, top-5 error {val.top5_error:.2f} % "
-            f"({val.images} images){' *' if result.best else ''}"
+            f"epoch {result.epoch}: train loss {train.loss:.4f}, {train.text()} | validation loss "
+            f"{val.loss:.4f}, {val.text(top5=True)} ({val.images} images){' *' if result.best else ''}"
         )
 
     def on_end(self, trainer: Training) -> None:
@@ -102,9 +97,7 @@ class Records(Hook):
             return
         waiting = trainer.seconds["data"] / seconds
         values = {
-            "train/loss": score.loss,
-            "train/top1_error": score.top1_error,
-            "train/top5_error": score.top5_error,
+            **{f"train/{name}": value for name, value in score.records().items()},
             "train/learning_rate": result.learning_rate,
             "train/gradient_norm": result.gradient_norm or 0.0,
             "speed/images_per_second": self._window_images / seconds,
@@ -116,6 +109,6 @@ class Records(Hook):
         trainer.monitor.scalars(run.done_steps, run.progress.epoch, values)
         trainer.monitor.say(
             f"epoch {run.progress.epoch} step {run.progress.step}/{run.train_loader.steps_per_epoch}: "
-            f"loss {score.loss:.4f}, top-1 error {score.top1_error:.2f} %, lr {result.learning_rate:.4g}, "
+            f"loss {score.loss:.4f}, {score.text()}, lr {result.learning_rate:.4g}, "
             f"{self._window_images / seconds:.1f} images/s, {100 * waiting:.0f} % waiting for data"
         )

@@ -1,5 +1,5 @@
 """Networks: the DenseNets of the paper, and timm's by name."""
 
-from pipeline.models.zoo import create_model
+from pipeline.models.zoo import create_model, create_network
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "create_network"]

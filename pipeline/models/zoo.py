@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config import ActivationCheckpointing
+from pipeline.config import ActivationCheckpointing, ModelConfig
 from pipeline.errors import UserError, did_you_mean
 from pipeline.models import backends
 from pipeline.models.densenet import DenseNet
@@ -119,13 +119,24 @@ def create_model(
     )
 
 
+def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Build the network that a configuration names, with freshly drawn weights; see `create_model`."""
+    return create_model(
+        config.name,
+        num_classes=num_classes,
+        dropout=config.dropout,
+        dense_block=config.dense_block,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
 def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module:
     import timm  # takes seconds to import
 
     if "." in name:
         raise UserError(
-            f"model.name: 'timm:{name}' names pretrained weights, which are not loaded: take timm:{name.partition('.')[0]} to "
-            "train from random weights, or evaluate a file of the weights with tools.evaluate --model"
+            f"model.name: 'timm:{name}' names pretrained weights: take timm:{name.partition('.')[0]} to train from random "
+            f"weights, with --model.weights timm:{name} from those, or evaluate a file of them with tools.evaluate --model"
         )
     if not timm.is_model(name):
         raise UserError(f"model.name: timm has no model '{name}'{did_you_mean(name, timm.list_models())}")

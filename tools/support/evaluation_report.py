@@ -14,13 +14,12 @@ from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.evaluation import Evaluation
+from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
+from tools.support.outputs import ANY_NAME
 
 WORST = 24  # mistakes shown as pictures
 THUMBNAIL = 160  # pixels
-ANY_NAME: dict[str, Any] = dict(
-    encoding="utf-8", errors="surrogateescape"
-)  # file names that are not UTF-8 stay as they are
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left }
@@ -51,6 +50,8 @@ def write_report(
 
 def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Titles and rows: a row for each network and for each of its published errors."""
+    if _several_labels(results[0]):
+        return label_overview(results)
     rows = []
     for r in results:
         size = [f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_accumulates'] / 1e9:.2f}"]
@@ -85,6 +86,9 @@ def to_markdown(summary: dict[str, Any]) -> str:
     lines += [f"- {_comparison(row)}" for row in summary["comparisons"]]
     for result in summary["evaluations"]:
         lines += ["", f"## {result['name']}", "", *(f"- {line}" for line in _lines(result)), "", "### Classes", ""]
+        if _several_labels(result):
+            lines += table(*label_table(result), 1)
+            continue
         lines += [*table(*_class_table(result), 1), "", "### Most frequent confusions", ""]
         lines += table(*_confusion_table(result), 2)
     return "\n".join(lines) + "\n"
@@ -97,6 +101,9 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
     for result, evaluation, index in zip(summary["evaluations"], evaluations, indexes, strict=True):
         parts.append(f"<h2>{html.escape(result['name'])}</h2>")
         parts += [f"<p>{html.escape(line)}</p>" for line in _lines(result)]
+        if _several_labels(result):
+            parts += ["<h3>Classes</h3>", _html_table(*label_table(result))]
+            continue
         parts += ["<h3>Worst mistakes</h3>", f'<div class="mistakes">{_pictures(evaluation, index)}</div>']
         parts += ["<h3>Most frequent confusions</h3>", _html_table(*_confusion_table(result))]
         parts += ["<h3>Classes</h3>", _html_table(*_class_table(result))]
@@ -107,8 +114,11 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
 def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
     """One CSV line an image: file, its class, the probability of the first answer, the loss, and the answers in order.
 
-    Answers that are not finite have no names, and the probability nan.
+    Answers that are not finite have no names, and the probability nan. Of several labels an image: `write_label_answers`.
     """
+    if index.several_labels:
+        write_label_answers(file, evaluation, index)
+        return
     with open(file, "w", newline="", **ANY_NAME) as stream:
         writer = csv.writer(stream)
         answers = [f"answer{i + 1}" for i in range(evaluation.top5.shape[1])]
@@ -120,12 +130,32 @@ def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> No
             writer.writerow([name, index.classes[label], sure, f"{loss:.6f}", *named])
 
 
+def _several_labels(result: dict[str, Any]) -> bool:
+    return "mean_auroc" in result
+
+
 def _lines(r: dict[str, Any]) -> list[str]:
     views = "1 crop" if r["crops"] == 1 else f"10 crops ({r['average']} averaged)"
     lines = [
         f"{r['model']}, {views}, {r['interpolation']} resize to {r['resize_size']}, crop {r['crop_size']}, "
         f"{r['loader']} loader, "
         f"{r['precision']}, {r['ranks']} rank{'s' if r['ranks'] > 1 else ''}, {r['images_per_second']:.1f} images/s",
+    ]
+    lines += label_lines(r) if _several_labels(r) else _error_lines(r)
+    if r["not_finite"]:
+        lines.append(
+            f"the answers to {r['not_finite']} images are not finite and count as wrong (the first: {r['first_not_finite']}): "
+            "damaged weights, or numbers too large for --precision"
+        )
+    if r["begun_with"]:
+        lines.append(f"begun with {r['begun_with']}")
+    if r["training"]:
+        lines.append(f"training: {r['training']}")
+    return [f"{r['weights']}: {r['note']}", *lines] if r["note"] else lines
+
+
+def _error_lines(r: dict[str, Any]) -> list[str]:
+    lines = [
         *(
             f"top-{k} error {r[f'top{k}_error']:.2f} %  ({r[f'top{k}_wrong']} of {r['images']} wrong; 95 % interval "
             f"{r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
@@ -140,19 +170,12 @@ def _lines(r: dict[str, Any]) -> list[str]:
             f"{_outputs(other)} top-1 error {other['top1_error']:.2f} %, top-5 error {other['top5_error']:.2f} % "
             f"(--outputs {other['outputs']})"
         )
-    if r["not_finite"]:
-        lines.append(
-            f"the answers to {r['not_finite']} images are not finite and count as wrong (the first: {r['first_not_finite']}): "
-            "damaged weights, or numbers too large for --precision"
-        )
     for p in r["published"]:
         top5 = "" if p["top5_error"] is None else f", top-5 error {p['top5_error']} %"
         lines.append(f"{p['source']}: top-1 error {p['top1_error']} %{top5}")
     if r["published_note"]:
         lines.append(r["published_note"])
-    if r["training"]:
-        lines.append(f"training: {r['training']}")
-    return [f"{r['weights']}: {r['note']}", *lines] if r["note"] else lines
+    return lines
 
 
 def _outputs(result: dict[str, Any]) -> str:

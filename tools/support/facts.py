@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import ModelConfig
-from pipeline.models import create_model
+from pipeline.models import create_network
 
 
 def on_meta(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Module:
@@ -20,7 +20,7 @@ def on_meta(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.M
 
 def network_without_weights(model: ModelConfig, classes: int) -> nn.Module:
     """The network that a configuration names, on the device meta."""
-    return on_meta(create_model, num_classes=classes, **dataclasses.asdict(model) | {"dense_block": "eager"})
+    return on_meta(create_network, dataclasses.replace(model, dense_block="eager"), classes)
 
 
 def parameters(network: nn.Module) -> int:

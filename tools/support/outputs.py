@@ -3,8 +3,13 @@
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
+
+ANY_NAME: dict[str, Any] = dict(
+    encoding="utf-8", errors="surrogateescape"
+)  # of open(): file names that are not UTF-8 stay as they are
 
 
 def writable_folder(path: str, flag: str = "--output") -> Path:

@@ -1,0 +1,166 @@
+"""CSV files that say which labels each image has: any number of them."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError, did_you_mean
+
+# Headers of the column with all labels of an image, in small letters.
+LABEL_COLUMNS = ("labels", "label", "tags", "classes", "finding labels")
+FILE_COLUMNS = ("file", "filename", "file_name", "image", "images", "path", "image index", "image_id", "id", "name")
+NO_LABEL = ("", "no finding")  # in small letters: ChestX-ray14 writes the latter
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """N rows of a CSV file.
+
+    Attributes:
+        files: as they stand there.
+        labels: (N, K) uint8, 0 or 1.
+        classes: names of the K classes: of labels between | sorted, of columns in their order.
+    """
+
+    files: tuple[str, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> LabelTable:
+    """Read a CSV file with a header.
+
+    One column names the files: it is called as one of `FILE_COLUMNS`, or is the first. Either one of the others is called as
+    one of `LABEL_COLUMNS` and holds names between |, perhaps none (or No Finding); then the rest is not read. Or every other
+    column is a class and holds 0 or 1.
+
+    Args:
+        classes: those that there may be, in their order; None for those of the file.
+
+    Raises:
+        UserError: the file cannot be read, or is not of this kind; names the line.
+    """
+    try:
+        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            rows = list(csv.reader(stream))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"cannot read the label file {file}: {getattr(error, 'strerror', None) or error}") from None
+    while rows and not any(cell.strip() for cell in rows[-1]):
+        rows.pop()
+    if len(rows) < 2 or len(rows[0]) < 2:
+        raise UserError(
+            f"{file} is no table of labels: give a CSV file with a header, a column of files and one of labels"
+        )
+    header, rows = [cell.strip() for cell in rows[0]], rows[1:]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise UserError(f"{file}, line {number} has {len(row)} columns, and the header has {len(header)}: mend it")
+    twice = [name for name, times in Counter(header).items() if times > 1]
+    if twice:
+        raise UserError(f"{file} has two columns '{twice[0]}': give each a name of its own")
+    small = [name.lower() for name in header]
+    of_files = next((small.index(name) for name in FILE_COLUMNS if name in small), 0)
+    of_labels = next((small.index(name) for name in LABEL_COLUMNS if name in small), None)
+    files = tuple(row[of_files].strip() for row in rows)
+    if of_labels is not None and of_labels != of_files:
+        named = [_names(row[of_labels]) for row in rows]
+        return LabelTable(files, *_of_names(file, named, classes))
+    columns = [i for i in range(len(header)) if i != of_files]
+    return LabelTable(files, *_of_columns(file, header, columns, rows, classes))
+
+
+def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix: str) -> list[str]:
+    """The image that each entry of a table's column of files means, by its name in the source.
+
+    An entry may lack folders and suffix where that leaves one image.
+
+    Args:
+        names: of all images, as the source has them.
+        prefix: the table's folder, relative to the source's root; entries may be relative to it.
+
+    Raises:
+        UserError: there is no such image, or several, or two entries mean the same one.
+    """
+    names = list(names)
+    known = set(names)
+    shorter: dict[str, str] = {}
+    times: Counter[str] = Counter()
+    for name in names:
+        for key in set(_short(name)):
+            shorter[key] = name
+            times[key] += 1
+    found: dict[str, int] = {}
+    for number, entry in enumerate(wanted, start=2):
+        paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, entry))]
+        alone = [shorter[key] for key in _short(entry) if times[key] == 1]
+        image = next(chain((path for path in paths if path in known), alone), None)
+        if image is None:
+            several = times[_short(entry)[0]] > 1
+            remedy = (
+                "several are called so: give their paths" if several else "remove the line, or set data.dir (or --data)"
+            )
+            raise UserError(f"{file}, line {number}: there is no image '{entry}': {remedy}")
+        if image in found:
+            raise UserError(
+                f"{file}, line {number}: a second line for the image '{entry}' (line {found[image]}): remove one"
+            )
+        found[image] = number
+    return list(found)
+
+
+def _short(path: str) -> tuple[str, str]:
+    """A file's name without folders, and without its suffix too."""
+    name = os.path.basename(path)
+    return name, os.path.splitext(name)[0]
+
+
+def _names(cell: str) -> list[str]:
+    return [name.strip() for name in cell.split("|") if name.strip().lower() not in NO_LABEL]
+
+
+def _of_names(
+    file: Path, named: list[list[str]], classes: tuple[str, ...] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    classes = classes or tuple(sorted({name for names in named for name in names}))
+    if not classes:
+        raise UserError(f"{file} holds no label: give names between | in the column of labels")
+    position = {name: k for k, name in enumerate(classes)}
+    labels = np.zeros((len(named), len(classes)), np.uint8)
+    for i, names in enumerate(named):
+        for name in names:
+            if name not in position:
+                raise UserError(
+                    f"{file}, line {i + 2}: the label '{name}' is none of the training set's or network's"
+                    f"{did_you_mean(name, classes)}"
+                )
+            labels[i, position[name]] = 1
+    return labels, classes
+
+
+def _of_columns(
+    file: Path, header: list[str], columns: list[int], rows: list[list[str]], classes: tuple[str, ...] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    named = {header[i]: i for i in columns}
+    classes = classes or tuple(named)
+    if set(named) != set(classes):
+        lacking, odd = sorted(set(classes) - set(named)), sorted(set(named) - set(classes))
+        what = f"has no column '{lacking[0]}'" if lacking else f"has the column '{odd[0]}'"
+        raise UserError(f"{file} {what}, and the training set or network has other classes: give the same columns")
+    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+    labels = np.zeros((len(rows), len(classes)), np.uint8)
+    for i, row in enumerate(rows):
+        for k, name in enumerate(classes):
+            value = values.get(row[named[name]].strip())
+            if value is None:
+                raise UserError(
+                    f"{file}, line {i + 2}: '{row[named[name]]}' in the column '{name}' is not 0 or 1: mend or remove the "
+                    "column, or call one with names between | 'labels'"
+                )
+            labels[i, k] = value
+    return labels, classes

@@ -1,0 +1,184 @@
+"""Where a run starts from: its checkpoint, or weights that the configuration names (``model.weights``), or drawn ones.
+
+A run that resumes does not read the weights' file again, which may be gone: what was taken from it stands in the checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Found, check_weights
+from pipeline.config import Config, DataConfig, ModelConfig
+from pipeline.errors import UserError
+from pipeline.models import create_network
+from pipeline.models.parts import classifier_of
+from pipeline.parsing import flatten
+from pipeline.resume import find_checkpoint
+from pipeline.weights import (
+    OwnWeights,
+    imagenet_ids,
+    match,
+    outputs_of,
+    preprocessing_of,
+    preprocessing_of_timm,
+    read_file,
+)
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights that a new run begins with.
+
+    Attributes:
+        origin: the file, as the configuration names it.
+        sha256: of the file.
+        state: of the run's network but with the file's outputs, under the network's own names.
+        classifier: names of the entries in `state` that belong to the classifier.
+        outputs: how many the file has.
+        classes: their names, None if they are not known.
+        data: how images were prepared for these weights.
+        note: how names of external weights were understood, empty for our own.
+    """
+
+    origin: str
+    sha256: str
+    state: dict[str, Tensor]
+    classifier: tuple[str, ...]
+    outputs: int
+    classes: tuple[str, ...] | None
+    data: DataConfig
+    note: str
+
+    def new_classifier(self, classes: Sequence[str]) -> str:
+        """Why a run with these classes needs another classifier than the file's; empty if it does not."""
+        if self.outputs != len(classes):
+            return f"{self.outputs} outputs there, {len(classes)} here"
+        if self.classes is not None and self.classes != tuple(classes):
+            odd = next(there for there, here in zip(self.classes, classes, strict=True) if there != here)
+            return f"other classes there, as '{odd}'"
+        return ""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from.
+
+    Attributes:
+        config: the run's, completed by what belongs to its initial weights.
+        checkpoint: what it resumes from, None if it is new.
+        weights: what a new run begins with, None if they are drawn.
+    """
+
+    config: Config
+    checkpoint: Found | None
+    weights: InitialWeights | None
+
+
+def find_start(config: Config) -> Start:
+    """Read a run's newest checkpoint or, for a new run, its initial weights; nothing is changed.
+
+    Raises:
+        UserError: see `find_checkpoint` and `read_initial_weights`.
+    """
+    found = find_checkpoint(Path(config.run_dir))
+    if not config.model.weights:
+        return Start(config, found, None)
+    if found:
+        before = flatten(found.state["config"])
+        taken = {name: before[f"data.{name}"] for name in config.data.from_weights if f"data.{name}" in before}
+        return Start(_completed(config, before.get("model.weights_sha256"), taken), found, None)
+    weights = read_initial_weights(config.model)
+    taken = {name: getattr(weights.data, name) for name in config.data.from_weights}
+    return Start(_completed(config, weights.sha256, taken), None, weights)
+
+
+def _completed(config: Config, sha256: str | None, data: Mapping[str, Any]) -> Config:
+    """The configuration with the file's checksum and the fields of its data section that come from the weights' source."""
+    model = dataclasses.replace(config.model, weights_sha256=config.model.weights_sha256 or sha256)
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **fields))
+
+
+def read_initial_weights(model: ModelConfig) -> InitialWeights:
+    """Read what ``model.weights`` names, for the network that ``model.name`` names.
+
+    Raises:
+        UserError: as `weights.read_weights`; or the file's checksum is another than ``model.weights_sha256``; or timm's cache
+            does not have the file.
+    """
+    assert model.weights is not None
+    published = _timm_pretrained(model.weights) if model.weights.startswith("timm:") else None
+    path = Path(model.weights) if published is None else _in_timm_cache(model.weights, published)
+    found = read_file(path)
+    digest = _sha256(path)
+    if model.weights_sha256 and model.weights_sha256.lower() != digest:
+        raise UserError(
+            f"model.weights: {path} has the SHA-256 {digest}, and model.weights_sha256 is {model.weights_sha256}: give the "
+            "file that this is the checksum of"
+        )
+    own = found if isinstance(found, OwnWeights) else None
+    state = found.state if isinstance(found, OwnWeights) else found
+    outputs = len(own.classes) if own else outputs_of(state, model.name, path)
+    with torch.device("meta"):
+        network = create_network(model, outputs)
+    matched, note = match(network.state_dict(), state, model.weights)
+    check_weights(network.state_dict(), matched, model.weights)
+    classes: tuple[str, ...] | None
+    if own:
+        classes, data = own.classes, own.config.data
+    else:
+        classes = imagenet_ids() if outputs == 1000 else None
+        data = preprocessing_of_timm(model.weights, published) if published else preprocessing_of(model.name, network)
+    head = tuple(f"{module}." for module in classifier_of(network))
+    classifier = tuple(name for name in matched if name.startswith(head))
+    return InitialWeights(model.weights, digest, matched, classifier, outputs, classes, data, note)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
+
+
+def _timm_pretrained(name: str) -> dict[str, Any]:
+    """timm's description of the weights ``timm:NAME.TAG``."""
+    import timm  # takes seconds to import
+
+    plain = name.removeprefix("timm:")
+    network, _, tag = plain.partition(".")
+    tagged = timm.list_models(f"{network}.*", pretrained=True)
+    if not tag or plain not in tagged:
+        known = f"choose timm:{', timm:'.join(tagged)}" if tagged else f"it has none for '{network}'"
+        raise UserError(f"model.weights: timm knows no weights '{name}' (timm:NAME.TAG): {known}, or give a file")
+    about = timm.get_pretrained_cfg(plain)
+    assert about is not None, plain
+    return about.to_dict()
+
+
+def _in_timm_cache(name: str, about: Mapping[str, Any]) -> Path:
+    """The file of timm's weights, where timm puts it on this machine when it downloads."""
+    from huggingface_hub import try_to_load_from_cache  # which timm downloads with
+
+    if about.get("hf_hub_id"):
+        for file in (about.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"):
+            found = file and try_to_load_from_cache(about["hf_hub_id"], file)
+            if isinstance(found, str):
+                return Path(found)
+    if about.get("url"):
+        kept = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(about["url"]))
+        if os.path.exists(kept):
+            return Path(kept)
+    plain = name.removeprefix("timm:")
+    raise UserError(
+        f"model.weights: {name} is not in timm's cache: fetch it on a machine with a network, python -c \"import timm; "
+        f"timm.create_model('{plain}', pretrained=True)\", or give model.weights a copy of the file"
+    )

@@ -1,0 +1,120 @@
+"""Tables of several labels an image: what they may say, and what is refused in one line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from labelled_images import COLOURS, write_labelled_images
+
+from pipeline.audit import audit, differences
+from pipeline.config import DataConfig, load_config
+from pipeline.data.dataset import open_datasets
+from pipeline.data.index import scan_label_table
+from pipeline.data.label_table import match_files, read_label_table
+from pipeline.errors import UserError
+
+
+def table(folder: Path, text: str) -> Path:
+    (folder / "table.csv").write_text(text)
+    return folder / "table.csv"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_labelled_images(tmp_path_factory.mktemp("labelled"))
+
+
+def test_names_between_bars_and_columns_of_0_and_1_say_the_same(tmp_path):
+    names = read_label_table(table(tmp_path, 'file,labels\na.png,"wolf|cat"\nb.png,\nc.png, No Finding\nd.png,cat\n'))
+    assert names.files == ("a.png", "b.png", "c.png", "d.png") and names.classes == ("cat", "wolf")
+    columns = read_label_table(
+        table(tmp_path, "\ufeffcat,image,wolf\n1,a.png,1.0\n0,b.png,0\n0,c.png,0\n1,d.png,0\n\n")
+    )
+    assert columns.files == names.files and columns.classes == names.classes
+    assert columns.labels.tolist() == names.labels.tolist() == [[1, 1], [0, 0], [0, 0], [1, 0]]
+    assert read_label_table(table(tmp_path, "file,labels\na,cat\n"), ("wolf", "cat")).labels.tolist() == [[0, 1]]
+    assert read_label_table(table(tmp_path, "file,cat,wolf\na,1,0\n"), ("wolf", "cat")).labels.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "expected"),
+    [
+        ("file,labels\n", None, "no table of labels"),
+        ("file,labels\na\n", None, "line 2 has 1 columns, and the header has 2"),
+        ("file,labels\na,cat\n\nb,cat\n", None, "line 3 has 0 columns"),
+        ("file,cat,cat\na,1,0\n", None, "two columns 'cat'"),
+        ("file,cat,age\na,1,0\nb,1,56\n", None, "line 3: '56' in the column 'age' is not 0 or 1"),
+        ("file,cat\na,\n", None, "line 2: '' in the column 'cat' is not 0 or 1"),
+        ("file,labels\na,\n", None, "holds no label"),
+        ("file,labels\na,cat|dgo\n", ("cat", "dog"), r"line 2: the label 'dgo' is none of .*did you mean 'dog'"),
+        ("file,cat\na,1\n", ("cat", "dog"), "has no column 'dog'"),
+        ("file,cat,dog\na,1,0\n", ("cat",), "has the column 'dog'"),
+    ],
+)
+def test_what_a_table_may_not_say(tmp_path, text, classes, expected):
+    with pytest.raises(UserError, match=expected):
+        read_label_table(table(tmp_path, text), classes)
+
+
+def test_an_entry_means_one_image():
+    names = ["a/1.png", "a/2.png", "b/2.png", "lists/3.png"]
+    assert match_files(Path("t"), ["1.png", "./a/2.png", "3"], names, "lists") == ["a/1.png", "a/2.png", "lists/3.png"]
+    assert match_files(Path("t"), ["3.png", "../b/2.png"], names, "lists") == ["lists/3.png", "b/2.png"]
+    for wanted, expected in (
+        (["2.png"], "line 2: .*several are called so: give their paths"),
+        (["1", "4.png"], "line 3: there is no image '4.png'"),
+        (["1.png", "a/1.png"], r"line 3: a second line for the image 'a/1.png' \(line 2\)"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            match_files(Path("t"), wanted, names, ".")
+
+
+def test_the_images_of_a_table_are_indexed_with_their_labels(images, capfd):
+    config = DataConfig(dir=str(images), labels="multi", train="train.csv", val="val.csv")
+    train, val = open_datasets(config, images / "cache", progress=True)
+    assert "16 images below" in (said := capfd.readouterr().err) and "44 images below" in said
+    assert train.classes == val.classes == COLOURS and (len(train), len(val)) == (44, 16)
+    assert list(train.names) == sorted(train.names)
+    for name, labels in zip(val.names, val.labels.tolist(), strict=True):
+        number = int(name[-7:-4])
+        assert labels == [number >> k & 1 for k in range(3)] and name.startswith(f"folder{number % 2}/")
+    part = train.take(np.array([3, 1]))
+    assert part.labels.tolist() == train.labels[[3, 1]].tolist()
+    other = scan_label_table(images, images / "val.csv", ("red", "green", "gold", "blue"))
+    assert other.labels[:, [3, 1, 0]].tolist() == val.labels.tolist() and not other.labels[:, 2].any()
+    assert other.with_classes(("blue", "green", "red", "gold")).labels[:, :3].tolist() == val.labels.tolist()
+    assert len({train.fingerprint, val.fingerprint, other.fingerprint}) == 3
+
+
+def test_a_table_without_anything_to_learn_is_refused(images, capfd):
+    (images / "all.csv").write_text("file,blue\nimage001,1\nimage003,1\n")
+    config = DataConfig(dir=str(images), labels="multi", train="all.csv", holdout=1)
+    with pytest.raises(UserError, match=r"all\.csv: no class has images with and images without it"):
+        open_datasets(config, images, progress=False)
+    with pytest.raises(UserError, match="folder0 is a folder: with data.labels multi"):
+        open_datasets(DataConfig(dir=str(images), labels="multi", train="folder0", holdout=1), images, False)
+    (images / "some.csv").write_text("file,blue,red\nimage001,1,0\nimage003,1,1\n")
+    open_datasets(DataConfig(dir=str(images), labels="multi", train="some.csv", holdout=1), images, progress=False)
+    assert "all images or none have 'blue' (1 of 2 classes are so)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"data.labels": "multi"}, "optim.objective: cross_entropy is for data.labels single"),
+        ({"optim.objective": "binary_cross_entropy"}, "is for data.labels multi"),
+        ({"data.labels": "multi", "data.val_labels": "val.txt"}, "leave out val_labels"),
+        ({"data.labels": "multi", "data.sampling": "balanced"}, "set optim.class_weights instead"),
+        ({"data.labels": "multi", "data.dataset": "cifar10"}, "labels multi is for files of images"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields, expected):
+    with pytest.raises(UserError, match=expected):
+        load_config(REPOSITORY / "configs/densenet121.yaml", fields)
+
+
+def test_several_labels_are_audited():
+    fields = {"data.labels": "multi", "optim.objective": "binary_cross_entropy"}
+    (only,) = differences(audit(load_config(REPOSITORY / "configs/densenet121.yaml", fields), 4))
+    assert only.part == "labels of an image"
