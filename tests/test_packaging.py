@@ -39,13 +39,17 @@ def test_the_pinned_versions_are_allowed_ones(allowed, file):
 
 
 def test_the_run_time_dependencies_are_the_imported_packages():
-    """Without onnxruntime, which tools/export.py asks for when it needs it, and with tensorboard, which torch imports."""
+    """Without onnxruntime, which tools/export.py asks for when it needs it, and Triton, of which torch brings the version that
+    fits it; with tensorboard, which torch imports."""
     providers = importlib.metadata.packages_distributions()
     imported = {name.split(".")[0] for module in MODULES for name in imports_of(module)}
     foreign = imported - set(sys.stdlib_module_names) - {"pipeline", "launch", "tools"}
     distributions = {canonicalize_name(providers[name][0]) for name in foreign if name != "nvidia"}
     assert "nvidia" in foreign
-    assert distributions - {"onnxruntime"} | {"nvidia-dali-cuda130", "tensorboard"} == requirements(RUN_TIME).keys()
+    assert (
+        distributions - {"onnxruntime", "triton"} | {"nvidia-dali-cuda130", "tensorboard"}
+        == requirements(RUN_TIME).keys()
+    )
 
 
 def test_a_wheel_has_every_file_of_its_packages():
