@@ -75,5 +75,7 @@ def test_the_kernels_compile_for_each_architecture_with_the_chosen_tiles(network
             assert found.spills == 0, found
             assert found.shared_memory <= SHARED_MEMORY[architecture], found
             assert not is_product or found.products.get(PRODUCTS[architecture]), found
+            if launch.kernel in ("bottleneck_forward", "conv3x3_forward", "pool_forward", "stem_forward"):
+                assert "max.NaN.f32" in found.ptx, found.launch.kernel  # else ReLU would hide what is not finite
             kernels.add(launch.kernel)
     assert len(kernels) == (15 if architecture == 80 else 5), kernels
