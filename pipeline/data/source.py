@@ -1,7 +1,8 @@
 """What a kind of place that holds images must offer: a folder, an archive, arrays in memory.
 
 To add a kind of place for image files (zip, parquet, shards): write one module with a class like `Source`, and add one
-line to `sources.SOURCES`. A `place` as in `PlacedSource` spares the native loader a way through Python. Indexing, its cache, labels, training, evaluation and --verify then work with it unchanged.
+line to `sources.SOURCES`. Indexing, its cache, labels, training, evaluation and --verify then work with it unchanged. A
+`place` as in `PlacedSource` spares the native loader a way through Python.
 """
 
 import io
