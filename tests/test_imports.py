@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 LAYERS = [
-    {"pipeline.exits", "pipeline.machine"},
+    {"pipeline.cpp", "pipeline.exits", "pipeline.machine"},
     {"pipeline.preemption"},
     {"pipeline.errors"},
     {"pipeline.renamed"},
@@ -93,9 +93,9 @@ def test_no_users_command_needs_the_laboratory():
     assert not [module for module in users if any(name.startswith("tools.lab") for name in imports_of(module))]
 
 
-def test_dali_is_imported_where_its_pipelines_are_defined_and_nowhere_else():
+def test_dali_is_imported_where_pipelines_of_it_are_defined_and_nowhere_else():
     users = [module for module in MODULES if any(name.startswith("nvidia") for name in imports_of(module))]
-    assert set(users) <= {"pipeline.data.dali", "pipeline.data.dali_stages"}
+    assert set(users) <= {"pipeline.data.dali", "pipeline.data.dali_stages", "tools.lab.peers"}
 
 
 @pytest.mark.parametrize("package", ["pipeline", "tools", "launch.__main__"])

@@ -19,6 +19,7 @@ STAGES = {  # of the training loaders; DALI's resize also flips
     NATIVE: ("read", "decode", "resize, cut and colour"),
     DALI_CPU: ("read", "decode", "resize", "cut", "colour"),
 }
+NARROW = 0.08  # share of a stage whose name has no room in the plot
 FRAME = 4  # pixels, or more where a crop is enlarged more: DALI repeats its edge where Torch7 extrapolates it
 
 
@@ -114,7 +115,8 @@ def plot(results: dict[str, Any], file: Path) -> None:
     for i, line in enumerate(results["stages"]):
         name, cost, share = line["loader"], line["ms_per_image"], f"{line['stage']} {100 * line['share']:.0f} %"
         bar = shares.barh([name], [cost], left=start.get(name, 0.0), color=f"C{i}", alpha=0.7)
-        shares.bar_label(bar, labels=[share], label_type="center", fontsize=7)
+        if line["share"] > NARROW:
+            shares.bar_label(bar, labels=[share], label_type="center", fontsize=7)
         start[name] = start.get(name, 0.0) + cost
     shares.invert_yaxis()
     shares.set_xlabel("stages of the training loaders: ms an image")

@@ -1,6 +1,7 @@
 """What others load images with: torchvision's DataLoader and DALI's usual pipeline, for tools/lab/loader.py to time."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
@@ -72,28 +73,26 @@ class UsualDali:
     ):
         self._reader = Reader(index)
         self._contents: Iterator[list[np.ndarray]] = iter(())
-        normalise = {
+        normalise: dict[str, Any] = {
             "mean": [255 * value for value in config.mean],
             "std": [255 * value for value in config.std],
             "output_layout": "HWC",
             "dtype": types.DALIDataType.FLOAT,
         }
-        size, linear = (
-            [config.crop_size] * 2,
-            {"interp_type": types.DALIInterpType.INTERP_LINEAR, "antialias": antialias},
-        )
+        size = [config.crop_size] * 2
+        crop: dict[str, Any] = {"random_area": list(config.scale), "random_aspect_ratio": list(config.ratio)}
+        linear: dict[str, Any] = {"interp_type": types.DALIInterpType.INTERP_LINEAR, "antialias": antialias}
+        # As in dali.py: DALI's types are those of all its modes at once.
+        options: dict[str, Any] = {"device_id": None, "prefetch_queue_depth": 2}
 
-        @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=2)
+        @pipeline_def(batch_size=batch_size, num_threads=threads, **options)
         def define():
             content = fn.external_source(source=lambda: next(self._contents), batch=True)
             if evaluation:
-                images = fn.resize(fn.decoders.image(content), resize_shorter=config.resize_size, **linear)
+                images: Any = fn.resize(fn.decoders.image(content), resize_shorter=config.resize_size, **linear)
                 return fn.crop_mirror_normalize(images, crop=size, **normalise)
-            area, aspect = list(config.scale), list(config.ratio)
-            images = fn.decoders.image_random_crop(content, random_area=area, random_aspect_ratio=aspect)
-            return fn.crop_mirror_normalize(
-                fn.resize(images, size=size, **linear), mirror=fn.random.coin_flip(), **normalise
-            )
+            images = fn.resize(fn.decoders.image_random_crop(content, **crop), size=size, **linear)
+            return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), **normalise)
 
         self._pipeline = define()
         self._pipeline.build()
