@@ -200,8 +200,10 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         same=optim.schedule == "step" and optim.lr_gamma == 0.1 and _near(setting.drops, own_drops),
     )
     compare("warm-up epochs", 0.0, optim.warmup_epochs)
-    compare("momentum", "0.9, Nesterov", f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}")
-    compare("weight decay", 1e-4, optim.weight_decay)
+    configured = f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}"
+    compare("momentum", "0.9, Nesterov", measured.momentum if measured else configured)
+    factors = measured.weight_decay if measured else (optim.weight_decay,)
+    compare("weight decay", 1e-4, factors[0] if len(factors) == 1 else factors)
     if measured:
         some, every = measured.decayed
         compare(

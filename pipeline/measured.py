@@ -19,6 +19,8 @@ class Measured:
             batch-norm statistic of a full batch.
         last_batch: images of the last step of an epoch.
         spread: standard deviation of the convolutions' initial weights, in units of sqrt(2 / fan-out).
+        momentum: the optimiser's, as `momentum_text` puts it.
+        weight_decay: its factors, one unless groups of parameters differ.
         decayed: parameters to which weight decay applies, and all.
         changed: fields that were changed on the way.
         skipped_steps: steps that were left out, as their loss or gradient was not finite.
@@ -29,6 +31,8 @@ class Measured:
     statistics: tuple[tuple[int, tuple[int, int]], ...]
     last_batch: int
     spread: float
+    momentum: str
+    weight_decay: tuple[float, ...]
     decayed: tuple[int, int]
     changed: tuple[str, ...] = ()
     skipped_steps: int = 0
@@ -48,6 +52,22 @@ def initial_spread(network: nn.Module) -> float:
             squares += float(module.weight.detach().double().square().sum()) * fan_out / 2
             count += module.weight.numel()
     return math.sqrt(squares / count) if count else math.nan
+
+
+def momentum_text(optimizer: torch.optim.Optimizer) -> str:
+    """The momentum that an optimiser uses, as ``0.9, Nesterov``; several where groups of parameters differ."""
+    texts = {}  # in the order of the groups
+    for group in optimizer.param_groups:
+        parts = [str(group.get("momentum", "none"))]
+        parts += ["Nesterov"] if group.get("nesterov") else []
+        parts += [f"dampening {group['dampening']}"] if group.get("dampening") else []
+        texts[", ".join(parts)] = None
+    return " and ".join(texts)
+
+
+def weight_decay_factors(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
+    """The factors by which an optimiser decays weights, without the 0 of those that it leaves alone."""
+    return tuple(sorted({group["weight_decay"] for group in optimizer.param_groups if group["weight_decay"]})) or (0.0,)
 
 
 def decayed_parameters(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

@@ -35,7 +35,14 @@ from pipeline.errors import UserError
 from pipeline.evaluation import why_not
 from pipeline.finite import FiniteGuard
 from pipeline.history import History
-from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
+from pipeline.measured import (
+    Measured,
+    decayed_parameters,
+    initial_spread,
+    momentum_text,
+    statistic_images,
+    weight_decay_factors,
+)
 from pipeline.metrics import AnyScore, LabelScore, MetricAccumulator, batch_sums
 from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
@@ -239,6 +246,8 @@ class Run:
             statistics=tuple((s.epoch, statistic_images(batch, s.microbatches)) for s in self.history.segments),
             last_batch=loader.global_batch(loader.steps_per_epoch - 1),
             spread=self._spread,
+            momentum=momentum_text(self.optimizer),
+            weight_decay=weight_decay_factors(self.optimizer),
             decayed=decayed_parameters(self.optimizer),
             changed=tuple(key for segment in self.history.segments for key in segment.changed),
             skipped_steps=self.progress.skipped_steps,

@@ -7,7 +7,14 @@ from conftest import REPOSITORY
 
 from pipeline.audit import CIFAR_NETWORKS, IMAGENET_NETWORKS, audit, differences, in_one_line, to_markdown
 from pipeline.config import from_dict, load_config
-from pipeline.measured import Measured, decayed_parameters, initial_spread, statistic_images
+from pipeline.measured import (
+    Measured,
+    decayed_parameters,
+    initial_spread,
+    momentum_text,
+    statistic_images,
+    weight_decay_factors,
+)
 from pipeline.models import zoo
 from pipeline.parsing import flatten
 from tools.audit import main
@@ -83,6 +90,8 @@ MEASURED = Measured(
     statistics=((0, (64, 64)),),
     last_batch=143,
     spread=1.0,
+    momentum="0.9, Nesterov",
+    weight_decay=(1e-4,),
     decayed=(364, 364),
 )
 
@@ -102,6 +111,8 @@ MEASURED = Measured(
         ({"spread": 0.7}, "initial weights of convolutions: standard deviation", "0.7 sqrt(2 / fan-out)"),
         ({"changed": ("optim.lr",)}, "fields changed on the way", "optim.lr"),
         ({"skipped_steps": 2}, "steps left out", "2"),
+        ({"momentum": "0.9"}, "momentum", "0.9"),
+        ({"weight_decay": (1e-4, 5e-4)}, "weight decay", "0.0001, 0.0005"),
         ({"decayed": (121, 364)}, "weight decay applies to", "121 of 364 tensors"),
     ],
 )
@@ -120,7 +131,13 @@ def test_measured_is_what_trains():
         {"params": list(network.features.parameters())},
         {"params": list(network.classifier.parameters()), "weight_decay": 0},
     ]
-    some, every = decayed_parameters(torch.optim.SGD(groups, lr=0.1, weight_decay=1e-4))
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.8, weight_decay=1e-4)
+    assert (momentum_text(optimizer), weight_decay_factors(optimizer)) == ("0.8", (1e-4,))
+    optimizer.param_groups[1].update(momentum=0.9, nesterov=True, dampening=0.1, weight_decay=2.0)
+    assert momentum_text(optimizer) == "0.8 and 0.9, Nesterov, dampening 0.1"
+    assert weight_decay_factors(optimizer) == (1e-4, 2.0)
+    optimizer.param_groups[1]["weight_decay"] = 0
+    some, every = decayed_parameters(optimizer)
     assert every - some == 2 and every == len(list(network.parameters()))
     assert statistic_images(21, 4) == (5, 6) and statistic_images(256, 4) == (64, 64)
 
