@@ -56,7 +56,7 @@ def initial_spread(network: nn.Module) -> float:
 
 def momentum_text(optimizer: torch.optim.Optimizer) -> str:
     """The momentum that an optimiser uses, as ``0.9, Nesterov``; several where groups of parameters differ."""
-    texts = {}  # in the order of the groups
+    texts: dict[str, None] = {}  # in the order of the groups
     for group in optimizer.param_groups:
         parts = [str(group.get("momentum", "none"))]
         parts += ["Nesterov"] if group.get("nesterov") else []
