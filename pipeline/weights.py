@@ -6,6 +6,7 @@ openmmlab (mmpretrain, openmixup) and of ports of the authors' Torch code. Writt
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import pickle
@@ -312,8 +313,7 @@ def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
     shapes = _count_shapes(state)
     odd: dict[str, int] = {}  # tensors that one side has and the other lacks, by network
     for name in DENSENETS:
-        with torch.device("meta"):
-            own = _count_shapes(create_model(name, num_classes=outputs).state_dict())
+        own = _shapes_of(name, outputs)
         odd[name] = ((own - shapes) + (shapes - own)).total()
     nearest = min(odd, key=lambda name: odd[name])
     if odd[nearest] <= FEW * shapes.total():
@@ -321,6 +321,12 @@ def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
     raise UserError(
         f"{path} holds the weights of none of the paper's networks: name it with --model, as densenet_bc22_k6 or timm:resnet50"
     )
+
+
+@functools.cache
+def _shapes_of(name: str, outputs: int) -> Counter[tuple[int, ...]]:
+    with torch.device("meta"):
+        return _count_shapes(create_model(name, num_classes=outputs).state_dict())
 
 
 def _count_shapes(state: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:

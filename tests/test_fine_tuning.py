@@ -49,7 +49,7 @@ def state_of(source: Path) -> dict[str, torch.Tensor]:
 def run_of(config, **_):
     with init_distributed("cpu") as world:
         found = start.find_start(config)
-        return Run(found.config, world, found.weights)
+        return Run(found.config, world, found)
 
 
 def test_all_but_a_classifier_of_another_size_is_taken_and_said(source, tmp_path):

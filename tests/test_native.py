@@ -27,7 +27,8 @@ from pipeline.data.loader import Shard, TrainingLoader, choose_loader, create_im
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reference import resize_as_torch7
 from pipeline.errors import UserError
-from pipeline.run import Run, open_run
+from pipeline.run import Run
+from pipeline.start import find_start
 
 reason = native.unavailable_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -382,10 +383,13 @@ def test_a_run_keeps_the_loader_that_it_began_with(image_folders, tmp_path, monk
         assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["conditions"]["loader"] == "dali"
     fresh = small_config(tmp_path / "fresh", data=data)
     with trainer.init_distributed("cpu") as world:
-        assert "through the native loader" in open_run(fresh, world)[0].description()
-        assert "through the dali loader" in open_run(config, world)[0].description()
+        assert "through the native loader" in Run(fresh, world, find_start(fresh)).description()
+        assert "through the dali loader" in Run(config, world, find_start(config)).description()
         monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler")
-        assert "through the dali (not native: no C++ compiler) loader" in open_run(fresh, world)[0].description()
+        assert (
+            "through the dali (not native: no C++ compiler) loader"
+            in Run(fresh, world, find_start(fresh)).description()
+        )
 
 
 def test_without_a_compiler_dali_serves(tmp_path, monkeypatch):
