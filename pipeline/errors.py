@@ -85,11 +85,11 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             preemption.ending()
     except UserError as error:
         if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _complain(f"error: {error}")
         record_for_torchrun(str(error), EXIT_USER_ERROR)
         _end(EXIT_USER_ERROR)
     except InterruptedRunError as error:
-        print(f"interrupted: {error}; start the same command again to go on", file=sys.stderr, flush=True)
+        _complain(f"interrupted: {error}; start the same command again to go on")
         record_for_torchrun(str(error), EXIT_RESUME, signal=preemption.received())
         _end(EXIT_RESUME)
     except KeyboardInterrupt:
@@ -103,7 +103,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             remedy = (
                 "lower the batch size, or set model.activation_checkpointing or more optim.grad_accum_steps in training"
             )
-            print(f"error: {reason}: {remedy}", file=sys.stderr, flush=True)
+            _complain(f"error: {reason}: {remedy}")
             record_for_torchrun(reason, EXIT_USER_ERROR)
             _end(EXIT_USER_ERROR)
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -114,8 +114,15 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             raise
         record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR)  # a full disk
         file = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot write{file}: {error.strerror}: make room on that disk", file=sys.stderr, flush=True)
+        _complain(f"error: cannot write{file}: {error.strerror}: make room on that disk")
         _end(EXIT_USER_ERROR)
+
+
+def _complain(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:  # whoever read it has gone
+        preemption.leave_closed_outputs()
 
 
 def _end(code: int) -> NoReturn:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pipeline import preemption
 from pipeline.distributed import World
 from pipeline.run_dir import RECORDS, io_as_user_error
 
@@ -93,8 +94,15 @@ class Monitor:
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
         if self._active:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except (
+                BrokenPipeError
+            ):  # Ctrl-C, or a terminal that closes, ends `| tee` too: there is a checkpoint to save
+                if not preemption.received():
+                    raise
+                preemption.leave_closed_outputs()
 
     def show_progress(self, title: str, total: int, done: int) -> None:
         """Show a bar over `total` steps on a terminal, if none is shown yet."""

@@ -18,7 +18,7 @@ Parameters = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 def sgd(parameters: Parameters, config: OptimConfig) -> torch.optim.SGD:
     """The paper's: momentum without dampening, and weight decay on every parameter (Section 4.2)."""
     given: list[Any] = list(parameters)
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         given,
         lr=config.lr,
         momentum=config.momentum,
@@ -26,6 +26,20 @@ def sgd(parameters: Parameters, config: OptimConfig) -> torch.optim.SGD:
         weight_decay=config.weight_decay,
         fused=(config.fused and _on_gpu(given)) or None,  # None: torch chooses among its others
     )
+    _begin_momentum(optimizer)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Have torch's fused kernel find a momentum of 0 where there is none yet, which gives the bits of none.
+
+    It leaves memory uninitialised if the first step overflows, and takes no group in which only some parameters have one.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum"):
+            for parameter in group["params"]:
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _on_gpu(parameters: list[Any]) -> bool:
@@ -86,6 +100,7 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    _begin_momentum(optimizer)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -6,6 +6,7 @@ program that calls ``trainer.fit`` without `exit_when_asked`, the program's own 
 """
 
 import os
+import select
 import signal
 import stat
 import threading
@@ -119,7 +120,7 @@ class PreemptionHandler:
         _note(number, None)
         self.signal = self.signal or number
         if number == signal.SIGHUP:
-            _leave_terminal()
+            leave_closed_outputs()
 
 
 def _heard() -> list[signal.Signals]:
@@ -127,12 +128,18 @@ def _heard() -> list[signal.Signals]:
     return [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
-def _leave_terminal() -> None:
-    """Write nothing more to a terminal that has been closed: an error of print would come before the checkpoint."""
+def leave_closed_outputs() -> None:
+    """Write nothing more to a terminal or pipe that has been closed: an error of print would come before the checkpoint."""
     with open(os.devnull, "wb") as nothing:
         for descriptor in (1, 2):
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) or _is_broken_pipe(descriptor):
                 os.dup2(nothing.fileno(), descriptor)
+
+
+def _is_broken_pipe(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _note(number: int, _: FrameType | None) -> None:

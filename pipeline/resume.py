@@ -100,6 +100,8 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
     for key, value in flatten(dataclasses.asdict(config)).items():
         if key in FREE_TO_CHANGE or key.startswith("published.") or old[key] == value:
             continue
+        if key == "model.weights" and old[key] and value:  # another path: model.weights_sha256 is compared
+            continue
         if key in config.train.change or key in TOLD:
             changed[key] = (old[key], value)
         else:

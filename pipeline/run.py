@@ -22,14 +22,7 @@ from pipeline.checkpoint import load_weights
 from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
-from pipeline.data.loader import (
-    AUTOMATIC,
-    EvaluationLoader,
-    Shard,
-    TrainingLoader,
-    choose_loader,
-    unavailable_reason,
-)
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.distributed import World, data_parallel
 from pipeline.errors import UserError
 from pipeline.evaluation import why_not
@@ -202,8 +195,11 @@ class Run:
 
     def _open_data(self, began_with: str | None) -> None:
         config, world = self.config, self.world
-        loader = began_with if began_with and config.data.loader == "auto" else config.data.loader
-        loader = _same_loader(choose_loader(dataclasses.replace(config.data, loader=loader), world.device), world)
+        wanted, remedy = config.data, "or use auto"
+        if began_with and wanted.loader == "auto":
+            wanted = dataclasses.replace(wanted, loader=began_with)
+            remedy = f"{config.run_dir} began with it, and others differ in the last bits: resume where it can be used"
+        loader, self._passed_over = choose_common_loader(wanted, world.device, world.gather, remedy)
         data = dataclasses.replace(config.data, loader=loader)
         train_index, val_index = world.broadcast_from_rank0(
             lambda: open_datasets(config.data, self.dir / "index", progress=True)
@@ -375,10 +371,8 @@ class Run:
 
     def _named_loader(self) -> str:
         """The loader, and why it is not the first choice where it was left to choose."""
-        name, device = self.conditions.loader, self.world.device.type
-        better = AUTOMATIC[device][: AUTOMATIC[device].index(name)] if self.config.data.loader == "auto" else ()
-        reasons = [f"{other}: {reason}" for other in better if (reason := unavailable_reason(other))]
-        return f"{name} (not {'; not '.join(reasons)})" if reasons else name
+        reasons = f" (not {'; not '.join(self._passed_over)})" if self._passed_over else ""
+        return f"{self.conditions.loader}{reasons}"
 
     def _fine_tuning(self) -> str:
         """Further lines: what it began with, and what of it does not train; empty for a run from drawn weights."""
@@ -410,12 +404,6 @@ def _split_batch(config: Config, world: World) -> int:
             f"{config.optim.grad_accum_steps} accumulation steps: choose a multiple of {microbatches}"
         )
     return microbatches
-
-
-def _same_loader(mine: str, world: World) -> str:
-    """What all ranks can use where they would choose different loaders: the last of `AUTOMATIC` that one of them chose."""
-    chosen = world.gather(mine)
-    return max(chosen, key=AUTOMATIC[world.device.type].index) if len(set(chosen)) > 1 else mine
 
 
 def _plain(value: Any) -> str:

@@ -35,8 +35,8 @@ from pipeline.watchdog import Watchdog
 def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
     """Train to the end, resuming from the run directory if it holds a checkpoint.
 
-    Works under plain python, torchrun and SLURM alike. From the first step on SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C end it
-    between two steps with a checkpoint.
+    Works under plain python, torchrun and SLURM alike. From the first step on the signals of preemption.py end it between
+    two steps with a checkpoint.
 
     Args:
         hooks: further hooks, called after those of every run and before the checkpoint is saved.
@@ -49,8 +49,7 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
         world.broadcast_from_rank0(lambda: stack.enter_context(locked(Path(config.run_dir))))
         start = world.broadcast_from_rank0(lambda: find_start(config))
         run = Run(start.config, world, start)
-        trainer = Trainer(run, [*create_hooks(run), *hooks, Saving(run)])
-        trainer.fit(start.checkpoint)
+        Trainer(run, [*create_hooks(run), *hooks, Saving(run)]).fit(start.checkpoint)
         if world.is_main:
             print(summary(run), flush=True)
         return run.progress
@@ -113,7 +112,7 @@ class Trainer:
             self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}", self.compiles)
             self._call("on_step_start")
             result = self.step(batches)
-            run.progress.step, self.compiles = run.progress.step + 1, False
+            run.progress.step, self.compiles = run.progress.step + 1, self.compiles and result.last  # it may stay eager
             self._call("on_step", result)
 
     def step(self, batches: Iterator[Batch]) -> StepResult:

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import compilation, trainer, watchdog
+from pipeline import compilation, optim, trainer, watchdog
 from pipeline.compilation import compile_network
 from pipeline.config import OptimConfig
 from pipeline.distributed import World
@@ -299,3 +299,47 @@ def test_dropout_is_seeded_as_torch_seeds_it(tmp_path):
     ours = F.dropout(torch.ones(100))
     torch.manual_seed(seed)
     assert torch.equal(F.dropout(torch.ones(100)), ours)
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_the_fused_optimizer_begins_with_a_momentum_of_zero(monkeypatch, overflows):
+    """torch's kernel leaves it uninitialised after a first step that overflows; with finite steps it has the same bits."""
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: True)  # the kernel is there on CPU too
+    networks = [torch.nn.Linear(5, 3) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    fused = optim.create_optimizer(networks[0], OptimConfig())
+    assert fused.param_groups[0]["fused"]
+    plain = torch.optim.SGD(
+        networks[1].parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127 if overflows else 1.0)
+    for _ in range(3):
+        for network, optimizer in zip(networks, (fused, plain), strict=True):
+            optimizer.zero_grad()
+            loss = network(torch.ones(2, 5)).sum()
+            if optimizer is fused:
+                scaler.scale(loss).backward()
+                scaler.step(fused)
+                scaler.update()
+            elif not overflows:
+                loss.backward()
+                plain.step()
+        if overflows:
+            assert not any(state["momentum_buffer"].any() for state in fused.state.values())
+            return
+    assert all(torch.equal(a, b) for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True))
+
+
+def test_parameters_that_thaw_join_the_fused_optimizer(monkeypatch):
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: True)
+    network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
+    network[0].requires_grad_(False)
+    frozen = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    network(torch.ones(2, 5)).sum().backward()
+    frozen.step()
+    network.requires_grad_(True)
+    thawed = optim.create_optimizer(network, OptimConfig())
+    optim.load_state(thawed, frozen.state_dict())
+    network(torch.ones(2, 5)).sum().backward()
+    thawed.step()
+    assert all(state["momentum_buffer"].any() for state in thawed.state.values())

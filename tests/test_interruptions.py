@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
@@ -25,7 +26,7 @@ from training_hooks import InterruptAfter, InterruptionError, SignalInStep
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import InterruptedRunError, UserError
-from pipeline.hooks import Hook
+from pipeline.hooks import Hook, saving
 from pipeline.hooks.saving import Saving
 from pipeline.preemption import PreemptionHandler
 from pipeline.resume import Conditions, check_same_run
@@ -181,11 +182,56 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     assert saved == [4, 0]
 
 
+class LateAgreement:
+    """As `Agreement` of several ranks: the answer is of the call before."""
+
+    def __init__(self, world):
+        self.before = [0, 0]
+
+    def exchange(self, values):
+        self.before, before = list(values), self.before
+        return before
+
+
+def test_checkpoints_by_the_clock_are_written_once_though_ranks_agree_a_step_later(tmp_path, monkeypatch):
+    saved, clock = [], [0.0]
+
+    class Clock(Hook):
+        def on_step_start(self, trainer):
+            clock[0] += 24  # seconds
+
+    monkeypatch.setattr(saving, "Agreement", LateAgreement)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Saving, "save", lambda self, trainer, best: saved.append(trainer.run.progress.step))
+    config = small_config(
+        tmp_path, data={"synthetic_images": 120}, optim={"epochs": 1}, train={"checkpoint_minutes": 1}
+    )
+    trainer.fit(config, hooks=[Clock()])
+    assert saved == [4, 7, 10, 0]  # asked for at steps 3, 6 and 9; and the epoch's end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_whose_reader_goes_away_with_a_signal_leaves_with_a_checkpoint(tmp_path, number):
+    """As Ctrl-C does to ``train | tee log``: both get the signal, and the step's line has no reader."""
+    config = small_config(tmp_path, optim={"epochs": 1000, "milestones": [1]}, train={"log_every": 1})
+    command = [sys.executable, "-m", "pipeline.train", "configs/demo.yaml", *override_flags(config)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    last = tmp_path / "checkpoints" / "last.pt"
+    while not last.exists():
+        process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    process.stdout.close()
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    complaint = process.stderr.read().decode()
+    assert process.wait(PATIENCE) == 75 and complaint.startswith("interrupted: rank 0 leaves at epoch"), complaint
+
+
 HANGS = """
 import sys, threading, time
 from pipeline.distributed import init_distributed
 from pipeline.watchdog import Watchdog
-with init_distributed("cpu") as world, Watchdog(world, patience=3) as watchdog:
+with init_distributed("cpu") as world, Watchdog(world, patience=6) as watchdog:
     for step in range(4):
         watchdog.beat(f"step {step}")
         time.sleep(1)
@@ -205,7 +251,7 @@ def test_a_rank_that_hangs_is_named_and_ends_in_time(tmp_path, ranks):
     command = [sys.executable, *launcher, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == (75 if ranks == 1 else 1)
-    assert f"rank {ranks - 1}: no progress for 3 s in 'step 3'" in done.stderr and "hangs.py" in done.stderr
+    assert f"rank {ranks - 1}: no progress for 6 s in 'step 3'" in done.stderr and "hangs.py" in done.stderr
     if ranks == 2:
         assert "rank 1 (process" in done.stderr and "is behind, in 'step 3'" in done.stderr
         assert "exitcode  : 75" in done.stderr

@@ -23,7 +23,7 @@ from pipeline.data.color import apply_colors
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
 from pipeline.data.index import DatasetIndex, scan_classes
-from pipeline.data.loader import Shard, TrainingLoader, choose_loader, create_image_pipeline
+from pipeline.data.loader import Shard, TrainingLoader, choose_common_loader, choose_loader, create_image_pipeline
 from pipeline.data.plan import BatchPlan
 from pipeline.data.reference import resize_as_torch7
 from pipeline.errors import UserError
@@ -328,6 +328,23 @@ def test_a_file_that_has_become_another_image_is_cut_as_the_reference_cuts_it(tm
     assert decode(np.frombuffer(content, np.uint8), "").size != (100, 90)
 
 
+def test_ranks_take_the_first_loader_that_all_of_them_can_use(monkeypatch):
+    cpu, other = torch.device("cpu"), {"native": "no C++ compiler", "dali": "", "reference": ""}
+    names = iter(["native", "dali", "reference"])
+
+    def gather(mine: str) -> list[str]:
+        return [mine, other[next(names)]]
+
+    assert choose_common_loader(DataConfig(), cpu, gather) == ("dali", ["native: no C++ compiler on rank 1"])
+    names = iter(["native", "dali", "reference"])
+    monkeypatch.setattr("pipeline.data.loader.find_spec", lambda name: None)
+    name, passed_over = choose_common_loader(DataConfig(), cpu, gather)
+    assert name == "reference" and [reason.split(":")[0] for reason in passed_over] == ["native", "dali"]
+    names = iter(["native"])
+    with pytest.raises(UserError, match=r"data.loader is native, but no C\+\+ compiler on rank 1; or use auto"):
+        choose_common_loader(DataConfig(loader="native"), cpu, gather)
+
+
 def test_auto_takes_native_on_cpu_and_dali_on_gpu(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_loader(DataConfig(), cpu) == "native" and choose_loader(DataConfig(), gpu) == "dali"
@@ -390,6 +407,18 @@ def test_a_run_keeps_the_loader_that_it_began_with(image_folders, tmp_path, monk
             "through the dali (not native: no C++ compiler) loader"
             in Run(fresh, world, find_start(fresh)).description()
         )
+
+
+@pytest.mark.slow
+def test_a_run_whose_loader_cannot_be_used_any_more_is_told_so(image_folders, tmp_path, monkeypatch):
+    data = {"dir": str(image_folders), "loader": "auto", "crop_size": 16, "resize_size": 18}
+    config = small_config(tmp_path, data=data, optim={"epochs": 1})
+    trainer.fit(config)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler")
+    with pytest.raises(
+        UserError, match="data.loader is native, but no C.. compiler; .* began with it, .* resume where"
+    ):
+        trainer.dry_run(config)
 
 
 def test_without_a_compiler_dali_serves(tmp_path, monkeypatch):

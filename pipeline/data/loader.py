@@ -153,6 +153,31 @@ def choose_loader(config: DataConfig, device: torch.device) -> str:
     return config.loader
 
 
+def choose_common_loader(
+    config: DataConfig, device: torch.device, gather: Callable[[str], list[str]], remedy: str = "or use auto"
+) -> tuple[str, list[str]]:
+    """As `choose_loader`, but the first that every rank can use. Every rank must call this.
+
+    Args:
+        gather: gives what every rank has given, by rank.
+        remedy: what to do if the loader that was asked for cannot be used.
+
+    Returns:
+        Its name; and which better ones were passed over, with the reason.
+    """
+    if config.loader != "auto":
+        look_up(IMAGE_PIPELINES, config.loader, "data.loader")
+    passed_over: list[str] = []
+    for name in AUTOMATIC[device.type] if config.loader == "auto" else (config.loader,):
+        reasons = gather(unavailable_reason(name) or "")
+        if not any(reasons):
+            return name, passed_over
+        rank = next(rank for rank, reason in enumerate(reasons) if reason)
+        where = f" on rank {rank}" if len(reasons) > 1 else ""
+        passed_over.append(f"{name}: {reasons[rank]}{where}")
+    raise UserError(f"data.loader is {passed_over[-1].replace(':', ', but', 1)}; {remedy}")
+
+
 def unavailable_reason(loader: str) -> str | None:
     """Why a loader cannot be used on this machine, in one line; None if it can."""
     if loader == "dali" and (find_spec("nvidia") is None or find_spec("nvidia.dali") is None):

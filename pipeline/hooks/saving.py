@@ -32,6 +32,8 @@ class Saving(Hook):
         by_steps = result.last or (train.checkpoint_every and run.progress.step % train.checkpoint_every == 0)
         minutes = train.checkpoint_minutes
         by_time = run.world.is_main and minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        if by_time:
+            self._saved_at = time.monotonic()  # now, or it would be asked for again before the ranks have agreed
         due, asked = self._agreement.exchange([bool(by_time), trainer.preemption.signal])
         if by_steps or due or asked:
             self.save(trainer, best=False)
