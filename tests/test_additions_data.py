@@ -128,7 +128,7 @@ def test_it_is_trained_on_evaluated_and_verified(zipped, image_folders, tmp_path
 
 def test_without_the_line_it_is_refused_with_what_there_is(zipped, monkeypatch):
     monkeypatch.delitem(sources.SOURCES, "zip file")
-    with pytest.raises(Exception, match="train.zip is neither a folder nor a tar archive: unpack it"):
+    with pytest.raises(Exception, match="train.zip is neither a folder nor a tar archive nor a table: unpack it"):
         scan_classes(zipped / "train.zip")
 
 

@@ -13,12 +13,12 @@ from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arra
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
+from pipeline.data.sources import open_source
 from pipeline.data.synthetic import synthetic_index
+from pipeline.data.table import SPLIT_NAMES, Columns, TableSource, is_table
 from pipeline.errors import UserError, look_up
 
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
-TRAINING_NAMES = ("train", "training")
-VALIDATION_NAMES = ("val", "valid", "validation", "test", "dev", "eval")
 
 Split = Literal["train", "val"]
 Opener = Callable[[DataConfig, Split, tuple[str, ...], Path, bool], DatasetIndex]
@@ -49,16 +49,24 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
 def _open_files(
     config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
 ) -> DatasetIndex:
-    """Files of images, in a folder or an archive; see `sources.SOURCES`."""
+    """Files of images, in a folder or an archive, or named by a table; see `sources.SOURCES`."""
     root = Path(config.dir, config.train if split == "train" else config.val)
     kept = _cache(root, cache)
     if config.labels == "multi":
         return _open_label_table(config, root, classes or None, kept, progress)
+    columns = Columns(config.file_column, config.label_column, split)
+    source: Path | TableSource = root
+    if is_table(root):
+        source = TableSource(str(root), open_source(config.dir), columns)
+    elif config.file_column or config.label_column:
+        raise UserError(
+            f"{root} is no table, and data.file_column and data.label_column are for tables: leave them out"
+        )
     if split == "train":
-        return scan_classes(root, kept, progress)
+        return scan_classes(source, kept, progress)
     if config.val_labels:
         return scan_flat(root, Path(config.dir, config.val_labels), classes, kept, progress)
-    val = scan_classes(root, kept, progress, empty_classes=True)
+    val = scan_classes(source, kept, progress, empty_classes=True)
     odd = sorted(set(val.classes) - set(classes))
     if odd and len(odd) == len(val.classes):
         raise UserError(
@@ -139,10 +147,10 @@ def _check_folders(config: DataConfig) -> None:
         UserError: names what is there instead.
     """
     folder = Path(config.dir)
-    _check_split(folder, config.train, "data.train", TRAINING_NAMES, "")
+    _check_split(folder, config.train, "data.train", SPLIT_NAMES["train"], "")
     if not config.holdout:
         _check_split(
-            folder, config.val, "data.val", VALIDATION_NAMES, ", or data.holdout to validate on training images"
+            folder, config.val, "data.val", SPLIT_NAMES["val"], ", or data.holdout to validate on training images"
         )
         labels = config.val_labels and folder / config.val_labels
         if labels and not os.path.exists(labels):

@@ -9,9 +9,11 @@ from pathlib import Path
 from pipeline.data.archive import TarSource
 from pipeline.data.folder import FolderSource
 from pipeline.data.source import FileSource
+from pipeline.data.table import TableSource
 from pipeline.errors import UserError
 
 SOURCES: dict[str, type[FileSource]] = {
+    "table": TableSource,
     "tar archive": TarSource,
     "folder": FolderSource,
 }
