@@ -13,7 +13,7 @@ from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arra
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
-from pipeline.data.sources import open_source
+from pipeline.data.sources import find_source, open_source
 from pipeline.data.synthetic import synthetic_index
 from pipeline.data.table import SPLIT_NAMES, Columns, TableSource, is_table
 from pipeline.errors import UserError, look_up
@@ -159,7 +159,7 @@ def _check_folders(config: DataConfig) -> None:
 
 def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], otherwise: str) -> None:
     wanted = folder / name
-    if os.path.lexists(wanted) or not _may_list(folder):
+    if os.path.lexists(wanted) or not _may_list(folder) or find_source(wanted):
         return  # what is wrong with it, the scan says
     there = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
     offered = [entry for entry in there if entry.split(".")[0].lower() in usual and entry != name]

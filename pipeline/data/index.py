@@ -257,10 +257,13 @@ def find_images(root: str | Path) -> list[str]:
 
 
 def cache_beside(root: Path, otherwise: Path) -> Path:
-    """The cache file for `root`: beside it, or in the folder `otherwise` if it cannot be read and written there."""
-    name = f".{root.name}.index.jsonl"
-    beside = root.parent / name
-    return beside if os.access(beside if _exists(beside) else root.parent, os.R_OK | os.W_OK) else otherwise / name
+    """The cache file for `root`: beside it, or beside the file that it is a part of; or in the folder `otherwise` if it cannot
+    be read and written there."""
+    # not a folder inside a zip file
+    folder = next((above for above in root.parents if os.path.isdir(above)), root.parent)
+    name = f".{'.'.join(root.relative_to(folder).parts)}.index.jsonl"
+    beside = folder / name
+    return beside if os.access(beside if _exists(beside) else folder, os.R_OK | os.W_OK) else otherwise / name
 
 
 def known_cache(root: Path) -> Path | None:

@@ -5,7 +5,6 @@ line to `sources.SOURCES`. Indexing, its cache, labels, training, evaluation and
 `place` as in `PlacedSource` spares the native loader a way through Python.
 """
 
-import dataclasses
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,9 +53,6 @@ class Member:
     time: int = 0
     by_name: bool = True
     label: str = ""
-
-    def with_label(self, label: str) -> "Member":
-        return dataclasses.replace(self, label=label)
 
 
 @dataclass(frozen=True)

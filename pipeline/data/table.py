@@ -7,6 +7,7 @@ The images lie below a folder, which is the table's own or data.dir. Known by th
 - ``train_test_split.txt`` of CUB-200-2011, beside images.txt, image_class_labels.txt and classes.txt.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class TableSource:
         lines = [entry.line for entry in entries]
         names = match_files(table, [entry.file for entry in entries], members, prefix, lines)
         found = sorted(
-            (members[name].with_label(entry.label) for name, entry in zip(names, entries, strict=True)),
+            (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, entries, strict=True)),
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
