@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_torchrun, small_config
+from conftest import run_module, small_config
 from test_shards import write_shards
 from test_table import files_of, write_table
 from test_zip_archive import zip_folder
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
+from pipeline.config import to_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -55,3 +56,15 @@ def test_training_is_the_same_to_the_bit(data, tmp_path, loader):
     for progress, weights in results[1:]:
         assert progress == results[0][0]
         assert all(torch.equal(value, weights[name]) for name, value in results[0][1].items())
+
+
+def test_two_ranks_see_the_same_images(data, tmp_path):
+    files = []
+    for place in ("folders", "shards"):
+        config = config_of(data, tmp_path / place, place, "native")
+        files.append(tmp_path / f"{place}.yaml")
+        files[-1].write_text(to_yaml(config))
+    result = run_module("tests.training_on_ranks", *files, ranks=2)
+    assert result.returncode == 0, result.stderr
+    weights = [load_checkpoint(tmp_path / file.stem / "checkpoints" / "last.pt")["model"] for file in files]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
