@@ -44,6 +44,8 @@ def flat(folder: Path, images: int) -> None:
         (("validation",), "set data.val validation, or data.holdout"),
         (("test",), "set data.val test, or data.holdout"),
         (("val.tar",), "set data.val val.tar, or data.holdout"),
+        (("val.csv",), "there is val.csv: set data.val val.csv, or"),
+        (("valid-0000.tar", "valid-0001.tar"), r"there is 'valid-\*.tar': set data.val 'valid-\*.tar', or"),
         (("valid", "test"), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds test, train, valid\)"),
         ((), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train\)"),
     ],

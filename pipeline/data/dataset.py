@@ -1,6 +1,7 @@
 """The training and the validation set that a configuration names."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +163,7 @@ def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], ot
     if os.path.lexists(wanted) or not _may_list(folder) or find_source(wanted):
         return  # what is wrong with it, the scan says
     there = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
-    offered = [entry for entry in there if entry.split(".")[0].lower() in usual and entry != name]
+    offered = list(dict.fromkeys(offer for entry in there if (offer := _offer(entry, usual)) and offer != name))
     if folder.name == name:
         remedy = f"data.dir is the folder above: set it to {folder.parent}"
     elif len(offered) == 1:
@@ -171,6 +172,13 @@ def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], ot
         found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
         remedy = f"set data.dir, or {field}{otherwise}{found}"
     raise UserError(f"the data folder {wanted} does not exist: {remedy}")
+
+
+def _offer(entry: str, usual: tuple[str, ...]) -> str | None:
+    """What to give for an entry of data.dir if its name is that of the split: its name, or a pattern if it is a shard."""
+    if shard := re.fullmatch(r"(.+?)-\d+\.tar", entry):
+        return f"'{shard[1]}-*.tar'" if shard[1].lower() in usual else None
+    return entry if entry.split(".")[0].lower() in usual else None
 
 
 def _may_list(folder: Path) -> bool:
