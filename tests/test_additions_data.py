@@ -139,7 +139,7 @@ def test_without_the_line_it_is_refused_with_what_there_is(stored, monkeypatch):
     monkeypatch.delitem(sources.SOURCES, "database")
     with pytest.raises(
         Exception,
-        match="train.sqlite is neither a folder nor a zip file nor a tar archive nor a set of shards nor a table: unpack it",
+        match=r"train.sqlite is of no known kind \(folder, zip file, .*, table\): unpack it",
     ):
         scan_classes(stored / "train.sqlite")
 

@@ -163,7 +163,7 @@ def test_columns_are_for_tables(images):
 def test_a_text_file_of_another_kind_is_no_table(images):
     (images / "notes.txt").write_text("a.jpg\tcat\n")
     assert not is_table(images / "notes.txt") and not is_table(images / "train")
-    with pytest.raises(UserError, match="notes.txt is neither"):
+    with pytest.raises(UserError, match="notes.txt is of no known kind"):
         scan_classes(images / "notes.txt")
 
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_read_is_named(image_folders, tmp_path, damage, capfd):
         assert len(scan_classes(file)) == 10 and "is a link inside an archive" in capfd.readouterr().err
         return
     expected = {
-        "cut short": "neither a folder nor|not a whole zip file",
+        "cut short": "of no known kind|not a whole zip file",
         "encrypted": "is encrypted: unpack the zip file",
         "lzma": "neither stored nor deflated: unpack the zip file, or pack it with zip -0",
         "moved": "is not where the zip file says: download or pack",

@@ -162,8 +162,9 @@ def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], ot
     wanted = folder / name
     if os.path.lexists(wanted) or not _may_list(folder) or find_source(wanted):
         return  # what is wrong with it, the scan says
-    there = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
-    offered = list(dict.fromkeys(offer for entry in there if (offer := _offer(entry, usual)) and offer != name))
+    there = _entries(folder)
+    below = [os.path.join("data", entry) for entry in _entries(folder / "data")]  # as Hugging Face lays them
+    offered = list(dict.fromkeys(offer for entry in there + below if (offer := _offer(entry, usual)) and offer != name))
     if folder.name == name:
         remedy = f"data.dir is the folder above: set it to {folder.parent}"
     elif len(offered) == 1:
@@ -174,11 +175,17 @@ def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], ot
     raise UserError(f"the data folder {wanted} does not exist: {remedy}")
 
 
+def _entries(folder: Path) -> list[str]:
+    return sorted(e for e in os.listdir(folder) if not e.startswith(".")) if _may_list(folder) else []
+
+
 def _offer(entry: str, usual: tuple[str, ...]) -> str | None:
     """What to give for an entry of data.dir if its name is that of the split: its name, or a pattern if it is a shard."""
-    if shard := re.fullmatch(r"(.+?)-\d+\.tar", entry):
-        return f"'{shard[1]}-*.tar'" if shard[1].lower() in usual else None
-    return entry if entry.split(".")[0].lower() in usual else None
+    folder, name = os.path.split(entry)
+    if shard := re.fullmatch(r"(.+?)-\d+(?:-of-\d+)?\.(tar|parquet)", name):
+        pattern = f"'{os.path.join(folder, shard[1])}-*.{shard[2]}'"
+        return pattern if shard[1].lower() in usual else None
+    return entry if name.split(".")[0].lower() in usual else None
 
 
 def _may_list(folder: Path) -> bool:

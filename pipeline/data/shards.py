@@ -42,7 +42,7 @@ class ShardSource:
 
     @classmethod
     def at(cls, root: str) -> FileSource | None:
-        files = [root] if os.path.isfile(root) else _in_folder(root) if os.path.isdir(root) else _expand(root)
+        files = [root] if os.path.isfile(root) else _in_folder(root) if os.path.isdir(root) else expand(root)
         if not files:
             return None
         if root not in files:
@@ -150,7 +150,7 @@ def _key(name: str) -> tuple[str, str]:
     return os.path.join(folder, stem), suffix.lower()
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """The files that a pattern names.
 
     Raises:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.data.archive import TarSource
 from pipeline.data.folder import FolderSource
+from pipeline.data.parquet import ParquetSource
 from pipeline.data.shards import ShardSource
 from pipeline.data.source import FileSource
 from pipeline.data.table import TableSource
@@ -17,6 +18,7 @@ from pipeline.errors import UserError
 SOURCES: dict[str, type[FileSource]] = {
     "table": TableSource,
     "set of shards": ShardSource,
+    "set of parquet files": ParquetSource,
     "tar archive": TarSource,
     "zip file": ZipSource,
     "folder": FolderSource,
@@ -47,4 +49,5 @@ def open_source(root: str | Path) -> FileSource:
         raise UserError(f"the data folder {root} does not exist: set data.dir (or --data)") from None
     except OSError as error:
         raise UserError(f"cannot read {root}: {error.strerror}: check its path and permissions") from None
-    raise UserError(f"{root} is neither a {' nor a '.join(reversed(SOURCES))}: unpack it, or give another path")
+    kinds = ", ".join(reversed(SOURCES))
+    raise UserError(f"{root} is of no known kind ({kinds}): unpack it, or give another path")
