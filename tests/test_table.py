@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_config
+from test_zip_archive import zip_folder
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
@@ -51,7 +52,8 @@ def test_a_table_is_indexed_as_the_folders_that_it_names(images, image_folders, 
     for split, index in zip(("train", "val"), open_datasets(config, images, progress=False), strict=True):
         assert_same_images(index, scan_classes(image_folders / split), f"{split}/")
         assert index.root == str(images / f"{split}{suffix}") and index.location(0) == str(images / index.names[0])
-    assert f"is not in {images}/train{suffix} (1 of 11 in" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"warning: 11 images below {images} are not in {images}/train{suffix}: left out\n" in told
     assert_same_images(scan_classes(images / f"train{suffix}"), scan_classes(image_folders / "train"), "train/")
 
 
@@ -170,4 +172,22 @@ def test_a_text_file_of_another_kind_is_no_table(images):
 def test_verify_takes_a_table(images, image_folders):
     rows = [(f"train/{file}", name) for file, name in files_of(image_folders / "train")]
     source = TableSource.at(str(write_table(images / "train.csv", ("file", "label"), *rows)))
-    assert {issue.outcome for issue in verify([source], [])} == {"left out"}
+    (told,) = verify([source], [])
+    assert str(told) == f"11 images below {images} are not in {images / 'train.csv'}: left out"
+
+
+def test_cub_in_a_zip_file_with_its_text_files_unpacked(images, image_folders):
+    both = scan_classes(image_folders / "train")
+    zip_folder(image_folders / "train", images / "CUB.zip", "CUB_200_2011/images")
+    (images / "text").mkdir()
+    (images / "text" / "images.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(both.names, 1)))
+    labels = "".join(f"{i} {k + 1}\n" for i, k in enumerate(both.labels, 1))
+    (images / "text" / "image_class_labels.txt").write_text(labels)
+    (images / "text" / "classes.txt").write_text("".join(f"{k} {name}\n" for k, name in enumerate(both.classes, 1)))
+    (images / "text" / "train_test_split.txt").write_text("".join(f"{i} {i % 2}\n" for i in range(1, 38)))
+    split = str(images / "text" / "train_test_split.txt")
+    config = DataConfig(dir=str(images / "CUB.zip"), train=split, val=split)
+    train, test = open_datasets(config, images / "run", progress=False)
+    rows = np.arange(37)
+    assert_same_images(train, both.take(rows[::2]), "CUB_200_2011/images/")
+    assert_same_images(test, both.take(rows[1::2]), "CUB_200_2011/images/")

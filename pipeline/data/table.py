@@ -96,9 +96,9 @@ class TableSource:
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
-        named = set(names)
-        others = [name for name, member in members.items() if member.by_name and name not in named]
-        issues += [ImageIssue(self.location(name), f"is not in {table}", "left out") for name in others]
+        others = sum(member.by_name for member in listing.members) - sum(members[name].by_name for name in names)
+        if others:
+            issues.append(ImageIssue(f"{others:,} images below {self.images.root}", f"are not in {table}", "left out"))
         return Listing(tuple(found), tuple(issues))
 
 
