@@ -73,7 +73,7 @@ def list_odd_images(training: Path, validation: list[Path]) -> None:
     stops = 0
     for issue in verify([open_source(training)], [open_source(root) for root in validation]):
         tqdm.write(str(issue))
-        kinds[issue.fault, issue.outcome] += 1
+        kinds[issue.fault, issue.outcome] += issue.count
         stops += issue.stops
     for (fault, outcome), count in kinds.most_common():
         print(f"{count:>10,}  {fault}: {outcome}")

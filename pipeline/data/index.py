@@ -352,9 +352,9 @@ def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
         if not issue.stops:
             kinds.setdefault((issue.fault, issue.outcome), []).append(issue)
     for (fault, outcome), alike in kinds.items():
-        count = f" (1 of {len(alike):,} in {source.root})" if len(alike) > 1 else ""
+        count = sum(issue.count for issue in alike)
         print(
-            f"warning: {alike[0].location} {fault}{count}: {outcome}",
+            f"warning: {alike[0].location} {fault} (1 of {count:,} in {source.root}): {outcome}",
             file=sys.stderr,
             flush=True,
         )

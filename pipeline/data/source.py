@@ -23,6 +23,7 @@ class ImageIssue:
         outcome: what comes of it, or what to do.
         detail: more about this very one.
         stops: the index or a run stops there.
+        count: files of which the same is to be told; this is the first.
     """
 
     location: str
@@ -30,6 +31,7 @@ class ImageIssue:
     outcome: str
     detail: str = ""
     stops: bool = False
+    count: int = 1
 
     def __str__(self) -> str:
         return f"{self.location} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"

@@ -96,9 +96,9 @@ class TableSource:
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
-        others = sum(member.by_name for member in listing.members) - sum(members[name].by_name for name in names)
-        if others:
-            issues.append(ImageIssue(f"{others:,} images below {self.images.root}", f"are not in {table}", "left out"))
+        named = set(names)
+        if others := [name for name, member in members.items() if member.by_name and name not in named]:
+            issues.append(ImageIssue(self.location(others[0]), "is not in the table", "left out", count=len(others)))
         return Listing(tuple(found), tuple(issues))
 
 
