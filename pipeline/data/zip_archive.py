@@ -47,7 +47,7 @@ class ZipSource:
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
         """The folders that hold images, whatever lies above them."""
         issues: list[ImageIssue] = []
-        folders: dict[PurePath, list[Member]] = {}
+        folders: dict[str, list[Member]] = {}
         for item in self._walk():
             if isinstance(item, ImageIssue):
                 issues.append(item)
@@ -55,8 +55,9 @@ class ZipSource:
                 issues.append(beside_classes(self.location(item.name)))
             else:
                 folder, name = os.path.split(item.name)
-                folders.setdefault(PurePath(folder), []).append(dataclasses.replace(item, name=name))
-        groups, beside = groups_of_folders(self, folders, self._positions, self._stamp())
+                folders.setdefault(folder, []).append(Member(name, item.offset, item.length, by_name=item.by_name))
+        by_path = {PurePath(folder): members for folder, members in folders.items()}
+        groups, beside = groups_of_folders(self, by_path, self._positions, self._stamp())
         remedy = f"give one of the folders in it, as {os.path.join(self.root, 'train')}"
         return sort_groups(self.root, groups, remedy), issues + beside
 
