@@ -19,8 +19,7 @@ pytestmark = pytest.mark.slow
 PLACES = {
     "folders": ("train", "val"),
     "table": ("train.tsv", "all.csv"),
-    "zip, stored": ("stored.zip/data/train", "stored.zip/data/val"),
-    "zip, deflated": ("train.zip", "val.zip"),
+    "zip": ("stored.zip/data/train", "deflated.zip"),
     "shards": ("train-{000000..000002}.tar", "val-*.tar"),
 }
 
@@ -28,11 +27,11 @@ PLACES = {
 @pytest.fixture(scope="module")
 def data(image_folders, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("places")
+    zip_folder(image_folders / "train", root / "stored.zip", "data/train")
+    zip_folder(image_folders / "val", root / "deflated.zip", method=zipfile.ZIP_DEFLATED)
     every = []
     for split in ("train", "val"):
         (root / split).symlink_to(image_folders / split)
-        zip_folder(image_folders / split, root / "stored.zip", f"data/{split}")
-        zip_folder(image_folders / split, root / f"{split}.zip", method=zipfile.ZIP_DEFLATED)
         write_shards(image_folders / split, root, split, label="txt")
         rows = [(f"{split}/{file}", name) for file, name in reversed(files_of(image_folders / split))]
         write_table(root / f"{split}.tsv", ("file", "label"), *rows, delimiter="\t")
@@ -51,8 +50,6 @@ def config_of(data: Path, run_dir: Path, place: str, loader: str):
 def test_training_is_the_same_to_the_bit(data, tmp_path, loader):
     results = []
     for place in PLACES:
-        if (loader, place) == ("dali", "zip, stored"):  # which is read through the same few lines as the other
-            continue
         progress = trainer.fit(config_of(data, tmp_path / place, place, loader))
         results.append((progress, load_checkpoint(tmp_path / place / "checkpoints" / "last.pt")["model"]))
     for progress, weights in results[1:]:
