@@ -96,8 +96,8 @@ class DataConfig:
     download: bool = False
     """Have torchvision fetch its data set if data.dir lacks it."""
     train: PathText = "train"
-    """Training images, relative to data.dir: CLASS/IMAGE in a folder or tar, ILSVRC2012_img_train.tar as it is, or a table
-    (.csv, .tsv) with a header and a line an image."""
+    """Training images, relative to data.dir: CLASS/IMAGE in a folder, tar or zip file; ILSVRC2012_img_train.tar as it is; a
+    table (.csv, .tsv) with a header and a line an image; or WebDataset's shards, as train-{000000..000146}.tar."""
     val: PathText = "val"
     """Validation images, likewise; or without classes together with data.val_labels, as ILSVRC2012_img_val.tar."""
     val_labels: PathText | None = None

@@ -136,3 +136,14 @@ def test_more_shards_than_files_may_be_open(image_folders, tmp_path):
         assert len(scan_classes(pattern)) == 37
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_an_archive_of_class_folders_with_other_files_is_no_shard(image_folders, tmp_path, capfd):
+    folders = scan_classes(image_folders / "val")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for name in folders.names:
+            add(tar, name, (image_folders / "val" / name).read_bytes())
+            add(tar, name.replace(".jpg", ".json"), b'{"label": "of something else"}')
+    index = scan_classes(tmp_path / "val.tar")
+    assert (index.names, index.fingerprint) == (folders.names, folders.fingerprint)
+    assert "is no image (1 of 11" in capfd.readouterr().err
