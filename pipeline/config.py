@@ -96,12 +96,17 @@ class DataConfig:
     download: bool = False
     """Have torchvision fetch its data set if data.dir lacks it."""
     train: PathText = "train"
-    """Training images, relative to data.dir: CLASS/IMAGE in a folder or tar, or ILSVRC2012_img_train.tar as it is."""
+    """Training images, relative to data.dir: CLASS/IMAGE in a folder, tar or zip file; ILSVRC2012_img_train.tar as it is; a
+    table (.csv, .tsv) with a header and a line an image; or WebDataset's shards, as train-{000000..000146}.tar."""
     val: PathText = "val"
     """Validation images, likewise; or without classes together with data.val_labels, as ILSVRC2012_img_val.tar."""
     val_labels: PathText | None = None
     """Labels of a flat validation set: a line 'CLASS' for each file in sorted order, lines 'FILE CLASS', or ImageNet's
     development kit (.tar.gz)."""
+    file_column: str | None = None
+    """Header of a table's column of files; none: known by its name, as file or image, else the first."""
+    label_column: str | None = None
+    """Header of a table's column of classes; none: known by its name, as label or class, or the only other one."""
     labels: Labels = "single"
     """single: each image has one class; multi: any number of labels. data.train and data.val are then CSV files in data.dir,
     with a header: a column of files and either one of names between |, or one of 0 and 1 for each class."""
@@ -179,6 +184,13 @@ class DataConfig:
                 raise ValueError("with labels multi data.val is the file with the labels: leave out val_labels")
             if self.sampling == "balanced":
                 raise ValueError("sampling balanced is for images with one class each: set optim.class_weights instead")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_of_tables(self) -> "DataConfig":
+        named = [name for name in ("file_column", "label_column") if getattr(self, name)]
+        if named and (self.labels == "multi" or self.dataset != "images" or self.loader == "synthetic"):
+            raise ValueError(f"{named[0]} is for a table of files with one class each: leave it out")
         return self
 
     @model_validator(mode="after")

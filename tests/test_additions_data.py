@@ -1,13 +1,15 @@
 """What an addition costs: a new kind of place for images, and a new loader, are one class and one registry line each.
 
-The whole of both additions is in this file. Nothing else knows of zip files.
+The whole of both additions is in this file. Nothing else knows of databases.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pickle
-import zipfile
+import sqlite3
 from functools import partial
 from pathlib import Path
 
@@ -34,20 +36,20 @@ CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 
 
 @dataclasses.dataclass(frozen=True)
-class ZipSource:
-    """Images in a zip file, by folder."""
+class DatabaseSource:
+    """Images in an SQLite file with a table of class, name and content."""
 
     root: str
 
     @classmethod
     def at(cls, root: str) -> FileSource | None:
-        return cls(root) if zipfile.is_zipfile(root) else None
+        return cls(root) if root.endswith(".sqlite") else None
 
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
         classes: dict[str, list[Member]] = {}
         for member in self._members():
             folder, name = os.path.split(member.name)
-            classes.setdefault(os.path.basename(folder), []).append(dataclasses.replace(member, name=name))
+            classes.setdefault(folder, []).append(dataclasses.replace(member, name=name))
         return [
             Group(name, partial(Listing, tuple(of_it)), self._stamp()) for name, of_it in sorted(classes.items())
         ], []
@@ -56,49 +58,54 @@ class ZipSource:
         return Group("", lambda: Listing(tuple(self._members())), self._stamp())
 
     def open(self, name: str, offset: int, length: int):
-        return zipfile.ZipFile(self.root).open(name)
+        return io.BytesIO(self._rows("SELECT content FROM images WHERE rowid = ?", offset)[0][0])
 
     def location(self, name: str) -> str:
         return f"{name} in {self.root}"
 
     def _members(self) -> list[Member]:
-        with zipfile.ZipFile(self.root) as archive:
-            files = [entry for entry in archive.infolist() if not entry.is_dir()]
-        found = [Member(e.filename, 0, e.file_size, by_name=is_image_by_name(e.filename)) for e in files]
-        return sorted(found, key=lambda member: member.name)
+        rows = self._rows("SELECT class || '/' || name, rowid, length(content) FROM images ORDER BY 1")
+        return [Member(name, row, length, by_name=is_image_by_name(name)) for name, row, length in rows]
+
+    def _rows(self, query: str, *values: int) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(self.root)) as database:
+            return database.execute(query, values).fetchall()
 
     def _stamp(self) -> str:
         return f"{os.stat(self.root).st_mtime_ns} {os.path.getsize(self.root)}"
 
 
 @pytest.fixture
-def zipped(image_folders, tmp_path, monkeypatch) -> Path:
-    """`image_folders` as two zip files, compressed, and one without classes with a label file."""
-    monkeypatch.setitem(sources.SOURCES, "zip file", ZipSource)
+def stored(image_folders, tmp_path, monkeypatch) -> Path:
+    """`image_folders` as two databases."""
+    monkeypatch.setitem(sources.SOURCES, "database", DatabaseSource)
     for split in ("train", "val"):
-        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with contextlib.closing(sqlite3.connect(tmp_path / f"{split}.sqlite")) as database:
+            database.execute("CREATE TABLE images (class, name, content)")
             for file in sorted((image_folders / split).rglob("*.jpg"), reverse=True):
-                archive.write(file, f"{file.parent.name}/{file.name}")
+                row = (file.parent.name, file.name, file.read_bytes())
+                database.execute("INSERT INTO images VALUES (?, ?, ?)", row)
+            database.commit()
     return tmp_path
 
 
-def test_the_index_is_that_of_the_folders_and_is_cached(zipped, image_folders, monkeypatch):
-    index, folders = scan_classes(zipped / "train.zip", zipped / "cache"), scan_classes(image_folders / "train")
+def test_the_index_is_that_of_the_folders_and_is_cached(stored, image_folders, monkeypatch):
+    index, folders = scan_classes(stored / "train.sqlite", stored / "cache"), scan_classes(image_folders / "train")
     assert (index.names, index.classes, index.fingerprint) == (folders.names, folders.classes, folders.fingerprint)
     np.testing.assert_array_equal(index.sizes, folders.sizes)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.data.index._read_size", lambda *_: pytest.fail("read a header again"))
-        assert scan_classes(zipped / "train.zip", zipped / "cache").fingerprint == folders.fingerprint
-    (zipped / "labels.txt").write_text("".join(f"{name} {name[:6]}\n" for name in index.names))
-    flat = scan_flat(zipped / "train.zip", zipped / "labels.txt", index.classes)
+        assert scan_classes(stored / "train.sqlite", stored / "cache").fingerprint == folders.fingerprint
+    (stored / "labels.txt").write_text("".join(f"{name} {name[:6]}\n" for name in index.names))
+    flat = scan_flat(stored / "train.sqlite", stored / "labels.txt", index.classes)
     assert flat.names == index.names and flat.labels.tolist() == index.labels.tolist()
 
 
 @pytest.mark.parametrize("name", ["native", "dali", "reference"])
-def test_all_loaders_read_it_in_another_process_too(zipped, image_folders, name):
+def test_all_loaders_read_it_in_another_process_too(stored, image_folders, name):
     config = DataConfig(crop_size=24, resize_size=28, loader=name)
     batches = []
-    for root in (zipped / "train.zip", image_folders / "train"):
+    for root in (stored / "train.sqlite", image_folders / "train"):
         index: DatasetIndex = pickle.loads(pickle.dumps(scan_classes(root)))
         training = TrainingLoader(index, config, CPU, seed=1, batch_size=8, accumulation=1)
         evaluation = EvaluationLoader(index.take(np.arange(5)), config, CPU, batch_size=8, crops=10)
@@ -107,10 +114,10 @@ def test_all_loaders_read_it_in_another_process_too(zipped, image_folders, name)
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
-def test_it_is_trained_on_evaluated_and_verified(zipped, image_folders, tmp_path, monkeypatch, capsys):
+def test_it_is_trained_on_evaluated_and_verified(stored, image_folders, tmp_path, monkeypatch, capsys):
     """From the command's entry to the result, as from folders."""
     weights, results = [], []
-    for name, folder, suffix in (("zip", zipped, ".zip"), ("folders", image_folders, "")):
+    for name, folder, suffix in (("database", stored, ".sqlite"), ("folders", image_folders, "")):
         data = {"dir": str(folder), "train": f"train{suffix}", "val": f"val{suffix}", "loader": "auto"}
         config = small_config(tmp_path / name, data=data, optim={"epochs": 1, "milestones": []})
         trainer.fit(config)
@@ -123,13 +130,18 @@ def test_it_is_trained_on_evaluated_and_verified(zipped, image_folders, tmp_path
         results.append((result["images"], result["loss"], result["by_class"]))
     assert results[0] == results[1] and results[0][0] == 11
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    assert list(verify([ZipSource(str(zipped / "train.zip"))], [ZipSource(str(zipped / "val.zip"))])) == []
+    assert (
+        list(verify([DatabaseSource(str(stored / "train.sqlite"))], [DatabaseSource(str(stored / "val.sqlite"))])) == []
+    )
 
 
-def test_without_the_line_it_is_refused_with_what_there_is(zipped, monkeypatch):
-    monkeypatch.delitem(sources.SOURCES, "zip file")
-    with pytest.raises(Exception, match="train.zip is neither a folder nor a tar archive: unpack it"):
-        scan_classes(zipped / "train.zip")
+def test_without_the_line_it_is_refused_with_what_there_is(stored, monkeypatch):
+    monkeypatch.delitem(sources.SOURCES, "database")
+    with pytest.raises(
+        Exception,
+        match=r"train.sqlite is of no known kind \(folder, zip file, .*, table\): unpack it",
+    ):
+        scan_classes(stored / "train.sqlite")
 
 
 class UpsideDown:

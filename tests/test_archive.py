@@ -145,7 +145,7 @@ def test_wrong_archives_are_explained(packed, tmp_path, damage):
         archive.write_bytes(content[: len(content) // 2] if damage == "cut short" else b"hello" * 1000)
     expected = {
         "cut short": "not a whole tar archive",
-        "no archive": "neither a folder nor a tar archive",
+        "no archive": r"is of no known kind \(folder, zip file, tar archive, .*\): unpack it",
         "no classes": "no class folders",
     }
     with pytest.raises(UserError, match=expected[damage]):

@@ -44,6 +44,12 @@ def flat(folder: Path, images: int) -> None:
         (("validation",), "set data.val validation, or data.holdout"),
         (("test",), "set data.val test, or data.holdout"),
         (("val.tar",), "set data.val val.tar, or data.holdout"),
+        (("val.csv",), "there is val.csv: set data.val val.csv, or"),
+        (("valid-0000.tar", "valid-0001.tar"), r"there is 'valid-\*.tar': set data.val 'valid-\*.tar', or"),
+        (
+            ("data/validation-00000-of-00002.parquet", "data/validation-00001-of-00002.parquet", "data/README.md"),
+            r"there is 'data/validation-\*.parquet': set data.val 'data/validation-\*.parquet', or",
+        ),
         (("valid", "test"), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds test, train, valid\)"),
         ((), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train\)"),
     ],
@@ -51,7 +57,7 @@ def flat(folder: Path, images: int) -> None:
 def test_another_name_of_the_validation_set_is_offered(root, monkeypatch, there, expected):
     shutil.rmtree(root / "val")
     for name in there:
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
     monkeypatch.setattr("pipeline.data.dataset.scan_classes", lambda *_: pytest.fail("scanned before it was checked"))
     with pytest.raises(UserError, match=expected):
         open_all(root)

@@ -39,11 +39,11 @@ def test_the_pinned_versions_are_allowed_ones(allowed, file):
 
 
 def test_the_run_time_dependencies_are_the_imported_packages():
-    """Without onnxruntime, which tools/export.py asks for when it needs it, and Triton, of which torch brings the version that
-    fits it; with tensorboard and nvJPEG, which torch and DALI load."""
+    """Without onnxruntime and pyarrow, which are asked for when they are needed, and Triton, of which torch brings the version
+    that fits it; with tensorboard and nvJPEG, which torch and DALI load."""
     providers = importlib.metadata.packages_distributions()
     imported = {name.split(".")[0] for module in MODULES for name in imports_of(module)}
-    foreign = imported - set(sys.stdlib_module_names) - {"pipeline", "launch", "tools"}
+    foreign = imported - set(sys.stdlib_module_names) - {"pipeline", "launch", "tools", "pyarrow"}
     distributions = {canonicalize_name(providers[name][0]) for name in foreign if name != "nvidia"}
     assert "nvidia" in foreign
     assert (

@@ -156,7 +156,7 @@ def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argp
 
 
 def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
-    """Index `data.dir`, a folder or tar archive: by class, a data set with classes under val/, or flat with a label file; or
+    """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with classes under val/, or flat with a label file; or
     the test images of one of torchvision's data sets."""
     folder = Path(data.dir)
     if data.dataset != "images":

@@ -1,8 +1,8 @@
 """Index a data set and say what is there: ``python -m tools.index DIR``.
 
-DIR is a folder of classes, a tar archive of classes, a tar of tars such as ILSVRC2012_img_train.tar, or (with --labels)
-a flat folder or archive; or a folder that holds both `train` and `val`. What is found is cached beside the images, where
-training looks for it too.
+DIR is a folder of classes, a tar archive or zip file of classes, a tar of tars such as ILSVRC2012_img_train.tar, a table,
+shards, or (with --labels) a flat folder or archive; or a folder that holds both `train` and `val`. What is found is cached
+beside the images, where training looks for it too.
 
 With --verify every image is first read and decoded, and what is odd or left out is listed with what comes of it. The exit
 code is 2 if the index or a run with the default configuration would stop at one, else 0.
@@ -27,7 +27,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.index", description=__doc__)
-    parser.add_argument("data", metavar="DIR", help="folder or tar archive")
+    parser.add_argument("data", metavar="DIR", help="folder, archive, table or shards")
     parser.add_argument("--labels", metavar="FILE", help="label file or development kit, if DIR (or its val) is flat")
     parser.add_argument("--classes", metavar="DIR", help="the training set, whose classes the labels count in")
     parser.add_argument("--cache", metavar="FOLDER", default="runs/index", help="for the cache if DIR is read-only")
@@ -73,7 +73,7 @@ def list_odd_images(training: Path, validation: list[Path]) -> None:
     stops = 0
     for issue in verify([open_source(training)], [open_source(root) for root in validation]):
         tqdm.write(str(issue))
-        kinds[issue.fault, issue.outcome] += 1
+        kinds[issue.fault, issue.outcome] += issue.count
         stops += issue.stops
     for (fault, outcome), count in kinds.most_common():
         print(f"{count:>10,}  {fault}: {outcome}")

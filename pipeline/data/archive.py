@@ -7,15 +7,17 @@ ImageNet is downloaded as ``ILSVRC2012_img_train.tar``, a tar of 1000 tars, one 
 import io
 import os
 import tarfile
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import PurePath
 
 from pipeline.data.image_files import beside_classes, hidden, is_image_by_content, is_image_by_name, unreadable_format
-from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
+from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
 from pipeline.errors import UserError
 
+_OPENING = threading.Lock()
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
@@ -24,17 +26,13 @@ class TarSource:
 
     def __init__(self, root: str):
         self.root = root
-        self._stream: io.FileIO | None = None
-
-    def __getstate__(self) -> dict:
-        return {"root": self.root, "_stream": None}  # another process opens its own
+        self._file = OpenFile(root)
 
     @classmethod
     def at(cls, root: str) -> FileSource | None:
         if not os.path.isfile(root):
             return None
-        if program := _compressed(root, 0):
-            raise UserError(f"{root} is compressed, so that no image in it can be read by itself: {program} it")
+        refuse_compressed(root)
         return cls(root) if tarfile.is_tarfile(root) else None
 
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
@@ -42,7 +40,7 @@ class TarSource:
         groups: list[Group] = []
         issues: list[ImageIssue] = []
         folders: dict[PurePath, list[Member]] = {}
-        stamp, size = self._stamp(), os.path.getsize(self.root)
+        stamp, size = self._file.stamp(), os.path.getsize(self.root)
         for item in self._walk(0, size):
             if isinstance(item, ImageIssue):
                 issues.append(item)
@@ -56,51 +54,22 @@ class TarSource:
                 folders.setdefault(path.parent, []).append(member)
             else:
                 issues.append(beside_classes(self.location(item.name)))
-        shared = (
-            os.path.commonpath([os.path.join(os.sep, folder) for folder in folders])[1:] if len(folders) > 2 else ""
-        )
-        for member in folders.pop(PurePath(shared), []):  # all classes are below this folder
-            issues.append(beside_classes(self.location(os.path.join(shared, member.name))))
-        for folder, members in folders.items():
-            if any(member.by_name or self._is_image(member) for member in members):
-                listing = partial(Listing, tuple(sorted(members, key=lambda member: member.name)))
-                groups.append(Group(folder.name, listing, f"{stamp} 0 {size}"))
-            else:
-                first = self.location(str(folder / members[0].name))
-                issues.append(ImageIssue(first, "lies in a folder without images", "left out"))
-        for name, count in Counter(group.name for group in groups).items():
-            if count > 1:
-                raise UserError(
-                    f"{self.root} holds the class '{name}' {count} times: training and validation need archives of their own"
-                )
-        return sorted(groups, key=lambda group: group.name), issues
+        of_folders, beside = groups_of_folders(self, folders, _sorted, f"{stamp} 0 {size}")
+        remedy = "training and validation need archives of their own"
+        return sort_groups(self.root, groups + of_folders, remedy), issues + beside
 
     def flat(self) -> Group:
         size = os.path.getsize(self.root)
-        return Group("", partial(self._list, 0, size), f"{self._stamp()} 0 {size}")
+        return Group("", partial(self._list, 0, size), f"{self._file.stamp()} 0 {size}")
 
     def open(self, name: str, offset: int, length: int) -> Stream:
-        return Section(self._opened(), offset, length)
+        return Section(self._file.opened(), offset, length)
 
     def place(self, name: str, offset: int) -> tuple[str | int, int]:
-        return self._opened().fileno(), offset
-
-    def _opened(self) -> io.FileIO:
-        if self._stream is None:  # kept open: on a network file system each opening costs a round trip
-            self._stream = io.FileIO(self.root)
-        return self._stream
+        return self._file.opened().fileno(), offset
 
     def location(self, name: str) -> str:
         return f"{name} in {self.root}"
-
-    def _is_image(self, member: Member) -> bool:
-        with self.open(member.name, member.offset, member.length) as stream:
-            return is_image_by_content(stream)
-
-    def _stamp(self) -> str:
-        """What changes when the archive does, without reading it."""
-        status = os.stat(self.root)
-        return f"{status.st_mtime_ns} {status.st_size}"
 
     def _list(self, start: int, length: int) -> Listing:
         """All files of the archive, or of an archive that is a part of it."""
@@ -110,28 +79,32 @@ class TarSource:
         return Listing(tuple(sorted(members, key=lambda member: member.name)), tuple(issues))
 
     def _walk(self, start: int, length: int) -> Iterator[Member | ImageIssue]:
-        """The regular files of an archive from byte `start` of the file on, and what is left out."""
-        try:
-            with tarfile.open(fileobj=self.open("", start, length), mode="r:") as tar:
-                for entry in tar:
-                    name = os.path.normpath(entry.name)
-                    location = self.location(name)
-                    if entry.isdir():
-                        continue
-                    if issue := _left_out(name, location):
-                        yield issue
-                    elif entry.islnk() or entry.issym():
-                        yield ImageIssue(location, "is a link inside an archive", "left out; pack the file itself")
-                    elif not entry.isreg():
-                        yield ImageIssue(location, "is a named pipe or a device", "left out")
-                    else:
-                        yield Member(name, start + entry.offset_data, entry.size, by_name=is_image_by_name(name))
-        except tarfile.TarError as error:
-            if program := _compressed(self.root, start):
-                raise UserError(
-                    f"{self.root} holds a compressed archive: unpack it, {program} what is in it and pack it again"
-                ) from None
-            raise UserError(f"{self.root} is not a whole tar archive ({error}): download or pack it again") from None
+        return walk_tar(self._file, start, length, self.location)
+
+
+class OpenFile:
+    """A file that is opened when it is first read, and then stays open; another process opens its own.
+
+    On a network file system each opening costs a round trip.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._stream: io.FileIO | None = None
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_stream": None}
+
+    def opened(self) -> io.FileIO:
+        if self._stream is None:
+            with _OPENING:  # a second one would be closed with the first one's number in use
+                self._stream = self._stream or io.FileIO(self.path)
+        return self._stream
+
+    def stamp(self) -> str:
+        """What changes when the file does, without reading it."""
+        status = os.stat(self.path)
+        return f"{status.st_mtime_ns} {status.st_size}"
 
 
 class Section(io.RawIOBase):
@@ -163,11 +136,106 @@ class Section(io.RawIOBase):
         return total
 
 
-def _left_out(name: str, location: str) -> ImageIssue | None:
+def walk_tar(
+    file: OpenFile, start: int, length: int, location_of: Callable[[str], str]
+) -> Iterator[Member | ImageIssue]:
+    """The regular files of a tar archive from byte `start` of a file on, and what is left out.
+
+    Raises:
+        UserError: it is compressed or incomplete.
+    """
+    try:
+        with tarfile.open(fileobj=Section(file.opened(), start, length), mode="r:") as tar:
+            for entry in tar:
+                name = os.path.normpath(entry.name)
+                location = location_of(name)
+                if entry.isdir():
+                    continue
+                if issue := left_out(name, location):
+                    yield issue
+                elif entry.islnk() or entry.issym():
+                    yield link_inside(location)
+                elif not entry.isreg():
+                    yield ImageIssue(location, "is a named pipe or a device", "left out")
+                else:
+                    yield Member(name, start + entry.offset_data, entry.size, by_name=is_image_by_name(name))
+    except tarfile.TarError as error:
+        if program := _compressed(file.path, start):
+            raise UserError(
+                f"{file.path} holds a compressed archive: unpack it, {program} what is in it and pack it again"
+            ) from None
+        raise UserError(f"{file.path} is not a whole tar archive ({error}): download or pack it again") from None
+
+
+def groups_of_folders(
+    source: Source, folders: dict[PurePath, list[Member]], listing: Callable[[list[Member]], Listing], stamp: str
+) -> tuple[list[Group], list[ImageIssue]]:
+    """The folders of an archive that hold images as classes, whatever lies above them, and what is no part of any.
+
+    Args:
+        folders: the files in each.
+        listing: what is known of a folder's files when they are listed.
+        stamp: the archive's.
+    """
+    groups: list[Group] = []
+    issues: list[ImageIssue] = []
+    shared = os.path.commonpath([os.path.join(os.sep, folder) for folder in folders])[1:] if len(folders) > 2 else ""
+    for member in folders.pop(PurePath(shared), []):  # all classes are below this folder
+        issues.append(beside_classes(source.location(os.path.join(shared, member.name))))
+    for folder, members in folders.items():
+        if any(member.by_name for member in members) or _any_image(source, listing(members)):
+            groups.append(Group(folder.name, partial(listing, members), stamp))
+        else:
+            first = source.location(str(folder / members[0].name))
+            issues.append(ImageIssue(first, "lies in a folder without images", "left out"))
+    return groups, issues
+
+
+def sort_groups(root: str, groups: list[Group], remedy: str) -> list[Group]:
+    """The classes by name.
+
+    Raises:
+        UserError: two have one name.
+    """
+    for name, count in Counter(group.name for group in groups).items():
+        if count > 1:
+            raise UserError(f"{root} holds the class '{name}' {count} times: {remedy}")
+    return sorted(groups, key=lambda group: group.name)
+
+
+def left_out(name: str, location: str) -> ImageIssue | None:
+    """Why a file of an archive is left out by its name, if it is."""
     for part in name.split(os.sep):
         if issue := hidden(part, location):
             return issue
     return unreadable_format(name, location)
+
+
+def link_inside(location: str) -> ImageIssue:
+    """A link in an archive, whose target may be anywhere."""
+    return ImageIssue(location, "is a link inside an archive", "left out; pack the file itself")
+
+
+def _any_image(source: Source, listing: Listing) -> bool:
+    for member in listing.members:
+        with source.open(member.name, member.offset, member.length) as stream:
+            if is_image_by_content(stream):
+                return True
+    return False
+
+
+def _sorted(members: list[Member]) -> Listing:
+    return Listing(tuple(sorted(members, key=lambda member: member.name)))
+
+
+def refuse_compressed(file: str) -> None:
+    """Refuse an archive that is compressed as a whole.
+
+    Raises:
+        UserError: names the program that undoes it.
+    """
+    if program := _compressed(file, 0):
+        raise UserError(f"{file} is compressed, so that no image in it can be read by itself: {program} it")
 
 
 def _compressed(file: str, start: int) -> str | None:

@@ -1,6 +1,7 @@
 """The training and the validation set that a configuration names."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arra
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
+from pipeline.data.sources import find_source, open_source
 from pipeline.data.synthetic import synthetic_index
+from pipeline.data.table import SPLIT_NAMES, Columns, TableSource, is_table
 from pipeline.errors import UserError, look_up
 
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
-TRAINING_NAMES = ("train", "training")
-VALIDATION_NAMES = ("val", "valid", "validation", "test", "dev", "eval")
 
 Split = Literal["train", "val"]
 Opener = Callable[[DataConfig, Split, tuple[str, ...], Path, bool], DatasetIndex]
@@ -49,16 +50,24 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
 def _open_files(
     config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
 ) -> DatasetIndex:
-    """Files of images, in a folder or an archive; see `sources.SOURCES`."""
+    """Files of images, in a folder or an archive, or named by a table; see `sources.SOURCES`."""
     root = Path(config.dir, config.train if split == "train" else config.val)
     kept = _cache(root, cache)
     if config.labels == "multi":
         return _open_label_table(config, root, classes or None, kept, progress)
+    columns = Columns(config.file_column, config.label_column, split)
+    source: Path | TableSource = root
+    if is_table(root):
+        source = TableSource(str(root), open_source(config.dir), columns)
+    elif config.file_column or config.label_column:
+        raise UserError(
+            f"{root} is no table, and data.file_column and data.label_column are for tables: leave them out"
+        )
     if split == "train":
-        return scan_classes(root, kept, progress)
+        return scan_classes(source, kept, progress)
     if config.val_labels:
         return scan_flat(root, Path(config.dir, config.val_labels), classes, kept, progress)
-    val = scan_classes(root, kept, progress, empty_classes=True)
+    val = scan_classes(source, kept, progress, empty_classes=True)
     odd = sorted(set(val.classes) - set(classes))
     if odd and len(odd) == len(val.classes):
         raise UserError(
@@ -139,10 +148,10 @@ def _check_folders(config: DataConfig) -> None:
         UserError: names what is there instead.
     """
     folder = Path(config.dir)
-    _check_split(folder, config.train, "data.train", TRAINING_NAMES, "")
+    _check_split(folder, config.train, "data.train", SPLIT_NAMES["train"], "")
     if not config.holdout:
         _check_split(
-            folder, config.val, "data.val", VALIDATION_NAMES, ", or data.holdout to validate on training images"
+            folder, config.val, "data.val", SPLIT_NAMES["val"], ", or data.holdout to validate on training images"
         )
         labels = config.val_labels and folder / config.val_labels
         if labels and not os.path.exists(labels):
@@ -151,10 +160,11 @@ def _check_folders(config: DataConfig) -> None:
 
 def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], otherwise: str) -> None:
     wanted = folder / name
-    if os.path.lexists(wanted) or not _may_list(folder):
+    if os.path.lexists(wanted) or not _may_list(folder) or find_source(wanted):
         return  # what is wrong with it, the scan says
-    there = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
-    offered = [entry for entry in there if entry.split(".")[0].lower() in usual and entry != name]
+    there = _entries(folder)
+    below = [os.path.join("data", entry) for entry in _entries(folder / "data")]  # as Hugging Face lays them
+    offered = list(dict.fromkeys(offer for entry in there + below if (offer := _offer(entry, usual)) and offer != name))
     if folder.name == name:
         remedy = f"data.dir is the folder above: set it to {folder.parent}"
     elif len(offered) == 1:
@@ -163,6 +173,19 @@ def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], ot
         found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
         remedy = f"set data.dir, or {field}{otherwise}{found}"
     raise UserError(f"the data folder {wanted} does not exist: {remedy}")
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(e for e in os.listdir(folder) if not e.startswith(".")) if _may_list(folder) else []
+
+
+def _offer(entry: str, usual: tuple[str, ...]) -> str | None:
+    """What to give for an entry of data.dir if its name is that of the split: its name, or a pattern if it is a shard."""
+    folder, name = os.path.split(entry)
+    if shard := re.fullmatch(r"(.+?)-\d+(?:-of-\d+)?\.(tar|parquet)", name):
+        pattern = f"'{os.path.join(folder, shard[1])}-*.{shard[2]}'"
+        return pattern if shard[1].lower() in usual else None
+    return entry if name.split(".")[0].lower() in usual else None
 
 
 def _may_list(folder: Path) -> bool:

@@ -129,9 +129,11 @@ def _letters_and_digits(name: str) -> str:
 
 
 def scan_classes(
-    root: str | Path, cache: Path | None = None, progress: bool = False, empty_classes: bool = False
+    root: str | Path | FileSource, cache: Path | None = None, progress: bool = False, empty_classes: bool = False
 ) -> DatasetIndex:
-    """Index images by class: ``CLASS/IMAGE`` in a folder or a tar archive, or ImageNet's tar of tars.
+    """Index images by class: ``CLASS/IMAGE`` in a folder or an archive, ImageNet's tar of tars, or images with labels.
+
+    Labels that lie with the images are class names: sorted, or in the order of numbers where all are numbers.
 
     What is left out (hidden files, files that are no images) is told on stderr when it is first found.
 
@@ -144,7 +146,8 @@ def scan_classes(
         UserError: `root` cannot be read, holds no classes, holds parts of a data set, or folders of classes; or something in
             it stops the index: an image or a folder that cannot be read, a class without images.
     """
-    source = open_source(root)
+    source = open_source(root) if isinstance(root, str | Path) else root
+    root = source.root
     groups, beside = source.groups()
     if not groups and not any(issue.stops for issue in beside):
         raise UserError(
@@ -159,6 +162,8 @@ def scan_classes(
             f"{os.path.join(root, max(names))}"
         )
     rows = _scan(source, groups, beside, cache, progress, empty_classes)
+    if groups and groups[0].labelled:
+        return _labelled_index(source, groups, rows)
     _refuse_nested(source, groups, rows)
     labels = np.repeat(np.arange(len(groups)), [len(row["names"]) for row in rows])
     return _index(source, groups, rows, labels, tuple(group.name for group in groups))
@@ -252,10 +257,13 @@ def find_images(root: str | Path) -> list[str]:
 
 
 def cache_beside(root: Path, otherwise: Path) -> Path:
-    """The cache file for `root`: beside it, or in the folder `otherwise` if it cannot be read and written there."""
-    name = f".{root.name}.index.jsonl"
-    beside = root.parent / name
-    return beside if os.access(beside if _exists(beside) else root.parent, os.R_OK | os.W_OK) else otherwise / name
+    """The cache file for `root`: beside it, or beside the file that it is a part of; or in the folder `otherwise` if it cannot
+    be read and written there."""
+    # not a folder inside a zip file
+    folder = next((above for above in root.parents if os.path.isdir(above)), root.parent)
+    name = f".{'.'.join(root.relative_to(folder).parts)}.index.jsonl"
+    beside = folder / name
+    return beside if os.access(beside if _exists(beside) else folder, os.R_OK | os.W_OK) else otherwise / name
 
 
 def known_cache(root: Path) -> Path | None:
@@ -293,7 +301,9 @@ def _scan(
     any_new = False
     with ThreadPoolExecutor(THREADS) as group_pool, ThreadPoolExecutor(THREADS) as header_pool:
         try:
-            found = group_pool.map(lambda group: _scan_group(source, group, known.get(group.name), header_pool), groups)
+            found = group_pool.map(
+                lambda group: _scan_group(source, group, known.get(group.key or group.name), header_pool), groups
+            )
             bar = tqdm(
                 found,
                 f"index {source.root}",
@@ -303,10 +313,10 @@ def _scan(
                 leave=False,
             )
             for group, (row, of_group) in zip(groups, bar, strict=True):
-                new, stops = row is not known.get(group.name), any(issue.stops for issue in of_group)
+                new, stops = row is not known.get(group.key or group.name), any(issue.stops for issue in of_group)
                 issues += of_group if new else [issue for issue in of_group if issue.stops]
                 any_new = any_new or new
-                if group.name and not row["names"] and not stops and not empty_classes:
+                if group.name and not group.labelled and not row["names"] and not stops and not empty_classes:
                     where = f"the class {group.name} in {source.root}"
                     issues.append(ImageIssue(where, "has no images", "fill or remove it", stops=True))
                 if cache and new and not stops and kept:
@@ -342,8 +352,9 @@ def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
         if not issue.stops:
             kinds.setdefault((issue.fault, issue.outcome), []).append(issue)
     for (fault, outcome), alike in kinds.items():
+        count = sum(issue.count for issue in alike)
         print(
-            f"warning: {alike[0].location} {fault} (1 of {len(alike):,} in {source.root}): {outcome}",
+            f"warning: {alike[0].location} {fault} (1 of {count:,} in {source.root}): {outcome}",
             file=sys.stderr,
             flush=True,
         )
@@ -394,13 +405,15 @@ def _scan_group(
             members.append(member)
             sizes.append(size)
     row = {
-        "group": group.name,
+        "group": group.key or group.name,
         "stamp": stamp,
         "names": [member.name for member in members],
         "offsets": [member.offset for member in members],
         "lengths": [member.length for member in members],
         "sizes": sizes,
     }
+    if group.labelled:
+        row["labels"] = [member.label for member in members]
     return row, issues
 
 
@@ -408,7 +421,8 @@ def _stamp(members: Iterable[Member]) -> str:
     """What changes when one of the files does."""
     digest = hashlib.sha256()
     for member in members:
-        digest.update(os.fsencode(f"{member.name}\0{member.length}\0{member.time}\n"))
+        label = f"\0{member.label}" if member.label else ""
+        digest.update(os.fsencode(f"{member.name}\0{member.length}\0{member.time}{label}\n"))
     return digest.hexdigest()
 
 
@@ -441,6 +455,23 @@ def _issue_if_no_image(source: FileSource, name: str, member: Member) -> ImageIs
             return None if is_image_by_content(stream) else no_image(location)
     except OSError as error:
         return unreadable(location, error)
+
+
+def _labelled_index(source: FileSource, groups: list[Group], rows: list[dict[str, Any]]) -> DatasetIndex:
+    """Images in the order in which they would lie in folders of their classes: by class, then by name."""
+    labels = [label for row in rows for label in row["labels"]]
+    if not labels:
+        raise UserError(f"{source.root} holds no images: check its path")
+    numbers = all(label.isascii() and label.isdigit() for label in labels)
+    classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
+    position = {name: k for k, name in enumerate(classes)}
+    names = [name for row in rows for name in row["names"]]
+    order = sorted(range(len(labels)), key=lambda i: (position[labels[i]], names[i]))
+    full = [os.path.join(group.name, name) for group, row in zip(groups, rows, strict=True) for name in row["names"]]
+    columns = {"names": full} | {key: [x for row in rows for x in row[key]] for key in ("offsets", "lengths", "sizes")}
+    row = {key: [column[i] for i in order] for key, column in columns.items()}
+    of_images = np.array([position[labels[i]] for i in order])
+    return _index(source, [source.flat()], [row], of_images, tuple(classes))
 
 
 def _index(

@@ -46,9 +46,27 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> Labe
     Raises:
         UserError: the file cannot be read, or is not of this kind; names the line.
     """
+    header, rows = read_rows(file)
+    small = [name.lower() for name in header]
+    of_files = next((small.index(name) for name in FILE_COLUMNS if name in small), 0)
+    of_labels = next((small.index(name) for name in LABEL_COLUMNS if name in small), None)
+    files = tuple(row[of_files].strip() for row in rows)
+    if of_labels is not None and of_labels != of_files:
+        named = [_names(row[of_labels]) for row in rows]
+        return LabelTable(files, *_of_names(file, named, classes))
+    columns = [i for i in range(len(header)) if i != of_files]
+    return LabelTable(files, *_of_columns(file, header, columns, rows, classes))
+
+
+def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the other rows of a CSV file, or of one with tabs if it is called .tsv.
+
+    Raises:
+        UserError: the file cannot be read, has no rows or one column, or a row of another length; names the line.
+    """
     try:
         with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            rows = list(csv.reader(stream))
+            rows = list(csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ","))
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read the label file {file}: {getattr(error, 'strerror', None) or error}") from None
     while rows and not any(cell.strip() for cell in rows[-1]):
@@ -64,18 +82,12 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> Labe
     twice = [name for name, times in Counter(header).items() if times > 1]
     if twice:
         raise UserError(f"{file} has two columns '{twice[0]}': give each a name of its own")
-    small = [name.lower() for name in header]
-    of_files = next((small.index(name) for name in FILE_COLUMNS if name in small), 0)
-    of_labels = next((small.index(name) for name in LABEL_COLUMNS if name in small), None)
-    files = tuple(row[of_files].strip() for row in rows)
-    if of_labels is not None and of_labels != of_files:
-        named = [_names(row[of_labels]) for row in rows]
-        return LabelTable(files, *_of_names(file, named, classes))
-    columns = [i for i in range(len(header)) if i != of_files]
-    return LabelTable(files, *_of_columns(file, header, columns, rows, classes))
+    return header, rows
 
 
-def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix: str) -> list[str]:
+def match_files(
+    file: Path, wanted: Sequence[str], names: Iterable[str], prefix: str, lines: Sequence[int] = ()
+) -> list[str]:
     """The image that each entry of a table's column of files means, by its name in the source.
 
     An entry may lack folders and suffix where that leaves one image.
@@ -83,6 +95,7 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
     Args:
         names: of all images, as the source has them.
         prefix: the table's folder, relative to the source's root; entries may be relative to it.
+        lines: the number of each entry's line; none: from 2 on, after a header.
 
     Raises:
         UserError: there is no such image, or several, or two entries mean the same one.
@@ -96,7 +109,7 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
             shorter[key] = name
             times[key] += 1
     found: dict[str, int] = {}
-    for number, entry in enumerate(wanted, start=2):
+    for number, entry in zip(lines or range(2, len(wanted) + 2), wanted, strict=True):
         paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, entry))]
         alone = [shorter[key] for key in _short(entry) if times[key] == 1]
         image = next(chain((path for path in paths if path in known), alone), None)

@@ -201,7 +201,10 @@ class NativePipeline:
                 if self._by_python[row]:
                     continue
                 with suppress(OSError):  # of an archive that cannot be opened: Python says so
-                    place, positions[i] = index.source.place(index.names[row], int(index.offsets[row]))
+                    found = index.source.place(index.names[row], int(index.offsets[row]))
+                    if found is None:
+                        continue
+                    place, positions[i] = found
                     if isinstance(place, int):
                         files[i] = place
                     else:

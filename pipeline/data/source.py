@@ -1,6 +1,6 @@
-"""What a kind of place that holds images must offer: a folder, an archive, arrays in memory.
+"""What a kind of place that holds images must offer: a folder, an archive, a table, arrays in memory.
 
-To add a kind of place for image files (zip, parquet, shards): write one module with a class like `Source`, and add one
+To add a kind of place for image files: write one module with a class like `Source`, and add one
 line to `sources.SOURCES`. Indexing, its cache, labels, training, evaluation and --verify then work with it unchanged. A
 `place` as in `PlacedSource` spares the native loader a way through Python.
 """
@@ -23,6 +23,7 @@ class ImageIssue:
         outcome: what comes of it, or what to do.
         detail: more about this very one.
         stops: the index or a run stops there.
+        count: files of which the same is to be told; this is the first.
     """
 
     location: str
@@ -30,6 +31,7 @@ class ImageIssue:
     outcome: str
     detail: str = ""
     stops: bool = False
+    count: int = 1
 
     def __str__(self) -> str:
         return f"{self.location} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"
@@ -44,6 +46,7 @@ class Member:
         offset, length: its bytes, as the source's `open` takes them; length is that of the image file.
         time: when it changed (ns); 0 where the group has a stamp.
         by_name: its name says that it is an image. Otherwise its content decides.
+        label: its class, in a group of labelled members.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Member:
     length: int
     time: int = 0
     by_name: bool = True
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,18 @@ class Group:
     """The files that are listed and cached together: those of one class, or all of a set without classes.
 
     Attributes:
-        name: the class; empty for a set without classes.
+        name: the class; empty for a set without classes; of labelled members any name of its own.
         list: finds the files.
         stamp: changes when the files do, and is known without listing them; empty: list them to know.
+        labelled: the group is no class, and each member says its own.
+        key: its name in the cache, if that is another than `name`.
     """
 
     name: str
     list: Callable[[], Listing]
     stamp: str = ""
+    labelled: bool = False
+    key: str = ""
 
 
 class Source(Protocol):
@@ -102,8 +110,9 @@ class Source(Protocol):
 class PlacedSource(Protocol):
     """A source whose images lie as they are in files of this machine, so that they can be read without Python."""
 
-    def place(self, name: str, offset: int) -> tuple[str | int, int]:
-        """The path of the file, or its number if it is open and stays so, and the image's first byte in it."""
+    def place(self, name: str, offset: int) -> tuple[str | int, int] | None:
+        """The path of the file, or its number if it is open and stays so, and the image's first byte in it; None if this
+        image does not lie as it is."""
 
 
 class FileSource(Source, Protocol):
@@ -114,7 +123,7 @@ class FileSource(Source, Protocol):
         """The source at this existing path, or None if the path is not of this kind."""
 
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
-        """The classes, which may be none, and what is no part of any class.
+        """The classes, which may be none, and what is no part of any class; or groups of labelled members.
 
         Raises:
             UserError: the place as a whole cannot be read.

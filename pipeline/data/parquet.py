@@ -1,0 +1,199 @@
+"""Images in Hugging Face's parquet files: a column of images (bytes and path) and one of labels, read by pyarrow.
+
+pyarrow is no requirement of training; it is asked for where such a file is given. Class names are those in the file's
+metadata, else the labels as they stand there. Files are given as ``data/train-*.parquet``, as a folder that holds nothing
+else, or as one file. (Format: huggingface.co/docs/datasets, features Image and ClassLabel.)
+
+A parquet file is compressed by row groups, so that an image is no range of its bytes: a row group is read and decompressed
+as a whole, and the last few are kept. Random access therefore reads many times what it needs, about as many as a row group
+has images; tools.pack writes shards, which are read by position.
+"""
+
+import bisect
+import io
+import itertools
+import json
+import os
+import threading
+from collections import OrderedDict
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from pipeline.data.shards import expand
+from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
+from pipeline.errors import UserError
+
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+SUFFIX = ".parquet"
+KEPT_ROW_GROUPS = 16
+
+
+class ParquetSource:
+    """The images of the parquet files `files`, which the user calls `root`; an image's offset is its row over all files."""
+
+    def __init__(self, root: str, files: list[str]):
+        self.root = root
+        self._files = files
+        folder = os.path.commonpath([os.path.dirname(file) or os.curdir for file in files])
+        self._names = [os.path.relpath(file, folder) for file in files]
+        self._row_groups: list[tuple[int, int]] = []  # file and number in it
+        rows: list[int] = []
+        self._first_rows: list[int] = []
+        for i, file in enumerate(files):
+            metadata = _open(file).metadata
+            self._first_rows.append(sum(rows))
+            for k in range(metadata.num_row_groups):
+                self._row_groups.append((i, k))
+                rows.append(metadata.row_group(k).num_rows)
+        self._starts = [0, *itertools.accumulate(rows)]
+        self._columns = _columns(files[0])
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._opened: dict[int, Any] = {}
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_opened", "_kept")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    @classmethod
+    def at(cls, root: str) -> FileSource | None:
+        files = [root] if os.path.isfile(root) else _in_folder(root) if os.path.isdir(root) else expand(root)
+        return cls(root, files) if files and files[0].endswith(SUFFIX) else None
+
+    def groups(self) -> tuple[list[Group], list[ImageIssue]]:
+        """A group of labelled images for each file."""
+        groups = []
+        for i, (name, file) in enumerate(zip(self._names, self._files, strict=True)):
+            status = os.stat(file)
+            stamp = f"{status.st_mtime_ns} {status.st_size} {self._first_rows[i]}"
+            groups.append(Group(name, partial(self._list, i), stamp, labelled=True))
+        return groups, []
+
+    def flat(self) -> Group:
+        def list_all() -> Listing:
+            members = [
+                Member(os.path.join(name, member.name), member.offset, member.length)
+                for i, name in enumerate(self._names)
+                for member in self._list(i).members
+            ]
+            return Listing(tuple(sorted(members, key=lambda member: member.name)))
+
+        return Group("", list_all)
+
+    def open(self, name: str, offset: int, length: int) -> Stream:
+        k = bisect.bisect_right(self._starts, offset) - 1
+        return io.BytesIO(self._images(k)[offset - self._starts[k]].as_buffer())
+
+    def location(self, name: str) -> str:
+        return f"{name} in {self.root}"
+
+    def _images(self, k: int) -> Any:
+        """The bytes of the images of row group `k`, a pyarrow array; one thread reads at a time.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        with self._lock:
+            if k not in self._kept:
+                i, number = self._row_groups[k]
+                if i not in self._opened:
+                    self._opened[i] = _open(self._files[i])
+                image = self._columns[0]
+                try:
+                    table = self._opened[i].read_row_group(number, columns=[f"{image}.bytes"])
+                except _pyarrow(self.root).ArrowException as error:
+                    raise OSError(f"row group {number} of {self._files[i]} is damaged ({error})") from None
+                self._kept[k] = table.column(image).combine_chunks().field("bytes")
+                if len(self._kept) > KEPT_ROW_GROUPS:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(k)
+            return self._kept[k]
+
+    def _list(self, i: int) -> Listing:
+        """The images of one file, in the order of its rows."""
+        image, label, names = self._columns
+        file = _open(self._files[i])
+        row = self._first_rows[i]
+        members: list[Member] = []
+        issues: list[ImageIssue] = []
+        for number in range(file.metadata.num_row_groups):
+            table = file.read_row_group(number, columns=[f"{image}.bytes", f"{image}.path", label])
+            images = table.column(image).combine_chunks()
+            parts = zip(
+                images.field("bytes"), images.field("path").to_pylist(), table.column(label).to_pylist(), strict=True
+            )
+            for content, path, value in parts:
+                name = f"{row - self._first_rows[i]:09d}_{os.path.basename(path or '')}"
+                location = self.location(os.path.join(self._names[i], name))
+                if not content.is_valid:
+                    issues.append(
+                        ImageIssue(location, "has no bytes", "give files with the images in them", stops=True)
+                    )
+                elif value is None or (names and not 0 <= value < len(names)):
+                    fault = f"has no label ({label} is {value})"
+                    issues.append(ImageIssue(location, fault, "give a split with labels", stops=True))
+                else:
+                    own = names[value] if names else str(value)
+                    members.append(Member(name, row, len(content.as_buffer()), label=own))
+                row += 1
+        return Listing(tuple(members), tuple(issues))
+
+
+def _columns(file: str) -> tuple[str, str, list[str]]:
+    """The names of the columns of images and of labels, and the class names, none if the metadata have none.
+
+    Raises:
+        UserError: there are no such columns.
+    """
+    schema = _open(file).schema_arrow
+    arrow = _pyarrow(file)
+    structs = [field.name for field in schema if arrow.types.is_struct(field.type)]
+    image = next((name for name in structs if schema.field(name).type.get_field_index("bytes") >= 0), None)
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if image is None or label is None:
+        lacking = "images (bytes and path)" if image is None else f"labels ({', '.join(LABEL_COLUMNS)})"
+        raise UserError(f"{file} has no column of {lacking}, but {', '.join(schema.names)}: give another file")
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = stored.get("info", {}).get("features", {}).get(label, {})
+    return image, label, list(feature.get("names") or []) if isinstance(feature, dict) else []
+
+
+def _open(file: str) -> Any:
+    """A `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        UserError: it is none, or pyarrow is not installed.
+    """
+    arrow = _pyarrow(file)
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file)
+    except arrow.ArrowException as error:
+        raise UserError(f"{file} is not a whole parquet file ({error}): download it again") from None
+
+
+def _pyarrow(file: str) -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+        import pyarrow.types
+    except ImportError:
+        raise UserError(f"{file} is a parquet file, and pyarrow is not installed: pip install pyarrow") from None
+    return pyarrow
+
+
+def _in_folder(folder: str) -> list[str]:
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return []
+    whole = names and all(name.endswith(SUFFIX) for name in names)
+    return [os.path.join(folder, name) for name in names] if whole else []

@@ -1,0 +1,236 @@
+"""Images that a table names with their classes: CSV, tab-separated, and the tables of some well-known data sets.
+
+The images lie below a folder, which is the table's own or data.dir. Known by their shape, without a header or with one:
+
+- ``LOC_val_solution.csv`` of ImageNet at Kaggle: ``ImageId,PredictionString``, of which the first word is the class.
+- ``val_annotations.txt`` of Tiny ImageNet: FILE, CLASS and a box of four numbers, with tabs.
+- ``train_test_split.txt`` of CUB-200-2011, beside images.txt, image_class_labels.txt and classes.txt.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.image_files import is_image_by_name
+from pipeline.data.label_table import FILE_COLUMNS, match_files, read_rows
+from pipeline.data.source import FileSource, Group, ImageIssue, Listing, PlacedSource, Stream
+from pipeline.errors import UserError, did_you_mean
+
+SUFFIXES = (".csv", ".tsv")
+CLASS_COLUMNS = ("label", "class", "labels", "class_name", "category", "target")  # in small letters, as FILE_COLUMNS
+SPLIT_COLUMNS = ("split", "subset", "data set")
+# What a split is called; of several the first one that is there is taken.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test", "dev", "eval"),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are read, and of which split its lines are.
+
+    Attributes:
+        file, label: headers; None: they are known by their names.
+        split: "train" or "val", where a table says of each line which one it is for; None: all lines.
+    """
+
+    file: str | None = None
+    label: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table: its number from 1, the file and the class as they stand there, the split if it is said."""
+
+    line: int
+    file: str
+    label: str
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """The images that the table `root` names, from the place `images`."""
+
+    root: str
+    images: FileSource
+    columns: Columns = Columns()
+
+    @classmethod
+    def at(cls, root: str) -> FileSource | None:
+        from pipeline.data.sources import open_source  # which has a line for this kind
+
+        if not is_table(root):
+            return None
+        return cls(root, open_source(os.path.dirname(root) or os.curdir))
+
+    def groups(self) -> tuple[list[Group], list[ImageIssue]]:
+        return [self.flat()], []
+
+    def flat(self) -> Group:
+        return Group("", self._list, labelled=True, key=self.columns.split or "")
+
+    def open(self, name: str, offset: int, length: int) -> Stream:
+        return self.images.open(name, offset, length)
+
+    def place(self, name: str, offset: int) -> tuple[str | int, int] | None:
+        return self.images.place(name, offset) if isinstance(self.images, PlacedSource) else None
+
+    def location(self, name: str) -> str:
+        return self.images.location(name)
+
+    def _list(self) -> Listing:
+        table = Path(self.root)
+        entries = read_table(table, self.columns)
+        listing = self.images.flat().list()
+        members = {member.name: member for member in listing.members}
+        prefix = os.path.relpath(table.parent, self.images.root)
+        lines = [entry.line for entry in entries]
+        names = match_files(table, [entry.file for entry in entries], members, prefix, lines)
+        found = sorted(
+            (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, entries, strict=True)),
+            key=lambda member: member.name,
+        )
+        issues = [issue for issue in listing.issues if issue.stops]
+        named = set(names)
+        if others := [name for name, member in members.items() if member.by_name and name not in named]:
+            issues.append(ImageIssue(self.location(others[0]), "is not in the table", "left out", count=len(others)))
+        return Listing(tuple(found), tuple(issues))
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a path is that of a file whose name or shape is that of a table of images and classes."""
+    path = Path(path)
+    return os.path.isfile(path) and (path.suffix.lower() in SUFFIXES or _known_text(path) is not None)
+
+
+def read_table(table: Path, columns: Columns) -> list[Entry]:
+    """The lines of a table that are of the wanted split.
+
+    Raises:
+        UserError: the table cannot be read, or does not say what it ought to; names the line and the column.
+    """
+    kind = None if table.suffix.lower() in SUFFIXES else _known_text(table)
+    if kind is None:
+        entries = _of_header(table, columns)
+    elif columns.file or columns.label:
+        raise UserError(
+            f"{table} has no header, and its columns are known: leave out data.file_column and label_column"
+        )
+    else:
+        entries = list(_tiny_imagenet(table) if kind == "tiny" else _cub(table))
+    for entry in entries:
+        if not entry.label:
+            raise UserError(
+                f"{table}, line {entry.line}: the image '{entry.file}' has no label: give one, or remove it"
+            )
+    return _of_split(table, entries, columns.split)
+
+
+def _of_header(table: Path, columns: Columns) -> list[Entry]:
+    header, rows = read_rows(table)
+    if is_image_by_name(header[0]):
+        raise UserError(f"{table} has no header: put a line such as 'file,label' above the first")
+    small = [name.lower() for name in header]
+    if small == ["imageid", "predictionstring"] and not (columns.file or columns.label):  # Kaggle's: class and boxes
+        return [Entry(line, row[0], (row[1].split() or [""])[0]) for line, row in enumerate(rows, start=2)]
+    file = _column(table, header, columns.file, "data.file_column")
+    if file is None:
+        file = next((small.index(name) for name in FILE_COLUMNS if name in small), 0)
+    split = next((small.index(name) for name in SPLIT_COLUMNS if name in small), None)
+    label = _column(table, header, columns.label, "data.label_column")
+    if label is None:
+        others = [i for i in range(len(header)) if i not in (file, split)]
+        label = next(
+            (small.index(name) for name in CLASS_COLUMNS if name in small and small.index(name) in others), None
+        )
+        label = others[0] if label is None and len(others) == 1 else label
+    if label is None:
+        raise UserError(f"{table}: none of the columns {', '.join(header)} is called label: set data.label_column")
+    if label == file:
+        raise UserError(f"{table}: the column '{header[file]}' cannot be that of files and of labels: set two columns")
+    return [
+        Entry(line, row[file].strip(), row[label].strip(), row[split].strip().lower() if split is not None else None)
+        for line, row in enumerate(rows, start=2)
+    ]
+
+
+def _column(table: Path, header: list[str], wanted: str | None, field: str) -> int | None:
+    if wanted is None:
+        return None
+    if wanted not in header:
+        raise UserError(f"{table} has no column '{wanted}' ({field}){did_you_mean(wanted, header)}")
+    return header.index(wanted)
+
+
+def _of_split(table: Path, entries: list[Entry], split: str | None) -> list[Entry]:
+    there = {entry.split for entry in entries if entry.split is not None}
+    if not there or split is None:
+        return entries
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    for entry in entries:
+        if entry.split not in known:
+            raise UserError(f"{table}, line {entry.line}: '{entry.split}' is no split: give {', '.join(known)}")
+    name = next((name for name in SPLIT_NAMES[split] if name in there), None)
+    if name is None:
+        has = ", ".join(sorted(map(str, there)))
+        raise UserError(f"{table} has no line of the split {split}, but of {has}: set data.{split} to another table")
+    return [entry for entry in entries if entry.split == name]
+
+
+def _known_text(file: Path) -> str | None:
+    """Which of the known tables without a header a text file is."""
+    if file.name == "train_test_split.txt":
+        return "cub"
+    try:
+        with open(file, encoding="utf-8", errors="surrogateescape") as stream:
+            fields = stream.readline(4096).rstrip("\n").split("\t") if file.suffix == ".txt" else []
+    except OSError:
+        return None
+    boxes = len(fields) == 6 and is_image_by_name(fields[0]) and all(field.isdigit() for field in fields[2:])
+    return "tiny" if boxes else None
+
+
+def _tiny_imagenet(table: Path) -> Iterator[Entry]:
+    for line, text in _lines(table):
+        fields = text.split("\t")
+        if len(fields) < 2:
+            raise UserError(f"{table}, line {line}: expected FILE, CLASS and a box, with tabs between: mend it")
+        yield Entry(line, fields[0], fields[1])
+
+
+def _cub(table: Path) -> Iterator[Entry]:
+    """Four files of lines ``NUMBER VALUE``: images by number, their classes, the classes' names, 1 for training."""
+    parts = {}
+    for name in ("images.txt", "image_class_labels.txt", "classes.txt"):
+        if not (file := table.with_name(name)).is_file():
+            raise UserError(f"{table} is CUB's, and {file} beside it is missing: put it there")
+        parts[name] = {key: value for _, key, value in _numbered(file)}
+    images, labels, classes = parts.values()
+    for line, key, training in _numbered(table):
+        try:
+            yield Entry(line, f"images/{images[key]}", classes[labels[key]], "train" if training == "1" else "test")
+        except KeyError as error:
+            raise UserError(
+                f"{table}, line {line}: the number {error.args[0]} is missing in the files beside it: download them again"
+            ) from None
+
+
+def _numbered(file: Path) -> Iterator[tuple[int, str, str]]:
+    for line, text in _lines(file):
+        number, _, value = text.partition(" ")
+        if not value:
+            raise UserError(f"{file}, line {line}: expected NUMBER VALUE: download it again")
+        yield line, number, value
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"cannot read the table {file}: {error.strerror}: check its permissions") from None
+    return ((number, line.rstrip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip())

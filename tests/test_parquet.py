@@ -1,0 +1,108 @@
+"""Hugging Face's parquet files, where pyarrow is installed; and what is said where it is not."""
+
+import importlib.util
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config
+
+from pipeline import trainer
+from pipeline.checkpoint import load_checkpoint
+from pipeline.config import DataConfig
+from pipeline.data.dataset import open_datasets
+from pipeline.data.index import scan_classes
+from pipeline.data.reader import Reader
+from pipeline.errors import UserError
+
+needs_pyarrow = pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="PARQUET FILES ARE NOT TESTED: pip install pyarrow"
+)
+
+
+def write_parquet(folder: Path, out: Path, split: str, files: int = 2, names: bool = True) -> None:
+    """The images of class folders in their order, in row groups of 5, as Hugging Face writes them."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    index = scan_classes(folder)
+    features = {"image": {"_type": "Image"}, "label": {"names": list(index.classes), "_type": "ClassLabel"}}
+    kinds = [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())]
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if names else None
+    schema = pa.schema(kinds, metadata)
+    out.mkdir(exist_ok=True)
+    for k, rows in enumerate(np.array_split(np.arange(len(index)), files)):
+        images = [
+            {"bytes": (folder / index.names[i]).read_bytes(), "path": os.path.basename(index.names[i])} for i in rows
+        ]
+        table = pa.table({"image": images, "label": index.labels[rows].tolist()}, schema=schema)
+        parquet.write_table(table, out / f"{split}-{k:05d}-of-{files:05d}.parquet", row_group_size=5)
+
+
+@needs_pyarrow
+def test_parquet_files_are_indexed_and_read_as_the_folders(image_folders, tmp_path, monkeypatch):
+    write_parquet(image_folders / "train", tmp_path / "data", "train")
+    folders = scan_classes(image_folders / "train")
+    index = scan_classes(tmp_path / "data" / "train-*.parquet", tmp_path / "cache")
+    assert index.classes == folders.classes
+    for field in ("labels", "sizes", "lengths"):
+        np.testing.assert_array_equal(getattr(index, field), getattr(folders, field))
+    again = pickle.loads(pickle.dumps(index))
+    for i in np.random.default_rng(0).permutation(len(folders)).tolist():
+        assert Reader(again).read(i).tobytes() == Reader(folders).read(i).tobytes()
+    monkeypatch.setattr("pipeline.data.index._read_size", lambda *_: pytest.fail("read a header again"))
+    assert scan_classes(tmp_path / "data", tmp_path / "cache").labels.tolist() == index.labels.tolist()
+
+
+@needs_pyarrow
+def test_without_names_labels_are_numbers_and_none_is_refused(image_folders, tmp_path):
+    write_parquet(image_folders / "val", tmp_path, "val", files=1, names=False)
+    assert scan_classes(tmp_path / "val-00000-of-00001.parquet").classes == ("0", "1", "2")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "x").mkdir()
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "x" / "x.parquet")
+    with pytest.raises(UserError, match=r"has no column of images \(bytes and path\), but text"):
+        scan_classes(tmp_path / "x" / "x.parquet")
+    (tmp_path / "x" / "x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="x.parquet is not a whole parquet file"):
+        scan_classes(tmp_path / "x" / "x.parquet")
+
+
+@needs_pyarrow
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["native", "dali"])
+def test_training_is_that_of_folders_to_the_bit(image_folders, tmp_path, loader):
+    for split in ("train", "val"):
+        write_parquet(image_folders / split, tmp_path / "data", split)
+    weights = []
+    for name, root, sets in (
+        ("folders", image_folders, ("train", "val")),
+        ("parquet", tmp_path, ("data/train-*.parquet", "data/val-*.parquet")),
+    ):
+        data = {
+            "dir": str(root),
+            "train": sets[0],
+            "val": sets[1],
+            "loader": loader,
+            "crop_size": 24,
+            "resize_size": 28,
+        }
+        trainer.fit(small_config(tmp_path / name, data=data, optim={"epochs": 1}))
+        weights.append(load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"])
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    config = DataConfig(dir=str(tmp_path), train="data/train-*.parquet", holdout=1)
+    with pytest.raises(UserError, match="parquet is a parquet file, and pyarrow is not installed: pip install pyarrow"):
+        open_datasets(config, tmp_path, progress=False)

@@ -1,0 +1,193 @@
+"""Tables of images and classes: what is read as one, the shapes that are known, and what is refused in one line."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_config
+from test_zip_archive import zip_folder
+
+from pipeline.config import DataConfig
+from pipeline.data.dataset import open_datasets
+from pipeline.data.index import scan_classes
+from pipeline.data.table import Columns, TableSource, is_table, read_table
+from pipeline.data.verify import verify
+from pipeline.errors import UserError
+
+
+def write_table(file: Path, *rows: tuple[str, ...], delimiter: str = ",") -> Path:
+    with open(file, "w", newline="") as stream:
+        csv.writer(stream, delimiter=delimiter).writerows(rows)
+    return file
+
+
+def files_of(folder: Path) -> list[tuple[str, str]]:
+    """(path relative to the folder, class) of its images, in no order."""
+    return [(str(file.relative_to(folder)), file.parent.name) for file in folder.rglob("*.jpg")]
+
+
+@pytest.fixture
+def images(image_folders, tmp_path) -> Path:
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(image_folders / split)
+    return tmp_path
+
+
+def assert_same_images(index, folders, prefix=""):
+    """The same images in the same order with the same labels, so that a plan is the same."""
+    assert index.names == tuple(prefix + name for name in folders.names) and index.classes == folders.classes
+    for field in ("labels", "sizes", "lengths"):
+        np.testing.assert_array_equal(getattr(index, field), getattr(folders, field))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_table_is_indexed_as_the_folders_that_it_names(images, image_folders, suffix, capfd):
+    delimiter = "\t" if suffix == ".tsv" else ","
+    for split in ("train", "val"):
+        rows = [(f"{split}/{file}", name) for file, name in files_of(image_folders / split)]
+        write_table(images / f"{split}{suffix}", ("file", "label"), *rows, delimiter=delimiter)
+    config = DataConfig(dir=str(images), train=f"train{suffix}", val=f"val{suffix}")
+    for split, index in zip(("train", "val"), open_datasets(config, images, progress=False), strict=True):
+        assert_same_images(index, scan_classes(image_folders / split), f"{split}/")
+        assert index.root == str(images / f"{split}{suffix}") and index.location(0) == str(images / index.names[0])
+    told = capfd.readouterr().err
+    assert f".jpg is not in the table (1 of 11 in {images}/train{suffix}): left out\n" in told
+    assert_same_images(scan_classes(images / f"train{suffix}"), scan_classes(image_folders / "train"), "train/")
+
+
+def test_the_cache_knows_the_images_until_a_label_changes(images, image_folders, monkeypatch):
+    rows = [(f"train/{file}", name) for file, name in sorted(files_of(image_folders / "train"))]
+    table, cache = write_table(images / "train.csv", ("file", "label"), *rows), images / "cache"
+    first = scan_classes(table, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.index._read_size", lambda *_: pytest.fail("read a header again"))
+        assert scan_classes(table, cache).fingerprint == first.fingerprint
+    write_table(table, ("file", "label"), (rows[0][0], "class2"), *rows[1:])
+    changed = scan_classes(table, cache)
+    assert changed.labels.sum() == first.labels.sum() + 2 and changed.fingerprint != first.fingerprint
+
+
+def test_columns_by_name_by_option_and_a_column_of_splits(images, image_folders):
+    rows = [
+        ("7", f"{split}/{file}", "old", name, {"train": "Train", "val": "valid"}[split])
+        for split in ("train", "val")
+        for file, name in files_of(image_folders / split)
+    ]
+    table = write_table(images / "all.csv", ("age", "picture", "place", "kind", "split"), *rows)
+    columns = {"file_column": "picture", "label_column": "kind"}
+    config = DataConfig(dir=str(images), train="all.csv", val="all.csv", **columns)
+    for _ in range(2):  # found, and out of the cache that both splits share
+        train, val = open_datasets(config, images, progress=False)
+        assert_same_images(train, scan_classes(image_folders / "train"), "train/")
+        assert_same_images(val, scan_classes(image_folders / "val"), "val/")
+    assert len((images / ".all.csv.index.jsonl").read_text().split()) == 2
+    read = read_table(table, Columns("picture", "place"))
+    assert len(read) == 48 and {entry.label for entry in read} == {"old"}
+
+
+def test_numbers_are_classes_in_their_order(images):
+    rows = [(f"train/class{i % 3}/image{i:04d}.jpg", str((10, 9, 100)[i % 3])) for i in range(37)]
+    index = scan_classes(write_table(images / "t.csv", ("id", "target"), *rows))
+    assert index.classes == ("9", "10", "100") and index.labels[0] == 0
+    assert index.names[0] == "train/class1/image0001.jpg"
+
+
+def test_kaggle_tiny_imagenet_and_cub_are_known(images, image_folders):
+    val = scan_classes(image_folders / "val")
+    files = [(name, name.split("/")[0], Path(name).stem) for name in reversed(val.names)]
+    boxes = [(stem, f"{label} 1 2 30 40 {label} 5 6 7 8 ") for _, label, stem in files]
+    os.remove(images / "train")  # whose images are called as those of val
+    write_table(images / "LOC_val_solution.csv", ("ImageId", "PredictionString"), *boxes)
+    assert_same_images(scan_classes(images / "LOC_val_solution.csv"), val, "val/")
+    lines = [f"{Path(name).name}\t{label}\t0\t1\t20\t30\n" for name, label, _ in files]
+    (images / "val_annotations.txt").write_text("".join(lines))
+    assert_same_images(scan_classes(images / "val_annotations.txt"), val, "val/")
+
+    cub = images / "CUB_200_2011"
+    cub.mkdir()
+    (cub / "images").symlink_to(image_folders / "train")
+    both = scan_classes(image_folders / "train")
+    (cub / "images.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(both.names, 1)))
+    (cub / "image_class_labels.txt").write_text("".join(f"{i} {k + 1}\n" for i, k in enumerate(both.labels, 1)))
+    (cub / "classes.txt").write_text("".join(f"{k} {name}\n" for k, name in enumerate(both.classes, 1)))
+    (cub / "train_test_split.txt").write_text("".join(f"{i} {i % 4 and 1}\n" for i in range(1, 38)))
+    split = "CUB_200_2011/train_test_split.txt"
+    train, test = open_datasets(DataConfig(dir=str(images), train=split, val=split), images, progress=False)
+    of_test = np.arange(1, 38) % 4 == 0
+    for index, rows in ((train, ~of_test), (test, of_test)):
+        assert_same_images(index, both.take(np.flatnonzero(rows)), "CUB_200_2011/images/")
+    (cub / "classes.txt").unlink()
+    with pytest.raises(UserError, match="is CUB's, and .*classes.txt beside it is missing"):
+        scan_classes(images / split)
+
+
+def test_the_training_classes_hold_for_a_validation_table(images, image_folders):
+    rows = [(f"val/{file}", "clas0" if i == 3 else name) for i, (file, name) in enumerate(files_of(images / "val"))]
+    write_table(images / "val.csv", ("file", "label"), *rows)
+    with pytest.raises(UserError, match="has no class 'clas0', which .*val.csv has"):
+        open_datasets(DataConfig(dir=str(images), val="val.csv"), images, progress=False)
+    rows = [row for row in rows if row[1] == "class1"]
+    write_table(images / "val.csv", ("file", "label"), *rows)
+    _, val = open_datasets(DataConfig(dir=str(images), val="val.csv"), images, progress=False)
+    assert val.classes == ("class0", "class1", "class2") and set(val.labels.tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "expected"),
+    [
+        ("a.jpg,cat\nb.jpg,dog\n", {}, "has no header: put a line such as 'file,label' above"),
+        ("file,a,b\nx,1,2\n", {}, "none of the columns file, a, b is called label: set data.label_column"),
+        ("file,label\nx,\n", {}, "line 2: the image 'x' has no label"),
+        ("file,label\nx,1\n", {"label": "lable"}, r"no column 'lable' \(data.label_column\).*did you mean 'label'"),
+        ("file,label\nx,1\n", {"file": "label", "label": "label"}, "cannot be that of files and of labels"),
+        ("file,label,split\nx,1,train\nx,1,odd\n", {"split": "val"}, "line 3: 'odd' is no split"),
+        ("file,label,split\nx,1,train\n", {"split": "val"}, "no line of the split val, but of train: set data.val"),
+        ("file,label\nx,1,2\n", {}, "line 2 has 3 columns"),
+        ("file,label\ntrain/class0/image0000.jpg,1\nx,1\n", {}, "line 3: there is no image 'x'"),
+    ],
+)
+def test_what_a_table_may_not_say(images, text, columns, expected):
+    (images / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=expected):
+        source = TableSource(str(images / "t.csv"), TableSource.at(str(images / "t.csv")).images, Columns(**columns))
+        scan_classes(source)
+
+
+def test_columns_are_for_tables(images):
+    with pytest.raises(UserError, match="train is no table, and data.file_column"):
+        open_datasets(DataConfig(dir=str(images), file_column="file"), images, progress=False)
+    with pytest.raises(UserError, match="label_column is for a table of files with one class each"):
+        small_config(images / "run", data={"label_column": "x"})
+
+
+def test_a_text_file_of_another_kind_is_no_table(images):
+    (images / "notes.txt").write_text("a.jpg\tcat\n")
+    assert not is_table(images / "notes.txt") and not is_table(images / "train")
+    with pytest.raises(UserError, match="notes.txt is of no known kind"):
+        scan_classes(images / "notes.txt")
+
+
+def test_verify_takes_a_table(images, image_folders):
+    rows = [(f"train/{file}", name) for file, name in files_of(image_folders / "train")]
+    source = TableSource.at(str(write_table(images / "train.csv", ("file", "label"), *rows)))
+    (told,) = verify([source], [])
+    assert str(told).endswith("image0000.jpg is not in the table: left out") and told.count == 11
+
+
+def test_cub_in_a_zip_file_with_its_text_files_unpacked(images, image_folders):
+    both = scan_classes(image_folders / "train")
+    zip_folder(image_folders / "train", images / "CUB.zip", "CUB_200_2011/images")
+    (images / "text").mkdir()
+    (images / "text" / "images.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(both.names, 1)))
+    labels = "".join(f"{i} {k + 1}\n" for i, k in enumerate(both.labels, 1))
+    (images / "text" / "image_class_labels.txt").write_text(labels)
+    (images / "text" / "classes.txt").write_text("".join(f"{k} {name}\n" for k, name in enumerate(both.classes, 1)))
+    (images / "text" / "train_test_split.txt").write_text("".join(f"{i} {i % 2}\n" for i in range(1, 38)))
+    split = str(images / "text" / "train_test_split.txt")
+    config = DataConfig(dir=str(images / "CUB.zip"), train=split, val=split)
+    train, test = open_datasets(config, images / "run", progress=False)
+    rows = np.arange(37)
+    assert_same_images(train, both.take(rows[::2]), "CUB_200_2011/images/")
+    assert_same_images(test, both.take(rows[1::2]), "CUB_200_2011/images/")
