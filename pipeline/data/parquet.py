@@ -130,7 +130,7 @@ class ParquetSource:
                 images.field("bytes"), images.field("path").to_pylist(), table.column(label).to_pylist(), strict=True
             )
             for content, path, value in parts:
-                name = f"{row - self._first_rows[i]:09d}_{os.path.basename(path or '')}"
+                name = f"{row:09d}_{os.path.basename(path or '')}"  # in the order of the rows of all files
                 location = self.location(os.path.join(self._names[i], name))
                 if not content.is_valid:
                     issues.append(
