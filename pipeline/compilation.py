@@ -29,12 +29,21 @@ def compile_network(network: nn.Module, mode: "Compile", images: int, accumulati
     """
     if mode == "none":
         return network
+    refuse_graphs(mode, accumulation)
+    return WholeBatchesCompiled(network, mode, images)
+
+
+def refuse_graphs(mode: "Compile", accumulation: int) -> None:
+    """Stop a run whose gradients cannot be accumulated as it is compiled.
+
+    Raises:
+        UserError: as `compile_network`.
+    """
     if mode in CUDA_GRAPHS and accumulation > 1:
         raise UserError(
             f"train.compile {mode} uses CUDA graphs, which cannot accumulate gradients over {accumulation} passes: "
             "choose optim.grad_accum_steps 1 or train.compile default"
         )
-    return WholeBatchesCompiled(network, mode, images)
 
 
 class WholeBatchesCompiled(nn.Module):
