@@ -397,12 +397,17 @@ def a_run(setting: Setting, name: str, hooks: tuple[Any, ...] = (), **sections: 
 
     tree: dict[str, Any] = {
         "run_dir": str(setting.folder / name),
-        "model": {"name": "densenet_bc10_k3"},
+        "model": {"name": "densenet_bc10_k3", "dense_block": "eager"},  # named, so that nothing is measured first
         "data": {
             "loader": "synthetic", "crop_size": 16, "resize_size": 16, "synthetic_images": 30, "synthetic_classes": 3
         },
         "optim": {"epochs": 1, "batch_size": 8, "milestones": []},
-        "train": {"log_every": 2, "device": setting.device.type, "reuse_every": 0},
+        "train": {
+            "log_every": 2,
+            "device": setting.device.type,
+            "reuse_every": 0,
+            "memory_format": "channels_last",
+        },
     }  # fmt: skip
     for section, fields in sections.items():
         tree[section] = {**tree[section], **fields}
@@ -551,14 +556,16 @@ def host_waits(setting: Setting) -> Found:
                 require(not self.waits.found, f"a step waits for the device {self.waits.found} times")
             self.steps += self.watched
 
-    watch = Watch()
-    try:
-        a_run(setting, "waits", (watch,))
-    finally:
-        if setting.on_gpu:
-            torch.cuda.set_sync_debug_mode("default")
-    require(watch.steps > 0, "no step was watched")
-    return Found(f"none in {watch.steps} steps")
+    names = ["eager", *own_backends(setting)]
+    for name in names:
+        watch = Watch()
+        try:
+            a_run(setting, f"waits-{name}", (watch,), model={"dense_block": name})
+        finally:
+            if setting.on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+        require(watch.steps > 0, "no step was watched")
+    return Found(f"none in {watch.steps} steps of {', '.join(names)}")
 
 
 class Operators(TorchDispatchMode):
@@ -879,6 +886,34 @@ def speed(setting: Setting) -> Found:
     )
 
 
+def choice_of_auto(setting: Setting) -> Found:
+    """What `auto` measures at the start of a run, in fp32 and bf16: every candidate that can run here is right."""
+    from pipeline.autotune import measure, measure_apart
+    from pipeline.config import from_dict
+    from pipeline.models import create_model
+
+    model, images, side = ("densenet121", 32, 224) if setting.on_gpu else ("densenet_bc10_k3", 4, 16)
+    texts = []
+    for precision in ("fp32", "bf16"):
+        tree = {
+            "model": {"name": model},
+            "data": {"crop_size": side, "resize_size": side},
+            "train": {"precision": precision},
+        }
+        config = from_dict(tree, "the check")
+        if setting.on_gpu:
+            tuning = measure_apart(config, 1000, setting.device, images)
+        else:  # without the seconds of another process
+            network = create_model(model, 10)
+            require(isinstance(network, DenseNet), "it is none of ours")
+            tuning = measure(network, config, setting.device, images)  # type: ignore[arg-type]
+        first, *others = tuning.text.splitlines()
+        require(first.startswith("computes with"), first)
+        require(not others, f"{precision}: {'; '.join(others)}")
+        texts.append(f"{precision}: {first}")
+    return Found("; ".join(texts), texts)
+
+
 CHECKS = [
     Check("G0", "versions", versions),
     Check("G0", "TF32 flags", tf32_flags),
@@ -903,6 +938,7 @@ CHECKS = [
     Check("G7", "DALI's memory", dali_memory, ("pydantic", "nvidia.dali")),
     Check("G8", "Triton kernels", triton_kernels, ("triton",)),
     Check("G8", "compute-sanitizer", sanitizer, ("triton",)),
+    Check("G8", "auto's choice", choice_of_auto, ("pydantic",)),
     Check("G9", "speed", speed),
 ]  # fmt: skip
 GROUPS = sorted({check.group for check in CHECKS})
