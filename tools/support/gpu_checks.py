@@ -423,7 +423,7 @@ def resumed(setting: Setting) -> Found:
         changes_network = False
 
         def __init__(self, cut: bool = False):
-            self.cut, self.state = cut, {}
+            self.cut, self.state = cut, dict[str, Tensor]()
 
         def on_step(self, trainer, result):
             if self.cut and trainer.run.done_steps == 2:
@@ -473,7 +473,7 @@ def precisions(setting: Setting) -> Found:
 
     names = ("fp32", "tf32", "bf16", "fp16") if setting.on_gpu else ("fp32", "bf16", "fp16")
     for precision in names:
-        options = {"train": {"precision": precision}, "optim": {"grad_accum_steps": 2}}
+        options: dict[str, dict[str, Any]] = {"train": {"precision": precision}, "optim": {"grad_accum_steps": 2}}
         progress = a_run(setting, precision, (Finite(),), **options)
         require(progress.epoch == 1, f"{precision}: the run did not end")
     return Found(", ".join(names))
@@ -600,7 +600,7 @@ def launches(setting: Setting) -> Found:
     for dense_block, count in counted.items():
         if dense_block == "triton" and triton_block.refusal(setting.device):
             continue
-        network = create_model(model, dense_block=dense_block).to(setting.device, memory_format=torch.channels_last)
+        network = create_model(model, dense_block=dense_block).to(setting.device).to(memory_format=torch.channels_last)
         take = functools.partial(step, network, data, "bf16")
         take()
         measured[dense_block] = count_launches(take)
@@ -614,10 +614,10 @@ def launches(setting: Setting) -> Found:
 def process_groups(setting: Setting) -> Found:
     """NCCL (on CPU gloo) with a gloo group beside it, in a world of one."""
     backend = "nccl" if setting.on_gpu else "gloo"
-    bound = dict(device_id=setting.device) if setting.on_gpu else {}
+    bound: dict[str, Any] = dict(device_id=setting.device) if setting.on_gpu else {}
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **bound)
     try:
-        side = dist.new_group(backend="gloo")
+        side: Any = dist.new_group(backend="gloo")
         ours, hosts = torch.ones(3, device=setting.device), torch.ones(3)
         dist.all_reduce(ours)
         dist.all_reduce(hosts, group=side)
@@ -691,7 +691,7 @@ def compiled(setting: Setting) -> Found:
         torch.compiler.reset()
         counters.clear()
         with nullcontext() if setting.on_gpu else mock.patch.object(torch, "compile", traced):
-            network = compile_network(own_network(setting, "auto"), mode, len(images), 1)  # type: ignore[arg-type]
+            network = compile_network(own_network(setting, "auto"), mode, len(images), 1)
         reference = own_network(setting, "eager")
         graphs = 0
         for batch in ((images, labels), small, (images, labels)):
@@ -734,7 +734,7 @@ def pixels(index: Any, device: torch.device, interpolation: str, views: int, bat
         batches = EvaluationLoader(index, config, shard, batch_size=batch_size, crops=views).batches()
     else:
         batches = TrainingLoader(index, config, shard, seed=1, batch_size=batch_size, accumulation=1).batches(0)
-    found = {}
+    found: dict[int, Tensor] = {}
     held = []
     for batch in batches:
         images = batch.images.unflatten(0, (-1, batch.views))
