@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A test process a core, of which each keeps to its own; more than eight would need more memory than most machines have.
 WORKERS := -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-quick lint types format clean
+.PHONY: help demo test test-quick test-gpu lint types format clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -18,6 +18,9 @@ test: lint types ## check style and types, run all tests
 
 test-quick: lint ## check style, run the fast tests: for the loop while editing
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+test-gpu: .venv/ready ## check this machine's GPU and measure it, in 8 minutes
+	$(BIN)/python -m tools.gpu
 
 lint: .venv/ready-dev ## check style (ruff)
 	$(BIN)/ruff check .

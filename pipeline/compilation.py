@@ -3,18 +3,20 @@
 CUDA graphs (reduce-overhead, max-autotune) have not been run on a GPU yet; the tests compile on CPU.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Compile
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Compile
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
-def compile_network(network: nn.Module, mode: Compile, images: int, accumulation: int) -> nn.Module:
+def compile_network(network: nn.Module, mode: "Compile", images: int, accumulation: int) -> nn.Module:
     """Return the network, compiled unless `mode` is "none"; parameters and buffers are shared.
 
     Args:
@@ -27,18 +29,27 @@ def compile_network(network: nn.Module, mode: Compile, images: int, accumulation
     """
     if mode == "none":
         return network
+    refuse_graphs(mode, accumulation)
+    return WholeBatchesCompiled(network, mode, images)
+
+
+def refuse_graphs(mode: "Compile", accumulation: int) -> None:
+    """Stop a run whose gradients cannot be accumulated as it is compiled.
+
+    Raises:
+        UserError: as `compile_network`.
+    """
     if mode in CUDA_GRAPHS and accumulation > 1:
         raise UserError(
             f"train.compile {mode} uses CUDA graphs, which cannot accumulate gradients over {accumulation} passes: "
             "choose optim.grad_accum_steps 1 or train.compile default"
         )
-    return WholeBatchesCompiled(network, mode, images)
 
 
 class WholeBatchesCompiled(nn.Module):
     """Shape: that of the network."""
 
-    def __init__(self, network: nn.Module, mode: Compile, images: int):
+    def __init__(self, network: nn.Module, mode: "Compile", images: int):
         super().__init__()
         self.network, self._images = network, images
         # In a tuple it is no submodule: DDP would find each parameter twice.

@@ -67,8 +67,8 @@ class ModelConfig:
     """Probability of dropping a unit after every convolution but the first (the paper: 0.2 without augmentation)."""
     dense_block: Annotated[str, AfterValidator(_name_of_today)] = "auto"
     """How our DenseNets compute: auto, eager, or a name in pipeline/models/backends.py. eager: module by module;
-    memory_efficient: shared statistics, less memory; fused: C++ kernels for CPU (not fp16); auto: fused where it can be,
-    else eager. All give the same result up to rounding."""
+    memory_efficient: shared statistics, less memory; fused: C++ kernels for CPU (not fp16); auto: on CPU fused where it
+    can be, else eager; on CUDA the fastest as measured at the start of a new run. All give the same result up to rounding."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Blocks whose bottlenecks memory_efficient and fused compute again in the backward pass, for less memory."""
     weights: PathText | None = None
@@ -256,8 +256,8 @@ class TrainConfig:
     precision: Precision = "fp32"
     """fp32 (the paper), tf32, or autocast to bf16 or fp16 (with loss scaling)."""
     memory_format: MemoryFormat = "auto"
-    """Order of feature maps in memory. channels_last: NHWC; contiguous: NCHW; auto: contiguous on CUDA in fp32, for which
-    cuDNN's kernels without tensor cores are in that order, else channels_last."""
+    """Order of feature maps in memory. channels_last: NHWC; contiguous: NCHW; auto: channels_last; on CUDA in fp32 the faster
+    as measured at the start of a new run, or contiguous, cuDNN's order without tensor cores, where nothing is measured."""
     compile: Compile = "none"
     """Compile the network for whole batches with torch.compile in this mode; the two last ones use CUDA graphs on a GPU.
     An epoch's last batch, if it is smaller, and validation are not compiled."""

@@ -2,11 +2,12 @@
 yet."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import MemoryFormat
+if TYPE_CHECKING:
+    from pipeline.config import MemoryFormat
 
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +36,7 @@ def choose_kernels(benchmark: bool, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = benchmark and not deterministic  # timing may choose another kernel each time
 
 
-def memory_format(name: MemoryFormat, precision: str, device: torch.device) -> torch.memory_format:
+def memory_format(name: "MemoryFormat", precision: str, device: torch.device) -> torch.memory_format:
     """The order of feature maps that ``train.memory_format`` means for a precision on a device."""
     if name == "auto":
         name = "contiguous" if device.type == "cuda" and precision == "fp32" else "channels_last"

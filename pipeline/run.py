@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline import autotune
 from pipeline.audit import origin_text
-from pipeline.checkpoint import load_weights
+from pipeline.autotune import Tuning
+from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
@@ -164,14 +166,18 @@ class Run:
         set_tf32(config.train.precision)
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
-        self.memory_format = memory_format(config.train.memory_format, config.train.precision, world.device)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
         network = create_network(config.model, len(self.conditions.classes))
         self._check_image_size(network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
-        self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
         whole_batch = config.optim.batch_size // self.microbatches
-        compiled = compile_network(network, config.train.compile, whole_batch, config.optim.grad_accum_steps)
+        self.tuning = self._tune(network, whole_batch, start.checkpoint if start else None)
+        how = self.tuning.chosen if self.tuning else autotune.as_configured(config)
+        if isinstance(network, DenseNet):
+            network.dense_block = how.dense_block
+        self.memory_format = memory_format(how.memory_format, config.train.precision, world.device)
+        self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
+        compiled = compile_network(network, how.compile, whole_batch, config.optim.grad_accum_steps)
         self.training_network = data_parallel(compiled, world)
         self.optimizer = create_optimizer(self.network, config.optim, config.model.name)
         self.scaler = create_scaler(config.train.precision, world.device)
@@ -192,6 +198,18 @@ class Run:
         }
         if start and start.weights:
             self._begin_with(start.weights)
+
+    def _tune(self, network: nn.Module, images: int, found: Found | None) -> Tuning | None:
+        """The implementation that was measured to be the fastest, or that a checkpoint's run has kept; None to do as asked."""
+        config, device = self.config, self.world.device
+        if not autotune.leaves_a_choice(config, device, network):
+            return None
+        if found is None:
+            classes = len(self.conditions.classes)
+            return self.world.broadcast_from_rank0(lambda: autotune.measure_apart(config, classes, device, images))
+        kept = Tuning.from_state(found.state["tuning"]) if found.state.get("tuning") else None
+        # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
+        return kept if kept and kept.asked == autotune.what_is_asked(config, device, images) else None
 
     def _open_data(self, began_with: str | None) -> None:
         config, world = self.config, self.world
@@ -307,6 +325,7 @@ class Run:
             "classes": self.conditions.classes,
             "conditions": dataclasses.asdict(self.conditions),
             "measured": dataclasses.asdict(self.measured),
+            "tuning": dataclasses.asdict(self.tuning) if self.tuning else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -366,7 +385,7 @@ class Run:
             f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
             f"{optim.batch_size // self.microbatches} images (what a batch-norm statistic sees); "
             f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
-            f"{self._fine_tuning()}"
+            f"{self._fine_tuning()}" + (f"\n{self.tuning.text}" if self.tuning and self.tuning.text else "")
         )
 
     def _named_loader(self) -> str:

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.models import backends, triton_block
 from pipeline.models.densenet import DenseNet
 from tools.lab import gpu_traffic
-from tools.lab.fake_gpu import Launch
+from tools.support.fake_gpu import Launch
 
 CLASSES = 7
 Size = tuple[int, int, int]  # images, height, width

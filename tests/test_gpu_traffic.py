@@ -14,7 +14,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from tools.lab import gpu_traffic
-from tools.lab.fake_gpu import Step, gradients
+from tools.support.fake_gpu import Step, gradients
 
 
 @pytest.mark.parametrize("dense_block", ["eager", "memory_efficient"])

@@ -28,6 +28,7 @@ LAYERS = [
         "pipeline.watchdog",
     },
     {
+        "pipeline.autotune",
         "pipeline.evaluation",
         "pipeline.feature_reuse",
         "pipeline.finite",

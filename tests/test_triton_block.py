@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.models import create_model, zoo
 from pipeline.models.densenet import DenseNet
 from pipeline.trainer import dry_run
-from tools.lab.fake_gpu import Step
+from tools.support.fake_gpu import Step
 
 pytestmark = [
     pytest.mark.slow,

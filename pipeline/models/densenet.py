@@ -8,15 +8,17 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ActivationCheckpointing
 from pipeline.models.backends import BACKENDS, Backend
 from pipeline.models.selection import Selection, Selector
 from pipeline.models.stage import Layer, Stage, TrackedBatchNorm
+
+if TYPE_CHECKING:  # networks need no pydantic
+    from pipeline.config import ActivationCheckpointing
 
 BOTTLENECK_WIDTH = 4  # a bottleneck gives 4k feature maps (Section 3, "Bottleneck layers")
 
@@ -113,7 +115,7 @@ class DenseNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int = 1000,
         dense_block: str = "auto",
-        activation_checkpointing: ActivationCheckpointing = "none",
+        activation_checkpointing: "ActivationCheckpointing" = "none",
     ):
         super().__init__()
         self.dense_block, self.activation_checkpointing = dense_block, activation_checkpointing

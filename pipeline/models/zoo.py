@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipeline.config import ActivationCheckpointing, ModelConfig
 from pipeline.errors import UserError, did_you_mean
 from pipeline.models import backends
 from pipeline.models.densenet import DenseNet
+
+if TYPE_CHECKING:  # networks need no pydantic
+    from pipeline.config import ActivationCheckpointing, ModelConfig
 
 
 def _imagenet(*block_sizes: int, growth_rate: int = 32) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def create_model(
     num_classes: int = 1000,
     dropout: float = 0.0,
     dense_block: str = "auto",
-    activation_checkpointing: ActivationCheckpointing = "none",
+    activation_checkpointing: "ActivationCheckpointing" = "none",
 ) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.
 
@@ -119,7 +121,7 @@ def create_model(
     )
 
 
-def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
+def create_network(config: "ModelConfig", num_classes: int) -> nn.Module:
     """Build the network that a configuration names, with freshly drawn weights; see `create_model`."""
     return create_model(
         config.name,

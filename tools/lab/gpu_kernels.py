@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.models import triton_kernels
 from pipeline.models.triton_block import MULTIPROCESSORS
-from tools.lab.fake_gpu import PRECISIONS, Launch, Step, run_step
+from tools.support.fake_gpu import PRECISIONS, Launch, Step, run_step
 from tools.support.markdown import table
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"

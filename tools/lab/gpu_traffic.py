@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.models import triton_kernels
-from tools.lab.fake_gpu import PRECISIONS, Launch, Step, run_step
+from tools.support.fake_gpu import PRECISIONS, Launch, Step, run_step
 from tools.support.markdown import table
 
 IMPLEMENTATIONS = "eager", "memory_efficient", "triton"

@@ -1,7 +1,8 @@
-"""Estimate the scaling of training over many GPUs: ``python -m tools.lab.scaling [--batch-size N] [--speed MODEL=N ...]``.
+"""Estimate the scaling of training over many GPUs: ``python -m tools.lab.scaling [--batch-size N] [--measured FILE]``.
 
 A calculation from assumed bandwidths, not a measurement: it says where a global batch stops scaling, and what limits it
-there. For N GPUs with b = batch / N images each, a step takes
+there. FILE is what ``python -m tools.gpu`` wrote on a GPU: the line through a network's times of a step over two batch sizes
+gives its launch and speed, of the precision that --precision says. For N GPUs with b = batch / N images each, a step takes
 
     compute      launch + b / speed             launch: what a step costs whatever its size
     all-reduce   2 (N-1)/N bytes / bandwidth + 2 log2(N) latency, of which the backward pass hides what it can:
@@ -10,13 +11,17 @@ there. For N GPUs with b = batch / N images each, a step takes
     and its share of a checkpoint in ten minutes and of a validation after each epoch, which is divided by the ranks.
 """
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from pipeline.config import ModelConfig
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from tools.lab.imagenet import TRAINING_IMAGES, VALIDATION_IMAGES
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.gpu_speed import OURS
 from tools.support.markdown import table
 
 MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
@@ -105,6 +110,14 @@ def main() -> None:
         metavar="MODEL=N",
         help="measured training speed of a network in images/s per GPU, in place of --tflops",
     )
+    parser.add_argument(
+        "--measured",
+        metavar="FILE",
+        help="JSON of python -m tools.gpu, in place of --tflops and --launch for its networks",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="of --measured [%(default)s]"
+    )
     parser.add_argument("--gpus-per-node", type=positive_integer, default=8, help="GPUs per node [%(default)s]")
     parser.add_argument(
         "--within", type=float, default=200.0, help="all-reduce bandwidth within a node, GB/s [%(default)s]"
@@ -130,23 +143,31 @@ def main() -> None:
         loader=options.loader,
         checkpoint=1 / (options.disk * 1e9),
     )
-    measured = dict(_model_and_speed(word) for word in options.speed)
+    lines = read_measured(Path(options.measured), options.precision) if options.measured else {}
+    given = dict(_model_and_speed(word) for word in options.speed)
     counts = [2**k for k in range(11) if 2**k <= options.batch_size]
     print(
         f"Global batch {options.batch_size}; images/s of all GPUs, efficiency against one GPU, and the time of an epoch.\n"
     )
+    for name, line in lines.items():
+        print(f"{name}: {line.speed:,.0f} images/s and {1e3 * line.launch:.1f} ms a step, measured: {line.source}")
+    if lines:
+        print(f"Assumed: all bandwidths, and the speeds of {', '.join(set(MODELS) - {*lines, *given}) or 'none'}.\n")
     rows = []
     for name in MODELS:
         network = network_without_weights(ModelConfig(name=name), classes=1000)
         size, work = parameters(network), multiply_accumulates(network, 224)
         # Forward, and backward to data and to weights: three times the multiply-accumulates, each two operations.
-        speed = measured.get(name, options.tflops * 1e12 / (6 * work))
-        alone = options.batch_size / step_time(1, options.batch_size, size, speed, machines).total
+        speed, here = options.tflops * 1e12 / (6 * work), machines
+        if name in lines:
+            speed, here = lines[name].speed, replace(machines, launch=lines[name].launch)
+        speed = given.get(name, speed)
+        alone = options.batch_size / step_time(1, options.batch_size, size, speed, here).total
         for gpus in counts:
-            step = step_time(gpus, options.batch_size, size, speed, machines)
+            step = step_time(gpus, options.batch_size, size, speed, here)
             images = options.batch_size / step.total
-            parts = {"all-reduce": step.exposed_all_reduce, "launch": machines.launch, "loader": step.loader_wait}
-            parts["compute"] = step.compute - machines.launch
+            parts = {"all-reduce": step.exposed_all_reduce, "launch": here.launch, "loader": step.loader_wait}
+            parts["compute"] = step.compute - here.launch
             rows.append(
                 [
                     name, max(parts, key=parts.__getitem__), str(gpus), str(options.batch_size // gpus), f"{images:,.0f}",
@@ -155,6 +176,64 @@ def main() -> None:
             )  # fmt: skip
     titles = ["network", "most of a step", "GPUs", "images each", "images/s", "efficiency", "epoch"]
     print("\n".join(table(titles, rows, names=2)))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A network's time of a step over the batch: launch + b / speed.
+
+    Attributes:
+        source: what was measured, in words.
+    """
+
+    launch: float
+    speed: float
+    source: str
+
+
+def read_measured(file: Path, precision: str) -> dict[str, Line]:
+    """The lines of the networks that `tools.gpu` has measured with two batch sizes, each of its fastest implementation.
+
+    Raises:
+        UserError: the file is not such a one, or has nothing to draw a line through.
+    """
+    try:
+        results = json.loads(file.read_text())
+        device = results["device"]
+        rows = [
+            row for check in results["checks"] if check["check"] == "speed" for row in (check["figures"] or {})["rows"]
+        ]
+        rows = [row for row in rows if row["precision"] == precision and row["implementation"] in OURS]
+        found = {name: _line([row for row in rows if row["model"] == name]) for name in MODELS}
+    except OSError as error:
+        raise UserError(f"--measured {file}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--measured {file} is no JSON of python -m tools.gpu with speeds in it ({reason})") from None
+    if device != "cuda":
+        raise UserError(f"--measured {file} was measured on a {device}: run python -m tools.gpu on a GPU")
+    lines = {name: line for name, line in found.items() if line}
+    if not lines:
+        raise UserError(
+            f"--measured {file} has no network of ours in {precision} with two batch sizes: run python -m tools.gpu with more "
+            "--minutes, or give another --precision"
+        )
+    return lines
+
+
+def _line(rows: list[dict[str, Any]]) -> Line | None:
+    """Through the smallest and the largest batch of the implementation that is fastest; None if no one has two."""
+    lines = []
+    for kind in {(row["implementation"], row["memory_format"]) for row in rows}:
+        own = sorted(
+            (row["batch_size"], row["seconds"]) for row in rows if (row["implementation"], row["memory_format"]) == kind
+        )
+        (small, least), (large, most) = own[0], own[-1]
+        if large > small and most > least:
+            speed = (large - small) / (most - least)
+            source = f"{', '.join(kind)}, batches of {small} and {large}"
+            lines.append((most / large, Line(max(0.0, least - small / speed), speed, source)))
+    return min(lines, key=lambda item: item[0])[1] if lines else None
 
 
 def _model_and_speed(word: str) -> tuple[str, float]:

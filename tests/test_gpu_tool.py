@@ -1,0 +1,174 @@
+"""tools.gpu on CPU: every check runs, fails on what is broken, and is skipped aloud where a package is missing."""
+
+import json
+import logging
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+
+from pipeline.models import memory_efficient
+from pipeline.run import OptimizerState, Run
+from tools import gpu
+from tools.lab import scaling
+from tools.support import gpu_checks
+from tools.support.gpu_checks import CHECKS, Check, Found, Setting
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def restored_kernels():
+    """The checks set TF32, as each run does."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def setting(tmp_path) -> Setting:
+    return Setting(CPU, tmp_path / "work", time.monotonic() + 1800)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The file of a run of the whole command on CPU, and what it prints."""
+    file = tmp_path_factory.mktemp("gpu") / "new" / "gpu.json"
+    logging.disable(logging.DEBUG)  # torch.compile notes much there, which pytest would keep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["gpu", "--device", "cpu", "--json", str(file), "--minutes", "30"])
+        gpu.main()
+    logging.disable(logging.NOTSET)
+    return file
+
+
+def test_all_checks_run_on_the_cpu_or_say_why_they_cannot(measured):
+    outcomes = json.loads(measured.read_text())
+    assert outcomes["device"] == "cpu"
+    found = {(row["group"], row["check"]): row for row in outcomes["checks"]}
+    assert list(found) == [(check.group, check.title) for check in CHECKS]
+    skipped = {title for (_, title), row in found.items() if row["status"] == "skipped" and row["text"]}
+    of_a_gpu = {"launches of a step", "a killed rank", "DALI's memory", "Triton kernels", "compute-sanitizer"}
+    without_packages = {title for (_, title), row in found.items() if "is not installed" in row["text"]}
+    assert skipped == of_a_gpu | without_packages
+    assert {title for (_, title), row in found.items() if row["status"] != "ok"} == skipped
+    assert all(row["text"] for row in found.values())
+    page = measured.with_suffix(".md").read_text()
+    assert all(f"| {group} | {title} " in page for group, title in found)
+    assert "| densenet_bc10_k3 | fused " in page
+
+
+def test_scaling_takes_a_gpus_speeds_and_refuses_a_cpus(measured, tmp_path, monkeypatch, capfd, user_error):
+    monkeypatch.setattr(scaling, "MODELS", ("densenet121",))
+    assert "was measured on a cpu" in user_error(scaling.main, "--measured", measured)
+    results = json.loads(measured.read_text())
+    (speed,) = [row for row in results["checks"] if row["check"] == "speed"]
+    rows = [row for row in speed["figures"]["rows"] if row["implementation"] == "fused"]
+    for row in rows:
+        row |= {"model": "densenet121", "precision": "bf16", "seconds": 0.02 + row["batch_size"] / 400}
+    slow = [{**row, "implementation": "eager", "seconds": 2 * row["seconds"]} for row in rows]
+    peer = [{**row, "implementation": "timm", "seconds": row["seconds"] / 9} for row in rows]
+    speed["figures"]["rows"] = rows + slow + peer
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({**results, "device": "cuda"}))
+    line = scaling.read_measured(file, "bf16")["densenet121"]
+    assert (line.launch, line.speed) == pytest.approx((0.02, 400)) and "fused" in line.source
+    monkeypatch.setattr("sys.argv", ["scaling", "--measured", str(file)])
+    scaling.main()
+    printed = capfd.readouterr().out
+    assert "densenet121: 400 images/s and 20.0 ms a step, measured: fused" in printed
+    machines = scaling.Machines(8, 200e9, 25e9, 1e-5, 0.02, 2000, 1 / 0.3e9)
+    alone = 256 / scaling.step_time(1, 256, 7_978_856, 400, machines).total
+    (row,) = [
+        row for row in printed.splitlines() if row.startswith("| densenet121 ") and " 256 |" in row and " 1 |" in row
+    ][:1]
+    assert f" {alone:,.0f} |" in row
+    assert "has no network of ours in fp32" in user_error(scaling.main, "--measured", file, "--precision", "fp32")
+    for text in ("{}", "[]", "no JSON"):
+        file.write_text(text)
+        assert "is no JSON of python -m tools.gpu" in user_error(scaling.main, "--measured", file)
+    assert "No such file" in user_error(scaling.main, "--measured", tmp_path / "none.json")
+
+
+def one(title: str) -> Check:
+    (check,) = [check for check in CHECKS if check.title == title]
+    return check
+
+
+@pytest.mark.parametrize(
+    ("title", "owner", "name", "wrong"),
+    [
+        ("TF32 flags", gpu_checks, "set_tf32", lambda precision: None),
+        ("activation checkpointing", memory_efficient, "stage", None),
+        ("precisions against float64", memory_efficient, "stage", None),
+        ("cut and resumed", OptimizerState, "load_state_dict", lambda self, state: None),
+        ("overflow in fp16", gpu_checks, "create_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False)),
+        ("out of memory", gpu_checks, "is_out_of_memory", lambda error: False),
+        ("two ranks on one device", gpu_checks, "data_parallel", lambda network, world: network),
+        ("waits of the host", Run, "count", lambda self, outcomes: outcomes[0][2].sum().item()),
+    ],
+)  # fmt: skip
+def test_a_check_fails_on_what_is_broken(monkeypatch, setting, title, owner, name, wrong):
+    right = getattr(owner, name)
+
+    def off(x, stage):
+        return right(x, stage) * (1.5 + stage.recompute)
+
+    setting.folder.mkdir()
+    monkeypatch.setattr(owner, name, wrong or off)
+    outcome = one(title).run(setting)
+    assert outcome["status"] == "FAIL" and outcome["text"], outcome
+
+
+def test_float64_is_compared_to_ten_digits(monkeypatch, setting):
+    stage = memory_efficient.stage
+    monkeypatch.setattr(memory_efficient, "stage", lambda x, part: stage(x, part) * (1 + 1e-8))
+    outcome = one("float64 as torchvision").run(setting)
+    assert outcome["status"] == "FAIL" and "memory_efficient" in outcome["text"]
+
+
+def test_without_the_larger_packages_their_checks_are_skipped_and_the_others_run(monkeypatch, tmp_path, setting):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('pydantic', 'submitit') or name.startswith('nvidia.dali'):\n"
+        "            raise ModuleNotFoundError(f'no {name}', name=name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    rows = gpu.run_apart("G3", setting)
+    assert [row["status"] for row in rows] == ["skipped", "skipped", "ok", "ok"], rows
+    assert all("pydantic is not installed" in row["text"] for row in rows[:2])
+
+
+def fine(setting):
+    return Found("fine")
+
+
+def test_a_group_that_crashes_or_hangs_costs_no_other(monkeypatch, setting):
+    monkeypatch.setattr(gpu, "PROCESSES", multiprocessing.get_context("fork"))  # spawned ones load torch, for seconds
+    monkeypatch.setattr(gpu, "MARGIN", 0.0)
+    ends = {"crash": lambda setting: os._exit(3), "hang": lambda setting: time.sleep(3600)}
+    for name, end in ends.items():
+        monkeypatch.setattr(gpu, "CHECKS", [Check("G1", "a", fine), Check("G1", name, end), Check("G1", "c", fine)])
+        limit = time.monotonic() + (1 if name == "hang" else 1800)
+        rows = gpu.run_apart("G1", Setting(CPU, setting.folder / name, limit))
+        said = "its process ended with 3" if name == "crash" else "no time was left"
+        assert [row["status"] for row in rows] == ["ok", "FAIL", "skipped"]
+        assert rows[1]["text"] == said and rows[2]["text"] == f"not reached: {said}"
+    (row, *_) = gpu.run_apart("G1", Setting(CPU, setting.folder, time.monotonic() - 1))
+    assert row["status"] == "skipped" and "--minutes" in row["text"]
+
+
+def test_a_failed_check_is_the_exit_code(monkeypatch, tmp_path, capfd, user_error):
+    monkeypatch.setattr(gpu, "CHECKS", [Check("G1", "wrong", lambda setting: 1 / 0)])
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--groups", "G1", "--json", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1 and "ZeroDivisionError" in capfd.readouterr().out
+    assert "has no GPU that torch can use; --device cpu" in user_error(gpu.main)

@@ -1,0 +1,159 @@
+"""Whether this machine's GPU trains right, and how fast: `python -m tools.gpu [--device cpu] [--json FILE]`.
+
+The checks are G0 to G9; each is ok, FAIL or skipped with the reason. On a GPU each group has a process of its own, so that a
+crash costs that group alone. No network is needed, nor DALI, pydantic or submitit: what needs them is skipped. With
+`--device cpu` the same checks run on tiny networks: that shows that they work, and nothing of a GPU.
+FILE has all figures, for `python -m tools.lab.scaling --measured FILE`; a Markdown table goes to FILE with .md in its end's
+place. The exit code is 1 if a check failed.
+
+No GPU has run this command yet.
+"""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from tools.support.gpu_checks import CHECKS, GROUPS, Setting
+from tools.support.markdown import table
+
+PROCESSES = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
+MARGIN = 15.0  # seconds that a group has to end by itself
+Row = dict[str, Any]
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: this machine has no GPU that torch can use; --device cpu tries the checks themselves"
+        )
+    file = Path(options.json)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json {file}: cannot make its folder: {error.strerror}") from None
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    until = time.monotonic() + 60 * options.minutes
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for group in options.groups:
+            setting = Setting(device, Path(folder) / group, until)
+            found = run_apart(group, setting) if setting.on_gpu else run_group(group, setting)
+            for row in found:
+                print(line(row), flush=True)
+            rows += found
+            write({"device": options.device, "checks": rows}, file)  # after each: a crash loses no more
+    counts = Counter(row["status"] for row in rows)
+    print(
+        f"\n{counts['ok']} ok, {counts['FAIL']} FAIL, {counts['skipped']} skipped; in {file} and {file.with_suffix('.md')}"
+    )
+    if counts["FAIL"]:
+        sys.exit(1)
+
+
+def run_group(group: str, setting: Setting, notes: Path | None = None) -> list[Row]:
+    """Run a group's checks here; add a line of JSON to `notes` after each."""
+    setting.folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for check in of_group(group):
+        with redirect_stdout(StringIO()):
+            rows.append(check.run(setting))
+        if notes:
+            with notes.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    return rows
+
+
+def run_apart(group: str, setting: Setting) -> list[Row]:
+    """Run a group's checks in a process of their own, which is killed at the deadline."""
+    setting.folder.mkdir(parents=True, exist_ok=True)
+    left = setting.deadline - time.monotonic()
+    if left < MARGIN:
+        return [
+            _row(check.title, group, "skipped", "no time was left: give more --minutes") for check in of_group(group)
+        ]
+    notes = setting.folder / "outcomes"
+    inner = Setting(setting.device, setting.folder, setting.deadline - MARGIN)
+    process = PROCESSES.Process(target=run_group, args=(group, inner, notes))
+    process.start()
+    process.join(left)
+    ended = "no time was left" if process.exitcode is None else f"its process ended with {process.exitcode}"
+    process.kill()
+    rows = [json.loads(text) for text in notes.read_text().splitlines()] if notes.exists() else []
+    for i, check in enumerate(of_group(group)[len(rows) :]):
+        rows.append(_row(check.title, group, "skipped" if i else "FAIL", f"not reached: {ended}" if i else ended))
+    return rows
+
+
+def of_group(group: str) -> list[Any]:
+    return [check for check in CHECKS if check.group == group]
+
+
+def _row(title: str, group: str, status: str, text: str) -> Row:
+    return {"group": group, "check": title, "status": status, "text": text, "figures": None, "seconds": 0.0}
+
+
+def line(row: Row) -> str:
+    return f"{row['group']} {row['check']:<26} {row['status']:<8} {row['seconds']:6.1f} s  {row['text']}"
+
+
+def write(results: dict[str, Any], file: Path) -> None:
+    """Write the results as JSON, and as Markdown beside it."""
+    file.write_text(json.dumps(results, indent=2) + "\n")
+    file.with_suffix(".md").write_text(report(results) + "\n")
+
+
+def report(results: dict[str, Any]) -> str:
+    """The outcomes and the speeds as Markdown tables."""
+    rows = [[row["group"], row["check"], row["status"], row["text"]] for row in results["checks"]]
+    lines = table(["", "check", "outcome", f"seen on {results['device']}"], rows, names=4)
+    speeds = [
+        row
+        for check in results["checks"]
+        if check["check"] == "speed"
+        for row in (check["figures"] or {"rows": []})["rows"]
+    ]
+    if speeds:
+        titles = [
+            "network",
+            "implementation",
+            "precision",
+            "memory format",
+            "batch",
+            "images/s",
+            "launches",
+            "peak, GiB",
+        ]
+        cells = [
+            [
+                row["model"], row["implementation"], row["precision"], row["memory_format"], str(row["batch_size"]),
+                f"{row['images_per_s']:,.0f}", "-" if row["launches"] is None else f"{row['launches']:,}",
+                "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
+            ]
+            for row in speeds
+        ]  # fmt: skip
+        lines += ["", *table(titles, cells, names=4)]
+    return "\n".join(lines)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m tools.gpu", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[cuda]")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="G", help="of G0 to G9 [all]")
+    parser.add_argument("--minutes", type=positive_integer, default=8, metavar="N", help="in which all must end [8]")
+    parser.add_argument("--json", metavar="FILE", default="runs/gpu/gpu.json", help="[runs/gpu/gpu.json]")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

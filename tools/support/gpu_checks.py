@@ -1,0 +1,944 @@
+"""The checks of `python -m tools.gpu`: each a function with a line in `CHECKS`. No GPU has run them; the tests run them on CPU.
+
+A check returns what it has seen. It raises `Skipped` where it cannot look, and anything else where what it sees is wrong.
+It imports within what its own packages need (`Check.needs`), so that the others run where those are missing.
+"""
+
+import functools
+import importlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.compilation import compile_network
+from pipeline.distributed import World, data_parallel
+from pipeline.errors import exit_on_user_error, is_out_of_memory
+from pipeline.models import triton_block
+from pipeline.models.densenet import DenseNet
+from pipeline.precision import autocast, create_scaler, set_tf32
+from tools.support.gpu_speed import measure_speed
+
+LOWEST_TORCH = 2, 11
+FLOAT64 = 1e-10  # relative, of each tensor; see `worst`
+FLOAT32 = 1e-2  # relative, of all gradients as one: a deep network multiplies rounding
+WRONG = 1.0  # what has nothing to do with the right result is farther away
+TIMES_EAGER = 2.0  # how many times as far from float64 as the modules an implementation may be
+WAITS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
+
+
+class Skipped(Exception):  # noqa: N818 - no error
+    """A check cannot look; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where checks run.
+
+    Attributes:
+        folder: theirs to write into.
+        deadline: of `time.monotonic`; what can be shortened ends by then.
+    """
+
+    device: torch.device
+    folder: Path
+    deadline: float
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+class Found(NamedTuple):
+    """What a check has seen, in a line, and figures for the JSON file."""
+
+    text: str
+    figures: Any = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check.
+
+    Attributes:
+        group: G0 to G9.
+        needs: modules without which it cannot run.
+    """
+
+    group: str
+    title: str
+    look: Callable[[Setting], Found]
+    needs: tuple[str, ...] = ()
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """Its outcome: group, title, status (ok, FAIL or skipped), text, figures and seconds."""
+        start = time.monotonic()
+        try:
+            status, found = "ok", self._look(setting)
+        except Skipped as reason:
+            status, found = "skipped", Found(str(reason))
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            status, found = "FAIL", Found(f"{type(error).__name__}: {lines[0]}")
+        return {
+            "group": self.group,
+            "check": self.title,
+            "status": status,
+            "text": found.text,
+            "figures": found.figures,
+            "seconds": round(time.monotonic() - start, 2),
+        }
+
+    def _look(self, setting: Setting) -> Found:
+        for name in self.needs:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise Skipped(f"{name} is not installed or does not load ({error})") from None
+        return self.look(setting)
+
+
+def require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise AssertionError(otherwise)
+
+
+# Networks to look at
+
+
+def sizes(setting: Setting) -> dict[str, Any]:
+    """DenseNet-121's on a GPU, a tiny network's on CPU."""
+    blocks = (6, 12, 24, 16) if setting.on_gpu else (2, 1, 1, 1)
+    rate = 32 if setting.on_gpu else 4
+    return dict(growth_rate=rate, blocks=blocks, stem_channels=2 * rate)
+
+
+def own_network(setting: Setting, dense_block: str, **options: Any) -> DenseNet:
+    """The same weights at each call: norms far from what they are drawn as."""
+    spec = sizes(setting)
+    torch.manual_seed(1)
+    network = DenseNet(
+        spec["growth_rate"], spec["blocks"], "imagenet", spec["stem_channels"], num_classes=10, dense_block=dense_block,
+        **options,
+    )  # fmt: skip
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return network.to(setting.device)
+
+
+def some_images(setting: Setting) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    images, side = (8, 224) if setting.on_gpu else (4, 64)
+    x = torch.randn(images, 3, side, side, generator=generator)
+    return x.to(setting.device), torch.randint(10, (images,), generator=generator).to(setting.device)
+
+
+def step(network: nn.Module, data: tuple[Tensor, Tensor], precision: str = "fp32") -> dict[str, list[Tensor]]:
+    """Logits, gradients and running statistics of a forward and backward pass in training."""
+    images, labels = data
+    network.train().zero_grad()
+    with autocast(precision, images.device):
+        logits = network(images)
+    F.cross_entropy(logits.double(), labels).backward()
+    return {
+        "logits": [logits.detach()],
+        "gradients": [p.grad.clone() for p in network.parameters() if p.grad is not None],
+        "statistics": [buffer.clone() for buffer in network.buffers() if buffer.is_floating_point()],
+    }
+
+
+def worst(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The greatest relative distance of two tensors; one that is next to nothing is taken for a thousandth of the largest.
+
+    The gradient of the first norm's weight is such a one, as the next norm undoes what it does.
+    """
+    least = 1e-3 * max(e.double().norm().item() for e in expected)
+    pairs = zip(actual, expected, strict=True)
+    return max(((a.double() - e.double()).norm() / e.double().norm().clamp(min=least)).item() for a, e in pairs)
+
+
+def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The relative distance of all tensors as one."""
+    return worst(*([torch.cat([t.double().flatten() for t in tensors])] for tensors in (actual, expected)))
+
+
+def deterministic_cudnn() -> Any:
+    """While it is entered, cuDNN gives the same bits each time."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)
+
+
+def as_asked(network: DenseNet) -> None:
+    selection = network.selection
+    require(selection is not None and selection.method == network.dense_block, f"{network.dense_block}: {selection}")
+
+
+# G0
+
+
+def versions(setting: Setting) -> Found:
+    """What is installed; torch is not too old, and the device is there."""
+    names = "torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "nvidia-nvjpeg", "pydantic", "submitit"
+    found: dict[str, Any] = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    require(release >= LOWEST_TORCH, f"torch {torch.__version__} is older than {'.'.join(map(str, LOWEST_TORCH))}")
+    if setting.on_gpu:
+        properties = torch.cuda.get_device_properties(setting.device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which(query[0]) else []
+        found |= {
+            "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory, "driver": driver[0] if driver else None,
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+        }  # fmt: skip
+    return Found(", ".join(f"{name} {version or 'missing'}" for name, version in found.items()), found)
+
+
+def tf32_flags(setting: Setting) -> Found:
+    """Matrix products in fp32 are none of TF32's, whatever the variable of NVIDIA's containers says."""
+    errors = {}
+    for value in ("0", "1"):
+        if setting.on_gpu:  # torch reads the variable once
+            script = "from tools.support.gpu_checks import product_error; print(product_error('cuda'))"
+            environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": value}
+            outcome = subprocess.run(
+                [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+            )
+            errors[value] = float(outcome.stdout.split()[-1])
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = value == "1"  # what the variable does
+            errors[value] = product_error("cpu")
+            require(not torch.backends.cuda.matmul.allow_tf32, "set_tf32 leaves TF32 on for matrix products")
+    require(max(errors.values()) < 1e-5, f"a product in fp32 is off by {max(errors.values()):.1e}: TF32 is on")
+    return Found(f"a product in fp32 is off by {max(errors.values()):.1e} with the variable 0 and 1", errors)
+
+
+def product_error(device: str) -> float:
+    """How far a matrix product in fp32 is from float64's, relative, after `set_tf32`."""
+    set_tf32("fp32")
+    a = torch.randn(256, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    return worst([a.float() @ a.float()], [a.float().double() @ a.float().double()])
+
+
+def nvjpeg(setting: Setting) -> Found:
+    """The nvJPEG that DALI gets decodes regions of JPEG images on the GPU."""
+    from pipeline.data.nvjpeg import LIBRARY, NEEDED, installed_nvjpeg, nvjpeg_version
+
+    path = installed_nvjpeg() or LIBRARY
+    version = nvjpeg_version(path)
+    require(version[:2] >= NEEDED, f"nvJPEG {version or 'none'} at {path} is older than {NEEDED}")
+    return Found(f"nvJPEG {'.'.join(map(str, version))}")
+
+
+# G1
+
+
+def float64_as_torchvision(setting: Setting) -> Found:
+    """Logits, gradients and statistics in float64 are torchvision's, in both layouts, and gradients lie as parameters."""
+    import torchvision
+
+    spec = sizes(setting)
+    reference = torchvision.models.DenseNet(
+        spec["growth_rate"], spec["blocks"], spec["stem_channels"], num_classes=10
+    ).to(setting.device)
+    reference.load_state_dict(own_network(setting, "eager").state_dict())
+    images, labels = some_images(setting)
+    expected = step(reference.double(), (images.double(), labels))
+    found = 0.0
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dense_block in ("eager", "memory_efficient", *([] if setting.on_gpu else ["fused"])):
+            network = own_network(setting, dense_block).double().to(memory_format=layout)
+            actual = step(network, (images.double().contiguous(memory_format=layout), labels))
+            as_asked(network)
+            for what, tensors in expected.items():
+                far = worst(actual[what], tensors)
+                require(far <= FLOAT64, f"{dense_block}, {layout}: {what} differ by {far:.1e}")
+                found = max(found, far)
+            for name, parameter in network.named_parameters():
+                require(
+                    lies_alike(parameter.grad, parameter),
+                    f"{dense_block}, {layout}: the gradient of {name} lies otherwise than the parameter",
+                )
+    return Found(f"at most {found:.1e} apart, relative, of {FLOAT64:.0e}", found)
+
+
+def lies_alike(a: Tensor | None, b: Tensor) -> bool:
+    """Whether the strides are the same, but for dimensions of size 1, where they mean nothing."""
+    return a is not None and all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), b.shape, strict=True))
+
+
+def checkpointing(setting: Setting) -> Found:
+    """Activation checkpointing changes no bit."""
+    names = own_backends(setting)
+    for dense_block in names:
+        with deterministic_cudnn():
+            plain, again = (
+                step(own_network(setting, dense_block, activation_checkpointing=blocks), some_images(setting))
+                for blocks in ("none", "all")
+            )
+        for what, tensors in plain.items():
+            same = all(map(torch.equal, tensors, again[what]))
+            require(same, f"{dense_block}: {what} are others with activation checkpointing")
+    return Found(f"the same bits: {', '.join(names)}")
+
+
+def own_backends(setting: Setting) -> list[str]:
+    """The backends for this device that can run here."""
+    fast = "triton" if setting.on_gpu else "fused"
+    can = fast == "fused" or not triton_block.refusal(setting.device)
+    return ["memory_efficient", *([fast] if can else [])]
+
+
+def low_precision(setting: Setting) -> Found:
+    """In each precision implementations are about as near to float64 as the modules are."""
+    images, labels = data = some_images(setting)
+    exact = step(own_network(setting, "eager").double(), (images.double(), labels))
+    figures: dict[str, dict[str, float]] = {}
+    for precision in ("fp32", "tf32", "bf16", "fp16") if setting.on_gpu else ("fp32", "bf16", "fp16"):
+        set_tf32(precision)
+        figures[precision] = far = {}
+        for dense_block in ("eager", *own_backends(setting)):
+            if precision == "fp16" and dense_block == "fused":
+                continue  # which has no fp16
+            network = own_network(setting, dense_block)
+            actual = step(network, data, precision)
+            as_asked(network)
+            far[dense_block] = distance(actual["gradients"], exact["gradients"])
+        for name, value in far.items():
+            limit = max(TIMES_EAGER * far["eager"], 1e-5)
+            require(value <= limit, f"{name} in {precision}: gradients are {value:.1e} off, eager's {far['eager']:.1e}")
+        most = FLOAT32 if precision == "fp32" else WRONG
+        require(far["eager"] <= most, f"eager in {precision}: gradients are {far['eager']:.1e} off")
+    set_tf32("fp32")
+    texts = [
+        f"{precision}: " + ", ".join(f"{name} {value:.1e}" for name, value in far.items())
+        for precision, far in figures.items()
+    ]
+    return Found(f"gradients against float64: {'; '.join(texts)}", figures)
+
+
+# G2
+
+
+def colours(setting: Setting) -> Found:
+    """Training batches with all augmentation are the CPU's."""
+    from pipeline.config import DataConfig
+    from pipeline.data.loader import Shard, TrainingLoader
+    from pipeline.data.synthetic import synthetic_index
+
+    config = DataConfig(loader="synthetic", crop_size=16, resize_size=16)
+    batches = []
+    for device in (setting.device, torch.device("cpu")):
+        index, shard = synthetic_index(22, 3, 16, "train"), Shard(0, 1, device, 1)
+        loader = TrainingLoader(index, config, shard, seed=1, batch_size=8, accumulation=1)
+        batches.append([(batch.images.cpu().clone(), batch.labels.cpu()) for batch in loader.batches(0)])
+    far = max((a - b).abs().max().item() for (a, _), (b, _) in zip(*batches, strict=True))
+    require(far < 1e-4, f"pixels differ from the CPU's by {far:.1e}")
+    require(all(torch.equal(a, b) for (_, a), (_, b) in zip(*batches, strict=True)), "labels differ from the CPU's")
+    return Found(f"three batches, at most {far:.1e} from the CPU's")
+
+
+def evaluation(setting: Setting) -> Found:
+    """Single and ten crops with a smaller last batch give the CPU's answers and totals."""
+    from pipeline.config import DataConfig
+    from pipeline.data.loader import EvaluationLoader, Shard
+    from pipeline.data.synthetic import synthetic_index
+    from pipeline.evaluation import evaluate
+    from pipeline.models import create_model
+
+    far = 0.0
+    for crops in (1, 10):
+        found = []
+        for device in (torch.device("cpu"), setting.device):
+            torch.manual_seed(1)
+            network = create_model("densenet_bc10_k3", 7).to(device)
+            config = DataConfig(loader="synthetic", crop_size=16, resize_size=16)
+            index, shard = synthetic_index(11, 7, 16, "val"), Shard(0, 1, device, 1)
+            loader = EvaluationLoader(index, config, shard, batch_size=4, crops=crops)
+            found.append(evaluate(network, loader, World(0, 0, 1, 1, device), keep_logits=True))
+        logits = [torch.from_numpy(answers.logits) for answers in found if answers.logits is not None]
+        far = max(far, worst(logits[1:], logits[:1]))
+        require(far < FLOAT32, f"{crops} crops: logits differ from the CPU's by {far:.1e}")
+        require(len(found[0].top5) == len(found[1].top5) == 11, "images are missing")
+        require(found[0].score.images == found[1].score.images == 11, "the totals count other images")
+    return Found(f"1 and 10 crops of 11 images, logits at most {far:.1e} from the CPU's")
+
+
+# G3
+
+
+def a_run(setting: Setting, name: str, hooks: tuple[Any, ...] = (), **sections: dict[str, Any]) -> Any:
+    """Train a tiny network on generated images; return its progress."""
+    from pipeline.config import from_dict
+    from pipeline.trainer import fit
+
+    tree: dict[str, Any] = {
+        "run_dir": str(setting.folder / name),
+        "model": {"name": "densenet_bc10_k3", "dense_block": "eager"},  # named, so that nothing is measured first
+        "data": {
+            "loader": "synthetic", "crop_size": 16, "resize_size": 16, "synthetic_images": 30, "synthetic_classes": 3
+        },
+        "optim": {"epochs": 1, "batch_size": 8, "milestones": []},
+        "train": {
+            "log_every": 2,
+            "device": setting.device.type,
+            "reuse_every": 0,
+            "memory_format": "channels_last",
+        },
+    }  # fmt: skip
+    for section, fields in sections.items():
+        tree[section] = {**tree[section], **fields}
+    return fit(from_dict(tree, name), hooks)
+
+
+def resumed(setting: Setting) -> Found:
+    """SIGTERM ends a run so that its command ends with 75; resumed, it has the bits of a run that was not cut."""
+    from pipeline.errors import InterruptedRunError
+    from pipeline.hooks import Hook
+
+    class Keep(Hook):
+        changes_network = False
+
+        def __init__(self, cut: bool = False):
+            self.cut, self.state = cut, dict[str, Tensor]()
+
+        def on_step(self, trainer, result):
+            if self.cut and trainer.run.done_steps == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_end(self, trainer):
+            self.state = {name: t.cpu().clone() for name, t in trainer.run.network.state_dict().items()}
+
+    whole, cut, rest = Keep(), Keep(cut=True), Keep()
+    options = {"train": {"deterministic": setting.on_gpu}}
+    a_run(setting, "whole", (whole,), **options)
+    code = None
+    with redirect_stderr(io.StringIO()):
+        try:
+            a_run(setting, "cut", (cut,), **options)
+        except InterruptedRunError as error:
+            code = ended_with(error)
+    require(code == 75, f"SIGTERM ends a run with {code}")
+    a_run(setting, "cut", (rest,), **options)
+    differing = [name for name, tensor in whole.state.items() if not torch.equal(tensor, rest.state[name])]
+    require(not differing, f"a resumed run has other bits in {', '.join(differing[:3])}")
+    require(any(not torch.equal(t, cut.state[name]) for name, t in whole.state.items()), "the run was not cut")
+    return Found("exit code 75; resumed with the same bits")
+
+
+def ended_with(error: Exception) -> Any:
+    """The exit code of a command whose work raises this."""
+
+    def work() -> None:
+        raise error
+
+    try:
+        exit_on_user_error(work)
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+def precisions(setting: Setting) -> Found:
+    """`fit` trains in each precision, with gradient accumulation, to finite weights."""
+    from pipeline.hooks import Hook
+
+    class Finite(Hook):
+        def on_epoch(self, trainer, result):
+            tensors = trainer.run.network.state_dict().values()
+            require(all(bool(tensor.isfinite().all()) for tensor in tensors), "a weight is not finite")
+
+    names = ("fp32", "tf32", "bf16", "fp16") if setting.on_gpu else ("fp32", "bf16", "fp16")
+    for precision in names:
+        options: dict[str, dict[str, Any]] = {"train": {"precision": precision}, "optim": {"grad_accum_steps": 2}}
+        progress = a_run(setting, precision, (Finite(),), **options)
+        require(progress.epoch == 1, f"{precision}: the run did not end")
+    return Found(", ".join(names))
+
+
+def overflow(setting: Setting) -> Found:
+    """A step of fp16 whose scaled loss overflows is left out, and the next one with a lower scale is taken."""
+    scaler = create_scaler("fp16", setting.device)
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**60, "backoff_factor": 2.0**-50})
+    network = own_network(setting, "eager")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    images, labels = some_images(setting)
+    moved = []
+    for _ in range(2):
+        before = network.classifier.weight.detach().clone()
+        optimizer.zero_grad()
+        with autocast("fp16", setting.device):
+            loss = F.cross_entropy(network(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(not torch.equal(before, network.classifier.weight))
+    require(moved == [False, True], f"the two steps moved the weights: {moved}")
+    return Found(f"left out once; the scale fell to {scaler.get_scale():.0f}")
+
+
+def out_of_memory(setting: Setting) -> Found:
+    """Too little memory is one line with what to lower, and exit code 2."""
+    try:
+        torch.empty(2**50, device=setting.device)
+    except Exception as error:
+        require(is_out_of_memory(error), f"it is not taken for lack of memory: {error}")
+        said = io.StringIO()
+        with redirect_stderr(said):
+            code = ended_with(error)
+        lines = said.getvalue().splitlines()
+        require(code == 2 and len(lines) == 1 and "lower the batch size" in lines[0], f"code {code}: {lines}")
+        return Found(f"exit code 2; {lines[0][:60]}...")
+    raise AssertionError("a petabyte could be had")
+
+
+# G4
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators that wait for the device."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += str(func.overloadpacket) in WAITS
+        return func(*args, **(kwargs or {}))
+
+
+def host_waits(setting: Setting) -> Found:
+    """No step of a run that is not logged waits for the device; on a GPU torch itself stops at one."""
+    from pipeline.hooks import Hook
+
+    class Watch(Hook):
+        changes_network = False
+
+        def __init__(self):
+            self.steps = 0
+
+        def on_step_start(self, trainer):
+            run = trainer.run
+            nth, last = run.done_steps + 1, run.progress.step + 1 == run.train_loader.steps_per_epoch
+            self.watched = not last and nth % run.config.train.log_every != 0
+            self.waits = Waits()
+            if self.watched and setting.on_gpu:
+                torch.cuda.set_sync_debug_mode("error")
+            elif self.watched:
+                self.waits.__enter__()
+
+        def on_step(self, trainer, result):
+            if self.watched and setting.on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+            elif self.watched:
+                self.waits.__exit__(None, None, None)
+                require(not self.waits.found, f"a step waits for the device {self.waits.found} times")
+            self.steps += self.watched
+
+    names = ["eager", *own_backends(setting)]
+    for name in names:
+        watch = Watch()
+        try:
+            a_run(setting, f"waits-{name}", (watch,), model={"dense_block": name})
+        finally:
+            if setting.on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+        require(watch.steps > 0, "no step was watched")
+    return Found(f"none in {watch.steps} steps of {', '.join(names)}")
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators that make kernels."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outcome = func(*args, **(kwargs or {}))
+        self.found += func.namespace == "aten" and not func.is_view and "empty" not in func.name()
+        return outcome
+
+
+def launches(setting: Setting) -> Found:
+    """A step launches at most twice as many kernels as it has operators under fake tensors."""
+    from tools.support.fake_gpu import Launch, Step, run_step
+
+    model, images, side = ("densenet121", 32, 224) if setting.on_gpu else ("densenet_bc10_k3", 4, 16)
+    counted = {}
+    for dense_block in ("eager", "triton"):
+        operators, own = Operators(), list[Launch]()
+        run_step(Step(model, dense_block, images, side, "bf16"), own.append, operators)
+        counted[dense_block] = operators.found + len(own)
+    text = ", ".join(f"{name} {count}" for name, count in counted.items())
+    if not setting.on_gpu:
+        raise Skipped(f"only a GPU launches kernels; operators of a step under fake tensors: {text}")
+    from pipeline.models import create_model
+    from tools.support.gpu_speed import count_launches
+
+    measured = {}
+    data = torch.randn(images, 3, side, side, device=setting.device), torch.zeros(images, dtype=torch.long).cuda()
+    for dense_block, count in counted.items():
+        if dense_block == "triton" and triton_block.refusal(setting.device):
+            continue
+        network = create_model(model, dense_block=dense_block).to(setting.device).to(memory_format=torch.channels_last)
+        take = functools.partial(step, network, data, "bf16")
+        take()
+        measured[dense_block] = count_launches(take)
+        require(measured[dense_block] <= 2 * count, f"{dense_block}: {measured[dense_block]} launches, counted {count}")
+    return Found(f"measured {measured}; operators under fake tensors: {text}", measured)
+
+
+# G5
+
+
+def process_groups(setting: Setting) -> Found:
+    """NCCL (on CPU gloo) with a gloo group beside it, in a world of one."""
+    backend = "nccl" if setting.on_gpu else "gloo"
+    bound: dict[str, Any] = dict(device_id=setting.device) if setting.on_gpu else {}
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **bound)
+    try:
+        side: Any = dist.new_group(backend="gloo")
+        ours, hosts = torch.ones(3, device=setting.device), torch.ones(3)
+        dist.all_reduce(ours)
+        dist.all_reduce(hosts, group=side)
+        require(ours.sum().item() == hosts.sum().item() == 3, "sums over one rank are wrong")
+    finally:
+        dist.destroy_process_group()
+    return Found(f"{backend} and gloo")
+
+
+def two_ranks(setting: Setting) -> Found:
+    """Two ranks on one device average their gradients as one process does that computes both halves."""
+    # Who has used a GPU cannot fork; who has not saves the seconds that torch takes to load.
+    context: Any = multiprocessing.get_context("spawn" if setting.on_gpu else "fork")
+    ranks = [context.Process(target=one_of_two_ranks, args=(rank, setting)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(max(1.0, setting.deadline - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    require(codes == [0, 0], f"the ranks ended with {codes}")
+    found = [torch.load(setting.folder / f"rank{rank}.pt", map_location=setting.device) for rank in range(2)]
+    halves = []
+    for rank in range(2):
+        halves.append(step(own_network(setting, "eager"), half_of(setting, rank))["gradients"])
+    expected = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
+    far = distance(found[0], expected)
+    require(all(map(torch.equal, *found)), "the ranks have different gradients")
+    require(far < FLOAT32, f"the ranks' gradients are {far:.1e} off")
+    return Found(f"gradients {far:.1e} from one process's")
+
+
+def half_of(setting: Setting, rank: int) -> tuple[Tensor, Tensor]:
+    images, labels = some_images(setting)
+    return images[rank::2], labels[rank::2]
+
+
+def one_of_two_ranks(rank: int, setting: Setting) -> None:
+    if setting.on_gpu:
+        torch.cuda.set_device(setting.device)
+    else:
+        torch.set_num_threads(1)  # a fork has none of the parent's threads
+    set_tf32("fp32")
+    store = dist.FileStore(str(setting.folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    network = data_parallel(own_network(setting, "eager"), World(rank, rank, 2, 2, setting.device))
+    torch.save(step(network, half_of(setting, rank))["gradients"], setting.folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def lost_rank(setting: Setting) -> Found:
+    """A rank that is killed: the others leave with 75. Two GPUs are needed, and this command is for one."""
+    raise Skipped("`fit` takes two ranks on two GPUs only; on CPU python -m tools.lab.chaos kills ranks")
+
+
+# G6
+
+
+def compiled(setting: Setting) -> Found:
+    """torch.compile's network gives the modules' gradients, leaves the last, smaller batch alone and compiles little."""
+    from torch._dynamo.utils import counters
+
+    images, labels = some_images(setting)
+    small = images[:-1], labels[:-1]
+    # Inductor takes minutes on CPU: there the graph is traced, and called as it is.
+    traced = functools.partial(torch.compile, backend="eager")
+    far = 0.0
+    for mode in ("default", "reduce-overhead") if setting.on_gpu else ("default",):
+        torch.compiler.reset()
+        counters.clear()
+        with nullcontext() if setting.on_gpu else mock.patch.object(torch, "compile", traced):
+            network = compile_network(own_network(setting, "auto"), mode, len(images), 1)
+        reference = own_network(setting, "eager")
+        graphs = 0
+        for batch in ((images, labels), small, (images, labels)):
+            actual, expected = step(network, batch), step(reference, batch)
+            far = max(far, distance(actual["gradients"], expected["gradients"]))
+            require(far < FLOAT32, f"{mode}: gradients differ by {far:.1e}")
+            now = counters["stats"]["unique_graphs"]
+            require(1 <= now <= 3 and now == (graphs or now), f"{mode}: {graphs} graphs, then {now} were compiled")
+            graphs = now
+    return Found(f"gradients {far:.1e} from the modules'" + ("" if setting.on_gpu else "; traced, not compiled"))
+
+
+# G7
+
+
+def photos(folder: Path, count: int) -> Any:
+    """An index of smooth random JPEG images of odd sizes."""
+    import numpy as np
+    from PIL import Image
+
+    from pipeline.data.index import scan_classes
+
+    generator = np.random.default_rng(1)
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(generator.integers(0, 256, (7, 9, 3), np.uint8))
+        coarse.resize((71 + i, 53 + 2 * i), Image.Resampling.BICUBIC).save(path, quality=90)
+    return scan_classes(folder)
+
+
+def pixels(index: Any, device: torch.device, interpolation: str, views: int, batch_size: int) -> dict[int, Tensor]:
+    """What DALI makes of each image, by its row in the index: a training view (views 0), or an evaluation's crops."""
+    from pipeline.config import DataConfig
+    from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
+
+    config = DataConfig(loader="dali", crop_size=32, resize_size=40, interpolation=interpolation)  # type: ignore[arg-type]
+    shard = Shard(0, 1, device, 2)
+    if views:
+        batches = EvaluationLoader(index, config, shard, batch_size=batch_size, crops=views).batches()
+    else:
+        batches = TrainingLoader(index, config, shard, seed=1, batch_size=batch_size, accumulation=1).batches(0)
+    found: dict[int, Tensor] = {}
+    held = []
+    for batch in batches:
+        images = batch.images.unflatten(0, (-1, batch.views))
+        held.append((images, images.clone()))
+        found |= {int(row): image.cpu() for row, image in zip(batch.ids, images, strict=True)}
+    require(all(torch.equal(*pair) for pair in held), "a batch changes while others are loaded")
+    return found
+
+
+def dali_pixels(setting: Setting) -> Found:
+    """DALI's graphs: near to the CPU's pixels, the same bits in each run and in whatever batch an image comes."""
+    index = photos(setting.folder / "photos", 12)
+    names = ("torch7-bicubic", "pil-bilinear", "pil-bicubic") if setting.on_gpu else ("torch7-bicubic",)
+    far, graphs = 0.0, 0
+    for name in names:
+        for views in (0, 1, 10) if setting.on_gpu else (1,):
+            first, again = (pixels(index, setting.device, name, views, 4) for _ in range(2))
+            require(all(torch.equal(first[row], again[row]) for row in first), f"{name}: two runs differ")
+            if views:  # the plan of a training batch is of its own
+                other = pixels(index, setting.device, name, views, 5)
+                require(
+                    all(torch.equal(first[row], other[row]) for row in first), f"{name}: pixels depend on the batch"
+                )
+            on_cpu = pixels(index, torch.device("cpu"), name, views, 4) if setting.on_gpu else again
+            far = max(far, *((first[row] - on_cpu[row]).abs().mean().item() for row in first))
+            graphs += 1
+    require(far < 0.05, f"pixels are {far:.3f} standard deviations from the CPU's in the mean")
+    return Found(f"{graphs} graphs, at most {far:.1e} standard deviations from the CPU's in the mean of an image")
+
+
+def dali_corrupt(setting: Setting) -> Found:
+    """A corrupt image is replaced and does not count."""
+    from pipeline.config import DataConfig
+    from pipeline.data.loader import Shard, TrainingLoader
+
+    folder = setting.folder / "corrupt"
+    index = photos(folder, 8)
+    path = folder / "class1" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:100] + bytes(path.stat().st_size - 100))
+    config = DataConfig(loader="dali", crop_size=32, resize_size=40, corrupt_images="skip")
+    loader = TrainingLoader(index, config, Shard(0, 1, setting.device, 2), seed=1, batch_size=8, accumulation=1)
+    with redirect_stderr(io.StringIO()):
+        (batch,) = loader.batches(0)
+    require(batch.weights.sum().item() == 7, f"{batch.weights.sum().item():.0f} of 8 images count")
+    return Found("7 of 8 images count")
+
+
+def dali_memory(setting: Setting) -> Found:
+    """200 batches take no more memory of the GPU than the first 20."""
+    if not setting.on_gpu:
+        raise Skipped("of a GPU's memory; on CPU python -m tools.lab.endurance looks")
+    from pipeline.config import DataConfig
+    from pipeline.data.loader import Shard, TrainingLoader
+
+    index = photos(setting.folder / "memory", 40)
+    config = DataConfig(loader="dali", crop_size=32, resize_size=40)
+    loader = TrainingLoader(index, config, Shard(0, 1, setting.device, 2), seed=1, batch_size=2, accumulation=1)
+    free = []
+    for epoch in range(11):
+        for _ in loader.batches(epoch):
+            pass
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info(setting.device)[0])
+    grown = (free[0] - free[-1]) / 2**20
+    require(grown < 64, f"{grown:.0f} MiB more after 200 further batches")
+    return Found(f"{grown:.0f} MiB more after 200 further batches")
+
+
+# G8
+
+
+def triton_kernels(setting: Setting) -> Found:
+    """The Triton kernels run, are as near to float64 as the modules, and give the same bits twice."""
+    if not setting.on_gpu:
+        from tools.support.fake_gpu import Launch, Step, run_step
+
+        own = list[Launch]()
+        run_step(Step("densenet_bc10_k3", "triton", 4, 16, "bf16"), own.append)
+        require(bool(own), "a step under fake tensors launches no kernel")
+        raise Skipped(f"they run on a GPU only; a step under fake tensors launches {len(own)}")
+    refusal = triton_block.refusal(setting.device)
+    if refusal:
+        raise Skipped(refusal)
+    images, labels = data = some_images(setting)
+    exact = step(own_network(setting, "eager").double(), (images.double(), labels))
+    figures: dict[str, Any] = {}
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        set_tf32(precision)
+        network = own_network(setting, "triton")
+        found, eager = step(network, data, precision), step(own_network(setting, "eager"), data, precision)
+        as_asked(network)
+        for what, tensors in exact.items():
+            own_far, eager_far = distance(found[what], tensors), distance(eager[what], tensors)
+            limit = max(TIMES_EAGER * eager_far, 1e-5)
+            require(own_far <= limit, f"{precision}: {what} are {own_far:.1e} off, eager's {eager_far:.1e}")
+            figures[f"{precision} {what}"] = {"triton": own_far, "eager": eager_far}
+        with deterministic_cudnn():
+            twice = [step(own_network(setting, "triton"), data, precision) for _ in range(2)]
+        same = all(all(map(torch.equal, twice[0][what], twice[1][what])) for what in exact)
+        require(same, f"{precision}: two steps have other bits")
+        network.eval()
+        with torch.no_grad(), autocast(precision, setting.device):
+            answers = network(images)
+            network.dense_block = "eager"
+            far = distance([answers], [network(images)])
+        require(
+            far < (FLOAT32 if precision == "fp32" else WRONG),
+            f"{precision}: evaluation differs from the modules' by {far:.1e}",
+        )
+    set_tf32("fp32")
+    return Found(
+        ", ".join(f"{what} {far['triton']:.1e} (eager {far['eager']:.1e})" for what, far in figures.items()), figures
+    )
+
+
+def sanitizer(setting: Setting) -> Found:
+    """compute-sanitizer finds no fault in the Triton kernels' memory accesses."""
+    if not setting.on_gpu:
+        raise Skipped("it is for a GPU's kernels")
+    if shutil.which("compute-sanitizer") is None:
+        raise Skipped("compute-sanitizer is not installed")
+    if refusal := triton_block.refusal(setting.device):
+        raise Skipped(refusal)
+    script = (
+        "import torch; from pipeline.models import create_model; "
+        "m = create_model('densenet_bc10_k8', 3, dense_block='triton').cuda(); "
+        "m(torch.randn(3, 3, 19, 17).cuda()).sum().backward(); torch.cuda.synchronize(); print(m.selection)"
+    )
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", script]
+    left = max(1.0, setting.deadline - time.monotonic())
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    require(outcome.returncode == 0, (outcome.stdout + outcome.stderr)[-300:])
+    require("triton" in outcome.stdout, "the modules were called")
+    return Found("no fault")
+
+
+# G9
+
+
+def speed(setting: Setting) -> Found:
+    """Images a second, launches and peak memory of training steps, beside torchvision and timm."""
+    rows, left_out = measure_speed(setting.device, setting.deadline)
+    require(bool(rows), f"nothing could be measured: {left_out}")
+    best = max(rows, key=lambda row: row["images_per_s"])
+    text = f"{len(rows)} measured, {len(left_out)} left out; fastest {best['implementation']} in {best['precision']}"
+    return Found(
+        f"{text}, batch {best['batch_size']}: {best['images_per_s']:,.0f} images/s",
+        {"rows": rows, "left_out": left_out},
+    )
+
+
+def choice_of_auto(setting: Setting) -> Found:
+    """What `auto` measures at the start of a run, in fp32 and bf16: every candidate that can run here is right."""
+    from pipeline.autotune import measure, measure_apart
+    from pipeline.config import from_dict
+    from pipeline.models import create_model
+
+    model, images, side = ("densenet121", 32, 224) if setting.on_gpu else ("densenet_bc10_k3", 4, 16)
+    texts = []
+    for precision in ("fp32", "bf16"):
+        tree = {
+            "model": {"name": model},
+            "data": {"crop_size": side, "resize_size": side},
+            "train": {"precision": precision},
+        }
+        config = from_dict(tree, "the check")
+        if setting.on_gpu:
+            tuning = measure_apart(config, 1000, setting.device, images)
+        else:  # without the seconds of another process
+            network = create_model(model, 10)
+            require(isinstance(network, DenseNet), "it is none of ours")
+            tuning = measure(network, config, setting.device, images)  # type: ignore[arg-type]
+        first, *others = tuning.text.splitlines()
+        require(first.startswith("computes with"), first)
+        require(not others, f"{precision}: {'; '.join(others)}")
+        texts.append(f"{precision}: {first}")
+    return Found("; ".join(texts), texts)
+
+
+CHECKS = [
+    Check("G0", "versions", versions),
+    Check("G0", "TF32 flags", tf32_flags),
+    Check("G0", "nvJPEG", nvjpeg, ("nvidia.dali",)),
+    Check("G1", "float64 as torchvision", float64_as_torchvision, ("torchvision",)),
+    Check("G1", "activation checkpointing", checkpointing),
+    Check("G1", "precisions against float64", low_precision),
+    Check("G2", "colours", colours, ("pydantic",)),
+    Check("G2", "evaluation", evaluation, ("pydantic",)),
+    Check("G3", "cut and resumed", resumed, ("pydantic",)),
+    Check("G3", "training in each precision", precisions, ("pydantic",)),
+    Check("G3", "overflow in fp16", overflow),
+    Check("G3", "out of memory", out_of_memory),
+    Check("G4", "waits of the host", host_waits, ("pydantic",)),
+    Check("G4", "launches of a step", launches, ("triton",)),
+    Check("G5", "process groups", process_groups),
+    Check("G5", "two ranks on one device", two_ranks),
+    Check("G5", "a killed rank", lost_rank),
+    Check("G6", "torch.compile", compiled),
+    Check("G7", "DALI's pixels", dali_pixels, ("pydantic", "nvidia.dali")),
+    Check("G7", "DALI and a corrupt image", dali_corrupt, ("pydantic", "nvidia.dali")),
+    Check("G7", "DALI's memory", dali_memory, ("pydantic", "nvidia.dali")),
+    Check("G8", "Triton kernels", triton_kernels, ("triton",)),
+    Check("G8", "compute-sanitizer", sanitizer, ("triton",)),
+    Check("G8", "auto's choice", choice_of_auto, ("pydantic",)),
+    Check("G9", "speed", speed),
+]  # fmt: skip
+GROUPS = sorted({check.group for check in CHECKS})

@@ -1,0 +1,148 @@
+"""How fast training steps are on a GPU: `python -m tools.gpu`'s measurement. No GPU has run it; the tests run it on CPU."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import UserError, is_out_of_memory
+from pipeline.models import create_model, triton_block
+from pipeline.models.densenet import DenseNet
+from pipeline.precision import autocast, create_scaler, set_tf32
+
+OURS = "eager", "memory_efficient", "fused", "triton"
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+
+
+class Case(NamedTuple):
+    """What is measured: a network's training step."""
+
+    implementation: str
+    model: str
+    precision: str
+    memory_format: str
+    batch_size: int
+    size: int
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """The most wanted first: time may not be enough for all."""
+    if device.type == "cpu":
+        yield Case("eager", "densenet_bc10_k3", "fp32", CONTIGUOUS, 2, 16)
+        yield Case("fused", "densenet_bc10_k3", "fp32", CHANNELS_LAST, 2, 16)
+        yield Case("fused", "densenet_bc10_k3", "fp32", CHANNELS_LAST, 8, 16)
+        return
+    kinds = ("bf16", CHANNELS_LAST), ("fp32", CONTIGUOUS), ("fp32", CHANNELS_LAST), ("tf32", CHANNELS_LAST)
+    for precision, layout in kinds:
+        for batch_size in (32, 256):
+            for implementation in ("eager", "triton", "torchvision", "timm", "memory_efficient"):
+                yield Case(implementation, "densenet121", precision, layout, batch_size, 224)
+    for model in ("densenet169", "densenet201", "densenet161", "densenet264"):
+        for batch_size in (32, 128):
+            for implementation in ("eager", "triton"):
+                yield Case(implementation, model, "bf16", CHANNELS_LAST, batch_size, 224)
+
+
+def measure_speed(device: torch.device, deadline: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each case that could be measured by `deadline` (of `time.monotonic`), and why others were not."""
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for case in cases(device):
+        if time.monotonic() > deadline:
+            left_out[str(tuple(case))] = "no time was left"
+            continue
+        try:
+            rows.append(measure(case, device, deadline))
+        except Exception as error:
+            reason = "out of memory" if is_out_of_memory(error) else (str(error) or repr(error)).splitlines()[0]
+            left_out[str(tuple(case))] = reason
+    set_tf32("fp32")
+    return rows, left_out
+
+
+def measure(case: Case, device: torch.device, deadline: float) -> dict[str, Any]:
+    """Time a case's training steps: a few that warm up, then some for a second and a half, or two on CPU."""
+    step = training_step(case, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(5 if device.type == "cuda" else 1):
+        step()
+    launches = count_launches(step) if device.type == "cuda" else None
+    seconds: list[float] = []
+    until = min(deadline, time.monotonic() + 1.5)
+    while len(seconds) < 2 or (device.type == "cuda" and time.monotonic() < until):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(5 if device.type == "cuda" else 1):
+            step()
+        wait(device)
+        seconds.append((time.perf_counter() - start) / (5 if device.type == "cuda" else 1))
+    median = sorted(seconds)[len(seconds) // 2]
+    return {
+        **case._asdict(),
+        "images_per_s": case.batch_size / median,
+        "seconds": median,
+        "launches": launches,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def training_step(case: Case, device: torch.device) -> Callable[[], None]:
+    """Forward pass, cross entropy, backward pass and SGD."""
+    set_tf32(case.precision)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    torch.manual_seed(1)
+    layout = getattr(torch, {CONTIGUOUS: "contiguous_format"}.get(case.memory_format, case.memory_format))
+    network = create(case, device).to(device).to(memory_format=layout).train()
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=device.type == "cuda"
+    )
+    scaler = create_scaler(case.precision, device)
+    images = torch.randn(case.batch_size, 3, case.size, case.size).to(device).contiguous(memory_format=layout)
+    labels = torch.zeros(case.batch_size, dtype=torch.long, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with autocast(case.precision, device):
+            loss: Tensor = F.cross_entropy(network(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if isinstance(network, DenseNet) and network.selection and network.selection.method != case.implementation:
+            raise UserError(f"{case.implementation} is not computed as asked: {network.selection}")
+
+    return step
+
+
+def create(case: Case, device: torch.device) -> nn.Module:
+    if case.implementation in OURS:
+        if case.implementation == "triton" and (refusal := triton_block.refusal(device)):
+            raise UserError(refusal)
+        return create_model(case.model, dense_block=case.implementation)
+    if importlib.util.find_spec(case.implementation) is None:
+        raise UserError(f"{case.implementation} is not installed")
+    if case.implementation == "timm":
+        import timm
+
+        return timm.create_model(case.model)
+    import torchvision
+
+    return getattr(torchvision.models, case.model)()
+
+
+def count_launches(step: Callable[[], Any]) -> int:
+    """Kernels, copies and fills that a step starts on the GPU, as torch's profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or [])
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
