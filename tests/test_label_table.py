@@ -63,11 +63,41 @@ def test_an_entry_means_one_image():
     assert match_files(Path("t"), ["3.png", "../b/2.png"], names, "lists") == ["lists/3.png", "b/2.png"]
     for wanted, expected in (
         (["2.png"], "line 2: .*several are called so: give their paths"),
-        (["1", "4.png"], "line 3: there is no image '4.png'"),
+        (["1", "4.png"], "line 3: there is no image '4.png': remove the line"),
+        (["b/1.png"], "line 2: there is no image 'b/1.png': there is 'a/1.png': correct or remove the line"),
         (["1.png", "a/1.png"], r"line 3: a second line for the image 'a/1.png' \(line 2\)"),
     ):
         with pytest.raises(UserError, match=expected):
             match_files(Path("t"), wanted, names, ".")
+
+
+@pytest.mark.parametrize(
+    ("entry", "names", "meant"),
+    [
+        ("val/1.png", ["train/1.png"], None),  # what is wrong is no shorter form of what is right
+        ("a.png", ["x/a.jpg"], None),
+        ("x/a.png", ["x/a.jpg"], None),
+        ("x/a", ["y/a.png"], None),
+        ("scan.2", ["scan.png"], None),
+        ("scan", ["scan.2"], None),
+        ("../../1.png", ["1.png"], None),
+        ("/elsewhere/1.png", ["1.png"], None),
+        ("a.png", ["x/a.png", "x/a.jpg"], "x/a.png"),
+        ("x/a", ["x/a.png", "y/a.png"], "x/a.png"),
+        ("a", ["lists/x/b.png", "lists/a.png"], "lists/a.png"),
+        ("x/b", ["lists/x/b.png", "b.png"], "lists/x/b.png"),
+        ("./scan.2", ["x/scan.2.PNG", "scan.png"], "x/scan.2.PNG"),
+        ("scan.2", ["x/scan.2"], "x/scan.2"),
+        ("/data/lists/a.png", ["lists/a.png", "a.png"], "lists/a.png"),
+        ("/data/x/a.png", ["x/a.png"], "x/a.png"),
+    ],
+)
+def test_an_entry_may_lack_folder_and_suffix_but_have_no_others(entry, names, meant):
+    if meant:
+        assert match_files(Path("/data/lists/t.csv"), [entry], names, "lists") == [meant]
+        return
+    with pytest.raises(UserError, match=f"line 2: there is no image '{entry}'"):
+        match_files(Path("/data/lists/t.csv"), [entry], names, "lists")
 
 
 def test_the_images_of_a_table_are_indexed_with_their_labels(images, capfd):
