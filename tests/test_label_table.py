@@ -133,6 +133,24 @@ def test_a_table_without_anything_to_learn_is_refused(images, capfd):
     assert "some.csv all images or none have 'blue' (1 of 2 classes are so)" in capfd.readouterr().err
 
 
+def test_a_missing_table_is_answered_with_those_that_are_there(images, tmp_path):
+    def complaint(folder: Path, **fields) -> str:
+        with pytest.raises(UserError) as caught:
+            open_datasets(DataConfig(dir=str(folder), labels="multi", **fields), tmp_path, progress=False)
+        return str(caught.value)
+
+    for name in ("train", "val", "train.zip"):
+        (tmp_path / name).mkdir()  # with class folders these would be offered
+    (tmp_path / "empty").mkdir()
+    for name in ("labels.csv", "Other.CSV", ".hidden.csv"):
+        (tmp_path / name).write_text("file,blue\nimage001,1\nimage002,0\n")
+    there = "to Other.CSV or labels.csv, which data.dir holds"
+    assert complaint(tmp_path, train="train.csv").endswith(f"with data.labels multi, set data.train {there}")
+    said = complaint(tmp_path, train="labels.csv", val="val.csv")
+    assert f"{tmp_path}/val.csv does not exist" in said and f"set data.val {there}, or data.holdout" in said
+    assert "set data.train to a CSV file" in complaint(tmp_path / "empty", train="train.csv", holdout=1)
+
+
 def test_each_part_of_a_table_that_is_held_out_from_must_tell_something(images, capfd):
     """Row 0 of nine images is the only one with the third class; blue is in every second one, none has gold."""
     rows = [f"image{i:03d},{i % 2},{int(i == 0)},0" for i in range(9)]

@@ -163,6 +163,11 @@ def _check_folders(config: DataConfig) -> None:
         UserError: names what is there instead.
     """
     folder = Path(config.dir)
+    if config.labels == "multi":
+        _check_table(folder, config.train, "data.train", "")
+        if not config.holdout:
+            _check_table(folder, config.val, "data.val", ", or data.holdout to validate on training images")
+        return
     _check_split(folder, config.train, "data.train", TRAINING_NAMES, "")
     if not config.holdout:
         _check_split(
@@ -187,6 +192,21 @@ def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], ot
         found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
         remedy = f"set data.dir, or {field}{otherwise}{found}"
     raise UserError(f"the data folder {wanted} does not exist: {remedy}")
+
+
+def _check_table(folder: Path, name: str, field: str, otherwise: str) -> None:
+    """As `_check_split`, for a table of several labels an image."""
+    wanted = folder / name
+    if os.path.lexists(wanted) or not _may_list(folder):
+        return  # what is wrong with it, the scan says
+    there = sorted(
+        entry for entry in os.listdir(folder) if entry.lower().endswith(".csv") and not entry.startswith(".")
+    )
+    offered = f" to {' or '.join(there[:4])}{' or another' if len(there) > 4 else ''}, which data.dir holds"
+    none = f" to a CSV file (data.dir, {folder}, holds none)"
+    raise UserError(
+        f"the table {wanted} does not exist: with data.labels multi, set {field}{offered if there else none}{otherwise}"
+    )
 
 
 def _may_list(folder: Path) -> bool:
