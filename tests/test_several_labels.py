@@ -162,6 +162,37 @@ def test_evaluation_and_its_report(run, images, tmp_path, monkeypatch, capsys):
         assert [int(c in row["labels"].split("|")) for c in COLOURS] == truth[Path(row["file"]).name]
 
 
+@pytest.mark.parametrize("kind", ["multi", "single"])
+def test_labels_are_looked_for_in_the_working_directory_and_with_the_images(images, tmp_path, monkeypatch, capfd, kind):
+    """Of both kinds; with either file another image is red."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in (1, 2):
+        (folder / f"image{i}.png").write_bytes((images / f"folder{i % 2}/image00{i}.png").read_bytes())
+    texts = {"multi": "file,red,blue\nimage1,{},0\nimage2,{},1\n", "single": "image1.png {}\nimage2.png {}\n"}
+    red, blue = (1, 0) if kind == "multi" else ("red", "blue")
+    (folder / "test.csv").write_text(texts[kind].format(red, blue))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    data = DataConfig(dir=str(folder), labels=kind)
+
+    def first_is_red() -> bool:
+        capfd.readouterr()
+        labels = evaluate.open_images(data, "test.csv", ("red", "blue")).labels
+        return bool(labels[0, 0] == 1 if kind == "multi" else labels[0] == 0)
+
+    assert first_is_red() and "warning: --labels" not in capfd.readouterr().err
+    Path("test.csv").write_text(texts[kind].format(blue, red))
+    assert not first_is_red()
+    said = capfd.readouterr().err
+    assert f"is {tmp_path}/here/test.csv; that of the images, {folder}/test.csv, is not read" in said
+    (folder / "test.csv").unlink()
+    assert not first_is_red() and "warning: --labels" not in capfd.readouterr().err
+    Path("test.csv").unlink()
+    with pytest.raises(UserError, match=r"test\.csv"):
+        first_is_red()
+
+
 def test_evaluation_needs_the_table(run, images, user_error):
     line = user_error(evaluate.main, Path(run.run_dir, "checkpoints", "last.pt"), "--data", images)
     assert "give the CSV file of them as --labels" in line
