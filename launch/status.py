@@ -16,6 +16,7 @@ from pipeline.run_dir import read_records
 Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
 LOG_LINES = 5
+AUROC_COLUMN = 8  # is shown where a run has one
 ENDED = ("done", "stopped", "cancelled", "gone")
 # Of SLURM's states; in all others the job may still run, as when it is suspended.
 FINAL_STATES = (
@@ -26,7 +27,10 @@ FINAL_STATES = (
 
 @dataclass(frozen=True)
 class Status:
-    """One run, as `status` shows it: `epoch` epochs and `step` steps are done; errors in percent, times in seconds."""
+    """One run, as `status` shows it: `epoch` epochs and `step` steps are done; errors in percent, times in seconds.
+
+    Of images with several labels each there is a mean AUROC, from 0 to 1, and no error; of others the reverse.
+    """
 
     run_dir: Path
     job: Job
@@ -38,6 +42,7 @@ class Status:
     step: int
     top1_error: float | None
     top5_error: float | None
+    mean_auroc: float | None
     images_per_second: float | None
     remaining: float | None
     reason: str
@@ -79,6 +84,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         step=records[-1]["step"] if records else 0,
         top1_error=validation.get("val/top1_error"),
         top5_error=validation.get("val/top5_error"),
+        mean_auroc=validation.get("val/mean_auroc"),
         images_per_second=speed,
         remaining=_remaining(config, records, speed),
         reason=reason,
@@ -100,11 +106,13 @@ def slurm_queue() -> Queue:
 def to_text(statuses: list[Status]) -> str:
     """A table, and below it what failing ranks said last."""
     head = (
-        "run", "job", "state", "attempts", "epochs done", "step", "top-1 err %", "top-5 err %", "images/s", "remaining",
-        "nodes",
+        "run", "job", "state", "attempts", "epochs done", "step", "top-1 err %", "top-5 err %", "mean AUROC", "images/s",
+        "remaining", "nodes",
     )  # fmt: skip
     rows = [head, *(_row(status) for status in statuses)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    if all(status.mean_auroc is None for status in statuses):
+        rows = [row[:AUROC_COLUMN] + row[AUROC_COLUMN + 1 :] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for status in statuses:
         if status.reason:
@@ -141,7 +149,8 @@ def _row(status: Status) -> tuple[str, ...]:
     return (
         str(status.run_dir), status.job.id, status.state, str(status.attempts), f"{status.epoch}/{status.epochs}",
         str(status.step), number(status.top1_error, ".2f"), number(status.top5_error, ".2f"),
-        number(status.images_per_second, ".1f"), "-" if status.remaining is None else duration(status.remaining),
+        number(status.mean_auroc, ".4f"), number(status.images_per_second, ".1f"),
+        "-" if status.remaining is None else duration(status.remaining),
         status.nodes or "-",
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,8 +89,9 @@ def evaluate(
     was_training = model.training
     several = loader.index.several_labels
     model.eval()
-    answered: list[tuple[np.ndarray, *tuple[Tensor, ...]]] = []  # on the device, which nothing here waits for
-    all_logits: list[_Answers] = []
+    # Both stay on the device, which nothing here waits for until the last batch is on its way.
+    answered: list[tuple[np.ndarray, *tuple[Tensor, ...]]] = []
+    all_logits: list[tuple[np.ndarray, Tensor]] = []
     batches = loader.batches()
     for _ in range(loader.rounds):
         between_batches()
@@ -108,14 +109,13 @@ def evaluate(
         found = (best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1), surest, loss)
         answered.append((batch.ids, *found))
         if keep_logits or several:
-            all_logits.append((batch.ids, answers.cpu().numpy()))
+            all_logits.append((batch.ids, answers))
     model.train(was_training)
 
     images = len(loader.index)
-    gathered = world.gather_to_rank0(all_logits) if keep_logits or several else []
+    gathered = world.gather_to_rank0(_on_host(all_logits)) if keep_logits or several else []
     logits = _in_order(gathered, images)[0] if gathered else None
-    on_host = [(ids, *(tensor.cpu().numpy() for tensor in found)) for ids, *found in answered]
-    top5, probability, losses = _in_order(world.gather(on_host), images)
+    top5, probability, losses = _in_order(world.gather(_on_host(answered)), images)
     not_finite = int((top5[:, 0] == -1).sum())
     if several:
         score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, losses))
@@ -148,6 +148,10 @@ def _label_score(index: DatasetIndex, logits: np.ndarray | None, losses: np.ndar
 _Answers = tuple[np.ndarray, ...]  # of the n images of a batch: their ids, and what was found
 
 
+def _on_host(batches: Iterable[tuple[np.ndarray, *tuple[Tensor, ...]]]) -> list[_Answers]:
+    return [(ids, *(tensor.cpu().numpy() for tensor in found)) for ids, *found in batches]
+
+
 def _in_order(by_rank: list[list[_Answers]], images: int) -> tuple[np.ndarray, ...]:
     """Join the batches of all ranks, of which some may have none, and put what was found into the order of the index."""
     columns = zip(*(batch for batches in by_rank for batch in batches), strict=True)
@@ -159,13 +163,18 @@ def _in_order(by_rank: list[list[_Answers]], images: int) -> tuple[np.ndarray, .
 
 
 def _average(logits: Tensor, average: Average, several: bool) -> Tensor:
-    """(n, V, classes) logits of V views to (n, classes) logits, or log-probabilities.
+    """(n, V, classes) logits of V views to (n, classes) logits, or log-probabilities; not finite where one of the V is not.
 
     Args:
-        several: an image may have several labels, so that the probability of each is the sigmoid of its logit.
+        several: an image may have several labels, so that the probability of each is the sigmoid of its logit, and the logit
+            of the averaged probability is returned.
     """
     if average == "logits":
         return logits.mean(dim=1)
     if several:
-        return logits.double().sigmoid().mean(dim=1).logit().float()
+        x = (
+            logits.double()
+        )  # log-odds of the mean probability, which is too near to 1 for its own digits from logit 37 on
+        log_odds = F.logsigmoid(x).logsumexp(dim=1) - F.logsigmoid(-x).logsumexp(dim=1)
+        return log_odds.where(x.isfinite().all(dim=1), math.nan).float()
     return logits.log_softmax(dim=2).logsumexp(dim=1) - math.log(logits.shape[1])

@@ -42,13 +42,17 @@ class MeanRanking:
 
     Attributes:
         classes: how many those are.
-        auroc_interval: 95 % confidence interval, which knows that the classes are ranked on the same images.
+        auroc_interval: 95 % confidence interval, which knows that the classes are ranked on the same images. NaN where the mean
+            is 0 or 1, and where a class has one positive or one negative image alone: how far its AUROC would vary with
+            other images cannot be told from one, and an interval without that class would be of another mean.
+        single: those classes, by number.
     """
 
     classes: int
     auroc: float
     auroc_interval: tuple[float, float]
     average_precision: float
+    single: tuple[int, ...] = ()
 
 
 def rank_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[tuple[Ranking, ...], MeanRanking]:
@@ -71,13 +75,14 @@ def rank_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[tuple[Ranking,
     if not defined:
         return tuple(rankings), MeanRanking(0, math.nan, NOT_DEFINED, math.nan)
     auroc = float(np.mean([r.auroc for r in defined]))
-    whole = len(influences) == len(defined)
-    deviation = float(np.sqrt(np.square(np.mean(influences, axis=0)).sum())) if whole else math.nan
+    single = tuple(k for k, r in enumerate(rankings) if 1 in (r.positives, r.negatives) and r.positives and r.negatives)
+    deviation = math.nan if single else float(np.sqrt(np.square(np.mean(influences, axis=0)).sum()))
     mean = MeanRanking(
         classes=len(defined),
         auroc=auroc,
         auroc_interval=logit_interval(auroc, deviation),
         average_precision=float(np.mean([r.average_precision for r in defined])),
+        single=single,
     )
     return tuple(rankings), mean
 
@@ -139,12 +144,19 @@ def mean_text(mean: MeanRanking, classes: Sequence[object]) -> str:
     """The means in a few words."""
     low, high = mean.auroc_interval
     interval = f" (95 % interval {low:.4f} to {high:.4f})" if low == low else ""
+    interval = f" ({no_interval_text([classes[k] for k in mean.single])})" if mean.single else interval
     of = (
         ""
         if mean.classes == len(classes)
         else f", over the {mean.classes} of {len(classes)} classes that have both kinds"
     )
     return f"mean AUROC {mean.auroc:.4f}{interval}, mean average precision {mean.average_precision:.4f}{of}"
+
+
+def no_interval_text(single: Sequence[object]) -> str:
+    """Why a mean AUROC has no interval: these classes have one image with or without them."""
+    others = f" and {len(single) - 1} more" if len(single) > 1 else ""
+    return f"no interval: '{single[0]}'{others} with one image, or all but one"
 
 
 def mean_average_precision_interval(

@@ -33,6 +33,11 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
             f"the learning rate never drops at epoch {', '.join(map(str, late))}: the run has optim.epochs "
             f"{config.optim.epochs}; set optim.milestones"
         )
+    if config.optim.class_weights == "balanced" and config.data.sampling == "balanced":
+        lines.append(
+            "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "
+            "more than frequent ones: leave one of them out"
+        )
     return lines
 
 

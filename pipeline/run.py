@@ -86,11 +86,12 @@ class Progress:
     def finish_epoch(self, val: AnyScore) -> bool:
         """Note an epoch's validation errors and go on to the next; return whether none before was better.
 
-        Where images have several labels, the better epoch is that with the greater mean AUROC.
+        Where images have several labels, the better epoch is that with the greater mean AUROC; as long as that is not
+        defined (NaN), the later one.
         """
         if isinstance(val, LabelScore):
             assert val.mean is not None
-            better = self.best_epoch < 0 or val.mean.auroc > self.best_auroc
+            better = self.best_epoch < 0 or math.isnan(self.best_auroc) or val.mean.auroc > self.best_auroc
             if better:
                 self.best_auroc, self.best_average_precision = val.mean.auroc, val.mean.average_precision
                 self.best_epoch = self.epoch

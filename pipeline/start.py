@@ -57,10 +57,12 @@ class InitialWeights:
     note: str
 
     def new_classifier(self, classes: Sequence[str]) -> str:
-        """Why a run with these classes needs another classifier than the file's; empty if it does not."""
+        """Why a run with these classes needs another classifier than the file's; empty if it has the same ones, in order."""
         if self.outputs != len(classes):
             return f"{self.outputs} outputs there, {len(classes)} here"
-        if self.classes is not None and self.classes != tuple(classes):
+        if self.classes is None:
+            return "its classes are not known"
+        if self.classes != tuple(classes):
             odd = next(there for there, here in zip(self.classes, classes, strict=True) if there != here)
             return f"other classes there, as '{odd}'"
         return ""

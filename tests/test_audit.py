@@ -156,8 +156,8 @@ def test_every_field_that_shapes_a_result_is_audited():
     """A new field of these sections must either be audited or be named here."""
     harmless = {
         "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.synthetic_images",
-        "data.synthetic_classes", "data.download", "data.hw_decoder_load", "data.file_column", "data.label_column", "optim.objective",
-        "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
+        "data.synthetic_classes", "data.download", "data.hw_decoder_load", "data.file_column", "data.label_column",
+        "optim.objective", "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
         "model.activation_checkpointing", "model.weights_sha256", "data.from_weights",
         "data.labels",  # which optim.objective belongs to: test_label_table.py
     }  # fmt: skip

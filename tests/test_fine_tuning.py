@@ -23,8 +23,10 @@ from pipeline.metrics import LabelScore
 from pipeline.models import create_model
 from pipeline.models.parts import classifier_of, freeze, parts_of
 from pipeline.optim import create_optimizer, load_state
+from pipeline.report import warnings_of
 from pipeline.run import Run
 from pipeline.weights import read_weights, write_safetensors, write_torch
+from tools import convert
 
 pytestmark = pytest.mark.slow  # for the most part
 
@@ -66,9 +68,26 @@ def test_all_but_a_classifier_of_another_size_is_taken_and_said(source, tmp_path
     said = run.description()
     assert f"begun with {source} (SHA-256 {digest})" in said and "drawn anew: 5 outputs there, 3 here" in said
 
-    same = run_of(small_config(tmp_path, model={"weights": str(source)}, data={"synthetic_classes": 5}))
-    assert_equal_weights(same.network.state_dict(), given)
-    assert "classifier taken from them" in same.description()
+
+def test_a_classifier_is_taken_only_if_its_classes_are_known_to_be_the_same(source, tmp_path, monkeypatch):
+    """The file has five outputs, and so has the run: what its outputs mean the file does not say, once converted it does."""
+    five = {"synthetic_classes": 5}
+    unknown = run_of(small_config(tmp_path / "a", model={"weights": str(source)}, data=five))
+    assert "classifier drawn anew: its classes are not known" in unknown.description()
+    drawn = run_of(small_config(tmp_path / "b", data=five)).network.state_dict()
+    assert torch.equal(unknown.network.state_dict()["classifier.weight"], drawn["classifier.weight"])
+
+    for swapped, words in ((False, "classifier taken from them"), (True, "classifier drawn anew: other classes there")):
+        names = list(unknown.conditions.classes)
+        names[:2] = names[1::-1] if swapped else names[:2]
+        named, file = tmp_path / f"{swapped}.safetensors", tmp_path / "names.txt"
+        file.write_text("\n".join(names))
+        monkeypatch.setattr("sys.argv", ["convert", str(source), str(named), "--model", MODEL, "--classes", str(file)])
+        convert.main()
+        run = run_of(small_config(tmp_path / f"{swapped}", model={"weights": str(named)}, data=five))
+        assert words in run.description()
+        same = torch.equal(run.network.state_dict()["classifier.weight"], state_of(source)["classifier.weight"])
+        assert same != swapped
 
 
 def test_a_classifier_of_other_classes_is_drawn_anew_though_its_size_is_right(tmp_path):
@@ -80,6 +99,17 @@ def test_a_classifier_of_other_classes_is_drawn_anew_though_its_size_is_right(tm
     )
     assert "classifier drawn anew: other classes there, as 'T-shirt/top'" in run.description()
     assert run.config.data.mean == read_weights(shipped).config.data.mean != (0.485, 0.456, 0.406)
+
+
+def test_a_double_correction_for_rare_classes_is_warned_of(tmp_path):
+    for class_weights, sampling, warned in (
+        ("balanced", "balanced", 1),
+        ("balanced", "shuffle", 0),
+        (None, "balanced", 0),
+    ):
+        config = small_config(tmp_path, optim={"class_weights": class_weights}, data={"sampling": sampling})
+        lines = [line for line in warnings_of(run_of(config), None) if "correct for rare classes twice" in line]
+        assert len(lines) == warned, (class_weights, sampling)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tables of several labels an image: what they may say, and what is refused in one line."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from pipeline.data.dataset import open_datasets
 from pipeline.data.index import scan_label_table
 from pipeline.data.label_table import match_files, read_label_table
 from pipeline.errors import UserError
+from pipeline.metrics import LabelScore
+from pipeline.ranking import NOT_DEFINED, MeanRanking
+from pipeline.run import Progress
 
 
 def table(folder: Path, text: str) -> Path:
@@ -63,11 +67,41 @@ def test_an_entry_means_one_image():
     assert match_files(Path("t"), ["3.png", "../b/2.png"], names, "lists") == ["lists/3.png", "b/2.png"]
     for wanted, expected in (
         (["2.png"], "line 2: .*several are called so: give their paths"),
-        (["1", "4.png"], "line 3: there is no image '4.png'"),
+        (["1", "4.png"], "line 3: there is no image '4.png': remove the line"),
+        (["b/1.png"], "line 2: there is no image 'b/1.png': there is 'a/1.png': correct or remove the line"),
         (["1.png", "a/1.png"], r"line 3: a second line for the image 'a/1.png' \(line 2\)"),
     ):
         with pytest.raises(UserError, match=expected):
             match_files(Path("t"), wanted, names, ".")
+
+
+@pytest.mark.parametrize(
+    ("entry", "names", "meant"),
+    [
+        ("val/1.png", ["train/1.png"], None),  # what is wrong is no shorter form of what is right
+        ("a.png", ["x/a.jpg"], None),
+        ("x/a.png", ["x/a.jpg"], None),
+        ("x/a", ["y/a.png"], None),
+        ("scan.2", ["scan.png"], None),
+        ("scan", ["scan.2"], None),
+        ("../../1.png", ["1.png"], None),
+        ("/elsewhere/1.png", ["1.png"], None),
+        ("a.png", ["x/a.png", "x/a.jpg"], "x/a.png"),
+        ("x/a", ["x/a.png", "y/a.png"], "x/a.png"),
+        ("a", ["lists/x/b.png", "lists/a.png"], "lists/a.png"),
+        ("x/b", ["lists/x/b.png", "b.png"], "lists/x/b.png"),
+        ("./scan.2", ["x/scan.2.PNG", "scan.png"], "x/scan.2.PNG"),
+        ("scan.2", ["x/scan.2"], "x/scan.2"),
+        ("/data/lists/a.png", ["lists/a.png", "a.png"], "lists/a.png"),
+        ("/data/x/a.png", ["x/a.png"], "x/a.png"),
+    ],
+)
+def test_an_entry_may_lack_folder_and_suffix_but_have_no_others(entry, names, meant):
+    if meant:
+        assert match_files(Path("/data/lists/t.csv"), [entry], names, "lists") == [meant]
+        return
+    with pytest.raises(UserError, match=f"line 2: there is no image '{entry}'"):
+        match_files(Path("/data/lists/t.csv"), [entry], names, "lists")
 
 
 def test_the_images_of_a_table_are_indexed_with_their_labels(images, capfd):
@@ -95,8 +129,59 @@ def test_a_table_without_anything_to_learn_is_refused(images, capfd):
     with pytest.raises(UserError, match="folder0 is a folder: with data.labels multi"):
         open_datasets(DataConfig(dir=str(images), labels="multi", train="folder0", holdout=1), images, False)
     (images / "some.csv").write_text("file,blue,red\nimage001,1,0\nimage003,1,1\n")
-    open_datasets(DataConfig(dir=str(images), labels="multi", train="some.csv", holdout=1), images, progress=False)
-    assert "all images or none have 'blue' (1 of 2 classes are so)" in capfd.readouterr().err
+    open_datasets(DataConfig(dir=str(images), labels="multi", train="some.csv", val="some.csv"), images, progress=False)
+    assert "some.csv all images or none have 'blue' (1 of 2 classes are so)" in capfd.readouterr().err
+
+
+def test_a_missing_table_is_answered_with_those_that_are_there(images, tmp_path):
+    def complaint(folder: Path, **fields) -> str:
+        with pytest.raises(UserError) as caught:
+            open_datasets(DataConfig(dir=str(folder), labels="multi", **fields), tmp_path, progress=False)
+        return str(caught.value)
+
+    for name in ("train", "val", "train.zip"):
+        (tmp_path / name).mkdir()  # with class folders these would be offered
+    (tmp_path / "empty").mkdir()
+    for name in ("labels.csv", "Other.CSV", ".hidden.csv"):
+        (tmp_path / name).write_text("file,blue\nimage001,1\nimage002,0\n")
+    there = "to Other.CSV or labels.csv, which data.dir holds"
+    assert complaint(tmp_path, train="train.csv").endswith(f"with data.labels multi, set data.train {there}")
+    said = complaint(tmp_path, train="labels.csv", val="val.csv")
+    assert f"{tmp_path}/val.csv does not exist" in said and f"set data.val {there}, or data.holdout" in said
+    assert "set data.train to a CSV file" in complaint(tmp_path / "empty", train="train.csv", holdout=1)
+
+
+def test_each_part_of_a_table_that_is_held_out_from_must_tell_something(images, capfd):
+    """Row 0 of nine images is the only one with the third class; blue is in every second one, none has gold."""
+    rows = [f"image{i:03d},{i % 2},{int(i == 0)},0" for i in range(9)]
+    (images / "nine.csv").write_text("\n".join(["file,blue,rare,gold", *rows]))
+
+    def opened(holdout: int):
+        config = DataConfig(dir=str(images), labels="multi", train="nine.csv", holdout=holdout)
+        capfd.readouterr()
+        parts = open_datasets(config, images, progress=False)
+        return parts, [line for line in capfd.readouterr().err.splitlines() if "all images or none" in line]
+
+    with pytest.raises(UserError, match="among the 1 held-out images no class has .*: raise data.holdout"):
+        opened(1)
+    with pytest.raises(UserError, match="among the 1 images left for training no class has .*: lower data.holdout"):
+        opened(8)
+    (train, val), said = opened(4)
+    poor = train if not train.labels[:, 1].any() else val
+    words = "held-out images" if poor is val else "images left for training"
+    assert len(said) == 2 and "nine.csv all images or none have 'gold' (1 of 3 classes" in said[0]
+    assert f"of the {len(poor)} {words} all images or none have 'rare' (1 of 3 classes are so)" in said[1]
+
+
+def test_no_epoch_stays_the_best_whose_auroc_is_not_defined():
+    progress = Progress()
+
+    def better(auroc: float) -> bool:
+        mean = MeanRanking(int(auroc == auroc), auroc, NOT_DEFINED, auroc)
+        return progress.finish_epoch(LabelScore(4, ("a",), 2, 1.0, (), mean))
+
+    assert [better(x) for x in (math.nan, math.nan, 0.6, math.nan, 0.5, 0.7)] == [True, True, True, False, False, True]
+    assert (progress.best_epoch, progress.best_auroc) == (5, 0.7)
 
 
 @pytest.mark.parametrize(

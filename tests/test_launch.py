@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -17,7 +18,8 @@ from launch.after import cause_of, decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
 from launch.local import Controller, first_failure
-from launch.records import Attempt, add_event, config_file, read_events, read_job, write_submission
+from launch.records import Attempt, Job, add_event, config_file, read_events, read_job, write_job, write_submission
+from launch.status import read_status, to_text
 from launch.submission import submit
 from pipeline.config import to_yaml
 from pipeline.errors import ArgumentParser, UserError
@@ -267,6 +269,30 @@ def stop_rank0(run: Path, file: str) -> int:
     started = next(event for event in reversed(read_events(run)) if event["event"] == "start")
     os.kill(started["pid"], signal.SIGSTOP)
     return started["pid"]
+
+
+def test_status_shows_the_mean_auroc_of_runs_on_several_labels(tmp_path):
+    """In a column that is there if one of the runs has such a score."""
+    scores = {"errors": {"top1_error": 12.5, "top5_error": 1.5}, "labels": {"mean_auroc": 0.87654}}
+    for name, score in scores.items():
+        config = small_config(tmp_path / name)
+        run = Path(config.run_dir)
+        run.mkdir()
+        write_job(run, Job("7", "local", "elsewhere", str(tmp_path), 1, 3))
+        (run / "submitted.yaml").write_text(to_yaml(config))
+        record = {"step": 4, "epoch": 0, "val/loss": 1.0, **{f"val/{key}": value for key, value in score.items()}}
+        (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    both = [read_status(tmp_path / name, {}) for name in scores]
+
+    def table(statuses) -> list[dict[str, str]]:
+        head, *rows = [re.split("  +", line) for line in to_text(statuses).splitlines()[: 1 + len(statuses)]]
+        return [dict(zip(head, row, strict=True)) for row in rows]
+
+    errors, labels = table(both)
+    assert (errors["top-1 err %"], errors["top-5 err %"], errors["mean AUROC"]) == ("12.50", "1.50", "-")
+    assert (labels["top-1 err %"], labels["top-5 err %"], labels["mean AUROC"]) == ("-", "-", "0.8765")
+    (alone,) = table(both[:1])
+    assert alone == {title: cell for title, cell in errors.items() if title != "mean AUROC"}
 
 
 @pytest.mark.slow

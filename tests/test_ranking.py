@@ -1,12 +1,17 @@
 """AUROC, average precision and their intervals, beside their definitions in plain loops, scipy, and repeated draws."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from conftest import index_of
 from scipy.stats import mannwhitneyu, norm
 
-from pipeline.ranking import logit_interval, mean_average_precision_interval, rank_classes
+from pipeline.evaluation import Evaluation
+from pipeline.metrics import LabelScore
+from pipeline.ranking import logit_interval, mean_average_precision_interval, mean_text, rank_classes
+from tools.support.label_report import describe_labels, label_lines
 
 
 def draw(seed: int, images: int, classes: int = 3, ties: bool = False, shift: float = 1.0):
@@ -109,3 +114,24 @@ def test_answers_that_are_not_finite_count_as_ranked_wrongly():
     assert rank_classes(scores, labels)[1].auroc == 0.5
     scores[3] = np.inf
     assert rank_classes(scores, labels)[1].auroc == 0.25
+
+
+def test_a_mean_without_an_interval_names_the_class_and_prints_no_words_of_an_interval():
+    scores, labels = draw(3, 60)
+    names = ("cat", "dog", "wolf")
+    rare = labels.copy()
+    rare[:, 1] = np.arange(60) == 7
+    rare[:, 2] = np.arange(60) != 8
+    cases = {"plenty": labels, "rare": rare, "perfect": (scores > 0).astype(np.uint8)}
+    said = {}
+    for case, truth in cases.items():
+        rankings, mean = rank_classes(scores, truth)
+        score = LabelScore(60, names, 90, 1.0, rankings, mean)
+        evaluation = Evaluation(score, np.empty(0), np.empty(0), np.empty(0), scores, 0)
+        index = dataclasses.replace(index_of([(1, 1)] * 60), labels=truth, classes=names)
+        result = {**describe_labels(evaluation, index), "images": 60, "classes": 3, "published": []}
+        said[case] = mean_text(mean, names), label_lines(result)[0]
+    assert all("95 % interval" in line and "no interval" not in line for line in said["plenty"])
+    assert all("no interval: 'dog' and 1 more" in line and "95 %" not in line for line in said["rare"])
+    assert all("interval" not in line for line in said["perfect"])
+    assert all("mean AUROC 1.0000" in line for line in said["perfect"])

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from decimal import Decimal, localcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,17 @@ from test_trainer import assert_equal_weights, comparable_records, last_state, r
 from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import api, trainer
-from pipeline.data.loader import Batch
+from pipeline.config import DataConfig
+from pipeline.data.index import scan_label_table
+from pipeline.data.loader import Batch, EvaluationLoader, Shard
+from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
+from pipeline.evaluation import _average
+from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.objective import BinaryCrossEntropy
 from pipeline.weights import read_weights, write_safetensors
 from tools import evaluate, export, predict
+from tools.support.weights_arguments import read_weights_of
 
 pytestmark = pytest.mark.slow  # for the most part
 
@@ -154,6 +162,37 @@ def test_evaluation_and_its_report(run, images, tmp_path, monkeypatch, capsys):
         assert [int(c in row["labels"].split("|")) for c in COLOURS] == truth[Path(row["file"]).name]
 
 
+@pytest.mark.parametrize("kind", ["multi", "single"])
+def test_labels_are_looked_for_in_the_working_directory_and_with_the_images(images, tmp_path, monkeypatch, capfd, kind):
+    """Of both kinds; with either file another image is red."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in (1, 2):
+        (folder / f"image{i}.png").write_bytes((images / f"folder{i % 2}/image00{i}.png").read_bytes())
+    texts = {"multi": "file,red,blue\nimage1,{},0\nimage2,{},1\n", "single": "image1.png {}\nimage2.png {}\n"}
+    red, blue = (1, 0) if kind == "multi" else ("red", "blue")
+    (folder / "test.csv").write_text(texts[kind].format(red, blue))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    data = DataConfig(dir=str(folder), labels=kind)
+
+    def first_is_red() -> bool:
+        capfd.readouterr()
+        labels = evaluate.open_images(data, "test.csv", ("red", "blue")).labels
+        return bool(labels[0, 0] == 1 if kind == "multi" else labels[0] == 0)
+
+    assert first_is_red() and "warning: --labels" not in capfd.readouterr().err
+    Path("test.csv").write_text(texts[kind].format(blue, red))
+    assert not first_is_red()
+    said = capfd.readouterr().err
+    assert f"is {tmp_path}/here/test.csv; that of the images, {folder}/test.csv, is not read" in said
+    (folder / "test.csv").unlink()
+    assert not first_is_red() and "warning: --labels" not in capfd.readouterr().err
+    Path("test.csv").unlink()
+    with pytest.raises(UserError, match=r"test\.csv"):
+        first_is_red()
+
+
 def test_evaluation_needs_the_table(run, images, user_error):
     line = user_error(evaluate.main, Path(run.run_dir, "checkpoints", "last.pt"), "--data", images)
     assert "give the CSV file of them as --labels" in line
@@ -161,10 +200,61 @@ def test_evaluation_needs_the_table(run, images, user_error):
         api.evaluate(Path(run.run_dir, "checkpoints", "last.pt"), images)
 
 
-def test_ten_crops_average_probabilities(run, images, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", words(run, images, "--crops", 10, "--average", "softmax", "--device", "cpu"))
+def test_ten_crops_average_probabilities(run, images, tmp_path, monkeypatch, capsys):
+    """The report's logits are the log-odds of the mean of the ten sigmoids, and all ten answers come from the network."""
+    views: list[torch.Tensor] = []
+
+    def read(*arguments):
+        found = read_weights_of(*arguments)
+        found.network.register_forward_hook(sharper)
+        return found
+
+    def sharper(_module, _inputs, outputs):  # answers that are far apart
+        views.append(30 * outputs)
+        return views[-1]
+
+    monkeypatch.setattr(evaluate, "read_weights_of", read)
+    report = ("--crops", 10, "--average", "softmax", "--device", "cpu", "--loader", "reference", "--report", tmp_path)
+    monkeypatch.setattr("sys.argv", words(run, images, *report))
     evaluate.main()
     assert "10 crops (softmax averaged)" in capsys.readouterr().out
+    ten = torch.cat([v for v in views if v.device.type == "cpu"]).double().unflatten(0, (-1, 10))
+    p = ten.sigmoid().mean(dim=1)
+    logits = np.load(next(tmp_path.glob("*.npy")))
+    assert ten.shape == (16, 10, 3)
+    np.testing.assert_allclose(logits, (p / (1 - p)).log(), rtol=1e-5, atol=1e-6)
+    assert np.abs(logits - ten.mean(dim=1).numpy()).max() > 0.1  # which averaged logits would give
+
+
+def test_a_mean_probability_next_to_1_is_a_finite_logit():
+    """Against 1,000 digits, in which no sigmoid is 1."""
+    rows = [[40.0, 36.0], [80.0, 90.0], [-40.0, 60.0], [-700.0, -90.0], [0.0, 2.0]]
+    logits = torch.tensor(rows).unsqueeze(2)
+    with localcontext(prec=1000):
+        p = [[1 / (1 + Decimal(-x).exp()) for x in row] for row in rows]
+        expected = [float((sum(row) / (2 - sum(row))).ln()) for row in p]
+    found = _average(logits, "softmax", several=True)
+    np.testing.assert_allclose(found[:, 0].tolist(), expected, rtol=1e-6, atol=1e-12)
+    for bad in (math.nan, math.inf, -math.inf):  # one such view is an answer that is not finite
+        answers = torch.tensor([[[bad, 1.0], [2.0, 3.0]]])
+        assert _average(answers, "softmax", several=True).isfinite().tolist() == [[False, True]]
+        assert _average(answers, "logits", several=True).isfinite().tolist() == [[False, True]]
+
+
+def test_evaluation_waits_for_no_device_between_batches(images, monkeypatch):
+    """A copy to the host waits for the device; all are made after the last batch."""
+    index = scan_label_table(images, images / "val.csv")
+    copies, copy = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: [copies.append(tensor.shape), copy(tensor)][1])
+    with init_distributed("cpu") as world:
+        shard = Shard(0, 1, world.device, 1)
+        loader = EvaluationLoader(
+            index, DataConfig(loader="reference", crop_size=16, resize_size=16), shard, batch_size=4, crops=1
+        )
+        done: list[int] = []
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
+        evaluate_network(network, loader, world, between_batches=lambda: done.append(len(copies)), keep_logits=True)
+    assert done == [0] * 4 and len(copies) == 16
 
 
 def test_prediction_and_export_have_a_probability_for_each_class(run, images, tmp_path, monkeypatch, capsys):

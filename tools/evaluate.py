@@ -36,6 +36,7 @@ from pipeline.weights import Weights, imagenet_ids
 from tools.support import published
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.label_files import find_label_file
 from tools.support.label_report import describe_labels
 from tools.support.output_subset import restrict_outputs
 from tools.support.outputs import writable_file, writable_folder
@@ -159,6 +160,7 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with classes under val/, or flat with a label file; or
     the test images of one of torchvision's data sets."""
     folder = Path(data.dir)
+    labels_file = find_label_file(labels_file, folder)
     if data.dataset != "images":
         if labels_file:
             raise UserError(
@@ -374,7 +376,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="label file, if DIR is a folder of images without class folders; CSV, if an image has several labels",
+        help="label file, if DIR is a folder of images without class folders; CSV, if an image has several labels; relative to "
+        "the working directory or to DIR",
     )
     parser.add_argument(
         "--outputs",

@@ -23,22 +23,28 @@ from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_f
 from pipeline.data.sources import open_source
 from pipeline.data.verify import verify
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from tools.support.label_files import find_label_file
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.index", description=__doc__)
     parser.add_argument("data", metavar="DIR", help="folder, archive, table or shards")
-    parser.add_argument("--labels", metavar="FILE", help="label file or development kit, if DIR (or its val) is flat")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="label file or development kit, if DIR (or its val) is flat; relative to the working directory or to DIR",
+    )
     parser.add_argument("--classes", metavar="DIR", help="the training set, whose classes the labels count in")
     parser.add_argument("--cache", metavar="FOLDER", default="runs/index", help="for the cache if DIR is read-only")
     parser.add_argument("--verify", action="store_true", help="read and decode every image, and list what is odd")
     parser.add_argument("--against", metavar="DIR", help="verify this validation set too, and list what both hold")
     options = parser.parse_args()
     root, fallback = Path(options.data), Path(options.cache)
-    config = DataConfig(dir=str(root), val_labels=options.labels and str(Path(options.labels).absolute()))
+    labels = find_label_file(options.labels, root)
+    config = DataConfig(dir=str(root), val_labels=labels and str(Path(labels).absolute()))
     training, validation = root / config.train, root / config.val
     both = training.exists() and validation.exists()
-    if options.labels and not options.classes and not both:
+    if labels and not options.classes and not both:
         parser.error("--labels needs --classes, the folder or archive of the training set")
     if options.against and (both or not options.verify):
         parser.error(
@@ -50,9 +56,9 @@ def main() -> None:
         list_odd_images(training if both else root, against)
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
-    elif options.labels:
+    elif labels:
         classes = scan_classes(options.classes, cache_beside(Path(options.classes), fallback), progress=True).classes
-        indexes = [scan_flat(root, options.labels, classes, cache_beside(root, fallback), progress=True)]
+        indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), progress=True)]
     else:
         indexes = [scan_classes(root, cache_beside(root, fallback), progress=True)]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):

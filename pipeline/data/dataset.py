@@ -36,14 +36,17 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
 
     Raises:
         UserError: see `scan_classes`, `scan_flat` and `read_arrays`; the validation set has a class that the training set has
-            not; or too many images are held out.
+            not; too many images are held out; or of several labels an image one of the two sets can tell nothing.
     """
     opener = _open_synthetic if config.loader == "synthetic" else look_up(DATASETS, config.dataset, "data.dataset")
     if opener is _open_files:
         _check_folders(config)
     train = opener(config, "train", (), cache, progress)
     if config.holdout:
-        return _hold_out(train, config.holdout)
+        parts = _hold_out(train, config.holdout)
+        if train.several_labels:
+            _check_held_out(train, *parts)
+        return parts
     return train, opener(config, "val", train.classes, cache, progress)
 
 
@@ -103,18 +106,39 @@ def _open_label_table(
             "images and their labels"
         )
     index = scan_label_table(config.dir, table, classes, cache, progress)
-    positives = index.labels.sum(axis=0, dtype=np.int64)
-    lacking = [name for name, n in zip(index.classes, positives.tolist(), strict=True) if n in (0, len(index))]
+    lacking = _of_one_kind(index)
     if len(lacking) == len(index.classes):
         raise UserError(f"{table}: no class has images with and images without it: nothing can be learnt or measured")
     if lacking:
-        print(
-            f"warning: in {table} all images or none have '{lacking[0]}' ({len(lacking)} of {len(index.classes)} classes are "
-            "so): it counts in no mean over classes",
-            file=sys.stderr,
-            flush=True,
-        )
+        _warn_of_one_kind(f"in {table}", lacking, index)
     return index
+
+
+def _check_held_out(whole: DatasetIndex, train: DatasetIndex, val: DatasetIndex) -> None:
+    """Refuse parts of a table that can tell nothing, and warn of classes that have both kinds of images in the table alone."""
+    for part, words, change in ((train, "images left for training", "lower"), (val, "held-out images", "raise")):
+        lacking = _of_one_kind(part)
+        if len(lacking) == len(part.classes):
+            raise UserError(
+                f"among the {len(part):,} {words} no class has images with and images without it: {change} data.holdout"
+            )
+        if lost := [name for name in lacking if name not in _of_one_kind(whole)]:
+            _warn_of_one_kind(f"of the {len(part):,} {words}", lost, part)
+
+
+def _of_one_kind(index: DatasetIndex) -> list[str]:
+    """Classes that all images of a table have, or none."""
+    positives = index.labels.sum(axis=0, dtype=np.int64).tolist()
+    return [name for name, n in zip(index.classes, positives, strict=True) if n in (0, len(index))]
+
+
+def _warn_of_one_kind(where: str, lacking: list[str], index: DatasetIndex) -> None:
+    print(
+        f"warning: {where} all images or none have '{lacking[0]}' ({len(lacking)} of {len(index.classes)} classes are so): "
+        "it counts in no mean over classes",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _open_arrays(
@@ -148,6 +172,11 @@ def _check_folders(config: DataConfig) -> None:
         UserError: names what is there instead.
     """
     folder = Path(config.dir)
+    if config.labels == "multi":
+        _check_table(folder, config.train, "data.train", "")
+        if not config.holdout:
+            _check_table(folder, config.val, "data.val", ", or data.holdout to validate on training images")
+        return
     _check_split(folder, config.train, "data.train", SPLIT_NAMES["train"], "")
     if not config.holdout:
         _check_split(
@@ -186,6 +215,21 @@ def _offer(entry: str, usual: tuple[str, ...]) -> str | None:
         pattern = f"'{os.path.join(folder, shard[1])}-*.{shard[2]}'"
         return pattern if shard[1].lower() in usual else None
     return entry if name.split(".")[0].lower() in usual else None
+
+
+def _check_table(folder: Path, name: str, field: str, otherwise: str) -> None:
+    """As `_check_split`, for a table of several labels an image."""
+    wanted = folder / name
+    if os.path.lexists(wanted) or not _may_list(folder):
+        return  # what is wrong with it, the scan says
+    there = sorted(
+        entry for entry in os.listdir(folder) if entry.lower().endswith(".csv") and not entry.startswith(".")
+    )
+    offered = f" to {' or '.join(there[:4])}{' or another' if len(there) > 4 else ''}, which data.dir holds"
+    none = f" to a CSV file (data.dir, {folder}, holds none)"
+    raise UserError(
+        f"the table {wanted} does not exist: with data.labels multi, set {field}{offered if there else none}{otherwise}"
+    )
 
 
 def _may_list(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.image_files import is_image_by_name
 from pipeline.errors import UserError, did_you_mean
 
 # Headers of the column with all labels of an image, in small letters.
@@ -90,11 +91,12 @@ def match_files(
 ) -> list[str]:
     """The image that each entry of a table's column of files means, by its name in the source.
 
-    An entry may lack folders and suffix where that leaves one image.
+    An entry is a path. It may lack its first folders, or all, and the suffix that names an image, where that leaves one image.
+    What it has must be the image's: neither another folder nor another suffix will do.
 
     Args:
         names: of all images, as the source has them.
-        prefix: the table's folder, relative to the source's root; entries may be relative to it.
+        prefix: the table's folder, relative to the source's root; entries may be relative to it, or absolute.
         lines: the number of each entry's line; none: from 2 on, after a header.
 
     Raises:
@@ -102,23 +104,23 @@ def match_files(
     """
     names = list(names)
     known = set(names)
-    shorter: dict[str, str] = {}
-    times: Counter[str] = Counter()
-    for name in names:
-        for key in set(_short(name)):
-            shorter[key] = name
-            times[key] += 1
+    shorter: dict[
+        tuple[int, bool], dict[str, list[str]]
+    ] = {}  # by the shape of entries: images by what is left of them
+    for shape in set(map(_shape, wanted)):
+        alike = shorter[shape] = {}
+        for name in names:
+            alike.setdefault(_end(name, *shape), []).append(name)
     found: dict[str, int] = {}
     for number, entry in zip(lines or range(2, len(wanted) + 2), wanted, strict=True):
-        paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, entry))]
-        alone = [shorter[key] for key in _short(entry) if times[key] == 1]
-        image = next(chain((path for path in paths if path in known), alone), None)
-        if image is None:
-            several = times[_short(entry)[0]] > 1
-            remedy = (
-                "several are called so: give their paths" if several else "remove the line, or set data.dir (or --data)"
-            )
-            raise UserError(f"{file}, line {number}: there is no image '{entry}': {remedy}")
+        below = os.path.relpath(entry, file.parent) if os.path.isabs(entry) else entry
+        paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, below))]
+        alike = shorter[_shape(entry)]
+        exact = [[path] for path in paths if path in known]
+        images = next(chain(exact, (alike[path] for path in paths if path in alike)), [])
+        if len(images) != 1:
+            raise UserError(f"{file}, line {number}: there is no image '{entry}': {_remedy(entry, images, names)}")
+        (image,) = images
         if image in found:
             raise UserError(
                 f"{file}, line {number}: a second line for the image '{entry}' (line {found[image]}): remove one"
@@ -127,10 +129,24 @@ def match_files(
     return list(found)
 
 
-def _short(path: str) -> tuple[str, str]:
-    """A file's name without folders, and without its suffix too."""
-    name = os.path.basename(path)
-    return name, os.path.splitext(name)[0]
+def _shape(entry: str) -> tuple[int, bool]:
+    """How many folders an entry names, and whether it has no suffix that names an image."""
+    return os.path.normpath(entry).count(os.sep), not is_image_by_name(entry)
+
+
+def _end(path: str, folders: int, suffix: bool) -> str:
+    """A path's name below so many of its folders, or all; if `suffix`, without the suffix that names an image."""
+    path = os.sep.join(path.split(os.sep)[-1 - folders :])
+    return os.path.splitext(path)[0] if suffix and is_image_by_name(path) else path
+
+
+def _remedy(entry: str, images: list[str], names: list[str]) -> str:
+    """What to do about an entry that means several images, or none."""
+    if images:
+        return "several are called so: give their paths"
+    stem = _end(entry, 0, True)
+    near = next((name for name in names if _end(name, 0, True) == stem), None)
+    return (f"there is '{near}': correct or " if near else "") + "remove the line, or set data.dir (or --data)"
 
 
 def _names(cell: str) -> list[str]:

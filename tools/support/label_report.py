@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
 from pipeline.metrics import LabelScore
-from pipeline.ranking import mean_average_precision_interval
+from pipeline.ranking import mean_average_precision_interval, no_interval_text
 from tools.support.outputs import ANY_NAME
 
 
@@ -28,6 +28,7 @@ def describe_labels(evaluation: Evaluation, index: DatasetIndex) -> dict[str, An
         "classes_ranked": score.mean.classes,
         "mean_auroc": _number(score.mean.auroc),
         "mean_auroc_interval": _interval(score.mean.auroc_interval),
+        "mean_auroc_single": [score.classes[k] for k in score.mean.single],
         "mean_average_precision": _number(score.mean.average_precision),
         "mean_average_precision_interval": _interval(mean_average_precision_interval(logits, index.labels)),
         "by_class": [
@@ -52,8 +53,10 @@ def label_lines(r: dict[str, Any]) -> list[str]:
         if r["classes_ranked"] == r["classes"]
         else f", over the {r['classes_ranked']} classes with both kinds of images"
     )
+    single = r["mean_auroc_single"]
+    words = f", {no_interval_text(single)}" if single else ", 95 % interval" if r["mean_auroc_interval"] else ""
     lines = [
-        f"mean AUROC {with_interval(r['mean_auroc'], r['mean_auroc_interval'])}, 95 % interval{of}",
+        f"mean AUROC {with_interval(r['mean_auroc'], r['mean_auroc_interval'])}{words}{of}",
         f"mean average precision {with_interval(r['mean_average_precision'], r['mean_average_precision_interval'])}",
         f"label error {r['label_error']:.2f} % (at probability 0.5) of {r['images']} images x {r['classes']} labels",
     ]
