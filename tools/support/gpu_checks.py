@@ -629,8 +629,9 @@ def process_groups(setting: Setting) -> Found:
 
 def two_ranks(setting: Setting) -> Found:
     """Two ranks on one device average their gradients as one process does that computes both halves."""
-    # Who has used a GPU cannot fork; who has not saves the seconds that torch takes to load.
-    context: Any = multiprocessing.get_context("spawn" if setting.on_gpu else "fork")
+    # Who has used a GPU, or autograd's threads, cannot fork: a server that has only loaded torch does it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     ranks = [context.Process(target=one_of_two_ranks, args=(rank, setting)) for rank in range(2)]
     for process in ranks:
         process.start()
@@ -660,7 +661,7 @@ def one_of_two_ranks(rank: int, setting: Setting) -> None:
     if setting.on_gpu:
         torch.cuda.set_device(setting.device)
     else:
-        torch.set_num_threads(1)  # a fork has none of the parent's threads
+        torch.set_num_threads(1)
     set_tf32("fp32")
     store = dist.FileStore(str(setting.folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
