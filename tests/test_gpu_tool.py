@@ -108,7 +108,7 @@ def one(title: str) -> Check:
         ("cut and resumed", OptimizerState, "load_state_dict", lambda self, state: None),
         ("overflow in fp16", gpu_checks, "create_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False)),
         ("out of memory", gpu_checks, "is_out_of_memory", lambda error: False),
-        ("two ranks on one device", gpu_checks, "data_parallel", lambda network, world: network),
+        ("two ranks on one device", gpu_checks, "half_of", lambda setting, _: gpu_checks.some_images(setting)),
         ("waits of the host", Run, "count", lambda self, outcomes: outcomes[0][2].sum().item()),
     ],
 )  # fmt: skip
