@@ -91,7 +91,8 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
     """
     names = list(names)
     known = set(names)
-    shorter: dict[tuple[bool, bool], dict[str, list[str]]] = {}  # by what entries lack: images by their names without it
+    # By what entries lack: images, by their names without it.
+    shorter: dict[tuple[bool, bool], dict[str, list[str]]] = {}
     for lacks in set(map(_lacks, wanted)):
         alike = shorter[lacks] = {}
         for name in names:
