@@ -79,8 +79,8 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> Labe
 def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix: str) -> list[str]:
     """The image that each entry of a table's column of files means, by its name in the source.
 
-    An entry is a path. It may lack all its folders, or the suffix that names an image, or both, where that leaves one image.
-    What it has must be the image's: neither another folder nor another suffix will do.
+    An entry is a path. It may lack folders at its start, or the suffix that names an image, or both, where that leaves one
+    image. What it has must be the image's: neither another folder nor another suffix will do.
 
     Args:
         names: of all images, as the source has them.
@@ -91,17 +91,17 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
     """
     names = list(names)
     known = set(names)
-    # By what entries lack: images, by their names without it.
-    shorter: dict[tuple[bool, bool], dict[str, list[str]]] = {}
-    for lacks in set(map(_lacks, wanted)):
-        alike = shorter[lacks] = {}
+    # By the form that entries have: images, by their names in that form.
+    shorter: dict[tuple[int, bool], dict[str, list[str]]] = {}
+    for form in set(map(_form, wanted)):
+        alike = shorter[form] = {}
         for name in names:
-            alike.setdefault(_without(name, *lacks), []).append(name)
+            alike.setdefault(_in_form(name, *form), []).append(name)
     found: dict[str, int] = {}
     for number, entry in enumerate(wanted, start=2):
         below = os.path.relpath(entry, file.parent) if os.path.isabs(entry) else entry
         paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, below))]
-        alike = shorter[_lacks(entry)]
+        alike = shorter[_form(entry)]
         exact = [[path] for path in paths if path in known]
         images = next(chain(exact, (alike[path] for path in paths if path in alike)), [])
         if len(images) != 1:
@@ -115,23 +115,23 @@ def match_files(file: Path, wanted: Sequence[str], names: Iterable[str], prefix:
     return list(found)
 
 
-def _lacks(entry: str) -> tuple[bool, bool]:
-    """Whether an entry has no folder, and whether it has no suffix that names an image."""
-    return not os.path.dirname(os.path.normpath(entry)), not is_image_by_name(entry)
+def _form(entry: str) -> tuple[int, bool]:
+    """Of how many parts (folders and file) an entry is, and whether it has a suffix that names an image."""
+    return os.path.normpath(entry).count(os.sep) + 1, is_image_by_name(entry)
 
 
-def _without(path: str, folders: bool, suffix: bool) -> str:
-    """A path without its folders, without the suffix that names an image, or without both."""
-    path = os.path.basename(path) if folders else path
-    return os.path.splitext(path)[0] if suffix and is_image_by_name(path) else path
+def _in_form(path: str, parts: int, suffix: bool) -> str:
+    """The last parts of a path, with or without the suffix that names an image."""
+    path = os.sep.join(path.split(os.sep)[-parts:])
+    return path if suffix or not is_image_by_name(path) else os.path.splitext(path)[0]
 
 
 def _remedy(entry: str, images: list[str], names: list[str]) -> str:
     """What to do about an entry that means several images, or none."""
     if images:
         return "several are called so: give their paths"
-    stem = _without(entry, True, True)
-    near = next((name for name in names if _without(name, True, True) == stem), None)
+    stem = _in_form(entry, 1, suffix=False)
+    near = next((name for name in names if _in_form(name, 1, suffix=False) == stem), None)
     return (f"there is '{near}': correct or " if near else "") + "remove the line, or set data.dir (or --data)"
 
 
