@@ -56,6 +56,7 @@ def test_names_with_blanks_and_commas(tmp_path):
         ("val_9.jpg\tn01\nval_1.jpg\tn03\n", "line 1: there is no image 'val_9.jpg'"),
         ("val_9.jpg 0\nval_1.jpg 1\n", "line 1: there is no image 'val_9.jpg'"),
         ("val_0.jpg n01\nval_9.jpg n03\n", "line 2: there is no image 'val_9.jpg'"),
+        ("val_0.jpg n01\nval_1.png n03\nval_10.jpg n01\nval_2.jpg n02\n", "line 2: there is no image 'val_1.png'"),
         ("val_0.jpg n01\nval_0 n03\n", "line 2: a second label for the image 'val_0': remove one"),
         (
             "val_0.jpg 1\nval_1.jpg 3\nval_10.jpg 1\nval_2.jpg 2\n",

@@ -91,8 +91,8 @@ def match_files(
 ) -> list[str]:
     """The image that each entry of a table's column of files means, by its name in the source.
 
-    An entry is a path. It may lack its first folders, or all, and the suffix that names an image, where that leaves one image.
-    What it has must be the image's: neither another folder nor another suffix will do.
+    An entry is a path. It may lack folders at its start, or the suffix that names an image, or both, where that leaves one
+    image. What it has must be the image's: neither another folder nor another suffix will do.
 
     Args:
         names: of all images, as the source has them.
@@ -104,18 +104,17 @@ def match_files(
     """
     names = list(names)
     known = set(names)
-    shorter: dict[
-        tuple[int, bool], dict[str, list[str]]
-    ] = {}  # by the shape of entries: images by what is left of them
-    for shape in set(map(_shape, wanted)):
-        alike = shorter[shape] = {}
+    # By the form that entries have: images, by their names in that form.
+    shorter: dict[tuple[int, bool], dict[str, list[str]]] = {}
+    for form in set(map(_form, wanted)):
+        alike = shorter[form] = {}
         for name in names:
-            alike.setdefault(_end(name, *shape), []).append(name)
+            alike.setdefault(_in_form(name, *form), []).append(name)
     found: dict[str, int] = {}
     for number, entry in zip(lines or range(2, len(wanted) + 2), wanted, strict=True):
         below = os.path.relpath(entry, file.parent) if os.path.isabs(entry) else entry
         paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, below))]
-        alike = shorter[_shape(entry)]
+        alike = shorter[_form(entry)]
         exact = [[path] for path in paths if path in known]
         images = next(chain(exact, (alike[path] for path in paths if path in alike)), [])
         if len(images) != 1:
@@ -129,23 +128,23 @@ def match_files(
     return list(found)
 
 
-def _shape(entry: str) -> tuple[int, bool]:
-    """How many folders an entry names, and whether it has no suffix that names an image."""
-    return os.path.normpath(entry).count(os.sep), not is_image_by_name(entry)
+def _form(entry: str) -> tuple[int, bool]:
+    """Of how many parts (folders and file) an entry is, and whether it has a suffix that names an image."""
+    return os.path.normpath(entry).count(os.sep) + 1, is_image_by_name(entry)
 
 
-def _end(path: str, folders: int, suffix: bool) -> str:
-    """A path's name below so many of its folders, or all; if `suffix`, without the suffix that names an image."""
-    path = os.sep.join(path.split(os.sep)[-1 - folders :])
-    return os.path.splitext(path)[0] if suffix and is_image_by_name(path) else path
+def _in_form(path: str, parts: int, suffix: bool) -> str:
+    """The last parts of a path, with or without the suffix that names an image."""
+    path = os.sep.join(path.split(os.sep)[-parts:])
+    return path if suffix or not is_image_by_name(path) else os.path.splitext(path)[0]
 
 
 def _remedy(entry: str, images: list[str], names: list[str]) -> str:
     """What to do about an entry that means several images, or none."""
     if images:
         return "several are called so: give their paths"
-    stem = _end(entry, 0, True)
-    near = next((name for name in names if _end(name, 0, True) == stem), None)
+    stem = _in_form(entry, 1, suffix=False)
+    near = next((name for name in names if _in_form(name, 1, suffix=False) == stem), None)
     return (f"there is '{near}': correct or " if near else "") + "remove the line, or set data.dir (or --data)"
 
 

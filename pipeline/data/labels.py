@@ -125,8 +125,8 @@ def _file_and_class(line: str, position: dict[str, int], known: set[str]) -> tup
 
 
 def _key(file: str, position: dict[str, int]) -> str | None:
-    """How `position` calls a file: by its path, or by its name without folders or without its suffix."""
-    return next((key for key in (os.path.normpath(file), Path(file).name, Path(file).stem) if key in position), None)
+    """How `position` calls a file: by its path, or by its name without folders, which may lack a suffix but have no other."""
+    return next((key for key in (os.path.normpath(file), Path(file).name) if key in position), None)
 
 
 def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[str]) -> list[str]:
