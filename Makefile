@@ -13,7 +13,7 @@ help: ## list these targets
 demo: .venv/ready ## train and evaluate a small network on embedded images
 	$(BIN)/python -m tools.demo
 
-test: lint types ## check style and types, run all tests
+test: lint ## check style and types, run all tests
 	$(BIN)/python -m pytest $(WORKERS)
 
 test-quick: lint ## check style, run the fast tests: for the loop while editing

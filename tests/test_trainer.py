@@ -363,7 +363,7 @@ def test_compiled_training_takes_the_same_first_step(tmp_path):
     plain, compiled = (
         small_config(
             tmp_path / name,
-            model={"name": "timm:resnet10t"},
+            model={"name": "timm:test_resnet"},
             data={"synthetic_images": 12, "crop_size": 32, "resize_size": 32},
             optim={"epochs": 1, "lr": 1e-3},
             train={"compile": "default" if name == "compiled" else "none"},
