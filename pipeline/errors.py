@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -38,11 +39,22 @@ class InterruptedRunError(Exception):
     """A run left before its end, through no fault of its own, and can go on. The message is one line."""
 
 
+NEGATIVE_NUMBER = re.compile(r"-[\d.].*")  # or several between commas; no flag begins so
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Raises `UserError` where argparse would print its usage, and takes no abbreviated flags."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, which takes -1e-3 and -1,2 for flags."""
+        words = list(sys.argv[1:] if args is None else args)
+        for i in range(len(words) - 1, 0, -1):
+            if NEGATIVE_NUMBER.fullmatch(words[i]) and words[i - 1].startswith("--") and "=" not in words[i - 1]:
+                words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all arguments")

@@ -102,7 +102,7 @@ class Schema(Generic[T]):
                 if _is_list_of_words(field.annotation):
                     options["action"] = "append"
                 elif field.annotation is bool or "true" in self._renamed_values.get(key, {}):
-                    options |= dict(nargs="?", const="true")
+                    options |= dict(nargs="?", const="true", type=_no_configuration)
                 group.add_argument(self._flag(key), **options)
 
     def given(self, namespace: argparse.Namespace) -> dict[str, Any]:
@@ -200,6 +200,9 @@ class Schema(Generic[T]):
             last = key.rpartition(".")[2]
             if last in self._elsewhere:
                 return f" is not a known key: {self._advice(last)}"
+            if key in self.fields:
+                section, _, name = key.rpartition(".")
+                return f" is not a key of the top level: write '{name}' below '{section}:'"
             known = [*self.fields, *(section for section in self._sections if section)]
             return f" is not a known key{did_you_mean(key, known)}"
         if kind == "value_error":  # of a check of ours
@@ -235,6 +238,13 @@ class Schema(Generic[T]):
         if not sign:
             raise UserError(f"{self._flag(key)} {word}: NAME=VALUE is needed")
         return name.lstrip("-"), value
+
+
+def _no_configuration(word: str) -> str:
+    """The value of a flag that needs none, which would also take the program's argument for its own."""
+    if word.endswith((".yaml", ".yml")):
+        raise argparse.ArgumentTypeError(f"'{word}' is no value of it: give {word} before the flags")
+    return word
 
 
 def _fields_of(dataclass: Any) -> dict[str, Any]:

@@ -73,6 +73,9 @@ def test_published_errors_are_of_the_files_network_and_data():
         (["--data.mean", "1,2"], "--data.mean: 3 values are needed, such as 0.485,0.456,0.406 (got ['1', '2'])"),
         (["--data.mean", "0.5"], "--data.mean: 3 values are needed"),
         (["--data.hflip", "maybe"], "--data.hflip: true or false is needed (got 'maybe')"),
+        (["--data.hflip", "b.yaml"], "argument --data.hflip: 'b.yaml' is no value of it: give b.yaml before the flags"),
+        (["--optim.lr", "-1e-3"], "--optim.lr: a number above 0.0 is needed (got '-1e-3')"),
+        (["--optim.milestones", "-1,2"], "--optim.milestones: at least 0 is needed (got '-1')"),
         (["--optim.epochs", "1.5"], "--optim.epochs: a whole number is needed"),
         (["--optim.epochs", "0"], "--optim.epochs: a number above 0 is needed"),
         (["--optim.momentum", "1"], "--optim.momentum: a number below 1.0 is needed"),
@@ -98,6 +101,7 @@ def test_mistakes_on_the_command_line_are_one_line(words, expected):
     ("text", "expected"),
     [
         ("optim: {lrr: 1}", "'optim.lrr' is not a known key (did you mean 'optim.lr'?)"),
+        ("optim.lr: 1", "'optim.lr' is not a key of the top level: write 'lr' below 'optim:'"),
         ("optm: {lr: 1}", "'optm' is not a known key (did you mean 'optim'?)"),
         ("optim: {lr: fast}", "'optim.lr': a number is needed"),
         ("seed: true", "'seed': a number is needed, not true"),
