@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -41,6 +41,15 @@ def load_cpp(sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> ctypes.CD
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CppUnavailableError(f"cannot load {library} ({error}): delete it") from None
+
+
+def reason_if_unavailable(load: Callable[[], object]) -> str | None:
+    """Why code cannot be loaded on this machine, in one line; None if it can."""
+    try:
+        load()
+    except CppUnavailableError as error:
+        return str(error)
+    return None
 
 
 def find_compiler() -> str:

@@ -142,9 +142,6 @@ class OptimizerState:
 class Run:
     """One run on this rank.
 
-    Args:
-        weights: what a new run begins with, the same on every rank; without them its weights are drawn.
-
     Attributes:
         dir: the run's directory.
         microbatches: into how many parts a global batch is cut: ranks times gradient accumulation steps.

@@ -26,7 +26,7 @@ from pipeline.audit import origin_text
 from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
-from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
+from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
@@ -118,8 +118,10 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     Raises:
         UserError: none of its predictions is finite.
     """
-    weights, data, index = candidate.weights, candidate.data, candidate.index
+    weights, index = candidate.weights, candidate.index
     shard = Shard(world.rank, world.size, world.device, world.cores)
+    loader_name, _ = choose_common_loader(candidate.data, world.device, world.gather)
+    data = dataclasses.replace(candidate.data, loader=loader_name)
     loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
     network = weights.network.to(world.device).to(memory_format=torch.channels_last)
     if options.compile:
@@ -142,8 +144,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
             both = evaluation, restrict_outputs(evaluation, index.labels, present)
             evaluation, other = both if options.outputs == "all" else both[::-1]
         result = describe(candidate, evaluation, other, options)
-    about = {"name": candidate.name, "weights": candidate.file, "ranks": world.size}
-    about["loader"] = choose_loader(data, world.device)
+    about = {"name": candidate.name, "weights": candidate.file, "ranks": world.size, "loader": loader_name}
     return about | {"images_per_second": len(index) / seconds} | result, evaluation
 
 

@@ -145,18 +145,13 @@ class EvaluationLoader:
 
 def choose_loader(config: DataConfig, device: torch.device) -> str:
     """The loader that ``data.loader: auto`` stands for on this machine, or the one that was asked for."""
-    if config.loader == "auto":
-        return next(name for name in AUTOMATIC[device.type] if not unavailable_reason(name))
-    look_up(IMAGE_PIPELINES, config.loader, "data.loader")
-    if reason := unavailable_reason(config.loader):
-        raise UserError(f"data.loader is {config.loader}, but {reason}; or use auto")
-    return config.loader
+    return choose_common_loader(config, device, lambda reason: [reason])[0]
 
 
 def choose_common_loader(
     config: DataConfig, device: torch.device, gather: Callable[[str], list[str]], remedy: str = "or use auto"
 ) -> tuple[str, list[str]]:
-    """As `choose_loader`, but the first that every rank can use. Every rank must call this.
+    """As `choose_loader`, but one that every rank can use. Every rank must call this.
 
     Args:
         gather: gives what every rank has given, by rank.

@@ -22,7 +22,7 @@ from PIL import Image, _imaging
 from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig, Interpolation
-from pipeline.cpp import CppUnavailableError, load_cpp
+from pipeline.cpp import CppUnavailableError, load_cpp, reason_if_unavailable
 from pipeline.data.decoding import decode
 from pipeline.data.formats import pnm_pixels
 from pipeline.data.index import DatasetIndex
@@ -100,11 +100,7 @@ def load() -> ctypes.CDLL:
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why images cannot be loaded so on this machine, in one line; None if they can."""
-    try:
-        load()
-    except CppUnavailableError as error:
-        return str(error)
-    return None
+    return reason_if_unavailable(load)
 
 
 @functools.cache

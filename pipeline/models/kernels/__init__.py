@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pipeline import cpp
-from pipeline.cpp import CppUnavailableError
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 FLAGS = [*cpp.FLAGS, "-fopenmp"]
@@ -221,11 +220,7 @@ def vector_lanes(dtype: torch.dtype) -> int:
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the kernels cannot be used on this machine, in one line; None if they can."""
-    try:
-        load()
-    except CppUnavailableError as error:
-        return str(error)
-    return None
+    return cpp.reason_if_unavailable(load)
 
 
 @functools.cache
