@@ -235,6 +235,11 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
         compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
+    if data.cutout:
+        compare("cutout", "none", f"{data.cutout} pixels")
+    if data.random_erasing:
+        box = f"area {_text(data.erasing_scale)}, aspect ratio {_text(data.erasing_ratio)}, filled with {data.erasing_fill}"
+        compare("random erasing", "none", f"probability {data.random_erasing:g}, {box}")
     if measured:
         compare("fields changed on the way", "none", ", ".join(measured.changed) or "none", "see the notes below")
         compare("steps left out", 0, measured.skipped_steps, "their loss or gradient was not finite")

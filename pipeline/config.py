@@ -24,6 +24,7 @@ from pipeline.parsing import (
     Positive,
     PositiveFloat,
     PositiveRange,
+    Probability,
     Schema,
     flatten,
 )
@@ -145,6 +146,16 @@ class DataConfig:
     """Brightness, contrast and saturation factors are drawn from 1 -+ this; 0 turns the jitter off."""
     pca_noise: NonNegativeFloat = 0.1
     """Standard deviation of the PCA colour noise (AlexNet's); 0 turns it off."""
+    cutout: NonNegative = 0
+    """Side in pixels of a square of the mean colour at a random place in each training image; 0: none."""
+    random_erasing: Probability = 0.0
+    """Probability that a random rectangle of a training image is erased; 0: never."""
+    erasing_scale: PositiveRange = (0.02, 1 / 3)
+    """Range of the rectangle's area as a fraction of the crop's."""
+    erasing_ratio: PositiveRange = (0.3, 1 / 0.3)
+    """Range of its aspect ratio, height / width."""
+    erasing_fill: Literal["zero", "noise"] = "zero"
+    """What a pixel of it becomes. zero: the mean colour; noise: a normal random number in each colour (timm's mode pixel)."""
     mean: Rgb = (0.485, 0.456, 0.406)
     """Mean that is subtracted from each colour, in [0, 1]."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)

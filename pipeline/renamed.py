@@ -50,6 +50,8 @@ ELSEWHERE = {
     "output_dir": "--run_dir",
     "resume": "a run resumes by itself: start the same command again",
     "grad_clip": "gradients are not clipped here",
+    "reprob": "--data.random_erasing",
+    "random_erase": "--data.random_erasing",
     "loss": "the loss is cross-entropy; pipeline/objective.py is the place for another",
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.ahead import on_own_stream
 from pipeline.data.color import apply_colors, to_device
+from pipeline.data.erasing import erase
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan, evaluation_plans, sample_order, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferencePipeline
@@ -270,7 +271,7 @@ def _colored(
 
 def _batch(plan: BatchPlan, images: Tensor, index: DatasetIndex, device: torch.device) -> Batch:
     return Batch(
-        images=images,
+        images=erase(images, plan),
         labels=to_device(index.labels[plan.ids], device),
         weights=to_device(plan.weights, device),
         ids=plan.ids,

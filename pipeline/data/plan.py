@@ -24,6 +24,7 @@ DRAWS = 64  # uniform numbers reserved for one image; Philox makes four a count
 _COUNTS = DRAWS // 4
 _ORDER_STREAM = 1 << 192  # counters of the sample order, apart from those of the images
 _BALANCE_STREAM = 1 << 193  # of the images that a balanced epoch takes of each class
+_ERASING_STREAM = 1 << 200  # of cutout and random erasing
 
 GRAY = np.array([0.299, 0.587, 0.114])
 LIGHTING_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
@@ -51,6 +52,10 @@ class BatchPlan:
             outside the image has the mean colour there.
         hflip: (n, V) bool, views that are mirrored left to right.
         color: (n, 3, 3) A, mean_color: (n, 3, 3) B, shift: (n, 3) t; float32.
+        cutout: (n, 4) int32, top, left, height and width of a box in each only view that becomes the mean colour; None for
+            none. A box may be empty.
+        erasing: (n, 4) int32, likewise of random erasing.
+        noise_seeds: (n) uint64, what the boxes of `erasing` hold instead: noise that is a function of this number.
     """
 
     ids: np.ndarray
@@ -62,13 +67,17 @@ class BatchPlan:
     color: np.ndarray
     mean_color: np.ndarray
     shift: np.ndarray
+    cutout: np.ndarray | None = None
+    erasing: np.ndarray | None = None
+    noise_seeds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, rows: np.ndarray) -> "BatchPlan":
         """Return the plan of the images at these positions of this one, which may repeat."""
-        return BatchPlan(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return BatchPlan(**{name: None if array is None else array[rows] for name, array in arrays.items()})
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -170,6 +179,7 @@ def _training_batch(
         color=color.astype(np.float32),
         mean_color=mean_color.astype(np.float32),
         shift=shift.astype(np.float32),
+        **_erased_boxes(config, seed, epoch, positions),
     )
 
 
@@ -198,9 +208,9 @@ def _philox(seed: int, epoch: int, counter: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=counter)
 
 
-def _uniforms(seed: int, epoch: int, positions: range) -> np.ndarray:
+def _uniforms(seed: int, epoch: int, positions: range, stream: int = 0) -> np.ndarray:
     """(len(positions), DRAWS) float64 in [0, 1); a row depends on its position alone."""
-    raw = _philox(seed, epoch, positions.start * _COUNTS).random_raw(len(positions) * DRAWS)
+    raw = _philox(seed, epoch, stream + positions.start * _COUNTS).random_raw(len(positions) * DRAWS)
     return ((raw >> np.uint64(11)) * 2.0**-53).reshape(-1, DRAWS)
 
 
@@ -314,6 +324,50 @@ def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.nda
 
     normalise, offset = _normalisation(config)
     return normalise @ color, normalise @ mean_color, shift @ normalise.T + offset
+
+
+def _erased_boxes(config: DataConfig, seed: int, epoch: int, positions: range) -> dict[str, np.ndarray]:
+    """The fields of a plan that say what cutout and random erasing erase."""
+    erased: dict[str, np.ndarray] = {}
+    if not (config.cutout or config.random_erasing):
+        return erased
+    draws = iter(_uniforms(seed, epoch, positions, _ERASING_STREAM).T)
+    place, noise = (next(draws), next(draws)), next(draws)
+    if config.cutout:
+        erased["cutout"] = _cutout_boxes(config.crop_size, config.cutout, *place)
+    if config.random_erasing:
+        erased["erasing"] = _erasing_boxes(config, draws)
+        if config.erasing_fill == "noise":
+            erased["noise_seeds"] = (noise * 2.0**53).astype(np.uint64)
+    return erased
+
+
+def _cutout_boxes(crop: int, side: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """(n, 4) squares whose centres are anywhere in the crop, clipped at its border (DeVries and Taylor 2017)."""
+    start = np.floor(np.stack([row, column], axis=1) * crop) - side // 2
+    corner, end = np.maximum(start, 0), np.minimum(start + side, crop)
+    return np.concatenate([corner, end - corner], axis=1).astype(np.int32)
+
+
+def _erasing_boxes(config: DataConfig, draws: Iterator[np.ndarray]) -> np.ndarray:
+    """(n, 4) boxes of random erasing, empty where nothing is erased (Zhong et al. 2017).
+
+    With the details of timm and torchvision: the logarithm of the aspect ratio (height / width) is uniform, ten tries, and a
+    box is lower and narrower than the image.
+    """
+    crop, low, high = config.crop_size, *np.log(config.erasing_ratio)
+    searching = next(draws) < config.random_erasing
+    boxes = np.zeros((len(searching), 4), np.int32)
+    for _ in range(CROP_TRIES):
+        area = _between(next(draws), *config.erasing_scale) * crop**2
+        aspect = np.exp(_between(next(draws), low, high))
+        height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = searching & (height < crop) & (width < crop)
+        top = np.floor(next(draws) * (crop - height + 1))
+        left = np.floor(next(draws) * (crop - width + 1))
+        boxes[fits] = np.stack([top, left, height, width], axis=1)[fits]
+        searching &= ~fits
+    return boxes
 
 
 def _normal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
