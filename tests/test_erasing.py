@@ -27,7 +27,7 @@ ERASED = ("cutout", "erasing", "noise_seeds")
 
 
 def plans_of(
-    config: DataConfig, images: int = 50, rank: int = 0, ranks: int = 1, first_step: int = 0
+    config: DataConfig, images: int = 51, rank: int = 0, ranks: int = 1, first_step: int = 0
 ) -> list[BatchPlan]:
     index = index_of([(40 + i % 9, 50) for i in range(images)])
     options = dict(seed=7, epoch=3, first_step=first_step, batch_size=24, rank=rank, ranks=ranks, accumulation=1)
