@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config, ModelConfig
+from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.measured import Measured
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
@@ -235,6 +235,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
         compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
+    if data.auto_augment != "none":
+        compare("RandAugment, TrivialAugment", "none", _auto_augment_text(data))
     if data.cutout:
         compare("cutout", "none", f"{data.cutout} pixels")
     if data.random_erasing:
@@ -299,6 +301,16 @@ _LABELS: dict[str, str] = {
     "color_jitter": "brightness, contrast, saturation",
     "pca_noise": "PCA noise",
 }
+
+
+def _auto_augment_text(data: DataConfig) -> str:
+    """The policy of data.auto_augment, with what belongs to it."""
+    about = [data.auto_augment]
+    if data.auto_augment != "trivialaugment":
+        about += [f"{data.randaugment_ops} operations", f"magnitude {data.randaugment_magnitude}"]
+    if data.randaugment_magnitude_std:
+        about.append(f"with standard deviation {data.randaugment_magnitude_std:g}")
+    return ", ".join([*about, data.warp_interpolation])
 
 
 def _near(a: Any, b: Any) -> bool:

@@ -146,6 +146,17 @@ class DataConfig:
     """Brightness, contrast and saturation factors are drawn from 1 -+ this; 0 turns the jitter off."""
     pca_noise: NonNegativeFloat = 0.1
     """Standard deviation of the PCA colour noise (AlexNet's); 0 turns it off."""
+    auto_augment: Literal["none", "randaugment", "randaugment-timm", "trivialaugment"] = "none"
+    """Random operations on each training image, after crop and flip. randaugment, trivialaugment (wide): torchvision's;
+    randaugment-timm: timm's rand-mM-nN-mstdS-inc1. The jitter and the noise above come after them unless they are off."""
+    randaugment_ops: Annotated[Positive, Field(le=8)] = 2
+    """Operations that RandAugment applies to an image, one after the other (in timm's space each with probability 0.5)."""
+    randaugment_magnitude: NonNegative = 9
+    """RandAugment's magnitude: of 30, in timm's space of 10."""
+    randaugment_magnitude_std: NonNegativeFloat = 0.0
+    """Standard deviation of the magnitude in timm's space."""
+    warp_interpolation: Literal["nearest", "bilinear"] = "bilinear"
+    """Filter of the operations that shear, shift and rotate."""
     cutout: NonNegative = 0
     """Side in pixels of a square of the mean colour at a random place in each training image; 0: none."""
     random_erasing: Probability = 0.0
@@ -174,6 +185,15 @@ class DataConfig:
     def _crop_fits(self) -> "DataConfig":
         if self.resize_size < self.crop_size:
             raise ValueError(f"resize_size ({self.resize_size}) must be at least crop_size ({self.crop_size})")
+        return self
+
+    @model_validator(mode="after")
+    def _magnitude_is_in_its_space(self) -> "DataConfig":
+        greatest = 10 if self.auto_augment == "randaugment-timm" else 30
+        if self.randaugment_magnitude > greatest:
+            raise ValueError(f"randaugment_magnitude must be at most {greatest} with auto_augment {self.auto_augment}")
+        if self.randaugment_magnitude_std and self.auto_augment != "randaugment-timm":
+            raise ValueError("randaugment_magnitude_std is for auto_augment randaugment-timm: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -50,6 +50,7 @@ ELSEWHERE = {
     "output_dir": "--run_dir",
     "resume": "a run resumes by itself: start the same command again",
     "grad_clip": "gradients are not clipped here",
+    "aa": "--data.auto_augment",
     "reprob": "--data.random_erasing",
     "random_erase": "--data.random_erasing",
     "loss": "the loss is cross-entropy; pipeline/objective.py is the place for another",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.ahead import on_own_stream
+from pipeline.data.auto_augment import AutoAugment
 from pipeline.data.color import apply_colors, to_device
 from pipeline.data.erasing import erase
 from pipeline.data.index import DatasetIndex
@@ -87,6 +88,7 @@ class TrainingLoader:
         self._seed, self._batch_size, self._accumulation = seed, batch_size, accumulation
         self.steps_per_epoch = steps_per_epoch(len(index), batch_size)
         part = batch_size // shard.ranks // accumulation
+        self._auto_augment = None if config.auto_augment == "none" else AutoAugment(config)
         self._image_pipeline = create_image_pipeline(
             index, config, shard, part, views=1, corrupt_images=config.corrupt_images, dtype=dtype
         )
@@ -113,7 +115,7 @@ class TrainingLoader:
             ranks=self._shard.ranks,
             accumulation=self._accumulation,
         )
-        return _batches(self._image_pipeline, plans, self.index, self._shard.device)
+        return _batches(self._image_pipeline, plans, self.index, self._shard.device, self._auto_augment)
 
 
 class EvaluationLoader:
@@ -253,17 +255,25 @@ def create_image_pipeline(
 
 
 def _batches(
-    image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], index: DatasetIndex, device: torch.device
+    image_pipeline: ImagePipeline,
+    plans: Iterable[BatchPlan],
+    index: DatasetIndex,
+    device: torch.device,
+    auto_augment: AutoAugment | None = None,
 ) -> Iterator[Batch]:
-    batches = (_batch(plan, images, index, device) for plan, images in _colored(image_pipeline, plans, device))
+    colored = _colored(image_pipeline, plans, device, auto_augment)
+    batches = (_batch(plan, images, index, device) for plan, images in colored)
     if device.type != "cuda":  # where it would compute beside the network
         return batches
     return on_own_stream(batches, lambda batch: [batch.images, batch.labels, batch.weights], device)
 
 
 def _colored(
-    image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], device: torch.device
+    image_pipeline: ImagePipeline, plans: Iterable[BatchPlan], device: torch.device, auto_augment: AutoAugment | None
 ) -> Iterator[tuple[BatchPlan, Tensor]]:
+    if auto_augment:  # which comes before the colours
+        changed = ((plan, auto_augment(pixels, plan, device)) for plan, pixels in image_pipeline.run(plans))
+        return ((plan, apply_colors(pixels, plan, device)) for plan, pixels in changed)
     if isinstance(image_pipeline, ColoringPipeline):
         return ((plan, to_device(images, device)) for plan, images in image_pipeline.run_with_colors(plans))
     return ((plan, apply_colors(pixels, plan, device)) for plan, pixels in image_pipeline.run(plans))

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.data.policies import draw_operations
 
 CROP_TRIES = 10
 DRAWS = 64  # uniform numbers reserved for one image; Philox makes four a count
@@ -25,6 +26,7 @@ _COUNTS = DRAWS // 4
 _ORDER_STREAM = 1 << 192  # counters of the sample order, apart from those of the images
 _BALANCE_STREAM = 1 << 193  # of the images that a balanced epoch takes of each class
 _ERASING_STREAM = 1 << 200  # of cutout and random erasing
+_OPERATIONS_STREAM = 1 << 201  # of RandAugment's and TrivialAugment's operations
 
 GRAY = np.array([0.299, 0.587, 0.114])
 LIGHTING_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
@@ -52,6 +54,8 @@ class BatchPlan:
             outside the image has the mean colour there.
         hflip: (n, V) bool, views that are mirrored left to right.
         color: (n, 3, 3) A, mean_color: (n, 3, 3) B, shift: (n, 3) t; float32.
+        operations: (n, K) int8, what becomes of the pixels before their colours are mapped, `policies.Operation`; None for
+            nothing. arguments: (n, K, 6) float64, theirs.
         cutout: (n, 4) int32, top, left, height and width of a box in each only view that becomes the mean colour; None for
             none. A box may be empty.
         erasing: (n, 4) int32, likewise of random erasing.
@@ -67,6 +71,8 @@ class BatchPlan:
     color: np.ndarray
     mean_color: np.ndarray
     shift: np.ndarray
+    operations: np.ndarray | None = None
+    arguments: np.ndarray | None = None
     cutout: np.ndarray | None = None
     erasing: np.ndarray | None = None
     noise_seeds: np.ndarray | None = None
@@ -179,6 +185,7 @@ def _training_batch(
         color=color.astype(np.float32),
         mean_color=mean_color.astype(np.float32),
         shift=shift.astype(np.float32),
+        **_operations(config, seed, epoch, positions),
         **_erased_boxes(config, seed, epoch, positions),
     )
 
@@ -324,6 +331,14 @@ def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.nda
 
     normalise, offset = _normalisation(config)
     return normalise @ color, normalise @ mean_color, shift @ normalise.T + offset
+
+
+def _operations(config: DataConfig, seed: int, epoch: int, positions: range) -> dict[str, np.ndarray]:
+    """The fields of a plan that say what RandAugment or TrivialAugment does."""
+    if config.auto_augment == "none":
+        return {}
+    operations, arguments = draw_operations(config, iter(_uniforms(seed, epoch, positions, _OPERATIONS_STREAM).T))
+    return {"operations": operations, "arguments": arguments}
 
 
 def _erased_boxes(config: DataConfig, seed: int, epoch: int, positions: range) -> dict[str, np.ndarray]:
