@@ -235,6 +235,11 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
         compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
+    if data.train_crop_size:
+        paper_size = setting.data["crop_size"]
+        compare("training crop size", paper_size, _sizes_text(data), same=data.train_sizes == (paper_size,))
+    if data.aug_repeats > 1:
+        compare("draws of an image in an epoch", 1, f"{data.aug_repeats}, of a part of the images")
     if data.auto_augment != "none":
         compare("RandAugment, TrivialAugment", "none", _auto_augment_text(data))
     if data.cutout:
@@ -301,6 +306,14 @@ _LABELS: dict[str, str] = {
     "color_jitter": "brightness, contrast, saturation",
     "pca_noise": "PCA noise",
 }
+
+
+def _sizes_text(data: DataConfig) -> str:
+    """The sizes of the training crops, and from which epoch on."""
+    first, *others = data.train_sizes
+    return ", ".join(
+        [str(first), *(f"{s} from epoch {e} on" for s, e in zip(others, data.train_crop_milestones, strict=True))]
+    )
 
 
 def _auto_augment_text(data: DataConfig) -> str:

@@ -151,7 +151,7 @@ def main() -> None:
 
 def measure(network: DenseNet, config: Config, device: torch.device, images: int) -> Tuning:
     """Choose the fastest right implementation for batches of so many images; the network is left as it is."""
-    start, size, precision = time.perf_counter(), config.data.crop_size, config.train.precision
+    start, size, precision = time.perf_counter(), max(config.data.train_sizes), config.train.precision
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, size, size, generator=generator).to(device)
     labels = torch.randint(network.classifier.out_features, (images,), generator=generator).to(device)

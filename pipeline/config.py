@@ -128,6 +128,14 @@ class DataConfig:
     """Side of the square that the network sees, in pixels."""
     resize_size: Positive = 256
     """Short side to which an image is resized before the evaluation crops, and the training crop random_crop, in pixels."""
+    train_crop_size: tuple[Positive, ...] = ()
+    """Side of the square that the network sees in training, in pixels; none: crop_size. Several: one after the other, from
+    data.train_crop_milestones on; random_crop first resizes in proportion."""
+    train_crop_milestones: tuple[Positive, ...] = ()
+    """Epochs, counted from 0, at whose start training goes on to the next of several data.train_crop_size."""
+    aug_repeats: Positive = 1
+    """How often an epoch has each image that it takes, with other draws each time. It stays as long, and so takes a part
+    of the images."""
     interpolation: Interpolation = "torch7-bicubic"
     """Resize filter. torch7-bicubic: the paper's (Catmull-Rom, align-corners, no antialias); pil-*: Pillow's,
     with antialias."""
@@ -188,6 +196,18 @@ class DataConfig:
         return self
 
     @model_validator(mode="after")
+    def _each_size_has_its_epochs(self) -> "DataConfig":
+        milestones = self.train_crop_milestones
+        if len(milestones) != max(0, len(self.train_crop_size) - 1):
+            raise ValueError(
+                f"train_crop_milestones has {len(milestones)} epochs, and train_crop_size {len(self.train_crop_size)} sizes: "
+                "give the epoch at which each size but the first begins"
+            )
+        if list(milestones) != sorted(set(milestones)):
+            raise ValueError("train_crop_milestones: each epoch must come after the one before")
+        return self
+
+    @model_validator(mode="after")
     def _magnitude_is_in_its_space(self) -> "DataConfig":
         greatest = 10 if self.auto_augment == "randaugment-timm" else 30
         if self.randaugment_magnitude > greatest:
@@ -231,6 +251,20 @@ class DataConfig:
             if name not in known:
                 raise ValueError(f"from_weights: weights have no '{name}'; choose {', '.join(known)}")
         return self
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """Sides of the training crops, one after the other."""
+        return self.train_crop_size or (self.crop_size,)
+
+    def of_epoch(self, epoch: int) -> "DataConfig":
+        """This section as training takes it in an epoch: `crop_size` is the training crop's, `resize_size` in proportion."""
+        if not self.train_crop_size:
+            return self
+        size = self.train_sizes[sum(epoch >= milestone for milestone in self.train_crop_milestones)]
+        resize_size = round(self.resize_size * size / self.crop_size)
+        of_all = dict(train_crop_size=(), train_crop_milestones=())
+        return dataclasses.replace(self, crop_size=size, resize_size=resize_size, **of_all)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -358,6 +392,15 @@ class Config:
             raise ValueError(
                 f"optim.objective: {self.optim.objective} is for data.labels {wanted}, and they are {self.data.labels}: set "
                 f"optim.objective {other}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_size_is_reached(self) -> "Config":
+        late = [epoch for epoch in self.data.train_crop_milestones if epoch >= self.optim.epochs]
+        if late:
+            raise ValueError(
+                f"data.train_crop_milestones: epoch {late[0]} is never reached with optim.epochs {self.optim.epochs}"
             )
         return self
 

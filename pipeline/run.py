@@ -27,7 +27,7 @@ from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.distributed import World, data_parallel
 from pipeline.errors import UserError
-from pipeline.evaluation import why_not
+from pipeline.evaluation import check_image_size, why_not
 from pipeline.finite import FiniteGuard
 from pipeline.history import History
 from pipeline.measured import (
@@ -279,6 +279,12 @@ class Run:
     def is_complete(self) -> bool:
         return self.progress.epoch >= self.config.optim.epochs
 
+    @property
+    def recompiles(self) -> bool:
+        """Whether the next epoch begins with a step that is compiled, for another image size than this one's."""
+        data, epoch = self.config.data, self.progress.epoch
+        return self.config.train.compile != "none" and data.of_epoch(epoch) != data.of_epoch(epoch + 1)
+
     def autocast(self) -> torch.autocast:
         return autocast(self.config.train.precision, self.world.device)
 
@@ -404,12 +410,15 @@ class Run:
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
         smallest = min(2, max(1, last_batch // self.microbatches))  # batch norm wants more than one value a channel
-        reason = why_not(copy.deepcopy(network).train(), smallest, config.data.crop_size)
-        if reason:
-            raise UserError(
-                f"{config.model.name} cannot train on {smallest} images of {config.data.crop_size} pixels, the smallest part "
-                f"of a batch ({reason}): choose another data.crop_size or optim.batch_size"
-            )
+        field = "data.train_crop_size" if config.data.train_crop_size else "data.crop_size"
+        for size in config.data.train_sizes:
+            if reason := why_not(copy.deepcopy(network).train(), smallest, size):
+                raise UserError(
+                    f"{config.model.name} cannot train on {smallest} images of {size} pixels, the smallest part "
+                    f"of a batch ({reason}): choose another {field} or optim.batch_size"
+                )
+        if config.data.train_crop_size:  # validation has another
+            check_image_size(copy.deepcopy(network).eval(), config.data.crop_size, config.model.name)
 
 
 def _split_batch(config: Config, world: World) -> int:

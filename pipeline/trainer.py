@@ -112,7 +112,7 @@ class Trainer:
             self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}", self.compiles)
             self._call("on_step_start")
             result = self.step(batches)
-            run.progress.step, self.compiles = run.progress.step + 1, self.compiles and result.last  # it may stay eager
+            run.progress.step, self.compiles = run.progress.step + 1, result.last and (self.compiles or run.recompiles)
             self._call("on_step", result)
 
     def step(self, batches: Iterator[Batch]) -> StepResult:

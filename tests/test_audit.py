@@ -41,6 +41,7 @@ DEPARTURES = [
     ("data.corrupt_images", "skip"), ("model.weights", "weights.pt"), ("model.freeze", 1), ("optim.head_lr", 0.2),
     ("optim.layer_decay", 0.5), ("optim.class_weights", "balanced"), ("data.sampling", "balanced"),
     ("data.cutout", 16), ("data.random_erasing", 0.25), ("data.auto_augment", "trivialaugment"),
+    ("data.train_crop_size", (192,)), ("data.aug_repeats", 3),
 ]  # fmt: skip
 
 
@@ -161,6 +162,7 @@ def test_every_field_that_shapes_a_result_is_audited():
         "optim.objective", "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
         "model.activation_checkpointing", "model.weights_sha256", "data.from_weights",
         "data.erasing_scale", "data.erasing_ratio", "data.erasing_fill",  # in the row of data.random_erasing
+        "data.train_crop_milestones",  # in the row of data.train_crop_size
         "data.randaugment_ops", "data.randaugment_magnitude", "data.randaugment_magnitude_std",
         "data.warp_interpolation",  # in the row of data.auto_augment
         "data.labels",  # which optim.objective belongs to: test_label_table.py

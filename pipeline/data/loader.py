@@ -87,11 +87,15 @@ class TrainingLoader:
         self.index, self._config, self._shard = index, config, shard
         self._seed, self._batch_size, self._accumulation = seed, batch_size, accumulation
         self.steps_per_epoch = steps_per_epoch(len(index), batch_size)
-        part = batch_size // shard.ranks // accumulation
+        self._dtype = dtype
         self._auto_augment = None if config.auto_augment == "none" else AutoAugment(config)
-        self._image_pipeline = create_image_pipeline(
-            index, config, shard, part, views=1, corrupt_images=config.corrupt_images, dtype=dtype
-        )
+        self._size = config.of_epoch(0).crop_size
+        self._image_pipeline = self._create_image_pipeline(config.of_epoch(0))
+
+    def _create_image_pipeline(self, config: DataConfig) -> ImagePipeline:
+        part = self._batch_size // self._shard.ranks // self._accumulation
+        options = dict(views=1, corrupt_images=config.corrupt_images, dtype=self._dtype)
+        return create_image_pipeline(self.index, config, self._shard, part, **options)
 
     def global_batch(self, step: int) -> int:
         """Images in the global batch of this step of an epoch."""
@@ -104,9 +108,12 @@ class TrainingLoader:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield `accumulation` batches for each step from `first_step` to the end of the epoch."""
+        config = self._config.of_epoch(epoch)
+        if config.crop_size != self._size:  # for which an image pipeline is built
+            self._size, self._image_pipeline = config.crop_size, self._create_image_pipeline(config)
         plans = training_plans(
             self.index,
-            self._config,
+            config,
             seed=self._seed,
             epoch=epoch,
             first_step=first_step,

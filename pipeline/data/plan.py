@@ -99,6 +99,15 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 def sample_order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int) -> np.ndarray:
     """(N) int64: rows of the index in the order in which an epoch visits them, as ``data.sampling`` says.
 
+    With ``data.aug_repeats`` R each of the first N / R rows stands R times in a row, so that a batch has them together; an
+    epoch stays N images long, as with timm's RASampler.
+    """
+    return np.repeat(_order(index, config, seed, epoch), config.aug_repeats)[: len(index)]
+
+
+def _order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int) -> np.ndarray:
+    """(N) int64: the order of an epoch that repeats nothing.
+
     A balanced epoch has as many images as any other, and of each class that has images the same number, or one more: which
     images of a frequent class, and which of a rare one twice, is drawn anew in each epoch.
     """

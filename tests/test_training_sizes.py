@@ -1,0 +1,135 @@
+"""Training crops of another size than the test's, sizes that grow, repeated augmentation; all resume to the same bits."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import index_of, run_module, small_config
+from test_trainer import assert_equal_weights, comparable_records, last_state, weights
+from timm.data.distributed_sampler import RepeatAugSampler
+from training_hooks import InterruptAfter, InterruptionError
+
+from pipeline import compilation, trainer
+from pipeline.config import DataConfig, from_dict, to_yaml
+from pipeline.data.index import scan_classes
+from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
+from pipeline.data.plan import sample_order, training_plans
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.run import Run
+from pipeline.watchdog import Watchdog
+
+pytestmark = pytest.mark.slow  # for the most part
+
+GROWING = DataConfig(crop_size=32, resize_size=36, train_crop_size=(16, 24), train_crop_milestones=(2,))
+EVERYTHING = {
+    "loader": "synthetic", "crop_size": 24, "resize_size": 28, "train_crop_size": [16, 20], "train_crop_milestones": [1],
+    "aug_repeats": 2, "auto_augment": "randaugment-timm", "randaugment_magnitude_std": 0.5, "cutout": 6,
+    "random_erasing": 0.5, "erasing_fill": "noise",
+}  # fmt: skip
+
+
+def test_an_epoch_has_its_size_and_everything_else_is_kept():
+    sizes = [(GROWING.of_epoch(epoch).crop_size, GROWING.of_epoch(epoch).resize_size) for epoch in range(4)]
+    assert sizes == [(16, 18), (16, 18), (24, 27), (24, 27)] and GROWING.train_sizes == (16, 24)
+    own = DataConfig(cutout=5)
+    assert own.of_epoch(7) is own and own.train_sizes == (224,)
+    one = DataConfig(train_crop_size=(160,), hflip=False)
+    assert one.of_epoch(9) == DataConfig(crop_size=160, resize_size=183, hflip=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_repeats_are_timms(ranks):
+    """Each global batch has the images that timm's sampler gives its ranks in that step, each with draws of its own."""
+    images, batch_size = 50, 12
+    index, config = index_of([(60, 80)] * images), DataConfig(crop_size=32, resize_size=36, aug_repeats=3)
+    order = sample_order(index, config, seed=3, epoch=2)
+    plain = sample_order(index, dataclasses.replace(config, aug_repeats=1), seed=3, epoch=2)
+    assert len(order) == images and np.array_equal(order[::3], plain[:17])
+    samplers = [
+        list(RepeatAugSampler(range(images), ranks, rank, shuffle=False, num_repeats=3, selected_round=0))
+        for rank in range(ranks)
+    ]
+    options = dict(seed=3, epoch=2, first_step=0, batch_size=batch_size, ranks=ranks, accumulation=1)
+    shares = [list(training_plans(index, config, rank=rank, **options)) for rank in range(ranks)]
+    each = batch_size // ranks
+    for step, plans in enumerate(zip(*shares, strict=True)):
+        ids = [i for plan in plans for i in plan.ids[plan.weights > 0].tolist()]
+        theirs = [plain[i] for sampler in samplers for i in sampler[step * each : (step + 1) * each]]
+        assert (
+            sorted(ids) == sorted(theirs)[: len(ids)] or step == images // batch_size
+        )  # theirs rounds up the last one
+        boxes = np.concatenate([plan.crop_boxes[plan.weights > 0] for plan in plans])
+        assert len(np.unique(boxes, axis=0)) > 0.8 * len(boxes)
+    assert sum((plan.weights > 0).sum() for plans in shares for plan in plans) == images
+
+
+@pytest.mark.parametrize("train_crop", ["random_resized_crop", "random_crop"])
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
+def test_a_loader_gives_each_epoch_its_size_and_evaluation_the_tests(image_folders, loader, train_crop):
+    index, shard = scan_classes(image_folders / "train"), Shard(0, 1, torch.device("cpu"), 2)
+    config = dataclasses.replace(GROWING, loader=loader, train_crop=train_crop, cutout=8)
+    growing = TrainingLoader(index, config, shard, seed=1, batch_size=37, accumulation=1)
+    for epoch, size in ((1, 16), (2, 24), (1, 16)):
+        (batch,) = growing.batches(epoch)
+        assert batch.images.shape == (37, 3, size, size)
+        fixed = dataclasses.replace(
+            config, crop_size=size, resize_size=size * 9 // 8, train_crop_size=(), train_crop_milestones=()
+        )
+        (expected,) = TrainingLoader(index, fixed, shard, seed=1, batch_size=37, accumulation=1).batches(epoch)
+        assert torch.equal(batch.images, expected.images)
+    evaluated = next(EvaluationLoader(index, config, shard, batch_size=5, crops=1).batches())
+    assert evaluated.images.shape == (5, 3, 32, 32)
+
+
+def test_a_run_with_everything_resumes_to_the_same_bits(tmp_path):
+    whole = small_config(tmp_path / "whole", data=EVERYTHING, train={"checkpoint_every": 1})
+    trainer.fit(whole)
+    for steps in (2, 6):  # before and after the size changes
+        cut = dataclasses.replace(whole, run_dir=str(tmp_path / str(steps)))
+        with pytest.raises(InterruptionError):
+            trainer.fit(cut, hooks=[InterruptAfter(steps)])
+        trainer.fit(cut)
+        assert_equal_weights(weights(whole), weights(cut))
+        assert last_state(whole)["progress"] == last_state(cut)["progress"]
+        assert comparable_records(cut) == comparable_records(whole)
+
+
+def test_three_ranks_resume_to_the_same_bits(tmp_path):
+    files = []
+    for name in ("whole", "cut"):
+        config = small_config(tmp_path / name, data=EVERYTHING, train={"checkpoint_every": 1})
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(to_yaml(config))
+    done = run_module("tests.fine_tuning_on_ranks", *files, ranks=3)
+    assert done.returncode == 0, done.stderr
+    assert_equal_weights(*(weights(small_config(tmp_path / name)) for name in ("whole", "cut")))
+
+
+def test_the_watchdog_waits_for_each_size_to_compile(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation.torch, "compile", lambda network, **_: network)
+    waits: dict[str, bool] = {}
+    monkeypatch.setattr(Watchdog, "beat", lambda self, where, compiles=False: waits.setdefault(where, compiles))
+    data = EVERYTHING | {"train_crop_size": [16, 20, 20], "train_crop_milestones": [1, 2]}
+    trainer.fit(small_config(tmp_path, data=data, optim={"epochs": 3}, train={"compile": "default"}))
+    assert [where for where, compiles in waits.items() if compiles] == ["epoch 0, step 0", "epoch 1, step 0"]
+
+
+def test_sizes_that_cannot_be_trained_are_refused(tmp_path):
+    for fields, expected in (
+        ({"train_crop_size": [16, 20]}, "has 0 epochs, and train_crop_size 2 sizes"),
+        ({"train_crop_milestones": [3]}, "has 1 epochs, and train_crop_size 0 sizes"),
+        ({"train_crop_size": [8, 9, 10], "train_crop_milestones": [4, 4]}, "each epoch must come after the one before"),
+        ({"train_crop_size": [8, 9], "train_crop_milestones": [90]}, "epoch 90 is never reached with optim.epochs 90"),
+        ({"train_crop_size": [0]}, "a number above 0 is needed"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            from_dict({"data": fields}, "test")
+    for fields, expected in (
+        ({"train_crop_size": [2]}, "cannot train on 2 images of 2 pixels.*choose another data.train_crop_size"),
+        ({"train_crop_size": [16], "crop_size": 2}, "cannot take images of 2 x 2 pixels"),
+    ):
+        config = small_config(tmp_path, data=fields)
+        with pytest.raises(UserError, match=expected):
+            Run(config, World(0, 0, 1, 1, torch.device("cpu")))
