@@ -1,0 +1,45 @@
+"""Recipes of others: each configuration states its source's facts, and trains."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+
+from pipeline import trainer
+from pipeline.audit import audit, differences
+from pipeline.config import load_config
+
+PADDLECLAS = sorted((REPOSITORY / "configs" / "paddleclas").glob("*.yaml"))
+ACCURACY = {121: (75.7, 92.6), 161: (78.6, 94.1), 169: (76.8, 93.3), 201: (77.6, 93.7), 264: (78.0, 93.9)}  # its page's
+
+
+@pytest.mark.parametrize("path", PADDLECLAS, ids=lambda path: path.stem)
+def test_paddleclas_recipe_is_the_papers_but_for_five_parts(path):
+    config, header = load_config(path), path.read_text().split("model:")[0]
+    top1, top5 = (pytest.approx(100 - accuracy) for accuracy in ACCURACY[int(path.stem.removeprefix("densenet"))])
+    assert (config.model.name, config.published.top1, config.published.top5) == (path.stem, top1, top5)
+    assert re.search(r"top-1 error ([\d.]+) %, top-5 ([\d.]+) %", header).groups() == (
+        str(config.published.top1),
+        str(config.published.top5),
+    )
+    assert {row.part: row.here for row in differences(audit(config, microbatches=4))} == {
+        "epochs": "120",
+        "learning-rate schedule": "times 0.1 at epochs 30, 60, 90 of 120",
+        "momentum": "0.9",
+        "brightness, contrast, saturation": "0",
+        "PCA noise": "0",
+    }
+
+
+def test_there_is_one_for_each_network():
+    assert {path.stem for path in PADDLECLAS} == {f"densenet{depth}" for depth in ACCURACY}
+
+
+@pytest.mark.slow
+def test_paddleclas_recipe_trains_a_step(tmp_path):
+    """With the smallest network; the others differ in that alone."""
+    overrides = {
+        "run_dir": str(tmp_path), "data.loader": "synthetic", "data.synthetic_images": 2, "data.crop_size": 32,
+        "data.resize_size": 36, "optim.epochs": 1, "optim.batch_size": 2, "train.device": "cpu", "train.reuse_every": 0,
+    }  # fmt: skip
+    assert trainer.fit(load_config(PADDLECLAS[0], overrides)).epoch == 1
