@@ -276,15 +276,15 @@ def count_differences(rows: list[AuditRow]) -> str:
     return f"differs from the paper's in {len(odd)} of {len(rows)} parts" if odd else "the paper's in every part"
 
 
-def to_markdown(rows: list[AuditRow], title: str, notes: Sequence[str] = ()) -> str:
+def to_markdown(rows: list[AuditRow], title: str, notes: Sequence[str] = (), other: str = "the paper") -> str:
     """A heading, the verdict, a table, and a list of notes."""
     odd = differences(rows)
     verdict = (
-        "The same as the paper in every part."
+        f"The same as {other} in every part."
         if not odd
-        else f"Differs from the paper in {len(odd)} of {len(rows)} parts."
+        else f"Differs from {other} in {len(odd)} of {len(rows)} parts."
     )
-    header = ("part", "the paper", "here", "", "what a difference matters")
+    header = ("part", other, "here", "", "what a difference matters")
     cells = [(r.part, r.paper, r.here, "same" if r.same else "DIFFERS", r.effect) for r in rows]
     widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
     lines = [_row(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]

@@ -360,6 +360,8 @@ class PublishedConfig:
 
     source: str | None = None
     """Where the figures are from."""
+    recipe: str | None = None
+    """The recipe that the configuration follows, one of pipeline/recipes.py; tools.audit --recipe compares with it."""
     top1: Number | None = None
     """Single-crop top-1 error."""
     top5: Number | None = None

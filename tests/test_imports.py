@@ -34,6 +34,7 @@ LAYERS = [
         "pipeline.finite",
         "pipeline.objective",
         "pipeline.optim",
+        "pipeline.recipes",
         "pipeline.resume",
         "pipeline.weights",
     },

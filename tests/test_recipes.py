@@ -1,5 +1,6 @@
 """Recipes of others: each configuration states its source's facts, and trains."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,7 +8,10 @@ from conftest import REPOSITORY
 
 from pipeline import trainer
 from pipeline.audit import audit, differences
-from pipeline.config import load_config
+from pipeline.config import Config, load_config
+from pipeline.parsing import flatten
+from pipeline.recipes import OUTSIDE, RECIPES, audit_recipe
+from tools.audit import main
 
 PADDLECLAS = sorted((REPOSITORY / "configs" / "paddleclas").glob("*.yaml"))
 ACCURACY = {121: (75.7, 92.6), 161: (78.6, 94.1), 169: (76.8, 93.3), 201: (77.6, 93.7), 264: (78.0, 93.9)}  # its page's
@@ -29,6 +33,41 @@ def test_paddleclas_recipe_is_the_papers_but_for_five_parts(path):
         "brightness, contrast, saturation": "0",
         "PCA noise": "0",
     }
+
+
+@pytest.mark.parametrize("path", PADDLECLAS, ids=lambda path: path.stem)
+def test_a_configuration_follows_the_recipe_that_it_names(monkeypatch, capsys, path):
+    monkeypatch.setattr("sys.argv", ["audit", str(path), "--recipe"])
+    main()
+    printed = capsys.readouterr().out
+    assert "on 4 ranks beside PaddleClas" in printed and "Differs from PaddleClas in 1 of" in printed
+    assert re.search(r"resize filter +\| OpenCV's bilinear, without antialias \| torch7-bicubic +\| DIFFERS", printed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optim.epochs", 90), ("optim.label_smoothing", 0.1), ("data.cutout", 8), ("data.scale", (0.2, 1))],
+)
+def test_a_departure_from_a_recipe_is_noticed(key, value):
+    config = load_config(PADDLECLAS[0], {key: value, "optim.milestones": (30, 60, 90)})
+    odd = [row.part for row in differences(audit_recipe(config, ranks=4))]
+    assert odd == [key, "resize filter"]
+    assert len(differences(audit_recipe(config, ranks=8))) == 3  # and the batch-norm statistic
+
+
+def test_fields_outside_of_recipes_exist():
+    assert set(flatten(dataclasses.asdict(Config()))) >= OUTSIDE
+    for recipe in RECIPES.values():
+        assert set(flatten(dataclasses.asdict(Config()))) >= {
+            *recipe.fields,
+            *(key for _, key in recipe.elsewhere.values()),
+        }
+
+
+def test_a_configuration_without_a_recipe_is_told_which_there_are(user_error):
+    file = REPOSITORY / "configs" / "densenet121.yaml"
+    assert "set published.recipe to one of paddleclas" in user_error(main, file, "--recipe")
+    assert "published.recipe" in user_error(main, file, "--recipe", "--published.recipe", "paddle")
 
 
 def test_there_is_one_for_each_network():

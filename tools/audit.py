@@ -1,19 +1,40 @@
-"""Compare a configuration with the paper: ``python -m tools.audit CONFIG.yaml [--ranks N] [--section.field VALUE ...]``."""
+"""Compare a configuration with the paper: ``python -m tools.audit CONFIG.yaml [--ranks N] [--section.field VALUE ...]``.
+
+With ``--recipe`` it is compared with the recipe that its published.recipe names.
+"""
 
 import sys
 
 from pipeline.audit import audit, setting_for, to_markdown
 from pipeline.config import parse_command_line
 from pipeline.errors import exit_on_user_error, positive_integer
+from pipeline.recipes import audit_recipe, recipe_of
 
 
 def main() -> None:
-    flag = {"type": positive_integer, "metavar": "N", "help": "[the paper's: ImageNet 4, others 1]"}
-    config, options = parse_command_line(sys.argv[1:], "python -m tools.audit", __doc__, {"ranks": flag})
+    flags = {
+        "ranks": {
+            "type": positive_integer,
+            "metavar": "N",
+            "help": "[the paper's: ImageNet 4, others 1; the recipe's]",
+        },
+        "recipe": {"action": "store_true", "help": "compare with the recipe that published.recipe names"},
+    }
+    config, options = parse_command_line(sys.argv[1:], "python -m tools.audit", __doc__, flags)
+    if options.recipe:
+        recipe = recipe_of(config)
+        ranks = options.ranks or recipe.ranks
+        title = f"{config.model.name} on {_ranks(ranks)} beside {recipe.source}"
+        print(to_markdown(audit_recipe(config, ranks), title, other=recipe.source))
+        return
     setting = setting_for(config)
     ranks = options.ranks or setting.ranks
-    title = f"{config.model.name} on {ranks} rank{'s' if ranks > 1 else ''} beside the paper's {setting.name} setting"
+    title = f"{config.model.name} on {_ranks(ranks)} beside the paper's {setting.name} setting"
     print(to_markdown(audit(config, ranks * config.optim.grad_accum_steps), title))
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 if __name__ == "__main__":

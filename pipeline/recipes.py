@@ -1,0 +1,92 @@
+"""Is a run what the source of its recipe did? The fields of published recipes, beside those of a configuration.
+
+A configuration names its recipe in ``published.recipe``. What a recipe does not name must be as the defaults are.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.audit import UNKNOWN, AuditRow
+from pipeline.config import Config
+from pipeline.errors import UserError, look_up
+from pipeline.parsing import flatten
+
+# Fields that say where things are and how they are computed, and which network: a recipe is of none.
+OUTSIDE = {
+    "model.name", "model.dense_block", "model.activation_checkpointing", "model.weights_sha256", "data.dir", "data.train",
+    "data.val", "data.val_labels", "data.download", "data.loader", "data.threads", "data.hw_decoder_load",
+    "data.file_column", "data.label_column", "data.from_weights", "data.synthetic_images", "data.synthetic_classes",
+    "optim.fused", "optim.grad_accum_steps",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published recipe.
+
+    Attributes:
+        source: where it is from.
+        ranks: GPUs over which it divides a batch.
+        fields: the fields, by key, in which it is not the defaults.
+        elsewhere: parts that no value of a field here is: what the source does, and the field that is in its place.
+    """
+
+    source: str
+    ranks: int
+    fields: Mapping[str, Any]
+    elsewhere: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+
+
+RECIPES: dict[str, Recipe] = {
+    "paddleclas": Recipe(
+        source="PaddleClas",
+        ranks=4,
+        fields={
+            "optim.epochs": 120,
+            "optim.milestones": (30, 60, 90),
+            "optim.nesterov": False,
+            "data.color_jitter": 0.0,
+            "data.pca_noise": 0.0,
+        },
+        elsewhere={"resize filter": ("OpenCV's bilinear, without antialias", "data.interpolation")},
+    ),
+}
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The recipe that a configuration names.
+
+    Raises:
+        UserError: it names none, or one that is not known.
+    """
+    if not config.published.recipe:
+        raise UserError(f"the configuration names no recipe: set published.recipe to one of {', '.join(RECIPES)}")
+    return look_up(RECIPES, config.published.recipe, "published.recipe")
+
+
+def audit_recipe(config: Config, ranks: int) -> list[AuditRow]:
+    """Compare a run on so many ranks with the recipe that it names, field by field."""
+    recipe, here = recipe_of(config), flatten(dataclasses.asdict(config))
+    theirs = flatten(dataclasses.asdict(Config())) | dict(recipe.fields)
+    said_elsewhere = {key for _, key in recipe.elsewhere.values()}
+    rows: list[AuditRow] = []
+
+    def compare(part: str, source: Any, own: Any) -> None:
+        rows.append(AuditRow(part, _text(source), _text(own), source == own, "" if source == own else UNKNOWN))
+
+    for key, value in theirs.items():
+        shapes_a_result = key.startswith(("model.", "data.", "optim.")) or key == "train.precision"
+        if shapes_a_result and key not in OUTSIDE | said_elsewhere:
+            compare(key, value, here[key])
+    microbatches = ranks * config.optim.grad_accum_steps
+    statistic = theirs["optim.batch_size"] // recipe.ranks
+    compare("images in a batch-norm statistic", statistic, config.optim.batch_size // microbatches)
+    for part, (does, key) in recipe.elsewhere.items():
+        compare(part, does, here[key])
+    return rows
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
