@@ -164,6 +164,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         blocks = "" if not last else " and block 1" if last == 1 else f" and blocks 1 to {last}"
         compare("parts that do not train", "none", f"the stem{blocks}")
     compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
+    if config.model.drop_path:
+        compare("stochastic depth", 0.0, config.model.drop_path)
 
     compare("epochs", setting.epochs, optim.epochs)
     compare(

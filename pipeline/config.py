@@ -66,6 +66,9 @@ class ModelConfig:
     """A network of pipeline/models/zoo.py, or timm:NAME."""
     dropout: Fraction = 0.0
     """Probability of dropping a unit after every convolution but the first (the paper: 0.2 without augmentation)."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth: probability of leaving out a block, of timm's networks that have it, which let it grow from 0 to
+    this with depth."""
     dense_block: Annotated[str, AfterValidator(_name_of_today)] = "auto"
     """How our DenseNets compute: auto, eager, or a name in pipeline/models/backends.py. eager: module by module;
     memory_efficient: shared statistics, less memory; fused: C++ kernels for CPU (not fp16); auto: on CPU fused where it

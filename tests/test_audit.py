@@ -41,7 +41,7 @@ DEPARTURES = [
     ("data.corrupt_images", "skip"), ("model.weights", "weights.pt"), ("model.freeze", 1), ("optim.head_lr", 0.2),
     ("optim.layer_decay", 0.5), ("optim.class_weights", "balanced"), ("data.sampling", "balanced"),
     ("data.cutout", 16), ("data.random_erasing", 0.25), ("data.auto_augment", "trivialaugment"),
-    ("data.train_crop_size", (192,)), ("data.aug_repeats", 3),
+    ("data.train_crop_size", (192,)), ("data.aug_repeats", 3), ("model.drop_path", 0.1),
 ]  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import torchvision
 from conftest import with_random_norms
 from torch import nn
 
+from pipeline.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.models import create_model
+from pipeline.models import create_model, create_network
 from pipeline.models.densenet import DenseBlock
 
 PARAMETERS = {
@@ -130,3 +131,13 @@ def test_unknown_names_are_refused_with_the_nearest():
         create_model("densnet121")
     with pytest.raises(UserError, match="timm has no model 'resnet5O'.*did you mean"):
         create_model("timm:resnet5O")
+
+
+def test_stochastic_depth_reaches_timms_networks_and_is_refused_elsewhere():
+    network = create_network(ModelConfig(name="timm:test_convnext", drop_path=0.2), 7)
+    depths = [module.drop_prob for module in network.modules() if type(module).__name__ == "DropPath"]
+    assert max(depths) == pytest.approx(0.2) and depths == sorted(depths)
+    with pytest.raises(UserError, match="model.drop_path is for timm's networks, and model.name is densenet121"):
+        create_network(ModelConfig(drop_path=0.1), 10)
+    with pytest.raises(UserError, match="timm cannot build 'densenet121'.*drop_path_rate"):
+        create_network(ModelConfig(name="timm:densenet121", drop_path=0.1), 10)

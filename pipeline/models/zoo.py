@@ -84,6 +84,7 @@ def create_model(
     dropout: float = 0.0,
     dense_block: str = "auto",
     activation_checkpointing: "ActivationCheckpointing" = "none",
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.
 
@@ -91,13 +92,16 @@ def create_model(
         name: a key of `DENSENETS`, a name that `cifar_densenet` knows, or ``timm:NAME`` for any of timm's models.
         dense_block: who computes the dense blocks of our own networks (backends.py); timm's networks do not use it.
         activation_checkpointing: the blocks whose bottlenecks are computed again in the backward pass, likewise.
+        drop_path: stochastic depth of timm's networks.
 
     Raises:
-        UserError: there is no such network or `dense_block`.
+        UserError: there is no such network or `dense_block`; or the network has no stochastic depth.
     """
     backends.candidates(dense_block)
     if name.startswith("timm:"):
-        return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout)
+        return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout, drop_path)
+    if drop_path:
+        raise UserError(f"model.drop_path is for timm's networks, and model.name is {name}: leave it out")
     if name in NETWORKS:
         return NETWORKS[name](
             num_classes=num_classes,
@@ -129,10 +133,11 @@ def create_network(config: "ModelConfig", num_classes: int) -> nn.Module:
         dropout=config.dropout,
         dense_block=config.dense_block,
         activation_checkpointing=config.activation_checkpointing,
+        drop_path=config.drop_path,
     )
 
 
-def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module:
+def _create_timm_model(name: str, num_classes: int, dropout: float, drop_path: float) -> nn.Module:
     import timm  # takes seconds to import
 
     if "." in name:
@@ -143,6 +148,7 @@ def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module
     if not timm.is_model(name):
         raise UserError(f"model.name: timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
     try:
-        return timm.create_model(name, num_classes=num_classes, drop_rate=dropout)
+        depth = {"drop_path_rate": drop_path} if drop_path else {}  # which not all of them take
+        return timm.create_model(name, num_classes=num_classes, drop_rate=dropout, **depth)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"model.name: timm cannot build '{name}': {str(error).splitlines()[0]}") from None
