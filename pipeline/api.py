@@ -34,7 +34,8 @@ def evaluate(
     """Evaluate weights on a folder or archive of images by class, prepared as the weights' own configuration says.
 
     Args:
-        weights: a checkpoint, or a file of torchvision, timm or openmmlab; see `weights.read_weights`.
+        weights: a checkpoint (of a run that averages its weights those that its best epoch is chosen by), or a file of
+            torchvision, timm or openmmlab; see `weights.read_weights`.
         folder: its classes are the network's, or a part of them.
         crops: 1 or 10.
         batch_size: images at once.

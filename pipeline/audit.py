@@ -214,6 +214,10 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
             "every parameter" if some == every else f"{some} of {every} tensors",
         )
     compare("label smoothing", 0.0, optim.label_smoothing)
+    if decay := config.train.ema_decay:
+        compare(
+            "moving average of the weights", "none", f"decay {decay}, best epoch by the {config.train.best_by} weights"
+        )
     if data.labels != "single":
         compare(
             "labels of an image", "one", "any number, binary cross-entropy", "another task: errors cannot be compared"

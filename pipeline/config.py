@@ -36,6 +36,7 @@ Labels = Literal["single", "multi"]
 Sampling = Literal["shuffle", "balanced"]
 CorruptImages = Literal["stop", "skip"]
 NotFinite = Literal["stop", "skip"]
+BestBy = Literal["ema", "raw"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
 ActivationCheckpointing = Literal["none", "first", "all"]
@@ -335,6 +336,12 @@ class TrainConfig:
     """Allow kernels only that give the same bits each time on the same GPU; may be slower."""
     eval_batch_size: Positive = 64
     """Images a rank evaluates at once."""
+    ema_decay: Fraction = 0.0
+    """Decay of the exponential moving average of the weights (EMA) from step to step, as 0.9999; smaller in the first steps. 0:
+    none. It is validated, saved and resumed beside the raw weights."""
+    best_by: BestBy = "ema"
+    """Which weights' validation error chooses best.pt, and stands in records as val/: ema, or raw; without train.ema_decay
+    there are only raw ones."""
     log_every: Positive = 20
     """Steps between two log lines."""
     reuse_every: NonNegative = 10

@@ -46,7 +46,13 @@ def summary(run: Run) -> str:
     progress, published = run.progress, run.config.published
     several = run.train_loader.index.several_labels
     best, last = (_of_labels if several else _errors)(progress)
-    lines = [f"best  (epoch {progress.best_epoch}): {best}", f"last  (epoch {progress.epoch - 1}): {last}"]
+    judged, *others = run.validated
+    of = f", {judged} weights" if others else ""
+    lines = [f"best  (epoch {progress.best_epoch}{of}): {best}", f"last  (epoch {progress.epoch - 1}{of}): {last}"]
+    for weights, errors in zip(
+        others, progress.last_of_other_weights, strict=False
+    ):  # none of before it was switched on
+        lines.append(f"last  (epoch {progress.epoch - 1}, {weights} weights): {errors}")
     if published.auroc is not None and several:
         lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
     if published.top1 is not None:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.distributed import World, data_parallel
+from pipeline.ema import ModelEma
 from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size, why_not
 from pipeline.finite import FiniteGuard
@@ -82,13 +83,15 @@ class Progress:
     best_average_precision: float = -math.inf
     last_auroc: float = -math.inf
     last_average_precision: float = -math.inf
+    last_of_other_weights: list[str] = dataclasses.field(default_factory=list)  # errors, in words
 
-    def finish_epoch(self, val: AnyScore) -> bool:
+    def finish_epoch(self, val: AnyScore, *of_other_weights: AnyScore) -> bool:
         """Note an epoch's validation errors and go on to the next; return whether none before was better.
 
         Where images have several labels, the better epoch is that with the greater mean AUROC; as long as that is not
         defined (NaN), the later one.
         """
+        self.last_of_other_weights = [score.text(top5=True) for score in of_other_weights]
         if isinstance(val, LabelScore):
             assert val.mean is not None
             better = self.best_epoch < 0 or math.isnan(self.best_auroc) or val.mean.auroc > self.best_auroc
@@ -147,6 +150,7 @@ class Run:
         microbatches: into how many parts a global batch is cut: ranks times gradient accumulation steps.
         network: the bare network, which is saved and evaluated.
         training_network: the same, compiled if asked for and averaging gradients over the ranks.
+        ema: the moving average of its weights, None without ``train.ema_decay``.
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
@@ -196,6 +200,9 @@ class Run:
         }
         if start and start.weights:
             self._begin_with(start.weights)
+        self.ema = ModelEma(self.network, config.train.ema_decay) if config.train.ema_decay else None
+        if self.ema:
+            self.parts["ema"] = self.ema
 
     def _tune(self, network: nn.Module, images: int, found: Found | None) -> Tuning | None:
         """The implementation that was measured to be the fastest, or that a checkpoint's run has kept; None to do as asked."""
@@ -298,11 +305,19 @@ class Run:
         """While it is entered, gradients add up on this rank and are not averaged over the ranks."""
         return self.training_network.no_sync() if skip and self.world.size > 1 else nullcontext()  # type: ignore[operator]
 
-    def selection_held(self, hooks_change_network: bool) -> AbstractContextManager[None]:
+    @property
+    def validated(self) -> dict[str, nn.Module]:
+        """The networks that each epoch's end validates, by the name of their weights; the best epoch is chosen by the first."""
+        networks = {"raw": self.network} | ({"ema": self.ema.network} if self.ema else {})
+        return dict(sorted(networks.items(), key=lambda item: item[0] != self.config.train.best_by))
+
+    def selection_held(self, hooks_change_network: bool) -> AbstractContextManager[Any]:
         """While it is entered, and no hook changes the network's modules, its backend is not selected for each batch."""
-        if hooks_change_network or not isinstance(self.network, DenseNet):
-            return nullcontext()
-        return self.network.selection_held()
+        stack = ExitStack()
+        for network in self.validated.values():
+            if isinstance(network, DenseNet) and not hooks_change_network:
+                stack.enter_context(network.selection_held())
+        return stack
 
     def seed_dropout(self, microbatch: int) -> None:
         """Make dropout a function of seed, step and place in the batch, so that no generator's state need be saved."""
@@ -340,6 +355,9 @@ class Run:
         """
         changed = check_same_run(state, self.config, self.conditions)
         for name, part in self.parts.items():
+            if self.ema is part and name not in state:  # it was switched on since
+                self.ema.begin()
+                continue
             if name not in state:
                 raise UserError(
                     f"cannot resume {self.dir}: its checkpoint has no '{name}', which this configuration needs"

@@ -44,7 +44,7 @@ class InitialWeights:
         outputs: how many the file has.
         classes: their names, None if they are not known.
         data: how images were prepared for these weights.
-        note: how names of external weights were understood, empty for our own.
+        note: as `Weights` has it.
     """
 
     origin: str
@@ -131,6 +131,7 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     with torch.device("meta"):
         network = create_network(model, outputs)
     matched, note = match(network.state_dict(), state, model.weights)
+    note = own.note if own else note
     check_weights(network.state_dict(), matched, model.weights)
     classes: tuple[str, ...] | None
     if own:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoint import Found
 from pipeline.config import Config, to_yaml
@@ -23,12 +23,12 @@ from pipeline.finite import StepSkipper
 from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
 from pipeline.metrics import AnyScore, Score
 from pipeline.monitor import Monitor
-from pipeline.optim import set_learning_rate
 from pipeline.preemption import PreemptionHandler
 from pipeline.report import summary, warnings_of, write_description
 from pipeline.run import Progress, Run
 from pipeline.run_dir import locked
 from pipeline.start import find_start
+from pipeline.update import update
 from pipeline.watchdog import Watchdog
 
 
@@ -95,7 +95,7 @@ class Trainer:
                 self._call("on_start")
                 while not run.is_complete:
                     self.train_epoch()
-                    self.finish_epoch(self.validate())
+                    self.finish_epoch({name: self.validate(network) for name, network in run.validated.items()})
         finally:
             self._call("on_end")
             self.monitor.close()
@@ -142,23 +142,16 @@ class Trainer:
         skipped = bool(self.skipper and self.skipper.skips([o[2] for o in outcomes], run.scaler.is_enabled()))
         if not skipped:
             run.count(outcomes)
-        norm = run.gradient_norm() if logged else None
-        rate = run.learning_rate
-        if not skipped or run.scaler.is_enabled():  # the scaler leaves the step out by itself, and lowers its scale
-            set_learning_rate(run.optimizer, rate)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-        run.optimizer.zero_grad()
-        run.progress.skipped_steps += skipped
+        rate, norm = update(run, logged, skipped)
         return StepResult(images, rate, norm, logged, last, skipped)
 
-    def validate(self) -> AnyScore:
-        """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
-        run = self.run
-        run.world.broadcast_buffers(run.network)
+    def validate(self, network: nn.Module | None = None) -> AnyScore:
+        """Single-crop score on the validation set, with rank 0's batch-norm statistics; of the run's network if of no other."""
+        run, network = self.run, network or self.run.network
+        run.world.broadcast_buffers(network)
         with run.autocast():
             evaluation = evaluate(
-                run.network,
+                network,
                 run.val_loader,
                 run.world,
                 between_batches=self._between_batches,
@@ -172,12 +165,13 @@ class Trainer:
             )
         return evaluation.score
 
-    def finish_epoch(self, val: AnyScore) -> None:
-        """Note the epoch's errors, and go on to the next."""
+    def finish_epoch(self, scores: dict[str, AnyScore]) -> None:
+        """Note the epoch's errors, by the weights' name as `Run.validated` has them, and go on to the next."""
         run, progress = self.run, self.run.progress
         train = run.epoch_metrics.score() or Score(0, 0, 0, 0.0)
         run.epoch_metrics.reset()
-        self._call("on_epoch", EpochResult(progress.epoch, train, val, best=progress.finish_epoch(val)))
+        epoch, best = progress.epoch, progress.finish_epoch(*scores.values())
+        self._call("on_epoch", EpochResult(epoch, train, scores, best))
 
     def _between_batches(self) -> None:
         """Before each batch of an evaluation, and before the first step of an epoch."""

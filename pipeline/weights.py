@@ -41,6 +41,7 @@ EXTERNAL_KEYS = (
 EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
 REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
 FEW = 0.05  # of a file's tensors that may be odd while it is still said which
+AVERAGED = "moving average of the weights"
 PREFIXES = re.compile(r"(module|model|_orig_mod|net|network)\.")
 
 # Names that others give to our modules.
@@ -71,7 +72,8 @@ class Weights:
         config: the run's; of external weights the model and how images are prepared, all else at its default.
         classes: names of the outputs.
         microbatches: ranks times gradient accumulation steps of the run, None if that is not known.
-        note: how the names of external weights were understood, empty for our own.
+        note: how the names of external weights were understood, or which of a run's two sets of weights these are; else empty.
+        averaged: they are the moving average of a run's weights.
     """
 
     origin: str
@@ -80,6 +82,7 @@ class Weights:
     classes: tuple[str, ...]
     microbatches: int | None
     note: str = ""
+    averaged: bool = False
 
     @property
     def audit(self) -> str | None:
@@ -94,17 +97,20 @@ class OwnWeights(NamedTuple):
     config: Config
     classes: tuple[str, ...]
     microbatches: int | None
+    note: str = ""
+    averaged: bool = False
 
 
 def read_weights(
-    path: str | Path, model: str | None = None, classes: tuple[str, ...] | None = None, ema: bool = False
+    path: str | Path, model: str | None = None, classes: tuple[str, ...] | None = None, ema: bool | None = None
 ) -> Weights:
     """Read weights onto the CPU, whoever has written them.
 
     Args:
         model: the network of external weights, which one of `DENSENETS` is found by itself.
         classes: names of its outputs; those of 1000 are ImageNet's WordNet ids unless given, others are their numbers.
-        ema: take the running average of the weights where an external file has both.
+        ema: of a file that holds both, take the moving average of the weights, or the raw ones. None: of a checkpoint those
+            that its run's best epoch is chosen by (``train.best_by``), of an external file its ``state_dict``.
 
     Raises:
         UserError: the file is missing, damaged, holds something else, or weights that do not fit the network.
@@ -119,7 +125,9 @@ def read_weights(
         raise UserError(f"{path} has {len(found.classes)} outputs, and {len(classes)} names of classes were given")
     network = create_network(found.config.model, len(found.classes))
     load_weights(network, found.state, str(path))
-    return Weights(str(path), network.eval(), found.config, classes or found.classes, found.microbatches)
+    known = found._asdict() | {"classes": classes or found.classes}
+    del known["state"]
+    return Weights(str(path), network.eval(), **known)
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
@@ -133,6 +141,7 @@ def write_safetensors(weights: Weights, path: Path) -> None:
         "classes": weights.classes,
         "microbatches": weights.microbatches,
         "audit": weights.audit,
+        "averaged": weights.averaged,
     }
     state = {  # cloned, as safetensors takes no tensor twice
         name: tensor.clone(memory_format=torch.contiguous_format)
@@ -185,7 +194,7 @@ def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) 
     return {name: found.get(name, torch.zeros((), dtype=torch.int64)) for name in own}, note
 
 
-def read_file(path: Path, ema: bool = False) -> OwnWeights | dict[str, Tensor]:
+def read_file(path: Path, ema: bool | None = None) -> OwnWeights | dict[str, Tensor]:
     """What a file of this project holds, or the tensors of an external one; see `read_weights`."""
     try:
         with path.open("rb") as file:
@@ -193,11 +202,15 @@ def read_file(path: Path, ema: bool = False) -> OwnWeights | dict[str, Tensor]:
             checkpoint = is_checkpoint(file)
     except OSError as error:
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
-    if ema and (checkpoint or safetensors):
-        raise UserError(f"{path} holds one set of weights and no running average of them: leave out --ema")
     if checkpoint:
-        return _of_checkpoint(load_checkpoint(path), str(path))
-    return _read_safetensors(path) if safetensors else _read_torch(path, ema)
+        return _of_checkpoint(load_checkpoint(path), str(path), ema)
+    if not safetensors:
+        return _read_torch(path, bool(ema))
+    found = _read_safetensors(path)
+    averaged = isinstance(found, OwnWeights) and found.averaged
+    if ema is not None and ema != averaged:
+        _refuse_choice(path, ema)
+    return found
 
 
 def _leaf(name: str) -> str | None:
@@ -206,11 +219,22 @@ def _leaf(name: str) -> str | None:
     return leaf if leaf in ("weight", "bias", "running_mean", "running_var") else None
 
 
-def _of_checkpoint(state: dict[str, Any], origin: str) -> OwnWeights:
+def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnWeights:
     config = from_stored(state["config"], origin)
     ranks = state.get("conditions", {}).get("ranks")
     microbatches = ranks and ranks * config.optim.grad_accum_steps
-    return OwnWeights(state["model"], config, tuple(state["classes"]), microbatches)
+    both = "ema" in state
+    if ema and not both:
+        _refuse_choice(origin, ema)
+    averaged = both and (config.train.best_by == "ema" if ema is None else ema)
+    note = f"{AVERAGED} (--no-ema: the raw ones)" if averaged else "raw weights (--ema: their average)" if both else ""
+    weights = state["ema"]["model"] if averaged else state["model"]
+    return OwnWeights(weights, config, tuple(state["classes"]), microbatches, note, averaged)
+
+
+def _refuse_choice(origin: str | Path, ema: bool) -> None:
+    here, lacking = ("one set of weights", "moving average") if ema else ("the moving average of weights", "raw ones")
+    raise UserError(f"{origin} holds {here} and no {lacking} beside it: leave out --{'' if ema else 'no-'}ema")
 
 
 def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
@@ -226,13 +250,15 @@ def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
     try:
         about = json.loads(about)
         microbatches, classes = about.get("microbatches", about.get("passes")), tuple(map(str, about["classes"]))
+        averaged = about.get("averaged") is True  # files of before do not say
         if not isinstance(about["config"], dict) or not (
             microbatches is None or (isinstance(microbatches, int) and microbatches > 0)
         ):
             raise ValueError("config or microbatches")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
-    return OwnWeights(state, from_stored(about["config"], str(path)), classes, microbatches)
+    config = from_stored(about["config"], str(path))
+    return OwnWeights(state, config, classes, microbatches, AVERAGED if averaged else "", averaged)
 
 
 def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
@@ -263,7 +289,7 @@ def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
         None,
     )
     if ema and nest is None:
-        raise UserError(f"{path} has no running average of weights ({', '.join(EXTERNAL_EMA_KEYS)}): leave out --ema")
+        raise UserError(f"{path} has no moving average of weights ({', '.join(EXTERNAL_EMA_KEYS)}): leave out --ema")
     state = found[nest] if nest else found
     if isinstance(state, dict):  # torch.optim.swa_utils.AveragedModel counts beside the weights
         state = {name: value for name, value in state.items() if name != "n_averaged"}

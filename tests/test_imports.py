@@ -29,6 +29,7 @@ LAYERS = [
     },
     {
         "pipeline.autotune",
+        "pipeline.ema",
         "pipeline.evaluation",
         "pipeline.feature_reuse",
         "pipeline.finite",
@@ -40,7 +41,7 @@ LAYERS = [
     },
     {"pipeline.start"},
     {"pipeline.run"},
-    {"pipeline.hooks", "pipeline.report"},
+    {"pipeline.hooks", "pipeline.report", "pipeline.update"},
     {"pipeline.trainer"},
     {"pipeline.api", "pipeline.train"},
     {"tools.support"},

@@ -134,7 +134,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole_runs, tmp_path, name, 
 
 def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch):
     score = Score(4, top1_correct=2, top5_correct=4, loss_sum=1.0)
-    monkeypatch.setattr(trainer.Trainer, "validate", lambda self: score)
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda self, network: score)
     progress = trainer.fit(small_config(tmp_path))
     assert (progress.best_epoch, progress.best_top1_error, progress.best_top5_error) == (0, 50, 0)
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["progress"]["epoch"] == 1

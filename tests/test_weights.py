@@ -213,9 +213,9 @@ def test_running_averages_of_weights_are_taken_on_request(tmp_path, theirs):
     save_file(theirs.state_dict(), tmp_path / "c.safetensors")
     state = read_weights(tmp_path / "a.pth", ema=True).network.state_dict()
     assert torch.equal(state["classifier.bias"], theirs.classifier.bias + 1)
-    with pytest.raises(UserError, match="no running average"):
+    with pytest.raises(UserError, match="no moving average"):
         read_weights(tmp_path / "c.safetensors", ema=True)
-    with pytest.raises(UserError, match="no running average"):
+    with pytest.raises(UserError, match="no moving average"):
         read_weights(tmp_path / "b.pth", ema=True)
 
 

@@ -1,9 +1,9 @@
 """Export a network to ONNX or torch.export: ``python -m tools.export WEIGHTS OUTPUT.onnx`` (or ``OUTPUT.pt2``).
 
 The exported network is in evaluation mode and takes float32 images of shape (N, 3, S, S), prepared as its metadata says, for
-any N; S is the crop size of the weights' run. The metadata also holds the class names, and whether probabilities are the
-softmax of the logits or, of several labels an image, their sigmoid. The file is loaded again and compared with PyTorch, and
-written only if the logits agree.
+any N; S is the crop size of the weights' run. The metadata also holds the class names, whether the weights are a moving average
+of a run's, and whether probabilities are the softmax of the logits or, of several labels an image, their sigmoid. The file is
+loaded again and compared with PyTorch, and written only if the logits agree.
 """
 
 import io
@@ -42,9 +42,13 @@ def main() -> None:
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if output.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-dev.txt, or give an OUTPUT.pt2")
-    content, difference = export(read_weights_of(options, options.weights), output.suffix)
+    weights = read_weights_of(options, options.weights)
+    content, difference = export(weights, output.suffix)
     output.write_bytes(content)
-    print(f"{output}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}")
+    note = f" ({weights.note})" if weights.note else ""
+    print(
+        f"{output}{note}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}"
+    )
 
 
 def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
@@ -106,6 +110,7 @@ def metadata_of(weights: Weights) -> dict[str, str]:
         "model": weights.config.model.name,
         "preprocessing": json.dumps(preparation),
         "classes": json.dumps(weights.classes),
+        "averaged": json.dumps(weights.averaged),
         "probabilities": "softmax" if data.labels == "single" else "sigmoid",
     }
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -59,6 +60,8 @@ def main() -> None:
         if getattr(options, flag):
             writable_file(getattr(options, flag), f"--{flag}")
     weights = read_weights_of(options, options.weights)
+    if weights.note:
+        print(f"{options.weights}: {weights.note}", file=sys.stderr)
     # Only the preparation of images is taken from the run, not its data set and its number of threads.
     data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader, threads=0)
     files, classes = find_images(options.paths), weights.classes

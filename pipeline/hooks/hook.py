@@ -1,5 +1,6 @@
 """What happens beside training: recording, saving, pictures, an average of the weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,12 +51,21 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """An epoch, counted from 0, with its scores; `best` if no earlier one had a better validation score."""
+    """An epoch, counted from 0, with its scores; `best` if no earlier one had a better validation score.
+
+    Attributes:
+        scores: the validation's, by the weights' name; see `Run.validated`.
+    """
 
     epoch: int
     train: AnyScore
-    val: AnyScore
+    scores: Mapping[str, AnyScore]
     best: bool
+
+    @property
+    def val(self) -> AnyScore:
+        """The validation score of the weights that the best epoch is chosen by."""
+        return next(iter(self.scores.values()))
 
 
 class Hook:

@@ -1,7 +1,7 @@
 """Command-line arguments that name weights, and reading what they name."""
 
 import itertools
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from pipeline.errors import ArgumentParser, UserError
@@ -24,8 +24,9 @@ def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None
     )
     parser.add_argument(
         "--ema",
-        action="store_true",
-        help="use the exponential moving average of the weights, where a file from elsewhere holds one",
+        action=BooleanOptionalAction,
+        help="use the exponential moving average of the weights of a file that holds both, or the raw ones [of a checkpoint "
+        "those that best.pt is chosen by, train.best_by; of a file from elsewhere its state_dict]",
     )
 
 

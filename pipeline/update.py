@@ -1,0 +1,30 @@
+"""What an optimiser step does with the gradients of its batch."""
+
+from pipeline.optim import set_learning_rate
+from pipeline.run import Run
+
+
+def update(run: Run, logged: bool, skipped: bool) -> tuple[float, float | None]:
+    """Move the weights, and then their average. Waits for the device only where the step is logged.
+
+    In fp16 the loss scaler leaves out a step whose gradient is not finite, which only the device knows: such a step moves the
+    average once more towards the same weights. With ``train.not_finite skip`` it is known here, and moves nothing.
+
+    Args:
+        logged: the gradient's norm is wanted.
+        skipped: the step is to be left out.
+
+    Returns:
+        The learning rate, and the norm of the gradient of all parameters, without the loss scale; None unless logged.
+    """
+    norm = run.gradient_norm() if logged else None
+    rate = run.learning_rate
+    if not skipped or run.scaler.is_enabled():  # the scaler leaves the step out by itself, and lowers its scale
+        set_learning_rate(run.optimizer, rate)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    run.optimizer.zero_grad()
+    run.progress.skipped_steps += skipped
+    if run.ema and not skipped:
+        run.ema.update()
+    return rate, norm

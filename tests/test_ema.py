@@ -1,0 +1,160 @@
+"""The moving average of the weights: against float64, resumed, validated, chosen by, and read by the commands."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+from test_trainer import assert_equal_weights, comparable_records, last_state, records
+from training_hooks import InterruptAfter, InterruptionError
+
+from pipeline import trainer
+from pipeline.checkpoint import load_checkpoint
+from pipeline.data.loader import EvaluationLoader
+from pipeline.errors import UserError
+from pipeline.hooks import Hook
+from pipeline.report import summary
+from pipeline.run import Run
+from pipeline.weights import read_weights, write_safetensors
+
+pytestmark = pytest.mark.slow
+
+DECAY = 0.28  # above that of the first three updates: 0.1, 2 / 11, 3 / 12
+SKIPPED = 2  # a step whose gradient is made NaN
+
+
+class Watch(Hook):
+    """Notes the network's state in float64 before the first step and after each that is taken."""
+
+    changes_network = False
+
+    def __init__(self):
+        self.states = []
+
+    def note(self, trainer):
+        state = trainer.run.network.state_dict()
+        self.states.append({name: tensor.to(torch.float64, copy=True) for name, tensor in state.items()})
+
+    def on_start(self, trainer):
+        self.note(trainer)
+
+    def on_batch(self, trainer, batch):
+        if trainer.run.done_steps == SKIPPED:
+            next(trainer.run.network.parameters()).grad.fill_(torch.nan)
+
+    def on_step(self, trainer, result):
+        assert result.skipped == (trainer.run.done_steps == SKIPPED + 1)
+        if not result.skipped:
+            self.note(trainer)
+
+
+def config_of(folder: Path, **train):
+    train = {"ema_decay": DECAY, "checkpoint_every": 1, "not_finite": "skip", **train}
+    return small_config(folder, train=train, optim={"lr": 0.02})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of eight steps without an interruption, what was seen of it, and its summary."""
+    config, watch = config_of(tmp_path_factory.mktemp("whole")), Watch()
+    trainer.fit(config, hooks=[watch])
+    with trainer.init_distributed("cpu") as world:
+        run = Run(config, world)
+        run.load_state_dict(last_state(config))
+        return config, watch, summary(run)
+
+
+def test_it_is_the_average_that_float64_gives(whole):
+    """Of parameters and batch-norm statistics alike, and without the step that was left out."""
+    config, watch, _ = whole
+    first, *later = watch.states
+    average = dict(first)
+    for n, state in enumerate(later):
+        decay = min(DECAY, (1 + n) / (10 + n))
+        average = {name: decay * average[name] + (1 - decay) * state[name] for name in average}
+    found, raw = last_state(config)["ema"], last_state(config)["model"]
+    assert found["updates"] == len(later) == 7
+    for name, expected in average.items():
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(found["model"][name], raw[name])
+        else:
+            torch.testing.assert_close(found["model"][name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(found["model"]["features.norm0.running_mean"], raw["features.norm0.running_mean"])
+
+
+@pytest.mark.parametrize("interrupted_after", [2, 5])
+def test_it_resumes_to_the_same_bits(whole, tmp_path, interrupted_after):
+    config = config_of(tmp_path)
+    with pytest.raises(InterruptionError):
+        trainer.fit(config, hooks=[Watch(), InterruptAfter(interrupted_after)])
+    trainer.fit(config, hooks=[Watch()])
+    for part in ("model", "ema"):
+        a, b = last_state(whole[0])[part], last_state(config)[part]
+        assert_equal_weights(a.get("model", a), b.get("model", b))
+    assert comparable_records(config) == comparable_records(whole[0])
+
+
+def test_both_are_validated_and_best_is_by_the_average(whole):
+    config, _, said = whole
+    with trainer.init_distributed("cpu") as world:
+        loader = Run(config, world).val_loader
+        assert isinstance(loader, EvaluationLoader)
+        last = Path(config.run_dir, "checkpoints", "last.pt")
+        losses = {
+            ema: trainer.evaluate(read_weights(last, ema=ema).network, loader, world).score.loss
+            for ema in (True, False)
+        }
+        assert losses[True] == trainer.evaluate(read_weights(last).network, loader, world).score.loss
+    epochs = [record for record in records(config) if "val/loss" in record]
+    assert epochs[-1]["val/loss"] == pytest.approx(losses[True], rel=1e-6)
+    assert epochs[-1]["val_raw/loss"] == pytest.approx(losses[False], rel=1e-6)
+    assert losses[True] != pytest.approx(losses[False], rel=1e-3)
+    best = load_checkpoint(Path(config.run_dir, "checkpoints", "best.pt"))["progress"]
+    assert best["best_top1_error"] == min(record["val/top1_error"] for record in epochs)
+    lines = said.splitlines()
+    assert lines[1].startswith("last  (epoch 1, ema weights): top-1 error ")
+    assert lines[2].startswith(f"last  (epoch 1, raw weights): top-1 error {epochs[-1]['val_raw/top1_error']:.2f} %")
+
+
+def test_the_best_epoch_can_be_chosen_by_the_raw_weights(whole, tmp_path):
+    config = config_of(tmp_path, best_by="raw")
+    trainer.fit(config, hooks=[Watch()])
+    other, own = ([r for r in records(c) if "val/loss" in r][-1] for c in (whole[0], config))
+    assert (own["val/loss"], own["val_ema/loss"]) == (other["val_raw/loss"], other["val/loss"])
+    found = read_weights(tmp_path / "checkpoints" / "last.pt")
+    assert not found.averaged and found.note == "raw weights (--ema: their average)"
+
+
+def test_commands_take_either_and_say_which(whole, tmp_path):
+    last = Path(whole[0].run_dir, "checkpoints", "last.pt")
+    average, raw = read_weights(last), read_weights(last, ema=False)
+    assert average.note == "moving average of the weights (--no-ema: the raw ones)" and average.averaged
+    assert_equal_weights(average.network.state_dict(), last_state(whole[0])["ema"]["model"])
+    assert_equal_weights(raw.network.state_dict(), last_state(whole[0])["model"])
+    for weights in (average, raw):
+        write_safetensors(weights, tmp_path / "a.safetensors")
+        again = read_weights(tmp_path / "a.safetensors")
+        assert (
+            again.averaged == weights.averaged
+            and again.note == weights.note.partition(" (--no-ema")[0] * again.averaged
+        )
+        assert_equal_weights(again.network.state_dict(), weights.network.state_dict())
+        assert read_weights(tmp_path / "a.safetensors", ema=weights.averaged).averaged == weights.averaged
+        with pytest.raises(UserError, match="leave out --no-ema" if weights.averaged else "leave out --ema"):
+            read_weights(tmp_path / "a.safetensors", ema=not weights.averaged)
+
+
+def test_an_average_that_is_switched_on_begins_at_the_weights_of_that_step(whole, tmp_path):
+    config = config_of(tmp_path, ema_decay=0.0)
+    with pytest.raises(InterruptionError):
+        trainer.fit(config, hooks=[Watch(), InterruptAfter(5)])
+    with pytest.raises(UserError, match=r"train.ema_decay was 0.0 and is now 0.28"):
+        trainer.fit(config_of(tmp_path))
+    changed = config_of(tmp_path, change=["train.ema_decay"])
+    with trainer.init_distributed("cpu") as world:
+        run = Run(changed, world)
+        run.load_state_dict(last_state(config))
+        assert run.ema.updates == 0
+        assert_equal_weights(run.ema.network.state_dict(), last_state(config)["model"])
+    with pytest.raises(UserError, match="last.pt holds one set of weights and no moving average"):
+        read_weights(tmp_path / "checkpoints" / "last.pt", ema=True)
