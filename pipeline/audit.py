@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config, ModelConfig
+from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.measured import Measured
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
@@ -222,6 +222,13 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         )
     if optim.class_weights:
         compare("weights of classes in the loss", "equal", optim.class_weights)
+    if data.mixes:
+        compare("mixed training images", "none", _mixing_text(data))
+    if data.labels == "single" and optim.objective != "cross_entropy":
+        threshold = (
+            "" if optim.bce_target_threshold is None else f", targets above {optim.bce_target_threshold} count as 1"
+        )
+        compare("loss", "cross_entropy", f"{optim.objective}{threshold}")
     if data.sampling != "shuffle":
         compare("images of an epoch", "each once", "equally many of each class")
     compare("precision", "fp32", config.train.precision)
@@ -305,6 +312,13 @@ def _near(a: Any, b: Any) -> bool:
         return a == b
     a, b = (value if isinstance(value, tuple) else (value,) for value in (a, b))
     return len(a) == len(b) and all(abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
+
+
+def _mixing_text(data: DataConfig) -> str:
+    """Mixup and cutmix in a few words."""
+    kinds = [f"{name} {alpha}" for name, alpha in (("mixup", data.mixup_alpha), ("cutmix", data.cutmix_alpha)) if alpha]
+    switch = f", cutmix with probability {data.mix_switch_prob}" if len(kinds) == 2 else ""
+    return f"{' and '.join(kinds)} with probability {data.mix_prob}{switch}"
 
 
 def _text(value: Any, exact: bool = False) -> str:

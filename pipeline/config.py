@@ -24,6 +24,7 @@ from pipeline.parsing import (
     Positive,
     PositiveFloat,
     PositiveRange,
+    Probability,
     Schema,
     flatten,
 )
@@ -111,6 +112,15 @@ class DataConfig:
     labels: Labels = "single"
     """single: each image has one class; multi: any number of labels. data.train and data.val are then CSV files in data.dir,
     with a header: a column of files and either one of names between |, or one of 0 and 1 for each class."""
+    mixup_alpha: NonNegativeFloat = 0.0
+    """Mixup: two training images are added with shares from the Beta distribution of this parameter, as 0.1; 0: none."""
+    cutmix_alpha: NonNegativeFloat = 0.0
+    """Cutmix: a box of each of two training images comes from the other, its area from the Beta distribution of this
+    parameter, as 1.0; 0: none."""
+    mix_prob: Probability = 1.0
+    """Probability that two images are mixed, where mixup or cutmix is on."""
+    mix_switch_prob: Probability = 0.5
+    """Probability of cutmix, and not mixup, where both are on."""
     sampling: Sampling = "shuffle"
     """shuffle: each image once an epoch; balanced: equally many images of each class, of the rare ones more than once."""
     loader: str = "auto"
@@ -159,6 +169,11 @@ class DataConfig:
     """Number of training images of the synthetic loader (validation: a quarter)."""
     synthetic_classes: Positive = 10
     """Number of classes of the synthetic loader."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed in pairs."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "DataConfig":
@@ -240,6 +255,9 @@ class OptimConfig:
     """Epochs over which the learning rate rises linearly from 0 (the paper: none)."""
     label_smoothing: Fraction = 0.0
     """Label smoothing (the paper: none)."""
+    bce_target_threshold: Fraction | None = None
+    """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing and smoothing; none:
+    targets stay soft."""
     fused: bool = True
     """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
 
@@ -328,12 +346,14 @@ class Config:
 
     @model_validator(mode="after")
     def _objective_is_for_these_labels(self) -> "Config":
-        wanted = {"cross_entropy": "single", "binary_cross_entropy": "multi"}.get(self.optim.objective)
-        if wanted and wanted != self.data.labels:
-            other = {"single": "cross_entropy", "multi": "binary_cross_entropy"}[self.data.labels]
+        if self.optim.objective == "cross_entropy" and self.data.labels == "multi":
             raise ValueError(
-                f"optim.objective: {self.optim.objective} is for data.labels {wanted}, and they are {self.data.labels}: set "
-                f"optim.objective {other}"
+                "optim.objective: cross_entropy is for data.labels single, and they are multi: set optim.objective "
+                "binary_cross_entropy"
+            )
+        if self.optim.bce_target_threshold is not None and self.optim.objective == "cross_entropy":
+            raise ValueError(
+                "optim.bce_target_threshold is of optim.objective binary_cross_entropy: set that, or leave it out"
             )
         return self
 

@@ -50,6 +50,15 @@ ELSEWHERE = {
     "output_dir": "--run_dir",
     "resume": "a run resumes by itself: start the same command again",
     "grad_clip": "gradients are not clipped here",
+    "mixup": "--data.mixup_alpha",
+    "cutmix": "--data.cutmix_alpha",
+    "mixup_prob": "--data.mix_prob",
+    "mixup_switch_prob": "--data.mix_switch_prob",
+    "smoothing": "--optim.label_smoothing",
+    "bce_loss": "--optim.objective binary_cross_entropy",
+    "bce_target_thresh": "--optim.bce_target_threshold",
+    "model_ema": "--train.ema_decay",
+    "model_ema_decay": "--train.ema_decay",
     "loss": "the loss is cross-entropy; pipeline/objective.py is the place for another",
 }
 

@@ -25,6 +25,8 @@ from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
+from pipeline.data.mixing import TOGETHER
+from pipeline.data.plan import split
 from pipeline.distributed import World, data_parallel
 from pipeline.ema import ModelEma
 from pipeline.errors import UserError
@@ -251,7 +253,7 @@ class Run:
 
     def _image_dtype(self) -> torch.dtype:
         """bfloat16 where the first thing that becomes of an image is that autocast rounds it to that, else float32."""
-        as_they_are = type(self.objective).prepare is CrossEntropy.prepare
+        as_they_are = type(self.objective).prepare is CrossEntropy.prepare and not self.config.data.mixes
         halves = self.config.train.precision == "bf16" and self.world.device.type == "cpu"
         return torch.bfloat16 if halves and as_they_are else torch.float32
 
@@ -421,7 +423,8 @@ class Run:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
-        smallest = min(2, max(1, last_batch // self.microbatches))  # batch norm wants more than one value a channel
+        parts = split(0, last_batch, self.microbatches, TOGETHER if config.data.mixes else 1)
+        smallest = min(2, *(len(part) or 1 for part in parts))  # batch norm wants more than one value a channel
         reason = why_not(copy.deepcopy(network).train(), smallest, config.data.crop_size)
         if reason:
             raise UserError(
@@ -433,10 +436,12 @@ class Run:
 def _split_batch(config: Config, world: World) -> int:
     """Into how many microbatches a global batch is cut; `UserError` if they cannot be equal."""
     microbatches = world.size * config.optim.grad_accum_steps
-    if config.optim.batch_size % microbatches:
+    together = TOGETHER if config.data.mixes else 1
+    if config.optim.batch_size % (microbatches * together):
+        pairs = " into pairs of images that are mixed" if together > 1 else ""
         raise UserError(
             f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
-            f"{config.optim.grad_accum_steps} accumulation steps: choose a multiple of {microbatches}"
+            f"{config.optim.grad_accum_steps} accumulation steps{pairs}: choose a multiple of {microbatches * together}"
         )
     return microbatches
 

@@ -40,6 +40,8 @@ DEPARTURES = [
     ("data.mean", (0.5, 0.5, 0.5)), ("data.std", (0.5, 0.5, 0.5)), ("data.loader", "synthetic"),
     ("data.corrupt_images", "skip"), ("model.weights", "weights.pt"), ("model.freeze", 1), ("optim.head_lr", 0.2),
     ("optim.layer_decay", 0.5), ("optim.class_weights", "balanced"), ("data.sampling", "balanced"),
+    ("data.mixup_alpha", 0.1), ("data.cutmix_alpha", 1.0), ("optim.objective", "binary_cross_entropy"),
+    ("train.ema_decay", 0.999),
 ]  # fmt: skip
 
 
@@ -157,8 +159,10 @@ def test_every_field_that_shapes_a_result_is_audited():
     harmless = {
         "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.synthetic_images",
         "data.synthetic_classes", "data.download", "data.hw_decoder_load", "data.file_column", "data.label_column",
-        "optim.objective", "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
+        "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
         "model.activation_checkpointing", "model.weights_sha256", "data.from_weights",
+        "data.mix_prob", "data.mix_switch_prob",  # in the row of data.mixup_alpha
+        "optim.bce_target_threshold",  # in the row of optim.objective
         "data.labels",  # which optim.objective belongs to: test_label_table.py
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}
@@ -167,7 +171,7 @@ def test_every_field_that_shapes_a_result_is_audited():
         for key in flatten(dataclasses.asdict(load_config(DENSENET121)))
         if key.split(".")[0] in ("model", "data", "optim")
     }
-    assert fields == audited - {"train.precision"} | harmless
+    assert fields == audited - {"train.precision", "train.ema_decay"} | harmless
 
 
 def test_the_command_prints_the_table(monkeypatch, capsys):
