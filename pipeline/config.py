@@ -230,7 +230,7 @@ class OptimConfig:
     """Weights of the classes in the loss: balanced (rare classes weigh as much as frequent ones), or a file with a line
     'CLASS WEIGHT' for each; with several labels an image, of a class's positive images."""
     optimizer: str = "sgd"
-    """Optimiser, one of pipeline/optim.py."""
+    """Optimiser: sgd (the paper), or one of timm's that pipeline/optim.py names, as lamb or adamw."""
     grad_accum_steps: Positive = 1
     """Gradient accumulation steps: forward and backward passes of a rank for one optimiser step."""
     lr: Annotated[PositiveFloat, Field(le=1e6)] = 0.1
@@ -240,13 +240,22 @@ class OptimConfig:
     layer_decay: Annotated[PositiveFloat, Field(le=1)] = 1.0
     """Factor of the learning rate from each part of the network to the one before it: classifier, blocks, stem."""
     momentum: Fraction = 0.9
-    """SGD momentum, without dampening."""
+    """SGD momentum, without dampening; of timm's optimisers for those that have one."""
     nesterov: bool = True
-    """Nesterov momentum."""
+    """Nesterov momentum, of sgd."""
     weight_decay: NonNegativeFloat = 1e-4
-    """L2 penalty on every parameter, batch-norm and biases included."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: lr times lr_gamma at each milestone (the paper); cosine: to zero over all epochs."""
+    """L2 penalty on every parameter, batch-norm and biases included; of timm's optimisers their own kind of weight decay."""
+    decay_norms: bool = True
+    """Weight decay on norms and biases too (the paper); false: on parameters of two dimensions or more only."""
+    clip_grad_norm: PositiveFloat | None = None
+    """Scale the gradient of a step down to this norm where that of all parameters together is greater; none: never."""
+    schedule: Literal["step", "cosine", "polynomial", "one_cycle"] = "step"
+    """step: lr times lr_gamma at each milestone (the paper); cosine, polynomial: down to min_lr over all epochs; one_cycle:
+    torch's OneCycleLR, from lr / 25 up to lr over 30 % of the steps, and down to lr / 250,000."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the schedules cosine and polynomial."""
+    poly_power: PositiveFloat = 1.0
+    """Exponent of the polynomial schedule; 1: a straight line."""
     milestones: tuple[NonNegative, ...] = (30, 60)
     """Epochs, counted from 0, at whose start the step schedule drops the learning rate."""
     lr_gamma: PositiveFloat = 0.1
@@ -265,6 +274,18 @@ class OptimConfig:
     def _nesterov_has_momentum(self) -> "OptimConfig":
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_uses_what_is_given(self) -> "OptimConfig":
+        if self.min_lr and self.schedule not in ("cosine", "polynomial"):
+            raise ValueError(f"min_lr is of the schedules cosine and polynomial, not of {self.schedule}: leave it out")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must be at most lr ({self.lr})")
+        if self.poly_power != 1 and self.schedule != "polynomial":
+            raise ValueError(f"poly_power is of the schedule polynomial, not of {self.schedule}: leave it out")
+        if self.warmup_epochs and self.schedule == "one_cycle":
+            raise ValueError("the schedule one_cycle has a warm-up of its own: leave out warmup_epochs")
         return self
 
 

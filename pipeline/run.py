@@ -46,7 +46,7 @@ from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
 from pipeline.models.parts import freeze
 from pipeline.objective import CrossEntropy, create_objective, read_class_weights
-from pipeline.optim import create_optimizer, learning_rate, load_state
+from pipeline.optim import create_optimizer, learning_rate, load_state, state_of
 from pipeline.precision import (
     AUTOCAST_TYPES,
     autocast,
@@ -134,14 +134,14 @@ class Weights:
 class OptimizerState:
     """An optimiser as a part of a run's state; see `optim.load_state`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, network: nn.Module):
+        self._optimizer, self._network = optimizer, network
 
     def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+        return state_of(self._optimizer, self._network)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_state(self._optimizer, state)
+        load_state(self._optimizer, self._network, state)
 
 
 class Run:
@@ -193,7 +193,7 @@ class Run:
         self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json", skips)
         self.parts: dict[str, Stateful] = {
             "model": Weights(self.network),
-            "optimizer": OptimizerState(self.optimizer),
+            "optimizer": OptimizerState(self.optimizer, self.network),
             "scaler": self.scaler,
             "progress": self.progress,
             "epoch_metrics": self.epoch_metrics,
@@ -374,11 +374,11 @@ class Run:
             self.epoch_metrics.add(sums)
             self.window_metrics.add(sums)
 
-    def gradient_norm(self) -> float:
-        """Of all parameters together, without the loss scale; waits for the device."""
+    def gradient_norm(self) -> Tensor:
+        """Of all parameters together, a scalar on the device; it takes the loss scale off the gradients, once a step."""
         self.scaler.unscale_(self.optimizer)
         gradients = (p.grad for p in self.network.parameters() if p.grad is not None)
-        return nn.utils.get_total_norm(gradients).item()
+        return nn.utils.get_total_norm(gradients)
 
     def weigh_gradients(self, images: int, counted: Tensor) -> None:
         """Make gradients that were divided by all `images` of a global batch follow the mean over those that count.

@@ -41,7 +41,7 @@ DEPARTURES = [
     ("data.corrupt_images", "skip"), ("model.weights", "weights.pt"), ("model.freeze", 1), ("optim.head_lr", 0.2),
     ("optim.layer_decay", 0.5), ("optim.class_weights", "balanced"), ("data.sampling", "balanced"),
     ("data.mixup_alpha", 0.1), ("data.cutmix_alpha", 1.0), ("optim.objective", "binary_cross_entropy"),
-    ("train.ema_decay", 0.999),
+    ("train.ema_decay", 0.999), ("optim.optimizer", "lamb"), ("optim.decay_norms", False), ("optim.clip_grad_norm", 1.0),
 ]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_every_field_that_shapes_a_result_is_audited():
     harmless = {
         "data.dir", "data.train", "data.val", "data.val_labels", "data.threads", "data.synthetic_images",
         "data.synthetic_classes", "data.download", "data.hw_decoder_load", "data.file_column", "data.label_column",
-        "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
+        "optim.fused", "optim.min_lr", "optim.poly_power", "optim.grad_accum_steps", "model.dense_block",
         "model.activation_checkpointing", "model.weights_sha256", "data.from_weights",
         "data.mix_prob", "data.mix_switch_prob",  # in the row of data.mixup_alpha
         "optim.bce_target_threshold",  # in the row of optim.objective
