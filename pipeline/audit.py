@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config, DataConfig, ModelConfig
+from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
 from pipeline.measured import Measured
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
@@ -198,11 +198,15 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     compare(
         "learning-rate schedule",
         f"times 0.1 at epochs {paper_drops} of {setting.epochs}",
-        by_steps if optim.schedule == "step" else f"{optim.schedule} over {optim.epochs} epochs",
+        by_steps if optim.schedule == "step" else _curve_text(optim),
         same=optim.schedule == "step" and optim.lr_gamma == 0.1 and _near(setting.drops, own_drops),
     )
     compare("warm-up epochs", 0.0, optim.warmup_epochs)
     configured = f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}"
+    if optim.optimizer != "sgd":
+        configured = f"as timm's {optim.optimizer} has it"
+    if optim.optimizer != "sgd":
+        compare("optimiser", "sgd", optim.optimizer)
     compare("momentum", "0.9, Nesterov", measured.momentum if measured else configured)
     factors = measured.weight_decay if measured else (optim.weight_decay,)
     compare("weight decay", 1e-4, factors[0] if len(factors) == 1 else factors)
@@ -213,6 +217,10 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
             "every parameter",
             "every parameter" if some == every else f"{some} of {every} tensors",
         )
+    elif not optim.decay_norms:
+        compare("weight decay applies to", "every parameter", "neither norms nor biases")
+    if optim.clip_grad_norm:
+        compare("norm to which gradients are clipped", "none", optim.clip_grad_norm)
     compare("label smoothing", 0.0, optim.label_smoothing)
     if decay := config.train.ema_decay:
         compare(
@@ -224,6 +232,13 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         )
     if optim.class_weights:
         compare("weights of classes in the loss", "equal", optim.class_weights)
+    if data.mixes:
+        compare("mixed training images", "none", _mixing_text(data))
+    if data.labels == "single" and optim.objective != "cross_entropy":
+        threshold = (
+            "" if optim.bce_target_threshold is None else f", targets above {optim.bce_target_threshold} count as 1"
+        )
+        compare("loss", "cross_entropy", f"{optim.objective}{threshold}")
     if data.sampling != "shuffle":
         compare("images of an epoch", "each once", "equally many of each class")
     compare("precision", "fp32", config.train.precision)
@@ -337,6 +352,20 @@ def _near(a: Any, b: Any) -> bool:
         return a == b
     a, b = (value if isinstance(value, tuple) else (value,) for value in (a, b))
     return len(a) == len(b) and all(abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
+
+
+def _curve_text(optim: OptimConfig) -> str:
+    """A schedule without milestones in a few words."""
+    power = f" of power {optim.poly_power}" if optim.poly_power != 1 else ""
+    floor = f", down to {optim.min_lr}" if optim.min_lr else ""
+    return f"{optim.schedule}{power} over {optim.epochs} epochs{floor}"
+
+
+def _mixing_text(data: DataConfig) -> str:
+    """Mixup and cutmix in a few words."""
+    kinds = [f"{name} {alpha}" for name, alpha in (("mixup", data.mixup_alpha), ("cutmix", data.cutmix_alpha)) if alpha]
+    switch = f", cutmix with probability {data.mix_switch_prob}" if len(kinds) == 2 else ""
+    return f"{' and '.join(kinds)} with probability {data.mix_prob}{switch}"
 
 
 def _text(value: Any, exact: bool = False) -> str:

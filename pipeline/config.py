@@ -115,6 +115,15 @@ class DataConfig:
     labels: Labels = "single"
     """single: each image has one class; multi: any number of labels. data.train and data.val are then CSV files in data.dir,
     with a header: a column of files and either one of names between |, or one of 0 and 1 for each class."""
+    mixup_alpha: NonNegativeFloat = 0.0
+    """Mixup: two training images are added with shares from the Beta distribution of this parameter, as 0.1; 0: none."""
+    cutmix_alpha: NonNegativeFloat = 0.0
+    """Cutmix: a box of each of two training images comes from the other, its area from the Beta distribution of this
+    parameter, as 1.0; 0: none."""
+    mix_prob: Probability = 1.0
+    """Probability that two images are mixed, where mixup or cutmix is on."""
+    mix_switch_prob: Probability = 0.5
+    """Probability of cutmix, and not mixup, where both are on."""
     sampling: Sampling = "shuffle"
     """shuffle: each image once an epoch; balanced: equally many images of each class, of the rare ones more than once."""
     loader: str = "auto"
@@ -192,6 +201,11 @@ class DataConfig:
     """Number of training images of the synthetic loader (validation: a quarter)."""
     synthetic_classes: Positive = 10
     """Number of classes of the synthetic loader."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed in pairs."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "DataConfig":
@@ -283,7 +297,7 @@ class OptimConfig:
     """Weights of the classes in the loss: balanced (rare classes weigh as much as frequent ones), or a file with a line
     'CLASS WEIGHT' for each; with several labels an image, of a class's positive images."""
     optimizer: str = "sgd"
-    """Optimiser, one of pipeline/optim.py."""
+    """Optimiser: sgd (the paper), or one of timm's that pipeline/optim.py names, as lamb or adamw."""
     grad_accum_steps: Positive = 1
     """Gradient accumulation steps: forward and backward passes of a rank for one optimiser step."""
     lr: Annotated[PositiveFloat, Field(le=1e6)] = 0.1
@@ -293,13 +307,22 @@ class OptimConfig:
     layer_decay: Annotated[PositiveFloat, Field(le=1)] = 1.0
     """Factor of the learning rate from each part of the network to the one before it: classifier, blocks, stem."""
     momentum: Fraction = 0.9
-    """SGD momentum, without dampening."""
+    """SGD momentum, without dampening; of timm's optimisers for those that have one."""
     nesterov: bool = True
-    """Nesterov momentum."""
+    """Nesterov momentum, of sgd."""
     weight_decay: NonNegativeFloat = 1e-4
-    """L2 penalty on every parameter, batch-norm and biases included."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: lr times lr_gamma at each milestone (the paper); cosine: to zero over all epochs."""
+    """L2 penalty on every parameter, batch-norm and biases included; of timm's optimisers their own kind of weight decay."""
+    decay_norms: bool = True
+    """Weight decay on norms and biases too (the paper); false: on parameters of two dimensions or more only."""
+    clip_grad_norm: PositiveFloat | None = None
+    """Scale the gradient of a step down to this norm where that of all parameters together is greater; none: never."""
+    schedule: Literal["step", "cosine", "polynomial", "one_cycle"] = "step"
+    """step: lr times lr_gamma at each milestone (the paper); cosine, polynomial: down to min_lr over all epochs; one_cycle:
+    torch's OneCycleLR, from lr / 25 up to lr over 30 % of the steps, and down to lr / 250,000."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the schedules cosine and polynomial."""
+    poly_power: PositiveFloat = 1.0
+    """Exponent of the polynomial schedule; 1: a straight line."""
     milestones: tuple[NonNegative, ...] = (30, 60)
     """Epochs, counted from 0, at whose start the step schedule drops the learning rate."""
     lr_gamma: PositiveFloat = 0.1
@@ -308,6 +331,9 @@ class OptimConfig:
     """Epochs over which the learning rate rises linearly from 0 (the paper: none)."""
     label_smoothing: Fraction = 0.0
     """Label smoothing (the paper: none)."""
+    bce_target_threshold: Fraction | None = None
+    """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing and smoothing; none:
+    targets stay soft."""
     fused: bool = True
     """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
 
@@ -315,6 +341,18 @@ class OptimConfig:
     def _nesterov_has_momentum(self) -> "OptimConfig":
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_uses_what_is_given(self) -> "OptimConfig":
+        if self.min_lr and self.schedule not in ("cosine", "polynomial"):
+            raise ValueError(f"min_lr is of the schedules cosine and polynomial, not of {self.schedule}: leave it out")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must be at most lr ({self.lr})")
+        if self.poly_power != 1 and self.schedule != "polynomial":
+            raise ValueError(f"poly_power is of the schedule polynomial, not of {self.schedule}: leave it out")
+        if self.warmup_epochs and self.schedule == "one_cycle":
+            raise ValueError("the schedule one_cycle has a warm-up of its own: leave out warmup_epochs")
         return self
 
 
@@ -398,12 +436,14 @@ class Config:
 
     @model_validator(mode="after")
     def _objective_is_for_these_labels(self) -> "Config":
-        wanted = {"cross_entropy": "single", "binary_cross_entropy": "multi"}.get(self.optim.objective)
-        if wanted and wanted != self.data.labels:
-            other = {"single": "cross_entropy", "multi": "binary_cross_entropy"}[self.data.labels]
+        if self.optim.objective == "cross_entropy" and self.data.labels == "multi":
             raise ValueError(
-                f"optim.objective: {self.optim.objective} is for data.labels {wanted}, and they are {self.data.labels}: set "
-                f"optim.objective {other}"
+                "optim.objective: cross_entropy is for data.labels single, and they are multi: set optim.objective "
+                "binary_cross_entropy"
+            )
+        if self.optim.bce_target_threshold is not None and self.optim.objective == "cross_entropy":
+            raise ValueError(
+                "optim.bce_target_threshold is of optim.objective binary_cross_entropy: set that, or leave it out"
             )
         return self
 

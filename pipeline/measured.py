@@ -55,10 +55,15 @@ def initial_spread(network: nn.Module) -> float:
 
 
 def momentum_text(optimizer: torch.optim.Optimizer) -> str:
-    """The momentum that an optimiser uses, as ``0.9, Nesterov``; several where groups of parameters differ."""
+    """The momentum that an optimiser uses, as ``0.9, Nesterov``; several where groups of parameters differ.
+
+    Of optimisers that have them their betas, and the norm to which they clip gradients by themselves.
+    """
     texts: dict[str, None] = {}  # in the order of the groups
     for group in optimizer.param_groups:
-        parts = [str(group.get("momentum", "none"))]
+        betas = f"betas {', '.join(map(str, group['betas']))}" if "betas" in group else "none"
+        parts = [str(group.get("momentum", betas))]
+        parts += [f"gradient norm at most {group['max_grad_norm']}"] if group.get("max_grad_norm") else []
         parts += ["Nesterov"] if group.get("nesterov") else []
         parts += [f"dampening {group['dampening']}"] if group.get("dampening") else []
         texts[", ".join(parts)] = None

@@ -21,7 +21,12 @@ from pipeline.errors import UserError, look_up
 
 
 class Objective(Protocol):
-    """What training minimises."""
+    """What training minimises.
+
+    Optional attributes:
+        class_weights: as `CrossEntropy` has it; without it `optim.class_weights` is refused.
+        takes_mixed_labels: true if `losses` follows `Batch.partners`; without it mixup and cutmix are refused.
+    """
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch that the network sees: as it is, or with images mixed and targets softened."""
@@ -41,11 +46,15 @@ class Objective(Protocol):
 class CrossEntropy:
     """Cross-entropy with the class of each image, the paper's (no label smoothing).
 
+    A mixed image has the mean of the losses with both of its labels, by their shares: as it is linear in the targets, that is
+    the loss with soft ones.
+
     Attributes:
         class_weights: (classes) float32, by which an image's loss is multiplied; None for 1.
     """
 
     class_weights: Tensor | None = None
+    takes_mixed_labels = True
 
     def __init__(self, label_smoothing: float):
         self._label_smoothing = label_smoothing
@@ -54,30 +63,60 @@ class CrossEntropy:
         return batch
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        losses = F.cross_entropy(outputs.float(), batch.labels, reduction="none", label_smoothing=self._label_smoothing)
-        return losses if self.class_weights is None else losses * self.class_weights[batch.labels]
+        losses = self._losses_of(outputs, batch.labels)
+        if batch.partners is None:
+            return losses
+        return torch.lerp(losses, self._losses_of(outputs, batch.partners.labels), batch.partners.shares)
+
+    def _losses_of(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(outputs.float(), labels, reduction="none", label_smoothing=self._label_smoothing)
+        return losses if self.class_weights is None else losses * self.class_weights[labels]
 
     def logits(self, outputs: Tensor) -> Tensor:
         return outputs
 
 
 class BinaryCrossEntropy(CrossEntropy):
-    """Binary cross-entropy of each of an image's labels, averaged over the classes.
+    """Binary cross-entropy of each of an image's labels, or of its one class against all others, averaged over the classes.
 
-    `class_weights` multiply the loss of a class in the images that have it.
+    `class_weights` multiply the loss of a class in the images that have it, by its target.
+
+    Args:
+        threshold: targets above it become 1 and all others 0; None leaves them. Source: Wightman et al. 2021, ResNet strikes
+            back, whose images have all classes that are mixed into them.
     """
 
+    def __init__(self, label_smoothing: float, threshold: float | None = None):
+        super().__init__(label_smoothing)
+        self._threshold = threshold
+
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        targets = batch.labels.float() * (1 - self._label_smoothing) + self._label_smoothing / 2
+        targets = self.targets(batch, outputs.shape[1])
         losses = F.binary_cross_entropy_with_logits(
             outputs.float(), targets, pos_weight=self.class_weights, reduction="none"
         )
         return losses.mean(dim=1)
 
+    def targets(self, batch: Batch, classes: int) -> Tensor:
+        """(n, classes) float32. Smoothing moves them towards 1/2; of one class an image towards 1 / classes, as in timm."""
+        targets = _dense(batch.labels, classes)
+        if batch.partners is not None:
+            targets = torch.lerp(targets, _dense(batch.partners.labels, classes), batch.partners.shares[:, None])
+        floor = 1 / 2 if batch.labels.dim() == 2 else 1 / classes
+        targets = targets * (1 - self._label_smoothing) + self._label_smoothing * floor
+        return targets if self._threshold is None else (targets > self._threshold).float()
+
+
+def _dense(labels: Tensor, classes: int) -> Tensor:
+    """(n) classes or (n, classes) labels as (n, classes) float32."""
+    return labels.float() if labels.dim() == 2 else F.one_hot(labels, classes).float()
+
 
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "cross_entropy": lambda config: CrossEntropy(config.optim.label_smoothing),
-    "binary_cross_entropy": lambda config: BinaryCrossEntropy(config.optim.label_smoothing),
+    "binary_cross_entropy": lambda config: BinaryCrossEntropy(
+        config.optim.label_smoothing, config.optim.bce_target_threshold
+    ),
 }
 
 
@@ -88,9 +127,13 @@ def create_objective(config: Config, class_weights: Tensor | None = None) -> Obj
         class_weights: (classes) float32 on the device; see `read_class_weights`.
 
     Raises:
-        UserError: there is none of that name, or it does not weigh classes.
+        UserError: there is none of that name, or it does not weigh classes or take mixed labels.
     """
     objective = look_up(OBJECTIVES, config.optim.objective, "optim.objective")(config)
+    if config.data.mixes and not getattr(objective, "takes_mixed_labels", False):
+        raise UserError(
+            f"the objective {config.optim.objective} does not take mixed labels: set data.mixup_alpha 0 and data.cutmix_alpha 0"
+        )
     if class_weights is not None:
         if not hasattr(objective, "class_weights"):
             raise UserError(f"optim.class_weights: the objective {config.optim.objective} does not weigh classes")

@@ -1,8 +1,10 @@
 """The optimisers by name, and the learning rate as a pure function of the step."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
-from itertools import chain, groupby
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,11 +50,42 @@ def _on_gpu(parameters: list[Any]) -> bool:
     return all(tensor.device.type == "cuda" for tensor in tensors)
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig], torch.optim.Optimizer]] = {"sgd": sgd}
+def of_timm(name: str, parameters: Parameters, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimiser of that name, with its own defaults for what the configuration has no field for (betas, epsilon)."""
+    from timm.optim import create_optimizer_v2  # takes seconds to import
+
+    return create_optimizer_v2(
+        list(parameters), name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+
+
+# Of timm's optimisers those that resume to the same bits, which tests/test_optim.py holds.
+TIMM = (
+    "adabelief",
+    "adamw",
+    "adan",
+    "adopt",
+    "lamb",
+    "lambc",
+    "larc",
+    "lars",
+    "lion",
+    "madgrad",
+    "nadamw",
+    "rmsproptf",
+)
+
+OPTIMIZERS: dict[str, Callable[[Parameters, OptimConfig], torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    **{name: partial(of_timm, name) for name in TIMM},
+}
 
 
 def create_optimizer(network: nn.Module, config: OptimConfig, name: str = "") -> torch.optim.Optimizer:
-    """Build the optimiser that the configuration names, for all parameters, batch-norm's and biases included.
+    """Build the optimiser that the configuration names, for all parameters.
+
+    Weight decay is on all of them, or without ``optim.decay_norms`` on those of two dimensions or more: neither on norms nor
+    on biases. Parameters that are treated alike are a group.
 
     Args:
         name: the network's, for messages.
@@ -61,14 +94,16 @@ def create_optimizer(network: nn.Module, config: OptimConfig, name: str = "") ->
         UserError: there is none of that name; or `parts_of` does not know the network that optim.layer_decay is for.
     """
     create = look_up(OPTIMIZERS, config.optimizer, "optim.optimizer")
-    if config.head_lr is None and config.layer_decay == 1:
+    if config.head_lr is None and config.layer_decay == 1 and config.decay_norms:
         return create(network.parameters(), config)
     scales = _learning_rate_scales(network, config, name)
-    parameters = network.named_parameters()  # in their order, by which a checkpoint numbers them
+    groups: dict[tuple[float, bool], list[torch.Tensor]] = {}
+    for entry, parameter in network.named_parameters():
+        groups.setdefault((scales[entry], config.decay_norms or parameter.dim() > 1), []).append(parameter)
     return create(
         [
-            {"params": [parameter for _, parameter in group], "lr_scale": scale}
-            for scale, group in groupby(parameters, key=lambda item: scales[item[0]])
+            {"params": alike, "lr_scale": scale, "weight_decay": config.weight_decay if decays else 0.0}
+            for (scale, decays), alike in groups.items()
         ],
         config,
     )
@@ -88,19 +123,38 @@ def _learning_rate_scales(network: nn.Module, config: OptimConfig, name: str) ->
     return scales
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Resume an optimiser's state under its own groups and hyperparameters, which `state` has as they were.
+def state_of(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Any]:
+    """An optimiser's state dictionary, in which parameters have their numbers in the network's order, however grouped."""
+    state, places = optimizer.state_dict(), _places(optimizer, network)
+    groups = [{**group, "params": [places[i] for i in group["params"]]} for group in state["param_groups"]]
+    return {"state": {places[i]: values for i, values in state["state"].items()}, "param_groups": groups}
 
-    Groups keep the order of the network's parameters, so that another division into groups changes no parameter's number.
+
+def load_state(optimizer: torch.optim.Optimizer, network: nn.Module, state: dict[str, Any]) -> None:
+    """Resume what `state_of` gave under the optimiser's own groups and hyperparameters.
+
+    A group takes over only what it lacks before the first step: a count of steps that some optimisers keep there.
     What belongs to a parameter is laid out as the parameter is: torch's kernels for many parameters at once need that.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    groups, places = optimizer.state_dict()["param_groups"], _places(optimizer, network)
+    kept = {key: value for key, value in state["param_groups"][0].items() if key not in {"lr_scale", *groups[0]}}
+    optimizer.load_state_dict(
+        {
+            "state": {i: state["state"][place] for i, place in enumerate(places) if place in state["state"]},
+            "param_groups": [{**copy.deepcopy(kept), **group} for group in groups],
+        }
+    )
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     _begin_momentum(optimizer)
+
+
+def _places(optimizer: torch.optim.Optimizer, network: nn.Module) -> list[int]:
+    """The place in the network's order of each parameter, in the order of the optimiser's groups."""
+    order = {id(parameter): place for place, parameter in enumerate(network.parameters())}
+    return [order[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -114,8 +168,24 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     epoch = step / steps_per_epoch
     if epoch < config.warmup_epochs:
         return config.lr * min(1, (step + 1) / (config.warmup_epochs * steps_per_epoch))
-    if config.schedule == "cosine":
+    if config.schedule == "one_cycle":
+        return _one_cycle(config.lr, step, config.epochs * steps_per_epoch)
+    if config.schedule != "step":
         progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        remaining = _cosine(progress) if config.schedule == "cosine" else (1 - progress) ** config.poly_power
+        return config.min_lr + (config.lr - config.min_lr) * remaining
     drops = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
     return config.lr * config.lr_gamma**drops
+
+
+def _cosine(progress: float) -> float:
+    """From 1 to 0 along half a wave."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _one_cycle(peak: float, step: int, steps: int) -> float:
+    """torch's OneCycleLR with its defaults (Smith and Topin 2018), the momentum left as it is."""
+    start, end, top = peak / 25, peak / 25e4, 0.3 * steps - 1
+    if step < top:
+        return peak + (start - peak) * _cosine(step / top)
+    return end + (peak - end) * _cosine((step - top) / (steps - 1 - top))

@@ -25,6 +25,8 @@ from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
+from pipeline.data.mixing import TOGETHER
+from pipeline.data.plan import split
 from pipeline.distributed import World, data_parallel
 from pipeline.ema import ModelEma
 from pipeline.errors import UserError
@@ -44,7 +46,7 @@ from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
 from pipeline.models.parts import freeze
 from pipeline.objective import CrossEntropy, create_objective, read_class_weights
-from pipeline.optim import create_optimizer, learning_rate, load_state
+from pipeline.optim import create_optimizer, learning_rate, load_state, state_of
 from pipeline.precision import (
     AUTOCAST_TYPES,
     autocast,
@@ -132,14 +134,14 @@ class Weights:
 class OptimizerState:
     """An optimiser as a part of a run's state; see `optim.load_state`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, network: nn.Module):
+        self._optimizer, self._network = optimizer, network
 
     def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+        return state_of(self._optimizer, self._network)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_state(self._optimizer, state)
+        load_state(self._optimizer, self._network, state)
 
 
 class Run:
@@ -191,7 +193,7 @@ class Run:
         self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json", skips)
         self.parts: dict[str, Stateful] = {
             "model": Weights(self.network),
-            "optimizer": OptimizerState(self.optimizer),
+            "optimizer": OptimizerState(self.optimizer, self.network),
             "scaler": self.scaler,
             "progress": self.progress,
             "epoch_metrics": self.epoch_metrics,
@@ -251,7 +253,7 @@ class Run:
 
     def _image_dtype(self) -> torch.dtype:
         """bfloat16 where the first thing that becomes of an image is that autocast rounds it to that, else float32."""
-        as_they_are = type(self.objective).prepare is CrossEntropy.prepare
+        as_they_are = type(self.objective).prepare is CrossEntropy.prepare and not self.config.data.mixes
         halves = self.config.train.precision == "bf16" and self.world.device.type == "cpu"
         return torch.bfloat16 if halves and as_they_are else torch.float32
 
@@ -378,11 +380,11 @@ class Run:
             self.epoch_metrics.add(sums)
             self.window_metrics.add(sums)
 
-    def gradient_norm(self) -> float:
-        """Of all parameters together, without the loss scale; waits for the device."""
+    def gradient_norm(self) -> Tensor:
+        """Of all parameters together, a scalar on the device; it takes the loss scale off the gradients, once a step."""
         self.scaler.unscale_(self.optimizer)
         gradients = (p.grad for p in self.network.parameters() if p.grad is not None)
-        return nn.utils.get_total_norm(gradients).item()
+        return nn.utils.get_total_norm(gradients)
 
     def weigh_gradients(self, images: int, counted: Tensor) -> None:
         """Make gradients that were divided by all `images` of a global batch follow the mean over those that count.
@@ -427,7 +429,8 @@ class Run:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
-        smallest = min(2, max(1, last_batch // self.microbatches))  # batch norm wants more than one value a channel
+        parts = split(0, last_batch, self.microbatches, TOGETHER if config.data.mixes else 1)
+        smallest = min(2, *(len(part) or 1 for part in parts))  # batch norm wants more than one value a channel
         field = "data.train_crop_size" if config.data.train_crop_size else "data.crop_size"
         for size in config.data.train_sizes:
             if reason := why_not(copy.deepcopy(network).train(), smallest, size):
@@ -442,10 +445,12 @@ class Run:
 def _split_batch(config: Config, world: World) -> int:
     """Into how many microbatches a global batch is cut; `UserError` if they cannot be equal."""
     microbatches = world.size * config.optim.grad_accum_steps
-    if config.optim.batch_size % microbatches:
+    together = TOGETHER if config.data.mixes else 1
+    if config.optim.batch_size % (microbatches * together):
+        pairs = " into pairs of images that are mixed" if together > 1 else ""
         raise UserError(
             f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
-            f"{config.optim.grad_accum_steps} accumulation steps: choose a multiple of {microbatches}"
+            f"{config.optim.grad_accum_steps} accumulation steps{pairs}: choose a multiple of {microbatches * together}"
         )
     return microbatches
 

@@ -1,11 +1,13 @@
 """What an optimiser step does with the gradients of its batch."""
 
+from torch import nn
+
 from pipeline.optim import set_learning_rate
 from pipeline.run import Run
 
 
 def update(run: Run, logged: bool, skipped: bool) -> tuple[float, float | None]:
-    """Move the weights, and then their average. Waits for the device only where the step is logged.
+    """Clip the gradient, and move the weights and then their average. Waits for the device only where the step is logged.
 
     In fp16 the loss scaler leaves out a step whose gradient is not finite, which only the device knows: such a step moves the
     average once more towards the same weights. With ``train.not_finite skip`` it is known here, and moves nothing.
@@ -15,9 +17,13 @@ def update(run: Run, logged: bool, skipped: bool) -> tuple[float, float | None]:
         skipped: the step is to be left out.
 
     Returns:
-        The learning rate, and the norm of the gradient of all parameters, without the loss scale; None unless logged.
+        The learning rate, and the norm of the gradient of all parameters before it is clipped, without the loss scale; None
+        unless logged.
     """
-    norm = run.gradient_norm() if logged else None
+    limit = run.config.optim.clip_grad_norm
+    norm = run.gradient_norm() if logged or limit else None
+    if limit and norm is not None:
+        nn.utils.clip_grads_with_norm_(run.network.parameters(), limit, norm)
     rate = run.learning_rate
     if not skipped or run.scaler.is_enabled():  # the scaler leaves the step out by itself, and lowers its scale
         set_learning_rate(run.optimizer, rate)
@@ -27,4 +33,4 @@ def update(run: Run, logged: bool, skipped: bool) -> tuple[float, float | None]:
     run.progress.skipped_steps += skipped
     if run.ema and not skipped:
         run.ema.update()
-    return rate, norm
+    return rate, norm.item() if logged and norm is not None else None

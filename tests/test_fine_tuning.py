@@ -306,7 +306,7 @@ def test_each_part_has_its_learning_rate_and_other_groups_resume():
     plain = create_optimizer(network, OptimConfig(lr=0.2))
     sum(p.sum() for p in network.parameters()).backward()
     plain.step()
-    load_state(optimizer, plain.state_dict())
+    load_state(optimizer, network, plain.state_dict())
     for parameter in network.parameters():
         assert torch.equal(optimizer.state[parameter]["momentum_buffer"], plain.state[parameter]["momentum_buffer"])
     assert len(optimizer.param_groups) > 1 and optimizer.param_groups[-1]["lr_scale"] == 5

@@ -196,7 +196,7 @@ def test_a_momentum_of_another_layout_is_laid_out_as_its_parameter():
 
     _, saved = trained(torch.contiguous_format)
     network, optimizer = trained(torch.channels_last)
-    load_state(optimizer, saved.state_dict())
+    load_state(optimizer, network, saved.state_dict())
     momentum = optimizer.state[network.weight]["momentum_buffer"]
     assert momentum.stride() == network.weight.stride() != saved.state_dict()["state"][0]["momentum_buffer"].stride()
     assert torch.equal(momentum, saved.state_dict()["state"][0]["momentum_buffer"])
@@ -339,7 +339,7 @@ def test_parameters_that_thaw_join_the_fused_optimizer(monkeypatch):
     frozen.step()
     network.requires_grad_(True)
     thawed = optim.create_optimizer(network, OptimConfig())
-    optim.load_state(thawed, frozen.state_dict())
+    optim.load_state(thawed, network, frozen.state_dict())
     network(torch.ones(2, 5)).sum().backward()
     thawed.step()
     assert all(state["momentum_buffer"].any() for state in thawed.state.values())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from pipeline.data.auto_augment import AutoAugment
 from pipeline.data.color import apply_colors, to_device
 from pipeline.data.erasing import erase
 from pipeline.data.index import DatasetIndex
+from pipeline.data.mixing import TOGETHER, Partners, draw_pairs, first_positions, mix
 from pipeline.data.plan import BatchPlan, evaluation_plans, sample_order, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferencePipeline
 from pipeline.data.synthetic import SyntheticPipeline
@@ -34,6 +35,7 @@ class Batch:
         weights: (n) float32, 1 for an image that counts and 0 for a replacement; see `BatchPlan.weights`.
         ids: (n) int64, rows of the index (NumPy, on the host).
         views: V.
+        partners: what is mixed into the images; None where mixup and cutmix are off.
     """
 
     images: Tensor
@@ -41,6 +43,7 @@ class Batch:
     weights: Tensor
     ids: np.ndarray
     views: int
+    partners: Partners | None = None
 
 
 class ImagePipeline(Protocol):
@@ -111,18 +114,25 @@ class TrainingLoader:
         config = self._config.of_epoch(epoch)
         if config.crop_size != self._size:  # for which an image pipeline is built
             self._size, self._image_pipeline = config.crop_size, self._create_image_pipeline(config)
-        plans = training_plans(
-            self.index,
-            config,
-            seed=self._seed,
-            epoch=epoch,
-            first_step=first_step,
-            batch_size=self._batch_size,
-            rank=self._shard.rank,
-            ranks=self._shard.ranks,
-            accumulation=self._accumulation,
-        )
-        return _batches(self._image_pipeline, plans, self.index, self._shard.device, self._auto_augment)
+        parts = {
+            "first_step": first_step,
+            "batch_size": self._batch_size,
+            "rank": self._shard.rank,
+            "ranks": self._shard.ranks,
+            "accumulation": self._accumulation,
+        }
+        plans = training_plans(self.index, config, seed=self._seed, epoch=epoch, **parts)
+        batches = _batches(self._image_pipeline, plans, self.index, self._shard.device, self._auto_augment)
+        if not config.mixes:
+            return batches
+        starts = first_positions(len(self.index), **parts)
+        return (self._mixed(batch, epoch, start) for batch, start in zip(batches, starts, strict=True))
+
+    def _mixed(self, batch: Batch, epoch: int, start: int) -> Batch:
+        """Mix the pairs of a batch that begins at this position of the epoch."""
+        pairs = range(start // TOGETHER, start // TOGETHER + len(batch.ids) // TOGETHER)
+        images, labels, partners = mix(batch.images, batch.labels, draw_pairs(self._config, self._seed, epoch, pairs))
+        return replace(batch, images=images, labels=labels, partners=partners)
 
 
 class EvaluationLoader:

@@ -128,12 +128,16 @@ def _order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int) -> np
     return np.concatenate(rows)[order]
 
 
-def split(start: int, stop: int, parts: int) -> list[range]:
-    """Cut positions [start, stop) into `parts` consecutive ranges whose lengths differ by at most one."""
-    short, longer = divmod(stop - start, parts)
+def split(start: int, stop: int, parts: int, together: int = 1) -> list[range]:
+    """Cut positions [start, stop) into `parts` consecutive ranges whose lengths differ by at most one.
+
+    Args:
+        together: that many positions, counted from `start`, stay in one range; lengths then differ by at most that many.
+    """
+    short, longer = divmod(-(-(stop - start) // together), parts)
     ranges = []
     for i in range(parts):
-        end = start + short + (i < longer)
+        end = min(start + together * (short + (i < longer)), stop)
         ranges.append(range(start, end))
         start = end
     return ranges
@@ -159,7 +163,7 @@ def training_plans(
     order = sample_order(index, config, seed, epoch)
     for step in range(first_step, steps_per_epoch(len(index), batch_size)):
         start, stop = step * batch_size, min((step + 1) * batch_size, len(index))
-        parts = split(start, stop, ranks * accumulation)
+        parts = split(start, stop, ranks * accumulation, 2 if config.mixes else 1)  # a pair together
         for part in parts[rank * accumulation : (rank + 1) * accumulation]:
             positions = part or range(start, start + 1)
             weight = 1.0 if part else 0.0

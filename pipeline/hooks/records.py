@@ -68,11 +68,12 @@ class Records(Hook):
             **{f"val/{name}": value for name, value in val.records().items()},
         }
         others = [(weights, score) for weights, score in result.scores.items() if score is not val]
+        judged = f" of the {next(iter(result.scores))} weights:" if others else ""
         for weights, score in others:
             values |= {f"val_{weights}/{name}": value for name, value in score.records().items()}
         trainer.monitor.scalars(run.done_steps, result.epoch, values)
         trainer.monitor.say(
-            f"epoch {result.epoch}: train loss {train.loss:.4f}, {train.text()} | validation loss "
+            f"epoch {result.epoch}: train loss {train.loss:.4f}, {train.text()} | validation{judged} loss "
             f"{val.loss:.4f}, {val.text(top5=True)} ({val.images} images){' *' if result.best else ''}"
             + "".join(f" | {weights} weights: loss {s.loss:.4f}, {s.text(top5=True)}" for weights, s in others)
         )
