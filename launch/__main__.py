@@ -27,6 +27,7 @@ from pipeline.config import SCHEMA, Config, load_config, load_stored_config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.plan import steps_per_epoch
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.recipe import poor_split
 
 VERBS = ("status", "logs", "cancel", "resume")
 
@@ -163,6 +164,8 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None) 
         f"accumulation steps x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
         f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
     ]
+    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
+        lines.append(f"warning: {split}")
     if images_per_second:
         sizes, speed = (len(train), len(val)), images_per_second * ranks
         time_ = estimate(sizes, optim.epochs, speed, cluster.seconds, cluster.warning_seconds)

@@ -6,6 +6,7 @@ which wins). Both are validated by the same types; a mistake is one line naming 
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from pipeline.parsing import (
     Schema,
     flatten,
 )
+from pipeline.recipe import following_fields
 
 Rgb = tuple[Number, Number, Number]
 Interpolation = Literal["torch7-bicubic", "pil-bilinear", "pil-bicubic"]
@@ -57,6 +59,16 @@ def _split_names(names: Any) -> Any:
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return names
     return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
+def _fraction(value: Any) -> Any:
+    """1/3 of a command line or a file as a number."""
+    if isinstance(value, str) and (parts := re.fullmatch(r"(\d+)/([1-9]\d*)", value.strip())):
+        return int(parts[1]) / int(parts[2])
+    return value
+
+
+Milestone = NonNegative | Annotated[float, Field(gt=0, lt=1), BeforeValidator(_fraction)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -126,7 +138,8 @@ class DataConfig:
     crop_size: Positive = 224
     """Side of the square that the network sees, in pixels."""
     resize_size: Positive = 256
-    """Short side to which an image is resized before the evaluation crops, and the training crop random_crop, in pixels."""
+    """Short side to which an image is resized before the evaluation crops, and the training crop random_crop, in pixels.
+    Where crop_size changes alone it keeps its ratio to it."""
     interpolation: Interpolation = "torch7-bicubic"
     """Resize filter. torch7-bicubic: the paper's (Catmull-Rom, align-corners, no antialias); pil-*: Pillow's,
     with antialias."""
@@ -231,14 +244,18 @@ class OptimConfig:
     """L2 penalty on every parameter, batch-norm and biases included."""
     schedule: Literal["step", "cosine"] = "step"
     """step: lr times lr_gamma at each milestone (the paper); cosine: to zero over all epochs."""
-    milestones: tuple[NonNegative, ...] = (30, 60)
-    """Epochs after which the step schedule drops the learning rate."""
+    milestones: tuple[Milestone, ...] = (30, 60)
+    """Epochs after which the step schedule drops the learning rate, or fractions of all epochs (1/3, 0.5). Where epochs
+    changes alone they keep their fractions."""
     lr_gamma: PositiveFloat = 0.1
     """Factor of each drop of the step schedule."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the learning rate rises linearly from 0 (the paper: none)."""
     label_smoothing: Fraction = 0.0
     """Label smoothing (the paper: none)."""
+    large_batch: bool = False
+    """Let lr follow batch_size in proportion, and warm up over 5 epochs (Goyal et al. 2017); a given lr or warmup_epochs
+    stays."""
     fused: bool = True
     """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
 
@@ -246,6 +263,13 @@ class OptimConfig:
     def _nesterov_has_momentum(self) -> "OptimConfig":
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_are_epochs(self) -> "OptimConfig":
+        """Turn fractions into whole epochs, rounded down; the dataclass is frozen for everybody else."""
+        epochs = tuple(drop if isinstance(drop, int) else int(drop * self.epochs + 1e-9) for drop in self.milestones)
+        object.__setattr__(self, "milestones", epochs)
         return self
 
 
@@ -369,18 +393,22 @@ def from_stored(tree: dict[str, Any], origin: str) -> Config:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML file and put `overrides` (``{"optim.lr": 0.2}``) over it.
 
-    The file's published errors do not hold for another network or data set.
+    Fields that belong together follow each other (recipe.py). The file's published errors do not hold for another network or
+    data set.
 
     Raises:
         UserError: the file is missing or no mapping, a key is unknown, or a value is not of the field's type.
     """
     overrides = overrides or {}
-    tree = SCHEMA.read(Path(path))
+    tree = SCHEMA.read(Path(path).expanduser())
     network = tree.get("model", {}).get("name", ModelConfig.name)
     dataset = tree.get("data", {}).get("dataset", DataConfig.dataset)
     if overrides.get("model.name", network) != network or overrides.get("data.dataset", dataset) != dataset:
         tree.pop("published", None)
-    config = SCHEMA.build(tree, str(path), _with_fields_of_weights(tree, overrides))
+    held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
+    held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
+    followed = following_fields(flatten(dataclasses.asdict(Config())), (flatten(tree), overrides), held)
+    config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
     return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
 
 

@@ -49,8 +49,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, which takes -1e-3 and -1,2 for flags."""
-        words = list(sys.argv[1:] if args is None else args)
+        """As argparse's, which takes -1e-3 and -1,2 for flags. ~ stands for the home folder, after = too."""
+        words = [_at_home(word) for word in (sys.argv[1:] if args is None else args)]
         for i in range(len(words) - 1, 0, -1):
             if NEGATIVE_NUMBER.fullmatch(words[i]) and words[i - 1].startswith("--") and "=" not in words[i - 1]:
                 words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
@@ -58,6 +58,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all arguments")
+
+
+def _at_home(word: str) -> str:
+    """The word with the home folder in the place of ~, where a shell has left it: quoted, or after = in a flag."""
+    flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{sign}{os.path.expanduser(value)}" if value.startswith("~") else word
 
 
 def positive_integer(text: str) -> int:

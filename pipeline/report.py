@@ -7,6 +7,7 @@ from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.metrics import errors_text
+from pipeline.recipe import poor_split
 from pipeline.run import Progress, Run
 from pipeline.run_dir import replace_text
 
@@ -34,6 +35,8 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
             f"the learning rate never drops after epoch {', '.join(map(str, late))}: the run has optim.epochs "
             f"{config.optim.epochs}; set optim.milestones"
         )
+    if split := poor_split(config.optim.batch_size, run.world.size, config.optim.grad_accum_steps):
+        lines.append(split)
     if config.optim.class_weights == "balanced" and config.data.sampling == "balanced":
         lines.append(
             "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "

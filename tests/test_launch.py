@@ -468,6 +468,10 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     assert not list(tmp_path.glob("*/job.json"))
     start(["configs/densenet169.yaml", *local_words(config, "--dry-run")])
     assert f"{tmp_path}/run/densenet169: " in capsys.readouterr().out
+    start(
+        ["configs/densenet169.yaml", "--data.loader", "synthetic", "--dry-run", "--nodes", "4", "--gpus-per-node", "8"]
+    )
+    assert "warning: batch 256 on 32 ranks leaves 8 images" in capsys.readouterr().out
     with pytest.raises(UserError, match="batch_size 12 cannot be split over 1 nodes x 5 ranks.*multiple of 5"):
         start(local_words(config, "--dry-run", "--tasks-per-node", 5))
     with pytest.raises(UserError, match="--nodes must be 1"):
