@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipeline import preemption
 from pipeline.distributed import World
-from pipeline.run_dir import RECORDS, io_as_user_error
+from pipeline.run_dir import RECORDS, io_as_user_error, now
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,10 +92,11 @@ class Monitor:
                 self._board.add_figure(name, figure, step)
 
     def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar."""
+        """Print a line, or several, with the time before each, without breaking the progress bar."""
         if self._active:
+            stamp = now()
             try:
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write("\n".join(f"{stamp} {part}" for part in line.split("\n")), file=sys.stdout)
                 sys.stdout.flush()
             except (
                 BrokenPipeError
