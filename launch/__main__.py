@@ -20,13 +20,15 @@ from typing import Any
 
 from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.estimate import estimate
-from launch.records import add_event, read_events, read_job
-from launch.status import ENDED, Queue, duration, logs_of, read_status, runs_below, slurm_queue, to_text
+from launch.records import Job, add_event, find_job, read_events, read_job
+from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import script, submit
 from pipeline.config import SCHEMA, Config, load_config, load_stored_config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.plan import steps_per_epoch
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.pace import duration
+from pipeline.recipe import poor_split
 
 VERBS = ("status", "logs", "cancel", "resume")
 
@@ -78,8 +80,7 @@ def start(arguments: list[str]) -> None:
         if cluster.kind == "slurm":
             print(script(configs, cluster))
         return
-    for config, job in zip(configs, submit(configs, cluster), strict=True):
-        print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")
+    report(configs, submit(configs, cluster), cluster)
 
 
 def read_config(
@@ -163,6 +164,8 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None) 
         f"accumulation steps x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
         f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
     ]
+    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
+        lines.append(f"warning: {split}")
     if images_per_second:
         sizes, speed = (len(train), len(val)), images_per_second * ranks
         time_ = estimate(sizes, optim.epochs, speed, cluster.seconds, cluster.warning_seconds)
@@ -188,12 +191,8 @@ def look_after(verb: str, arguments: list[str]) -> None:
     elif verb == "logs":
         show_logs(runs, options.follow)
     else:
-        failed = []
-        for run in runs:
-            try:
-                {"cancel": cancel, "resume": resume}[verb](run)
-            except UserError as error:  # the others have a right to theirs
-                failed.append(error)
+        runs = [run for run in runs if find_job(run)] or runs  # of a folder the jobs are meant
+        failed = cancel_all(runs) if verb == "cancel" else resume_all(runs)
         for failure in failed[:-1]:
             print(f"error: {failure}", file=sys.stderr)
         if failed:
@@ -201,15 +200,15 @@ def look_after(verb: str, arguments: list[str]) -> None:
 
 
 def show_logs(runs: list[Path], follow: bool) -> None:
-    """All ranks' logs as one, each line with its rank, in the order in which they grow."""
+    """All attempts' logs as one, each line with the rank whose it is, in the order in which they grow."""
     places: dict[Path, int] = {}
     while True:
         for run in runs:
-            for rank, file in logs_of(read_job(run)).items():
+            for whose, file in logs_of(run):
                 with open(file, errors="replace") as stream:
                     stream.seek(places.get(file, 0))
                     for line in iter(stream.readline, ""):
-                        print(f"{f'{run.name} ' if len(runs) > 1 else ''}{rank}: {line}", end="", flush=True)
+                        print(f"{f'{run.name} ' if len(runs) > 1 else ''}{whose}: {line}", end="", flush=True)
                     places[file] = stream.tell()
         if not follow:
             return
@@ -242,8 +241,44 @@ def cancel(run: Path) -> None:
     print(f"{run}: job {job.id} is told to end")
 
 
-def resume(run: Path) -> None:
-    """Submit a run again, as it was submitted before."""
+def cancel_all(runs: list[Path]) -> list[UserError]:
+    """Cancel runs; return what stood in the way of some: the others have a right to their end."""
+    failed = []
+    for run in runs:
+        try:
+            cancel(run)
+        except UserError as error:
+            failed.append(error)
+    return failed
+
+
+def resume_all(runs: list[Path]) -> list[UserError]:
+    """Submit runs again, as they were submitted before; those of this machine together, so that they take turns."""
+    failed, here, elsewhere = [], list[tuple[Config, Cluster]](), list[tuple[Config, Cluster]]()
+    for run in runs:
+        try:
+            config, cluster = as_submitted(run)
+            (here if cluster.kind == "local" else elsewhere).append((config, cluster))
+        except UserError as error:
+            failed.append(error)
+    alike = [[config for config, other in here if other == cluster] for _, cluster in here]
+    groups = [
+        (configs, cluster) for configs, (config, cluster) in zip(alike, here, strict=True) if config is configs[0]
+    ]
+    for configs, cluster in [*groups, *(([config], cluster) for config, cluster in elsewhere)]:
+        try:
+            report(configs, submit(configs, cluster), cluster)
+        except UserError as error:
+            failed.append(error)
+    return failed
+
+
+def as_submitted(run: Path) -> tuple[Config, Cluster]:
+    """What a run is, and what it asked of its cluster.
+
+    Raises:
+        UserError: it is running, or was never submitted.
+    """
     _refuse_if_running(run)
     asked = next((event for event in reversed(read_events(run)) if event["event"] == "submit"), None)
     if asked is None:
@@ -251,14 +286,21 @@ def resume(run: Path) -> None:
     # What the training accepted; what was submitted last, it may have refused.
     accepted = run / "config.yaml"
     config = load_stored_config(accepted if accepted.exists() else run / "submitted.yaml")
-    cluster = Cluster(**asked["cluster"])
-    (job,) = submit([config], cluster)
-    print(f"job {job.id}: {config.run_dir}, logs in {job.folder}")
+    return config, Cluster(**asked["cluster"])
+
+
+def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:
+    """Say which job each run has become."""
+    at_once = cluster.parallel or 1
+    for number, (config, job) in enumerate(zip(configs, jobs, strict=True)):
+        waits = cluster.kind == "local" and number >= at_once
+        turn = f"; begins when fewer than {at_once} of those before it train (--parallel)" if waits else ""
+        print(f"job {job.id}: {config.run_dir}, logs in {job.folder}{turn}")
 
 
 def _queue_for(runs: list[Path]) -> Queue:
     """SLURM's queue, if one of the runs is SLURM's."""
-    return slurm_queue() if any(read_job(run).kind == "slurm" for run in runs) else {}
+    return slurm_queue() if any(job.kind == "slurm" for run in runs if (job := find_job(run))) else {}
 
 
 def _refuse_if_running(run: Path) -> None:
@@ -266,7 +308,7 @@ def _refuse_if_running(run: Path) -> None:
         status = read_status(run, _queue_for([run]))
         if status.state not in ENDED:
             raise UserError(
-                f"{run} is the run of job {status.job.id}, which is {status.state}: cancel it, or set --run_dir"
+                f"{run} is the run of job {read_job(run).id}, which is {status.state}: cancel it, or set --run_dir"
             )
 
 

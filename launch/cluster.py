@@ -66,6 +66,8 @@ class Cluster:
     """Further options of sbatch by their long names."""
     srun: tuple[str, ...] = ()
     """Further arguments of srun, as in --srun=--mpi=none."""
+    parallel: Positive | None = None
+    """Runs submitted together that train at once; none: on SLURM all that it starts, on this machine one after another."""
     failures: Positive = 3
     """Failures in a row, without a new checkpoint between them, after which a run is not started again."""
 

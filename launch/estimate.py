@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-VALIDATION_SPEED = 3.0  # forward alone, in units of a training step's forward, backward and update
+from pipeline.pace import VALIDATION_SPEED
 
 
 @dataclass(frozen=True)

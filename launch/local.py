@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.after import end
 from launch.records import Attempt, read_submission
+from launch.turns import has_turn
 from pipeline.exits import EXIT_RESUME
 
 KILL_WAIT = 30  # least seconds between asking a rank to leave and killing it, as SLURM's
@@ -24,14 +25,17 @@ class Controller:
     def __init__(self, folder: Path, index: int):
         submission = read_submission(folder)
         self._folder, self._index, self._count = folder, index, submission["ranks"]
+        self._parallel = submission["parallel"]
         self._warn_after = submission["seconds"] - submission["warning"]
         self._grace = max(KILL_WAIT, submission["warning"])
         self._ranks: list[subprocess.Popen] = []
         self._cancelled = False
 
     def run(self) -> int:
-        """Return the exit code of the last attempt."""
+        """Wait for its turn among the runs submitted together, and return the exit code of the last attempt."""
         signal.signal(signal.SIGTERM, self._cancel)
+        while not self._cancelled and not has_turn(self._folder, self._index, self._parallel):
+            time.sleep(0.5)
         job, begin, number, code = str(os.getpid()), int(time.time()), 0, EXIT_RESUME
         while not self._cancelled:
             attempt = Attempt(self._folder, self._index, job, f"{job}-{begin}.{number}")

@@ -83,15 +83,20 @@ def slurm_attempt(folder: Path) -> Attempt:
     return Attempt(folder, int(task), f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}", name)
 
 
-def write_submission(folder: Path, run_dirs: list[str], ranks: int, seconds: int, warning: int, failures: int) -> None:
+def write_submission(
+    folder: Path, run_dirs: list[str], ranks: int, seconds: int, warning: int, failures: int, parallel: int = 1
+) -> None:
     """Write what the ranks and what follows them need to know.
 
     Args:
         seconds: time limit of an attempt.
         warning: seconds before it at which the ranks are asked to leave.
         failures: see `Job`.
+        parallel: of a local submission, how many of its runs train at once.
     """
-    values = dict(run_dirs=run_dirs, ranks=ranks, seconds=seconds, warning=warning, failures=failures)
+    values = dict(
+        run_dirs=run_dirs, ranks=ranks, seconds=seconds, warning=warning, failures=failures, parallel=parallel
+    )
     (folder / "submission.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
@@ -122,10 +127,20 @@ def read_job(run_dir: Path) -> Job:
     Raises:
         UserError: the run was not submitted with this package.
     """
+    job = find_job(run_dir)
+    if job is None:
+        raise UserError(
+            f"{run_dir} was not started by python -m launch (it has no job.json): look after it where it runs"
+        )
+    return job
+
+
+def find_job(run_dir: Path) -> Job | None:
+    """As `read_job`, or None for a run that something else has started, as torchrun."""
     try:
         return Job(**json.loads((run_dir / "job.json").read_text()))
     except OSError:
-        raise UserError(f"{run_dir} was not started by python -m launch (it has no job.json)") from None
+        return None
 
 
 def add_event(run_dir: Path, event: str, **values: Any) -> None:

@@ -1,4 +1,7 @@
-"""How runs are doing: from their own records, and from SLURM where it knows the job. No accounting is needed."""
+"""How runs are doing, whoever started them: from their own records, and from SLURM where it knows the job.
+
+No accounting is needed.
+"""
 
 import os
 import shutil
@@ -8,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.records import Job, read_events, read_job
+from launch.log import attempts_in_log, exists, is_held_here, state_by_log
+from launch.records import Job, find_job, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
-from pipeline.run_dir import read_records
+from pipeline.pace import duration
+from pipeline.run_dir import LOG, RECORDS, epochs_done, read_records
 
 Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
 LOG_LINES = 5
 AUROC_COLUMN = 8  # is shown where a run has one
-ENDED = ("done", "stopped", "cancelled", "gone")
+ENDED = ("done", "stopped", "interrupted", "cancelled", "gone")
 # Of SLURM's states; in all others the job may still run, as when it is suspended.
 FINAL_STATES = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
@@ -27,18 +32,20 @@ FINAL_STATES = (
 
 @dataclass(frozen=True)
 class Status:
-    """One run, as `status` shows it: `epoch` epochs and `step` steps are done; errors in percent, times in seconds.
+    """One run, as `status` shows it: `epoch` of `epochs` and `step` steps are done; errors in percent, times in seconds.
 
-    Of images with several labels each there is a mean AUROC, from 0 to 1, and no error; of others the reverse.
+    There is no job if something else than python -m launch has started the run, as torchrun; `epochs` is None before the
+    configuration is known. Of images with several labels each there is a mean AUROC, from 0 to 1, and no error; of others
+    the reverse.
     """
 
     run_dir: Path
-    job: Job
+    job: Job | None
     state: str
     nodes: str
     attempts: int
     epoch: int
-    epochs: int
+    epochs: int | None
     step: int
     top1_error: float | None
     top5_error: float | None
@@ -54,10 +61,17 @@ def runs_below(folder: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    found = [folder] if (folder / "job.json").exists() else sorted(file.parent for file in folder.glob("*/job.json"))
+    below = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [folder] if _is_run(folder) else [path for path in below if _is_run(path)]
     if not found:
-        raise UserError(f"{folder} is no run that python -m launch has started, nor a folder of such runs")
+        raise UserError(
+            f"{folder} is no run's directory, nor a folder of runs: give a --run_dir, or the folder that holds it"
+        )
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("job.json", LOG, RECORDS))
 
 
 def read_status(run_dir: Path, queue: Queue) -> Status:
@@ -66,29 +80,37 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     Args:
         queue: state, nodes and reason of SLURM's jobs; see `slurm_queue`.
     """
-    job, events, config = read_job(run_dir), read_events(run_dir), load_stored_config(run_dir / "submitted.yaml")
-    records = read_records(run_dir)
+    job, config, records = find_job(run_dir), _config_of(run_dir), read_records(run_dir)
+    events = read_events(run_dir) if job else []
     attempts = [event for event in events if event["event"] == "start"]
-    state, nodes, reason = _state(run_dir, job, events, queue)
+    state, nodes, reason = _state_of_job(run_dir, job, events, queue) if job else state_by_log(run_dir)
+    if job and state in ENDED and is_held_here(run_dir):  # something else than its job trains it
+        state, nodes, reason = "running", socket.gethostname(), ""
     validation: dict[str, Any] = next((r for r in reversed(records) if "val/loss" in r), {})
     speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
-    speed = sorted(speeds)[len(speeds) // 2] if speeds else None
+    remaining = [r["speed/remaining_seconds"] for r in records[-20:] if "speed/remaining_seconds" in r]
     return Status(
         run_dir=run_dir,
         job=job,
         state=state,
         nodes=nodes or (attempts[-1]["machines"] if attempts else ""),
-        attempts=len(attempts),
-        epoch=validation["epoch"] + 1 if validation else 0,
-        epochs=config.optim.epochs,
+        attempts=len(attempts) if job else len(attempts_in_log(run_dir)),
+        epoch=int(epochs_done(validation)) if validation else 0,
+        epochs=config and config.optim.epochs,
         step=records[-1]["step"] if records else 0,
         top1_error=validation.get("val/top1_error"),
         top5_error=validation.get("val/top5_error"),
         mean_auroc=validation.get("val/mean_auroc"),
-        images_per_second=speed,
-        remaining=_remaining(config, records, speed),
+        images_per_second=sorted(speeds)[len(speeds) // 2] if speeds else None,
+        remaining=0.0 if state == "done" else remaining[-1] if remaining else None,
         reason=reason,
     )
+
+
+def _config_of(run_dir: Path) -> Config | None:
+    """What was submitted, or what the training has written; None if it has not come so far."""
+    found = [file for name in ("submitted.yaml", "config.yaml") if (file := run_dir / name).exists()]
+    return load_stored_config(found[0]) if found else None
 
 
 def slurm_queue() -> Queue:
@@ -106,7 +128,7 @@ def slurm_queue() -> Queue:
 def to_text(statuses: list[Status]) -> str:
     """A table, and below it what failing ranks said last."""
     head = (
-        "run", "job", "state", "attempts", "epochs done", "step", "top-1 err %", "top-5 err %", "mean AUROC", "images/s",
+        "run", "job", "state", "attempts", "epochs done", "step", "top-1 error %", "top-5 error %", "mean AUROC", "images/s",
         "remaining", "nodes",
     )  # fmt: skip
     rows = [head, *(_row(status) for status in statuses)]
@@ -117,25 +139,36 @@ def to_text(statuses: list[Status]) -> str:
     for status in statuses:
         if status.reason:
             lines.append(f"{status.run_dir}: {status.reason}")
-        if status.state == "stopped":
+        if status.state == "stopped" and status.job:
             lines += [f"    {line}" for line in last_words(status.job)]
     return "\n".join(lines)
 
 
-def logs_of(job: Job) -> dict[int, Path]:
-    """The log of each rank, by rank."""
-    folder, name = Path(job.folder), job.id
-    found = {}
-    for rank in range(job.ranks):
-        for file in (folder / name / f"{name}_{rank}_log.out", folder / f"{name}_{rank}_log.out"):
-            if file.exists():
-                found[rank] = file
-    return found
+def logs_of(run_dir: Path) -> list[tuple[str, Path]]:
+    """The logs of a run in the order of its submissions, each with the rank whose it is.
+
+    A job's ranks have one each, for all attempts. What something else has started is in the run's own log alone.
+    """
+    job = find_job(run_dir)
+    submitted = [event for event in read_events(run_dir) if event["event"] == "submit" and "folder" in event]
+    jobs = [(event["job"], Path(event["folder"])) for event in submitted]
+    if job and (job.id, Path(job.folder)) not in jobs:  # of a version that did not note the folder
+        jobs.append((job.id, Path(job.folder)))
+    found = [(str(rank), file) for name, folder in jobs for rank, file in _rank_logs(name, folder).items()]
+    starts = sum(event["event"] == "start" for event in read_events(run_dir))
+    own = [("log", run_dir / LOG)] if len(attempts_in_log(run_dir)) > starts else []
+    return own + found
+
+
+def _rank_logs(job: str, folder: Path) -> dict[int, Path]:
+    """By rank, in order."""
+    files = [*folder.glob(f"{job}/{job}_*_log.out"), *folder.glob(f"{job}_*_log.out")]
+    return dict(sorted((int(file.name.removeprefix(f"{job}_").removesuffix("_log.out")), file) for file in files))
 
 
 def last_words(job: Job) -> list[str]:
     """The last lines of the first rank whose log says that something is wrong, else of rank 0."""
-    logs = logs_of(job)
+    logs = _rank_logs(job.id, Path(job.folder))
     tails = {rank: file.read_text(errors="replace").splitlines()[-50:] for rank, file in logs.items()}
     wrong = [rank for rank, lines in tails.items() if any(line.startswith(("error:", "Traceback")) for line in lines)]
     rank = wrong[0] if wrong else 0
@@ -147,7 +180,8 @@ def _row(status: Status) -> tuple[str, ...]:
         return "-" if value is None else format(value, form)
 
     return (
-        str(status.run_dir), status.job.id, status.state, str(status.attempts), f"{status.epoch}/{status.epochs}",
+        str(status.run_dir), status.job.id if status.job else "-", status.state, str(status.attempts),
+        f"{status.epoch}/{number(status.epochs, 'd')}",
         str(status.step), number(status.top1_error, ".2f"), number(status.top5_error, ".2f"),
         number(status.mean_auroc, ".4f"), number(status.images_per_second, ".1f"),
         "-" if status.remaining is None else duration(status.remaining),
@@ -155,15 +189,7 @@ def _row(status: Status) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def duration(seconds: float) -> str:
-    """Days and hours, hours and minutes, or minutes."""
-    minutes = round(seconds / 60)
-    if minutes >= 1440:
-        return f"{minutes // 1440} d {minutes % 1440 // 60} h"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
-def _state(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) -> tuple[str, str, str]:
+def _state_of_job(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) -> tuple[str, str, str]:
     """State, nodes and reason: SLURM's word for a job that it has, else the run's own."""
     last = events[-1] if events else {}
     ended = last.get("event") == "end"
@@ -176,7 +202,8 @@ def _state(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) 
     if any(event["event"] == "cancel" and event["job"] == job.id for event in events):
         return "cancelled", "", ""
     if job.kind == "local" and job.host == socket.gethostname() and _alive(int(job.id), run_dir):
-        return "running", "", ""
+        waits = last.get("event") == "submit"
+        return ("pending", "", "waits for the runs submitted before it (--parallel)") if waits else ("running", "", "")
     if last.get("event") == "submit":
         return "submitted", "", ""
     return "gone", "", "the job ended without a word; python -m launch resume RUN goes on"
@@ -185,24 +212,8 @@ def _state(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) 
 def _alive(pid: int, run_dir: Path) -> bool:
     """Whether this process is the controller of this run: another may have its number by now."""
     if not Path("/proc/self").exists():  # not Linux
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return False
-        return True
+        return exists(pid)
     try:
         return os.fsencode(os.path.abspath(run_dir)) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-
-
-def _remaining(config: Config, records: list[dict[str, Any]], speed: float | None) -> float | None:
-    """Seconds until the end at the present speed, validation not counted."""
-    if not speed or not records:
-        return None
-    epochs_done = [(r["step"], r["epoch"] + 1) for r in records if "val/loss" in r]
-    if not epochs_done:
-        return None
-    steps_per_epoch = epochs_done[-1][0] / epochs_done[-1][1]
-    steps = config.optim.epochs * steps_per_epoch - records[-1]["step"]
-    return steps * config.optim.batch_size / speed

@@ -18,6 +18,7 @@ import submitit
 from launch.cluster import Cluster
 from launch.records import Job, add_event, config_file, replace_text, write_job, write_submission
 from launch.task import TrainingTask
+from launch.turns import take_turn
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 
@@ -40,7 +41,8 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(REPOSITORY / package, folder / "code" / package, ignore=ignored)
         run_dirs, warning = [config.run_dir for config in configs], cluster.warning_seconds
-        write_submission(folder, run_dirs, cluster.ranks, cluster.seconds, warning, cluster.failures)
+        parallel = cluster.parallel or 1
+        write_submission(folder, run_dirs, cluster.ranks, cluster.seconds, warning, cluster.failures, parallel)
         config_file(folder, 0).parent.mkdir()
         for index, config in enumerate(configs):
             config_file(folder, index).write_text(to_yaml(config))
@@ -50,7 +52,7 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
     for config, job in zip(configs, jobs, strict=True):
         replace_text(Path(config.run_dir, "submitted.yaml"), to_yaml(config))
         write_job(Path(config.run_dir), job)
-        add_event(Path(config.run_dir), "submit", job=job.id, cluster=dataclasses.asdict(cluster))
+        add_event(Path(config.run_dir), "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster))
     return jobs
 
 
@@ -107,6 +109,7 @@ def _executor(configs: list[Config], cluster: Cluster, folder: Path) -> _Executo
             *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
             *cluster.srun,
         ],
+        array_parallelism=cluster.parallel if len(configs) > 1 else None,
         additional_parameters={"requeue": True, **cluster.sbatch},
     )
     executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None})
@@ -128,9 +131,10 @@ def _start_slurm(configs: list[Config], cluster: Cluster, folder: Path) -> list[
 
 def _start_local(configs: list[Config], cluster: Cluster, folder: Path) -> list[str]:
     ids = []
-    for index, config in enumerate(configs):
+    turns = [take_turn(folder, index) for index in range(len(configs))]  # all, before any controller looks
+    for index, (config, turn) in enumerate(zip(configs, turns, strict=True)):
         command = [sys.executable, "-m", "launch.local", config.run_dir, folder, index]
-        with open(folder / "controller.log", "ab") as log:
+        with turn, open(folder / "controller.log", "ab") as log:
             process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=folder / "code",
@@ -138,6 +142,7 @@ def _start_local(configs: list[Config], cluster: Cluster, folder: Path) -> list[
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[turn.fileno()],
             )
         ids.append(str(process.pid))
     return ids

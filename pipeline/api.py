@@ -34,8 +34,8 @@ def evaluate(
     """Evaluate weights on a folder or archive of images by class, prepared as the weights' own configuration says.
 
     Args:
-        weights: a checkpoint (of a run that averages its weights those that its best epoch is chosen by), or a file of
-            torchvision, timm or openmmlab; see `weights.read_weights`.
+        weights: a run's directory (its best checkpoint), a checkpoint (of a run that averages its weights those that its best
+            epoch is chosen by), or a file of torchvision, timm or openmmlab; see `weights.read_weights`.
         folder: its classes are the network's, or a part of them.
         crops: 1 or 10.
         batch_size: images at once.
@@ -45,6 +45,7 @@ def evaluate(
     Raises:
         UserError: the weights or images cannot be read, or do not go together.
     """
+    folder = Path(folder).expanduser()
     found = read_weights(weights)
     data = found.config.data
     if (data.labels == "multi") != (labels is not None):
@@ -54,7 +55,7 @@ def evaluate(
     if labels is not None:
         index = scan_label_table(folder, labels, found.classes, known_cache(Path(labels)))
     else:
-        index = scan_classes(folder, known_cache(Path(folder))).with_classes(found.classes)
+        index = scan_classes(folder, known_cache(folder)).with_classes(found.classes)
     with init_distributed(device) as world:
         shard = Shard(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, shard, batch_size=batch_size, crops=crops)

@@ -6,6 +6,7 @@ which wins). Both are validated by the same types; a mistake is one line naming 
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from pipeline.parsing import (
     Schema,
     flatten,
 )
+from pipeline.recipe import following_fields
 
 Rgb = tuple[Number, Number, Number]
 Interpolation = Literal["torch7-bicubic", "pil-bilinear", "pil-bicubic"]
@@ -59,6 +61,16 @@ def _split_names(names: Any) -> Any:
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return names
     return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
+def _fraction(value: Any) -> Any:
+    """1/3 of a command line or a file as a number."""
+    if isinstance(value, str) and (parts := re.fullmatch(r"(\d+)/([1-9]\d*)", value.strip())):
+        return int(parts[1]) / int(parts[2])
+    return value
+
+
+Milestone = NonNegative | Annotated[float, Field(gt=0, lt=1), BeforeValidator(_fraction)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -140,12 +152,13 @@ class DataConfig:
     crop_size: Positive = 224
     """Side of the square that the network sees, in pixels."""
     resize_size: Positive = 256
-    """Short side to which an image is resized before the evaluation crops, and the training crop random_crop, in pixels."""
+    """Short side to which an image is resized before the evaluation crops, and the training crop random_crop, in pixels.
+    Where crop_size changes alone it keeps its ratio to it."""
     train_crop_size: tuple[Positive, ...] = ()
     """Side of the square that the network sees in training, in pixels; none: crop_size. Several: one after the other, from
     data.train_crop_milestones on; random_crop first resizes in proportion."""
     train_crop_milestones: tuple[Positive, ...] = ()
-    """Epochs, counted from 0, at whose start training goes on to the next of several data.train_crop_size."""
+    """Epochs after which training goes on to the next of several data.train_crop_size."""
     aug_repeats: Positive = 1
     """How often an epoch has each image that it takes, with other draws each time. It stays as long, and so takes a part
     of the images."""
@@ -323,8 +336,9 @@ class OptimConfig:
     """Learning rate at the end of the schedules cosine and polynomial."""
     poly_power: PositiveFloat = 1.0
     """Exponent of the polynomial schedule; 1: a straight line."""
-    milestones: tuple[NonNegative, ...] = (30, 60)
-    """Epochs, counted from 0, at whose start the step schedule drops the learning rate."""
+    milestones: tuple[Milestone, ...] = (30, 60)
+    """Epochs after which the step schedule drops the learning rate, or fractions of all epochs (1/3, 0.5). Where epochs
+    changes alone they keep their fractions."""
     lr_gamma: PositiveFloat = 0.1
     """Factor of each drop of the step schedule."""
     warmup_epochs: NonNegativeFloat = 0.0
@@ -334,6 +348,9 @@ class OptimConfig:
     bce_target_threshold: Fraction | None = None
     """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing and smoothing; none:
     targets stay soft."""
+    large_batch: bool = False
+    """Let lr follow batch_size in proportion, and warm up over 5 epochs (Goyal et al. 2017); a given lr or warmup_epochs
+    stays."""
     fused: bool = True
     """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
 
@@ -353,6 +370,13 @@ class OptimConfig:
             raise ValueError(f"poly_power is of the schedule polynomial, not of {self.schedule}: leave it out")
         if self.warmup_epochs and self.schedule == "one_cycle":
             raise ValueError("the schedule one_cycle has a warm-up of its own: leave out warmup_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_are_epochs(self) -> "OptimConfig":
+        """Turn fractions into whole epochs, rounded down; the dataclass is frozen for everybody else."""
+        epochs = tuple(drop if isinstance(drop, int) else int(drop * self.epochs + 1e-9) for drop in self.milestones)
+        object.__setattr__(self, "milestones", epochs)
         return self
 
 
@@ -495,18 +519,22 @@ def from_stored(tree: dict[str, Any], origin: str) -> Config:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML file and put `overrides` (``{"optim.lr": 0.2}``) over it.
 
-    The file's published errors do not hold for another network or data set.
+    Fields that belong together follow each other (recipe.py). The file's published errors do not hold for another network or
+    data set.
 
     Raises:
         UserError: the file is missing or no mapping, a key is unknown, or a value is not of the field's type.
     """
     overrides = overrides or {}
-    tree = SCHEMA.read(Path(path))
+    tree = SCHEMA.read(Path(path).expanduser())
     network = tree.get("model", {}).get("name", ModelConfig.name)
     dataset = tree.get("data", {}).get("dataset", DataConfig.dataset)
     if overrides.get("model.name", network) != network or overrides.get("data.dataset", dataset) != dataset:
         tree.pop("published", None)
-    config = SCHEMA.build(tree, str(path), _with_fields_of_weights(tree, overrides))
+    held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
+    held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
+    followed = following_fields(flatten(dataclasses.asdict(Config())), (flatten(tree), overrides), held)
+    config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
     return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
 
 

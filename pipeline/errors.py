@@ -17,6 +17,7 @@ from pipeline.exits import (
     EXIT_KEYBOARD,
     EXIT_RESUME,
     EXIT_USER_ERROR,
+    launcher_speaks,
     open_closed_streams,
     record_for_torchrun,
 )
@@ -49,8 +50,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, which takes -1e-3 and -1,2 for flags."""
-        words = list(sys.argv[1:] if args is None else args)
+        """As argparse's, which takes -1e-3 and -1,2 for flags. ~ stands for the home folder, after = too."""
+        words = [_at_home(word) for word in (sys.argv[1:] if args is None else args)]
         for i in range(len(words) - 1, 0, -1):
             if NEGATIVE_NUMBER.fullmatch(words[i]) and words[i - 1].startswith("--") and "=" not in words[i - 1]:
                 words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
@@ -58,6 +59,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all arguments")
+
+
+def _at_home(word: str) -> str:
+    """The word with the home folder in the place of ~, where a shell has left it: quoted, or after = in a flag."""
+    flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{sign}{os.path.expanduser(value)}" if value.startswith("~") else word
 
 
 def positive_integer(text: str) -> int:
@@ -87,7 +94,8 @@ def look_up(registry: Mapping[str, T], name: str, key: str) -> T:
 def exit_on_user_error(main: Callable[[], object]) -> None:
     """Run `main`; turn a `UserError` into one line on stderr and exit code 2, an interruption into code 75.
 
-    With several ranks only rank 0 prints what all of them know. torchrun finds what ended a rank in its error file.
+    With several ranks only rank 0 prints what all of them know. torchrun finds what ended a rank in its error file, and
+    pipeline.torchrun says it in their place.
     """
     open_closed_streams()
     try:
@@ -111,11 +119,11 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         _end(EXIT_BROKEN_PIPE)
     except Exception as error:
         if is_out_of_memory(error):
-            reason = f"out of memory ({' '.join(str(error).split()) or 'MemoryError'})"
-            remedy = (
-                "lower the batch size, or set model.activation_checkpointing or more optim.grad_accum_steps in training"
+            reason = (
+                f"out of memory ({' '.join(str(error).split()) or 'MemoryError'}): lower the batch size, or set "
+                "model.activation_checkpointing or more optim.grad_accum_steps in training"
             )
-            _complain(f"error: {reason}: {remedy}")
+            _complain(f"error: {reason}")
             record_for_torchrun(reason, EXIT_USER_ERROR)
             _end(EXIT_USER_ERROR)
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -124,13 +132,17 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
                 traceback.print_exc()
                 _end(EXIT_BUG)
             raise
-        record_for_torchrun(traceback.format_exc(), EXIT_USER_ERROR)  # a full disk
-        file = f" {error.filename}" if error.filename else ""
-        _complain(f"error: cannot write{file}: {error.strerror}: make room on that disk")
+        reason = (
+            f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}: make room on that disk"
+        )
+        record_for_torchrun(reason, EXIT_USER_ERROR)
+        _complain(f"error: {reason}")
         _end(EXIT_USER_ERROR)
 
 
 def _complain(line: str) -> None:
+    if launcher_speaks():
+        return
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:  # whoever read it has gone

@@ -13,6 +13,8 @@ EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where th
 EXIT_KEYBOARD = 130
 EXIT_BROKEN_PIPE = 141
 
+SPEAKER = "PIPELINE_LAUNCHER_SPEAKS"  # set in the ranks of pipeline.torchrun
+
 
 def open_closed_streams() -> None:
     """Send standard streams that were closed (``>&-``) to nowhere, or the next file opened would receive what is printed."""
@@ -22,6 +24,11 @@ def open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - for as long as the process lives
+
+
+def launcher_speaks() -> bool:
+    """Whether the launcher says why a rank of its ends, from the word that the rank leaves, so that it stands there once."""
+    return SPEAKER in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ
 
 
 def record_for_torchrun(message: str, code: int, **details: str) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipeline import preemption
 from pipeline.distributed import World
-from pipeline.run_dir import RECORDS, io_as_user_error
+from pipeline.run_dir import RECORDS, io_as_user_error, now
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,8 +49,8 @@ class Monitor:
                 self._lines.close()
                 self._board.close()
 
-    def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Record `values` (name -> number) after optimiser step `step`."""
+    def scalars(self, step: int, epochs: float, values: dict[str, float]) -> None:
+        """Record `values` (name -> number) after so many optimiser steps, which are so many epochs."""
         if self._active:
             finite = {
                 name: value if math.isfinite(value) else None for name, value in values.items()
@@ -58,7 +58,7 @@ class Monitor:
             with io_as_user_error(self._run_dir):
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
-                self._lines.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+                self._lines.write(json.dumps({"step": step, "epochs": epochs, **finite}) + "\n")
                 self._lines.flush()
 
     def sync(self) -> dict[str, int]:
@@ -92,10 +92,11 @@ class Monitor:
                 self._board.add_figure(name, figure, step)
 
     def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar."""
+        """Print a line, or several, with the time before each, without breaking the progress bar."""
         if self._active:
+            stamp = now()
             try:
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write("\n".join(f"{stamp} {part}" for part in line.split("\n")), file=sys.stdout)
                 sys.stdout.flush()
             except (
                 BrokenPipeError

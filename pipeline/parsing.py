@@ -103,7 +103,8 @@ class Schema(Generic[T]):
                 if _is_list_of_words(field.annotation):
                     options["action"] = "append"
                 elif field.annotation is bool or "true" in self._renamed_values.get(key, {}):
-                    options |= dict(nargs="?", const="true", type=_no_configuration)
+                    alone = self._renamed_values.get(key, {}).get("true", "true")  # what true is called today
+                    options |= dict(nargs="?", const=alone, type=_no_configuration)
                 group.add_argument(self._flag(key), **options)
 
     def given(self, namespace: argparse.Namespace) -> dict[str, Any]:

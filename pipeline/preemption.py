@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-from pipeline.exits import EXIT_KEYBOARD, EXIT_RESUME, open_closed_streams, record_for_torchrun
+from pipeline.exits import EXIT_KEYBOARD, EXIT_RESUME, launcher_speaks, open_closed_streams, record_for_torchrun
 
 # SIGTERM: torchrun, a scheduler's time limit or preemption; SIGUSR1, SIGUSR2: a scheduler's early warning; SIGHUP: the
 # terminal has been closed; SIGINT: Ctrl-C.
@@ -160,6 +160,7 @@ def _end(number: signal.Signals) -> NoReturn:
         os._exit(EXIT_KEYBOARD)
     error = f"rank {os.environ.get('RANK', '0')} leaves on {number.name} while starting"
     line = f"interrupted: {error}; start the same command again to go on\n"
-    os.write(2, line.encode())  # the main thread may hold the lock of sys.stderr
+    if not launcher_speaks():
+        os.write(2, line.encode())  # the main thread may hold the lock of sys.stderr
     record_for_torchrun(error, EXIT_RESUME, signal=number.name, phase="starting")
     os._exit(EXIT_RESUME)

@@ -6,6 +6,8 @@ from pipeline.audit import AuditRow, audit, count_differences, origin_text, sett
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
+from pipeline.metrics import errors_text
+from pipeline.recipe import poor_split
 from pipeline.run import Progress, Run
 from pipeline.run_dir import replace_text
 
@@ -30,9 +32,11 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
     late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]
     if config.optim.schedule == "step" and late:
         lines.append(
-            f"the learning rate never drops at epoch {', '.join(map(str, late))}: the run has optim.epochs "
+            f"the learning rate never drops after epoch {', '.join(map(str, late))}: the run has optim.epochs "
             f"{config.optim.epochs}; set optim.milestones"
         )
+    if split := poor_split(config.optim.batch_size, run.world.size, config.optim.grad_accum_steps):
+        lines.append(split)
     if config.optim.class_weights == "balanced" and config.data.sampling == "balanced":
         lines.append(
             "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "
@@ -46,13 +50,14 @@ def summary(run: Run) -> str:
     progress, published = run.progress, run.config.published
     several = run.train_loader.index.several_labels
     best, last = (_of_labels if several else _errors)(progress)
-    judged, *others = run.validated
+    epochs, (judged, *others) = run.config.optim.epochs, run.validated
     of = f", {judged} weights" if others else ""
-    lines = [f"best  (epoch {progress.best_epoch}{of}): {best}", f"last  (epoch {progress.epoch - 1}{of}): {last}"]
+    lines = [f"best (epoch {progress.best_epoch + 1} of {epochs}{of}): {best}"]
+    lines += [f"last (epoch {progress.epoch} of {epochs}{of}): {last}"]
     for weights, errors in zip(
         others, progress.last_of_other_weights, strict=False
     ):  # none of before it was switched on
-        lines.append(f"last  (epoch {progress.epoch - 1}, {weights} weights): {errors}")
+        lines.append(f"last (epoch {progress.epoch} of {epochs}, {weights} weights): {errors}")
     if published.auroc is not None and several:
         lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
     if published.top1 is not None:
@@ -72,8 +77,8 @@ def summary(run: Run) -> str:
 def _errors(progress: Progress) -> tuple[str, str]:
     """Of the best and of the last epoch."""
     return (
-        f"top-1 error {progress.best_top1_error:.2f} %, top-5 error {progress.best_top5_error:.2f} %",
-        f"top-1 error {progress.last_top1_error:.2f} %, top-5 error {progress.last_top5_error:.2f} %",
+        errors_text(progress.best_top1_error, progress.best_top5_error),
+        errors_text(progress.last_top1_error, progress.last_top5_error),
     )
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,13 @@ from pipeline.errors import UserError
 
 RECORDS = "metrics.jsonl"
 STATUS = "status.json"  # how far the run is, written with each checkpoint
+LOG = "log.txt"  # what rank 0 has printed; see run_log.py
+STARTED, ENDED = "started:", ("ended", "error:", "interrupted:")  # after the time, in an attempt's first and last line
+
+
+def now() -> str:
+    """The local time, as the lines of a log have it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
@@ -25,6 +33,14 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     return [record for line in lines if (record := _record(line))]
+
+
+def epochs_done(record: dict[str, Any]) -> float:
+    """Epochs that were done when a line of ``metrics.jsonl`` was written, of which the last may be a part.
+
+    Earlier versions wrote ``epoch``, the number from 0 of the epoch at whose end, or in which, the line was written.
+    """
+    return record["epochs"] if "epochs" in record else record["epoch"] + 1
 
 
 def _record(line: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pipeline.weights import (
     preprocessing_of,
     preprocessing_of_timm,
     read_file,
+    weights_file,
 )
 
 
@@ -117,7 +118,7 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     """
     assert model.weights is not None
     published = _timm_pretrained(model.weights) if model.weights.startswith("timm:") else None
-    path = Path(model.weights) if published is None else _in_timm_cache(model.weights, published)
+    path = weights_file(model.weights) if published is None else _in_timm_cache(model.weights, published)
     found = read_file(path)
     digest = _sha256(path)
     if model.weights_sha256 and model.weights_sha256.lower() != digest:

@@ -7,7 +7,6 @@ Mixed precision, NCCL and CUDA have not been run on a GPU yet; the tests train o
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from pipeline.monitor import Monitor
 from pipeline.preemption import PreemptionHandler
 from pipeline.report import summary, warnings_of, write_description
 from pipeline.run import Progress, Run
-from pipeline.run_dir import locked
+from pipeline.run_log import occupied
 from pipeline.start import find_start
 from pipeline.update import update
 from pipeline.watchdog import Watchdog
@@ -45,8 +44,7 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
         UserError: something that the user can put right; see the message.
         InterruptedRunError: a signal, or the loss of another rank, ended the run before its time.
     """
-    with init_distributed(config.train.device) as world, ExitStack() as stack:
-        world.broadcast_from_rank0(lambda: stack.enter_context(locked(Path(config.run_dir))))
+    with init_distributed(config.train.device) as world, occupied(Path(config.run_dir), world):
         start = world.broadcast_from_rank0(lambda: find_start(config))
         run = Run(start.config, world, start)
         Trainer(run, [*create_hooks(run), *hooks, Saving(run)]).fit(start.checkpoint)
@@ -109,7 +107,7 @@ class Trainer:
         batches = self._timed(run.train_loader.batches(run.progress.epoch, run.progress.step))
         run.set_training_mode()
         while run.progress.step < steps:
-            self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}", self.compiles)
+            self.watchdog.beat(run.position, self.compiles)
             self._call("on_step_start")
             result = self.step(batches)
             run.progress.step, self.compiles = run.progress.step + 1, result.last and (self.compiles or run.recompiles)
@@ -175,7 +173,7 @@ class Trainer:
 
     def _between_batches(self) -> None:
         """Before each batch of an evaluation, and before the first step of an epoch."""
-        self.watchdog.beat(f"epoch {self.run.progress.epoch}, {self.run.progress.step} steps done")
+        self.watchdog.beat(self.run.position)
         self._call("on_evaluation_batch")
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:

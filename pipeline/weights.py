@@ -115,7 +115,7 @@ def read_weights(
     Raises:
         UserError: the file is missing, damaged, holds something else, or weights that do not fit the network.
     """
-    path = Path(path)
+    path = weights_file(path)
     found = read_file(path, ema)
     if not isinstance(found, OwnWeights):
         return _external(path, found, model, classes)
@@ -128,6 +128,21 @@ def read_weights(
     known = found._asdict() | {"classes": classes or found.classes}
     del known["state"]
     return Weights(str(path), network.eval(), **known)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that a path to weights means: of a run's directory its best checkpoint.
+
+    Raises:
+        UserError: it is another folder.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    for best in (path / "checkpoints" / "best.pt", path / "best.pt"):
+        if best.exists():
+            return best
+    raise UserError(f"{path} is a folder without checkpoints/best.pt: give a run's directory, or a file of weights")
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:

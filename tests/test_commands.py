@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, override_flags, photo, run_module, run_torchrun, small_config, write_class_folders
+from conftest import REPOSITORY, override_flags, photo, run_module, small_config, write_class_folders
 
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.models import create_model
@@ -153,11 +154,11 @@ def test_evaluating_a_flat_folder_with_a_label_file(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_under_torchrun_rank_0_says_it_once(tmp_path):
-    done = run_torchrun("pipeline.train", *flags(tmp_path / "run", tmp_path / "nowhere"), ranks=2)
-    assert done.returncode != 0
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
-    assert "Traceback" not in done.stderr.split("error: ")[1].split("\n")[0]
+def test_under_our_torchrun_a_mistake_is_one_line(tmp_path):
+    words = flags(tmp_path / "run", tmp_path / "nowhere")
+    done = run_module("pipeline.torchrun", "--nproc-per-node=2", "-m", "pipeline.train", *words)
+    assert done.returncode == 2 and re.fullmatch(r"error: .*nowhere.* does not exist.*\n", done.stderr), done.stderr
+    assert "error: " in (tmp_path / "run" / "log.txt").read_text().splitlines()[-1]
 
 
 @pytest.mark.slow

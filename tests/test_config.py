@@ -5,8 +5,9 @@ import yaml
 from conftest import REPOSITORY, override_flags
 
 from pipeline.config import from_dict, load_config, load_stored_config, parse_command_line, to_yaml
-from pipeline.errors import UserError
+from pipeline.errors import ArgumentParser, UserError
 from pipeline.parsing import flatten
+from pipeline.recipe import poor_split
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 DENSENET121 = str(REPOSITORY / "configs" / "densenet121.yaml")
@@ -68,7 +69,10 @@ def test_published_errors_are_of_the_files_network_and_data():
             "--data.interpolation: choose 'torch7-bicubic', 'pil-bilinear' or 'pil-bicubic'",
         ),
         (["--data.scale", "1,0.5"], "--data.scale: the lower limit comes first"),
-        (["--data.crop_size", "300"], "resize_size (256) must be at least crop_size (300)"),
+        (
+            ["--data.crop_size", "300", "--data.resize_size", "256"],
+            "resize_size (256) must be at least crop_size (300)",
+        ),
         (["--optim.momentum", "0"], "nesterov needs momentum"),
         (["--data.mean", "1,2"], "--data.mean: 3 values are needed, such as 0.485,0.456,0.406 (got ['1', '2'])"),
         (["--data.mean", "0.5"], "--data.mean: 3 values are needed"),
@@ -81,7 +85,9 @@ def test_published_errors_are_of_the_files_network_and_data():
         (["--optim.momentum", "1"], "--optim.momentum: a number below 1.0 is needed"),
         (["--data.mirror", "false"], "--data.mirror is now called --data.hflip"),
         (["--data.train_crop", "area"], "--data.train_crop: 'area' is now called 'random_resized_crop'"),
-        (["--train.compile"], "--train.compile: 'true' is now called 'default'"),
+        (["--optim.milestones", "1.5"], "--optim.milestones: a whole number is needed (got '1.5')"),
+        (["--optim.batch_size", "x", "--optim.large_batch"], "--optim.batch_size: a whole number is needed (got 'x')"),
+        (["--train.compile", "true"], "--train.compile: 'true' is now called 'default'"),
         (["--train.compile", "false"], "--train.compile: 'false' is now called 'none'"),
         (["--train.channels_last", "false"], "--train.channels_last is now called --train.memory_format"),
         (["--lr", "1"], "unknown argument --lr (did you mean '--optim.lr'?)"),
@@ -139,10 +145,91 @@ def test_paths_take_the_home_folder_and_variables(tmp_path, monkeypatch):
     config = load_config(path)
     assert (config.run_dir, config.data.dir) == ("/scratch/me/run", "/home/me/images")
     assert config.data.val_labels == "/home/me/labels.txt"
+    assert parse("--data.dir=~/images").data.dir == "/home/me/images"  # which no shell expands
+    options = ArgumentParser()
+    options.add_argument("--report")
+    options.add_argument("weights")
+    said = options.parse_args(["--report=~/report", "~/a.pth"])
+    assert (said.report, said.weights) == ("/home/me/report", "/home/me/a.pth")
 
 
 def test_a_flag_of_a_truth_value_stands_for_true():
     assert parse("--data.download").data.download and not parse("--data.download", "false").data.download
+    assert parse("--train.compile").train.compile == "default"  # it was one, and has other values today
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("", "--optim.epochs 20", (20, (6, 13))),
+        ("", "--optim.milestones 1/3,2/3", (90, (30, 60))),
+        ("", "--optim.milestones 1/3,0.75,19 --optim.epochs 20", (20, (6, 15, 19))),
+        ("", "--optim.epochs 2", (2, (1,))),  # the first drop would come before the first epoch
+        ("", "--optim.epochs 1", (1, ())),
+        ("epochs: 300, milestones: [150, 225]", "--optim.epochs 40", (40, (20, 30))),
+        ("epochs: 40", "--optim.epochs 20", (20, (6, 13))),
+        ("milestones: [1/2]", "--optim.epochs 20", (20, (10,))),
+        ("epochs: 300, milestones: [150, 225]", "--optim.epochs 300", (300, (150, 225))),
+        ("epochs: 14, schedule: cosine", "--optim.epochs 20", (20, (30, 60))),  # which it does not look at
+        # More epochs for a run that has dropped its rate already: it must not rise again.
+        ("", "--optim.epochs 120 --train.change optim.epochs", (120, (30, 60))),
+        ("", "--optim.epochs 120 --train.change optim.lr", (120, (40, 80))),
+    ],
+)
+def test_drops_of_the_learning_rate_follow_the_epochs(tmp_path, text, words, expected):
+    (tmp_path / "mine.yaml").write_text(f"optim: {{{text}}}")
+    config, _ = parse_command_line([str(tmp_path / "mine.yaml"), *words.split()], "train", "")
+    assert (config.optim.epochs, config.optim.milestones) == expected
+    assert from_dict(yaml.safe_load(to_yaml(config)), "round trip") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("", "--data.crop_size 64", (64, 73)),
+        ("", "--data.crop_size 448", (448, 512)),
+        ("", "--data.crop_size 64 --data.resize_size 256", (64, 256)),
+        ("", "--data.resize_size 288", (224, 288)),
+        ("crop_size: 32, resize_size: 32", "--data.crop_size 48", (48, 48)),
+        ("crop_size: 28, resize_size: 32", "--data.crop_size 56", (56, 64)),
+        ("crop_size: 64", "", (64, 73)),
+        ("crop_size: 64", "--data.resize_size 64", (64, 64)),
+    ],
+)
+def test_the_resize_size_follows_the_crop_size(tmp_path, text, words, expected):
+    (tmp_path / "mine.yaml").write_text(f"data: {{{text}}}")
+    config, _ = parse_command_line([str(tmp_path / "mine.yaml"), *words.split()], "train", "")
+    assert (config.data.crop_size, config.data.resize_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("", "--optim.batch_size 1024 --optim.large_batch", (0.4, 5)),
+        ("batch_size: 1024", "--optim.large_batch", (0.4, 5)),
+        ("batch_size: 1024, large_batch: true", "--optim.batch_size 2048", (0.8, 5)),
+        ("batch_size: 64, lr: 0.2", "--optim.batch_size 256 --optim.large_batch", (0.8, 5)),
+        ("", "--optim.batch_size 1024 --optim.large_batch --optim.lr 0.3 --optim.warmup_epochs 2", (0.3, 2)),
+        ("", "--optim.large_batch --optim.epochs 6", (0.1, 3)),
+        ("", "--optim.batch_size 1024", (0.1, 0)),
+        ("large_batch: true", "--optim.batch_size 1024 --optim.large_batch false", (0.1, 0)),
+    ],
+)
+def test_one_flag_is_the_recipe_of_large_batches(tmp_path, text, words, expected):
+    """Goyal et al. 2017: the learning rate in proportion to the batch, and five epochs of warm-up."""
+    (tmp_path / "mine.yaml").write_text(f"optim: {{{text}}}")
+    config, _ = parse_command_line([str(tmp_path / "mine.yaml"), *words.split()], "train", "")
+    assert (config.optim.lr, config.optim.warmup_epochs) == pytest.approx(expected)
+    (tmp_path / "stored.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "stored.yaml") == config
+
+
+def test_many_ranks_with_few_images_each_are_told_the_way_out():
+    assert poor_split(256, 4, 1) == poor_split(256, 16, 1) == poor_split(1024, 32, 1) == poor_split(8, 2, 1) == ""
+    line = poor_split(256, 32, 1)
+    assert "batch 256 on 32 ranks leaves 8 images to a batch-norm statistic" in line and "\n" not in line
+    assert "--optim.batch_size 1024 --optim.large_batch gives each 32 images" in line
+    assert "16 ranks x 2 accumulation steps leaves 8 images" in poor_split(256, 16, 2)
 
 
 def test_stored_configurations_are_read_under_their_old_names(tmp_path):

@@ -63,7 +63,10 @@ def test_another_name_of_the_validation_set_is_offered(root, monkeypatch, there,
         open_all(root)
 
 
-def test_the_training_folder_in_place_of_the_one_above(root):
+def test_the_training_folder_in_place_of_the_one_above(root, capsys):
+    assert [index.root for index in open_all(root / "train")] == [str(root / "train"), str(root / "val")]
+    assert f"data.dir {root}/train is the training images: {root} is taken, which holds them" in capsys.readouterr().err
+    shutil.rmtree(root / "val")
     with pytest.raises(UserError, match=f"train/train does not exist: data.dir is the folder above: set it to {root}$"):
         open_all(root / "train")
 

@@ -390,6 +390,7 @@ def test_mistakes_show_before_the_work(image_folders, checkpoint, tmp_path, user
     nan.save(state, best=False)
     for words, expected in (
         ([checkpoint, "none.pt"], "cannot read the weights none.pt"),
+        ([image_folders], f"{image_folders} is a folder without checkpoints/best.pt: give a run's directory"),
         ([checkpoint, "--crop-size", 2, "--resize-size", 2], "cannot take images of 2 x 2 pixels"),
         ([checkpoint, checkpoint, "--predictions", tmp_path / "a.csv"], "--predictions is for one WEIGHTS"),
         ([checkpoint, "--json", tmp_path], "cannot write --json .*: Is a directory"),
@@ -429,6 +430,15 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
 def labels_of(folder: Path, names: tuple[str, ...]) -> Path:
     (folder / "labels.txt").write_text("x&y\n" * len(names))
     return folder / "labels.txt"
+
+
+def test_a_runs_directory_stands_for_its_best_checkpoint(image_folders, checkpoint, tmp_path, evaluated):
+    run = tmp_path / "my-run" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "best.pt").symlink_to(checkpoint)
+    summary = evaluated(run.parent, "--data", image_folders, "--crop-size", 16, "--json", tmp_path / "found.json")
+    (found,) = json.loads((tmp_path / "found.json").read_text())["evaluations"]
+    assert found["weights"] == str(run / "best.pt") and "resize to 18, crop 16" in summary  # 32 of 36 pixels in the run
 
 
 def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint, tmp_path, evaluated):

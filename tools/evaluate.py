@@ -1,10 +1,10 @@
 """Evaluate networks on labelled images: ``python -m tools.evaluate WEIGHTS ... --data DIR [--crops 10]``, also under torchrun.
 
-WEIGHTS are checkpoints of this project or files of torchvision, timm or openmmlab. Images are prepared (crop and resize size,
-resize filter, mean and standard deviation) as in the run that trained the weights; for --model timm:NAME as timm's
-configuration says; for the paper's networks from other files as in the paper. Flags override each of these. Several WEIGHTS
-are compared on the same images. Where images of some classes are missing, errors among all outputs and among those of the
-classes present are both told; --outputs says which of them all else is of.
+WEIGHTS are runs' directories (their best checkpoint), checkpoints, or files of torchvision, timm or openmmlab. Images are
+prepared (crop and resize size, resize filter, mean and standard deviation) as in the run that trained the weights; for
+--model timm:NAME as timm's configuration says; for the paper's networks from other files as in the paper. Flags override each
+of these. Several WEIGHTS are compared on the same images. Where images of some classes are missing, errors among all outputs
+and among those of the classes present are both told; --outputs says which of them all else is of.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.metrics import LabelScore, Score
 from pipeline.precision import autocast, set_tf32
-from pipeline.weights import Weights, imagenet_ids
+from pipeline.recipe import resize_with
+from pipeline.weights import Weights, imagenet_ids, weights_file
 from tools.support import published
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
@@ -98,7 +99,8 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     if options.predictions and len(options.weights) > 1:
         raise UserError("--predictions is for one WEIGHTS: --report DIR writes a file of answers for each")
     candidates: list[Candidate] = []
-    for file, name in zip(options.weights, short_names(options.weights), strict=True):
+    files = [str(weights_file(file)) for file in options.weights]
+    for file, name in zip(files, short_names(files), strict=True):
         weights = read_weights_of(options, file)
         data = data_config(weights.config, options)
         same = [c for c in candidates if (c.data.dataset, c.index.classes) == (data.dataset, weights.classes)]
@@ -352,6 +354,8 @@ def compare(
 def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
     names = ("dataset", "interpolation", "resize_size", "crop_size", "mean", "std", "loader", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if "crop_size" in given and "resize_size" not in given:  # as in a run's configuration
+        given["resize_size"] = resize_with(given["crop_size"], config.data.crop_size, config.data.resize_size)
     tree = dataclasses.asdict(config)
     tree["data"] |= {"dir": options.data, "download": options.download, "threads": 0, **given}
     return from_dict(tree, "the command line").data
@@ -397,7 +401,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--interpolation", choices=typing.get_args(Interpolation), help="filter of the resize [the run's]"
     )
-    parser.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side of the resized image [the run's]")
+    parser.add_argument(
+        "--resize-size",
+        type=int,
+        metavar="PIXELS",
+        help="short side of the resized image [the run's, or in its ratio to --crop-size]",
+    )
     parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of the crop [the run's]")
     parser.add_argument(
         "--mean", type=_rgb, metavar="R,G,B", help="mean for the normalisation, each in [0, 1] [the run's]"

@@ -1,5 +1,6 @@
 """The training and the validation set that a configuration names."""
 
+import dataclasses
 import os
 import re
 import sys
@@ -40,6 +41,7 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
     """
     opener = _open_synthetic if config.loader == "synthetic" else look_up(DATASETS, config.dataset, "data.dataset")
     if opener is _open_files:
+        config = _above_train(config)
         _check_folders(config)
     train = opener(config, "train", (), cache, progress)
     if config.holdout:
@@ -163,6 +165,20 @@ DATASETS: dict[str, Opener] = {
     "images": _open_files,
     **dict.fromkeys(CLASSES_OF_TORCHVISION, _open_arrays),
 }
+
+
+def _above_train(config: DataConfig) -> DataConfig:
+    """The configuration with the folder that holds both splits, where data.dir is the training split itself; it is told."""
+    folder = Path(os.path.abspath(config.dir))
+    above = folder.parent
+    if folder.name != config.train or os.path.lexists(folder / config.train):
+        return config
+    if not config.holdout and not os.path.lexists(above / config.val):
+        return config
+    print(
+        f"data.dir {config.dir} is the training images: {above} is taken, which holds them", file=sys.stderr, flush=True
+    )
+    return dataclasses.replace(config, dir=str(above))
 
 
 def _check_folders(config: DataConfig) -> None:

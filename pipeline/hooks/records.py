@@ -8,9 +8,11 @@ from pipeline.config import to_yaml
 from pipeline.data.loader import Batch
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.monitor import peak_memory
+from pipeline.pace import Pace, duration
 from pipeline.run import Run
 
 GRID_IMAGES = 16
+MUCH_WAITING = 0.25  # share of time from which on the loader is called the limit
 
 
 class Records(Hook):
@@ -19,12 +21,19 @@ class Records(Hook):
     def __init__(self, run: Run):
         self._announced: object = None  # how the dense blocks computed when that was last said
         self._window_start: float | None = None  # when the steps since the last log line began
-        self._window_images = 0
+        self._window_images = self._window_steps = 0
+        loader = run.train_loader
+        self._pace = Pace(
+            loader.steps_per_epoch, run.config.optim.epochs, (len(loader.index), len(run.val_loader.index))
+        )
+        self._validation_start: float | None = None
+        self._waits: list[float] = []  # shares of time that the last two windows waited for images
+        self._hinted = False
 
     def on_start(self, trainer: Training) -> None:
         run, monitor = trainer.run, trainer.monitor
         if run.done_steps:
-            monitor.say(f"resuming at epoch {run.progress.epoch}, step {run.progress.step} of {run.dir}")
+            monitor.say(f"resuming at {run.position} of {run.dir}")
         else:
             monitor.text("config", to_yaml(run.config))
         for line in run.history.lines():
@@ -36,7 +45,9 @@ class Records(Hook):
         if self._window_start is None:
             self._begin_window(trainer)
         monitor, progress = trainer.monitor, run.progress
-        monitor.show_progress(f"epoch {progress.epoch}", run.train_loader.steps_per_epoch, progress.step)
+        monitor.show_progress(
+            f"epoch {progress.epoch + 1}/{run.config.optim.epochs}", run.train_loader.steps_per_epoch, progress.step
+        )
 
     def on_batch(self, trainer: Training, batch: Batch) -> None:
         run = trainer.run
@@ -49,19 +60,22 @@ class Records(Hook):
     def on_step(self, trainer: Training, result: StepResult) -> None:
         self._announce_dense_block(trainer)
         self._window_images += result.images
+        self._window_steps += 1
         trainer.monitor.advance()
         if result.skipped:
-            step = trainer.run.done_steps - 1
-            trainer.monitor.say(f"step {step}: the loss or the gradient is not finite; the step is left out")
+            step = trainer.run.done_steps
+            trainer.monitor.say(f"step {step} of the run: the loss or the gradient is not finite; the step is left out")
         if result.logged:  # the only steps that wait for the device
             self._log(trainer, result)
             self._begin_window(trainer)
         if result.last:  # what follows is validation
-            self._window_start = None
+            self._window_start, self._validation_start = None, time.perf_counter()
             trainer.monitor.hide_progress()
 
     def on_epoch(self, trainer: Training, result: EpochResult) -> None:
         run, train, val = trainer.run, result.train, result.val
+        if self._validation_start is not None:  # this process has trained the epoch's last step
+            self._pace.validation(time.perf_counter() - self._validation_start)
         values = {
             **{f"epoch/train_{name}": value for name, value in train.records().items()},
             "epoch/skipped_images": len(run.train_loader.index) - train.images,
@@ -71,10 +85,11 @@ class Records(Hook):
         judged = f" of the {next(iter(result.scores))} weights:" if others else ""
         for weights, score in others:
             values |= {f"val_{weights}/{name}": value for name, value in score.records().items()}
-        trainer.monitor.scalars(run.done_steps, result.epoch, values)
+        trainer.monitor.scalars(run.done_steps, run.epochs_done, values)
         trainer.monitor.say(
-            f"epoch {result.epoch}: train loss {train.loss:.4f}, {train.text()} | validation{judged} loss "
-            f"{val.loss:.4f}, {val.text(top5=True)} ({val.images} images){' *' if result.best else ''}"
+            f"epoch {result.epoch + 1}/{run.config.optim.epochs}: train loss {train.loss:.4f}, {train.text()} | "
+            f"validation{judged} loss {val.loss:.4f}, {val.text(top5=True)} ({val.images} images)"
+            f"{', the best so far' if result.best else ''}"
             + "".join(f" | {weights} weights: loss {s.loss:.4f}, {s.text(top5=True)}" for weights, s in others)
         )
 
@@ -82,7 +97,7 @@ class Records(Hook):
         trainer.monitor.hide_progress()
 
     def _begin_window(self, trainer: Training) -> None:
-        self._window_start, self._window_images = time.perf_counter(), 0
+        self._window_start, self._window_images, self._window_steps = time.perf_counter(), 0, 0
         trainer.seconds["data"] = 0.0
 
     def _announce_dense_block(self, trainer: Training) -> None:
@@ -101,19 +116,39 @@ class Records(Hook):
         if score is None:  # all steps since the last line were left out
             return
         waiting = trainer.seconds["data"] / seconds
+        self._pace.steps(self._window_steps, seconds)
+        epoch_left, run_left = self._pace.remaining(run.done_steps)
+        speed, device = self._window_images / seconds, "GPU" if run.world.device.type == "cuda" else "rank"
+        each = f" ({speed / run.world.size:.1f} a {device})" if run.world.size > 1 else ""
         values = {
             **{f"train/{name}": value for name, value in score.records().items()},
             "train/learning_rate": result.learning_rate,
             "train/gradient_norm": result.gradient_norm or 0.0,
-            "speed/images_per_second": self._window_images / seconds,
+            "speed/images_per_second": speed,
+            "speed/remaining_seconds": run_left,
             "speed/data_wait_fraction": waiting,
             "speed/checkpoint_seconds": trainer.seconds["checkpoint"],
             "memory/peak_gib": peak_memory(run.world.device) / 2**30,
         }
         trainer.seconds["checkpoint"] = 0.0
-        trainer.monitor.scalars(run.done_steps, run.progress.epoch, values)
+        trainer.monitor.scalars(run.done_steps, run.epochs_done, values)
         trainer.monitor.say(
-            f"epoch {run.progress.epoch} step {run.progress.step}/{run.train_loader.steps_per_epoch}: "
-            f"loss {score.loss:.4f}, {score.text()}, lr {result.learning_rate:.4g}, "
-            f"{self._window_images / seconds:.1f} images/s, {100 * waiting:.0f} % waiting for data"
+            f"{run.position}: loss {score.loss:.4f}, {score.text()}, lr {result.learning_rate:.4g}, "
+            f"{speed:.1f} images/s{each}, {100 * waiting:.0f} % waiting for data, {duration(epoch_left)} to the epoch's end, "
+            f"{duration(run_left)} to the run's"
+        )
+        self._hint(trainer, waiting)
+
+    def _hint(self, trainer: Training, waiting: float) -> None:
+        """Say once that the loader is the limit, if it was so in two windows in a row, none of them an epoch's first."""
+        begins_epoch = trainer.run.progress.step == self._window_steps  # when the loader is filled
+        self._waits = [] if begins_epoch else [*self._waits[-1:], waiting]
+        if self._hinted or len(self._waits) < 2 or min(self._waits) < MUCH_WAITING:
+            return
+        self._hinted = True
+        threads = trainer.run.config.data.threads or trainer.run.world.cores
+        trainer.monitor.say(
+            f"hint: {100 * waiting:.0f} % of the time goes into waiting for images, so that the loader is the limit: give each "
+            f"rank more cores (this one loads with {threads} threads; data.threads, --cpus-per-task on SLURM), or put the "
+            "images on a faster disk or into shards (python -m tools.pack); python -m tools.lab.loader measures it"
         )

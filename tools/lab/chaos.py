@@ -68,7 +68,9 @@ class Run:
         self.run_dir, self.log = run_dir, log
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
-                torchrun(RANKS, "pipeline.train", config, "--run_dir", run_dir),
+                torchrun(
+                    RANKS, "pipeline.train", config, "--run_dir", run_dir, launcher_module="torch.distributed.run"
+                ),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -301,7 +303,9 @@ def stop_by_signal(testbed: Testbed, tries: int) -> Outcome:
             return None
         target = _stop(testbed, run)
         code = run.end()
-        if "\nrecipe: " in run.output():  # all had been done and saved: torchrun was struck while it looked for that
+        if (
+            "\nlast (epoch " in run.output()
+        ):  # all had been done and saved: torchrun was struck while it looked for that
             return False
         left = run.output().count("interrupted: rank") == RANKS
         if code != 0 and not (left and (target == "torchrun" or "exitcode  : 75" in run.output())):

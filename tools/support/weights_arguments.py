@@ -10,7 +10,7 @@ from pipeline.weights import Weights, read_weights
 
 def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None:
     """Add the arguments that `read_weights_of` uses."""
-    text = "a checkpoint of this project, or a .safetensors, .pth or .pt file from elsewhere"
+    text = "a run's directory (its best checkpoint), a checkpoint, or a .safetensors, .pth or .pt file from elsewhere"
     parser.add_argument("weights", nargs="+" if several else None, metavar="WEIGHTS", help=text)
     parser.add_argument(
         "--model",

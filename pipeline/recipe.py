@@ -1,0 +1,108 @@
+"""What changing one part of a recipe means for its other parts.
+
+A configuration is made in layers: the defaults, which are the paper's recipe, then the file, then the command line. A layer
+that gives a field without the one that belongs to it means both: a crop size takes its resize size along, the number of
+epochs the epochs after which the learning rate drops.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+RANKS_OF_A_LARGE_RUN = 8  # from so many on, few images a rank are mostly waiting for each other
+SMALL_STATISTIC = 16  # images of a batch-norm statistic below which it is poor
+LARGE_STATISTIC = 32  # what Goyal et al. 2017 gave each GPU
+WARMUP_EPOCHS = 5.0  # of Goyal et al. 2017, for 90 epochs
+
+
+def following_fields(
+    defaults: Mapping[str, Any], layers: tuple[Mapping[str, Any], ...], held: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The fields, by key, that follow others which a layer gives without them.
+
+    Args:
+        defaults: all fields.
+        layers: fields as a file or a command line gives them, not checked yet; a later one wins.
+        held: fields that are changed on purpose in a run that resumes, and take no other along.
+    """
+    state, followed = dict(defaults), dict[str, Any]()
+    merged = {**defaults, **{key: value for layer in layers for key, value in layer.items()}}
+    large_batch = str(merged["optim.large_batch"]).lower() in ("true", "yes", "on", "1")
+    for layer in layers:
+        new = {}
+        if "data.crop_size" not in held:
+            new |= _resize_size(state, layer)
+        if "optim.epochs" not in held and merged["optim.schedule"] == "step":
+            new |= _milestones(state, layer)
+        if large_batch and "optim.batch_size" not in held:
+            new |= _learning_rate(state, layer)
+        followed = {key: value for key, value in followed.items() if key not in layer} | new
+        state |= {**layer, **new}
+    if large_batch and not any("optim.warmup_epochs" in layer for layer in layers):
+        epochs = _number(merged["optim.epochs"])
+        followed["optim.warmup_epochs"] = min(WARMUP_EPOCHS, (epochs or WARMUP_EPOCHS) / 2)
+    return followed
+
+
+def _resize_size(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, int]:
+    crop, before, resize = (
+        _number(v) for v in (layer.get("data.crop_size"), *_of(state, "data.crop_size", "data.resize_size"))
+    )
+    if "data.resize_size" in layer or not (crop and before and resize):
+        return {}
+    return {"data.resize_size": resize_with(int(crop), int(before), int(resize))}
+
+
+def resize_with(crop_size: int, crop_before: int, resize_before: int) -> int:
+    """The resize size, in pixels, that belongs to a crop size as `resize_before` belonged to `crop_before`."""
+    return round(crop_size * resize_before / crop_before)
+
+
+def _milestones(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Rounded down; a drop before the first epoch is none. Fractions of the epochs need not follow."""
+    epochs, before = _number(layer.get("optim.epochs")), _number(state["optim.epochs"])
+    drops = [_number(drop) for drop in state["optim.milestones"]] if _is_list(state["optim.milestones"]) else [None]
+    if "optim.milestones" in layer or not (epochs and before) or not all(d is not None and d == int(d) for d in drops):
+        return {}
+    scaled = (int(drop) * int(epochs) // int(before) for drop in drops if drop)
+    return {"optim.milestones": tuple(dict.fromkeys(drop for drop in scaled if drop))}
+
+
+def _learning_rate(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, float]:
+    batch, before, rate = (
+        _number(v) for v in (layer.get("optim.batch_size"), *_of(state, "optim.batch_size", "optim.lr"))
+    )
+    if "optim.lr" in layer or not (batch and before and rate):
+        return {}
+    return {"optim.lr": rate * (batch / before)}
+
+
+def _of(state: Mapping[str, Any], *keys: str) -> list[Any]:
+    return [state[key] for key in keys]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _number(value: Any) -> float | None:
+    """None if it is none, or none that can be counted with: the field's own type says so."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if 0 <= number < 1e9 else None
+
+
+def poor_split(batch_size: int, ranks: int, grad_accum_steps: int) -> str:
+    """What a batch that is cut into many small parts means, and what to do, in one line; empty if it is not."""
+    each = batch_size // (ranks * grad_accum_steps)
+    if ranks < RANKS_OF_A_LARGE_RUN or each >= SMALL_STATISTIC:
+        return ""
+    steps = f" x {grad_accum_steps} accumulation steps" if grad_accum_steps > 1 else ""
+    return (
+        f"batch {batch_size} on {ranks} ranks{steps} leaves {each} images to a batch-norm statistic (the paper: 64), and ranks "
+        f"that mostly wait for each other: --optim.batch_size {ranks * LARGE_STATISTIC} --optim.large_batch gives each "
+        f"{LARGE_STATISTIC} images, with the learning rate and warm-up of Goyal et al. 2017 (another recipe than the paper's)"
+    )

@@ -1,0 +1,135 @@
+"""What a run says of its speed and its end, and the log that it leaves."""
+
+import json
+import re
+import time
+
+import pytest
+from conftest import small_config
+
+from pipeline import trainer
+from pipeline.errors import InterruptedRunError, LocalUserError, UserError
+from pipeline.hooks import Hook
+from pipeline.pace import Pace, duration
+from pipeline.run_log import logged
+from pipeline.torchrun import outcome
+
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+
+
+def test_the_rest_of_an_epoch_and_of_a_run():
+    pace = Pace(steps_per_epoch=10, epochs=3, images=(300, 90))
+    pace.steps(2, 100.0)  # the first, in which kernels are compiled: it counts as long as it is the only one
+    assert pace.remaining(2) == pytest.approx(
+        (8 * 50 + 50, 8 * 50 + 50 + 2 * (500 + 50))
+    )  # a validation image: a third
+    pace.steps(4, 8.0)
+    pace.steps(1, 2.0)
+    assert pace.remaining(7) == pytest.approx((3 * 2 + 2, 3 * 2 + 2 + 2 * (20 + 2)))
+    pace.validation(5.0)
+    assert pace.remaining(10) == pytest.approx((5, 5 + 2 * (20 + 5)))  # validation is still to come
+    assert pace.remaining(11) == pytest.approx((9 * 2 + 5, 9 * 2 + 5 + 20 + 5))
+    assert pace.remaining(30) == pytest.approx((5, 5))
+    assert [duration(s) for s in (0, 59, 61, 7260, 180000)] == ["0 s", "59 s", "1 min", "2 h 1 min", "2 d 2 h"]
+
+
+class Slow(Hook):
+    """Has the loader wait before each batch, as a slow disk does."""
+
+    def on_start(self, trainer):
+        batches = trainer.run.train_loader.batches
+
+        def slowly(*place):
+            for batch in batches(*place):
+                time.sleep(0.05)
+                yield batch
+
+        trainer.run.train_loader.batches = slowly
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_time_and_the_log_keeps_what_it_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.hooks.records.MUCH_WAITING", 0.0)  # how much it is depends on the machine
+    config = small_config(tmp_path, data={"synthetic_images": 72, "threads": 3}, train={"log_every": 1})
+    trainer.fit(config, hooks=[Slow()])
+    said = capsys.readouterr().out
+    shown = r"images/s, \d+ % waiting for data, \d+ s to the epoch's end, \d+ s to the run's$"
+    assert re.search(rf"^{STAMP}epoch 1/2, step 2/6: loss .* {shown}", said, re.M), said
+    before, after = said.split("hint: ")  # said once, after the second of the epoch's windows that are not its first
+    assert "step 3/6: " in before and "step 4/6: " not in before
+    assert re.match(
+        r"\d+ % of the time goes into waiting for images, so that the loader is the limit: .*with 3 threads", after
+    )
+    records = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    left = [r["speed/remaining_seconds"] for r in records if "speed/remaining_seconds" in r]
+    assert left[0] > 0.05 * 11 and left[-1] < left[0]
+    log = (tmp_path / "log.txt").read_text()
+    assert re.match(rf"{STAMP}started: .* \(process \d+ on \S+, 1 rank\)\n", log)
+    assert re.search(rf"\n{STAMP}ended\n$", log) and said in log  # the summary too
+
+    with pytest.raises(UserError, match="optim.lr was"):
+        trainer.fit(small_config(tmp_path, data={"synthetic_images": 72, "threads": 3}, optim={"lr": 0.3}))
+    assert (tmp_path / "log.txt").read_text().startswith(log)
+    assert re.search(
+        rf"\n{STAMP}error: cannot resume .*optim.lr was 0.1 and is now 0.3.*\n$", (tmp_path / "log.txt").read_text()
+    )
+
+
+class Rank:
+    size = 2
+
+    def __init__(self, rank: int):
+        self.rank, self.is_main = rank, rank == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "expected"),
+    [
+        (0, UserError("all know"), "error: all know"),
+        (1, UserError("all know"), None),
+        (1, LocalUserError("a.jpg is damaged"), "rank 1: error: a.jpg is damaged"),
+        (1, InterruptedRunError("lost contact"), None),
+        (0, InterruptedRunError("leaves on SIGTERM"), "interrupted: leaves on SIGTERM"),
+        (1, ValueError("a bug"), "rank 1: error: ValueError: a bug"),
+        (0, OSError(28, "No space left"), "error: OSError: [Errno 28] No space left"),
+    ],
+)
+def test_how_an_attempt_ended_stands_in_the_log_once(tmp_path, rank, error, expected):
+    with pytest.raises(type(error)), logged(tmp_path, Rank(rank)):
+        raise error
+    ends = [line for line in (tmp_path / "log.txt").read_text().splitlines() if " started: " not in line]
+    if expected is None:
+        assert ends == []
+    else:
+        assert re.fullmatch(STAMP + re.escape(expected), ends[-1])
+        assert ends[:-1] == [] or ends[0] == "Traceback (most recent call last):"
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with logged(tmp_path, Rank(0)):
+        print("goes on")
+
+
+LEAVES = {"message": "rank 0 leaves at epoch 1/2, step 3/4 of runs/a on SIGINT", "code": 75, "signal": "SIGINT"}
+LOST = {"message": "rank 1 has lost contact to another rank", "code": 75, "signal": ""}
+
+
+@pytest.mark.parametrize(
+    ("words", "failed", "asked", "code", "line"),
+    [
+        ([LOST, {"message": "a.jpg is damaged", "code": 2}], {0: 75}, None, 2, "error: a.jpg is damaged"),
+        ([LEAVES, LEAVES], {}, 2, 75, f"interrupted: {LEAVES['message']}; start the same command again to go on"),
+        ([LOST, LEAVES], {0: 75}, None, 75, f"interrupted: {LEAVES['message']}; start the same command again to go on"),
+        ([LOST], {1: -9}, None, 137, "interrupted: rank 1 was ended by SIGKILL, often for lack of memory; start the same"),
+        ([LOST, {"message": "Traceback\nValueError: bug", "code": 1}], {1: 1}, None, 1, "error: rank 1 failed with"),
+        ([], {}, 2, 130, ""),  # Ctrl-C while ranks start
+        ([], {}, 15, 143, "interrupted: the ranks were ended by SIGTERM"),
+        ([], {0: 3}, None, 3, "error: rank 0 ended with exit code 3"),
+    ],
+)  # fmt: skip
+def test_what_torchruns_report_is_in_one_line(words, failed, asked, code, line):
+    import signal
+
+    found = outcome(words, failed, asked and signal.Signals(asked))
+    assert found[0] == code and found[1].startswith(line) and "\n" not in found[1] and bool(found[1]) == bool(line)

@@ -1,0 +1,168 @@
+"""What `launch status` and `launch logs` tell of runs, whoever has started them, and whose turn it is on this machine."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import small_config
+
+from launch.__main__ import look_after
+from launch.cluster import Cluster
+from launch.local import Controller
+from launch.records import Job, add_event, config_file, write_job, write_submission
+from launch.status import logs_of, read_status, runs_below, to_text
+from launch.turns import has_turn, take_turn
+from pipeline.config import to_yaml
+from pipeline.errors import UserError
+from pipeline.run_dir import locked
+
+TIME = "2026-11-26 00:10:20 "
+BEGIN = (
+    f"{TIME}started: python -m pipeline.train a.yaml (process 7 on vm, 2 ranks)\n{TIME}epoch 1/2, step 2/4: loss 1\n"
+)
+
+
+def run_of_torchrun(run: Path, log: str | None) -> Path:
+    """A run's directory after its first epoch, as a training leaves it that python -m launch has not started."""
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(small_config(run)))
+    records = [
+        {"step": 2, "epochs": 0.5, "speed/images_per_second": 40.0, "speed/remaining_seconds": 7300.0},
+        {"step": 4, "epochs": 1.0, "val/loss": 1.0, "val/top1_error": 12.5, "val/top5_error": 1.5},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "status.json").write_text('{"epoch": 1, "epochs": 2, "step": 0, "complete": false}')
+    if log is not None:
+        (run / "log.txt").write_text(log)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("log", "state", "attempts", "reason"),
+    [
+        (f"{BEGIN}{TIME}ended\n", "done", 1, ""),
+        (f"{BEGIN}{TIME}error: a.jpg is damaged\n", "stopped", 1, "a.jpg is damaged"),
+        (f"{BEGIN}{TIME}rank 1: error: b.jpg is damaged\n", "stopped", 1, "b.jpg is damaged"),
+        (f"{BEGIN}{TIME}interrupted: rank 0 leaves\n", "interrupted", 1, "rank 0 leaves"),
+        (f"{BEGIN}{TIME}ended\n{BEGIN}", "gone", 2, "its process ended without a word"),
+        (f"{BEGIN}{TIME}error: once\n{BEGIN}{TIME}ended\n", "done", 2, ""),
+        (None, "gone", 0, "its process ended without a word"),
+    ],
+)
+def test_the_state_of_a_run_that_torchrun_has_started(tmp_path, log, state, attempts, reason):
+    run = run_of_torchrun(tmp_path / "runs" / "a", log)
+    assert runs_below(tmp_path / "runs") == runs_below(run) == [run]
+    status = read_status(run, {})
+    assert (status.state, status.attempts, status.job) == (state, attempts, None) and status.reason.startswith(reason)
+    assert (status.epoch, status.epochs, status.step, status.top1_error) == (1, 2, 4, 12.5)
+    shown = to_text([status]).splitlines()[1]
+    cells = "-  {} +{} +1/2 +4 +12.50 +1.50 +40.0 +{}".format(
+        state, attempts, "0 s" if state == "done" else "2 h 2 min"
+    )
+    assert re.search(cells, shown), shown
+
+
+def test_a_run_that_trains_now_is_running(tmp_path):
+    run = run_of_torchrun(tmp_path / "a", BEGIN)
+    with locked(run):
+        assert read_status(run, {}).state == "running"
+    (run / "lock").write_text(f"process {os.getpid()} on {os.uname().nodename}")  # which is not training there
+    assert read_status(run, {}).state == "gone"
+    (run / "lock").write_text("process 1 on elsewhere")
+    status = read_status(run, {})
+    assert (status.state, status.nodes) == (
+        "running",
+        "elsewhere",
+    ) and "seen from here by its files alone" in status.reason
+    os.utime(run / "log.txt", (0, 0))
+    os.utime(run / "metrics.jsonl", (0, 0))
+    assert read_status(run, {}).state == "gone"
+
+
+def test_a_run_that_failed_before_it_was_described_is_listed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.txt").write_text(f"{BEGIN}{TIME}error: no data\n")
+    status = read_status(tmp_path / "a", {})
+    assert status.epochs is None and " 0/- " in to_text([status]) and to_text([status]).endswith("a: no data")
+
+
+def test_what_is_no_run_is_refused_and_a_run_of_torchrun_is_not_cancelled(tmp_path):
+    with pytest.raises(UserError, match="no run's directory, nor a folder of runs"):
+        runs_below(tmp_path)
+    run = run_of_torchrun(tmp_path / "a", BEGIN)
+    for verb in ("cancel", "resume"):
+        with pytest.raises(UserError, match="not started by python -m launch|was never submitted"):
+            look_after(verb, [str(run)])
+
+
+def test_logs_are_of_all_submissions_in_order(tmp_path, capsys):
+    run = run_of_torchrun(tmp_path / "run", f"{BEGIN}{TIME}ended\n")
+    assert logs_of(run) == [("log", run / "log.txt")]
+    for job, folder in (("9", "first"), ("4_1", "second")):
+        (tmp_path / folder).mkdir()
+        for rank in (0, 1):
+            (tmp_path / folder / f"{job}_{rank}_log.out").write_text(f"{folder} {rank}\n")
+        write_job(run, Job(job, "local", "vm", str(tmp_path / folder), 2, 3))
+        add_event(run, "submit", job=job, folder=str(tmp_path / folder), cluster=dataclasses.asdict(Cluster()))
+        add_event(run, "start", start=f"{job}.0", job=job)
+    assert [(whose, file.parent.name) for whose, file in logs_of(run)] == [
+        ("0", "first"), ("1", "first"), ("0", "second"), ("1", "second"),
+    ]  # fmt: skip
+    with open(run / "log.txt", "a") as log:
+        log.write(f"{BEGIN}{BEGIN}")  # attempts that no job knows of
+    look_after("logs", [str(run)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("log: 2026") and said[-4:] == ["0: first 0", "1: first 1", "0: second 0", "1: second 1"]
+
+
+def test_runs_take_turns_in_their_order(tmp_path):
+    streams = [take_turn(tmp_path, index) for index in range(4)]
+    assert [has_turn(tmp_path, index, parallel=1) for index in range(4)] == [True, False, False, False]
+    assert [has_turn(tmp_path, index, parallel=2) for index in range(4)] == [True, True, False, False]
+    streams[1].close()  # it has ended
+    assert [has_turn(tmp_path, index, parallel=2) for index in range(4)] == [True, True, True, False]
+    with subprocess.Popen(["sleep", "600"], pass_fds=[streams[0].fileno()]) as heir:
+        streams[0].close()
+        assert not has_turn(tmp_path, 2, parallel=1)
+        heir.kill()  # a controller that dies passes its turn on
+        heir.wait()
+    assert has_turn(tmp_path, 2, parallel=1) and not has_turn(tmp_path, 3, parallel=1)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_controller_waits_for_its_turn(tmp_path, monkeypatch, cancelled):
+    folder, configs = tmp_path / "jobs" / "one", [small_config(tmp_path / f"run{i}") for i in range(2)]
+    (folder / "configs").mkdir(parents=True)
+    write_submission(folder, [config.run_dir for config in configs], 1, 86400, 120, failures=3)
+    for index, config in enumerate(configs):
+        (Path(config.run_dir) / "ends").mkdir(parents=True)
+        config_file(folder, index).write_text(to_yaml(config))
+    first, released, started = take_turn(folder, 0), threading.Event(), []
+    take_turn(folder, 1).close()
+    controller = Controller(folder, 1)
+
+    class Rank(subprocess.Popen):
+        def __init__(self, command, **options):
+            started.append(released.is_set())
+            super().__init__(["true"], **options)
+
+    def release():
+        if cancelled:
+            controller._cancel()
+            return
+        released.set()
+        first.close()
+
+    monkeypatch.setattr("launch.local.signal.signal", lambda *_: None)
+    monkeypatch.setattr("launch.local.end", lambda attempt, code: "done")
+    monkeypatch.setattr("launch.local.subprocess.Popen", Rank)
+    timer = threading.Timer(0.2, release)
+    timer.start()
+    controller.run()
+    timer.join()
+    assert started == ([] if cancelled else [True])
