@@ -49,7 +49,7 @@ ELSEWHERE = {
     "decay_epochs": "--optim.milestones",
     "img_size": "--data.crop_size",
     "input_size": "--data.crop_size",
-    "train_crop_size": "--data.crop_size",
+    "train_crop_size": "--data.train_crop_size",
     "val_crop_size": "--data.crop_size",
     "val_resize_size": "--data.resize_size",
     "init": "--model.weights",
