@@ -30,23 +30,26 @@ def evaluate(
     batch_size: int = 64,
     device: str = "auto",
     labels: str | Path | None = None,
+    ema: bool | None = None,
 ) -> Evaluation:
     """Evaluate weights on a folder or archive of images by class, prepared as the weights' own configuration says.
 
     Args:
-        weights: a run's directory (its best checkpoint), a checkpoint (of a run that averages its weights those that its best
-            epoch is chosen by), or a file of torchvision, timm or openmmlab; see `weights.read_weights`.
+        weights: a run's directory (its best checkpoint), a checkpoint, or a file of torchvision, timm or openmmlab; see
+            `weights.read_weights`.
         folder: its classes are the network's, or a part of them.
         crops: 1 or 10.
         batch_size: images at once.
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
         labels: CSV file with the labels of the images in the folder, for a network that gives several labels an image.
+        ema: take the moving average of the weights, or the raw ones, where there are both; None: of a checkpoint those that its
+            run's best epoch is chosen by.
 
     Raises:
         UserError: the weights or images cannot be read, or do not go together.
     """
     folder = Path(folder).expanduser()
-    found = read_weights(weights)
+    found = read_weights(weights, ema=ema)
     data = found.config.data
     if (data.labels == "multi") != (labels is not None):
         raise UserError(

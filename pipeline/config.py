@@ -221,6 +221,14 @@ class DataConfig:
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     @model_validator(mode="after")
+    def _mixing_uses_what_is_given(self) -> "DataConfig":
+        if self.mix_prob != 1 and not self.mixes:
+            raise ValueError("mix_prob is of mixup and cutmix: set mixup_alpha or cutmix_alpha, or leave it out")
+        if self.mix_switch_prob != 0.5 and not (self.mixup_alpha and self.cutmix_alpha):
+            raise ValueError("mix_switch_prob is of mixup and cutmix together: set both alphas, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _crop_fits(self) -> "DataConfig":
         if self.resize_size < self.crop_size:
             raise ValueError(f"resize_size ({self.resize_size}) must be at least crop_size ({self.crop_size})")

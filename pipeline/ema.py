@@ -29,18 +29,17 @@ class ModelEma:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.updates = 0
         self._decay, self._source = decay, network
-        pairs = list(zip(_tensors(self.network), _tensors(network), strict=True))
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # counts of batches
+        both = _tensors(self.network), _tensors(network)
+        self._averaged = [[tensor for tensor in tensors if tensor.is_floating_point()] for tensors in both]
+        self._copied = [[tensor for tensor in tensors if not tensor.is_floating_point()] for tensors in both]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the network's present weights."""
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averages, values = (list(tensors) for tensors in zip(*self._averaged, strict=True))
-        torch._foreach_lerp_(averages, values, 1 - decay)
-        for count, value in self._copied:
+        torch._foreach_lerp_(*self._averaged, 1 - decay)
+        for count, value in zip(*self._copied, strict=True):  # of batches that a batch norm has seen
             count.copy_(value)
 
     def begin(self) -> None:

@@ -108,8 +108,10 @@ class BinaryCrossEntropy(CrossEntropy):
 
 
 def _dense(labels: Tensor, classes: int) -> Tensor:
-    """(n) classes or (n, classes) labels as (n, classes) float32."""
-    return labels.float() if labels.dim() == 2 else F.one_hot(labels, classes).float()
+    """(n) classes or (n, classes) labels as (n, classes) float32. Waits for no device, as F.one_hot does on CPU."""
+    if labels.dim() == 2:
+        return labels.float()
+    return torch.zeros(len(labels), classes, device=labels.device).scatter_(1, labels[:, None], 1)
 
 
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {

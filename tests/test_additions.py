@@ -152,7 +152,11 @@ def test_a_network_with_several_outputs(tmp_path, monkeypatch):
             "crossentropy",
             r"optim.objective: there is no 'crossentropy' \(did you mean 'cross_entropy'\?\); choose",
         ),
-        ("optimizer", "adam", "optim.optimizer: there is no 'adam'; choose sgd"),
+        (
+            "optimizer",
+            "sgdd",
+            r"optim.optimizer: there is no 'sgdd' \(did you mean 'sgd'\?\); choose sgd, adabelief, adamw",
+        ),
         (
             "loader",
             "dalli",

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_config
+from test_trainer import EVERYTHING
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,14 +74,16 @@ class CountsWaits(Hook):
         self.waits[result.logged].append(self.calls.waits)
 
 
-@pytest.mark.parametrize("corrupt_images", ["stop", "skip"])
-def test_a_step_that_is_not_logged_waits_for_no_device(tmp_path, corrupt_images):
-    """On CPU, where the same operators run; that a GPU waits at these only is torch's word."""
+@pytest.mark.parametrize(
+    ("corrupt_images", "pieces"), [("stop", {}), ("skip", {}), ("stop", EVERYTHING)], ids=["stop", "skip", "everything"]
+)
+def test_a_step_that_is_not_logged_waits_for_no_device(tmp_path, corrupt_images, pieces):
+    """On CPU, where the same operators run; that a GPU waits at these only is torch's word. LAMB counts its steps there."""
     config = small_config(
         tmp_path,
-        data={"corrupt_images": corrupt_images},
-        optim={"epochs": 1, "grad_accum_steps": 2},
-        train={"log_every": 2},
+        data={"corrupt_images": corrupt_images, **pieces.get("data", {})},
+        optim={**pieces.get("optim", {}), "epochs": 1, "grad_accum_steps": 2, "optimizer": "sgd"},
+        train={"log_every": 2, **pieces.get("train", {})},
     )
     counted = CountsWaits()
     with trainer.init_distributed("cpu") as world:

@@ -122,7 +122,7 @@ def test_any_number_of_ranks_mixes_the_same(ranks, accumulation, images):
         for a, b in zip(joined(mine), joined([batch]), strict=True):
             assert torch.equal(a, b)
     assert torch.equal(loaded(BOTH, index, first_step=2)[0].images, alone[2].images)
-    plain = loaded(dataclasses.replace(BOTH, mixup_alpha=0.0, cutmix_alpha=0.0), index)
+    plain = loaded(dataclasses.replace(BOTH, mixup_alpha=0.0, cutmix_alpha=0.0, mix_prob=1.0), index)
     assert plain[0].partners is None and np.array_equal(plain[0].ids, alone[0].ids)
     assert (alone[-1].partners.shares[-1] == 0) == (images % 2 == 1)
 

@@ -1,5 +1,6 @@
 """The trainer, really run: in this process, and under torchrun with gloo."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -92,8 +93,21 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
     assert board.Tags()["images"] and "config/text_summary" in board.Tags()["tensors"]
 
 
+# All that is off by default and shapes the weights, at once.
+EVERYTHING = {
+    "model": {"dropout": 0.1},
+    "data": {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "mix_prob": 0.9},
+    "optim": {
+        "objective": "binary_cross_entropy", "label_smoothing": 0.1, "bce_target_threshold": 0.2, "class_weights": "balanced",
+        "optimizer": "lamb", "lr": 0.02, "weight_decay": 0.02, "decay_norms": False, "clip_grad_norm": 1.0,
+        "schedule": "cosine", "min_lr": 0.001, "warmup_epochs": 0.5,
+    },
+    "train": {"ema_decay": 0.9},
+}  # fmt: skip
+
 RUNS = {
     "fused": {},
+    "everything": EVERYTHING,
     "accumulation": {"optim": {"grad_accum_steps": 3}},
     "dropout": {"model": {"dropout": 0.2}},
     "bf16": {"train": {"precision": "bf16", "memory_format": "contiguous"}},
@@ -154,6 +168,27 @@ def test_a_finished_run_started_again_does_nothing(tmp_path):
     assert trainer.fit(config) == first and records(config) == before
 
 
+def test_a_default_step_is_the_plain_one_to_the_last_bit(tmp_path):
+    """20 steps of loops as written here: nothing that is off may change a bit of the paper's training."""
+    config = small_config(tmp_path, optim={"epochs": 5, "milestones": [2, 4], "grad_accum_steps": 2})
+    with trainer.init_distributed("cpu") as world:
+        run = Run(config, world)
+        network = copy.deepcopy(run.network).train()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        for epoch in range(5):
+            batches = run.train_loader.batches(epoch)
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** sum(epoch >= milestone for milestone in (2, 4))
+            for images in (12, 12, 12, 10):
+                for batch in (next(batches), next(batches)):
+                    outputs = network(batch.images.contiguous(memory_format=torch.channels_last))
+                    losses = torch.nn.functional.cross_entropy(outputs, batch.labels, reduction="none")
+                    (losses.sum() * (1 / images)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    trainer.fit(config)
+    assert_equal_weights(weights(config), network.state_dict())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_every_precision_trains(tmp_path, precision):
     config = small_config(tmp_path, optim={"epochs": 1}, train={"precision": precision})
@@ -210,9 +245,10 @@ def test_a_step_follows_the_mean_loss_of_the_images_that_count(tmp_path):
         torch.testing.assert_close(p.detach(), start[name] - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path):
+@pytest.mark.parametrize("sections", [{"model": {"dropout": 0.1}}, EVERYTHING], ids=["dropout", "everything"])
+def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path, sections):
     """To the last bit, with one thread each: 46 images in batches of 12, so that the last is uneven."""
-    spread, alone = (small_config(tmp_path / name, model={"dropout": 0.1}) for name in ("spread", "alone"))
+    spread, alone = (small_config(tmp_path / name, **sections) for name in ("spread", "alone"))
     for config, ranks in ((spread, 2), (alone, 1)):
         flags = [*override_flags(config), "--optim.grad_accum_steps", 2 // ranks]
         done = run_module("pipeline.train", "configs/demo.yaml", *flags, ranks=ranks, cores=1)
@@ -223,19 +259,20 @@ def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path):
         resized["train"] = dataclasses.replace(spread.train, allow_world_size_change=True)
         run = Run(dataclasses.replace(spread, **resized), world)
         run.load_state_dict(last_state(spread))
-        assert trainer.Trainer(run, hooks=[]).validate().loss == pytest.approx(
-            records(spread)[-1]["val/loss"], rel=1e-5
-        )
+        judged = next(iter(run.validated.values()))
+        loss = trainer.Trainer(run, hooks=[]).validate(judged).loss
+        assert loss == pytest.approx(records(spread)[-1]["val/loss"], rel=1e-5)
     # Alone, every pass adds to the statistics.
-    learned = [
-        {n: w for n, w in weights(c).items() if "running" not in n and "batches" not in n} for c in (spread, alone)
-    ]
-    assert_equal_weights(*learned)
+    for part in [weights, lambda config: last_state(config)["ema"]["model"]][: 1 + ("train" in sections)]:
+        learned = [
+            {n: w for n, w in part(c).items() if "running" not in n and "batches" not in n} for c in (spread, alone)
+        ]
+        assert_equal_weights(*learned)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_a_run_of_several_ranks_resumes_to_the_same_bits(tmp_path, ranks):
-    spread = small_config(tmp_path, model={"dropout": 0.1}, train={"checkpoint_every": 3})
+@pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (2, EVERYTHING), (3, EVERYTHING)], ids=str)
+def test_a_run_of_several_ranks_resumes_to_the_same_bits(tmp_path, ranks, sections):
+    spread = small_config(tmp_path, **{**sections, "train": {"checkpoint_every": 3, **sections.get("train", {})}})
     done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(spread), ranks=ranks)
     assert done.returncode == 0, done.stderr
 
@@ -247,6 +284,8 @@ def test_a_run_of_several_ranks_resumes_to_the_same_bits(tmp_path, ranks):
     done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(spread), ranks=ranks)
     assert done.returncode == 0 and "resuming at epoch 2/2, step 4/4" in done.stdout
     assert_equal_weights(weights(spread), end["model"])
+    if sections:
+        assert_equal_weights(last_state(spread)["ema"]["model"], end["ema"]["model"])
     assert last_state(spread)["progress"] == end["progress"] and comparable_records(spread) == lines
 
 

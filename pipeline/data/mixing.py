@@ -92,17 +92,16 @@ def mix(images: Tensor, labels: Tensor, draws: PairDraws) -> tuple[Tensor, Tenso
     n, (height, width), device = len(images), images.shape[-2:], images.device
     pairs = n // TOGETHER
     boxes, shares, cut = _boxes(draws, height, width), draws.shares, draws.cut & (draws.shares < 1)
-    top, left, bottom, right = boxes.T
-    of_box = 1 - (bottom - top) * (right - left) / (height * width)
+    outside = 1 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (height * width)
     # Within a box an image has none of its own pixels, elsewhere this share of them.
-    elsewhere, shares = np.where(cut, 1.0, shares), np.where(cut, of_box, shares)
-    of_pairs = np.stack([*np.where(cut, boxes.T, 0), elsewhere, np.minimum(shares, 1 - shares), shares < 0.5], axis=1)
+    own, shares = np.where(cut, 1.0, shares), np.where(cut, outside, shares)
+    of_pairs = np.stack([*np.where(cut, boxes.T, 0), own, np.minimum(shares, 1 - shares), shares < 0.5], axis=1)
     unmixed = [[0, 0, 0, 0, 1, 0, 0]] * (n - TOGETHER * pairs)
     by_row = np.concatenate([np.repeat(of_pairs, TOGETHER, axis=0), np.reshape(unmixed, (-1, 7))]).astype(np.float32)
     top, left, bottom, right, elsewhere, smaller, swap = to_device(by_row, device)[..., None].unbind(1)  # (n, 1) each
     rows, columns = (torch.arange(side, device=device) for side in (height, width))
-    outside = ((rows < top) | (rows >= bottom))[:, :, None] | ((columns < left) | (columns >= right))[:, None]
-    weight = (elsewhere[:, :, None] * outside)[:, None]
+    out_of_box = ((rows < top) | (rows >= bottom))[:, :, None] | ((columns < left) | (columns >= right))[:, None]
+    weight = (elsewhere[:, :, None] * out_of_box)[:, None]
     swap = (swap if labels.dim() == 2 else swap[:, 0]) > 0
     others = _exchanged(labels)
     partners = Partners(torch.where(swap, labels, others), smaller[:, 0])
