@@ -11,17 +11,20 @@ import torch
 from conftest import index_of, photo
 from PIL import Image
 from timm.data import auto_augment as timms
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import autoaugment as torchvisions
 
 from pipeline.config import DataConfig, from_dict
 from pipeline.data.auto_augment import AutoAugment
 from pipeline.data.color import apply_colors
+from pipeline.data.erasing import erase
 from pipeline.data.index import scan_classes
 from pipeline.data.loader import Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import BatchPlan, training_plans
 from pipeline.data.policies import SPACES, Operation, draw_operations
 from pipeline.errors import UserError
+from tools.support.gpu_checks import WAITS
 
 CPU = torch.device("cpu")
 SIDE = 33
@@ -220,6 +223,33 @@ def test_a_loader_gives_what_the_operations_make_of_its_crops(image_folders, loa
     expected = apply_colors(AutoAugment(config)(pixels, plan, CPU), plan, CPU)
     assert torch.equal(batch.images, expected)
     assert (batch.images - apply_colors(pixels, plan, CPU)).abs().mean() > 0.1
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of all operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name().replace("::", ".").partition(".")[2].partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", POLICIES, ids=lambda config: config.auto_augment)
+def test_no_operation_waits_for_a_device(config):
+    config = dataclasses.replace(
+        config, crop_size=32, warp_interpolation="bilinear", cutout=8, random_erasing=1, erasing_fill="noise"
+    )
+    index = index_of([(40, 50)] * 64)
+    options = dict(seed=7, epoch=3, first_step=0, batch_size=64, rank=0, ranks=1, accumulation=1)
+    (plan,) = training_plans(index, config, **options)
+    with Operators() as seen:
+        pixels = AutoAugment(config)(torch.zeros(64, 1, 32, 32, 3), plan, CPU)
+        erase(apply_colors(pixels, plan, CPU), plan)
+    waits = {name.removeprefix("aten.") for name in WAITS}
+    assert {"grid_sampler_2d", "masked_scatter_"} <= seen.names and not waits & seen.names
 
 
 def test_what_a_space_does_not_have_is_refused():

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.run import Run
 from pipeline.watchdog import Watchdog
 
+CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 pytestmark = pytest.mark.slow  # for the most part
 
 GROWING = DataConfig(crop_size=32, resize_size=36, train_crop_size=(16, 24), train_crop_milestones=(2,))
@@ -44,31 +45,37 @@ def test_repeats_are_timms(ranks):
     """Each global batch has the images that timm's sampler gives its ranks in that step, each with draws of its own."""
     images, batch_size = 50, 12
     index, config = index_of([(60, 80)] * images), DataConfig(crop_size=32, resize_size=36, aug_repeats=3)
-    order = sample_order(index, config, seed=3, epoch=2)
-    plain = sample_order(index, dataclasses.replace(config, aug_repeats=1), seed=3, epoch=2)
-    assert len(order) == images and np.array_equal(order[::3], plain[:17])
+    plain = sample_order(index, config, seed=3, epoch=2)
     samplers = [
         list(RepeatAugSampler(range(images), ranks, rank, shuffle=False, num_repeats=3, selected_round=0))
         for rank in range(ranks)
     ]
     options = dict(seed=3, epoch=2, first_step=0, batch_size=batch_size, ranks=ranks, accumulation=1)
     shares = [list(training_plans(index, config, rank=rank, **options)) for rank in range(ranks)]
-    each = batch_size // ranks
+    loader = TrainingLoader(
+        index, dataclasses.replace(config, loader="synthetic"), CPU, seed=3, batch_size=batch_size, accumulation=1
+    )
+    each, neighbours = batch_size // ranks, set()
     for step, plans in enumerate(zip(*shares, strict=True)):
-        ids = [i for plan in plans for i in plan.ids[plan.weights > 0].tolist()]
-        theirs = [plain[i] for sampler in samplers for i in sampler[step * each : (step + 1) * each]]
-        assert (
-            sorted(ids) == sorted(theirs)[: len(ids)] or step == images // batch_size
-        )  # theirs rounds up the last one
+        ids = [plan.ids[plan.weights > 0] for plan in plans]
+        assert np.array_equal(np.concatenate(ids), loader.global_ids(2, step))
         boxes = np.concatenate([plan.crop_boxes[plan.weights > 0] for plan in plans])
         assert len(np.unique(boxes, axis=0)) > 0.8 * len(boxes)
+        if step < images // batch_size:  # in the last one timm's ranks have equally many
+            theirs = [plain[i] for sampler in samplers for i in sampler[step * each : (step + 1) * each]]
+            assert sorted(np.concatenate(ids)) == sorted(theirs)
+            assert ranks == 1 or all(len(set(own.tolist())) == each for own in ids)
+            pairs = np.concatenate(ids).reshape(-1, 2)
+            assert (pairs[:, 0] != pairs[:, 1]).all()
+            neighbours |= set(map(tuple, np.sort(pairs, axis=1).tolist()))
+    assert len(neighbours) > 12  # of 24 pairs
     assert sum((plan.weights > 0).sum() for plans in shares for plan in plans) == images
 
 
 @pytest.mark.parametrize("train_crop", ["random_resized_crop", "random_crop"])
 @pytest.mark.parametrize("loader", ["native", "dali", "reference"])
 def test_a_loader_gives_each_epoch_its_size_and_evaluation_the_tests(image_folders, loader, train_crop):
-    index, shard = scan_classes(image_folders / "train"), Shard(0, 1, torch.device("cpu"), 2)
+    index, shard = scan_classes(image_folders / "train"), CPU
     config = dataclasses.replace(GROWING, loader=loader, train_crop=train_crop, cutout=8)
     growing = TrainingLoader(index, config, shard, seed=1, batch_size=37, accumulation=1)
     for epoch, size in ((1, 16), (2, 24), (1, 16)):

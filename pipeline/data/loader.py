@@ -18,7 +18,7 @@ from pipeline.data.color import apply_colors, to_device
 from pipeline.data.erasing import erase
 from pipeline.data.index import DatasetIndex
 from pipeline.data.mixing import TOGETHER, Partners, draw_pairs, first_positions, mix
-from pipeline.data.plan import BatchPlan, evaluation_plans, sample_order, steps_per_epoch, training_plans
+from pipeline.data.plan import BatchPlan, evaluation_plans, repeat, sample_order, steps_per_epoch, training_plans
 from pipeline.data.reference import ReferencePipeline
 from pipeline.data.synthetic import SyntheticPipeline
 from pipeline.errors import UserError, look_up
@@ -106,8 +106,8 @@ class TrainingLoader:
 
     def global_ids(self, epoch: int, step: int) -> np.ndarray:
         """Rows of the index in the global batch of this step, (n) int64."""
-        start = step * self._batch_size
-        return sample_order(self.index, self._config, self._seed, epoch)[start : start + self.global_batch(step)]
+        start, order = step * self._batch_size, sample_order(self.index, self._config, self._seed, epoch)
+        return repeat(order, self._config.aug_repeats, self._batch_size)[start : start + self.global_batch(step)]
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield `accumulation` batches for each step from `first_step` to the end of the epoch."""

@@ -99,15 +99,6 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 def sample_order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int) -> np.ndarray:
     """(N) int64: rows of the index in the order in which an epoch visits them, as ``data.sampling`` says.
 
-    With ``data.aug_repeats`` R each of the first N / R rows stands R times in a row, so that a batch has them together; an
-    epoch stays N images long, as with timm's RASampler.
-    """
-    return np.repeat(_order(index, config, seed, epoch), config.aug_repeats)[: len(index)]
-
-
-def _order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int) -> np.ndarray:
-    """(N) int64: the order of an epoch that repeats nothing.
-
     A balanced epoch has as many images as any other, and of each class that has images the same number, or one more: which
     images of a frequent class, and which of a rare one twice, is drawn anew in each epoch.
     """
@@ -126,6 +117,19 @@ def _order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int) -> np
         images = images[np.argsort(draws.random_raw(len(images)), kind="stable")]
         rows.append(np.resize(images, len(share)))  # from the first on, again and again
     return np.concatenate(rows)[order]
+
+
+def repeat(order: np.ndarray, repeats: int, batch_size: int) -> np.ndarray:
+    """(N) int64: an epoch's order in which each of its first N / R rows stands R times, all in one batch but at its ends.
+
+    A batch has all its images once, then all once more, and so on, turned by a place each time: copies so fall to different
+    ranks, and neighbours are different images, other ones each time. Which images a batch has is as with timm's RASampler.
+    """
+    if repeats == 1:
+        return order
+    rows = np.repeat(order, repeats)[: len(order)]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return np.concatenate([np.roll(batch[r::repeats], r) for batch in batches for r in range(repeats)])
 
 
 def split(start: int, stop: int, parts: int, together: int = 1) -> list[range]:
@@ -160,7 +164,7 @@ def training_plans(
     A global batch is cut into ranks x accumulation parts; rank r takes the parts from r x accumulation on. Together
     the ranks see each position of the epoch once. A part of the last batch that would be empty gets a replacement of weight 0.
     """
-    order = sample_order(index, config, seed, epoch)
+    order = repeat(sample_order(index, config, seed, epoch), config.aug_repeats, batch_size)
     for step in range(first_step, steps_per_epoch(len(index), batch_size)):
         start, stop = step * batch_size, min((step + 1) * batch_size, len(index))
         parts = split(start, stop, ranks * accumulation, 2 if config.mixes else 1)  # a pair together

@@ -361,6 +361,29 @@ def colours(setting: Setting) -> Found:
     return Found(f"three batches, at most {far:.1e} from the CPU's")
 
 
+def augmentation(setting: Setting) -> Found:
+    """Batches with all operations of RandAugment and TrivialAugment, cutout, and erasing with noise are nearly the CPU's."""
+    from pipeline.config import DataConfig
+    from pipeline.data.loader import Shard, TrainingLoader
+    from pipeline.data.policies import SPACES
+    from pipeline.data.synthetic import synthetic_index
+
+    far = 0.0
+    for space in SPACES:
+        config = DataConfig(
+            loader="synthetic", crop_size=32, resize_size=32, auto_augment=space, color_jitter=0, pca_noise=0, cutout=8,
+            random_erasing=0.5, erasing_fill="noise",
+        )  # type: ignore[arg-type] # fmt: skip
+        found = []
+        for device in (setting.device, torch.device("cpu")):
+            index, shard = synthetic_index(64, 3, 32, "train"), Shard(0, 1, device, 1)
+            loader = TrainingLoader(index, config, shard, seed=1, batch_size=64, accumulation=1)
+            found.append(torch.cat([batch.images.cpu() for batch in loader.batches(0)]))
+        far = max(far, (found[0] - found[1]).abs().mean().item())
+        require(far < 2e-3, f"{space}: pixels differ from the CPU's by {far:.1e} in the mean")
+    return Found(f"{len(SPACES)} spaces, at most {far:.1e} from the CPU's in the mean")
+
+
 def evaluation(setting: Setting) -> Found:
     """Single and ten crops with a smaller last batch give the CPU's answers and totals."""
     from pipeline.config import DataConfig
@@ -923,6 +946,7 @@ CHECKS = [
     Check("G1", "activation checkpointing", checkpointing),
     Check("G1", "precisions against float64", low_precision),
     Check("G2", "colours", colours, ("pydantic",)),
+    Check("G2", "augmentation", augmentation, ("pydantic",)),
     Check("G2", "evaluation", evaluation, ("pydantic",)),
     Check("G3", "cut and resumed", resumed, ("pydantic",)),
     Check("G3", "training in each precision", precisions, ("pydantic",)),
