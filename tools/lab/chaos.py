@@ -303,7 +303,9 @@ def stop_by_signal(testbed: Testbed, tries: int) -> Outcome:
             return None
         target = _stop(testbed, run)
         code = run.end()
-        if "\nlast (epoch " in run.output():  # all had been done and saved: torchrun was struck while it looked for that
+        if (
+            "\nlast (epoch " in run.output()
+        ):  # all had been done and saved: torchrun was struck while it looked for that
             return False
         left = run.output().count("interrupted: rank") == RANKS
         if code != 0 and not (left and (target == "torchrun" or "exitcode  : 75" in run.output())):
