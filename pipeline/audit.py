@@ -282,8 +282,9 @@ def is_papers_data(config: Config, classes: int, images: tuple[int, int] | None 
         return False
     if data.dataset != "images":
         return data.dataset == setting.data["dataset"]
-    held_out = data.holdout and images and sum(images) == setting.images[0]
-    return images is None or images == setting.images or bool(held_out)
+    if images is None:
+        return setting is IMAGENET or data.mean == setting.data["mean"]
+    return images == setting.images or (data.holdout > 0 and sum(images) == setting.images[0])
 
 
 def published_errors_hold(config: Config, classes: int, images: tuple[int, int] | None = None) -> bool:

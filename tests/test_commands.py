@@ -170,7 +170,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(images, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "37 training and 11 validation images through the native loader" in done.stdout
     assert "batch_size: 12" in done.stdout
-    assert "  epochs: 1 (the paper: 90)" in done.stdout  # each part of the recipe that differs
+    assert "  epochs: 1 (the paper: 300)" in done.stdout  # each part of the recipe that differs
     assert not (tmp_path / "run").exists() and {*images.rglob("*")} == before
 
 

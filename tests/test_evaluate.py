@@ -15,7 +15,7 @@ import torchvision
 from conftest import REPOSITORY, index_of, run_module, small_config, with_random_norms
 from PIL import Image
 
-from pipeline.audit import TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
+from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, DataConfig, from_dict, load_config
 from pipeline.data.index import scan_classes, scan_flat
@@ -550,6 +550,9 @@ def test_the_recipe_is_told_of_the_papers_data_alone(tmp_path):
         ({"data.loader": "synthetic"}, 1000, (1_281_167, 50_000), False),
         ({"data.dataset": "cifar10", "model.name": "densenet_bc100_k12"}, 10, (50_000, 10_000), True),
         ({"data.dataset": "fashion-mnist", "model.name": "densenet_bc100_k12"}, 10, (60_000, 10_000), False),
+        ({"model.name": "densenet_bc100_k12"}, 10, (900, 100), False),
+        ({"model.name": "densenet_bc100_k12"}, 10, None, False),
+        ({"model.name": "densenet_bc100_k12", "data.mean": C10.data["mean"]}, 10, None, True),
     ],
 )
 def test_whose_data_are_the_papers(overrides, classes, images, same):
