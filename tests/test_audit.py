@@ -160,6 +160,7 @@ def test_every_field_that_shapes_a_result_is_audited():
         "optim.objective", "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
         "model.activation_checkpointing", "model.weights_sha256", "data.from_weights",
         "data.labels",  # which optim.objective belongs to: test_label_table.py
+        "optim.large_batch",  # what it changes, optim.lr and warmup_epochs, is audited
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}
     fields = {
