@@ -9,26 +9,24 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from datetime import datetime, timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
-from launch.estimate import estimate
+from launch.description import describe, processes
 from launch.records import Job, add_event, find_job, read_events, read_job
 from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_queue, to_text
-from launch.submission import script, submit
+from launch.submission import refuse_impossible, script, submit
 from pipeline.config import SCHEMA, Config, load_config, load_stored_config
-from pipeline.data.dataset import open_datasets
-from pipeline.data.plan import steps_per_epoch
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
-from pipeline.pace import duration
-from pipeline.recipe import poor_split
 
 VERBS = ("status", "logs", "cancel", "resume")
 
@@ -73,14 +71,15 @@ def start(arguments: list[str]) -> None:
     for run_dir in run_dirs:
         if run_dirs.count(run_dir) > 1:
             raise UserError(f"two of the runs have the run directory {run_dir}: give each config its own run_dir")
-    for config in configs:
-        _refuse_if_running(Path(config.run_dir))
-        print(describe(config, cluster, options.images_per_second), end="\n\n")
-    if options.dry_run:
-        if cluster.kind == "slurm":
-            print(script(configs, cluster))
-        return
-    report(configs, submit(configs, cluster), cluster)
+    refuse_impossible(cluster, submits=not options.dry_run)
+    with leaving_nothing_if_refused(run_dirs):
+        for config in configs:
+            _refuse_if_running(Path(config.run_dir))
+            print(describe(config, cluster, options.images_per_second, not options.dry_run), end="\n\n")
+        if not options.dry_run:
+            report(configs, submit(configs, cluster), cluster)
+            return
+    print(script(configs, cluster) if cluster.kind == "slurm" else processes(configs, cluster))
 
 
 def read_config(
@@ -143,38 +142,18 @@ def _in_a_file_name(value: str) -> str:
     return value.strip("[]").replace(",", "-").replace(os.sep, "-").replace(" ", "")
 
 
-def describe(config: Config, cluster: Cluster, images_per_second: float | None) -> str:
-    """A run in a few lines: batch arithmetic, and the time it takes if a rank's speed is known.
-
-    Raises:
-        UserError: the data are not there, or the batch cannot be split over the ranks.
-    """
-    optim, ranks = config.optim, cluster.ranks
-    parts = ranks * optim.grad_accum_steps
-    if optim.batch_size % parts:
-        raise UserError(
-            f"{config.run_dir}: optim.batch_size {optim.batch_size} cannot be split over {cluster.nodes} nodes x "
-            f"{cluster.ranks_per_node} ranks x {optim.grad_accum_steps} accumulation steps: choose a multiple of {parts}"
-        )
-    train, val = open_datasets(config.data, Path(config.run_dir) / "index", progress=True)
-    lines = [
-        f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
-        f"{len(train.classes)} classes",
-        f"batch {optim.batch_size} = {cluster.nodes} nodes x {cluster.ranks_per_node} ranks x {optim.grad_accum_steps} "
-        f"accumulation steps x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
-        f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
-    ]
-    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
-        lines.append(f"warning: {split}")
-    if images_per_second:
-        sizes, speed = (len(train), len(val)), images_per_second * ranks
-        time_ = estimate(sizes, optim.epochs, speed, cluster.seconds, cluster.warning_seconds)
-        end = datetime.now() + timedelta(seconds=time_.run)
-        lines.append(
-            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {time_.epochs_per_attempt:.1f} epochs an attempt "
-            f"of {cluster.time}, {time_.attempts} attempts, {duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
-        )
-    return "\n".join(lines)
+@contextmanager
+def leaving_nothing_if_refused(run_dirs: list[str]) -> Iterator[None]:
+    """Remove what was written about the images into new run directories, if this is left by a mistake of the user."""
+    new = [Path(run_dir) for run_dir in run_dirs if not os.path.lexists(run_dir)]
+    try:
+        yield
+    except UserError:
+        for run_dir in new:
+            shutil.rmtree(run_dir / "index", ignore_errors=True)
+            with suppress(OSError):  # it holds something else, or was never made
+                run_dir.rmdir()
+        raise
 
 
 def look_after(verb: str, arguments: list[str]) -> None:

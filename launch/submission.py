@@ -32,10 +32,7 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
     Raises:
         UserError: there is no SLURM, or it refuses the request.
     """
-    if cluster.kind == "local" and cluster.nodes > 1:
-        raise UserError("--cluster local is one machine: --nodes must be 1")
-    if cluster.kind == "slurm" and shutil.which("sbatch") is None:
-        raise UserError("there is no SLURM on this machine (no sbatch): use --cluster local, or torchrun")
+    refuse_impossible(cluster, submits=True)
     with _new_folder(configs) as folder:
         for package in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__")
@@ -54,6 +51,21 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
         write_job(Path(config.run_dir), job)
         add_event(Path(config.run_dir), "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster))
     return jobs
+
+
+def refuse_impossible(cluster: Cluster, submits: bool) -> None:
+    """Refuse what this machine cannot start, before images are indexed for hours.
+
+    Args:
+        submits: not a dry run, which needs no SLURM.
+
+    Raises:
+        UserError: there is no SLURM, or several nodes of one machine are asked for.
+    """
+    if cluster.kind == "local" and cluster.nodes > 1:
+        raise UserError("--cluster local is one machine: --nodes must be 1")
+    if submits and cluster.kind == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("there is no SLURM on this machine (no sbatch): use --cluster local, or torchrun")
 
 
 def script(configs: list[Config], cluster: Cluster) -> str:

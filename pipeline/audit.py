@@ -22,6 +22,11 @@ RESIZE_EFFECT = (
     "known: top-1 accuracy of DenseNet-121 is 74.43 with pil-bilinear, 74.75 with pil-bicubic, 74.96 without antialias, "
     "74.98 in the paper"
 )
+INTERPOLATION = "torch7-bicubic"
+# Single-crop top-1 errors in percent on ImageNet's validation images: the paper's Table 3, of 161 the authors' Torch code.
+TOP1_ON_IMAGENET = {
+    "densenet121": 25.02, "densenet169": 23.80, "densenet201": 22.58, "densenet264": 22.15, "densenet161": 22.20,
+}  # fmt: skip
 BATCH_NORM_IMAGES = 64  # 256 on four GPUs, or 64 on one
 SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's
 UNKNOWN = "effect not measured here"
@@ -255,7 +260,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare(_LABELS[field], paper, here, same=_near(paper, here))
     if setting is IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
-        compare("resize filter, training and evaluation", "torch7-bicubic", data.interpolation, RESIZE_EFFECT)
+        compare("resize filter, training and evaluation", INTERPOLATION, data.interpolation, RESIZE_EFFECT)
     if data.train_crop_size:
         paper_size = setting.data["crop_size"]
         compare("training crop size", paper_size, _sizes_text(data), same=data.train_sizes == (paper_size,))
@@ -294,7 +299,40 @@ def in_one_line(rows: list[AuditRow]) -> str:
 def count_differences(rows: list[AuditRow]) -> str:
     """The verdict, counting what differs."""
     odd = differences(rows)
-    return f"differs from the paper's in {len(odd)} of {len(rows)} parts" if odd else "the paper's in every part"
+    return f"{len(odd)} of {len(rows)} parts differ from the paper" if odd else "the paper's in every part"
+
+
+def is_papers_data(config: Config, classes: int, images: tuple[int, int] | None = None) -> bool:
+    """Whether a run's data are those of the setting that it is compared with, as far as their numbers tell.
+
+    Of other data no difference from the paper is worth telling unasked.
+
+    Args:
+        images: numbers of training and of validation images; None if they are not known, and the number of classes decides.
+    """
+    setting, data = setting_for(config), config.data
+    if data.loader == "synthetic" or data.labels != "single" or classes != setting.classes:
+        return False
+    if data.dataset != "images":
+        return data.dataset == setting.data["dataset"]
+    if images is None:
+        return setting is IMAGENET or data.mean == setting.data["mean"]
+    return images == setting.images or (data.holdout > 0 and sum(images) == setting.images[0])
+
+
+def published_errors_hold(config: Config, classes: int, images: tuple[int, int] | None = None) -> bool:
+    """Whether the errors that a configuration quotes may stand beside the run's: the paper's on ImageNet only if the images
+    are ImageNet's and are prepared for evaluation as there.
+
+    Args: see `is_papers_data`.
+    """
+    data, paper = config.data, IMAGENET.data
+    if data.dataset != "images" or config.published.top1 != TOP1_ON_IMAGENET.get(config.model.name):
+        return True
+    same = data.interpolation == INTERPOLATION and all(
+        getattr(data, name) == paper[name] for name in ("crop_size", "resize_size")
+    )
+    return same and is_papers_data(config, classes, images)
 
 
 def to_markdown(rows: list[AuditRow], title: str, notes: Sequence[str] = (), other: str = "the paper") -> str:

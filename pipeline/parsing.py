@@ -262,6 +262,13 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def value_text(value: Any) -> str:
+    """A value as a command line gives it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(value_text, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else "none" if value in ("", None) else str(value)
+
+
 _PLAIN = {  # pydantic's kinds of error in plain words
     "literal_error": "choose {expected}",
     "int_parsing": "a whole number is needed",

@@ -2,7 +2,18 @@
 
 import sys
 
-from pipeline.audit import AuditRow, audit, count_differences, origin_text, setting_for, statistics_text, to_markdown
+from pipeline.audit import (
+    AuditRow,
+    audit,
+    count_differences,
+    differences,
+    is_papers_data,
+    origin_text,
+    published_errors_hold,
+    setting_for,
+    statistics_text,
+    to_markdown,
+)
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
@@ -60,7 +71,8 @@ def summary(run: Run) -> str:
         lines.append(f"last (epoch {progress.epoch} of {epochs}, {weights} weights): {errors}")
     if published.auroc is not None and several:
         lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
-    if published.top1 is not None:
+    measured = run.measured
+    if published.top1 is not None and published_errors_hold(run.config, measured.classes, measured.images):
         top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
         note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
@@ -70,8 +82,27 @@ def summary(run: Run) -> str:
     if run.progress.skipped_steps:
         lines.append(f"{run.progress.skipped_steps} steps were left out, as their loss or gradient was not finite")
     lines += run.history.lines()
-    lines.append(f"recipe: {count_differences(audit_of(run))} ({run.dir / 'audit.md'})")
+    lines += [line] if (line := recipe_text(run)) else []
     return "\n".join(lines)
+
+
+def recipe_text(run: Run, in_full: bool = False) -> str:
+    """How many parts of the run differ from the paper's, in one line; nothing where its data are not the paper's.
+
+    Args:
+        in_full: name each part, a line each, whatever the data are.
+    """
+    rows, measured = audit_of(run), run.measured
+    if in_full:
+        return "\n".join(
+            [
+                f"recipe: {count_differences(rows)}",
+                *(f"  {row.part}: {row.here} (the paper: {row.paper})" for row in differences(rows)),
+            ]
+        )
+    if not is_papers_data(run.config, measured.classes, measured.images):
+        return ""
+    return f"recipe: {count_differences(rows)}: {run.dir / 'audit.md'}"
 
 
 def _errors(progress: Progress) -> tuple[str, str]:

@@ -156,17 +156,18 @@ class Run:
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
-    def __init__(self, config: Config, world: World, start: Start | None = None):
+    def __init__(self, config: Config, world: World, start: Start | None = None, writes: bool = True):
         """Build everything that a run is made of.
 
         Args:
             start: its initial weights; or the checkpoint from which it is to resume, whose loader ``data.loader: auto`` then
                 stands for. None for a new run with drawn weights.
+            writes: what is found about the images is kept, in files.
         """
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
         self._begun: list[str] = []
         self.microbatches = _split_batch(config, world)
-        self._open_data(loader_of(start.checkpoint) if start else None)
+        self._open_data(loader_of(start.checkpoint) if start else None, self.dir / "index" if writes else None)
         set_tf32(config.train.precision)
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
@@ -218,7 +219,7 @@ class Run:
         # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
         return kept if kept and kept.asked == autotune.what_is_asked(config, device, images) else None
 
-    def _open_data(self, began_with: str | None) -> None:
+    def _open_data(self, began_with: str | None, cache: Path | None) -> None:
         config, world = self.config, self.world
         wanted, remedy = config.data, "or use auto"
         if began_with and wanted.loader == "auto":
@@ -226,9 +227,7 @@ class Run:
             remedy = f"{config.run_dir} began with it, and others differ in the last bits: resume where it can be used"
         loader, self._passed_over = choose_common_loader(wanted, world.device, world.gather, remedy)
         data = dataclasses.replace(config.data, loader=loader)
-        train_index, val_index = world.broadcast_from_rank0(
-            lambda: open_datasets(config.data, self.dir / "index", progress=True)
-        )
+        train_index, val_index = world.broadcast_from_rank0(lambda: open_datasets(config.data, cache, progress=True))
         shard = Shard(world.rank, world.size, world.device, world.cores)
         weights = world.broadcast_from_rank0(lambda: read_class_weights(config.optim.class_weights, train_index))
         self.objective = create_objective(config, None if weights is None else weights.to(world.device))

@@ -139,7 +139,11 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
         classes, data = own.classes, own.config.data
     else:
         classes = imagenet_ids() if outputs == 1000 else None
-        data = preprocessing_of_timm(model.weights, published) if published else preprocessing_of(model.name, network)
+        data = (
+            preprocessing_of_timm(model.weights, published)
+            if published
+            else preprocessing_of(model.name, network, state)
+        )
     head = tuple(f"{module}." for module in classifier_of(network))
     classifier = tuple(name for name in matched if name.startswith(head))
     return InitialWeights(model.weights, digest, matched, classifier, outputs, classes, data, note)

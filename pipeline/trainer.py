@@ -23,7 +23,7 @@ from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
 from pipeline.metrics import AnyScore, Score
 from pipeline.monitor import Monitor
 from pipeline.preemption import PreemptionHandler
-from pipeline.report import summary, warnings_of, write_description
+from pipeline.report import recipe_text, summary, warnings_of, write_description
 from pipeline.run import Progress, Run
 from pipeline.run_log import occupied
 from pipeline.start import find_start
@@ -54,16 +54,16 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
 
 
 def dry_run(config: Config) -> str:
-    """Build everything that `fit` would, write and train nothing, and return a description of the run."""
+    """Build everything that `fit` would, write and train nothing, and return all that can be said of the run."""
     with init_distributed(config.train.device) as world:
         start = world.broadcast_from_rank0(lambda: find_start(config))
-        run = Run(start.config, world, start)
+        run = Run(start.config, world, start, writes=False)
         create_hooks(run)
         if start.checkpoint:
             run.load_state_dict(start.checkpoint.state)
         next(run.train_loader.batches(epoch=0))
         warnings = [f"warning: {line}" for line in (warnings_of(run, start.checkpoint) if world.is_main else [])]
-        return "\n".join([to_yaml(run.config), run.description(), *warnings])
+        return "\n".join([to_yaml(run.config), run.description(), *warnings, recipe_text(run, in_full=True)])
 
 
 class Trainer:

@@ -13,7 +13,7 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ EXTERNAL_KEYS = (
     "network",
 )  # where others keep the weights among other things
 EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
+TORCHVISIONS_NAME = re.compile(r"\bfeatures\.denseblock1\.denselayer1\.norm\.?1\.")
 REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
 FEW = 0.05  # of a file's tensors that may be odd while it is still said which
 AVERAGED = "moving average of the weights"
@@ -329,7 +330,7 @@ def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: 
     network = create_model(name, num_classes=outputs)
     matched, note = match(network.state_dict(), state, str(path))
     load_weights(network, matched, str(path))
-    config = Config(model=ModelConfig(name=name), data=preprocessing_of(name, network))
+    config = Config(model=ModelConfig(name=name), data=preprocessing_of(name, network, state))
     return Weights(str(path), network.eval(), config, classes, None, note)
 
 
@@ -374,8 +375,12 @@ def _count_shapes(state: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
     return Counter(tuple(t.shape) for name, t in state.items() if not name.endswith("num_batches_tracked"))
 
 
-def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
-    """How images are prepared for a network's published weights: as the paper does, or as timm's configuration says.
+def preprocessing_of(name: str, network: nn.Module, tensors: Iterable[str] = ()) -> DataConfig:
+    """How images are prepared for a network's published weights: as the paper does; as torchvision does, whose filter is
+    another, where the tensors are called as in its files; or as timm's configuration says.
+
+    Args:
+        tensors: names of the tensors in the file.
 
     Raises:
         UserError: timm prepares them in a way that this project does not.
@@ -384,7 +389,8 @@ def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
         setting = C100 if len(network.get_parameter("classifier.weight")) == 100 else C10
         return DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
     if not name.startswith("timm:"):
-        return DataConfig()
+        is_torchvisions = any(TORCHVISIONS_NAME.search(tensor) for tensor in tensors)
+        return DataConfig(interpolation="pil-bilinear") if is_torchvisions else DataConfig()
     return preprocessing_of_timm(name, _timm_config(network))
 
 

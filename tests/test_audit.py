@@ -170,6 +170,7 @@ def test_every_field_that_shapes_a_result_is_audited():
         "data.mix_prob", "data.mix_switch_prob",  # in the row of data.mixup_alpha
         "optim.bce_target_threshold",  # in the row of optim.objective
         "data.labels",  # which optim.objective belongs to: test_label_table.py
+        "optim.large_batch",  # what it changes, optim.lr and warmup_epochs, is audited
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}
     fields = {

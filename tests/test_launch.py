@@ -379,7 +379,29 @@ def test_without_slurm_a_dry_run_shows_the_script_and_a_submission_is_refused(tm
     assert f" -m launch.after {tmp_path}/jobs/TIME $?" in text
     with pytest.raises(UserError, match="no SLURM on this machine .*--cluster local"):
         start(words)
-    assert not (tmp_path / "jobs").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_after_the_images_were_indexed_leaves_no_index(tmp_path, monkeypatch):
+    """Where the cache cannot lie beside the images it lies in the run's directory."""
+    monkeypatch.chdir(REPOSITORY)
+    config = small_config(tmp_path / "run")
+
+    def index(config, *_):
+        cache = Path(config.run_dir, "index", "train.jsonl")
+        cache.parent.mkdir(parents=True)
+        cache.touch()
+        return ""
+
+    monkeypatch.setattr("launch.__main__.describe", index)
+    monkeypatch.setattr("launch.__main__.submit", lambda *_: (_ for _ in ()).throw(UserError("refused")))
+    with pytest.raises(UserError, match="refused"):
+        start(local_words(config))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()  # a directory of before stays, with what is in it
+    with pytest.raises(UserError, match="refused"):
+        start(local_words(config))
+    assert (tmp_path / "run" / "index").exists()
 
 
 @pytest.mark.parametrize(
@@ -465,6 +487,10 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
         and "4 steps an epoch, 2 epochs" in text
     )
     assert "at 20 images/s" in text and "1 attempts" in text
+    assert "other than the defaults: model.name densenet_bc22_k8, data.loader synthetic, data.crop_size 16, " in text
+    assert "optim.epochs 2, optim.batch_size 12, optim.lr 0.2, optim.milestones 1, " in text
+    assert "2 processes of this machine for each run; 1 of 2 runs at a time (--parallel)" in text
+    assert not list(tmp_path.iterdir())
     assert not list(tmp_path.glob("*/job.json"))
     start(["configs/densenet169.yaml", *local_words(config, "--dry-run")])
     assert f"{tmp_path}/run/densenet169: " in capsys.readouterr().out

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import trainer
+from pipeline.config import DataConfig
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.weights import imagenet_ids, preprocessing_of, read_weights, write_safetensors, write_torch
@@ -105,6 +106,9 @@ def test_weights_of_others_give_their_logits(tmp_path, theirs, images, dress):
     torch.save(make(theirs.state_dict()), tmp_path / "weights.pth")
     weights = read_weights(tmp_path / "weights.pth")
     assert (weights.config.model.name, weights.note) == ("densenet121", note)
+    # Images are prepared as the weights' source does it; of the others the paper's filter is the nearest.
+    others = dress in ("openmmlab", "numbered")
+    assert weights.config.data == DataConfig(interpolation="torch7-bicubic" if others else "pil-bilinear")
     assert weights.classes == tuple("0123456") and weights.microbatches is None
     for name, value in theirs.state_dict().items():
         if not name.endswith("num_batches_tracked"):

@@ -22,7 +22,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipeline.audit import origin_text
+from pipeline.audit import (
+    IMAGENET,
+    audit,
+    count_differences,
+    is_papers_data,
+    origin_text,
+    published_errors_hold,
+    setting_for,
+)
 from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
@@ -210,7 +218,7 @@ def describe(
         "resize_size": data.resize_size,
         "crop_size": data.crop_size,
         "begun_with": origin_text(config.model) if config.model.weights else None,
-        "training": weights.audit,
+        "training": recipe_of(weights),
     }
     if index.several_labels:
         own = config.published
@@ -220,7 +228,7 @@ def describe(
     assert isinstance(score, Score) and not isinstance(other_score, LabelScore)
     counts = {"all": len(index.classes), "present": len(set(index.labels.tolist()))}
     unused = "present" if options.outputs == "all" else "all"
-    published_rows, published_note = published_errors(weights, options.crops, index)
+    published_rows, published_note = published_errors(weights, options.crops, index, data)
     return {
         **about,
         "classes_present": counts["present"],
@@ -303,30 +311,62 @@ def real_labels_score(evaluation: Evaluation, index: DatasetIndex) -> dict[str, 
     }
 
 
-def published_errors(weights: Weights, crops: int, index: DatasetIndex) -> tuple[list[dict[str, Any]], str]:
+def published_errors(
+    weights: Weights, crops: int, index: DatasetIndex, data: DataConfig | None = None
+) -> tuple[list[dict[str, Any]], str]:
     """Published errors of this network, or why there is none to show beside these images.
 
-    They are those in the run's configuration; on ImageNet also the paper's and openmixup's. They are of the whole test set:
-    with another number of images, or without some of the classes, they are of something else.
+    They are those in the run's configuration; on ImageNet also the paper's and torchvision's. They are of the whole test set:
+    with another number of images, or without some of the classes, they are of something else; with another filter or size too.
+
+    Args:
+        data: how the images are prepared; None for as the weights say.
     """
-    own, name = weights.config.published, weights.config.model.name
-    suffix = "_10crop" if crops == 10 else ""
-    rows = [(own.source or "published", (getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")))]
-    if weights.classes == imagenet_ids():
-        if own.source is None:
-            rows.append(("the paper", published.DENSENETS_ON_IMAGENET[crops].get(name, (None, None))))
-        if crops == 1:
-            rows.append(("openmixup", published.OPENMIXUP_ON_IMAGENET.get(name, (None, None))))
+    own, name, is_imagenet = weights.config.published, weights.config.model.name, weights.classes == imagenet_ids()
+    suffix, nothing = "_10crop" if crops == 10 else "", (None, None)
+    rows = []
+    if is_imagenet or published_errors_hold(weights.config, len(weights.classes)):
+        errors = getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")
+        rows.append((own.source or "published", errors, _prepared(weights.config.data)))
+    if is_imagenet and own.source is None:
+        rows.append(
+            ("the paper", published.DENSENETS_ON_IMAGENET[crops].get(name, nothing), published.PREPARED_IN_THE_PAPER)
+        )
+    if is_imagenet and crops == 1:
+        theirs = published.TORCHVISION_ON_IMAGENET.get(name, nothing)
+        rows.append(("torchvision's weights", theirs, published.PREPARED_BY_TORCHVISION))
+    known = [row for row in rows if row[1][0] is not None]
     found = [
-        {"source": source, "top1_error": top1, "top5_error": top5} for source, (top1, top5) in rows if top1 is not None
+        {"source": source, "top1_error": top1, "top5_error": top5}
+        for source, (top1, top5), prepared in known
+        if prepared == _prepared(data or weights.config.data)
     ]
-    dataset = "imagenet" if weights.classes == imagenet_ids() else weights.config.data.dataset
+    dataset = "imagenet" if is_imagenet else weights.config.data.dataset
     images = published.TEST_IMAGES.get(dataset)  # of other data sets it is not known
     present, classes = len(set(index.labels.tolist())), len(weights.classes)
-    if not found or (present == classes and images in (None, len(index))):
-        return found, ""
-    of_images = "" if images is None else f"{images:,} images of "
-    return [], f"no published error is shown: those of this network are for {of_images}all {classes} classes"
+    if known and not (present == classes and images in (None, len(index))):
+        of_images = "" if images is None else f"{images:,} images of "
+        return [], f"no published error is shown: those of this network are for {of_images}all {classes} classes"
+    if known and not found:
+        filters = " or ".join(f"{resize} resize to {short}, crop {crop}" for _, _, (resize, short, crop) in known)
+        return [], f"no published error is shown: those of this network are with {filters}"
+    return found, ""
+
+
+def _prepared(data: DataConfig) -> tuple[str, int, int]:
+    return data.interpolation, data.resize_size, data.crop_size
+
+
+def recipe_of(weights: Weights) -> str | None:
+    """How many parts of the training differed from the paper's, and where they stand; None if its data were others, or if that
+    is not known."""
+    if weights.microbatches is None or not is_papers_data(weights.config, len(weights.classes)):
+        return None
+    if setting_for(weights.config) is IMAGENET and weights.classes != imagenet_ids():
+        return None
+    text = count_differences(audit(weights.config, weights.microbatches))
+    file = Path(weights.origin).parent.parent / "audit.md"  # of a run's checkpoint
+    return f"{text}: {file}" if file.exists() else text
 
 
 def compare(

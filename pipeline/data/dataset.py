@@ -3,8 +3,11 @@
 import dataclasses
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -23,16 +26,16 @@ from pipeline.errors import UserError, look_up
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
 
 Split = Literal["train", "val"]
-Opener = Callable[[DataConfig, Split, tuple[str, ...], Path, bool], DatasetIndex]
+Opener = Callable[[DataConfig, Split, tuple[str, ...], Path | None, bool], DatasetIndex]
 
 
-def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[DatasetIndex, DatasetIndex]:
+def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tuple[DatasetIndex, DatasetIndex]:
     """Index the training and the validation images.
 
     The classes are those of the training set; the validation set may have a part of them.
 
     Args:
-        cache: folder for what was found, where that cannot be kept beside the images.
+        cache: folder for what was found, where that cannot be kept beside the images; None to write nothing anywhere.
         progress: show progress bars.
 
     Raises:
@@ -53,11 +56,22 @@ def open_datasets(config: DataConfig, cache: Path, progress: bool) -> tuple[Data
 
 
 def _open_files(
-    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
+    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path | None, progress: bool
 ) -> DatasetIndex:
     """Files of images, in a folder or an archive, or named by a table; see `sources.SOURCES`."""
     root = Path(config.dir, config.train if split == "train" else config.val)
-    kept = _cache(root, cache)
+    if cache is not None:
+        return _open_root(config, split, classes, root, _cache(root, cache), progress)
+    with tempfile.TemporaryDirectory() as folder:  # what is known is used, and what is found is not kept
+        copy = Path(folder, "index.jsonl")
+        with suppress(OSError):
+            shutil.copyfile(cache_beside(root, Path(folder)), copy)
+        return _open_root(config, split, classes, root, copy, progress)
+
+
+def _open_root(
+    config: DataConfig, split: Split, classes: tuple[str, ...], root: Path, kept: Path, progress: bool
+) -> DatasetIndex:
     if config.labels == "multi":
         return _open_label_table(config, root, classes or None, kept, progress)
     columns = Columns(config.file_column, config.label_column, split)
@@ -144,7 +158,7 @@ def _warn_of_one_kind(where: str, lacking: list[str], index: DatasetIndex) -> No
 
 
 def _open_arrays(
-    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
+    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path | None, progress: bool
 ) -> DatasetIndex:
     """A data set of torchvision's, in memory."""
     return index_arrays(
@@ -153,7 +167,7 @@ def _open_arrays(
 
 
 def _open_synthetic(
-    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path, progress: bool
+    config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path | None, progress: bool
 ) -> DatasetIndex:
     """Generated images, of which no file exists."""
     images = config.synthetic_images if split == "train" else max(1, config.synthetic_images // 4)

@@ -150,7 +150,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
     if r["begun_with"]:
         lines.append(f"begun with {r['begun_with']}")
     if r["training"]:
-        lines.append(f"training: {r['training']}")
+        lines.append(f"recipe: {r['training']}")
     return [f"{r['weights']}: {r['note']}", *lines] if r["note"] else lines
 
 

@@ -16,8 +16,8 @@ DENSENETS_ON_SMALL_IMAGES = {
 # Pre-activation ResNets by depth, as Table 2 quotes them: millions of parameters, C10+, C100+.
 RESNETS_ON_SMALL_IMAGES = {164: (1.7, 5.46, 24.33), 1001: (10.2, 4.62, 22.71)}
 
-# ImageNet's validation images, top-1 and top-5: the paper's Table 3 by number of crops; the accuracies of openmixup's page,
-# of the same weights as torchvision's; and one crop of the ResNets of fb.resnet.torch's README, which Figure 3 shows.
+# ImageNet's validation images, top-1 and top-5: the paper's Table 3 by number of crops; one crop of torchvision's weights with
+# torchvision's own filter; and one crop of the ResNets of fb.resnet.torch's README, which Figure 3 shows.
 DENSENETS_ON_IMAGENET = {
     1: {
         "densenet121": (25.02, 7.71),
@@ -32,13 +32,15 @@ DENSENETS_ON_IMAGENET = {
         "densenet264": (20.80, 5.29),
     },
 }
-OPENMIXUP_ON_IMAGENET = {
-    name: (round(100 - top1, 2), round(100 - top5, 2))
+TORCHVISION_ON_IMAGENET = {
+    name: (round(100 - top1, 3), round(100 - top5, 3))
     for name, top1, top5 in (
-        ("densenet121", 74.96, 92.21),
-        ("densenet169", 76.08, 93.11),
-        ("densenet201", 77.32, 93.64),
-        ("densenet161", 77.61, 93.83),
+        ("densenet121", 74.434, 91.972),
+        ("densenet169", 75.600, 92.806),
+        ("densenet201", 76.896, 93.370),
+        ("densenet161", 77.138, 93.560),
     )
 }
+# With which resize filter, to which short side, and crop they are.
+PREPARED_IN_THE_PAPER, PREPARED_BY_TORCHVISION = ("torch7-bicubic", 256, 224), ("pil-bilinear", 256, 224)
 RESNETS_ON_IMAGENET = {"resnet34": 26.73, "resnet50": 24.01, "resnet101": 22.44, "resnet152": 22.16}

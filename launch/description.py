@@ -1,0 +1,70 @@
+"""What a submission would be, in words: for the dry run, and before a real one."""
+
+import dataclasses
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from launch.cluster import Cluster
+from launch.estimate import estimate
+from pipeline.config import Config
+from pipeline.data.dataset import open_datasets
+from pipeline.data.plan import steps_per_epoch
+from pipeline.errors import UserError
+from pipeline.pace import duration
+from pipeline.parsing import flatten, value_text
+from pipeline.recipe import poor_split
+
+
+def describe(config: Config, cluster: Cluster, images_per_second: float | None, writes: bool = True) -> str:
+    """A run in a few lines: what differs from the defaults, batch arithmetic, and the time it takes if a rank's speed is known.
+
+    Args:
+        writes: what is found about the images is kept; a dry run leaves nothing behind.
+
+    Raises:
+        UserError: the data are not there, or the batch cannot be split over the ranks.
+    """
+    optim, ranks = config.optim, cluster.ranks
+    parts = ranks * optim.grad_accum_steps
+    if optim.batch_size % parts:
+        raise UserError(
+            f"{config.run_dir}: optim.batch_size {optim.batch_size} cannot be split over {cluster.nodes} nodes x "
+            f"{cluster.ranks_per_node} ranks x {optim.grad_accum_steps} accumulation steps: choose a multiple of {parts}"
+        )
+    train, val = open_datasets(config.data, Path(config.run_dir) / "index" if writes else None, progress=True)
+    lines = [
+        f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
+        f"{len(train.classes)} classes",
+        f"batch {optim.batch_size} = {cluster.nodes} nodes x {cluster.ranks_per_node} ranks x {optim.grad_accum_steps} "
+        f"accumulation steps x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
+        f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
+        f"other than the defaults: {', '.join(changed_fields(config)) or 'nothing'}",
+    ]
+    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
+        lines.append(f"warning: {split}")
+    if images_per_second:
+        sizes, speed = (len(train), len(val)), images_per_second * ranks
+        time_ = estimate(sizes, optim.epochs, speed, cluster.seconds, cluster.warning_seconds)
+        end = datetime.now() + timedelta(seconds=time_.run)
+        lines.append(
+            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {time_.epochs_per_attempt:.1f} epochs an attempt "
+            f"of {cluster.time}, {time_.attempts} attempts, {duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
+        )
+    return "\n".join(lines)
+
+
+def changed_fields(config: Config) -> list[str]:
+    """The fields, with their values, that are not the defaults, which are the paper's recipe on ImageNet."""
+    default = flatten(dataclasses.asdict(Config()))
+    given = flatten(dataclasses.asdict(config)).items()
+    return [f"{key} {value_text(value)}" for key, value in given if value != default[key] and key != "run_dir"]
+
+
+def processes(configs: list[Config], cluster: Cluster) -> str:
+    """What a submission starts on this machine, in words."""
+    ranks = f"{cluster.ranks} process{'es' if cluster.ranks > 1 else ''} of this machine for each run"
+    turns = "" if len(configs) == 1 else f"; {cluster.parallel or 1} of {len(configs)} runs at a time (--parallel)"
+    return (
+        f"{ranks}{turns}; {cluster.time} an attempt; a copy of the code, and a log of each rank, in "
+        f"{Path(configs[0].run_dir).parent / 'jobs' / 'TIME'}"
+    )
