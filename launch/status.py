@@ -11,7 +11,7 @@ from typing import Any
 from launch.records import Job, read_events, read_job
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
-from pipeline.run_dir import read_records
+from pipeline.run_dir import epochs_done, read_records
 
 Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
@@ -79,7 +79,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         state=state,
         nodes=nodes or (attempts[-1]["machines"] if attempts else ""),
         attempts=len(attempts),
-        epoch=validation["epoch"] + 1 if validation else 0,
+        epoch=int(epochs_done(validation)) if validation else 0,
         epochs=config.optim.epochs,
         step=records[-1]["step"] if records else 0,
         top1_error=validation.get("val/top1_error"),
@@ -106,7 +106,7 @@ def slurm_queue() -> Queue:
 def to_text(statuses: list[Status]) -> str:
     """A table, and below it what failing ranks said last."""
     head = (
-        "run", "job", "state", "attempts", "epochs done", "step", "top-1 err %", "top-5 err %", "mean AUROC", "images/s",
+        "run", "job", "state", "attempts", "epochs done", "step", "top-1 error %", "top-5 error %", "mean AUROC", "images/s",
         "remaining", "nodes",
     )  # fmt: skip
     rows = [head, *(_row(status) for status in statuses)]
@@ -200,9 +200,9 @@ def _remaining(config: Config, records: list[dict[str, Any]], speed: float | Non
     """Seconds until the end at the present speed, validation not counted."""
     if not speed or not records:
         return None
-    epochs_done = [(r["step"], r["epoch"] + 1) for r in records if "val/loss" in r]
-    if not epochs_done:
+    ends = [(r["step"], epochs_done(r)) for r in records if "val/loss" in r]
+    if not ends:
         return None
-    steps_per_epoch = epochs_done[-1][0] / epochs_done[-1][1]
+    steps_per_epoch = ends[-1][0] / ends[-1][1]
     steps = config.optim.epochs * steps_per_epoch - records[-1]["step"]
     return steps * config.optim.batch_size / speed

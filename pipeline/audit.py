@@ -192,10 +192,10 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare("learning rate from part to part", "the same", f"times {optim.layer_decay} towards the images")
     paper_drops = _text(tuple(round(drop * setting.epochs) for drop in setting.drops))
     own_drops = tuple(sorted(milestone / optim.epochs for milestone in optim.milestones))
-    by_steps = f"times {optim.lr_gamma} at epochs {_text(optim.milestones)} of {optim.epochs}"
+    by_steps = f"times {optim.lr_gamma} after epochs {_text(optim.milestones)} of {optim.epochs}"
     compare(
         "learning-rate schedule",
-        f"times 0.1 at epochs {paper_drops} of {setting.epochs}",
+        f"times 0.1 after epochs {paper_drops} of {setting.epochs}",
         by_steps if optim.schedule == "step" else f"{optim.schedule} over {optim.epochs} epochs",
         same=optim.schedule == "step" and optim.lr_gamma == 0.1 and _near(setting.drops, own_drops),
     )
@@ -315,7 +315,7 @@ def statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
     texts = []
     for epoch, (smallest, largest) in statistics:
         size = str(smallest) if smallest == largest else f"{smallest} or {largest}"
-        texts.append(f"{size} from epoch {epoch} on" if epoch else size)
+        texts.append(f"{size} from epoch {epoch + 1} on" if epoch else size)
     return ", ".join(texts)
 
 

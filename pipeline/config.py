@@ -232,7 +232,7 @@ class OptimConfig:
     schedule: Literal["step", "cosine"] = "step"
     """step: lr times lr_gamma at each milestone (the paper); cosine: to zero over all epochs."""
     milestones: tuple[NonNegative, ...] = (30, 60)
-    """Epochs, counted from 0, at whose start the step schedule drops the learning rate."""
+    """Epochs after which the step schedule drops the learning rate."""
     lr_gamma: PositiveFloat = 0.1
     """Factor of each drop of the step schedule."""
     warmup_epochs: NonNegativeFloat = 0.0

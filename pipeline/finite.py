@@ -100,7 +100,7 @@ class FiniteGuard:
         self._world.broadcast_from_rank0(
             lambda: write_text(self._file, json.dumps(self._batches_until(first), indent=1))
         )
-        epoch, step = divmod(first, self._loader.steps_per_epoch)
+        epoch, step = (number + 1 for number in divmod(first, self._loader.steps_per_epoch))  # as people count
         raise UserError(
             f"the {what} not finite at epoch {epoch}, step {step}: start the same command again with a lower optim.lr and "
             f"--train.change optim.lr, or with train.precision fp32 and --train.change train.precision,{skip} it resumes from "
@@ -115,5 +115,5 @@ class FiniteGuard:
             epoch, position = divmod(before, self._loader.steps_per_epoch)
             ids = self._loader.global_ids(epoch, position).tolist()
             names = [self._loader.index.names[i] for i in ids]
-            batches.append({"epoch": epoch, "step": position, "ids": ids, "names": names})
+            batches.append({"epoch": epoch + 1, "step": position + 1, "ids": ids, "names": names})
         return batches

@@ -66,7 +66,7 @@ class History:
         """What changed on the way, a line for each change; empty if the whole run was trained alike."""
         lines = []
         for before, after in zip(self.segments, self.segments[1:], strict=False):
-            where = f"from epoch {after.epoch}, step {after.step} of the run on"
+            where = f"from epoch {after.epoch + 1} on (after {after.step} steps of the run)"
             if before.batch_split != after.batch_split:
                 lines.append(f"{where}, a batch is {after.batch_split}; before, {before.batch_split}")
             for key, (old, new) in after.changed.items():

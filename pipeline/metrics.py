@@ -38,8 +38,8 @@ class Score:
         return {"loss": self.loss, "top1_error": self.top1_error, "top5_error": self.top5_error}
 
     def text(self, top5: bool = False) -> str:
-        """Its errors in a few words."""
-        return f"top-1 error {self.top1_error:.2f} %" + (f", top-5 error {self.top5_error:.2f} %" if top5 else "")
+        """Its errors in a few words; with `top5` also the accuracy, which others show."""
+        return errors_text(self.top1_error, self.top5_error) if top5 else f"top-1 error {self.top1_error:.2f} %"
 
     def _per_image(self, total: float) -> float:
         return total / self.images if self.images else math.nan
@@ -90,6 +90,11 @@ class LabelScore:
 
 
 AnyScore = Score | LabelScore
+
+
+def errors_text(top1_error: float, top5_error: float) -> str:
+    """Both errors, in percent, in the words that every log and summary has."""
+    return f"top-1 error {top1_error:.2f} % (accuracy {100 - top1_error:.2f} %), top-5 error {top5_error:.2f} %"
 
 
 def batch_sums(logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> Tensor:

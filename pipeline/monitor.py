@@ -49,8 +49,8 @@ class Monitor:
                 self._lines.close()
                 self._board.close()
 
-    def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Record `values` (name -> number) after optimiser step `step`."""
+    def scalars(self, step: int, epochs: float, values: dict[str, float]) -> None:
+        """Record `values` (name -> number) after so many optimiser steps, which are so many epochs."""
         if self._active:
             finite = {
                 name: value if math.isfinite(value) else None for name, value in values.items()
@@ -58,7 +58,7 @@ class Monitor:
             with io_as_user_error(self._run_dir):
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
-                self._lines.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+                self._lines.write(json.dumps({"step": step, "epochs": epochs, **finite}) + "\n")
                 self._lines.flush()
 
     def sync(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pipeline.audit import AuditRow, audit, count_differences, origin_text, sett
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
+from pipeline.metrics import errors_text
 from pipeline.run import Progress, Run
 from pipeline.run_dir import replace_text
 
@@ -30,7 +31,7 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
     late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]
     if config.optim.schedule == "step" and late:
         lines.append(
-            f"the learning rate never drops at epoch {', '.join(map(str, late))}: the run has optim.epochs "
+            f"the learning rate never drops after epoch {', '.join(map(str, late))}: the run has optim.epochs "
             f"{config.optim.epochs}; set optim.milestones"
         )
     if config.optim.class_weights == "balanced" and config.data.sampling == "balanced":
@@ -46,7 +47,9 @@ def summary(run: Run) -> str:
     progress, published = run.progress, run.config.published
     several = run.train_loader.index.several_labels
     best, last = (_of_labels if several else _errors)(progress)
-    lines = [f"best  (epoch {progress.best_epoch}): {best}", f"last  (epoch {progress.epoch - 1}): {last}"]
+    epochs = run.config.optim.epochs
+    lines = [f"best (epoch {progress.best_epoch + 1} of {epochs}): {best}"]
+    lines += [f"last (epoch {progress.epoch} of {epochs}): {last}"]
     if published.auroc is not None and several:
         lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
     if published.top1 is not None:
@@ -66,8 +69,8 @@ def summary(run: Run) -> str:
 def _errors(progress: Progress) -> tuple[str, str]:
     """Of the best and of the last epoch."""
     return (
-        f"top-1 error {progress.best_top1_error:.2f} %, top-5 error {progress.best_top5_error:.2f} %",
-        f"top-1 error {progress.last_top1_error:.2f} %, top-5 error {progress.last_top5_error:.2f} %",
+        errors_text(progress.best_top1_error, progress.best_top5_error),
+        errors_text(progress.last_top1_error, progress.last_top5_error),
     )
 
 

@@ -271,6 +271,19 @@ class Run:
         return self.progress.epoch * self.train_loader.steps_per_epoch + self.progress.step
 
     @property
+    def epochs_done(self) -> float:
+        """The same in epochs, of which the last may be a part."""
+        return self.done_steps / self.train_loader.steps_per_epoch
+
+    @property
+    def position(self) -> str:
+        """How far the run is, as people count: the first epoch is 1, and so many of its steps are done."""
+        epochs, steps = self.config.optim.epochs, self.train_loader.steps_per_epoch
+        if self.is_complete:
+            return f"the end of epoch {self.progress.epoch}/{epochs}"
+        return f"epoch {self.progress.epoch + 1}/{epochs}, step {self.progress.step}/{steps}"
+
+    @property
     def learning_rate(self) -> float:
         """Of the next step."""
         return learning_rate(self.config.optim, self.done_steps, self.train_loader.steps_per_epoch)

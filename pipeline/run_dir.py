@@ -27,6 +27,14 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     return [record for line in lines if (record := _record(line))]
 
 
+def epochs_done(record: dict[str, Any]) -> float:
+    """Epochs that were done when a line of ``metrics.jsonl`` was written, of which the last may be a part.
+
+    Earlier versions wrote ``epoch``, the number from 0 of the epoch at whose end, or in which, the line was written.
+    """
+    return record["epochs"] if "epochs" in record else record["epoch"] + 1
+
+
 def _record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)

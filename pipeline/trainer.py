@@ -109,7 +109,7 @@ class Trainer:
         batches = self._timed(run.train_loader.batches(run.progress.epoch, run.progress.step))
         run.set_training_mode()
         while run.progress.step < steps:
-            self.watchdog.beat(f"epoch {run.progress.epoch}, step {run.progress.step}", self.compiles)
+            self.watchdog.beat(run.position, self.compiles)
             self._call("on_step_start")
             result = self.step(batches)
             run.progress.step, self.compiles = run.progress.step + 1, self.compiles and result.last  # it may stay eager
@@ -181,7 +181,7 @@ class Trainer:
 
     def _between_batches(self) -> None:
         """Before each batch of an evaluation, and before the first step of an epoch."""
-        self.watchdog.beat(f"epoch {self.run.progress.epoch}, {self.run.progress.step} steps done")
+        self.watchdog.beat(self.run.position)
         self._call("on_evaluation_batch")
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:

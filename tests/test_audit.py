@@ -105,7 +105,7 @@ MEASURED = Measured(
         (
             {"statistics": ((0, (64, 64)), (59, (16, 16)))},
             "images in a batch-norm statistic",
-            "64, 16 from epoch 59 on",
+            "64, 16 from epoch 60 on",
         ),
         ({"last_batch": 0}, "last, smaller batch of an epoch", "0 of its 143 images"),
         ({"spread": 0.7}, "initial weights of convolutions: standard deviation", "0.7 sqrt(2 / fan-out)"),

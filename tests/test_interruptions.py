@@ -53,7 +53,9 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_of_it(whole, tmp_p
     cut = small_config(tmp_path, train={"eval_batch_size": 2})
     handlers = [signal.getsignal(n) for n in SIGNALS]
     epoch, done = divmod(step + 1, 4) if step != 3 else (0, 4)
-    with pytest.raises(InterruptedRunError, match=f"leaves at epoch {epoch}, step {done} of .* on {number.name}"):
+    with pytest.raises(
+        InterruptedRunError, match=f"leaves at epoch {epoch + 1}/2, step {done}/4 of .* on {number.name}"
+    ):
         trainer.fit(cut, hooks=[SignalInStep(step, number)])
     assert (last_state(cut)["progress"]["epoch"], last_state(cut)["progress"]["step"]) == (epoch, done)
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
@@ -75,7 +77,7 @@ def test_a_signal_during_validation_loses_no_training(whole, tmp_path):
             if self.calls == 4:  # one before the first step, then one before each batch of the first validation
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(InterruptedRunError, match="epoch 0, step 4"):
+    with pytest.raises(InterruptedRunError, match="epoch 1/2, step 4/4"):
         trainer.fit(cut, hooks=[SignalInValidation()])
     trainer.fit(cut)
     assert_equal_weights(weights(cut), weights(whole))
@@ -313,7 +315,7 @@ def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path):
     )
     done = run_module("pipeline.train", *words, "--train.allow_world_size_change", "true", ranks=2)
     assert done.returncode == 0, done.stderr
-    said = "from epoch 0, step 3 of the run on, a batch is 2 ranks x 1 accumulation steps; before, 1 ranks x 1 accumulation"
+    said = "from epoch 1 on (after 3 steps of the run), a batch is 2 ranks x 1 accumulation steps; before, 1 ranks x 1"
     assert said in done.stdout
     assert [record["step"] for record in records(config)] == [2, 4, 4]
     assert records(config)[-1]["epoch/skipped_images"] == 0  # one rank's sums and two ranks' are all 46 images

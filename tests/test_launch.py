@@ -280,7 +280,8 @@ def test_status_shows_the_mean_auroc_of_runs_on_several_labels(tmp_path):
         run.mkdir()
         write_job(run, Job("7", "local", "elsewhere", str(tmp_path), 1, 3))
         (run / "submitted.yaml").write_text(to_yaml(config))
-        record = {"step": 4, "epoch": 0, "val/loss": 1.0, **{f"val/{key}": value for key, value in score.items()}}
+        at = {"errors": {"epoch": 0}, "labels": {"epochs": 1.0}}[name]  # as earlier versions wrote it, and as it is now
+        record = {"step": 4, **at, "val/loss": 1.0, **{f"val/{key}": value for key, value in score.items()}}
         (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     both = [read_status(tmp_path / name, {}) for name in scores]
 
@@ -289,8 +290,9 @@ def test_status_shows_the_mean_auroc_of_runs_on_several_labels(tmp_path):
         return [dict(zip(head, row, strict=True)) for row in rows]
 
     errors, labels = table(both)
-    assert (errors["top-1 err %"], errors["top-5 err %"], errors["mean AUROC"]) == ("12.50", "1.50", "-")
-    assert (labels["top-1 err %"], labels["top-5 err %"], labels["mean AUROC"]) == ("-", "-", "0.8765")
+    assert errors["epochs done"] == labels["epochs done"] == "1/2"
+    assert (errors["top-1 error %"], errors["top-5 error %"], errors["mean AUROC"]) == ("12.50", "1.50", "-")
+    assert (labels["top-1 error %"], labels["top-5 error %"], labels["mean AUROC"]) == ("-", "-", "0.8765")
     (alone,) = table(both[:1])
     assert alone == {title: cell for title, cell in errors.items() if title != "mean AUROC"}
 
@@ -314,7 +316,7 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     assert_equal_weights(weights(twin), weights(torchrun))
     assert comparable_records(twin) == comparable_records(torchrun)
     status = run_module("launch", "status", tmp_path).stdout
-    assert " done " in status and "6/6" in status and "top-1 err %" in status
+    assert " done " in status and "6/6" in status and "top-1 error %" in status
     logs = run_module("launch", "logs", run).stdout
     assert "0: resuming at" in logs and "1: interrupted: rank 1 has lost contact" in logs
 

@@ -138,8 +138,8 @@ def test_a_field_is_changed_on_purpose_and_the_history_tells(tmp_path, capsys):
         train={"change": "optim.epochs,optim.lr", "log_every": 1},
     )
     assert trainer.fit(more).epoch == 3
-    changes = ["from epoch 1, step 4 of the run on, optim.epochs is 3; before, 1"]
-    changes += ["from epoch 1, step 4 of the run on, optim.lr is 0.01; before, 0.1"]
+    changes = ["from epoch 2 on (after 4 steps of the run), optim.epochs is 3; before, 1"]
+    changes += ["from epoch 2 on (after 4 steps of the run), optim.lr is 0.01; before, 0.1"]
     said = capsys.readouterr().out
     audit = (tmp_path / "audit.md").read_text()
     assert all(said.count(change) >= 2 for change in changes)  # at the start and in the summary
@@ -168,9 +168,10 @@ def test_the_audit_tells_every_layout_that_a_run_had(tmp_path):
     config = small_config(tmp_path, optim=words, train={"allow_world_size_change": True, "change": ["optim.epochs"]})
     trainer.fit(config)
     audit = (tmp_path / "audit.md").read_text()
-    assert "12, 6 from epoch 1 on" in audit
+    assert "12, 6 from epoch 2 on" in audit
     assert (
-        "- from epoch 1, step 4 of the run on, a batch is 1 ranks x 2 accumulation steps; before, 1 ranks x 1" in audit
+        "- from epoch 2 on (after 4 steps of the run), a batch is 1 ranks x 2 accumulation steps; before, 1 ranks x 1"
+        in audit
     )
 
 
@@ -205,7 +206,7 @@ class Spike(Hook):
 def test_a_step_that_is_not_finite_is_left_out_on_request(tmp_path, capsys, precision):
     config = small_config(tmp_path, optim={"epochs": 1}, train={"not_finite": "skip", "precision": precision})
     trainer.fit(config, hooks=[Spike(1)])
-    assert "step 1: the loss or the gradient is not finite; the step is left out" in capsys.readouterr().out
+    assert "step 2 of the run: the loss or the gradient is not finite; the step is left out" in capsys.readouterr().out
     assert all(value.isfinite().all() for value in weights(config).values())
     assert [r["epoch/skipped_images"] for r in records(config) if "val/loss" in r] == [12]
     assert int(weights(config)["features.norm5.num_batches_tracked"]) == 3
@@ -310,7 +311,7 @@ def test_several_ranks_agree_on_a_damaged_checkpoint(tmp_path):
     last.write_bytes(last.read_bytes()[:1000])
     done = run_module("pipeline.train", *words, ranks=2)
     assert done.returncode == 0 and "last.pt is damaged and now called last.damaged" in done.stderr, done.stderr
-    assert "resuming at epoch 0, step 4" in done.stdout
+    assert "resuming at epoch 1/1, step 4/4" in done.stdout
     assert_equal_weights(weights(config), whole)
 
 
@@ -326,7 +327,7 @@ def test_a_save_that_takes_long_beside_the_launchers_limit_is_said_once(tmp_path
 
 def test_a_new_run_is_warned_of_what_looks_wrong(tmp_path, capsys):
     config = small_config(tmp_path, optim={"epochs": 1, "milestones": [3, 1]})
-    line = "warning: the learning rate never drops at epoch 3, 1: the run has optim.epochs 1; set optim.milestones"
+    line = "warning: the learning rate never drops after epoch 3, 1: the run has optim.epochs 1; set optim.milestones"
     assert line in trainer.dry_run(config)
     trainer.fit(config)
     assert line in capsys.readouterr().err

@@ -76,6 +76,7 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
     assert [r["step"] for r in validation] == [20, 40, 60, 80]
     assert min(r["val/top1_error"] for r in validation) == progress.best_top1_error
     assert validation[-1]["epoch/train_loss"] < validation[0]["epoch/train_loss"]
+    assert [r["epochs"] for r in validation] == [1, 2, 3, 4] and records(config)[0]["epochs"] == 0.1
 
     board = EventAccumulator(str(tmp_path)).Reload()
     scalars = set(board.Tags()["scalars"])
@@ -132,11 +133,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole_runs, tmp_path, name, 
     assert_no_doubles_on_the_board(cut)
 
 
-def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch):
+def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch, capsys):
     score = Score(4, top1_correct=2, top5_correct=4, loss_sum=1.0)
     monkeypatch.setattr(trainer.Trainer, "validate", lambda self: score)
     progress = trainer.fit(small_config(tmp_path))
     assert (progress.best_epoch, progress.best_top1_error, progress.best_top5_error) == (0, 50, 0)
+    said = capsys.readouterr().out
+    assert "epoch 1/2, step 2/4: loss " in said and "resuming" not in said
+    (first,), (second,) = ([line for line in said.splitlines() if f"epoch {n}/2: train loss" in line] for n in (1, 2))
+    errors = "top-1 error 50.00 % (accuracy 50.00 %), top-5 error 0.00 %"
+    assert first.endswith(f"{errors} (4 images), the best so far") and second.endswith(f"{errors} (4 images)")
+    assert f"best (epoch 1 of 2): {errors}" in said and f"last (epoch 2 of 2): {errors}" in said
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["progress"]["epoch"] == 1
 
 
@@ -238,7 +245,7 @@ def test_a_run_of_several_ranks_resumes_to_the_same_bits(tmp_path, ranks):
     assert load_checkpoint(folder / "previous.pt")["progress"]["step"] == 4
     (folder / "previous.pt").replace(folder / "last.pt")
     done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(spread), ranks=ranks)
-    assert done.returncode == 0 and "resuming at epoch 1, step 4" in done.stdout
+    assert done.returncode == 0 and "resuming at epoch 2/2, step 4/4" in done.stdout
     assert_equal_weights(weights(spread), end["model"])
     assert last_state(spread)["progress"] == end["progress"] and comparable_records(spread) == lines
 
@@ -334,16 +341,16 @@ def test_another_number_of_parts_is_allowed_on_request(tmp_path, capsys):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
     config = small_config(tmp_path, optim={"epochs": 1, "grad_accum_steps": 2}, train={"allow_world_size_change": True})
     assert trainer.fit(config).epoch == 1
-    said = "from epoch 1, step 4 of the run on, a batch is 1 ranks x 2 accumulation steps; before, 1 ranks x 1"
+    said = "from epoch 2 on (after 4 steps of the run), a batch is 1 ranks x 2 accumulation steps; before, 1 ranks x 1"
     assert said in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
     config = small_config(tmp_path, optim={"lr": 1e6}, train={"checkpoint_every": 1})
-    with pytest.raises(UserError, match=r"are not finite at epoch 0, step 2: .*not-finite.json"):
+    with pytest.raises(UserError, match=r"are not finite at epoch 1, step 3: .*not-finite.json"):
         trainer.fit(config)
     before, there = json.loads((tmp_path / "not-finite.json").read_text())
-    assert (before["step"], there["step"]) == (1, 2)
+    assert (before["step"], there["step"]) == (2, 3)
     with trainer.init_distributed("cpu") as world:
         loader = Run(config, world).train_loader
         third = list(loader.batches(epoch=0))[2]

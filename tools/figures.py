@@ -19,7 +19,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
-from pipeline.run_dir import read_records
+from pipeline.run_dir import epochs_done, read_records
 from pipeline.weights import read_weights
 from tools.support import published
 from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
@@ -124,7 +124,7 @@ def draw_curves(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        epochs = [record["epoch"] + 1 for record in run.epochs]
+        epochs = [epochs_done(record) for record in run.epochs]
         (line,) = axes.plot(epochs, [r["val/top1_error"] for r in run.epochs], label=f"{run.name}, validation")
         axes.plot(
             epochs,

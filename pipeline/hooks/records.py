@@ -24,7 +24,7 @@ class Records(Hook):
     def on_start(self, trainer: Training) -> None:
         run, monitor = trainer.run, trainer.monitor
         if run.done_steps:
-            monitor.say(f"resuming at epoch {run.progress.epoch}, step {run.progress.step} of {run.dir}")
+            monitor.say(f"resuming at {run.position} of {run.dir}")
         else:
             monitor.text("config", to_yaml(run.config))
         for line in run.history.lines():
@@ -36,7 +36,9 @@ class Records(Hook):
         if self._window_start is None:
             self._begin_window(trainer)
         monitor, progress = trainer.monitor, run.progress
-        monitor.show_progress(f"epoch {progress.epoch}", run.train_loader.steps_per_epoch, progress.step)
+        monitor.show_progress(
+            f"epoch {progress.epoch + 1}/{run.config.optim.epochs}", run.train_loader.steps_per_epoch, progress.step
+        )
 
     def on_batch(self, trainer: Training, batch: Batch) -> None:
         run = trainer.run
@@ -51,8 +53,8 @@ class Records(Hook):
         self._window_images += result.images
         trainer.monitor.advance()
         if result.skipped:
-            step = trainer.run.done_steps - 1
-            trainer.monitor.say(f"step {step}: the loss or the gradient is not finite; the step is left out")
+            step = trainer.run.done_steps
+            trainer.monitor.say(f"step {step} of the run: the loss or the gradient is not finite; the step is left out")
         if result.logged:  # the only steps that wait for the device
             self._log(trainer, result)
             self._begin_window(trainer)
@@ -67,10 +69,10 @@ class Records(Hook):
             "epoch/skipped_images": len(run.train_loader.index) - train.images,
             **{f"val/{name}": value for name, value in val.records().items()},
         }
-        trainer.monitor.scalars(run.done_steps, result.epoch, values)
+        trainer.monitor.scalars(run.done_steps, run.epochs_done, values)
         trainer.monitor.say(
-            f"epoch {result.epoch}: train loss {train.loss:.4f}, {train.text()} | validation loss "
-            f"{val.loss:.4f}, {val.text(top5=True)} ({val.images} images){' *' if result.best else ''}"
+            f"epoch {result.epoch + 1}/{run.config.optim.epochs}: train loss {train.loss:.4f}, {train.text()} | validation "
+            f"loss {val.loss:.4f}, {val.text(top5=True)} ({val.images} images){', the best so far' if result.best else ''}"
         )
 
     def on_end(self, trainer: Training) -> None:
@@ -106,9 +108,8 @@ class Records(Hook):
             "memory/peak_gib": peak_memory(run.world.device) / 2**30,
         }
         trainer.seconds["checkpoint"] = 0.0
-        trainer.monitor.scalars(run.done_steps, run.progress.epoch, values)
+        trainer.monitor.scalars(run.done_steps, run.epochs_done, values)
         trainer.monitor.say(
-            f"epoch {run.progress.epoch} step {run.progress.step}/{run.train_loader.steps_per_epoch}: "
-            f"loss {score.loss:.4f}, {score.text()}, lr {result.learning_rate:.4g}, "
+            f"{run.position}: loss {score.loss:.4f}, {score.text()}, lr {result.learning_rate:.4g}, "
             f"{self._window_images / seconds:.1f} images/s, {100 * waiting:.0f} % waiting for data"
         )

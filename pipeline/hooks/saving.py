@@ -52,7 +52,7 @@ class Saving(Hook):
     def save(self, trainer: Training, best: bool) -> None:
         """Write a checkpoint. Every rank must call this; all return when the disk has it."""
         run, start = trainer.run, time.monotonic()
-        trainer.watchdog.beat(f"saving a checkpoint at epoch {run.progress.epoch}, step {run.progress.step}")
+        trainer.watchdog.beat(f"saving a checkpoint at {run.position}")
         run.finite.check(run.done_steps - 1, *run.network.state_dict().values())
         state = run.state_dict()
 
@@ -87,6 +87,5 @@ class Saving(Hook):
 
     def _leave(self, run: Run, asked: int) -> None:
         raise InterruptedRunError(
-            f"rank {run.world.rank} leaves at epoch {run.progress.epoch}, step {run.progress.step} of {run.dir} "
-            f"on {signal.Signals(asked).name}"
+            f"rank {run.world.rank} leaves at {run.position} of {run.dir} on {signal.Signals(asked).name}"
         )

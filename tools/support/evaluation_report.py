@@ -157,8 +157,8 @@ def _lines(r: dict[str, Any]) -> list[str]:
 def _error_lines(r: dict[str, Any]) -> list[str]:
     lines = [
         *(
-            f"top-{k} error {r[f'top{k}_error']:.2f} %  ({r[f'top{k}_wrong']} of {r['images']} wrong; 95 % interval "
-            f"{r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
+            f"top-{k} error {r[f'top{k}_error']:.2f} %  (accuracy {100 - r[f'top{k}_error']:.2f} %; {r[f'top{k}_wrong']} of "
+            f"{r['images']} wrong; 95 % interval {r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
             for k in (1, 5)
         ),
     ]
