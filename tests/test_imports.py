@@ -24,7 +24,9 @@ LAYERS = [
         "pipeline.monitor",
         "pipeline.audit",
         "pipeline.history",
+        "pipeline.pictures",
         "pipeline.precision",
+        "pipeline.provenance",
         "pipeline.watchdog",
     },
     {
