@@ -72,6 +72,7 @@ class Weights:
         classes: names of the outputs.
         microbatches: ranks times gradient accumulation steps of the run, None if that is not known.
         note: how the names of external weights were understood, empty for our own.
+        epochs: whole epochs that they were trained for, None if that is not known.
     """
 
     origin: str
@@ -80,6 +81,7 @@ class Weights:
     classes: tuple[str, ...]
     microbatches: int | None
     note: str = ""
+    epochs: int | None = None
 
     @property
     def audit(self) -> str | None:
@@ -94,6 +96,7 @@ class OwnWeights(NamedTuple):
     config: Config
     classes: tuple[str, ...]
     microbatches: int | None
+    epochs: int | None
 
 
 def read_weights(
@@ -119,7 +122,8 @@ def read_weights(
         raise UserError(f"{path} has {len(found.classes)} outputs, and {len(classes)} names of classes were given")
     network = create_network(found.config.model, len(found.classes))
     load_weights(network, found.state, str(path))
-    return Weights(str(path), network.eval(), found.config, classes or found.classes, found.microbatches)
+    named = classes or found.classes
+    return Weights(str(path), network.eval(), found.config, named, found.microbatches, epochs=found.epochs)
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
@@ -132,6 +136,7 @@ def write_safetensors(weights: Weights, path: Path) -> None:
         "config": dataclasses.asdict(weights.config),
         "classes": weights.classes,
         "microbatches": weights.microbatches,
+        "epochs": weights.epochs,
         "audit": weights.audit,
     }
     state = {  # cloned, as safetensors takes no tensor twice
@@ -210,7 +215,8 @@ def _of_checkpoint(state: dict[str, Any], origin: str) -> OwnWeights:
     config = from_stored(state["config"], origin)
     ranks = state.get("conditions", {}).get("ranks")
     microbatches = ranks and ranks * config.optim.grad_accum_steps
-    return OwnWeights(state["model"], config, tuple(state["classes"]), microbatches)
+    epochs = state.get("progress", {}).get("epoch")
+    return OwnWeights(state["model"], config, tuple(state["classes"]), microbatches, epochs)
 
 
 def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
@@ -226,13 +232,16 @@ def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
     try:
         about = json.loads(about)
         microbatches, classes = about.get("microbatches", about.get("passes")), tuple(map(str, about["classes"]))
+        epochs = about.get("epochs")
         if not isinstance(about["config"], dict) or not (
             microbatches is None or (isinstance(microbatches, int) and microbatches > 0)
         ):
             raise ValueError("config or microbatches")
+        if not (epochs is None or isinstance(epochs, int)):
+            raise ValueError("epochs")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
-    return OwnWeights(state, from_stored(about["config"], str(path)), classes, microbatches)
+    return OwnWeights(state, from_stored(about["config"], str(path)), classes, microbatches, epochs)
 
 
 def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
