@@ -60,7 +60,7 @@ def draw_reuse(blocks: list[np.ndarray], title: str) -> "Figure":
             reuse / np.nanmax(reuse, axis=0), vmin=0, vmax=1, extent=(0.5, size + 0.5, size - 0.5, -0.5)
         )
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4, integer=True))
+            axis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         axes.tick_params(labelsize=13)
         axes.axvspan(size - 0.5, size + 0.5, fill=False, linewidth=2)
         follower = "classifier" if number == len(blocks) else f"transition {number}"
