@@ -414,8 +414,9 @@ class TrainConfig:
     there are only raw ones."""
     log_every: Positive = 20
     """Steps between two log lines."""
-    reuse_every: NonNegative = 10
-    """Epochs between two pictures of feature reuse (the paper's Figure 5) in TensorBoard; 0: none."""
+    pictures_every: NonNegative = 10
+    """Epochs between two sets of pictures in TensorBoard: a training batch with its classes, answers to validation images,
+    feature reuse (the paper's Figure 5). The first and the last epoch have one; 0: none."""
     checkpoint_every: NonNegative = 0
     """Steps between two checkpoints within an epoch; 0: no such rule."""
     checkpoint_minutes: NonNegativeFloat = 10.0

@@ -39,22 +39,36 @@ def feature_reuse(network: DenseNet) -> list[np.ndarray]:
 
 
 def draw_reuse(blocks: list[np.ndarray], title: str) -> "Figure":
-    """A heat map of each block; each column's largest weight is 1."""
+    """A heat map of each block, two in a row; each column's largest weight is 1.
+
+    The letters stay legible where TensorBoard shows the picture at half its size.
+    """
     from matplotlib.figure import Figure  # takes a second to import
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.2 * len(blocks) + 0.8, 4.6), layout="compressed")
-    figure.suptitle(title)
-    panels = figure.subplots(1, len(blocks), squeeze=False)[0]
-    for number, (reuse, axes) in enumerate(zip(blocks, panels, strict=True), start=1):
+    rows = -(-len(blocks) // 2)
+    figure = Figure(figsize=(6.4, 1.6 + 2.8 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=14)
+    panels = figure.subplots(rows, 2, squeeze=False).flat
+    for number, axes in enumerate(panels, start=1):
+        if number > len(blocks):
+            axes.axis("off")
+            continue
+        reuse = blocks[number - 1]
         size = len(reuse)
         image = axes.imshow(
             reuse / np.nanmax(reuse, axis=0), vmin=0, vmax=1, extent=(0.5, size + 0.5, size - 0.5, -0.5)
         )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+        axes.tick_params(labelsize=13)
         axes.axvspan(size - 0.5, size + 0.5, fill=False, linewidth=2)
         follower = "classifier" if number == len(blocks) else f"transition {number}"
-        axes.set(title=f"dense block {number}", xlabel=f"target layer (the last: {follower})")
-    panels[0].set_ylabel("source layer (0: the block's input)")
-    figure.colorbar(image, ax=list(panels), label="mean |weight|, of each target's largest")
+        axes.set_title(f"block {number} (framed: {follower})", fontsize=13)
+        if number + 2 > len(blocks):  # no panel is below it
+            axes.set_xlabel("target layer", fontsize=14)
+    figure.supylabel("source layer (0: the block's input)", fontsize=14)
+    bar = figure.colorbar(image, ax=list(figure.axes), location="bottom", aspect=40, pad=0.02)
+    bar.set_label("mean |weight|, of each target's largest", fontsize=14)
+    bar.ax.tick_params(labelsize=13)
     return figure

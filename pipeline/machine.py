@@ -3,6 +3,7 @@ of its parent's death."""
 
 import ctypes
 import os
+import platform
 import signal
 import socket
 import struct
@@ -20,6 +21,13 @@ def usable_cores() -> list[int]:
 def available_cores() -> int:
     """How many CPU cores this process may use."""
     return len(usable_cores())
+
+
+def cpu_name() -> str:
+    """What the processor is called."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def present_gpus(folder: Path = Path("/dev")) -> list[Path]:

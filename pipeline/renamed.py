@@ -20,6 +20,7 @@ KEYS = {
     "train.hang_seconds": "train.heartbeat_timeout",
     "train.channels_last": "train.memory_format",
     "train.elastic": "train.allow_world_size_change",
+    "train.reuse_every": "train.pictures_every",
 }
 
 VALUES = {  # truth values as YAML has them

@@ -1,6 +1,8 @@
-"""What a run says of itself: its configuration and audit as files, and a summary at the end."""
+"""What a run says of itself: its configuration and audit as files, a page for TensorBoard, and a summary at the end."""
 
+import dataclasses
 import sys
+from typing import Any
 
 from pipeline.audit import (
     AuditRow,
@@ -15,9 +17,11 @@ from pipeline.audit import (
     to_markdown,
 )
 from pipeline.checkpoint import CheckpointFolder, Found
-from pipeline.config import to_yaml
+from pipeline.config import Config, to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.metrics import errors_text
+from pipeline.parsing import flatten
+from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
 from pipeline.run import Progress, Run
 from pipeline.run_dir import replace_text
@@ -124,3 +128,44 @@ def _of_labels(progress: Progress) -> tuple[str, str]:
 def audit_of(run: Run) -> list[AuditRow]:
     """The run beside the paper's."""
     return audit(run.config, run.microbatches, run.measured)
+
+
+def about(run: Run) -> str:
+    """A page in Markdown: where this start of a run comes from, what it trains, and what is not as usual."""
+    own, usual = (flatten(dataclasses.asdict(config)) for config in (run.config, Config()))
+    changed = [
+        (f"`{key}`", _cell(value), _cell(usual[key]))
+        for key, value in own.items()
+        if value != usual[key] and key != "run_dir" and not key.startswith("published.")
+    ]
+    odd = [(row.part, row.here, row.paper) for row in differences(audit_of(run))]
+    origin = {**provenance(), "ranks": str(run.world.size), "run directory": str(run.dir.resolve())}
+    parts = [
+        ("", [("", ""), *((key, _cell(value)) for key, value in origin.items())]),
+        ("Differs from the defaults", [("field", "here", "default"), *changed]),
+        ("Differs from the paper's recipe", [("part", "here", "paper"), *odd]),
+    ]
+    lines = [f"    {line}" for line in [*run.description().splitlines(), *run.history.lines()]]
+    for title, rows in parts:
+        lines += ["", f"### {title}", ""] if title else [""]
+        lines += _markdown_table(rows) if len(rows) > 1 else ["in nothing"]
+    return "\n".join(lines)
+
+
+def hyperparameters(config: Config) -> dict[str, bool | float | str]:
+    """What TensorBoard's HParams compares runs by: all that a result may depend on, by key."""
+    tree = dataclasses.asdict(config)
+    fields = flatten({name: tree[name] for name in ("seed", "model", "data", "optim")})
+    fields |= {f"train.{name}": tree["train"][name] for name in ("precision", "ema_decay", "best_by")}
+    return {key: v if isinstance(v, (bool, int, float)) else _cell(v) for key, v in fields.items()}
+
+
+def _cell(value: Any) -> str:
+    """A value as it stands in a table, or on the command line."""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_table(rows: list[tuple[str, ...]]) -> list[str]:
+    ruled = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return [f"| {' | '.join(row)} |" for row in ruled]

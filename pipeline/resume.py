@@ -18,7 +18,7 @@ FREE_TO_CHANGE = {
     "run_dir", "model.activation_checkpointing", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
     "data.download", "data.from_weights", "optim.grad_accum_steps", "train.device", "train.compile", "train.memory_format",
     "train.cudnn_benchmark", "train.deterministic", "optim.fused", "optim.large_batch", "train.eval_batch_size",
-    "train.log_every", "train.reuse_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
+    "train.log_every", "train.pictures_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
     "train.allow_world_size_change", "train.change",
 }  # fmt: skip
 

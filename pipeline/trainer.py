@@ -86,7 +86,7 @@ class Trainer:
             run.load_state_dict(found.state)
         run.world.broadcast_from_rank0(lambda: write_description(run, found))
         lengths = found.state["record_lengths"] if found else {}
-        self.monitor = Monitor(run.dir, run.world, run.done_steps, lengths)
+        self.monitor = Monitor(run.dir, run.world, run.done_steps, run.progress.epoch, lengths)
         try:
             changed = any(hook.changes_network for hook in self.hooks)
             with self.preemption, self.watchdog, run.selection_held(hooks_change_network=changed):

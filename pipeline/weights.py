@@ -75,6 +75,7 @@ class Weights:
         microbatches: ranks times gradient accumulation steps of the run, None if that is not known.
         note: how the names of external weights were understood, or which of a run's two sets of weights these are; else empty.
         averaged: they are the moving average of a run's weights.
+        epochs: whole epochs that they were trained for, None if that is not known.
     """
 
     origin: str
@@ -84,6 +85,7 @@ class Weights:
     microbatches: int | None
     note: str = ""
     averaged: bool = False
+    epochs: int | None = None
 
     @property
     def audit(self) -> str | None:
@@ -100,6 +102,7 @@ class OwnWeights(NamedTuple):
     microbatches: int | None
     note: str = ""
     averaged: bool = False
+    epochs: int | None = None
 
 
 def read_weights(
@@ -156,6 +159,7 @@ def write_safetensors(weights: Weights, path: Path) -> None:
         "config": dataclasses.asdict(weights.config),
         "classes": weights.classes,
         "microbatches": weights.microbatches,
+        "epochs": weights.epochs,
         "audit": weights.audit,
         "averaged": weights.averaged,
     }
@@ -245,7 +249,8 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
     averaged = both and (config.train.best_by == "ema" if ema is None else ema)
     note = f"{AVERAGED} (--no-ema: the raw ones)" if averaged else "raw weights (--ema: their average)" if both else ""
     weights = state["ema"]["model"] if averaged else state["model"]
-    return OwnWeights(weights, config, tuple(state["classes"]), microbatches, note, averaged)
+    epochs = state.get("progress", {}).get("epoch")
+    return OwnWeights(weights, config, tuple(state["classes"]), microbatches, note, averaged, epochs)
 
 
 def _refuse_choice(origin: str | Path, ema: bool) -> None:
@@ -267,14 +272,17 @@ def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
         about = json.loads(about)
         microbatches, classes = about.get("microbatches", about.get("passes")), tuple(map(str, about["classes"]))
         averaged = about.get("averaged") is True  # files of before do not say
+        epochs = about.get("epochs")
         if not isinstance(about["config"], dict) or not (
             microbatches is None or (isinstance(microbatches, int) and microbatches > 0)
         ):
             raise ValueError("config or microbatches")
+        if not (epochs is None or isinstance(epochs, int)):
+            raise ValueError("epochs")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
     config = from_stored(about["config"], str(path))
-    return OwnWeights(state, config, classes, microbatches, AVERAGED if averaged else "", averaged)
+    return OwnWeights(state, config, classes, microbatches, AVERAGED if averaged else "", averaged, epochs)
 
 
 def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:

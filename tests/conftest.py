@@ -111,7 +111,7 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
             "synthetic_classes": 3,
         },
         "optim": {"epochs": 2, "batch_size": 12},
-        "train": {"log_every": 2, "device": "cpu", "reuse_every": 0},
+        "train": {"log_every": 2, "device": "cpu", "pictures_every": 0},
     }
     for name, fields in sections.items():
         tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields

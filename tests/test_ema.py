@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import assert_equal_weights, comparable_records, last_state, records
 from training_hooks import InterruptAfter, InterruptionError
 
@@ -109,6 +110,9 @@ def test_both_are_validated_and_best_is_by_the_average(whole):
     assert epochs[-1]["val/loss"] == pytest.approx(losses[True], rel=1e-6)
     assert epochs[-1]["val_raw/loss"] == pytest.approx(losses[False], rel=1e-6)
     assert losses[True] != pytest.approx(losses[False], rel=1e-3)
+    for folder, ema in (("val", True), ("val_raw", False)):  # in TensorBoard they stand in one chart
+        shown = EventAccumulator(str(Path(config.run_dir, folder))).Reload().Scalars("epoch/loss")
+        assert (len(shown), shown[-1].value) == (len(epochs), pytest.approx(losses[ema], rel=1e-6))
     best = load_checkpoint(Path(config.run_dir, "checkpoints", "best.pt"))["progress"]
     assert best["best_top1_error"] == min(record["val/top1_error"] for record in epochs)
     lines = said.splitlines()

@@ -27,6 +27,7 @@ from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.weights import Weights, imagenet_ids, read_weights
 from tools.evaluate import main, published_errors, real_labels_score, recipe_of
+from tools.support.calibration import calibration
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
 from tools.support.published import DENSENETS_ON_IMAGENET, TORCHVISION_ON_IMAGENET
@@ -232,7 +233,8 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     assert (comparison["only_a_wrong"], comparison["only_b_wrong"]) == (only_first, only_second)
     text, page = (tmp_path / "report" / "report.md").read_text(), (tmp_path / "report" / "report.html").read_text()
     assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
-    assert page.count("<img src=") == sum(map(sum, wrong)) and "predicted: class0 (67 %)<br>true: class1<br>" in page
+    assert page.count("<img src=") == sum(map(sum, wrong)) + only_first + only_second
+    assert "<b>predicted</b> class0 (67 %)</span><span><b>true</b> class1</span>" in page
     assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar)" in printed
 
 
@@ -412,7 +414,8 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
     evaluation = Evaluation(Score(2, 0, 2, 0.0), np.array([[1, 0], [1, 0]]), zeros, zeros, None, 0)
     row = {"class": "x&y|z", "images": 2, "top1_error": 100, "top5_error": 0}
     result = {
-        "name": "n", "weights": "w", "note": "", "model": "m", "parameters": 1, "multiply_accumulates": 1, "data": "d",
+        "name": "n", "weights": "w", "sha256": "0" * 64, "epochs": 1, "epochs_planned": 2, "note": "", "model": "m",
+        "parameters": 1, "multiply_accumulates": 1, "data": "d",
         "images": 2, "classes": 2, "classes_present": 1, "other_outputs": None, "not_finite": 0,
         "crops": 1, "average": "logits", "precision": "fp32",
         "interpolation": "torch7-bicubic", "resize_size": 9, "crop_size": 9, "loader": "dali",
@@ -421,12 +424,18 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         "published": [], "published_note": "",
         "begun_with": None, "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
     }  # fmt: skip
-    write_report(tmp_path, {"evaluations": [result], "comparisons": []}, [evaluation], [index])
+    result["calibration"] = calibration(zeros, zeros > 0)
+    write_report(tmp_path, {"about": {}, "evaluations": [result], "comparisons": []}, [evaluation], [index])
     write_answers(tmp_path / "a.csv", evaluation, index)
     row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "| x&y" in line)
     assert row.count("|") - row.count("\\|") == 5
     page = (tmp_path / "report.html").read_bytes()
-    assert b"a&lt;b&gt;.png" in page and b"<b>" not in page and b"true: x&amp;y" in page and page.count(b"<img") == 2
+    assert (
+        b"a&lt;b&gt;.png" in page
+        and b"a<b>" not in page
+        and b"<b>true</b> x&amp;y" in page
+        and page.count(b"<img") == 2
+    )
     assert b"\xff.png" in (tmp_path / "a.csv").read_bytes()
 
 

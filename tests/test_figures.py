@@ -1,5 +1,6 @@
 """tools.figures makes its pictures from real run directories, and the facts that it draws are right."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from pipeline import trainer
 from pipeline.models import create_model
-from tools.figures import draw_curves, draw_imagenet, draw_small_images, main, read_run, runs_in
+from tools.figures import Run, draw_curves, draw_imagenet, draw_small_images, main, read_run, runs_in
 from tools.support.facts import multiply_accumulates, on_meta, parameters
 
 # Billions of multiply-accumulates of convolutions and linear layers at 224 and at 32 pixels.
@@ -49,7 +50,6 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     assert files == {
         "curves.png",
         "parameters.png",
-        "imagenet.png",
         "reuse-cifar-last.png",
         "reuse-densenet121-last.png",
         "reuse-cifar-best.png",
@@ -68,7 +68,7 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     axes, by_work = draw_imagenet(found).axes  # among them a run that is called as one of the paper's networks
     assert points(axes)["ours: densenet121"][0][1] == found[1].error
     curves = points(draw_curves(found).axes[0])
-    assert [y for _, y in curves["cifar, validation"]] == [r["val/top1_error"] for r in lines if "val/loss" in r]
+    assert [y for _, y in curves["cifar"]] == [r["val/top1_error"] for r in lines if "val/loss" in r]
     assert {y for _, y in curves["someone: 5.0 %"]} == {5.0}
     assert (7.978856, 25.02) in points(axes)["DenseNet, paper"]
     work = {error: x for x, error in points(by_work)["DenseNet, paper"]}
@@ -97,6 +97,73 @@ def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch)
     panels = {axes.get_title(): points(axes) for axes in draw_small_images([held, drawn]).axes}
     assert panels["SVHN"][held.label][0][1] == held.error == min(r["val/top1_error"] for r in held.epochs)
     assert drawn.label in panels["synthetic images"]
+
+
+def run_of(name: str, errors: list[float], data: dict | None = None, **sections: dict) -> Run:
+    """A run that has been trained for so many epochs, as its directory would tell."""
+    config = small_config(name, data=data or {}, **sections)
+    epochs = [
+        {"epochs": i + 1, "val/loss": 1.0, "val/top1_error": error, "epoch/train_top1_error": error / 2}
+        for i, error in enumerate(errors)
+    ]
+    return Run(name, config, 10, epochs)
+
+
+def drawn(figure, tmp_path) -> list:
+    """The figure's panels, after it has been drawn."""
+    figure.savefig(tmp_path / "figure.png")
+    return [axes for axes in figure.axes if axes.axison]
+
+
+def test_curves_of_one_epoch_have_a_point_and_a_whole_tick(tmp_path):
+    (axes,) = drawn(draw_curves([run_of("short", [40.0])]), tmp_path)
+    low, high = axes.get_xlim()
+    assert low < 1 < high and [tick for tick in axes.get_xticks() if low < tick < high] == [1]
+    (line,) = (line for line in axes.lines if line.get_label() == "short")
+    assert line.get_marker() == "o" and list(line.get_xdata()) == [1]
+    low, high = axes.get_ylim()
+    assert 0 < low < 20 and 40 < high < 60  # training 20, validation 40: the axis is theirs
+
+
+def test_curves_of_sixty_runs_show_the_best(tmp_path):
+    errors = {f"run{i}": [60.0, 50.0, 30.0 + (i * 7) % 60 / 10] for i in range(60)}
+    runs = [run_of(name, values, published={"source": "someone", "top1": 20.0}) for name, values in errors.items()]
+    (axes,) = drawn(draw_curves(runs), tmp_path)
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert named == [*sorted(errors, key=lambda name: errors[name][-1])[:7], "someone: 20.0 %"]
+    assert len([line for line in axes.lines if line.get_label().startswith("_")]) == 53
+    assert {tick % 1 for tick in axes.get_xticks()} == {0}
+    long = run_of("long", [50.0] * 300)
+    (line,) = (line for line in draw_curves([long]).axes[0].lines if line.get_label() == "long")
+    assert line.get_markevery() == 10  # not a marker beside the other
+
+
+def test_panels_are_of_the_users_data_and_hold_every_name(tmp_path):
+    cifar = {"dataset": "cifar10", "loader": "auto", "train_crop": "random_crop"}
+    own = [run_of(f"a run with a long name {i}", [20.0 + i]) for i in range(3)]
+    for runs, titles in (
+        (own, ["synthetic images"]),
+        ([*own, run_of("small", [5.0], cifar)], ["synthetic images", "C10+"]),
+        ([run_of(f"r{i}", [5.0 + i / 9], cifar) for i in range(60)], ["C10+"]),
+    ):
+        panels = drawn(draw_small_images(runs), tmp_path)
+        assert [axes.get_title() for axes in panels] == titles
+        for axes in panels:
+            frame = axes.get_window_extent()
+            for name in axes.texts:
+                box = name.get_window_extent()
+                assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, name
+            assert axes.get_xlim()[0] == 0 and len(axes.get_legend().get_texts()) <= 6
+    assert points(panels[0])["ours: 60 runs"][0] == (points(panels[0])["ours: 60 runs"][0][0], 5.0)
+
+
+def test_several_labels_have_a_panel_of_their_own(tmp_path):
+    several = run_of("labels", [], {"labels": "multi", "loader": "auto"}, optim={"objective": "binary_cross_entropy"})
+    records = [{"epochs": 1, "val/mean_auroc": 0.7}, {"epochs": 2, "val/mean_auroc": None}]
+    labels = dataclasses.replace(several, epochs=records)
+    first, second = drawn(draw_curves([labels, run_of("one", [30.0])]), tmp_path)
+    assert (first.get_ylabel(), second.get_ylabel()) == ("top-1 error, %", "mean AUROC")
+    assert points(second)["labels"][0] == (1, 0.7) and list(points(first)) == ["one", "_one, training"]
 
 
 def test_damaged_records_are_passed_over(tmp_path):

@@ -26,7 +26,9 @@ LAYERS = [
         "pipeline.audit",
         "pipeline.history",
         "pipeline.pace",
+        "pipeline.pictures",
         "pipeline.precision",
+        "pipeline.provenance",
         "pipeline.watchdog",
     },
     {

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow  # for the most part
 @pytest.fixture(autouse=True)
 def board_files_in_order(monkeypatch):
     """TensorBoard reads a run's files by name, which ends in a count of this process: 10 would be read before 9."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 def last_state(config) -> dict:
@@ -56,11 +56,32 @@ def comparable_records(config) -> list[dict]:
     ]
 
 
+def on_the_board(config, folder: str = "") -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, or of its training or validation by epoch: steps and values, by tag."""
+    board = EventAccumulator(str(Path(config.run_dir, folder))).Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
 def assert_no_doubles_on_the_board(config) -> None:
     """TensorBoard's files hold what metrics.jsonl does."""
-    board = EventAccumulator(config.run_dir).Reload()
-    for tag in board.Tags()["scalars"]:
-        assert [event.step for event in board.Scalars(tag)] == [r["step"] for r in records(config) if tag in r], tag
+    by_step = on_the_board(config)
+    for tag, shown in by_step.items():
+        names = [
+            tag,
+            tag.replace("usage/", "speed/"),
+            tag.replace("usage/", "memory/"),
+            tag.replace("usage/", "epoch/"),
+        ]
+        recorded = [(r["step"], r[name]) for r in records(config) for name in dict.fromkeys(names) if name in r]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in recorded], tag
+    assert {"train/loss", "usage/images_per_second"} <= by_step.keys()
+    for folder, beginning in (("train", "epoch/train_"), ("val", "val/")):
+        by_epoch = on_the_board(config, folder)
+        for tag, shown in by_epoch.items():
+            name = tag.replace("epoch/", beginning)
+            recorded = [(r["epochs"], r[name]) for r in records(config) if name in r]
+            assert shown == [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in recorded], tag
+        assert len(by_epoch["epoch/loss"]) == config.optim.epochs
 
 
 def test_training_learns_and_leaves_what_it_promises(tmp_path):
@@ -68,7 +89,7 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
         tmp_path,
         data={"synthetic_images": 240},
         optim={"epochs": 4, "lr": 0.05, "milestones": [3]},
-        train={"reuse_every": 4},
+        train={"pictures_every": 3},
     )
     progress = trainer.fit(config)
     assert progress.epoch == 4 and progress.best_top1_error < 40  # chance: 67
@@ -79,18 +100,24 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
     assert validation[-1]["epoch/train_loss"] < validation[0]["epoch/train_loss"]
     assert [r["epochs"] for r in validation] == [1, 2, 3, 4] and records(config)[0]["epochs"] == 0.1
 
-    board = EventAccumulator(str(tmp_path)).Reload()
-    scalars = set(board.Tags()["scalars"])
-    assert scalars == {
+    assert on_the_board(config).keys() == {
         "train/loss", "train/top1_error", "train/top5_error", "train/learning_rate", "train/gradient_norm",
-        "speed/images_per_second", "speed/data_wait_fraction", "speed/checkpoint_seconds", "memory/peak_gib",
-        "epoch/train_loss", "epoch/train_top1_error", "epoch/train_top5_error", "epoch/skipped_images",
-        "val/loss", "val/top1_error", "val/top5_error",
+        "usage/images_per_second", "usage/data_wait_fraction", "usage/checkpoint_seconds", "usage/peak_gib",
+        "usage/skipped_images",
     }  # fmt: skip
-    for tag in ("train/loss", "val/top1_error"):
-        recorded = [(r["step"], pytest.approx(r[tag], rel=1e-6)) for r in records(config) if tag in r]
-        assert [(event.step, event.value) for event in board.Scalars(tag)] == recorded
-    assert board.Tags()["images"] and "config/text_summary" in board.Tags()["tensors"]
+    for folder in ("train", "val"):  # one chart for both, by epoch
+        shown = on_the_board(config, folder)
+        assert shown.keys() == {"epoch/loss", "epoch/top1_error", "epoch/top5_error"}
+        assert [epoch for epoch, _ in shown["epoch/top1_error"]] == [1, 2, 3, 4]
+    assert_no_doubles_on_the_board(config)
+    board = EventAccumulator(str(tmp_path)).Reload()
+    pictures = {tag: [event.step for event in board.Images(tag)] for tag in board.Tags()["images"]}
+    assert pictures == {  # after the first epoch, the third and the last, of 20 steps each
+        "images/training_batch": [1, 41, 61],
+        "images/validation_answers": [20, 60, 80],
+        "images/feature_reuse": [20, 60, 80],
+    }
+    assert "config/text_summary" in board.Tags()["tensors"]
 
 
 # All that is off by default and shapes the weights, at once.

@@ -9,6 +9,7 @@ and among those of the classes present are both told; --outputs says which of th
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -40,9 +41,11 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.metrics import LabelScore, Score
 from pipeline.precision import autocast, set_tf32
+from pipeline.provenance import provenance
 from pipeline.recipe import resize_with
 from pipeline.weights import Weights, imagenet_ids, weights_file
 from tools.support import published
+from tools.support.calibration import calibration
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
 from tools.support.label_files import find_label_file
@@ -83,7 +86,11 @@ def main() -> None:
             evaluations.append(dataclasses.replace(evaluation, logits=None))  # 200 MB each on ImageNet
         if world.is_main:
             indexes = [candidate.index for candidate in candidates]
-            summary = {"evaluations": results, "comparisons": compare(results, evaluations, indexes)}
+            summary = {
+                "about": provenance(),
+                "evaluations": results,
+                "comparisons": compare(results, evaluations, indexes),
+            }
             if len(results) > 1:
                 print(comparisons_to_text(summary))
             if options.json:
@@ -204,6 +211,9 @@ def describe(
     about = {
         "model": config.model.name,
         "note": weights.note,
+        "sha256": checksum(candidate.file),
+        "epochs": weights.epochs,
+        "epochs_planned": config.optim.epochs,
         "parameters": parameters(weights.network),
         "multiply_accumulates": candidate.multiply_accumulates,
         "data": index.root,
@@ -237,11 +247,18 @@ def describe(
         "other_outputs": other_score and {"outputs": unused, "outputs_used": counts[unused], **errors(other_score)},
         **errors(score),
         "loss": score.loss if math.isfinite(score.loss) else None,
+        "calibration": calibration(evaluation.probability, evaluation.top5[:, 0] == index.labels),
         "real": real_labels_score(evaluation, index),
         "published": published_rows,
         "published_note": published_note,
         **by_class(evaluation, index),
     }
+
+
+def checksum(file: str) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def errors(score: Score) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """Draw the paper's figures with your runs in them: ``python -m tools.figures RUN-OR-WEIGHTS ... [--output DIR]``.
 
-For the given runs: training curves, error against parameters (the paper's Figure 4) and, on ImageNet, error against
+For the given runs: training curves, error against parameters (the paper's Figure 4) and, for runs on ImageNet, error against
 parameters and multiply-accumulates (Figure 3), beside what the paper reports. For each run and each file of weights: the
-reuse of features (Figure 5).
+reuse of features (Figure 5). Of data sets without a run nothing is drawn.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from pipeline.audit import setting_for
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import Config, from_stored
+from pipeline.config import Config, ModelConfig, from_stored
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
@@ -26,6 +29,24 @@ from tools.support.facts import multiply_accumulates, network_without_weights, o
 from tools.support.outputs import writable_folder
 from tools.support.weights_arguments import short_names
 
+MANY = 10  # more runs than that have not each a colour and a line in the legend
+BEST = 7  # runs of many that have: as many colours as are not gray
+
+Points = list[tuple[str, tuple[float, float]]]  # names, which may be alike, with x and error
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a curve shows: its name in the records, and on the axis; whether more of it is better."""
+
+    key: str
+    title: str
+    more_is_better: bool
+
+
+ERROR = Measure("top1_error", "top-1 error, %", False)
+AUROC = Measure("mean_auroc", "mean AUROC", True)  # where images have several labels
+
 
 @dataclass(frozen=True)
 class Run:
@@ -35,6 +56,22 @@ class Run:
     config: Config
     classes: int
     epochs: list[dict]
+
+    @property
+    def measure(self) -> Measure:
+        return AUROC if self.config.data.labels == "multi" else ERROR
+
+    def curve(self, beginning: str) -> list[float]:
+        """What the records call `beginning` and the measure, epoch by epoch; empty if they have no such thing."""
+        values = [record.get(f"{beginning}{self.measure.key}") for record in self.epochs]
+        known = any(value is not None for value in values)
+        return [math.nan if value is None else value for value in values] if known else []
+
+    @property
+    def last(self) -> float:
+        """The measure after the last epoch."""
+        values = self.curve("val/")
+        return values[-1] if values else math.nan
 
     @property
     def error(self) -> float:
@@ -51,7 +88,7 @@ class Run:
 
     def network(self) -> nn.Module:
         """The network without its weights."""
-        return network_without_weights(self.config.model, self.classes)
+        return network_of(self.config.model, self.classes)
 
     @property
     def data(self) -> str:
@@ -62,6 +99,12 @@ class Run:
         if config.dataset == "images":
             return "ImageNet" if self.classes == 1000 else f"images in {Path(config.dir).name}"
         return config.dataset if config.dataset == "fashion-mnist" else setting_for(self.config).name
+
+
+@cache
+def network_of(model: ModelConfig, classes: int) -> nn.Module:
+    """The network without its weights: of a sweep's runs it is the same."""
+    return network_without_weights(model, classes)
 
 
 def main() -> None:
@@ -83,8 +126,11 @@ def main() -> None:
     runs = [read_run(run_dir) for run_dir in run_dirs]
     if runs:
         written.append(save(draw_curves(runs), output / "curves.png"))
-        written.append(save(draw_small_images(runs), output / "parameters.png"))
-        written.append(save(draw_imagenet([run for run in runs if run.data == "ImageNet"]), output / "imagenet.png"))
+        with_errors = [run for run in runs if run.measure is ERROR]
+        if small := [run for run in with_errors if run.data != "ImageNet"]:
+            written.append(save(draw_small_images(small), output / "parameters.png"))
+        if large := [run for run in with_errors if run.data == "ImageNet"]:
+            written.append(save(draw_imagenet(large), output / "imagenet.png"))
     for name, path in zip(short_names(weights), weights, strict=True):
         network = read_weights(path).network
         if isinstance(network, DenseNet):
@@ -109,7 +155,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 def whole_epochs(run_dir: Path) -> list[dict]:
     """The records of a run's epochs that have ended."""
-    return [record for record in read_records(run_dir) if "val/top1_error" in record]
+    return [record for record in read_records(run_dir) if "val/loss" in record]
 
 
 def read_run(run_dir: Path) -> Run:
@@ -120,29 +166,62 @@ def read_run(run_dir: Path) -> Run:
 
 
 def draw_curves(runs: list[Run]) -> Figure:
-    """Error in validation (solid) and in training (dashed) by epoch, with what is published as a dotted line."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for run in runs:
-        epochs = [epochs_done(record) for record in run.epochs]
-        (line,) = axes.plot(epochs, [r["val/top1_error"] for r in run.epochs], label=f"{run.name}, validation")
-        axes.plot(
-            epochs,
-            [r["epoch/train_top1_error"] for r in run.epochs],
-            "--",
-            color=line.get_color(),
-            label=f"{run.name}, training",
-        )
-        if run.config.published.top1 is not None:
-            axes.axhline(
-                run.config.published.top1,
-                linestyle=":",
-                color=line.get_color(),
-                label=f"{run.config.published.source or 'published'}: {run.config.published.top1} %{on_test_images(run)}",
-            )
-    axes.set(xlabel="epochs", ylabel="top-1 error, %", title="Training curves", ylim=(0, None))
-    axes.legend()
+    """Validation (solid) and training (dashed) by epoch, with what is published as a dotted line; a panel for each measure.
+
+    Of many runs the best have colours, and only their validation is drawn.
+    """
+    measures = [measure for measure in (ERROR, AUROC) if any(run.measure is measure for run in runs)]
+    figure = Figure(figsize=(8, 5 * len(measures)), layout="constrained")
+    for measure, axes in zip(measures, figure.subplots(len(measures), squeeze=False)[:, 0], strict=True):
+        own = [run for run in runs if run.measure is measure]
+        many = len(own) > MANY
+        shown = ranked(own)[:BEST] if many else own
+        for run in own if many else []:
+            if run not in shown:
+                draw_curve(axes, run, "val/", "_others", color="lightgray", linewidth=0.8, markersize=0, zorder=1)
+        for number, run in enumerate(shown):
+            draw_curve(axes, run, "val/", run.name, color=f"C{number}")
+            if not many:
+                style = {"color": f"C{number}", "linestyle": "--", "markerfacecolor": "white"}
+                draw_curve(axes, run, "epoch/train_", f"_{run.name}, training", **style)
+        draw_published(axes, shown)
+        longest = max(epochs_done(run.epochs[-1]) for run in own)
+        margin = max(0.5, 0.03 * longest)
+        axes.set(xlabel="epoch", ylabel=measure.title, xlim=(1 - min(1, margin), longest + margin))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        best = f"the {BEST} best of {len(own)} runs after their last epoch, the others gray"
+        axes.set_title(f"Validation: {best}" if many else "Validation (solid, filled) and training (dashed, hollow)")
+        axes.legend(fontsize=9)
     return figure
+
+
+def ranked(runs: list[Run]) -> list[Run]:
+    """The runs of one measure, the best after its last epoch first; those of which it is not known come last."""
+    sign = -1 if runs[0].measure.more_is_better else 1
+    return sorted(runs, key=lambda run: math.inf if math.isnan(run.last) else sign * run.last)
+
+
+def draw_curve(axes: Axes, run: Run, beginning: str, label: str, **style: object) -> None:
+    values = run.curve(beginning)
+    epochs = [epochs_done(record) for record in run.epochs]
+    if values:
+        look = {"marker": "o", "markersize": 5, "markevery": max(1, len(epochs) // 30), "label": label}
+        axes.plot(epochs, values, **(look | style))  # type: ignore[arg-type]
+
+
+def draw_published(axes: Axes, runs: list[Run]) -> None:
+    """A line for each published figure of these runs, of which several may have the same."""
+    lines = {}
+    for number, run in enumerate(runs):
+        published = run.config.published
+        value = published.top1 if run.measure is ERROR else published.auroc
+        if value is not None:
+            unit = " %" if run.measure is ERROR else ""
+            label = f"{published.source or 'published'}: {value}{unit}{on_test_images(run)}"
+            lines.setdefault(label, (value, f"C{number}"))
+    for label, (value, color) in lines.items():
+        axes.axhline(value, linestyle=":", color=color, label=label)
 
 
 def on_test_images(run: Run) -> str:
@@ -151,41 +230,63 @@ def on_test_images(run: Run) -> str:
 
 
 def draw_small_images(runs: list[Run]) -> Figure:
-    """Error against parameters: a panel for each data set on which there are runs, and the paper's C10+."""
-    panels = list(dict.fromkeys(["C10+", *(run.data for run in runs if run.data != "ImageNet")]))
-    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
-    for title, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        if title in published.COLUMNS:
-            draw_papers_points(axes, title)
-        for run in (run for run in runs if run.data == title):
-            point = (millions(parameters(run.network())), run.error)
-            draw_points(axes, {run.name: point}, "*", run.label)
-            if title not in published.COLUMNS and run.config.published.top1 is not None:
-                draw_points(
-                    axes,
-                    {run.config.model.name: (point[0], run.config.published.top1)},
-                    "o",
-                    f"{run.config.published.source or 'published'}{on_test_images(run)}",
-                )
+    """Error against parameters: a panel for each data set on which there are runs."""
+    panels = list(dict.fromkeys(run.data for run in runs))
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in list(grid)[len(panels) :]:
+        axes.axis("off")
+    for title, axes in zip(panels, figure.axes, strict=False):
+        points = draw_papers_points(axes, title) if title in published.COLUMNS else []
+        own = [run for run in runs if run.data == title]
+        sizes = [millions(parameters(run.network())) for run in own]
+        points += draw_own(axes, own, sizes)
+        if title not in published.COLUMNS:
+            points += draw_their_published(axes, own, sizes)
         axes.set(xlabel="million parameters", ylabel="top-1 error, %", title=title)
-        axes.legend()
+        finish(axes, points)
     return figure
 
 
-def draw_papers_points(axes: Axes, title: str) -> None:
+@cache
+def size_of(name: str, classes: int) -> float:
+    """Millions of parameters of one of the paper's networks."""
+    return millions(parameters(on_meta(create_model, name, classes)))
+
+
+def draw_papers_points(axes: Axes, title: str) -> Points:
+    """Table 2 of the paper; the points with their names."""
     column, classes = published.COLUMNS.index(title), 100 if title.startswith("C100") else 10
-    points = {
-        name: (millions(parameters(on_meta(create_model, name, classes))), error)
+    points = [
+        (name, (size_of(name, classes), error))
         for name, errors in published.DENSENETS_ON_SMALL_IMAGES.items()
         if (error := errors[column]) is not None
-    }
+    ]
     for kind, marker in (("DenseNet", "o"), ("DenseNet-BC", "s")):
-        own = {name: point for name, point in points.items() if ("_bc" in name) == (kind == "DenseNet-BC")}
+        own = [(name, point) for name, point in points if ("_bc" in name) == (kind == "DenseNet-BC")]
         draw_points(axes, own, marker, f"{kind}, paper")
     if title in ("C10+", "C100+"):
         place = 1 if title == "C10+" else 2
-        resnets = {f"ResNet-{depth}": (row[0], row[place]) for depth, row in published.RESNETS_ON_SMALL_IMAGES.items()}
-        draw_points(axes, resnets, "^", "pre-activation ResNet, paper")
+        resnets = [
+            (f"ResNet-{depth}", (row[0], row[place])) for depth, row in published.RESNETS_ON_SMALL_IMAGES.items()
+        ]
+        points += draw_points(axes, resnets, "^", "pre-activation ResNet, paper")
+    return points
+
+
+def draw_their_published(axes: Axes, runs: list[Run], sizes: list[float]) -> Points:
+    """The figures that the runs' configurations have, each once."""
+    found: dict[str, Points] = {}
+    for run, size in zip(runs, sizes, strict=True):
+        error, source = run.config.published.top1, f"{run.config.published.source or 'published'}{on_test_images(run)}"
+        point = (run.config.model.name, (size, error))
+        if error is not None and point not in found.setdefault(source, []):
+            found[source].append((run.config.model.name, (size, error)))
+    for source, points in found.items():
+        draw_points(axes, points, "o", source)
+    return [point for points in found.values() for point in points]
 
 
 def draw_imagenet(runs: list[Run]) -> Figure:
@@ -203,33 +304,58 @@ def draw_imagenet(runs: list[Run]) -> Figure:
     series = [
         ("DenseNet, paper", "o", densenets),
         ("ResNet, fb.resnet.torch", "^", resnets),
-        *((run.label, "*", [(run.name, run.network(), run.config.data.crop_size, run.error)]) for run in runs),
     ]
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_size, by_work = figure.subplots(1, 2)
+    named: tuple[Points, Points] = ([], [])
     for label, marker, networks in series:
-        sizes = {name: (millions(parameters(network)), error) for name, network, _, error in networks}
-        work = {name: (multiply_accumulates(network, size) / 1e9, error) for name, network, size, error in networks}
-        draw_points(by_size, sizes, marker, label)
-        draw_points(by_work, work, marker, label)
+        sizes = [(name, (millions(parameters(network)), error)) for name, network, _, error in networks]
+        work = [(name, (multiply_accumulates(network, size) / 1e9, error)) for name, network, size, error in networks]
+        named[0].extend(draw_points(by_size, sizes, marker, label))
+        named[1].extend(draw_points(by_work, work, marker, label))
+    own = [millions(parameters(run.network())) for run in runs]
+    named[0].extend(draw_own(by_size, runs, own))
+    own = [multiply_accumulates(run.network(), run.config.data.crop_size) / 1e9 for run in runs]
+    named[1].extend(draw_own(by_work, runs, own))
     by_size.set(xlabel="million parameters", ylabel="top-1 error, %")
     by_work.set(xlabel="billion multiply-accumulates at 224 x 224, or at a run's own crop", ylabel="top-1 error, %")
-    by_size.legend()
+    for axes, points in zip((by_size, by_work), named, strict=True):
+        finish(axes, points)
     return figure
 
 
-def draw_points(axes: Axes, points: dict[str, tuple[float, float]], marker: str, label: str) -> None:
-    """Points (x, error) with their names; several are joined."""
-    ordered = sorted(points.items(), key=lambda item: item[1])
-    axes.plot(
-        *zip(*(point for _, point in ordered), strict=True),
-        marker=marker,
-        markersize=12 if marker == "*" else 6,
-        label=label,
-    )
-    for name, point in ordered:
-        axes.annotate(name, point, textcoords="offset points", xytext=(5, 5), fontsize=7)
-    axes.margins(x=0.2, y=0.1)
+def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> Points:
+    """A star for each run; of many one series, of which the best has its name. Returns the points to be named."""
+    points = [(run.name, (x, run.error)) for run, x in zip(runs, xs, strict=True)]
+    if len(runs) > MANY:
+        draw_stars(axes, points, f"ours: {len(runs)} runs")
+        return [min(points, key=lambda point: point[1][1])]
+    for run, point in zip(runs, points, strict=True):
+        draw_stars(axes, [point], run.label)
+    return points
+
+
+def draw_stars(axes: Axes, points: Points, label: str) -> None:
+    axes.plot(*zip(*(point for _, point in points), strict=True), "*", markersize=12, label=label)
+
+
+def draw_points(axes: Axes, points: Points, marker: str, label: str) -> Points:
+    """Points of others, of which several are joined; returns them to be named."""
+    ordered = sorted(point for _, point in points)
+    axes.plot(*zip(*ordered, strict=True), marker=marker, markersize=6, label=label)
+    return points
+
+
+def finish(axes: Axes, points: Points) -> None:
+    """Name the points, towards the middle so that no name leaves the frame, and choose the limits of the axes."""
+    axes.margins(y=0.12)
+    axes.set_xlim(0, 1.12 * max(x for line in axes.lines for x in line.get_xdata()))
+    middle = sum(axes.get_xlim()) / 2
+    for name, (x, error) in points:
+        offset, side = ((6, 5), "left") if x < middle else ((-6, 5), "right")
+        axes.annotate(name, (x, error), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
 
 
 def millions(count: int) -> float:

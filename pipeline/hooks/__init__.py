@@ -5,15 +5,15 @@ A checkpoint is saved after all of them (saving.py), so that it holds what they 
 
 from collections.abc import Callable
 
-from pipeline.hooks.feature_reuse import FeatureReusePictures
 from pipeline.hooks.hook import EpochResult, Hook, StepResult
+from pipeline.hooks.pictures import Pictures
 from pipeline.hooks.records import Records
 from pipeline.hooks.saving import Saving
 from pipeline.run import Run
 
 HOOKS: dict[str, Callable[[Run], Hook]] = {
     "records": Records,
-    "feature_reuse": FeatureReusePictures,
+    "pictures": Pictures,
 }
 
 

@@ -1,17 +1,14 @@
-"""What a run records and says while it trains: scalars, log lines, a progress bar, and some images of the first batch."""
+"""What a run records and says while it trains: what it is, scalars, log lines and a progress bar."""
 
 import time
 
-import torch
-
 from pipeline.config import to_yaml
-from pipeline.data.loader import Batch
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.monitor import peak_memory
 from pipeline.pace import Pace, duration
+from pipeline.report import about, hyperparameters
 from pipeline.run import Run
 
-GRID_IMAGES = 16
 MUCH_WAITING = 0.25  # share of time from which on the loader is called the limit
 
 
@@ -34,8 +31,10 @@ class Records(Hook):
         run, monitor = trainer.run, trainer.monitor
         if run.done_steps:
             monitor.say(f"resuming at {run.position} of {run.dir}")
-        else:
-            monitor.text("config", to_yaml(run.config))
+        # At each start, with the step that comes next: a start that gets to no checkpoint is forgotten with it.
+        monitor.text("about", about(run), run.done_steps + 1)
+        monitor.text("config", f"```yaml\n{to_yaml(run.config)}```", run.done_steps + 1)
+        monitor.hyperparameters(hyperparameters(run.config))
         for line in run.history.lines():
             monitor.say(line)
         monitor.say(run.description())
@@ -48,14 +47,6 @@ class Records(Hook):
         monitor.show_progress(
             f"epoch {progress.epoch + 1}/{run.config.optim.epochs}", run.train_loader.steps_per_epoch, progress.step
         )
-
-    def on_batch(self, trainer: Training, batch: Batch) -> None:
-        run = trainer.run
-        if run.progress.step == 0 and trainer.microbatch == 0:
-            data = run.config.data
-            mean, std = (torch.tensor(v, device=run.world.device).view(3, 1, 1) for v in (data.mean, data.std))
-            images = (batch.images[:GRID_IMAGES] * std + mean).clamp(0, 1)
-            trainer.monitor.images("train/images", images, run.done_steps)
 
     def on_step(self, trainer: Training, result: StepResult) -> None:
         self._announce_dense_block(trainer)
@@ -86,6 +77,8 @@ class Records(Hook):
         for weights, score in others:
             values |= {f"val_{weights}/{name}": value for name, value in score.records().items()}
         trainer.monitor.scalars(run.done_steps, run.epochs_done, values)
+        if run.is_complete:
+            trainer.monitor.completed()
         trainer.monitor.say(
             f"epoch {result.epoch + 1}/{run.config.optim.epochs}: train loss {train.loss:.4f}, {train.text()} | "
             f"validation{judged} loss {val.loss:.4f}, {val.text(top5=True)} ({val.images} images)"

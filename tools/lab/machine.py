@@ -3,21 +3,17 @@
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.machine import available_cores
+from pipeline.machine import available_cores, cpu_name
 
 
 def describe_machine(packages: list[str]) -> dict[str, Any]:
     """The machine, how busy it is, and the versions of Python and of these packages."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
         "cores": available_cores(),
         "load_average": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,

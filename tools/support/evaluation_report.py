@@ -1,31 +1,24 @@
-"""The results of tools/evaluate.py as text, Markdown, JSON and an HTML page with pictures."""
+"""The results of tools/evaluate.py as text, Markdown, JSON and an HTML page (report_page.py)."""
 
-import base64
 import csv
-import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
-from pipeline.data.reader import Reader
 from pipeline.evaluation import Evaluation
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME
-
-WORST = 24  # mistakes shown as pictures
-THUMBNAIL = 160  # pixels
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left }
-.mistakes { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 170px } img { max-width: 100% }
-figcaption { font-size: 12px; overflow-wrap: anywhere }
-"""
+from tools.support.report_page import (
+    Page,
+    Thumbnails,
+    class_table,
+    confusions,
+    only_wrong,
+    reliability,
+    surest_mistakes,
+)
 
 
 def result_to_text(result: dict[str, Any]) -> str:
@@ -52,15 +45,15 @@ def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     """Titles and rows: a row for each network and for each of its published errors."""
     if _several_labels(results[0]):
         return label_overview(results)
-    rows = []
+    rows, any_real = [], any(r["real"] for r in results)
     for r in results:
         size = [f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_accumulates'] / 1e9:.2f}"]
-        real = f"{r['real']['top1_error']:.2f}" if r["real"] else ""
+        real = [f"{r['real']['top1_error']:.2f}" if r["real"] else ""] if any_real else []
         own = [_with_interval(r[f"top{k}_error"], r[f"top{k}_interval"]) for k in (1, 5)]
-        rows.append([r["name"], r["model"], *size, *own, real])
+        rows.append([r["name"], r["model"], *size, *own, *real])
         for p in r["published"]:
             top5 = "" if p["top5_error"] is None else f"{p['top5_error']:.2f}"
-            rows.append([f"  {p['source']}", r["model"], *size, f"{p['top1_error']:.2f}", top5, ""])
+            rows.append([f"  {p['source']}", r["model"], *size, f"{p['top1_error']:.2f}", top5, *[""][: len(real)]])
     titles = [
         "weights",
         "model",
@@ -68,7 +61,7 @@ def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         "GMACs",
         "top-1 error, % (95 %)",
         "top-5 error, % (95 %)",
-        "ReaL error, %",
+        *(["ReaL error, %"] if any_real else []),
     ]
     return titles, rows
 
@@ -80,12 +73,17 @@ def to_markdown(summary: dict[str, Any]) -> str:
         "",
         f"{first['images']:,} images of {first['data']}.",
         "",
+        *(f"- {name}: {text}" for name, text in summary["about"].items()),
+        "",
         *table(*_overview(summary["evaluations"]), 2),
         "",
     ]
     lines += [f"- {_comparison(row)}" for row in summary["comparisons"]]
     for result in summary["evaluations"]:
-        lines += ["", f"## {result['name']}", "", *(f"- {line}" for line in _lines(result)), "", "### Classes", ""]
+        known = [f"{name}: {text}" for name, text in _origin(result).items()] + _lines(result)
+        if not _several_labels(result) and result["calibration"]["ece"] is not None:
+            known.append(f"expected calibration error {result['calibration']['ece']:.2f} %")
+        lines += ["", f"## {result['name']}", "", *(f"- {line}" for line in known), "", "### Classes", ""]
         if _several_labels(result):
             lines += table(*label_table(result), 1)
             continue
@@ -96,19 +94,46 @@ def to_markdown(summary: dict[str, Any]) -> str:
 
 def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: list[DatasetIndex]) -> str:
     """One HTML page with its pictures embedded."""
-    parts = ["<h1>Evaluation</h1>", _html_table(*_overview(summary["evaluations"]))]
-    parts += [f"<p>{html.escape(_comparison(row))}</p>" for row in summary["comparisons"]]
-    for result, evaluation, index in zip(summary["evaluations"], evaluations, indexes, strict=True):
-        parts.append(f"<h2>{html.escape(result['name'])}</h2>")
-        parts += [f"<p>{html.escape(line)}</p>" for line in _lines(result)]
+    results, first = summary["evaluations"], summary["evaluations"][0]
+    page, thumbnails = Page("Evaluation"), Thumbnails(indexes[0])
+    page.facts({"data": f"{first['images']:,} images of {first['data']}", **summary["about"]})
+    page.table(_overview(results), names=2)
+    for row in summary["comparisons"]:
+        _add_comparison(page, row, results, evaluations, indexes, thumbnails)
+    for result, evaluation, index in zip(results, evaluations, indexes, strict=True):
+        page.heading(2, result["name"])
+        page.facts(_origin(result))
+        page.lines(_lines(result)[1 if result["note"] else 0 :])
         if _several_labels(result):
-            parts += ["<h3>Classes</h3>", _html_table(*label_table(result))]
+            page.heading(3, "Classes")
+            page.sortable(label_table(result), texts={0})
             continue
-        parts += ["<h3>Worst mistakes</h3>", f'<div class="mistakes">{_pictures(evaluation, index)}</div>']
-        parts += ["<h3>Most frequent confusions</h3>", _html_table(*_confusion_table(result))]
-        parts += ["<h3>Classes</h3>", _html_table(*_class_table(result))]
-    head = f'<meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n'
+        page.side_by_side(confusions(evaluation, index), reliability(result["calibration"]))
+        page.heading(3, f"Surest mistakes, of {result['top1_wrong']:,}")
+        page.gallery(surest_mistakes(evaluation, index, thumbnails))
+        page.heading(3, "Most frequent confusions")
+        page.sortable(_confusion_table(result), texts={0, 1})
+        page.heading(3, "Classes")
+        page.sortable(class_table(result, evaluation, index), texts={0, 4})
+    return page.text()
+
+
+def _add_comparison(
+    page: Page,
+    row: dict[str, Any],
+    results: list[dict[str, Any]],
+    evaluations: list[Evaluation],
+    indexes: list[DatasetIndex],
+    thumbnails: Thumbnails,
+) -> None:
+    """What two networks disagree on."""
+    known = {r["name"]: (r["name"], e, i) for r, e, i in zip(results, evaluations, indexes, strict=True)}
+    a, b = known[row["a"]], known[row["b"]]
+    page.heading(2, f"{row['a']} and {row['b']}")
+    page.lines([_comparison(row)])
+    for wrong, right, number in ((a, b, row["only_a_wrong"]), (b, a, row["only_b_wrong"])):
+        page.heading(3, f"Only {wrong[0]} is wrong: {number:,} images")
+        page.gallery(only_wrong(wrong, right, thumbnails))
 
 
 def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
@@ -128,6 +153,16 @@ def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> No
             named = [index.classes[k] if k >= 0 else "" for k in top5]
             sure = f"{probability:.6f}" if named[0] else "nan"
             writer.writerow([name, index.classes[label], sure, f"{loss:.6f}", *named])
+
+
+def _origin(r: dict[str, Any]) -> dict[str, str]:
+    """Where a network's weights come from."""
+    done, planned = r["epochs"], r["epochs_planned"]
+    return {
+        "file": f"{r['weights']} (SHA-256 {r['sha256'][:16]}...)",
+        "model": f"{r['model']}, {r['parameters']:,} parameters",
+        "trained for": "not recorded in the file" if done is None else f"{done} whole epochs of {planned}",
+    }
 
 
 def _several_labels(result: dict[str, Any]) -> bool:
@@ -207,31 +242,3 @@ def _confusion_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]
     return ["true class", "predicted class", "images"], [
         [r["class"], r["answer"], str(r["images"])] for r in result["confusions"]
     ]
-
-
-def _html_table(titles: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(titles, "th") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
-def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
-    """The wrong predictions with the highest probability. Where an answer is not finite nothing is predicted."""
-    answers = evaluation.top5[:, 0]
-    wrong = np.flatnonzero((answers != index.labels) & (answers >= 0))
-    surest = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:WORST]
-    reader, parts = Reader(index), []
-    for i in surest.tolist():
-        image = decode(reader.read(i), index.location(i))
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        jpeg = io.BytesIO()
-        image.save(jpeg, "JPEG", quality=85)
-        source = base64.b64encode(jpeg.getvalue()).decode()
-        answer, label = index.classes[evaluation.top5[i, 0]], index.classes[index.labels[i]]
-        predicted = f"predicted: {html.escape(answer)} ({100 * evaluation.probability[i]:.0f} %)"
-        parts.append(
-            f'<figure><img src="data:image/jpeg;base64,{source}" alt=""><figcaption>{predicted}<br>'
-            f"true: {html.escape(label)}<br>{html.escape(index.names[i])}</figcaption></figure>"
-        )
-    return "\n".join(parts)

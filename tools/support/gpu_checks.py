@@ -428,7 +428,7 @@ def a_run(setting: Setting, name: str, hooks: tuple[Any, ...] = (), **sections: 
         "train": {
             "log_every": 2,
             "device": setting.device.type,
-            "reuse_every": 0,
+            "pictures_every": 0,
             "memory_format": "channels_last",
         },
     }  # fmt: skip

@@ -1,0 +1,66 @@
+"""Where a result comes from: the command, the code, the versions and the hardware behind it."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pipeline.machine import available_cores, cpu_name
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy", "pillow")
+
+
+def provenance() -> dict[str, str]:
+    """What is known of this process, by what it is: "command", "date", "commit", "versions" and "hardware"."""
+    return {
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(Path(__file__).parent),
+        "versions": versions(),
+        "hardware": f"{socket.gethostname()}: {hardware()}",
+    }
+
+
+@cache
+def commit(folder: Path) -> str:
+    """The commit of the code in `folder`, with "-dirty" where tracked files were changed since."""
+    git = ["git", "-C", str(folder)]
+    tracked = [*git, "ls-files", "--error-unmatch", "."]  # else it is installed below another project's repository
+    described = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # it is only read
+    try:
+        for words in (tracked, described):
+            told = subprocess.run(words, capture_output=True, text=True, timeout=20, env=environment)
+            if told.returncode:
+                return "unknown (no git repository)"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown (no git)"
+    return told.stdout.strip()
+
+
+@cache
+def versions() -> str:
+    """Python's version and those of the packages that a result may depend on."""
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:  # not every installation has all of them
+            continue
+    return ", ".join(found)
+
+
+def hardware() -> str:
+    """The processor with the cores that this process may use, the memory, and the GPUs. No GPU has been here yet."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    named = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"
+    return f"{cpu_name()}, {available_cores()} cores, {memory:.0f} GiB of memory, {named}"
