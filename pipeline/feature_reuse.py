@@ -39,36 +39,28 @@ def feature_reuse(network: DenseNet) -> list[np.ndarray]:
 
 
 def draw_reuse(blocks: list[np.ndarray], title: str) -> "Figure":
-    """A heat map of each block, two in a row; each column's largest weight is 1.
+    """A heat map of each block; each column's largest weight is 1.
 
-    The letters stay legible where TensorBoard shows the picture at half its size.
+    Half as high as it is wide, with large letters: they stay legible on TensorBoard's cards, which halve the picture.
     """
     from matplotlib.figure import Figure  # takes a second to import
     from matplotlib.ticker import MaxNLocator
 
-    rows = -(-len(blocks) // 2)
-    figure = Figure(figsize=(6.4, 1.6 + 2.8 * rows), layout="constrained")
-    figure.suptitle(title, fontsize=14)
-    panels = figure.subplots(rows, 2, squeeze=False).flat
-    for number, axes in enumerate(panels, start=1):
-        if number > len(blocks):
-            axes.axis("off")
-            continue
-        reuse = blocks[number - 1]
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=16)
+    panels = figure.subplots(1, len(blocks), squeeze=False)[0]
+    for number, (reuse, axes) in enumerate(zip(blocks, panels, strict=True), start=1):
         size = len(reuse)
-        image = axes.imshow(
-            reuse / np.nanmax(reuse, axis=0), vmin=0, vmax=1, extent=(0.5, size + 0.5, size - 0.5, -0.5)
-        )
+        extent = (0.5, size + 0.5, size - 0.5, -0.5)
+        image = axes.imshow(reuse / np.nanmax(reuse, axis=0), vmin=0, vmax=1, extent=extent, aspect="auto")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+            axis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
         axes.tick_params(labelsize=13)
         axes.axvspan(size - 0.5, size + 0.5, fill=False, linewidth=2)
-        follower = "classifier" if number == len(blocks) else f"transition {number}"
-        axes.set_title(f"block {number} (framed: {follower})", fontsize=13)
-        if number + 2 > len(blocks):  # no panel is below it
-            axes.set_xlabel("target layer", fontsize=14)
-    figure.supylabel("source layer (0: the block's input)", fontsize=14)
-    bar = figure.colorbar(image, ax=list(figure.axes), location="bottom", aspect=40, pad=0.02)
-    bar.set_label("mean |weight|, of each target's largest", fontsize=14)
+        axes.set_title(f"block {number}", fontsize=15)
+    panels[0].set_ylabel("source layer, 0: input", fontsize=14)
+    figure.supxlabel("target layer; framed: the transition or classifier after the block", fontsize=14)
+    bar = figure.colorbar(image, ax=list(panels), aspect=15, pad=0.02)
+    bar.set_label("mean |weight| /\nits target's largest", fontsize=13)
     bar.ax.tick_params(labelsize=13)
     return figure

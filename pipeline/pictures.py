@@ -10,14 +10,14 @@ from torch import Tensor
 
 CELL = 128  # pixels that an image gets
 MARGIN = 6
-TEXT = 16  # size of the letters, which stay legible where TensorBoard halves the picture
+TEXT = 16  # size of the letters, which stay legible on TensorBoard's cards, which halve the picture
 SMALL = 64  # images below this side are enlarged without smoothing, so that their pixels show
 GREEN, RED, GRAY, BLACK = (0, 110, 40), (190, 0, 0), (110, 110, 110), (0, 0, 0)
 
 Line = tuple[str, tuple[int, int, int]]  # a line of a caption, and its colour
 
 
-def draw_grid(images: Tensor, captions: Sequence[Sequence[Line]], columns: int = 4) -> np.ndarray:
+def draw_grid(images: Tensor, captions: Sequence[Sequence[Line]], columns: int) -> np.ndarray:
     """Draw images in equal cells, with a caption below each.
 
     Args:

@@ -23,6 +23,7 @@ from pipeline.metrics import errors_text
 from pipeline.parsing import flatten
 from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
+from pipeline.resume import FREE_TO_CHANGE
 from pipeline.run import Progress, Run
 from pipeline.run_dir import replace_text
 
@@ -141,14 +142,13 @@ def about(run: Run) -> str:
     odd = [(row.part, row.here, row.paper) for row in differences(audit_of(run))]
     origin = {**provenance(), "ranks": str(run.world.size), "run directory": str(run.dir.resolve())}
     parts = [
-        ("", [("", ""), *((key, _cell(value)) for key, value in origin.items())]),
         ("Differs from the defaults", [("field", "here", "default"), *changed]),
         ("Differs from the paper's recipe", [("part", "here", "paper"), *odd]),
     ]
-    lines = [f"    {line}" for line in [*run.description().splitlines(), *run.history.lines()]]
+    lines = [f"- {key}: `{value}`" for key, value in origin.items()]
+    lines += [f"- {line}" for line in [*run.description().splitlines(), *run.history.lines()]]
     for title, rows in parts:
-        lines += ["", f"### {title}", ""] if title else [""]
-        lines += _markdown_table(rows) if len(rows) > 1 else ["in nothing"]
+        lines += ["", f"### {title}", "", *(_markdown_table(rows) if len(rows) > 1 else ["in nothing"])]
     return "\n".join(lines)
 
 
@@ -157,7 +157,11 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
     tree = dataclasses.asdict(config)
     fields = flatten({name: tree[name] for name in ("seed", "model", "data", "optim")})
     fields |= {f"train.{name}": tree["train"][name] for name in ("precision", "ema_decay", "best_by")}
-    return {key: v if isinstance(v, (bool, int, float)) else _cell(v) for key, v in fields.items()}
+    return {
+        key: v if isinstance(v, (bool, int, float)) else _cell(v)
+        for key, v in fields.items()
+        if key not in FREE_TO_CHANGE
+    }
 
 
 def _cell(value: Any) -> str:

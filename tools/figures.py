@@ -134,7 +134,7 @@ def main() -> None:
     for name, path in zip(short_names(weights), weights, strict=True):
         network = read_weights(path).network
         if isinstance(network, DenseNet):
-            picture = draw_reuse(feature_reuse(network), f"{name}: average absolute weight by source and target layer")
+            picture = draw_reuse(feature_reuse(network), f"{name}: feature reuse")
             written.append(save(picture, output / f"reuse-{name}.png"))
     print("\n".join(map(str, written)))
 

@@ -15,7 +15,7 @@ from pipeline.models.densenet import DenseNet
 from pipeline.pictures import BLACK, GRAY, GREEN, RED, Line, draw_grid
 from pipeline.run import Run
 
-SAMPLES = 16  # images in a picture
+SAMPLES, COLUMNS = 10, 5  # images in a picture: as many as are legible on one of TensorBoard's cards
 
 
 class Pictures(Hook):
@@ -30,7 +30,7 @@ class Pictures(Hook):
         """The first images of an epoch, as the network sees them."""
         run = trainer.run
         if run.progress.step == 0 and trainer.microbatch == 0 and _due(run, run.progress.epoch):
-            picture = draw_grid(_shown(run, batch.images[:SAMPLES]), _classes(run, batch))
+            picture = draw_grid(_shown(run, batch.images[:SAMPLES]), _classes(run, batch), COLUMNS)
             trainer.monitor.image("images/training_batch", picture, run.done_steps + 1)
 
     def on_epoch(self, trainer: Training, result: EpochResult) -> None:
@@ -39,7 +39,7 @@ class Pictures(Hook):
             return
         self._samples = self._samples or _validation_samples(run)
         captions = _answers(run, self._samples)
-        picture = draw_grid(_shown(run, self._samples.images), captions)
+        picture = draw_grid(_shown(run, self._samples.images), captions, COLUMNS)
         trainer.monitor.image("images/validation_answers", picture, run.done_steps)
         if isinstance(network := _judged(run), DenseNet):
             reuse = draw_reuse(feature_reuse(network), f"{run.config.model.name} after {result.epoch + 1} epochs")

@@ -103,7 +103,7 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
     for result, evaluation, index in zip(results, evaluations, indexes, strict=True):
         page.heading(2, result["name"])
         page.facts(_origin(result))
-        page.lines(_lines(result)[1 if result["note"] else 0 :])
+        page.lines(_lines(result))
         if _several_labels(result):
             page.heading(3, "Classes")
             page.sortable(label_table(result), texts={0})
