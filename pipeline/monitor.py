@@ -80,7 +80,7 @@ class Monitor:
                 self._board.add_text(name, f"```\n{text}\n```", 0)
 
     def images(self, name: str, images: torch.Tensor, step: int) -> None:
-        """Record (n, 3, H, W) images in [0, 1] as a grid."""
+        """Record (n, C, H, W) images, C 3 or 1, in [0, 1] as a grid."""
         if self._active:
             with io_as_user_error(self._run_dir):
                 self._board.add_images(name, images.float().cpu(), step)

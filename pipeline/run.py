@@ -25,6 +25,7 @@ from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
+from pipeline.data.shared import share_on_machines
 from pipeline.distributed import World, data_parallel
 from pipeline.errors import UserError
 from pipeline.evaluation import why_not
@@ -165,7 +166,7 @@ class Run:
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
-        network = create_network(config.model, len(self.conditions.classes))
+        network = create_network(config.model, len(self.conditions.classes), config.data.channels)
         self._check_image_size(network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         whole_batch = config.optim.batch_size // self.microbatches
@@ -217,8 +218,8 @@ class Run:
             remedy = f"{config.run_dir} began with it, and others differ in the last bits: resume where it can be used"
         loader, self._passed_over = choose_common_loader(wanted, world.device, world.gather, remedy)
         data = dataclasses.replace(config.data, loader=loader)
-        train_index, val_index = world.broadcast_from_rank0(
-            lambda: open_datasets(config.data, self.dir / "index", progress=True)
+        train_index, val_index = share_on_machines(
+            world, lambda: open_datasets(config.data, self.dir / "index", progress=True)
         )
         shard = Shard(world.rank, world.size, world.device, world.cores)
         weights = world.broadcast_from_rank0(lambda: read_class_weights(config.optim.class_weights, train_index))
@@ -404,7 +405,7 @@ class Run:
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
         smallest = min(2, max(1, last_batch // self.microbatches))  # batch norm wants more than one value a channel
-        reason = why_not(copy.deepcopy(network).train(), smallest, config.data.crop_size)
+        reason = why_not(copy.deepcopy(network).train(), smallest, config.data.crop_size, config.data.channels)
         if reason:
             raise UserError(
                 f"{config.model.name} cannot train on {smallest} images of {config.data.crop_size} pixels, the smallest part "

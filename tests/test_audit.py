@@ -40,6 +40,7 @@ DEPARTURES = [
     ("data.mean", (0.5, 0.5, 0.5)), ("data.std", (0.5, 0.5, 0.5)), ("data.loader", "synthetic"),
     ("data.corrupt_images", "skip"), ("model.weights", "weights.pt"), ("model.freeze", 1), ("optim.head_lr", 0.2),
     ("optim.layer_decay", 0.5), ("optim.class_weights", "balanced"), ("data.sampling", "balanced"),
+    ("data.exif_orientation", True),
 ]  # fmt: skip
 
 
@@ -160,6 +161,7 @@ def test_every_field_that_shapes_a_result_is_audited():
         "optim.objective", "optim.optimizer", "optim.fused", "optim.grad_accum_steps", "model.dense_block",
         "model.activation_checkpointing", "model.weights_sha256", "data.from_weights",
         "data.labels",  # which optim.objective belongs to: test_label_table.py
+        "data.channels", "data.depth",  # with other means: test_gray_images.py
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}
     fields = {

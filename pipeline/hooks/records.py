@@ -42,7 +42,7 @@ class Records(Hook):
         run = trainer.run
         if run.progress.step == 0 and trainer.microbatch == 0:
             data = run.config.data
-            mean, std = (torch.tensor(v, device=run.world.device).view(3, 1, 1) for v in (data.mean, data.std))
+            mean, std = (torch.tensor(v, device=run.world.device).view(-1, 1, 1) for v in (data.mean, data.std))
             images = (batch.images[:GRID_IMAGES] * std + mean).clamp(0, 1)
             trainer.monitor.images("train/images", images, run.done_steps)
 

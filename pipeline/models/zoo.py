@@ -75,7 +75,8 @@ DENSENETS: dict[str, dict[str, Any]] = {
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
-"""Networks of other kinds by name; each takes num_classes, dropout, dense_block and activation_checkpointing."""
+"""Networks of other kinds by name; each takes num_classes, dropout, dense_block and activation_checkpointing, and, to serve
+gray images, in_channels."""
 
 
 def create_model(
@@ -84,6 +85,7 @@ def create_model(
     dropout: float = 0.0,
     dense_block: str = "auto",
     activation_checkpointing: "ActivationCheckpointing" = "none",
+    in_channels: int = 3,
 ) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.
 
@@ -91,19 +93,21 @@ def create_model(
         name: a key of `DENSENETS`, a name that `cifar_densenet` knows, or ``timm:NAME`` for any of timm's models.
         dense_block: who computes the dense blocks of our own networks (backends.py); timm's networks do not use it.
         activation_checkpointing: the blocks whose bottlenecks are computed again in the backward pass, likewise.
+        in_channels: of the images: 3, or 1 for gray ones.
 
     Raises:
         UserError: there is no such network or `dense_block`.
     """
     backends.candidates(dense_block)
     if name.startswith("timm:"):
-        return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout)
+        return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout, in_channels)
     if name in NETWORKS:
         return NETWORKS[name](
             num_classes=num_classes,
             dropout=dropout,
             dense_block=dense_block,
             activation_checkpointing=activation_checkpointing,
+            **({} if in_channels == 3 else {"in_channels": in_channels}),
         )
     spec = DENSENETS.get(name) or cifar_densenet(name)
     if spec is None:
@@ -118,10 +122,11 @@ def create_model(
         num_classes=num_classes,
         dense_block=dense_block,
         activation_checkpointing=activation_checkpointing,
+        in_channels=in_channels,
     )
 
 
-def create_network(config: "ModelConfig", num_classes: int) -> nn.Module:
+def create_network(config: "ModelConfig", num_classes: int, in_channels: int = 3) -> nn.Module:
     """Build the network that a configuration names, with freshly drawn weights; see `create_model`."""
     return create_model(
         config.name,
@@ -129,10 +134,11 @@ def create_network(config: "ModelConfig", num_classes: int) -> nn.Module:
         dropout=config.dropout,
         dense_block=config.dense_block,
         activation_checkpointing=config.activation_checkpointing,
+        in_channels=in_channels,
     )
 
 
-def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module:
+def _create_timm_model(name: str, num_classes: int, dropout: float, in_channels: int) -> nn.Module:
     import timm  # takes seconds to import
 
     if "." in name:
@@ -143,6 +149,6 @@ def _create_timm_model(name: str, num_classes: int, dropout: float) -> nn.Module
     if not timm.is_model(name):
         raise UserError(f"model.name: timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
     try:
-        return timm.create_model(name, num_classes=num_classes, drop_rate=dropout)
+        return timm.create_model(name, num_classes=num_classes, drop_rate=dropout, in_chans=in_channels)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"model.name: timm cannot build '{name}': {str(error).splitlines()[0]}") from None

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.data.decoding import decode
+from pipeline.data.image_files import PixelFormat, deep_mode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.evaluation import Evaluation
@@ -216,6 +218,13 @@ def _html_table(titles: list[str], rows: list[list[str]]) -> str:
     return "<table>" + line(titles, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
 
+def _picture(content: np.ndarray, location: str, turned: bool) -> Image.Image:
+    with Image.open(io.BytesIO(content.data)) as header:
+        deep = deep_mode(header).startswith("I")
+    image = decode(content, location, PixelFormat(16 if deep else 8, turned))
+    return image.convert("L") if deep else image
+
+
 def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
     """The wrong predictions with the highest probability. Where an answer is not finite nothing is predicted."""
     answers = evaluation.top5[:, 0]
@@ -223,7 +232,7 @@ def _pictures(evaluation: Evaluation, index: DatasetIndex) -> str:
     surest = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:WORST]
     reader, parts = Reader(index), []
     for i in surest.tolist():
-        image = decode(reader.read(i), index.location(i))
+        image = _picture(reader.read(i), index.location(i), index.turned is not None and bool(index.turned[i]))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=85)
