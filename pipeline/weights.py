@@ -308,8 +308,8 @@ def channels_of(state: Mapping[str, Tensor], network: nn.Module) -> int:
 
 def for_channels(data: DataConfig, channels: int) -> DataConfig:
     """How images are prepared where they have another number of channels than those that this is for."""
-    mean, std = (of_channels(numbers, channels) for numbers in (data.mean, data.std))
-    return dataclasses.replace(data, channels=channels, mean=mean, std=std)
+    fields: dict[str, Any] = {name: of_channels(getattr(data, name), channels) for name in ("mean", "std")}
+    return dataclasses.replace(data, **fields | {"channels": channels})
 
 
 def of_channels(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:

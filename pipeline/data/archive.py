@@ -147,7 +147,7 @@ def walk_tar(
     try:
         with tarfile.open(fileobj=Section(file.opened(), start, length), mode="r:") as tar:
             while entry := tar.next():
-                tar.members.clear()  # which would grow to a kilobyte an image
+                tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte an image
                 name = os.path.normpath(entry.name)
                 location = location_of(name)
                 if entry.isdir():

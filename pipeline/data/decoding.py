@@ -58,6 +58,7 @@ def decode(content: np.ndarray, location: str, pixel_format: PixelFormat = COLOR
 
 def _gray(image: Image.Image) -> Image.Image:
     """An opened image as gray values from 0 to 255 in floats, those of 16 bits with fractions."""
+    gray: np.ndarray
     if image.mode.startswith("I"):
         gray = np.asarray(image, np.float32) / 257
     elif image.mode in ("1", "L"):

@@ -128,7 +128,8 @@ def deep_mode(image: Image.Image) -> str:
     """What Pillow calls the colours of an opened image that has 16 bits of each; empty for fewer."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return image.mode
-    mode = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+    tiles = getattr(image, "tile", None)
+    mode = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
     return mode if mode.endswith(";16B") else ""
 
 

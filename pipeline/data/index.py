@@ -482,7 +482,8 @@ def _scan_group(
     stamp = stamp or _stamp(listing.members)
     if known and known["stamp"] == stamp:
         return _found(known), None, issues
-    members, sizes = [], []
+    members: list[Member] = []
+    sizes: list[tuple[int, int]] = []
     orientations: list[tuple[int, int]] = []
     deep: list[tuple[int, str]] = []
 

@@ -174,7 +174,7 @@ class DenseNet(nn.Module):
             block = cast("Iterable[DenseLayer]", features.get_submodule(f"denseblock{i}"))
             transition = features.get_submodule(f"transition{i}") if i < self.block_count else None
             norm, pool = (transition.norm, (2, 2)) if transition else (features.norm5, (x.shape[2], x.shape[3]))
-            if norm.training and x.numel() == x.shape[1]:
+            if _tracked(norm).training and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"batch norm in training needs more than one value a channel, got maps {tuple(x.shape)}"
                 )

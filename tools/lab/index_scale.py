@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -108,7 +109,7 @@ def write_shards(source: Images, folder: Path) -> str:
             entry = tarfile.TarInfo(f"{name}.{suffix}")
             entry.size = len(part)
             tar.addfile(entry, io.BytesIO(part))
-        tar.members.clear()
+        tar.members.clear()  # type: ignore[attr-defined]
         count += 1
     if tar:
         tar.close()
@@ -127,7 +128,8 @@ def write_parquet(source: Images, folder: Path) -> str:
     from pyarrow import parquet
 
     schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.string())])
-    file, rows = 0, []
+    file = 0
+    rows: list[tuple[dict[str, Any], str]] = []
 
     def write() -> None:
         columns = {"image": [image for image, _ in rows], "label": [label for _, label in rows]}

@@ -24,7 +24,7 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m tools.lab.several_labels", description=__doc__)
     parser.add_argument("data", metavar="DATA", help="Fashion-MNIST as class folders, in train/ and val/")
     parser.add_argument("--images", type=positive_integer, metavar="N", default=4000, help="training squares [4000]")
-    parser.add_argument("--epochs", type=positive_integer, metavar="N", default=6, help="passes over them [6]")
+    parser.add_argument("--epochs", type=positive_integer, metavar="N", default=4, help="passes over them [4]")
     parser.add_argument(
         "--run-dir", metavar="DIR", default="runs/several-labels", help="for squares and run [%(default)s]"
     )
@@ -77,7 +77,7 @@ def write_squares(index: DatasetIndex, folder: Path, part: str, images: int, see
         places = random.permutation(4)[: len(chosen)]
         square = Image.new("L", (SIDE, SIDE))
         for i, place in zip(chosen.tolist(), places.tolist(), strict=True):
-            with index.open(i) as stream, Image.open(stream) as image:
+            with Image.open(index.location(i)) as image:
                 square.paste(image.convert("L"), (SIDE // 2 * (place % 2), SIDE // 2 * (place // 2)))
         name = f"{part}/{n:05d}.png"
         square.save(folder / name)
