@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import load_config
+from pipeline.data.image_files import pixel_format
 from pipeline.data.index import known_cache, scan_classes, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import init_distributed
@@ -56,12 +57,14 @@ def evaluate(
             f"{weights} gives {data.labels} labels an image: labels is the CSV file of several, and of no other"
         )
     if labels is not None:
-        index = scan_label_table(folder, labels, found.classes, known_cache(Path(labels)))
+        index = scan_label_table(
+            folder, labels, found.classes, known_cache(Path(labels)), pixel_format=pixel_format(data)
+        )
     else:
-        index = scan_classes(folder, known_cache(folder)).with_classes(found.classes)
+        index = scan_classes(folder, known_cache(folder), pixel_format=pixel_format(data)).with_classes(found.classes)
     with init_distributed(device) as world:
         shard = Shard(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, shard, batch_size=batch_size, crops=crops)
         network = found.network.to(world.device).to(memory_format=torch.channels_last)
-        check_image_size(network, data.crop_size, str(weights))
+        check_image_size(network, data.crop_size, str(weights), data.channels)
         return evaluate_network(network, loader, world)

@@ -255,6 +255,12 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     if measured:
         compare("training and validation images", setting.images, measured.images, "another data set")
         compare("classes", setting.classes, measured.classes, "another task: errors cannot be compared")
+    if data.channels != 3:
+        compare("channels of an image", "3", "1 (gray)", "another task: errors cannot be compared")
+    if data.depth != 8:
+        compare("bits of a pixel's colour", 8, data.depth, "another task: errors cannot be compared")
+    if data.exif_orientation:
+        compare("images that EXIF data say to turn", "as stored", "turned")
     for field, paper in setting.data.items():
         here = getattr(data, field)
         compare(_LABELS[field], paper, here, same=_near(paper, here))

@@ -144,7 +144,7 @@ def main() -> None:
     task = json.load(sys.stdin)
     config, device = from_dict(task["config"], "the run"), torch.device(task["device"])
     choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
-    network = create_network(config.model, task["classes"])
+    network = create_network(config.model, task["classes"], config.data.channels)
     assert isinstance(network, DenseNet)
     print(json.dumps(dataclasses.asdict(measure(network, config, device, task["images"]))))
 
@@ -153,7 +153,7 @@ def measure(network: DenseNet, config: Config, device: torch.device, images: int
     """Choose the fastest right implementation for batches of so many images; the network is left as it is."""
     start, size, precision = time.perf_counter(), max(config.data.train_sizes), config.train.precision
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(images, 3, size, size, generator=generator).to(device)
+    x = torch.randn(images, config.data.channels, size, size, generator=generator).to(device)
     labels = torch.randint(network.classifier.out_features, (images,), generator=generator).to(device)
     network = copy.deepcopy(network).to(device).train()
     notes: list[str] = []

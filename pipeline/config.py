@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from pipeline import renamed
 from pipeline.errors import ArgumentParser, did_you_mean
@@ -31,7 +32,8 @@ from pipeline.parsing import (
 )
 from pipeline.recipe import following_fields
 
-Rgb = tuple[Number, Number, Number]
+OfChannels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=3)]
+PositiveOfChannels = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)]
 Interpolation = Literal["torch7-bicubic", "pil-bilinear", "pil-bicubic"]
 TrainCrop = Literal["random_resized_crop", "random_crop"]
 Labels = Literal["single", "multi"]
@@ -46,7 +48,10 @@ MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 
 # Fields of the data section that belong to weights, in groups that are given or taken over together.
-OF_WEIGHTS = (("crop_size", "resize_size"), ("interpolation",), ("mean", "std"))
+OF_WEIGHTS = (("channels",), ("crop_size", "resize_size"), ("interpolation",), ("mean", "std"))
+
+# Of the three colours' numbers, as all have the same share in a gray image.
+MEAN_OF_GRAY, STD_OF_GRAY = (0.449,), (0.226,)
 
 
 def _name_of_today(dense_block: str) -> str:
@@ -71,6 +76,15 @@ def _fraction(value: Any) -> Any:
 
 
 Milestone = NonNegative | Annotated[float, Field(gt=0, lt=1), BeforeValidator(_fraction)]
+
+
+def _whole(value: Any) -> Any:
+    """A number among others that a field may have, from a command line's word."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Channels = Annotated[Literal[1, 3], BeforeValidator(_whole)]
+Depth = Annotated[Literal[8, 16], BeforeValidator(_whole)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -201,12 +215,22 @@ class DataConfig:
     """Range of its aspect ratio, height / width."""
     erasing_fill: Literal["zero", "noise"] = "zero"
     """What a pixel of it becomes. zero: the mean colour; noise: a normal random number in each colour (timm's mode pixel)."""
-    mean: Rgb = (0.485, 0.456, 0.406)
-    """Mean that is subtracted from each colour, in [0, 1]."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
-    """Standard deviation by which each colour is divided."""
+    mean: OfChannels = (0.485, 0.456, 0.406)
+    """Mean that is subtracted from each channel, in [0, 1]: three numbers, or one with data.channels 1, where 0.449 is the
+    default."""
+    std: PositiveOfChannels = (0.229, 0.224, 0.225)
+    """Standard deviation by which each channel is divided: three numbers, or one with data.channels 1, where 0.226 is the
+    default."""
+    channels: Channels = 3
+    """3: images are red, green and blue; 1: gray (colours by their luma), and the network's first convolution has one
+    channel."""
+    depth: Depth = 8
+    """Bits of a pixel's colour. 16: gray images of 16 bits are read as such, others as they are; with data.channels 1, through
+    Pillow, and resized without rounding."""
+    exif_orientation: bool = False
+    """Turn images as their EXIF data say; false: they are read as stored, as the paper's code did."""
     from_weights: Annotated[tuple[str, ...], BeforeValidator(_split_names)] = ()
-    """Fields of this section that a new run takes from the source of model.weights: of crop_size and resize_size,
+    """Fields of this section that a new run takes from the source of model.weights: of channels, crop_size and resize_size,
     interpolation, mean and std those that neither the file nor the command line gives."""
     threads: NonNegative = 0
     """Loader threads of each rank; 0: the machine's cores divided among its ranks."""
@@ -226,6 +250,35 @@ class DataConfig:
             raise ValueError("mix_prob is of mixup and cutmix: set mixup_alpha or cutmix_alpha, or leave it out")
         if self.mix_switch_prob != 0.5 and not (self.mixup_alpha and self.cutmix_alpha):
             raise ValueError("mix_switch_prob is of mixup and cutmix together: set both alphas, or leave it out")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gray_has_a_mean_of_its_own(cls, given: Any) -> Any:
+        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, dict) or str(values.get("channels")) != "1" or {"mean", "std"} & values.keys():
+            return given
+        completed = {**values, "mean": MEAN_OF_GRAY, "std": STD_OF_GRAY}
+        return ArgsKwargs(given.args, completed) if isinstance(given, ArgsKwargs) else completed
+
+    @model_validator(mode="after")
+    def _numbers_are_of_the_channels(self) -> "DataConfig":
+        for name in ("mean", "std"):
+            if (numbers := len(getattr(self, name))) != self.channels:
+                wanted = "one number" if self.channels == 1 else "three numbers"
+                raise ValueError(f"{name} has {numbers} of them, and channels is {self.channels}: give {wanted}")
+        return self
+
+    @model_validator(mode="after")
+    def _deep_images_are_gray_files(self) -> "DataConfig":
+        if self.depth == 16 and self.channels != 1:
+            raise ValueError("depth 16 is for gray images, as Pillow reads colours with 8 bits: set channels 1")
+        if self.depth == 16 and (self.dataset != "images" or self.loader == "synthetic"):
+            raise ValueError("depth 16 is for files of images: leave it out")
+        if self.depth == 16 and self.auto_augment != "none":
+            raise ValueError(
+                f"auto_augment {self.auto_augment} computes with 8 bits, and depth is 16: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -43,25 +43,25 @@ class Evaluation:
     not_finite: int
 
 
-def check_image_size(network: nn.Module, size: int, name: str) -> None:
-    """Refuse images of `size` x `size` pixels that the network cannot take.
+def check_image_size(network: nn.Module, size: int, name: str, channels: int = 3) -> None:
+    """Refuse images of `size` x `size` pixels and so many channels that the network cannot take.
 
     Raises:
         UserError: it cannot; `name` is the network's.
     """
-    if reason := why_not(copy.deepcopy(network), 1, size):
+    if reason := why_not(copy.deepcopy(network), 1, size, channels):
         raise UserError(f"{name} cannot take images of {size} x {size} pixels ({reason}): choose another crop size")
 
 
 @torch.no_grad()
-def why_not(network: nn.Module, images: int, size: int) -> str:
+def why_not(network: nn.Module, images: int, size: int, channels: int = 3) -> str:
     """Why a network in its present mode cannot take so many images of `size` x `size` pixels; empty if it can.
 
     It is asked without data: no kernel runs, and no GPU, so that nothing else than the shapes can be the reason. The
     network itself is spoilt; give a copy.
     """
     try:
-        network.to("meta")(torch.zeros(images, 3, size, size, device="meta"))
+        network.to("meta")(torch.zeros(images, channels, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         needs_data = isinstance(error, NotImplementedError) or "meta tensor" in str(error)  # which a first batch gives
         return "" if needs_data else (str(error).splitlines() or [type(error).__name__])[0]

@@ -67,6 +67,12 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Have glibc give back what is free, after work that will not be done again; see `keep_freed_memory`."""
+    with suppress(OSError, AttributeError):  # another system's malloc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def ask_for_signal_when_parent_dies(number: signal.Signals) -> None:
     """Have Linux send this process `number` when the process that started it is gone."""
     set_parent_death_signal = 1  # prctl.h

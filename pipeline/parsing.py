@@ -335,7 +335,7 @@ def _default_text(default: Any) -> str:
 def _type_name(annotation: Any) -> str:
     """What a flag's value is called in the help."""
     if _origin(annotation) is Literal:
-        return "{" + ",".join(typing.get_args(annotation)) + "}"
+        return "{" + ",".join(map(str, typing.get_args(annotation))) + "}"
     if _origin(annotation) is Annotated:
         return _type_name(typing.get_args(annotation)[0])
     if _is_union(annotation):

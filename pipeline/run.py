@@ -27,6 +27,7 @@ from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.mixing import TOGETHER
 from pipeline.data.plan import split
+from pipeline.data.shared import share_on_machines
 from pipeline.distributed import World, data_parallel
 from pipeline.ema import ModelEma
 from pipeline.errors import UserError
@@ -172,7 +173,7 @@ class Run:
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
-        network = create_network(config.model, len(self.conditions.classes))
+        network = create_network(config.model, len(self.conditions.classes), config.data.channels)
         self._check_image_size(network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         whole_batch = config.optim.batch_size // self.microbatches
@@ -227,7 +228,7 @@ class Run:
             remedy = f"{config.run_dir} began with it, and others differ in the last bits: resume where it can be used"
         loader, self._passed_over = choose_common_loader(wanted, world.device, world.gather, remedy)
         data = dataclasses.replace(config.data, loader=loader)
-        train_index, val_index = world.broadcast_from_rank0(lambda: open_datasets(config.data, cache, progress=True))
+        train_index, val_index = share_on_machines(world, lambda: open_datasets(config.data, cache, progress=True))
         shard = Shard(world.rank, world.size, world.device, world.cores)
         weights = world.broadcast_from_rank0(lambda: read_class_weights(config.optim.class_weights, train_index))
         self.objective = create_objective(config, None if weights is None else weights.to(world.device))
@@ -445,13 +446,14 @@ class Run:
         smallest = min(2, *(len(part) or 1 for part in parts))  # batch norm wants more than one value a channel
         field = "data.train_crop_size" if config.data.train_crop_size else "data.crop_size"
         for size in config.data.train_sizes:
-            if reason := why_not(copy.deepcopy(network).train(), smallest, size):
+            if reason := why_not(copy.deepcopy(network).train(), smallest, size, config.data.channels):
                 raise UserError(
                     f"{config.model.name} cannot train on {smallest} images of {size} pixels, the smallest part "
                     f"of a batch ({reason}): choose another {field} or optim.batch_size"
                 )
         if config.data.train_crop_size:  # validation has another
-            check_image_size(copy.deepcopy(network).eval(), config.data.crop_size, config.model.name)
+            data = config.data
+            check_image_size(copy.deepcopy(network).eval(), data.crop_size, config.model.name, data.channels)
 
 
 def _split_batch(config: Config, world: World) -> int:

@@ -18,13 +18,17 @@ from pipeline.checkpoint import Found, check_weights
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import create_network
-from pipeline.models.parts import classifier_of
+from pipeline.models.parts import classifier_of, first_convolution
 from pipeline.parsing import flatten
 from pipeline.resume import find_checkpoint
 from pipeline.weights import (
     OwnWeights,
+    channels_of,
+    convolution_for_channels,
+    for_channels,
     imagenet_ids,
     match,
+    of_channels,
     outputs_of,
     preprocessing_of,
     preprocessing_of_timm,
@@ -41,6 +45,7 @@ class InitialWeights:
         origin: the file, as the configuration names it.
         sha256: of the file.
         state: of the run's network but with the file's outputs, under the network's own names.
+        first: name of the entry in `state` that sees the images, empty if no convolution does.
         classifier: names of the entries in `state` that belong to the classifier.
         outputs: how many the file has.
         classes: their names, None if they are not known.
@@ -51,11 +56,21 @@ class InitialWeights:
     origin: str
     sha256: str
     state: dict[str, Tensor]
+    first: str
     classifier: tuple[str, ...]
     outputs: int
     classes: tuple[str, ...] | None
     data: DataConfig
     note: str
+
+    def for_channels(self, channels: int) -> "InitialWeights":
+        """These weights for images of `channels` channels."""
+        if self.data.channels == channels or not self.first:
+            return self
+        state = {**self.state, self.first: convolution_for_channels(self.state[self.first], channels)}
+        how = "summed over the three colours" if channels == 1 else "repeated for the three colours, a third each"
+        note = f"{f'{self.note}; ' if self.note else ''}first convolution {how}"
+        return dataclasses.replace(self, state=state, note=note)
 
     def new_classifier(self, classes: Sequence[str]) -> str:
         """Why a run with these classes needs another classifier than the file's; empty if it has the same ones, in order."""
@@ -99,13 +114,22 @@ def find_start(config: Config) -> Start:
         return Start(_completed(config, before.get("model.weights_sha256"), taken), found, None)
     weights = read_initial_weights(config.model)
     taken = {name: getattr(weights.data, name) for name in config.data.from_weights}
-    return Start(_completed(config, weights.sha256, taken), None, weights)
+    channels = taken.get("channels", config.data.channels)
+    taken |= {name: of_channels(taken[name], channels) for name in ("mean", "std") if name in taken}
+    return Start(_completed(config, weights.sha256, taken), None, weights.for_channels(channels))
 
 
 def _completed(config: Config, sha256: str | None, data: Mapping[str, Any]) -> Config:
     """The configuration with the file's checksum and the fields of its data section that come from the weights' source."""
     model = dataclasses.replace(config.model, weights_sha256=config.model.weights_sha256 or sha256)
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    channels = fields.get("channels", config.data.channels)
+    for name in ("mean", "std"):
+        if (numbers := len(fields.get(name, getattr(config.data, name)))) != channels:
+            raise UserError(
+                f"data.{name} has {numbers} numbers, and the weights {config.model.weights} are for images of {channels} "
+                f"channels: give as many, or data.channels {numbers}"
+            )
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **fields))
 
 
@@ -133,6 +157,10 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
         network = create_network(model, outputs)
     matched, note = match(network.state_dict(), state, model.weights)
     note = own.note if own else note
+    first, channels = first_convolution(network), channels_of(matched, network)
+    if channels != 3:
+        with torch.device("meta"):
+            network = create_network(model, outputs, channels)
     check_weights(network.state_dict(), matched, model.weights)
     classes: tuple[str, ...] | None
     if own:
@@ -144,9 +172,10 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
             if published
             else preprocessing_of(model.name, network, state)
         )
+        data = for_channels(data, channels)
     head = tuple(f"{module}." for module in classifier_of(network))
     classifier = tuple(name for name in matched if name.startswith(head))
-    return InitialWeights(model.weights, digest, matched, classifier, outputs, classes, data, note)
+    return InitialWeights(model.weights, digest, matched, first, classifier, outputs, classes, data, note)
 
 
 def _sha256(path: Path) -> str:

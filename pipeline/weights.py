@@ -28,6 +28,7 @@ from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
 from pipeline.models import create_model, create_network
+from pipeline.models.parts import first_convolution
 from pipeline.models.zoo import DENSENETS, cifar_densenet
 
 METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
@@ -127,7 +128,7 @@ def read_weights(
         raise UserError(f"{path} holds weights of {found.config.model.name}, not of {model}")
     if classes and len(classes) != len(found.classes):
         raise UserError(f"{path} has {len(found.classes)} outputs, and {len(classes)} names of classes were given")
-    network = create_network(found.config.model, len(found.classes))
+    network = create_network(found.config.model, len(found.classes), found.config.data.channels)
     load_weights(network, found.state, str(path))
     known = found._asdict() | {"classes": classes or found.classes}
     del known["state"]
@@ -337,9 +338,46 @@ def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: 
     name = model or _recognise(state, outputs, path)
     network = create_model(name, num_classes=outputs)
     matched, note = match(network.state_dict(), state, str(path))
+    data = preprocessing_of(name, network, state)
+    if (channels := channels_of(matched, network)) != 3:
+        network, data = create_model(name, num_classes=outputs, in_channels=channels), for_channels(data, channels)
     load_weights(network, matched, str(path))
-    config = Config(model=ModelConfig(name=name), data=preprocessing_of(name, network, state))
+    config = Config(model=ModelConfig(name=name), data=data)
     return Weights(str(path), network.eval(), config, classes, None, note)
+
+
+def channels_of(state: Mapping[str, Tensor], network: nn.Module) -> int:
+    """Of the images that weights are for, by their first convolution: 1 for gray ones, else 3.
+
+    Args:
+        network: of the same names, for images of any channels.
+    """
+    weight = state.get(first_convolution(network))
+    return 1 if weight is not None and weight.dim() == 4 and weight.shape[1] == 1 else 3
+
+
+def for_channels(data: DataConfig, channels: int) -> DataConfig:
+    """How images are prepared where they have another number of channels than those that this is for."""
+    fields: dict[str, Any] = {name: of_channels(getattr(data, name), channels) for name in ("mean", "std")}
+    return dataclasses.replace(data, **fields | {"channels": channels})
+
+
+def of_channels(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A mean or standard deviation for another number of channels; a gray image has all colours alike."""
+    if len(numbers) == channels:
+        return numbers
+    return numbers * 3 if channels == 3 else (round(sum(numbers) / len(numbers), 6),)
+
+
+def convolution_for_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weight, (out, in, h, w), for images of `channels` channels, 1 or 3.
+
+    Of a gray image and of its three equal colours, alike normalised, it gives the same: the sum over the colours, or a third
+    for each of them.
+    """
+    if weight.shape[1] == channels:
+        return weight
+    return weight.sum(dim=1, keepdim=True) if channels == 1 else weight.repeat(1, 3, 1, 1) / 3
 
 
 def outputs_of(state: dict[str, Tensor], model: str | None, path: Path) -> int:

@@ -128,7 +128,7 @@ def test_images_held_out_are_the_validation_set(fashion, loader):
     whole, _ = open_datasets(dataclasses.replace(config, holdout=0), fashion, False)
     train, val = open_datasets(config, fashion, False)
     assert len(train) == 30 and len(val) == 7
-    assert sorted(train.names + val.names) == sorted(whole.names)
+    assert sorted([*train.names, *val.names]) == sorted(whole.names)
     label_of = dict(zip(whole.names, whole.labels, strict=True))
     assert [label_of[name] for name in val.names] == val.labels.tolist()
     assert len({whole.fingerprint, train.fingerprint, val.fingerprint}) == 3

@@ -44,6 +44,7 @@ DEPARTURES = [
     ("data.train_crop_size", (192,)), ("data.aug_repeats", 3), ("model.drop_path", 0.1),
     ("data.mixup_alpha", 0.1), ("data.cutmix_alpha", 1.0), ("optim.objective", "binary_cross_entropy"),
     ("train.ema_decay", 0.999), ("optim.optimizer", "lamb"), ("optim.decay_norms", False), ("optim.clip_grad_norm", 1.0),
+    ("data.exif_orientation", True),
 ]  # fmt: skip
 
 
@@ -171,6 +172,7 @@ def test_every_field_that_shapes_a_result_is_audited():
         "optim.bce_target_threshold",  # in the row of optim.objective
         "data.labels",  # which optim.objective belongs to: test_label_table.py
         "optim.large_batch",  # what it changes, optim.lr and warmup_epochs, is audited
+        "data.channels", "data.depth",  # with other means: test_gray_images.py
     }  # fmt: skip
     audited = {key for key, _ in DEPARTURES + DEPARTURES_OF_TABLE2}
     fields = {

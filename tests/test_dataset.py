@@ -13,6 +13,7 @@ from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import scan_classes
+from pipeline.data.splits import find_splits
 from pipeline.errors import UserError
 
 
@@ -40,33 +41,69 @@ def flat(folder: Path, images: int) -> None:
 @pytest.mark.parametrize(
     ("there", "expected"),
     [
-        (("valid",), "val does not exist: there is valid: set data.val valid, or data.holdout"),
-        (("validation",), "set data.val validation, or data.holdout"),
-        (("test",), "set data.val test, or data.holdout"),
-        (("val.tar",), "set data.val val.tar, or data.holdout"),
-        (("val.csv",), "there is val.csv: set data.val val.csv, or"),
-        (("valid-0000.tar", "valid-0001.tar"), r"there is 'valid-\*.tar': set data.val 'valid-\*.tar', or"),
+        (("valid",), "valid"),
+        (("validation",), "validation"),
+        (("test", "test.txt", "valid.json"), "test"),
+        (("val.tar",), "val.tar"),
+        (("val.csv", "test"), "val.csv"),
+        (("valid-0000.tar", "valid-0001.tar"), "valid-*.tar"),
         (
-            ("data/validation-00000-of-00002.parquet", "data/validation-00001-of-00002.parquet", "data/README.md"),
-            r"there is 'data/validation-\*.parquet': set data.val 'data/validation-\*.parquet', or",
+            ("data/validation-00000-of-00002.parquet", "data/validation-00001-of-00002.parquet"),
+            "data/validation-*.parquet",
         ),
-        (("valid", "test"), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds test, train, valid\)"),
-        ((), r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train\)"),
+        (("valid", "test"), "valid"),
+        (("LOC_val_solution.csv", "ILSVRC/Data/CLS-LOC/val"), "LOC_val_solution.csv"),
+        (("val/val_annotations.txt", "val/images", "val/a"), "val/val_annotations.txt"),
     ],
 )
-def test_another_name_of_the_validation_set_is_offered(root, monkeypatch, there, expected):
+def test_the_validation_set_is_found_under_another_usual_name(root, capfd, there, expected):
     shutil.rmtree(root / "val")
     for name in there:
-        (root / name).mkdir(parents=True)
+        file = "." in name and name != "val.tar"
+        (root / name if not file else (root / name).parent).mkdir(parents=True, exist_ok=True)
+        if file:
+            (root / name).touch()
+    assert find_splits(config_of(root)) == config_of(root, val=expected)
+    said = f"data.val is {expected}, as {root} has no 'val' with a folder a class\n"
+    assert capfd.readouterr().err == said
+    if "*" not in expected:  # shards would be opened
+        assert find_splits(config_of(root, val=expected)).val == expected and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "expected"),
+    [
+        (("valid",), "validate", "validate does not exist: there is valid: set data.val valid, or data.holdout"),
+        (
+            ("data/test-00.parquet", "data/test-01.parquet"),
+            "validate",
+            r"there is 'data/test-\*.parquet': set data.val 'data/test-\*.parquet', or",
+        ),
+        (
+            ("val.csv", "val.zip"),
+            "val",
+            r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train, val.csv, val.zip\)",
+        ),
+        ((), "val", r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train\)"),
+    ],
+)
+def test_another_name_of_the_validation_set_is_offered(root, monkeypatch, there, name, expected):
+    shutil.rmtree(root / "val")
+    for entry in there:
+        (root / entry).mkdir(parents=True)
     monkeypatch.setattr("pipeline.data.dataset.scan_classes", lambda *_: pytest.fail("scanned before it was checked"))
     with pytest.raises(UserError, match=expected):
-        open_all(root)
+        open_all(root, val=name)
 
 
 def test_the_training_folder_in_place_of_the_one_above(root, capsys):
     assert [index.root for index in open_all(root / "train")] == [str(root / "train"), str(root / "val")]
     assert f"data.dir {root}/train is the training images: {root} is taken, which holds them" in capsys.readouterr().err
-    shutil.rmtree(root / "val")
+    for old, new in (("train", "training"), ("val", "valid")):  # under other usual names likewise
+        (root / old).rename(root / new)
+    assert [index.root for index in open_all(root / "training")] == [str(root / "training"), str(root / "valid")]
+    (root / "training").rename(root / "train")
+    shutil.rmtree(root / "valid")
     with pytest.raises(UserError, match=f"train/train does not exist: data.dir is the folder above: set it to {root}$"):
         open_all(root / "train")
 
@@ -74,7 +111,8 @@ def test_the_training_folder_in_place_of_the_one_above(root, capsys):
 def test_a_missing_training_set(root):
     (root / "train").rename(root / "Training")
     with pytest.raises(UserError, match="there is Training: set data.train Training$"):
-        open_all(root)
+        open_all(root, train="trainings")
+    assert find_splits(config_of(root)).train == "Training"
     with pytest.raises(UserError, match="nowhere/train does not exist: set data.dir "):
         open_all(root / "nowhere")
     with pytest.raises(UserError, match="no.txt does not exist: set data.val_labels"):
@@ -98,16 +136,14 @@ def test_a_flat_validation_folder_names_the_label_file(root):
         open_all(root)
 
 
-def test_tiny_imagenets_validation_folder_names_its_label_file(root, capfd):
+def test_tiny_imagenets_table_is_found_and_serves_as_a_label_file_too(root, capfd):
     shutil.rmtree(root / "val")
     flat(root / "val" / "images", 3)
     (root / "val" / "val_annotations.txt").write_text("".join(f"val_{i}.jpg\tclass{i}\t0\t1\t2\t3\n" for i in range(3)))
-    with pytest.raises(
-        UserError, match=r"none of the training classes, but 'images'.*data.val_labels.*val_annotations.txt"
-    ):
-        open_all(root)
-    _, val = open_all(root, val_labels="val/val_annotations.txt")
-    assert val.labels.tolist() == [0, 1, 2]
+    for labels in (None, "val/val_annotations.txt"):
+        _, val = open_all(root, val_labels=labels)
+        assert val.labels.tolist() == [0, 1, 2]
+        assert ("data.val is val/val_annotations.txt" in capfd.readouterr().err) == (labels is None)
 
 
 @pytest.mark.parametrize("how", ["missing", "empty"])

@@ -10,7 +10,8 @@ import torchvision
 from conftest import with_random_norms
 from torch import Tensor, nn
 
-from pipeline.models import create_model, kernels
+from pipeline.models import create_model, kernels, parts
+from pipeline.models.densenet import DenseNet
 from pipeline.models.zoo import DENSENETS
 
 pytestmark = pytest.mark.slow  # for the most part
@@ -388,3 +389,48 @@ def test_auto_without_kernels_is_eager_and_says_why(monkeypatch):
     network = create_model("densenet_bc40_k12", CLASSES)
     network(torch.randn(2, 3, 8, 8))
     assert str(network.selection) == "eager (no C++ compiler)"
+
+
+@needs_kernels
+@pytest.mark.parametrize(("stem", "blocks"), [("cifar", 1), ("cifar", 2), ("imagenet", 0), ("imagenet", 1)])
+def test_frozen_parts_are_computed_as_in_evaluation_and_the_others_as_in_training(stem, blocks):
+    """Their statistics and parameters stay, without gradients; all else has those of the modules, running statistics too."""
+    shape = dict(growth_rate=8, block_sizes=(2, 3, 2), stem=stem, stem_channels=16, num_classes=CLASSES)
+    eager = with_random_norms(DenseNet(**shape, dense_block="eager")).double()
+    network = DenseNet(**shape, dense_block="fused").double()
+    network.load_state_dict(eager.state_dict())
+    data = batch(3, 33, 48)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    for one in (eager, network):
+        one.train()
+        for module in parts.freeze(one, blocks, "the network"):
+            module.eval()
+        F.cross_entropy(one(data[0]), data[1]).backward()
+    assert network.selection.method == "fused" and not network.selection.reason
+    assert_equal_state(network, eager)
+    part = parts.parts_of(network, "the network")
+    for key, value in network.state_dict().items():
+        still = part[key] <= blocks or not ("running" in key or "tracked" in key)
+        assert torch.equal(value, before[key]) == still, key
+    gradients, expected = (
+        {key: parameter.grad for key, parameter in one.named_parameters() if parameter.grad is not None}
+        for one in (network, eager)
+    )
+    assert gradients.keys() == expected.keys() == {k for k, _ in network.named_parameters() if part[k] > blocks}
+    assert_equal_gradients(gradients, expected)
+    # A gradient that is wanted through a frozen part, or one that trains again, goes through the modules.
+    network(data[0].clone().requires_grad_())
+    assert network.selection.method == "eager"
+    network(data[0])
+    assert network.selection.method == "fused"
+    next(network.parameters()).requires_grad_()
+    network(data[0])
+    assert network.selection.method == ("eager" if blocks or stem == "imagenet" else "fused")
+
+
+def test_a_backend_that_does_not_know_frozen_parts_leaves_them_to_the_modules():
+    network = create_model("densenet_bc40_k12", CLASSES, dense_block="memory_efficient").double()
+    for module in parts.freeze(network, 1, "the network"):
+        module.eval()
+    network(batch(2, 8, 8)[0])
+    assert str(network.selection) == "eager (denseblock1.denselayer1.norm1 is frozen)"

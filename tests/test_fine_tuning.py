@@ -23,7 +23,7 @@ from pipeline.metrics import LabelScore
 from pipeline.models import create_model
 from pipeline.models.parts import classifier_of, freeze, parts_of
 from pipeline.optim import create_optimizer, load_state
-from pipeline.report import warnings_of
+from pipeline.report import summary, warnings_of
 from pipeline.run import Run
 from pipeline.weights import read_weights, write_safetensors, write_torch
 from tools import convert
@@ -117,7 +117,7 @@ def test_a_double_correction_for_rare_classes_is_warned_of(tmp_path):
     [
         (lambda state: state.pop("features.norm5.bias"), "1 of the network's [0-9]+ tensors are not there"),
         (lambda state: state.update(extra=torch.zeros(3)), "1 are left over, as 'extra'"),
-        (lambda state: state.update({"features.conv0.weight": torch.zeros(16, 1, 3, 3)}), "has another shape"),
+        (lambda state: state.update({"features.conv0.weight": torch.zeros(16, 2, 3, 3)}), "has another shape"),
         (lambda state: state.pop("classifier.weight"), "no classifier"),
     ],
 )
@@ -278,11 +278,16 @@ def test_two_ranks_begin_alike_and_resume_with_the_same_bits(source, tmp_path):
     assert last["val/loss"] == pytest.approx(alone.loss, rel=1e-5)
 
 
-def test_the_record_names_the_file(whole, source, capsys, tmp_path):
+def test_the_record_names_the_file(whole, source, tmp_path, monkeypatch, capsys):
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     for name in ("config.yaml", "audit.md"):
         text = Path(whole.run_dir, name).read_text()
         assert digest in text and str(source) in text
+    with init_distributed("cpu") as world:
+        found = start.find_start(whole)
+        run = Run(found.config, world, found)
+        run.load_state_dict(found.checkpoint.state)
+    assert f"begun with {source} (SHA-256 {digest})" in summary(run)
     audit = Path(whole.run_dir, "audit.md").read_text()
     for words in ("the stem and block 1", "times 0.5 towards the images", "balanced", "equally many of each class"):
         assert words in audit
@@ -290,6 +295,12 @@ def test_the_record_names_the_file(whole, source, capsys, tmp_path):
     write_safetensors(read_weights(last), tmp_path / "out.safetensors")
     again = read_weights(tmp_path / "out.safetensors")
     assert again.config.model.weights_sha256 == digest and digest in (again.audit or "")
+    card, out = tmp_path / "card.md", tmp_path / "again.safetensors"
+    monkeypatch.setattr("sys.argv", ["convert", str(last), str(out), "--card", str(card)])
+    convert.main()
+    text = card.read_text()
+    assert f"| begun with    | {source} (SHA-256 {digest}) |" in " ".join(text.split(" "))
+    assert "mean 0.485, 0.456, 0.406" in text and "centre crop 16 pixels" in text and ", ".join(again.classes) in text
 
 
 def test_each_part_has_its_learning_rate_and_other_groups_resume():

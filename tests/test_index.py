@@ -96,7 +96,7 @@ def test_a_scan_that_was_broken_off_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         scan_classes(root, cache)
     rows = cache.read_text().split("\n")
-    assert [row[10:16] for row in rows if row] == ["class0", "class1", "class3"]  # all but the class that stops
+    assert [row[21:27] for row in rows if row] == ["class0", "class1", "class3"]  # all but the class that stops
     cache.write_text("\n".join([*rows[:-1], rows[-1][:30]]))  # cut short by a crash
     photo(0, 20, 20).save(root / "class2" / "image0002.jpg")
     opened = []

@@ -31,10 +31,10 @@ READ_AS_RGB = "read as RGB through Pillow, alike by all loaders"
 READ_WITH_8_BITS = "read with 8 bits through Pillow, alike by all loaders"
 READ_AS_IT_IS = "read as what it is"
 READ_AS_FIRST = "read as its first"
-READ_AS_STORED = "read as stored, not rotated, as the paper's code did"
+READ_AS_STORED = "read as stored, as the paper's code did; data.exif_orientation true turns it"
 STOPS = "stops a run, or is left out of training with data.corrupt_images skip"
 REFUSED = "the index refuses it; repair or remove it"
-REFUSED_AS_DEEP = "the index refuses it; convert or remove it"
+REFUSED_AS_DEEP = "the index refuses it; set data.depth 16 and data.channels 1, or convert or remove it"
 
 # By name: what verify says, and whether DALI decodes the file itself.
 EXPECTED = {

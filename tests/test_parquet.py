@@ -16,7 +16,7 @@ from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import scan_classes
+from pipeline.data.index import scan_classes, scan_label_table
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 
@@ -55,7 +55,7 @@ def test_parquet_files_are_indexed_and_read_as_the_folders(image_folders, tmp_pa
     again = pickle.loads(pickle.dumps(index))
     for i in np.random.default_rng(0).permutation(len(folders)).tolist():
         assert Reader(again).read(i).tobytes() == Reader(folders).read(i).tobytes()
-    monkeypatch.setattr("pipeline.data.index._read_size", lambda *_: pytest.fail("read a header again"))
+    monkeypatch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
     assert scan_classes(tmp_path / "data", tmp_path / "cache").labels.tolist() == index.labels.tolist()
 
 
@@ -76,6 +76,33 @@ def test_without_names_labels_are_numbers_and_none_is_refused(image_folders, tmp
 
 
 @needs_pyarrow
+@pytest.mark.parametrize("kind", ["text", "struct"])
+def test_a_parquet_file_of_paths_is_a_table(image_folders, tmp_path, kind):
+    """As text, or in Hugging Face's structure without the bytes; a class is a number that the metadata name."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folders = scan_classes(image_folders / "val")
+    names = {"names": list(folders.classes), "_type": "ClassLabel"}
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": names, "labels": {"feature": names}}}})}
+    path = pa.string() if kind == "text" else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    files = [name if kind == "text" else {"bytes": None, "path": name} for name in folders.names]
+    schema = pa.schema([("image", path), ("label", pa.int64())], metadata)
+    parquet.write_table(pa.table({"image": files, "label": folders.labels.tolist()}, schema), tmp_path / "val.parquet")
+    config = DataConfig(dir=str(image_folders / "val"), train=str(tmp_path / "val.parquet"), holdout=1)
+    index = open_datasets(config, tmp_path, progress=False)[0]
+    assert index.classes == folders.classes and len(index) == len(folders) - 1
+    assert all(os.path.dirname(name) == folders.classes[k] for name, k in zip(index.names, index.labels, strict=True))
+
+    schema = pa.schema([("image", path), ("labels", pa.list_(pa.int64()))], metadata)
+    several = [[0, k] if k else [] for k in folders.labels.tolist()]
+    parquet.write_table(pa.table({"image": files, "labels": several}, schema), tmp_path / "several.parquet")
+    found = scan_label_table(image_folders / "val", tmp_path / "several.parquet")
+    expected = [[int(k > 0), int(k == 1), int(k == 2)] for k in folders.labels.tolist()]
+    assert found.classes == folders.classes and found.labels.tolist() == expected
+
+
+@needs_pyarrow
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["native", "dali"])
 def test_training_is_that_of_folders_to_the_bit(image_folders, tmp_path, loader):
@@ -84,7 +111,7 @@ def test_training_is_that_of_folders_to_the_bit(image_folders, tmp_path, loader)
     weights = []
     for name, root, sets in (
         ("folders", image_folders, ("train", "val")),
-        ("parquet", tmp_path, ("data/train-*.parquet", "data/val-*.parquet")),
+        ("parquet", tmp_path, ("train", "val")),  # which are found
     ):
         data = {
             "dir": str(root),

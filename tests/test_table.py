@@ -62,7 +62,7 @@ def test_the_cache_knows_the_images_until_a_label_changes(images, image_folders,
     table, cache = write_table(images / "train.csv", ("file", "label"), *rows), images / "cache"
     first = scan_classes(table, cache)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.index._read_size", lambda *_: pytest.fail("read a header again"))
+        patch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
         assert scan_classes(table, cache).fingerprint == first.fingerprint
     write_table(table, ("file", "label"), (rows[0][0], "class2"), *rows[1:])
     changed = scan_classes(table, cache)

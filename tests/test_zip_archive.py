@@ -42,7 +42,7 @@ def test_a_zip_file_is_indexed_and_read_as_its_folders(image_folders, tmp_path, 
     index = scan_classes(file, tmp_path / "cache")
     assert_same(index, folders)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.index._read_size", lambda *_: pytest.fail("read a header again"))
+        patch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
         assert_same(scan_classes(file, tmp_path / "cache"), folders)
     again = pickle.loads(pickle.dumps(index))
     content = file.read_bytes()

@@ -34,6 +34,7 @@ from pipeline.audit import (
 )
 from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
 from pipeline.data.dataset import DATASETS
+from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
 from pipeline.distributed import World, init_distributed
@@ -118,13 +119,14 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     for file, name in zip(files, short_names(files), strict=True):
         weights = read_weights_of(options, file)
         data = data_config(weights.config, options)
-        same = [c for c in candidates if (c.data.dataset, c.index.classes) == (data.dataset, weights.classes)]
+        alike = data.dataset, pixel_format(data), weights.classes
+        same = [c for c in candidates if (c.data.dataset, pixel_format(c.data), c.index.classes) == alike]
         index = same[0].index if same else open_images(data, options.labels, weights.classes)
         if candidates and index.names != candidates[0].index.names:
             raise UserError(f"{file} and {candidates[0].file} are not for the same images: evaluate them one by one")
-        check_image_size(weights.network, data.crop_size, name)
-        bare = network_without_weights(weights.config.model, len(weights.classes))
-        work = multiply_accumulates(bare, data.crop_size)
+        check_image_size(weights.network, data.crop_size, name, data.channels)
+        bare = network_without_weights(weights.config.model, len(weights.classes), data.channels)
+        work = multiply_accumulates(bare, data.crop_size, data.channels)
         candidates.append(Candidate(file, name, weights, data, index, work))
     return candidates
 
@@ -177,7 +179,7 @@ def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argp
 def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
     """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with classes under val/, or flat with a label file; or
     the test images of one of torchvision's data sets."""
-    folder = Path(data.dir)
+    folder, read_as = Path(data.dir), pixel_format(data)
     labels_file = find_label_file(labels_file, folder)
     if data.dataset != "images":
         if labels_file:
@@ -188,13 +190,13 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     if data.labels == "multi":
         if not labels_file:
             raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
-        return scan_label_table(folder, labels_file, classes, known_cache(Path(labels_file)), progress=True)
+        return scan_label_table(folder, labels_file, classes, known_cache(Path(labels_file)), True, read_as)
     if (folder / "val").is_dir() and "val" not in classes and not labels_file:
         folder = folder / "val"
     cache = known_cache(folder)
     if labels_file:
-        return scan_flat(folder, labels_file, classes, cache, progress=True)
-    return scan_classes(folder, cache, progress=True).with_classes(classes)
+        return scan_flat(folder, labels_file, classes, cache, True, read_as)
+    return scan_classes(folder, cache, progress=True, pixel_format=read_as).with_classes(classes)
 
 
 def describe(
@@ -409,18 +411,22 @@ def compare(
 
 
 def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
-    names = ("dataset", "interpolation", "resize_size", "crop_size", "mean", "std", "loader", "threads")
+    names = (
+        "dataset", "interpolation", "resize_size", "crop_size", "mean", "std", "depth", "exif_orientation", "loader", "threads",
+    )  # fmt: skip
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "crop_size" in given and "resize_size" not in given:  # as in a run's configuration
         given["resize_size"] = resize_with(given["crop_size"], config.data.crop_size, config.data.resize_size)
+    for name in {"mean", "std"} & given.keys():
+        if len(given[name]) == 1 and config.data.channels == 3:
+            given[name] = given[name] * 3
     tree = dataclasses.asdict(config)
     tree["data"] |= {"dir": options.data, "download": options.download, "threads": 0, **given}
     return from_dict(tree, "the command line").data
 
 
 def _rgb(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    return values * 3 if len(values) == 1 else values
+    return tuple(float(part) for part in text.split(","))
 
 
 def _parser() -> ArgumentParser:
@@ -470,6 +476,12 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--std", type=_rgb, metavar="R,G,B", help="standard deviation for the normalisation [the run's]"
+    )
+    parser.add_argument("--depth", type=int, choices=(8, 16), help="bits of a gray pixel [the run's]")
+    parser.add_argument(
+        "--exif-orientation",
+        action=argparse.BooleanOptionalAction,
+        help="turn images as their EXIF data say [as the run did]",
     )
     parser.add_argument(
         "--batch-size", type=positive_integer, metavar="N", default=32, help="images per batch and rank [32]"

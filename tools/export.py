@@ -1,9 +1,10 @@
 """Export a network to ONNX or torch.export: ``python -m tools.export WEIGHTS OUTPUT.onnx`` (or ``OUTPUT.pt2``).
 
-The exported network is in evaluation mode and takes float32 images of shape (N, 3, S, S), prepared as its metadata says, for
-any N; S is the crop size of the weights' run. The metadata also holds the class names, whether the weights are a moving average
-of a run's, and whether probabilities are the softmax of the logits or, of several labels an image, their sigmoid. The file is
-loaded again and compared with PyTorch, and written only if the logits agree.
+The exported network is in evaluation mode and takes float32 images of shape (N, C, S, S), prepared as its metadata says, for
+any N; C is 3, or 1 of a network for gray images; S is the crop size of the weights' run. The metadata also holds the class
+names, whether the weights are a moving average of a run's, and whether probabilities are the softmax of the logits or, of
+several labels an image, their sigmoid. The file is loaded again and compared with PyTorch, and written only if the logits
+agree.
 """
 
 import io
@@ -57,11 +58,12 @@ def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
     Raises:
         UserError: the network cannot be traced, or the file computes something else.
     """
-    network, size, (serialise, load) = weights.network, weights.config.data.crop_size, FORMATS[suffix]
+    network, data, (serialise, load) = weights.network, weights.config.data, FORMATS[suffix]
+    shape = (data.channels, data.crop_size, data.crop_size)
     if isinstance(network, DenseNet):
         network.dense_block = "eager"
     try:
-        program = torch.export.export(network, (images_of(2, size),), dynamic_shapes=({0: Dim("batch")},))
+        program = torch.export.export(network, (torch.randn(2, *shape),), dynamic_shapes=({0: Dim("batch")},))
         content = serialise(program, metadata_of(weights))
     except RuntimeError as error:  # torch.export and torch.onnx cannot trace some of timm's networks
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -71,19 +73,19 @@ def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
     except Exception as error:  # onnxruntime's exceptions have no common base
         reason = " ".join(str(error).split())
         raise UserError(f"{weights.config.model.name} as {suffix} cannot be loaded ({reason}): not written") from None
-    return content, compare(network, run, size)
+    return content, compare(network, run, shape)
 
 
 @torch.no_grad()
-def compare(network: nn.Module, run: Run, size: int) -> float:
-    """Largest difference of `run` from the network on random images.
+def compare(network: nn.Module, run: Run, shape: tuple[int, int, int]) -> float:
+    """Largest difference of `run` from the network on random images of a shape (C, H, W).
 
     Raises:
         UserError: it is above `TOLERANCE`.
     """
     largest = 0.0
     for batch_size in BATCH_SIZES:
-        images = images_of(batch_size, size)
+        images = torch.randn(batch_size, *shape)
         expected = network(images)
         difference = (run(images) - expected).abs().max().item()
         allowed = TOLERANCE * max(1, expected.abs().max().item())
@@ -102,7 +104,9 @@ def metadata_of(weights: Weights) -> dict[str, str]:
         "resize_short_side": data.resize_size,
         "resize_filter": FILTERS[data.interpolation],
         "centre_crop": data.crop_size,
-        "colors": "RGB, 0 to 1",
+        "colors": "RGB, 0 to 1" if data.channels == 3 else "gray (0.299 R + 0.587 G + 0.114 B), 0 to 1",
+        "bits": data.depth,
+        "exif_orientation": "applied" if data.exif_orientation else "ignored",
         "mean": data.mean,
         "std": data.std,
     }
@@ -144,10 +148,6 @@ def serialise_pt2(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
 
 def load_pt2(content: bytes) -> Run:
     return torch.export.load(io.BytesIO(content)).module()
-
-
-def images_of(batch_size: int, size: int) -> Tensor:
-    return torch.randn(batch_size, 3, size, size)
 
 
 FORMATS = {".onnx": (serialise_onnx, load_onnx), ".pt2": (serialise_pt2, load_pt2)}

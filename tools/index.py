@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets
+from pipeline.data.image_files import PixelFormat, pixel_format
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
 from pipeline.data.sources import open_source
 from pipeline.data.verify import verify
@@ -38,10 +39,21 @@ def main() -> None:
     parser.add_argument("--cache", metavar="FOLDER", default="runs/index", help="for the cache if DIR is read-only")
     parser.add_argument("--verify", action="store_true", help="read and decode every image, and list what is odd")
     parser.add_argument("--against", metavar="DIR", help="verify this validation set too, and list what both hold")
+    parser.add_argument("--depth", type=int, choices=(8, 16), default=8, help="bits of a pixel, as data.depth [8]")
+    parser.add_argument(
+        "--exif-orientation", action="store_true", help="images are turned as EXIF says, as data.exif_orientation"
+    )
     options = parser.parse_args()
     root, fallback = Path(options.data), Path(options.cache)
     labels = find_label_file(options.labels, root)
-    config = DataConfig(dir=str(root), val_labels=labels and str(Path(labels).absolute()))
+    config = DataConfig(
+        dir=str(root),
+        val_labels=labels and str(Path(labels).absolute()),
+        channels=3 if options.depth == 8 else 1,
+        depth=options.depth,
+        exif_orientation=options.exif_orientation,
+    )
+    read_as = pixel_format(config)
     training, validation = root / config.train, root / config.val
     both = training.exists() and validation.exists()
     if labels and not options.classes and not both:
@@ -53,14 +65,15 @@ def main() -> None:
     start = time.perf_counter()
     if options.verify:
         against = [validation] if both else [Path(options.against)] if options.against else []
-        list_odd_images(training if both else root, against)
+        list_odd_images(training if both else root, against, read_as)
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
     elif labels:
-        classes = scan_classes(options.classes, cache_beside(Path(options.classes), fallback), progress=True).classes
-        indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), progress=True)]
+        of_classes = cache_beside(Path(options.classes), fallback)
+        classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
+        indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), True, read_as)]
     else:
-        indexes = [scan_classes(root, cache_beside(root, fallback), progress=True)]
+        indexes = [scan_classes(root, cache_beside(root, fallback), progress=True, pixel_format=read_as)]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     for index in indexes:
@@ -69,7 +82,7 @@ def main() -> None:
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
-def list_odd_images(training: Path, validation: list[Path]) -> None:
+def list_odd_images(training: Path, validation: list[Path], read_as: PixelFormat) -> None:
     """Print a line for each issue that `verify` finds, and how many there are of each kind.
 
     Raises:
@@ -77,7 +90,7 @@ def list_odd_images(training: Path, validation: list[Path]) -> None:
     """
     kinds: Counter[tuple[str, str]] = Counter()
     stops = 0
-    for issue in verify([open_source(training)], [open_source(root) for root in validation]):
+    for issue in verify([open_source(training)], [open_source(root) for root in validation], read_as):
         tqdm.write(str(issue))
         kinds[issue.fault, issue.outcome] += issue.count
         stops += issue.stops

@@ -39,14 +39,14 @@ def main() -> None:
     source, out = Path(options.data), Path(options.out)
     if there := sorted(out.glob(f"{options.name}-*.tar")):
         raise UserError(f"{there[0]} exists: remove the old shards, or give another OUT or --name")
-    index = scan_classes(source, known_cache(source), progress=True)
+    index = scan_classes(source, known_cache(source), progress=True, pixel_format=None)
     try:
         out.mkdir(parents=True, exist_ok=True)
         shards = pack(index, out, options.name, options.shard_size * MIB)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}: check its permissions and the free space") from None
     pattern = out / f"{options.name}-{{000000..{len(shards) - 1:06d}}}.tar"
-    packed = scan_classes(pattern, cache_beside(pattern, out), progress=True)
+    packed = scan_classes(pattern, cache_beside(pattern, out), progress=True, pixel_format=None)
     if packed.classes != index.classes:  # numbers count as numbers in shards, and as text in names of folders
         print(
             f"warning: the classes of {source} are numbers, which shards put into their order: the network's outputs stand in "

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from pipeline.config import DataConfig
 from pipeline.data.folder import FolderSource
-from pipeline.data.image_files import open_image
-from pipeline.data.index import DatasetIndex
+from pipeline.data.image_files import PixelFormat, deep_mode, open_image, orientation, pixel_format, refused_depth
+from pipeline.data.index import COLORS, LAST_THAT_STANDS, DatasetIndex
 from pipeline.data.index import find_images as find_images_in
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World, init_distributed
@@ -71,7 +71,7 @@ def main() -> None:
     answers = []
     with init_distributed() as world, ExitStack() as stack:
         network = weights.network.to(world.device).to(memory_format=torch.channels_last)
-        check_image_size(network, data.crop_size, options.weights)
+        check_image_size(network, data.crop_size, options.weights, data.channels)
         rows = None
         if options.csv:
             rows = csv.writer(stack.enter_context(open(options.csv, "w", newline="", **ANY_NAME)))
@@ -125,23 +125,29 @@ def find_images(paths: list[str]) -> list[str]:
     return files
 
 
-def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
+def index_files(files: list[str], classes: tuple[str, ...], read_as: PixelFormat = COLORS) -> DatasetIndex:
     """An index of single image files. Its labels are all 0 and its fingerprint is empty.
 
     Raises:
         UserError: a file cannot be read or is not an image.
     """
 
-    def size_and_length(file: str) -> tuple[tuple[int, int], int]:
+    def size_and_length(file: str) -> tuple[tuple[int, int], int, bool]:
         try:
             with open(file, "rb") as stream:
                 image = open_image(stream, file)
-                return (image.height, image.width), os.fstat(stream.fileno()).st_size
+                if refused := refused_depth(deep_mode(image), read_as.depth):
+                    raise UserError(
+                        f"{file} {refused[0]} ({deep_mode(image)}), and the network is for others: convert it"
+                    )
+                turn = orientation(image) if read_as.exif_orientation else 1
+                size = (image.width, image.height) if turn > LAST_THAT_STANDS else (image.height, image.width)
+                return size, os.fstat(stream.fileno()).st_size, turn != 1
         except OSError as error:
             raise UserError(f"cannot read the image {file}: {error.strerror}") from None
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        sizes, lengths = zip(*pool.map(size_and_length, files), strict=True)
+        sizes, lengths, turned = zip(*pool.map(size_and_length, files), strict=True)
     nothing = np.zeros(len(files), np.int64)
     return DatasetIndex(
         names=tuple(files),
@@ -152,6 +158,7 @@ def index_files(files: list[str], classes: tuple[str, ...]) -> DatasetIndex:
         offsets=nothing,
         lengths=np.array(lengths, np.int64),
         source=FolderSource(""),
+        turned=np.array(turned),
     )
 
 
@@ -160,7 +167,9 @@ def predict_all(
 ) -> Iterator[tuple[str, Tensor]]:
     """`predict` for any number of image files, of which some thousand are known at a time."""
     for start in range(0, len(files), AT_ONCE):
-        yield from predict(network, index_files(files[start : start + AT_ONCE], classes), data, crops, world)
+        yield from predict(
+            network, index_files(files[start : start + AT_ONCE], classes, pixel_format(data)), data, crops, world
+        )
 
 
 @torch.inference_mode()

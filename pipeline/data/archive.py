@@ -146,7 +146,8 @@ def walk_tar(
     """
     try:
         with tarfile.open(fileobj=Section(file.opened(), start, length), mode="r:") as tar:
-            for entry in tar:
+            while entry := tar.next():
+                tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte an image
                 name = os.path.normpath(entry.name)
                 location = location_of(name)
                 if entry.isdir():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data.color import to_device
-from pipeline.data.plan import BatchPlan
+from pipeline.data.plan import BatchPlan, surround
 from pipeline.data.policies import Operation
 
 ROUNDING = 2**-10  # more than what float32 loses in a byte, much less than what shows
@@ -30,7 +30,7 @@ class AutoAugment:
     """
 
     def __init__(self, config: DataConfig):
-        mean = np.rint(255 * np.array(config.mean)).astype(np.uint8)
+        mean = np.rint(255 * np.array(surround(config))).astype(np.uint8)
         self._fill = mean if config.auto_augment == "randaugment-timm" else np.zeros_like(mean)
         self._warp = {"nearest": _warp_nearest, "bilinear": _warp_bilinear}[config.warp_interpolation]
 

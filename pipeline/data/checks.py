@@ -98,8 +98,8 @@ def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:
     spread = _spread(range(len(val)))
     wanted, named = set(keys), dict[tuple[str, int], int]()
     lengths: dict[int, list[int]] = {keys[j][1]: [] for j in spread}
-    for i in range(len(train)):
-        key = _key(train, i)
+    for i, (name, length) in enumerate(zip(train.names, train.lengths.tolist(), strict=True)):
+        key = os.path.basename(name), length
         if key in wanted:
             named[key] = i
         if len(rows := lengths.get(key[1], FULL)) < CANDIDATES:

@@ -21,21 +21,21 @@ def apply_colors(pixels: Tensor, plan: BatchPlan, device: torch.device) -> Tenso
     """Map the colours of every view and lay the result out for the network, in float32 whatever autocast is entered.
 
     Args:
-        pixels: (n, V, H, W, 3), uint8 or float32 in 0..255.
+        pixels: (n, V, H, W, K), uint8 or float32 in 0..255.
 
     Returns:
-        (n * V, 3, H, W) float32 on `device`, channels-last in memory.
+        (n * V, C, H, W) float32 on `device`, channels-last in memory.
     """
     with torch.autocast(device.type, enabled=False):
         return _mapped(pixels, plan, device)
 
 
 def _mapped(pixels: Tensor, plan: BatchPlan, device: torch.device) -> Tensor:
-    n, views, height, width, _ = pixels.shape
+    n, views, height, width, numbers = pixels.shape
     x = to_device(pixels, device).float()
     color, mean_color, shift = (to_device(array, device) for array in (plan.color, plan.mean_color, plan.shift))
     if plan.mean_color.any():
-        mean = x[:, 0].reshape(n, height * width, 3).mean(dim=1)
+        mean = x[:, 0].reshape(n, height * width, numbers).mean(dim=1)
         shift = shift + torch.einsum("nij,nj->ni", mean_color, mean) / 255
     if _keeps_colors_apart(plan.color):  # evaluation: one pass over memory, which ten crops are bound by
         scale = torch.diagonal(color, dim1=1, dim2=2) / 255
@@ -43,11 +43,12 @@ def _mapped(pixels: Tensor, plan: BatchPlan, device: torch.device) -> Tensor:
         x = torch.addcmul(shift.repeat(1, width)[:, None], rows, scale.repeat(1, width)[:, None])
     else:
         together = PIXELS_A_ROW if height * width % PIXELS_A_ROW == 0 else 1
-        matrix = torch.kron(torch.eye(together, device=device)[None], (color.transpose(1, 2) / 255).contiguous())
-        rows = x.reshape(n, -1, 3 * together)
+        of_one = (color.transpose(1, 2) / 255).clone(memory_format=torch.contiguous_format)
+        matrix = torch.kron(torch.eye(together, device=device)[None], of_one)
+        rows = x.reshape(n, -1, numbers * together)
         x = torch.baddbmm(shift.repeat(1, together)[:, None], rows, matrix)
-    return x.view(n * views, height, width, 3).permute(0, 3, 1, 2)
+    return x.view(n * views, height, width, color.shape[1]).permute(0, 3, 1, 2)
 
 
 def _keeps_colors_apart(color: np.ndarray) -> bool:
-    return not (color * (1 - np.eye(3))).any()
+    return color.shape[1:] == (3, 3) and not (color * (1 - np.eye(3))).any()

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TypedDict, cast
 
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.decoding import as_ppm, if_decodable, readable_by_dali
+from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.nvjpeg import load_nvjpeg
-from pipeline.data.plan import BatchPlan
+from pipeline.data.plan import BatchPlan, surround
 from pipeline.data.reader import Reader
 from pipeline.data.replacements import collect
 from pipeline.errors import is_out_of_memory
@@ -103,7 +105,7 @@ class DaliPlans:
         self._around = (
             PaddingOptions(
                 out_of_bounds_policy="pad",
-                fill_values=[255 * mean for mean in config.mean],
+                fill_values=[255 * mean for mean in surround(config)],
                 dtype=types.DALIDataType.FLOAT,
             )
             if config.train_crop == "random_crop" and views == 1
@@ -123,7 +125,7 @@ class DaliPlans:
             batch_size=batch_size, num_threads=threads, device_id=device.index, prefetch_queue_depth=PREFETCH
         )
         self._pipeline: Pipeline | None = None
-        self._reader = Reader(index)
+        self._reader, self._readable = Reader(index), partial(readable_by_dali, pixel_format=pixel_format(config))
         self._batches: Iterator[Fed] = iter(())
         self._pending: deque[Fed] = deque()
 
@@ -147,7 +149,7 @@ class DaliPlans:
 
     def _read(self, plans: Iterable[BatchPlan]) -> Iterator[Fed]:
         """The batches of some plans, with replacements where images are corrupt."""
-        for plan, futures in self._reader.read_ahead(plans, readable_by_dali):
+        for plan, futures in self._reader.read_ahead(plans, self._readable):
             yield Fed(*collect(plan, futures, self._corrupt_images), treatment=UNTREATED)
 
     def _feed_again(self, error: RuntimeError) -> None:

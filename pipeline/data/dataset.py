@@ -1,31 +1,29 @@
 """The training and the validation set that a configuration names."""
 
-import dataclasses
 import os
-import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arrays
+from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
-from pipeline.data.sources import find_source, open_source
+from pipeline.data.sources import open_source
+from pipeline.data.splits import Split, find_splits
 from pipeline.data.synthetic import synthetic_index
-from pipeline.data.table import SPLIT_NAMES, Columns, TableSource, is_table
+from pipeline.data.table import Columns, TableSource, is_table
 from pipeline.errors import UserError, look_up
 
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
 
-Split = Literal["train", "val"]
 Opener = Callable[[DataConfig, Split, tuple[str, ...], Path | None, bool], DatasetIndex]
 
 
@@ -44,8 +42,7 @@ def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tup
     """
     opener = _open_synthetic if config.loader == "synthetic" else look_up(DATASETS, config.dataset, "data.dataset")
     if opener is _open_files:
-        config = _above_train(config)
-        _check_folders(config)
+        config = find_splits(config)
     train = opener(config, "train", (), cache, progress)
     if config.holdout:
         parts = _hold_out(train, config.holdout)
@@ -83,10 +80,11 @@ def _open_root(
             f"{root} is no table, and data.file_column and data.label_column are for tables: leave them out"
         )
     if split == "train":
-        return scan_classes(source, kept, progress)
+        return scan_classes(source, kept, progress, pixel_format=pixel_format(config))
     if config.val_labels:
-        return scan_flat(root, Path(config.dir, config.val_labels), classes, kept, progress)
-    val = scan_classes(source, kept, progress, empty_classes=True)
+        labels = Path(config.dir, config.val_labels)
+        return scan_flat(root, labels, classes, kept, progress, pixel_format(config))
+    val = scan_classes(source, kept, progress, True, pixel_format(config))
     odd = sorted(set(val.classes) - set(classes))
     if odd and len(odd) == len(val.classes):
         raise UserError(
@@ -121,7 +119,7 @@ def _open_label_table(
             f"{table} is a folder: with data.labels multi data.train and data.val are CSV files in data.dir, which name the "
             "images and their labels"
         )
-    index = scan_label_table(config.dir, table, classes, cache, progress)
+    index = scan_label_table(config.dir, table, classes, cache, progress, pixel_format(config))
     lacking = _of_one_kind(index)
     if len(lacking) == len(index.classes):
         raise UserError(f"{table}: no class has images with and images without it: nothing can be learnt or measured")
@@ -179,91 +177,6 @@ DATASETS: dict[str, Opener] = {
     "images": _open_files,
     **dict.fromkeys(CLASSES_OF_TORCHVISION, _open_arrays),
 }
-
-
-def _above_train(config: DataConfig) -> DataConfig:
-    """The configuration with the folder that holds both splits, where data.dir is the training split itself; it is told."""
-    folder = Path(os.path.abspath(config.dir))
-    above = folder.parent
-    if folder.name != config.train or os.path.lexists(folder / config.train):
-        return config
-    if not config.holdout and not os.path.lexists(above / config.val):
-        return config
-    print(
-        f"data.dir {config.dir} is the training images: {above} is taken, which holds them", file=sys.stderr, flush=True
-    )
-    return dataclasses.replace(config, dir=str(above))
-
-
-def _check_folders(config: DataConfig) -> None:
-    """Refuse a missing split before the other one is scanned, which can take an hour.
-
-    Raises:
-        UserError: names what is there instead.
-    """
-    folder = Path(config.dir)
-    if config.labels == "multi":
-        _check_table(folder, config.train, "data.train", "")
-        if not config.holdout:
-            _check_table(folder, config.val, "data.val", ", or data.holdout to validate on training images")
-        return
-    _check_split(folder, config.train, "data.train", SPLIT_NAMES["train"], "")
-    if not config.holdout:
-        _check_split(
-            folder, config.val, "data.val", SPLIT_NAMES["val"], ", or data.holdout to validate on training images"
-        )
-        labels = config.val_labels and folder / config.val_labels
-        if labels and not os.path.exists(labels):
-            raise UserError(f"the label file {labels} does not exist: set data.val_labels (relative to data.dir)")
-
-
-def _check_split(folder: Path, name: str, field: str, usual: tuple[str, ...], otherwise: str) -> None:
-    wanted = folder / name
-    if os.path.lexists(wanted) or not _may_list(folder) or find_source(wanted):
-        return  # what is wrong with it, the scan says
-    there = _entries(folder)
-    below = [os.path.join("data", entry) for entry in _entries(folder / "data")]  # as Hugging Face lays them
-    offered = list(dict.fromkeys(offer for entry in there + below if (offer := _offer(entry, usual)) and offer != name))
-    if folder.name == name:
-        remedy = f"data.dir is the folder above: set it to {folder.parent}"
-    elif len(offered) == 1:
-        remedy = f"there is {offered[0]}: set {field} {offered[0]}{otherwise}"
-    else:
-        found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
-        remedy = f"set data.dir, or {field}{otherwise}{found}"
-    raise UserError(f"the data folder {wanted} does not exist: {remedy}")
-
-
-def _entries(folder: Path) -> list[str]:
-    return sorted(e for e in os.listdir(folder) if not e.startswith(".")) if _may_list(folder) else []
-
-
-def _offer(entry: str, usual: tuple[str, ...]) -> str | None:
-    """What to give for an entry of data.dir if its name is that of the split: its name, or a pattern if it is a shard."""
-    folder, name = os.path.split(entry)
-    if shard := re.fullmatch(r"(.+?)-\d+(?:-of-\d+)?\.(tar|parquet)", name):
-        pattern = f"'{os.path.join(folder, shard[1])}-*.{shard[2]}'"
-        return pattern if shard[1].lower() in usual else None
-    return entry if name.split(".")[0].lower() in usual else None
-
-
-def _check_table(folder: Path, name: str, field: str, otherwise: str) -> None:
-    """As `_check_split`, for a table of several labels an image."""
-    wanted = folder / name
-    if os.path.lexists(wanted) or not _may_list(folder):
-        return  # what is wrong with it, the scan says
-    there = sorted(
-        entry for entry in os.listdir(folder) if entry.lower().endswith(".csv") and not entry.startswith(".")
-    )
-    offered = f" to {' or '.join(there[:4])}{' or another' if len(there) > 4 else ''}, which data.dir holds"
-    none = f" to a CSV file (data.dir, {folder}, holds none)"
-    raise UserError(
-        f"the table {wanted} does not exist: with data.labels multi, set {field}{offered if there else none}{otherwise}"
-    )
-
-
-def _may_list(folder: Path) -> bool:
-    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)
 
 
 def _cache(root: Path, folder: Path) -> Path:

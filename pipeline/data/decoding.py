@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.formats import is_plain, to_pnm
+from pipeline.data.image_files import UPRIGHT, PixelFormat, orientation
+from pipeline.data.plan import GRAY
 from pipeline.errors import LocalUserError
 
 warnings.filterwarnings("ignore", module="PIL")  # about metadata and transparency that nobody uses, and naming no file
@@ -28,8 +30,11 @@ class CorruptImageError(LocalUserError):
         self.location, self.reason = location, reason
 
 
-def decode(content: np.ndarray, location: str) -> Image.Image:
-    """Decode a file's bytes, (length) uint8, to RGB.
+COLORS = PixelFormat()
+
+
+def decode(content: np.ndarray, location: str, pixel_format: PixelFormat = COLORS) -> Image.Image:
+    """Decode a file's bytes, (length) uint8, to RGB; of 16 bits, to gray values from 0 to 255 in floats (Pillow's mode F).
 
     Raises:
         CorruptImageError: they do not decode; the message names `location`.
@@ -37,7 +42,9 @@ def decode(content: np.ndarray, location: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(content.data)) as image:
-            return image.convert("RGB")
+            turn = UPRIGHT.get(orientation(image)) if pixel_format.exif_orientation else None
+            pixels = image.convert("RGB") if pixel_format.depth == 8 else _gray(image)
+            return pixels if turn is None else pixels.transpose(turn)
     except MemoryError:  # not the image's fault
         raise LocalUserError(
             f"not enough memory to decode the image {location}: raise the limit on memory (ulimit -v, or the job's), or lower "
@@ -49,9 +56,21 @@ def decode(content: np.ndarray, location: str) -> Image.Image:
         raise CorruptImageError(location, " ".join(str(error).split()) or type(error).__name__) from None
 
 
-def as_ppm(content: np.ndarray, location: str) -> np.ndarray:
+def _gray(image: Image.Image) -> Image.Image:
+    """An opened image as gray values from 0 to 255 in floats, those of 16 bits with fractions."""
+    gray: np.ndarray
+    if image.mode.startswith("I"):
+        gray = np.asarray(image, np.float32) / 257
+    elif image.mode in ("1", "L"):
+        gray = np.asarray(image.convert("L"), np.float32)
+    else:
+        gray = np.asarray(image.convert("RGB"), np.float32) @ GRAY.astype(np.float32)
+    return Image.fromarray(gray)
+
+
+def as_ppm(content: np.ndarray, location: str, pixel_format: PixelFormat = COLORS) -> np.ndarray:
     """Decode a file's bytes and return them as those of a PPM file, which DALI reads to the bit; see `decode`."""
-    return to_pnm(np.asarray(decode(content, location)))
+    return to_pnm(np.asarray(decode(content, location, pixel_format)))
 
 
 def if_decodable(content: np.ndarray, location: str) -> np.ndarray:
@@ -60,6 +79,13 @@ def if_decodable(content: np.ndarray, location: str) -> np.ndarray:
     return content
 
 
-def readable_by_dali(content: np.ndarray, location: str) -> np.ndarray:
+def readable_by_dali(content: np.ndarray, location: str, pixel_format: PixelFormat = COLORS) -> np.ndarray:
     """Return the bytes of an image that DALI decodes as Pillow does: its own, or those of a PPM file; see `decode`."""
-    return content if is_plain(content) else as_ppm(content, location)
+    if is_plain(content) and not (pixel_format.exif_orientation and _is_turned(content)):
+        return content
+    return as_ppm(content, location, pixel_format)
+
+
+def _is_turned(content: np.ndarray) -> bool:
+    with Image.open(io.BytesIO(content.data)) as image:
+        return orientation(image) != 1

@@ -6,11 +6,13 @@ says nothing is opened, and its content decides. All else is left out, and told.
 
 import os
 import stat
+from dataclasses import dataclass
 from functools import cache
 from typing import IO, cast
 
-from PIL import Image
+from PIL import ExifTags, Image
 
+from pipeline.config import DataConfig
 from pipeline.data.source import ImageIssue, Stream
 from pipeline.errors import UserError
 
@@ -24,6 +26,40 @@ UNREADABLE = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", 
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 ANIMATED = {"GIF", "PNG", "TIFF", "WEBP", "AVIF"}  # the second picture of an MPO is a preview or a stereo partner
 OWN_CACHE = ".index.jsonl"  # see index.cache_beside
+
+
+TURNED = Image.Transpose
+# What makes an image upright, by its EXIF orientation. From 5 on height and width change places.
+UPRIGHT = {
+    2: TURNED.FLIP_LEFT_RIGHT,
+    3: TURNED.ROTATE_180,
+    4: TURNED.FLIP_TOP_BOTTOM,
+    5: TURNED.TRANSPOSE,
+    6: TURNED.ROTATE_270,
+    7: TURNED.TRANSVERSE,
+    8: TURNED.ROTATE_90,
+}
+
+
+ASK_FOR_UPRIGHT = "read as stored, as the paper's code did; data.exif_orientation true turns it"
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What images are read as.
+
+    Attributes:
+        depth: 8 bits of three colours; or 16: gray values in floats, of 16 bits where the file has them.
+        exif_orientation: images are turned as their EXIF data say.
+    """
+
+    depth: int = 8
+    exif_orientation: bool = False
+
+
+def pixel_format(config: DataConfig) -> PixelFormat:
+    """What a configuration's images are read as."""
+    return PixelFormat(config.depth, config.exif_orientation)
 
 
 class RefusedImageError(UserError):
@@ -83,9 +119,39 @@ def open_image(stream: Stream, location: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         detail = type(error).__name__
         raise RefusedImageError(location, "is not an image that can be read", detail, "repair or remove it") from None
-    if image.mode.startswith(("I", "F")):
-        raise RefusedImageError(location, "has more than 8 bits a colour", image.mode, "convert or remove it")
+    if image.mode.startswith(("I", "F")) and not deep_mode(image):
+        raise RefusedImageError(location, "has more than 16 bits a colour", image.mode, "convert or remove it")
     return image
+
+
+def deep_mode(image: Image.Image) -> str:
+    """What Pillow calls the colours of an opened image that has 16 bits of each; empty for fewer."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return image.mode
+    tiles = getattr(image, "tile", None)
+    mode = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+    return mode if mode.endswith(";16B") else ""
+
+
+def refused_depth(mode: str, depth: int) -> tuple[str, str] | None:
+    """What is wrong with an image of this `deep_mode` where images of `depth` bits are wanted, and what to do about it."""
+    gray = mode.startswith("I")
+    if depth == 8 and gray:  # colours of 16 bits Pillow reads with 8
+        return "has more than 8 bits a colour", "set data.depth 16 and data.channels 1, or convert or remove it"
+    if depth == 16 and mode and not gray:
+        return "has 16 bits a colour, of which Pillow reads 8", "convert it to gray, or remove it"
+    return None
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 is upright."""
+    if image.format != "TIFF" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data, of which Pillow complains in many ways
+        return 1
+    return value if value in UPRIGHT else 1
 
 
 def issues_of(image: Image.Image, location: str) -> list[ImageIssue]:

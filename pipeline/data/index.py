@@ -7,10 +7,11 @@ that was interrupted resumes there, and a later one reads only what has changed.
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,23 +22,34 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.image_files import (
+    ASK_FOR_UPRIGHT,
+    PixelFormat,
     RefusedImageError,
+    deep_mode,
     is_image_by_content,
     issues_of,
     no_image,
     open_image,
+    orientation,
+    refused_depth,
     unreadable,
 )
 from pipeline.data.label_table import match_files, read_label_table
 from pipeline.data.labels import find_classes, labels_needed, read_labels
+from pipeline.data.names import Names
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 
+A_TASK = 16  # headers that a thread reads before it takes others
 THREADS = 16  # listing folders and reading headers waits for the disk, or for the network behind it
 HEADER_BYTES = 16384  # what is read of an image at once to find its size
-RULE = "2"  # which rule of image_files.py a cached row follows; that of a folder shows in its files
+RULE = "3"  # which rule of image_files.py a cached row follows
+BEGIN = f'{{"rule":"{RULE}","group":'  # of a line of the cache
+AT_ONCE = 1 << 16  # images that the fingerprint takes together
 NAMED = 5  # of what stops, that an error names
+LAST_THAT_STANDS = 4  # EXIF orientation; from the next on height and width change places
+COLORS = PixelFormat()
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -46,16 +58,17 @@ class DatasetIndex:
     """The images of one data set, in an order that depends on their names alone.
 
     Attributes:
-        names: (N) ``CLASS/IMAGE``, sorted within each class, or ``IMAGE`` in a flat set.
+        names: (N) ``CLASS/IMAGE``, sorted within each class, or ``IMAGE`` in a flat set; kept as `Names`.
         labels: (N) int64, index into `classes`; or, of images with several labels, (N, classes) uint8, 0 or 1.
-        sizes: (N, 2) int32, height and width in pixels as stored (EXIF orientation is not applied).
+        sizes: (N, 2) int32, height and width in pixels as the image is read: as stored, or turned (see `turned`).
         classes: class names; for class folders the folders' names, sorted.
         fingerprint: SHA-256 of class names, image names, labels and lengths; of images in memory, of their pixels too.
         offsets, lengths: (N) int64, the image's bytes, as `Source.open` takes them.
         source: opens the images.
+        turned: (N) bool, images that are turned as their EXIF data say when they are read; None: none is.
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     labels: np.ndarray
     sizes: np.ndarray
     classes: tuple[str, ...]
@@ -63,6 +76,11 @@ class DatasetIndex:
     offsets: np.ndarray
     lengths: np.ndarray
     source: Source
+    turned: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.names, Names):
+            object.__setattr__(self, "names", Names.of(self.names))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -93,8 +111,10 @@ class DatasetIndex:
         """Return the index of these rows, (n) int64."""
         digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes())
         parts = {name: getattr(self, name)[rows] for name in ("labels", "sizes", "offsets", "lengths")}
-        names = tuple(self.names[row] for row in rows.tolist())
-        return dataclasses.replace(self, names=names, fingerprint=digest.hexdigest(), **parts)
+        assert isinstance(self.names, Names)
+        names = self.names.take(rows)
+        turned = None if self.turned is None else self.turned[rows]
+        return dataclasses.replace(self, names=names, fingerprint=digest.hexdigest(), turned=turned, **parts)
 
     def with_classes(self, classes: tuple[str, ...]) -> "DatasetIndex":
         """Return this index with labels that count in `classes`, of which its own may be a part.
@@ -129,7 +149,11 @@ def _letters_and_digits(name: str) -> str:
 
 
 def scan_classes(
-    root: str | Path | FileSource, cache: Path | None = None, progress: bool = False, empty_classes: bool = False
+    root: str | Path | FileSource,
+    cache: Path | None = None,
+    progress: bool = False,
+    empty_classes: bool = False,
+    pixel_format: PixelFormat | None = COLORS,
 ) -> DatasetIndex:
     """Index images by class: ``CLASS/IMAGE`` in a folder or an archive, ImageNet's tar of tars, or images with labels.
 
@@ -141,6 +165,7 @@ def scan_classes(
         cache: file that keeps what was found; groups whose files have changed are read again.
         progress: show a progress bar on a terminal.
         empty_classes: a class may have no images, as in a validation set.
+        pixel_format: what the images are read as, which decides what is refused; None: their files are copied and not read.
 
     Raises:
         UserError: `root` cannot be read, holds no classes, holds parts of a data set, or folders of classes; or something in
@@ -161,12 +186,12 @@ def scan_classes(
             f"{root} holds {parts}: parts of a data set, which are no classes: give one of them, as "
             f"{os.path.join(root, max(names))}"
         )
-    rows = _scan(source, groups, beside, cache, progress, empty_classes)
+    rows = _scan(source, groups, beside, cache, progress, pixel_format, empty_classes)
     if groups and groups[0].labelled:
-        return _labelled_index(source, groups, rows)
+        return _labelled_index(source, groups, rows, pixel_format)
     _refuse_nested(source, groups, rows)
-    labels = np.repeat(np.arange(len(groups)), [len(row["names"]) for row in rows])
-    return _index(source, groups, rows, labels, tuple(group.name for group in groups))
+    labels = np.repeat(np.arange(len(groups)), [len(row.names) for row in rows])
+    return _index(source, groups, rows, labels, tuple(group.name for group in groups), pixel_format)
 
 
 def scan_flat(
@@ -175,6 +200,7 @@ def scan_flat(
     classes: Iterable[str],
     cache: Path | None = None,
     progress: bool = False,
+    pixel_format: PixelFormat = COLORS,
 ) -> DatasetIndex:
     """Index a folder or tar archive of images whose labels are in a file (see `labels.read_labels`).
 
@@ -186,12 +212,12 @@ def scan_flat(
     """
     source, classes = open_source(root), tuple(classes)
     group = source.flat()
-    (row,) = _scan(source, [group], [], cache, progress, labels_file=labels_file)
-    if not row["names"]:
+    (row,) = _scan(source, [group], [], cache, progress, pixel_format, labels_file=labels_file)
+    if not row.names:
         raise UserError(f"{root} holds no images: check its path")
-    found = read_labels(Path(labels_file), row["names"], classes)
+    found = read_labels(Path(labels_file), list(row.names), classes)
     position = {name: i for i, name in enumerate(classes)}
-    return _index(source, [group], [row], np.array([position[name] for name in found]), classes)
+    return _index(source, [group], [row], np.array([position[name] for name in found]), classes, pixel_format)
 
 
 def scan_label_table(
@@ -200,6 +226,7 @@ def scan_label_table(
     classes: tuple[str, ...] | None = None,
     cache: Path | None = None,
     progress: bool = False,
+    pixel_format: PixelFormat = COLORS,
 ) -> DatasetIndex:
     """Index the images of a folder or tar archive that a CSV file of labels names; see `label_table.read_label_table`.
 
@@ -220,14 +247,15 @@ def scan_label_table(
     order = sorted(range(len(names)), key=names.__getitem__)
     listed = Listing(tuple(members[names[i]] for i in order), tuple(issue for issue in listing.issues if issue.stops))
     group = Group("", lambda: listed)
-    (row,) = _scan(source, [group], [], cache, progress)
-    if len(row["names"]) < len(names):
-        odd = next(names[i] for i in order if names[i] not in set(row["names"]))
+    (row,) = _scan(source, [group], [], cache, progress, pixel_format)
+    if len(row.names) < len(names):
+        there = set(row.names)
+        odd = next(names[i] for i in order if names[i] not in there)
         raise UserError(f"{table} names {source.location(odd)}, which is no image: remove the line")
     others = sum(member.by_name for member in listing.members) - len(names)
     if others and progress:
         print(f"{others:,} images below {root} are not in {table}: left out", file=sys.stderr, flush=True)
-    return _index(source, [group], [row], read.labels[order], read.classes)
+    return _index(source, [group], [row], read.labels[order], read.classes, pixel_format)
 
 
 def images_of(source: FileSource, group: Group) -> tuple[list[tuple[str, Member]], list[ImageIssue]]:
@@ -284,10 +312,11 @@ def _scan(
     beside: list[ImageIssue],
     cache: Path | None,
     progress: bool,
+    pixel_format: PixelFormat | None,
     empty_classes: bool = False,
     labels_file: str | Path = "",
-) -> list[dict[str, Any]]:
-    """Names, offsets, lengths and sizes of each group's images.
+) -> list["_Found"]:
+    """What is known of each group's images.
 
     Args:
         labels_file: lies perhaps among the images, and is not told as left out.
@@ -296,7 +325,7 @@ def _scan(
         UserError: something stops the index. All is read before that is said, so that all can be named.
     """
     known, kept = _read_cache(cache), True
-    rows: list[dict[str, Any]] = []
+    rows: list[_Found] = []
     issues: list[ImageIssue] = []
     any_new = False
     with ThreadPoolExecutor(THREADS) as group_pool, ThreadPoolExecutor(THREADS) as header_pool:
@@ -312,16 +341,18 @@ def _scan(
                 disable=None if progress else True,
                 leave=False,
             )
-            for group, (row, of_group) in zip(groups, bar, strict=True):
-                new, stops = row is not known.get(group.key or group.name), any(issue.stops for issue in of_group)
+            for group, (row, new, of_group) in zip(groups, bar, strict=True):
+                stops = any(issue.stops for issue in of_group)
                 issues += of_group if new else [issue for issue in of_group if issue.stops]
-                any_new = any_new or new
-                if group.name and not group.labelled and not row["names"] and not stops and not empty_classes:
+                any_new = any_new or bool(new)
+                if group.name and not group.labelled and not row.names and not stops and not empty_classes:
                     where = f"the class {group.name} in {source.root}"
                     issues.append(ImageIssue(where, "has no images", "fill or remove it", stops=True))
                 if cache and new and not stops and kept:
-                    kept = _append(cache, row)
+                    kept = _append(cache, new)
                 rows.append(row)
+                if pixel_format:
+                    issues += _refused(source, group, row, pixel_format)
         except (MemoryError, RuntimeError) as error:
             group_pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, RuntimeError) and "thread" not in str(error):
@@ -334,11 +365,34 @@ def _scan(
             group_pool.shutdown(wait=False, cancel_futures=True)
             raise
     issues += beside if any_new else [issue for issue in beside if issue.stops]
+    if pixel_format and not pixel_format.exif_orientation:
+        issues += _not_upright(source, groups, rows)
     issues = [
         issue for issue in issues if not labels_file or os.path.abspath(issue.location) != os.path.abspath(labels_file)
     ]
     _stop_at(source, issues)
     return rows
+
+
+def _refused(source: FileSource, group: Group, row: "_Found", pixel_format: PixelFormat) -> list[ImageIssue]:
+    """The images of a group that cannot be read as such."""
+    issues = []
+    for i, mode in row.deep:
+        if refused := refused_depth(mode, pixel_format.depth):
+            location = source.location(os.path.join(group.name, row.names[i]))
+            issues.append(ImageIssue(location, refused[0], refused[1], mode, stops=True))
+    return issues
+
+
+def _not_upright(source: FileSource, groups: list[Group], rows: list["_Found"]) -> list[ImageIssue]:
+    """One line on images that EXIF data say to turn; at every start, as a network learns from them as they lie."""
+    odd = [(group, row) for group, row in zip(groups, rows, strict=True) if row.orientations]
+    if not odd:
+        return []
+    group, row = odd[0]
+    first = source.location(os.path.join(group.name, row.names[row.orientations[0][0]]))
+    count = sum(len(row.orientations) for _, row in odd)
+    return [ImageIssue(first, "is rotated by EXIF", ASK_FOR_UPRIGHT, count=count)]
 
 
 def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
@@ -370,11 +424,11 @@ def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
         )
 
 
-def _refuse_nested(source: FileSource, groups: list[Group], rows: list[dict[str, Any]]) -> None:
+def _refuse_nested(source: FileSource, groups: list[Group], rows: list["_Found"]) -> None:
     """Refuse one folder that holds the class folders, which would be one class."""
     if len(groups) != 1:
         return
-    folders = {os.path.dirname(name).partition(os.sep)[0] for name in rows[0]["names"]}
+    folders = {os.path.dirname(name).partition(os.sep)[0] for name in rows[0].names}
     if "" not in folders and len(folders) > 1:
         above = source.location(groups[0].name)
         raise UserError(
@@ -383,38 +437,84 @@ def _refuse_nested(source: FileSource, groups: list[Group], rows: list[dict[str,
         )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A row of the cache in little memory: n images of a group.
+
+    Attributes:
+        names: within the group.
+        labels: their classes, of a labelled group.
+        orientations: (row, EXIF orientation) of those that are not upright.
+        deep: (row, `deep_mode`) of those that have one.
+    """
+
+    names: Names
+    offsets: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    labels: list[str]
+    orientations: list[tuple[int, int]]
+    deep: list[tuple[int, str]]
+
+
+def _found(row: dict[str, Any]) -> _Found:
+    return _Found(
+        names=Names.of(row["names"]),
+        offsets=np.array(row["offsets"], np.int64),
+        lengths=np.array(row["lengths"], np.int64),
+        sizes=np.array(row["sizes"], np.int32).reshape(-1, 2),
+        labels=list(map(sys.intern, row.get("labels", []))),
+        orientations=row["orientations"],
+        deep=row["deep"],
+    )
+
+
 def _scan_group(
-    source: FileSource, group: Group, known: dict[str, Any] | None, pool: ThreadPoolExecutor
-) -> tuple[dict[str, Any], list[ImageIssue]]:
-    """One group's row, which is the known one if nothing has changed since, and what to tell of the group."""
-    stamp = group.stamp and f"{group.stamp} {RULE}"
+    source: FileSource, group: Group, line: str | None, pool: ThreadPoolExecutor
+) -> tuple[_Found, dict[str, Any] | None, list[ImageIssue]]:
+    """What a group holds; the row for the cache if that is not what its line there says; and what to tell of the group."""
+    known = json.loads(line) if line else None
+    stamp = group.stamp
     if known and stamp and known["stamp"] == stamp:
-        return known, []
+        return _found(known), None, []
     listing = group.list()
     issues = list(listing.issues)
     stamp = stamp or _stamp(listing.members)
     if known and known["stamp"] == stamp:
-        return known, issues
-    members, sizes = [], []
-    examined = pool.map(
-        lambda member: _read_size(source, os.path.join(group.name, member.name), member), listing.members
-    )
-    for member, (size, of_member) in zip(listing.members, examined, strict=True):
+        return _found(known), None, issues
+    members: list[Member] = []
+    sizes: list[tuple[int, int]] = []
+    orientations: list[tuple[int, int]] = []
+    deep: list[tuple[int, str]] = []
+
+    def examine(part: Sequence[Member]) -> list[tuple[_Header | None, list[ImageIssue]]]:
+        return [_read_header(source, os.path.join(group.name, member.name), member) for member in part]
+
+    parts = (listing.members[start : start + A_TASK] for start in range(0, len(listing.members), A_TASK))
+    examined = itertools.chain.from_iterable(pool.map(examine, parts))
+    for member, (header, of_member) in zip(listing.members, examined, strict=True):
         issues += of_member
-        if size:
+        if header:
+            if header.orientation != 1:
+                orientations.append((len(members), header.orientation))
+            if header.deep_mode:
+                deep.append((len(members), header.deep_mode))
             members.append(member)
-            sizes.append(size)
+            sizes.append(header.size)
     row = {
+        "rule": RULE,
         "group": group.key or group.name,
         "stamp": stamp,
         "names": [member.name for member in members],
         "offsets": [member.offset for member in members],
         "lengths": [member.length for member in members],
         "sizes": sizes,
+        "orientations": orientations,
+        "deep": deep,
     }
     if group.labelled:
         row["labels"] = [member.label for member in members]
-    return row, issues
+    return _found(row), row, issues
 
 
 def _stamp(members: Iterable[Member]) -> str:
@@ -426,15 +526,25 @@ def _stamp(members: Iterable[Member]) -> str:
     return digest.hexdigest()
 
 
-def _read_size(source: FileSource, name: str, member: Member) -> tuple[list[int] | None, list[ImageIssue]]:
-    """Height and width from an image's header, None if there is no image that can be read; and what to tell of it."""
+@dataclass(frozen=True)
+class _Header:
+    """What an image's header says: height and width as stored, EXIF orientation, and `deep_mode`."""
+
+    size: tuple[int, int]
+    orientation: int
+    deep_mode: str
+
+
+def _read_header(source: FileSource, name: str, member: Member) -> tuple[_Header | None, list[ImageIssue]]:
+    """An image's header, None if there is no image that can be read; and what to tell of it."""
     if not member.by_name and (issue := _issue_if_no_image(source, name, member)):
         return None, [issue]
     location = source.location(name)
     try:
         with _open_header(source, name, member) as stream:
             image = open_image(stream, location)
-            return [image.height, image.width], issues_of(image, location)
+            header = _Header((image.height, image.width), orientation(image), deep_mode(image))
+            return header, issues_of(image, location)
     except RefusedImageError as error:
         return None, [ImageIssue(location, error.fault, error.remedy, error.detail, stops=True)]
     except OSError as error:
@@ -457,55 +567,95 @@ def _issue_if_no_image(source: FileSource, name: str, member: Member) -> ImageIs
         return unreadable(location, error)
 
 
-def _labelled_index(source: FileSource, groups: list[Group], rows: list[dict[str, Any]]) -> DatasetIndex:
+def _labelled_index(
+    source: FileSource, groups: list[Group], rows: list[_Found], pixel_format: PixelFormat | None
+) -> DatasetIndex:
     """Images in the order in which they would lie in folders of their classes: by class, then by name."""
-    labels = [label for row in rows for label in row["labels"]]
+    labels = [label for row in rows for label in row.labels]
     if not labels:
         raise UserError(f"{source.root} holds no images: check its path")
     numbers = all(label.isascii() and label.isdigit() for label in labels)
     classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
     position = {name: k for k, name in enumerate(classes)}
-    names = [name for row in rows for name in row["names"]]
-    order = sorted(range(len(labels)), key=lambda i: (position[labels[i]], names[i]))
-    full = [os.path.join(group.name, name) for group, row in zip(groups, rows, strict=True) for name in row["names"]]
-    columns = {"names": full} | {key: [x for row in rows for x in row[key]] for key in ("offsets", "lengths", "sizes")}
-    row = {key: [column[i] for i in order] for key, column in columns.items()}
-    of_images = np.array([position[labels[i]] for i in order])
-    return _index(source, [source.flat()], [row], of_images, tuple(classes))
+    of_images = np.fromiter((position[label] for label in labels), np.int64, len(labels))
+    order = _by_class_and_name(of_images, [name for row in rows for name in row.names])
+    starts = itertools.accumulate((len(row.names) for row in rows), initial=0)
+    turns = {start + i: o for start, row in zip(starts, rows, strict=False) for i, o in row.orientations}
+    ordered = _Found(
+        names=Names.joined([_full_names(group, row) for group, row in zip(groups, rows, strict=True)]).take(order),
+        offsets=np.concatenate([row.offsets for row in rows])[order],
+        lengths=np.concatenate([row.lengths for row in rows])[order],
+        sizes=np.concatenate([row.sizes for row in rows])[order],
+        labels=[],
+        orientations=[(place, turns[i]) for place, i in enumerate(order.tolist()) if i in turns] if turns else [],
+        deep=[],
+    )
+    return _index(source, [source.flat()], [ordered], of_images[order], tuple(classes), pixel_format)
+
+
+def _by_class_and_name(labels: np.ndarray, names: list[str]) -> np.ndarray:
+    """(N) int64: rows by class, and by name within a class."""
+    return np.array(sorted(range(len(names)), key=lambda i: (labels[i], names[i])), np.int64)
+
+
+def _full_names(group: Group, row: _Found) -> Names:
+    """The names of a group's images in the source."""
+    return Names.of(os.path.join(group.name, name) for name in row.names) if group.name else row.names
 
 
 def _index(
-    source: FileSource, groups: list[Group], rows: list[dict[str, Any]], labels: np.ndarray, classes: tuple[str, ...]
+    source: FileSource,
+    groups: list[Group],
+    rows: list[_Found],
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    pixel_format: PixelFormat | None,
 ) -> DatasetIndex:
-    names = tuple(os.path.join(group.name, n) for group, row in zip(groups, rows, strict=True) for n in row["names"])
-    offsets, lengths = (np.array([x for row in rows for x in row[key]], np.int64) for key in ("offsets", "lengths"))
+    names = Names.joined([_full_names(group, row) for group, row in zip(groups, rows, strict=True)])
+    nothing = np.zeros(0, np.int64)
+    offsets = np.concatenate([nothing, *(row.offsets for row in rows)])
+    lengths = np.concatenate([nothing, *(row.lengths for row in rows)])
     digest = hashlib.sha256(os.fsencode("\0".join(classes)))
-    for name, label, length in zip(names, labels.tolist(), lengths.tolist(), strict=True):
-        digest.update(os.fsencode(f"\n{name}\0{label}\0{length}"))
+    for start in range(0, len(names), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        rows_of_part = zip(names[part], labels[part].tolist(), lengths[part].tolist(), strict=True)
+        digest.update(os.fsencode("".join(f"\n{name}\0{label}\0{length}" for name, label, length in rows_of_part)))
+    sizes = np.concatenate([np.zeros((0, 2), np.int32), *(row.sizes for row in rows)])
+    turned = None
+    if pixel_format and pixel_format.exif_orientation:
+        orientations, start = np.ones(len(names), np.uint8), 0
+        for row in rows:
+            for i, value in row.orientations:
+                orientations[start + i] = value
+            start += len(row.names)
+        turned, on_its_side = orientations != 1, orientations > LAST_THAT_STANDS
+        sizes[on_its_side] = sizes[on_its_side, ::-1]
     return DatasetIndex(
         names=names,
         labels=labels if labels.ndim == 2 else labels.astype(np.int64),
-        sizes=np.array([size for row in rows for size in row["sizes"]], np.int32).reshape(-1, 2),
+        sizes=sizes,
         classes=classes,
         fingerprint=digest.hexdigest(),
         offsets=offsets,
         lengths=lengths,
         source=source,
+        turned=turned,
     )
 
 
-def _read_cache(cache: Path | None) -> dict[str, dict[str, Any]]:
-    """The newest row of each group. A line that a crash cut short is skipped; a file that cannot be read is told."""
-    rows: dict[str, dict[str, Any]] = {}
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    """The newest line of each group. One that a crash cut short is skipped; a file that cannot be read is told."""
+    rows: dict[str, str] = {}
     if cache is None:
         return rows
     try:
         if cache.exists():
             with open(cache) as stream:
                 for line in stream:
-                    with suppress(ValueError, KeyError, TypeError):
-                        row = json.loads(line)
-                        rows[row["group"]] = row
+                    if line.startswith(BEGIN) and line.rstrip().endswith("}"):  # whole, and not of an earlier version
+                        with suppress(ValueError):
+                            name, _ = json.JSONDecoder().raw_decode(line, len(BEGIN))
+                            rows[name] = line
     except (OSError, UnicodeDecodeError) as error:
         _warn_of_cache(cache, "read", error)
     return rows

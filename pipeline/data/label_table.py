@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.image_files import is_image_by_name
+from pipeline.data.parquet import read_table
 from pipeline.errors import UserError, did_you_mean
 
 # Headers of the column with all labels of an image, in small letters.
@@ -60,14 +61,18 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> Labe
 
 
 def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and the other rows of a CSV file, or of one with tabs if it is called .tsv.
+    """The header and the other rows of a CSV file, of one with tabs if it is called .tsv, or of a parquet file.
 
     Raises:
         UserError: the file cannot be read, has no rows or one column, or a row of another length; names the line.
     """
+    suffix = file.suffix.lower()
     try:
-        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            rows = list(csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ","))
+        if suffix == ".parquet":
+            rows = read_table(str(file))
+        else:
+            with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+                rows = list(csv.reader(stream, delimiter="\t" if suffix == ".tsv" else ","))
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read the label file {file}: {getattr(error, 'strerror', None) or error}") from None
     while rows and not any(cell.strip() for cell in rows[-1]):

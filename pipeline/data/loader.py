@@ -29,7 +29,7 @@ class Batch:
     """n images with V views each, on the device.
 
     Attributes:
-        images: (n * V, 3, H, W) float32, or bfloat16 if `TrainingLoader` was asked for it; channels-last; the views of an
+        images: (n * V, C, H, W) float32, or bfloat16 if `TrainingLoader` was asked for it; channels-last; the views of an
             image are neighbours.
         labels: (n) int64, or (n, classes) uint8 of images with several labels.
         weights: (n) float32, 1 for an image that counts and 0 for a replacement; see `BatchPlan.weights`.
@@ -48,7 +48,7 @@ class Batch:
 
 class ImagePipeline(Protocol):
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Yield each plan with its pixels, (n, V, H, W, 3) in 0..255."""
+        """Yield each plan with its pixels, (n, V, H, W, K) in 0..255; see `BatchPlan`."""
 
 
 @runtime_checkable
@@ -184,7 +184,7 @@ def choose_common_loader(
         look_up(IMAGE_PIPELINES, config.loader, "data.loader")
     passed_over: list[str] = []
     for name in AUTOMATIC[device.type] if config.loader == "auto" else (config.loader,):
-        reasons = gather(unavailable_reason(name) or "")
+        reasons = gather(unavailable_reason(name, config.depth) or "")
         if not any(reasons):
             return name, passed_over
         rank = next(rank for rank, reason in enumerate(reasons) if reason)
@@ -193,8 +193,10 @@ def choose_common_loader(
     raise UserError(f"data.loader is {passed_over[-1].replace(':', ', but', 1)}; {remedy}")
 
 
-def unavailable_reason(loader: str) -> str | None:
-    """Why a loader cannot be used on this machine, in one line; None if it can."""
+def unavailable_reason(loader: str, depth: int = 8) -> str | None:
+    """Why a loader cannot be used on this machine for images of this depth, in one line; None if it can."""
+    if loader == "dali" and depth != 8:
+        return "it decodes to 8 bits, and data.depth is 16"
     if loader == "dali" and (find_spec("nvidia") is None or find_spec("nvidia.dali") is None):
         return "nvidia-dali is not installed: install requirements.txt"
     if loader == "native":

@@ -83,7 +83,7 @@ def mix(images: Tensor, labels: Tensor, draws: PairDraws) -> tuple[Tensor, Tenso
     """Mix rows 2i and 2i + 1 as `draws` says of pair i; an odd last row stays as it is. Waits for no device.
 
     Args:
-        images: (n, 3, H, W) float32, already normalised.
+        images: (n, C, H, W) float32, already normalised.
         labels: (n) int64, or (n, classes) of images with several labels.
 
     Returns:

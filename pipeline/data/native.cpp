@@ -34,7 +34,7 @@ static const int AHEAD = 4;  // images that a thread has asked the disk for besi
 extern "C" {
 // n images with V views each; `Batch` of native.py has the same fields.
 struct Batch {
-  int64_t n, views, crop, filter, bfloat16;
+  int64_t n, views, crop, channels, filter, bfloat16;
   int64_t last;                                    // the stage after which to stop: what each costs can so be measured
   int64_t next;                                    // the first image that no thread has taken
   const char* const* paths;                        // of the images' files, or null: `files`
@@ -42,9 +42,9 @@ struct Batch {
   const int64_t *positions, *lengths;              // the bytes of an image in its file
   const int32_t *boxes, *sizes, *corners;          // (n, 4), (n, 2) and (n, V, 2), as in BatchPlan
   const uint8_t* hflip;                            // (n, V)
-  const float *color, *mean_color, *shift;         // (n, 3, 3), (n, 3, 3) and (n, 3)
+  const float *color, *mean_color, *shift;         // (n, 3, 3), (n, 3, 3) and (n, 3); of one channel in the first row
   float around[3];                                 // the colour outside of an image, in [0, 1]
-  void* out;                                       // (n, V, crop, crop, 3) float32 or bfloat16
+  void* out;                                       // (n, V, crop, crop, channels) float32 or bfloat16
 };
 
 // Images that a thread has taken and not yet worked on.
@@ -459,6 +459,11 @@ template <class Out> static void finish_pillow(const Batch& b, long i, const Win
   });
 }
 
+// Keep the first of three numbers.
+template <class Out> static void keep_first(const Out* three, long n, Out* out) {
+  for (long k = 0; k < n; k++) out[k] = three[3 * k];
+}
+
 struct Region {
   int top, left, height, width;
 };
@@ -467,12 +472,18 @@ struct Region {
 template <class Decode> static bool process(const Batch& b, long i, Decode decode) {
   const int32_t *box = b.boxes + 4 * i, *size = b.sizes + 2 * i;
   const Window w = window_of(b, i);
-  const long start = b.views * b.crop * b.crop * 3 * i;
+  const long pixels = b.views * b.crop * b.crop, start = pixels * b.channels * i;
   auto with = [&](const auto& y, const auto& x, auto finish) {
     const Pixels in = decode(Region{box[0] + y.begin, box[1] + x.begin, y.end - y.begin, x.end - x.begin});
     if (!in.at || b.last == DECODE) return in.at != nullptr;
-    if (b.bfloat16) finish(in, static_cast<uint16_t*>(b.out) + start);
-    else finish(in, static_cast<float*>(b.out) + start);
+    auto into = [&](auto* out) {
+      if (b.channels == 3) return finish(in, out);
+      static thread_local vector<std::remove_reference_t<decltype(*out)>> kept;
+      finish(in, room(kept, 3 * pixels));
+      keep_first(kept.data(), pixels, out);
+    };
+    if (b.bfloat16) into(static_cast<uint16_t*>(b.out) + start);
+    else into(static_cast<float*>(b.out) + start);
 #ifdef __x86_64__
     _mm_sfence();
 #endif

@@ -23,11 +23,14 @@ from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig, Interpolation
 from pipeline.cpp import CppUnavailableError, load_cpp, reason_if_unavailable
+from pipeline.data.color import apply_colors
 from pipeline.data.decoding import decode
 from pipeline.data.formats import pnm_pixels
+from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import BatchPlan
+from pipeline.data.plan import BatchPlan, surround
 from pipeline.data.reader import Reader
+from pipeline.data.reference import views_of
 from pipeline.data.replacements import collect
 from pipeline.data.source import PlacedSource
 from pipeline.errors import LocalUserError
@@ -60,7 +63,7 @@ class _Batch(ctypes.Structure):
     """`Batch` of native.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "views", "crop", "filter", "bfloat16", "last", "next")),
+        *((name, ctypes.c_int64) for name in ("n", "views", "crop", "channels", "filter", "bfloat16", "last", "next")),
         *((name, ctypes.c_void_p) for name in ("paths", "files", "positions", "lengths", "boxes", "sizes", "corners")),
         *((name, ctypes.c_void_p) for name in ("hflip", "color", "mean_color", "shift")),
         ("around", ctypes.c_float * 3),
@@ -134,17 +137,19 @@ class NativePipeline:
         self._reader = Reader(index)
         self._memory = Memory()
         # Images that C++ has handed back once: it need not read them again.
-        self._by_python = np.full(len(index), not isinstance(index.source, PlacedSource))
+        self._by_python = np.full(len(index), config.depth != 8 or not isinstance(index.source, PlacedSource))
+        if index.turned is not None:
+            self._by_python |= index.turned
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included.
+        """Yield each plan with its pixels, (n, V, H, W, K) float32 in 0..255, bicubic overshoot included.
 
         Corrupt images are replaced, or raised, as in `replacements.collect`.
         """
         yield from self._run(plans, colored=False)
 
     def run_with_colors(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """As `run`, with the plans' colours mapped: (n * V, 3, H, W) of the dtype asked for, channels-last in memory."""
+        """As `run`, with the plans' colours mapped: (n * V, C, H, W) of the dtype asked for, channels-last in memory."""
         for plan, images in self._run(plans, colored=True):
             yield plan, images.flatten(0, 1).permute(0, 3, 1, 2)
 
@@ -164,8 +169,9 @@ class NativePipeline:
     def _start(self, plan: BatchPlan, colored: bool) -> "_Work":
         crop = self._config.crop_size
         dtype = self._dtype if colored else torch.float32
-        out = self._memory.take((len(plan), self._views, crop, crop, 3), dtype)
-        work = _Work(plan, out, self._config, self.last, *self._places(plan, colored))
+        channels = self._config.channels if colored else len(surround(self._config))
+        out = self._memory.take((len(plan), self._views, crop, crop, channels), dtype)
+        work = _Work(plan, out, colored, self._config, self.last, *self._places(plan, colored))
         for _ in range(min(self._number, len(plan))):
             work.tasks.append(self._pool.submit(self._work_on, work))
         return work
@@ -225,9 +231,11 @@ class NativePipeline:
     def _load_by_python(self, work: "_Work", i: int) -> None:
         row = int(work.plan.ids[i])
         content, location = self._reader.read(row), self._index.location(row)
-        pixels = pnm_pixels(content)
-        image = decode(content, location) if pixels is None else Image.fromarray(pixels)
-        if not _finish(self._library, work.batch, i, image):
+        pixels, read_as = pnm_pixels(content), pixel_format(self._config)
+        image = decode(content, location, read_as) if pixels is None else Image.fromarray(pixels)
+        if read_as.depth != 8:  # C++ takes bytes
+            _finish_deep(work, i, image, self._config)
+        elif not _finish(self._library, work.batch, i, image):
             raise LocalUserError(
                 f"not enough memory to resize the image {location}: raise the limit on memory (ulimit -v, or the job's)"
             )
@@ -244,21 +252,23 @@ class _Work:
         self,
         plan: BatchPlan,
         out: Tensor,
+        colored: bool,
         config: DataConfig,
         last: int,
         paths: ctypes.Array[ctypes.c_char_p],
         arrays: dict[str, np.ndarray],
     ):
-        self.plan, self.out, self._pointed_to = plan, out, (paths, arrays)
+        self.plan, self.out, self.colored, self._pointed_to = plan, out, colored, (paths, arrays)
         self.tasks: list[Future[None]] = []
         self.errors: dict[int, Exception] = {}
         self.batch = _Batch(
             n=len(plan),
             views=plan.hflip.shape[1],
             crop=config.crop_size,
+            channels=out.shape[-1],
             filter=FILTERS[config.interpolation],
             paths=ctypes.cast(paths, ctypes.c_void_p),
-            around=(ctypes.c_float * 3)(*config.mean),
+            around=(ctypes.c_float * 3)(*surround(config)),
             bfloat16=out.dtype is torch.bfloat16,
             last=last,
             out=out.data_ptr(),
@@ -270,6 +280,8 @@ def _arrays(plan: BatchPlan) -> dict[str, np.ndarray]:
     """A plan's arrays by their names in native.cpp."""
     integers = {"boxes": plan.crop_boxes, "sizes": plan.sizes, "corners": plan.offsets}
     floats = {"color": plan.color, "mean_color": plan.mean_color, "shift": plan.shift}
+    if (lacking := 3 - plan.shift.shape[1]) > 0:  # rows of zeros, which C++ leaves out again
+        floats = {k: np.pad(v, [(0, 0), (0, lacking), *[(0, 0)] * (v.ndim - 2)]) for k, v in floats.items()}
     return {
         **{name: np.ascontiguousarray(array, np.int32) for name, array in integers.items()},
         **{name: np.ascontiguousarray(array, np.float32) for name, array in floats.items()},
@@ -286,6 +298,15 @@ def _finish(library: ctypes.CDLL, batch: _Batch, i: int, image: Image.Image) -> 
     pixels = np.asarray(image.crop((left, top, left + width, top + height)).convert("RGB"))
     pointer, stride = ctypes.c_void_p(pixels.ctypes.data), ctypes.c_int64(3 * width)
     return bool(library.native_finish(ctypes.byref(batch), ctypes.c_int64(i), pointer, stride))
+
+
+def _finish_deep(work: _Work, i: int, image: Image.Image, config: DataConfig) -> None:
+    """Do to a decoded image of 16 bits what `_finish` does to one of 8, in NumPy and Pillow."""
+    with torch.inference_mode():  # the batch may be of an evaluation, and nobody wants a gradient of pixels
+        pixels = torch.from_numpy(views_of(image, work.plan, i, config))
+        if work.colored:
+            pixels = apply_colors(pixels[None], work.plan.take(np.array([i])), pixels.device).permute(0, 2, 3, 1)
+        work.out[i] = pixels
 
 
 def _resizes_as_pillow(library: ctypes.CDLL) -> bool:
@@ -318,7 +339,7 @@ def resized(
     )
     out = torch.empty(1, 1, crop, crop, 3)
     config = DataConfig(crop_size=crop, resize_size=crop, interpolation=interpolation)
-    work = _Work(plan, out, config, ALL, (ctypes.c_char_p * 1)(), _arrays(plan))
+    work = _Work(plan, out, True, config, ALL, (ctypes.c_char_p * 1)(), _arrays(plan))
     _finish(library, work.batch, 0, image)
     return out[0, 0, : size[0], : size[1]].numpy()
 

@@ -64,6 +64,7 @@ class ParquetSource:
 
     @classmethod
     def at(cls, root: str) -> FileSource | None:
+        """The source of these files; a file of paths alone is a table, which comes before this kind."""
         files = [root] if os.path.isfile(root) else _in_folder(root) if os.path.isdir(root) else expand(root)
         return cls(root, files) if files and files[0].endswith(SUFFIX) else None
 
@@ -146,6 +147,61 @@ class ParquetSource:
         return Listing(tuple(members), tuple(issues))
 
 
+def is_table_of_paths(file: str) -> bool:
+    """Whether a parquet file names images and does not hold them.
+
+    Raises:
+        UserError: it is no parquet file, or pyarrow is not installed.
+    """
+    opened = _open(file)
+    leaves = _leaves(opened)
+    return len(leaves) > 1 and not any(_holds_any(opened, path) for path in leaves if path.endswith(".bytes"))
+
+
+def read_table(file: str) -> list[list[str]]:
+    """The header and then the rows of a parquet file of paths, as a CSV file would have them.
+
+    An image is its path, a class its name where the file's metadata have names, several labels are joined by |.
+
+    Raises:
+        UserError: it is no parquet file, or pyarrow is not installed.
+    """
+    opened = _open(file)
+    features = _features(opened.schema_arrow)
+    table = opened.read(columns=[path for path in _leaves(opened) if not path.endswith(".bytes")])
+    columns = []
+    for name in table.column_names:
+        names = _class_names(features.get(name))
+        columns.append([_text(value, names) for value in table.column(name).to_pylist()])
+    return [list(table.column_names), *map(list, zip(*columns, strict=True))]
+
+
+def _leaves(opened: Any) -> list[str]:
+    return [opened.schema.column(i).path for i in range(len(opened.schema))]
+
+
+def _holds_any(opened: Any, path: str) -> bool:
+    """Whether a column has a value in any row, as far as the file tells without being read."""
+    metadata = opened.metadata
+    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == path)
+    for k in range(metadata.num_row_groups):
+        statistics = metadata.row_group(k).column(column).statistics
+        if statistics is None or statistics.null_count != metadata.row_group(k).num_rows:
+            return True
+    return False
+
+
+def _text(value: Any, names: list[str]) -> str:
+    """A value as it would stand in a CSV file."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, list):
+        return "|".join(_text(one, names) for one in value)
+    if names and type(value) is int and 0 <= value < len(names):
+        return names[value]
+    return "" if value is None else str(int(value) if isinstance(value, bool) else value)
+
+
 def _columns(file: str) -> tuple[str, str, list[str]]:
     """The names of the columns of images and of labels, and the class names, none if the metadata have none.
 
@@ -160,9 +216,21 @@ def _columns(file: str) -> tuple[str, str, list[str]]:
     if image is None or label is None:
         lacking = "images (bytes and path)" if image is None else f"labels ({', '.join(LABEL_COLUMNS)})"
         raise UserError(f"{file} has no column of {lacking}, but {', '.join(schema.names)}: give another file")
+    return image, label, _class_names(_features(schema).get(label))
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """Hugging Face's description of the columns, empty if there is none."""
     stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = stored.get("info", {}).get("features", {}).get(label, {})
-    return image, label, list(feature.get("names") or []) if isinstance(feature, dict) else []
+    return stored.get("info", {}).get("features", {})
+
+
+def _class_names(feature: Any) -> list[str]:
+    """The names of the classes that a column's numbers, or the numbers in its lists, stand for; none if it has none."""
+    if not isinstance(feature, dict):
+        return []
+    inner = feature.get("feature")
+    return list(feature.get("names") or (inner.get("names") if isinstance(inner, dict) else None) or [])
 
 
 def _open(file: str) -> Any:

@@ -53,9 +53,10 @@ class BatchPlan:
         offsets: (n, V, 2) int32, top and left of each view in the resized image. They may be negative: a view that reaches
             outside the image has the mean colour there.
         hflip: (n, V) bool, views that are mirrored left to right.
-        color: (n, 3, 3) A, mean_color: (n, 3, 3) B, shift: (n, 3) t; float32.
-        operations: (n, K) int8, what becomes of the pixels before their colours are mapped, `policies.Operation`; None for
-            nothing. arguments: (n, K, 6) float64, theirs.
+        color: (n, C, K) A, mean_color: (n, C, K) B, shift: (n, C) t; float32. C is ``data.channels``; a pixel has K numbers:
+            three colours, or with ``data.depth 16`` one gray value.
+        operations: (n, L) int8, what becomes of the pixels before their colours are mapped, `policies.Operation`; None for
+            nothing. arguments: (n, L, 6) float64, theirs.
         cutout: (n, 4) int32, top, left, height and width of a box in each only view that becomes the mean colour; None for
             none. A box may be empty.
         erasing: (n, 4) int32, likewise of random erasing.
@@ -222,9 +223,9 @@ def _evaluation_batch(index: DatasetIndex, config: DataConfig, ids: np.ndarray, 
         sizes=sizes,
         offsets=np.array([[(top, left) for top, left, _ in image] for image in views], np.int32),
         hflip=np.array([[mirrored for _, _, mirrored in image] for image in views], bool),
-        color=np.broadcast_to(color, (n, 3, 3)).astype(np.float32),
-        mean_color=np.zeros((n, 3, 3), np.float32),
-        shift=np.broadcast_to(shift, (n, 3)).astype(np.float32),
+        color=np.broadcast_to(color, (n, *color.shape)).astype(np.float32),
+        mean_color=np.zeros((n, *color.shape), np.float32),
+        shift=np.broadcast_to(shift, (n, len(shift))).astype(np.float32),
     )
 
 
@@ -325,17 +326,33 @@ def _random_crops(
     return _whole(sizes), resized, offsets.astype(np.int32)
 
 
+def surround(config: DataConfig) -> tuple[float, ...]:
+    """The K numbers, in [0, 1], of a pixel outside of an image: the network sees 0 there."""
+    return tuple(np.resize(config.mean, len(_of_pixels(config)[0])).tolist())
+
+
+def _of_pixels(config: DataConfig) -> np.ndarray:
+    """(3, K): a pixel's colours from its K numbers."""
+    return np.eye(3) if config.depth == 8 else np.ones((3, 1))
+
+
+def _to_channels(config: DataConfig) -> np.ndarray:
+    """(C, 3): what the network sees of a pixel's colours, before it is normalised."""
+    return np.eye(3) if config.channels == 3 else GRAY[None]
+
+
 def _normalisation(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(3, 3) matrix and (3) shift of (x - mean) / std."""
-    return np.diag(1 / np.array(config.std)), -np.array(config.mean) / np.array(config.std)
+    """(C, K) matrix and (C) shift of (x - mean) / std."""
+    std = np.array(config.std)
+    return np.diag(1 / std) @ _to_channels(config) @ _of_pixels(config), -np.array(config.mean) / std
 
 
 def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A (n, 3, 3), B (n, 3, 3) and t (n, 3) in float64: jitter, lighting, normalisation.
+    """A (n, C, K), B (n, C, K) and t (n, C) in float64: jitter, lighting, normalisation.
 
     Brightness scales by b; contrast blends with the gray of the image's present mean by c; saturation blends with each
     pixel's gray by s. Values are never clamped, and saturation leaves the gray as it is, so the three commute and the
-    random order in which the Torch code applies them makes no difference.
+    random order in which the Torch code applies them makes no difference. One channel is the gray of the three.
     """
     low, high = 1 - config.color_jitter, 1 + config.color_jitter
     brightness, contrast, saturation = (_between(next(draws), low, high)[:, None, None] for _ in range(3))
@@ -346,8 +363,9 @@ def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.nda
     alphas = config.pca_noise * np.stack([_normal(next(draws), next(draws)) for _ in range(3)], axis=1)
     shift = (alphas * LIGHTING_EIGENVALUES) @ LIGHTING_EIGENVECTORS.T
 
-    normalise, offset = _normalisation(config)
-    return normalise @ color, normalise @ mean_color, shift @ normalise.T + offset
+    std, pixels = np.array(config.std), _of_pixels(config)
+    normalise, offset = np.diag(1 / std) @ _to_channels(config), -np.array(config.mean) / std
+    return normalise @ color @ pixels, normalise @ mean_color @ pixels, shift @ normalise.T + offset
 
 
 def _operations(config: DataConfig, seed: int, epoch: int, positions: range) -> dict[str, np.ndarray]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.decoding import decode
+from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
-from pipeline.data.plan import BatchPlan
+from pipeline.data.plan import BatchPlan, surround
 from pipeline.data.reader import Reader
 from pipeline.data.replacements import collect
 
@@ -38,7 +39,7 @@ class ReferencePipeline:
         self._pool = ThreadPoolExecutor(threads)
 
     def run(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Yield each plan with its pixels, (n, V, H, W, 3) float32 in 0..255, bicubic overshoot included.
+        """Yield each plan with its pixels, (n, V, H, W, K) float32 in 0..255, bicubic overshoot included.
 
         Corrupt images are replaced, or raised, as in `replacements.collect`.
         """
@@ -57,29 +58,36 @@ class ReferencePipeline:
         return plan, torch.from_numpy(np.stack(views))
 
     def _views(self, plan: BatchPlan, i: int, content: Future[np.ndarray]) -> np.ndarray:
-        """(V, H, W, 3) views of the plan's i-th image, from its file's bytes."""
-        top, left, height, width = plan.crop_boxes[i].tolist()
-        image = decode(content.result(), self._index.location(plan.ids[i])).crop(
-            (left, top, left + width, top + height)
-        )
-        new_height, new_width = plan.sizes[i].tolist()
-        resize, crop = self._config.interpolation, self._config.crop_size
-        if resize == "torch7-bicubic":
-            pixels = resize_as_torch7(np.asarray(image, np.float32), new_height, new_width)
-        else:
-            kernel = {"pil-bilinear": Image.Resampling.BILINEAR, "pil-bicubic": Image.Resampling.BICUBIC}[resize]
-            pixels = np.asarray(image.resize((new_width, new_height), kernel), np.float32)
-        views = []
-        for (y, x), mirrored in zip(plan.offsets[i].tolist(), plan.hflip[i], strict=True):
-            view = cut(pixels, y, x, crop, 255 * np.array(self._config.mean, np.float32))
-            views.append(view[:, ::-1] if mirrored else view)
-        return np.stack(views)
+        """(V, H, W, K) views of the plan's i-th image, from its file's bytes."""
+        image = decode(content.result(), self._index.location(plan.ids[i]), pixel_format(self._config))
+        return views_of(image, plan, i, self._config)
+
+
+def views_of(image: Image.Image, plan: BatchPlan, i: int, config: DataConfig) -> np.ndarray:
+    """(V, H, W, K) float32 views, in 0..255, of a decoded image that is the plan's i-th."""
+    top, left, height, width = plan.crop_boxes[i].tolist()
+    image = image.crop((left, top, left + width, top + height))
+    new_height, new_width = plan.sizes[i].tolist()
+    resize, crop = config.interpolation, config.crop_size
+    around = 255 * np.array(surround(config), np.float32)
+    if resize == "torch7-bicubic":
+        pixels = np.asarray(image, np.float32).reshape(height, width, len(around))
+        pixels = resize_as_torch7(pixels, new_height, new_width)
+    else:
+        kernel = {"pil-bilinear": Image.Resampling.BILINEAR, "pil-bicubic": Image.Resampling.BICUBIC}[resize]
+        pixels = np.asarray(image.resize((new_width, new_height), kernel), np.float32)
+        pixels = pixels.reshape(new_height, new_width, len(around))
+    views = []
+    for (y, x), mirrored in zip(plan.offsets[i].tolist(), plan.hflip[i], strict=True):
+        view = cut(pixels, y, x, crop, around)
+        views.append(view[:, ::-1] if mirrored else view)
+    return np.stack(views)
 
 
 def cut(pixels: np.ndarray, top: int, left: int, crop: int, around: np.ndarray) -> np.ndarray:
-    """Cut (crop, crop, 3) out of (h, w, 3) pixels; where that lies outside of them there is the colour `around`."""
+    """Cut (crop, crop, K) out of (h, w, K) pixels; where that lies outside of them there is the colour `around`."""
     height, width = pixels.shape[:2]
-    view = np.empty((crop, crop, 3), pixels.dtype)
+    view = np.empty((crop, crop, pixels.shape[2]), pixels.dtype)
     view[:] = around
     y, x = max(top, 0), max(left, 0)
     inside = pixels[y : max(y, min(top + crop, height)), x : max(x, min(left + crop, width))]  # nothing, perhaps
@@ -88,14 +96,14 @@ def cut(pixels: np.ndarray, top: int, left: int, crop: int, around: np.ndarray) 
 
 
 def resize_as_torch7(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (h, w, 3) to (height, width, 3) as Torch7's ``image.scale(..., 'bicubic')`` does.
+    """Resize (h, w, K) to (height, width, K) as Torch7's ``image.scale(..., 'bicubic')`` does.
 
     Catmull-Rom interpolation between aligned corners, without antialias; beyond the border the image goes on
     linearly (torch/image generic/image.c, scaleCubic_rowcol).
     """
     rows, columns = _catmull_rom(pixels.shape[0], height), _catmull_rom(pixels.shape[1], width)
     across = columns @ pixels
-    return (rows @ across.reshape(len(across), -1)).reshape(height, width, 3)
+    return (rows @ across.reshape(len(across), -1)).reshape(height, width, pixels.shape[2])
 
 
 @lru_cache(maxsize=256)

@@ -37,7 +37,7 @@ class ImageIssue:
         return f"{self.location} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A file that is an image, or may be one.
 

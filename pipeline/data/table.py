@@ -1,4 +1,4 @@
-"""Images that a table names with their classes: CSV, tab-separated, and the tables of some well-known data sets.
+"""Images that a table names with their classes: CSV, tab-separated, parquet, and the tables of some well-known data sets.
 
 The images lie below a folder, which is the table's own or data.dir. Known by their shape, without a header or with one:
 
@@ -15,10 +15,12 @@ from pathlib import Path
 
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import FILE_COLUMNS, match_files, read_rows
+from pipeline.data.parquet import is_table_of_paths
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, PlacedSource, Stream
 from pipeline.errors import UserError, did_you_mean
 
 SUFFIXES = (".csv", ".tsv")
+PARQUET = ".parquet"  # a table, if it holds paths and no images
 CLASS_COLUMNS = ("label", "class", "labels", "class_name", "category", "target")  # in small letters, as FILE_COLUMNS
 SPLIT_COLUMNS = ("split", "subset", "data set")
 # What a split is called; of several the first one that is there is taken.
@@ -105,7 +107,10 @@ class TableSource:
 def is_table(path: str | Path) -> bool:
     """Whether a path is that of a file whose name or shape is that of a table of images and classes."""
     path = Path(path)
-    return os.path.isfile(path) and (path.suffix.lower() in SUFFIXES or _known_text(path) is not None)
+    if not os.path.isfile(path):
+        return False
+    suffix = path.suffix.lower()
+    return suffix in SUFFIXES or (suffix == PARQUET and is_table_of_paths(str(path))) or _known_text(path) is not None
 
 
 def read_table(table: Path, columns: Columns) -> list[Entry]:
@@ -114,7 +119,7 @@ def read_table(table: Path, columns: Columns) -> list[Entry]:
     Raises:
         UserError: the table cannot be read, or does not say what it ought to; names the line and the column.
     """
-    kind = None if table.suffix.lower() in SUFFIXES else _known_text(table)
+    kind = None if table.suffix.lower() in (*SUFFIXES, PARQUET) else _known_text(table)
     if kind is None:
         entries = _of_header(table, columns)
     elif columns.file or columns.label:

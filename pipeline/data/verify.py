@@ -8,46 +8,62 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from pipeline.data.decoding import CorruptImageError, decode
-from pipeline.data.image_files import RefusedImageError, issues_of, open_image, unreadable
+from pipeline.data.image_files import (
+    ASK_FOR_UPRIGHT,
+    PixelFormat,
+    RefusedImageError,
+    deep_mode,
+    issues_of,
+    open_image,
+    orientation,
+    refused_depth,
+    unreadable,
+)
 from pipeline.data.index import images_of
 from pipeline.data.reader import read_all
 from pipeline.data.source import FileSource, Group, ImageIssue, Member
 from pipeline.machine import available_cores
 
 DUPLICATE = "is a validation image too"
+COLORS = PixelFormat()
 PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 
-def verify(training: Sequence[FileSource], validation: Sequence[FileSource]) -> Iterator[ImageIssue]:
+def verify(
+    training: Sequence[FileSource], validation: Sequence[FileSource], pixel_format: PixelFormat = COLORS
+) -> Iterator[ImageIssue]:
     """Read and decode every image of two sets, either of which may be empty, and yield what is odd or left out.
 
     Of the images nothing is kept but the validation set's digests and locations.
     """
     locations = {}
-    for location, digest, issues in _examine_all("validation", validation):
+    for location, digest, issues in _examine_all("validation", validation, pixel_format):
         yield from issues
         if digest:
             locations[digest] = location
-    for location, digest, issues in _examine_all("training", training):
+    for location, digest, issues in _examine_all("training", training, pixel_format):
         yield from issues
         if digest in locations:
             outcome = "counted as right or wrong though the network has trained on it; remove it from training"
             yield ImageIssue(location, DUPLICATE, outcome, locations[digest])
 
 
-def examine(content: np.ndarray, name: str, location: str) -> list[ImageIssue]:
+def examine(content: np.ndarray, name: str, location: str, pixel_format: PixelFormat = COLORS) -> list[ImageIssue]:
     """What is odd about an image's bytes, (length) uint8, found with what the index and the loaders use."""
     try:
         header = open_image(io.BytesIO(content.data), location)
     except RefusedImageError as error:
         outcome = f"the index refuses it; {error.remedy}"
         return [ImageIssue(location, error.fault, outcome, error.detail, stops=True)]
+    if refused := refused_depth(deep_mode(header), pixel_format.depth):
+        return [ImageIssue(location, refused[0], f"the index refuses it; {refused[1]}", deep_mode(header), stops=True)]
+    turned = orientation(header) != 1  # before Pillow decodes it
     try:
-        image = decode(content, location)
+        decode(content, location, pixel_format)
     except CorruptImageError as error:
         outcome = "stops a run, or is left out of training with data.corrupt_images skip"
         truncated = "truncated" in error.reason.lower()
@@ -61,26 +77,18 @@ def examine(content: np.ndarray, name: str, location: str) -> list[ImageIssue]:
     if header.mode == "CMYK":
         outcome = "read as RGB through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has CMYK colours", outcome))
-    if header.format == "PNG" and content[PNG_DEPTH] > 8:
+    if header.format == "PNG" and content[PNG_DEPTH] > 8 and pixel_format.depth == 8:
         outcome = "read with 8 bits through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has more than 8 bits a colour", outcome, header.mode))
-    if _orientation(image) in range(2, 9):
-        outcome = "read as stored, not rotated, as the paper's code did"
-        issues.append(ImageIssue(location, "is rotated by EXIF", outcome))
+    if turned and not pixel_format.exif_orientation:
+        issues.append(ImageIssue(location, "is rotated by EXIF", ASK_FOR_UPRIGHT))
     return issues
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data, of which Pillow complains in many ways; no loader looks at them
-        return 1
 
 
 Examined = tuple[str, bytes | None, list[ImageIssue]]
 
 
-def _examine_all(name: str, sources: Sequence[FileSource]) -> Iterator[Examined]:
+def _examine_all(name: str, sources: Sequence[FileSource], pixel_format: PixelFormat) -> Iterator[Examined]:
     """Each image's location, the SHA-256 of its bytes (None if they cannot be read) and what is odd about it, in order.
 
     What is no image comes likewise.
@@ -93,12 +101,12 @@ def _examine_all(name: str, sources: Sequence[FileSource]) -> Iterator[Examined]
     for _, group in tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False):
         total += len(group.list().members)  # listed once more below: a million need not be kept
     with tqdm(desc=f"verify {name}", total=total, unit=" images", disable=None, leave=False) as bar:
-        for examined in _in_threads(groups):
+        for examined in _in_threads(groups, pixel_format):
             bar.update()
             yield examined
 
 
-def _in_threads(groups: list[tuple[FileSource, Group]]) -> Iterator[Examined]:
+def _in_threads(groups: list[tuple[FileSource, Group]], pixel_format: PixelFormat) -> Iterator[Examined]:
     threads = 2 * available_cores()  # some wait for the disk while others decode
     ahead: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -106,18 +114,18 @@ def _in_threads(groups: list[tuple[FileSource, Group]]) -> Iterator[Examined]:
             images, issues = images_of(source, group)
             yield from ((issue.location, None, [issue]) for issue in issues)
             for image in images:
-                ahead.append(pool.submit(_examine_file, source, *image))
+                ahead.append(pool.submit(_examine_file, source, *image, pixel_format))
                 if len(ahead) > 4 * threads:
                     yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _examine_file(source: FileSource, name: str, member: Member) -> Examined:
+def _examine_file(source: FileSource, name: str, member: Member, pixel_format: PixelFormat) -> Examined:
     location = source.location(name)
     try:
         with source.open(name, member.offset, member.length) as file:
             content = read_all(file, member.length)
     except OSError as error:
         return location, None, [unreadable(location, error)]
-    return location, hashlib.sha256(content.data).digest(), examine(content, name, location)
+    return location, hashlib.sha256(content.data).digest(), examine(content, name, location, pixel_format)

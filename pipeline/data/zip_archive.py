@@ -116,7 +116,10 @@ class ZipSource:
             raise UserError(f"{self._file.path} is not a whole zip file ({error}): download or pack it again") from None
         if prefix and not any(entry.filename.startswith(prefix) for entry in entries):
             raise UserError(f"there is no folder {self._inside} in {self._file.path}: unzip -l lists what there is")
-        for entry in entries:
+        del archive  # which knows the entries too
+        entries.reverse()
+        while entries:  # each is let go when the next is looked at: a million take a gigabyte
+            entry = entries.pop()
             name = os.path.normpath(entry.filename)
             if entry.is_dir() or not name.startswith(prefix):
                 continue

@@ -103,7 +103,7 @@ def _names(run: Run, label: Tensor) -> str:
 
 
 def _shown(run: Run, images: Tensor) -> Tensor:
-    """Normalised images as they were, in [0, 1]."""
+    """Normalised images as they were, in [0, 1]: (n, 3, H, W), of gray ones three equal colours."""
     data = run.config.data
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (data.mean, data.std))
-    return images.float() * std + mean
+    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (data.mean, data.std))
+    return (images.float() * std + mean).expand(-1, 3, -1, -1)

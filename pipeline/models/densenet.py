@@ -85,7 +85,7 @@ class Transition(nn.Sequential):
 
 
 class DenseNet(nn.Module):
-    """A DenseNet. Shape: (N, 3, H, W) -> logits (N, num_classes).
+    """A DenseNet. Shape: (N, in_channels, H, W) -> logits (N, num_classes).
 
     Args:
         growth_rate: k, the feature maps that each layer adds.
@@ -96,6 +96,7 @@ class DenseNet(nn.Module):
         compression: theta, the fraction of feature maps that a transition keeps (below 1: DenseNet-C).
         dropout: probability after every convolution but the stem's, where the authors' Torch code puts it.
         num_classes: outputs of the classifier.
+        in_channels: of the images: 3, or 1 for gray ones.
         dense_block: who computes the dense blocks: "auto", "eager" (the modules), or a name in backends.py. What it cannot
             do right (dropout, frozen batch norms, hooks, ...) the modules do. `selection` says who computed the last
             forward pass, and why.
@@ -116,11 +117,12 @@ class DenseNet(nn.Module):
         num_classes: int = 1000,
         dense_block: str = "auto",
         activation_checkpointing: "ActivationCheckpointing" = "none",
+        in_channels: int = 3,
     ):
         super().__init__()
         self.dense_block, self.activation_checkpointing = dense_block, activation_checkpointing
         self.block_count = len(block_sizes)
-        self.features = nn.Sequential(_stem(stem, stem_channels))
+        self.features = nn.Sequential(_stem(stem, in_channels, stem_channels))
         channels = stem_channels
         for i, layers in enumerate(block_sizes, start=1):
             block = DenseBlock(layers, channels, growth_rate, bottleneck, dropout)
@@ -172,7 +174,7 @@ class DenseNet(nn.Module):
             block = cast("Iterable[DenseLayer]", features.get_submodule(f"denseblock{i}"))
             transition = features.get_submodule(f"transition{i}") if i < self.block_count else None
             norm, pool = (transition.norm, (2, 2)) if transition else (features.norm5, (x.shape[2], x.shape[3]))
-            if self.training and x.numel() == x.shape[1]:
+            if _tracked(norm).training and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"batch norm in training needs more than one value a channel, got maps {tuple(x.shape)}"
                 )
@@ -203,11 +205,11 @@ def _tracked(norm: Tensor | nn.Module) -> TrackedBatchNorm:
     return cast("TrackedBatchNorm", norm)
 
 
-def _stem(kind: Literal["imagenet", "cifar"], channels: int) -> OrderedDict[str, nn.Module]:
+def _stem(kind: Literal["imagenet", "cifar"], in_channels: int, channels: int) -> OrderedDict[str, nn.Module]:
     if kind == "cifar":
-        return OrderedDict(conv0=nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False))
+        return OrderedDict(conv0=nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False))
     return OrderedDict(
-        conv0=nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False),
+        conv0=nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False),
         norm0=nn.BatchNorm2d(channels),
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),

@@ -27,6 +27,7 @@ from pipeline.models.stage import (
 )
 
 AUTOMATIC = True
+FROZEN_PARTS = True
 
 # Of the convolutions that torch computes, and of the 3x3 ones, whose weight is copied into the kernels' order.
 _ANY_STRIDES = ("conv0.weight", "conv.weight", "conv2.weight")
@@ -74,7 +75,7 @@ def stem(x: Tensor, norm: TrackedBatchNorm) -> Tensor:
 
 
 def stage(x: Tensor, stage: Stage) -> Tensor:
-    keep = torch.is_grad_enabled() and not stage.recompute
+    keep = torch.is_grad_enabled() and stage.norm.training and not stage.recompute
     parameters = [parameter.to(computing_dtype(x.dtype)) for parameter in stage.parameters]
     return _Stage.apply(x.contiguous(memory_format=torch.channels_last), stage, keep, *parameters)
 

@@ -47,6 +47,13 @@ def classifier_of(network: nn.Module) -> tuple[str, ...]:
     return ([name for name, module in network.named_children() if any(True for _ in module.parameters())][-1],)
 
 
+def first_convolution(network: nn.Module) -> str:
+    """Name of the weight, in the state dictionary, of the convolution that sees the images; empty if there is none."""
+    found = (name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    name = next(found, None)
+    return "" if name is None else f"{name}.weight"
+
+
 def freeze(network: nn.Module, blocks: int, name: str) -> list[nn.Module]:
     """Keep the stem and the first `blocks` blocks from training.
 

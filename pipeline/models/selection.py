@@ -1,5 +1,6 @@
 """Which implementation of the dense block a forward pass takes, chosen once and again when something has changed."""
 
+import re
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_
@@ -13,6 +14,8 @@ from torch.utils._device import DeviceContext
 
 from pipeline.models.backends import BACKENDS, candidates
 from pipeline.models.blueprint import HOOKS, TENSORS, Blueprint, blueprint, difference
+
+_BLOCK = re.compile(r"(?:denseblock|transition)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class _State:
         present = [tensor for tensor in tensors if tensor is not None]
         types = [*map(attrgetter("dtype", "device", "layout"), present)]
         dense = [tensor for tensor in present if tensor.layout is torch.strided]
-        return [*types, *map(Tensor.stride, dense), *map(Tensor.size, dense), *map(Tensor.is_neg, dense)]
+        trained = map(attrgetter("requires_grad"), present)
+        return [*types, *trained, *map(Tensor.stride, dense), *map(Tensor.size, dense), *map(Tensor.is_neg, dense)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ def _circumstances(x: Tensor) -> tuple[Any, ...]:
         x.layout,
         x.dim(),
         x.numel() == 0,
+        x.requires_grad,
         torch.get_autocast_dtype(device) if autocast else None,
         torch.is_grad_enabled(),
     )
@@ -155,19 +160,53 @@ def _interception() -> str:
 
 def _select(features: nn.Module, x: Tensor, wanted: str, built: Blueprint) -> Selection:
     names = candidates(wanted)
-    reason = _unsupported(features, x, built)
+    frozen = _frozen_parts(features, x)
+    reason = _unsupported(features, x, built, frozen)
     if reason:
         return Selection("eager", reason)
+    still = next((norm for norm in _norms_of_other_mode(features) if _part(norm) in frozen), "")
     reasons: list[str] = []
     for name in names:
         reason = BACKENDS[name].unsupported(features, x)
+        if still and not getattr(BACKENDS[name], "FROZEN_PARTS", False):
+            reason = reason or f"{still} is frozen"
         if not reason:
             return Selection(name, reasons[0] if reasons else "")
         reasons.append(reason)
     return Selection("eager", reasons[0] if reasons else "")
 
 
-def _unsupported(features: nn.Module, x: Tensor, built: Blueprint) -> str:
+def _part(name: str) -> int:
+    """What a module or parameter belongs to: 0 for the stem, i for the i-th block and its transition, -1 for the end."""
+    block = _BLOCK.match(name)
+    return int(block[1]) if block else -1 if name.startswith("norm5") else 0
+
+
+def _norms_of_other_mode(features: nn.Module) -> list[str]:
+    """Names of the batch norms that train while the network does not, or the other way."""
+    return [
+        name
+        for name, module in features.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.training != features.training
+    ]
+
+
+def _frozen_parts(features: nn.Module, x: Tensor) -> set[int]:
+    """The stem and the first blocks, as far as nothing in them trains, and no gradient goes through them."""
+    if not features.training or (x.requires_grad and torch.is_grad_enabled()):
+        return set()
+    moving = {_part(name) for name, parameter in features.named_parameters() if parameter.requires_grad}
+    for name, module in features.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and module.training:
+            moving.add(_part(name))
+    frozen, part = set(), 0
+    while part not in moving and part <= max(moving, default=0):
+        frozen.add(part)
+        part += 1
+    return frozen
+
+
+def _unsupported(features: nn.Module, x: Tensor, built: Blueprint, frozen: set[int]) -> str:
     """Why no backend can compute the stages and the modules must be called; empty if one may be able to."""
     if x.dim() != 4 or x.layout is not torch.strided:
         return "the input is no batch of images"
@@ -185,7 +224,7 @@ def _unsupported(features: nn.Module, x: Tensor, built: Blueprint) -> str:
         if isinstance(module, nn.Dropout) and module.training:
             return "dropout"
         if isinstance(module, nn.BatchNorm2d):
-            if module.training != features.training:
+            if module.training != features.training and _part(name) not in frozen:
                 return f"{name} is frozen" if features.training else f"{name} is in training mode"
             if module.momentum is None:
                 return f"{name}.momentum is None"

@@ -75,7 +75,8 @@ DENSENETS: dict[str, dict[str, Any]] = {
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
-"""Networks of other kinds by name; each takes num_classes, dropout, dense_block and activation_checkpointing."""
+"""Networks of other kinds by name; each takes num_classes, dropout, dense_block and activation_checkpointing, and, to serve
+gray images, in_channels."""
 
 
 def create_model(
@@ -85,6 +86,7 @@ def create_model(
     dense_block: str = "auto",
     activation_checkpointing: "ActivationCheckpointing" = "none",
     drop_path: float = 0.0,
+    in_channels: int = 3,
 ) -> nn.Module:
     """Build a network with freshly drawn weights from torch's global generator.
 
@@ -93,13 +95,14 @@ def create_model(
         dense_block: who computes the dense blocks of our own networks (backends.py); timm's networks do not use it.
         activation_checkpointing: the blocks whose bottlenecks are computed again in the backward pass, likewise.
         drop_path: stochastic depth of timm's networks.
+        in_channels: of the images: 3, or 1 for gray ones.
 
     Raises:
         UserError: there is no such network or `dense_block`; or the network has no stochastic depth.
     """
     backends.candidates(dense_block)
     if name.startswith("timm:"):
-        return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout, drop_path)
+        return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout, drop_path, in_channels)
     if drop_path:
         raise UserError(f"model.drop_path is for timm's networks, and model.name is {name}: leave it out")
     if name in NETWORKS:
@@ -108,6 +111,7 @@ def create_model(
             dropout=dropout,
             dense_block=dense_block,
             activation_checkpointing=activation_checkpointing,
+            **({} if in_channels == 3 else {"in_channels": in_channels}),
         )
     spec = DENSENETS.get(name) or cifar_densenet(name)
     if spec is None:
@@ -122,10 +126,11 @@ def create_model(
         num_classes=num_classes,
         dense_block=dense_block,
         activation_checkpointing=activation_checkpointing,
+        in_channels=in_channels,
     )
 
 
-def create_network(config: "ModelConfig", num_classes: int) -> nn.Module:
+def create_network(config: "ModelConfig", num_classes: int, in_channels: int = 3) -> nn.Module:
     """Build the network that a configuration names, with freshly drawn weights; see `create_model`."""
     return create_model(
         config.name,
@@ -134,10 +139,11 @@ def create_network(config: "ModelConfig", num_classes: int) -> nn.Module:
         dense_block=config.dense_block,
         activation_checkpointing=config.activation_checkpointing,
         drop_path=config.drop_path,
+        in_channels=in_channels,
     )
 
 
-def _create_timm_model(name: str, num_classes: int, dropout: float, drop_path: float) -> nn.Module:
+def _create_timm_model(name: str, num_classes: int, dropout: float, drop_path: float, in_channels: int) -> nn.Module:
     import timm  # takes seconds to import
 
     if "." in name:
@@ -149,6 +155,6 @@ def _create_timm_model(name: str, num_classes: int, dropout: float, drop_path: f
         raise UserError(f"model.name: timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
     try:
         depth = {"drop_path_rate": drop_path} if drop_path else {}  # which not all of them take
-        return timm.create_model(name, num_classes=num_classes, drop_rate=dropout, **depth)
+        return timm.create_model(name, num_classes=num_classes, drop_rate=dropout, in_chans=in_channels, **depth)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"model.name: timm cannot build '{name}': {str(error).splitlines()[0]}") from None

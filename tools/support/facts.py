@@ -18,29 +18,29 @@ def on_meta(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.M
         return build(*args, **options).eval().requires_grad_(False)  # the counter stumbles over expanded parameters
 
 
-def network_without_weights(model: ModelConfig, classes: int) -> nn.Module:
+def network_without_weights(model: ModelConfig, classes: int, channels: int = 3) -> nn.Module:
     """The network that a configuration names, on the device meta."""
-    return on_meta(create_network, dataclasses.replace(model, dense_block="eager"), classes)
+    return on_meta(create_network, dataclasses.replace(model, dense_block="eager"), classes, channels)
 
 
 def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def multiply_accumulates(network: nn.Module, size: int) -> int:
+def multiply_accumulates(network: nn.Module, size: int, channels: int = 3) -> int:
     """Of the convolutions and matrix products, for one image of `size` x `size` pixels."""
-    return multiply_accumulates_by_module(network, size)[""]
+    return multiply_accumulates_by_module(network, size, channels)[""]
 
 
 @torch.no_grad()
-def multiply_accumulates_by_module(network: nn.Module, size: int) -> dict[str, int]:
+def multiply_accumulates_by_module(network: nn.Module, size: int, channels: int = 3) -> dict[str, int]:
     """Those of each module by its name, "" for the whole network; see `multiply_accumulates`.
 
     A container whose modules are called one by one has the sum of theirs.
     """
     device = next(network.parameters()).device
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, size, size, device=device))
+        network(torch.zeros(1, channels, size, size, device=device))
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     root = type(network).__name__
 

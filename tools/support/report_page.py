@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.data.decoding import decode
+from pipeline.data.image_files import PixelFormat, deep_mode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.evaluation import Evaluation
@@ -111,12 +113,21 @@ class Thumbnails:
 
     def _encoded(self, i: int) -> tuple[str, str]:
         """The image as a link that holds it, and an attribute where it has so few pixels that they are to be seen."""
-        image = decode(self._reader.read(i), self._index.location(i))
+        turned = self._index.turned is not None and bool(self._index.turned[i])
+        image = _picture(self._reader.read(i), self._index.location(i), turned)
         small = ' class="pixels"' if max(image.size) < THUMBNAIL // 2 else ""
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=85)
         return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}", small
+
+
+def _picture(content: np.ndarray, location: str, turned: bool) -> Image.Image:
+    """An image as it can be shown; of 16 bits the upper ones."""
+    with Image.open(io.BytesIO(content.data)) as header:
+        deep = deep_mode(header).startswith("I")
+    image = decode(content, location, PixelFormat(16 if deep else 8, turned))
+    return image.convert("L") if deep else image
 
 
 def surest_mistakes(evaluation: Evaluation, index: DatasetIndex, thumbnails: Thumbnails) -> list[str]:

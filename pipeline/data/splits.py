@@ -1,0 +1,145 @@
+"""Where the training and the validation set are, where the configuration does not name them itself."""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import DataConfig
+from pipeline.data.sources import find_source
+from pipeline.data.table import SPLIT_NAMES, SUFFIXES
+from pipeline.errors import UserError
+
+Split = Literal["train", "val"]
+
+# Folders inside data.dir that may hold the splits: Hugging Face's, in a repository and as converted, and Kaggle's ImageNet.
+INSIDE = ("", "data", "default", "ILSVRC/Data/CLS-LOC")
+# Tables of well-known data sets, and the entry that is taken before them.
+KNOWN_TABLES: dict[Split, Sequence[tuple[str, str]]] = {
+    "train": [("train_test_split.txt", "train")],
+    "val": [
+        ("train_test_split.txt", "val"),
+        ("LOC_val_solution.csv", "val"),
+        ("val/val_annotations.txt", ""),
+    ],
+}
+FILES = {*SUFFIXES, ".tar", ".zip", ".parquet"}  # that may be a split
+INSTEAD = ", or data.holdout to validate on training images"
+
+
+def find_splits(config: DataConfig) -> DataConfig:
+    """The configuration with the sets that are there, before either is scanned, which can take an hour.
+
+    Where data.dir is the training set itself, the folder above, which holds both sets, is taken. Where data.train or data.val
+    is left at its default, and data.dir has no entry of that name but one of another usual name (valid, validation, test, ...;
+    data/validation-\\*.parquet; a well-known table), that one is taken. Both are told on stderr.
+
+    Raises:
+        UserError: a set is missing; names what is there instead.
+    """
+    config = _above_train(config)
+    config = dataclasses.replace(config, train=_find(config, "train"))
+    if config.holdout:
+        return config
+    config = dataclasses.replace(config, val=_find(config, "val"))
+    labels = config.val_labels and Path(config.dir, config.val_labels)
+    if labels and not os.path.exists(labels):
+        raise UserError(f"the label file {labels} does not exist: set data.val_labels (relative to data.dir)")
+    return config
+
+
+def _above_train(config: DataConfig) -> DataConfig:
+    """The configuration with the folder that holds both sets, where data.dir is the training set itself; it is told."""
+    folder = Path(os.path.abspath(config.dir))
+    above, names = folder.parent, SPLIT_NAMES["train"] if config.train == "train" else (config.train,)
+    if config.labels == "multi" or not {folder.name, folder.name.lower()} & set(names):
+        return config
+    if os.path.lexists(folder / config.train) or _offered(folder, SPLIT_NAMES["train"], tables_only=False):
+        return config  # it holds a training set
+    val = os.path.lexists(above / config.val) or (
+        config.val == "val" and _offered(above, SPLIT_NAMES["val"], tables_only=False)
+    )
+    if not (val or config.holdout):
+        return config
+    print(
+        f"data.dir {config.dir} is the training images: {above} is taken, which holds them", file=sys.stderr, flush=True
+    )
+    return dataclasses.replace(config, dir=str(above), train=folder.name)
+
+
+def _find(config: DataConfig, split: Split) -> str:
+    folder, name, several = Path(config.dir), config.train if split == "train" else config.val, config.labels == "multi"
+    found = ""
+    left_to_us = name == split
+    if left_to_us and not several and not (split == "val" and config.val_labels):
+        tables = (
+            t for t, but in KNOWN_TABLES[split] if (folder / t).is_file() and not (but and (folder / but).exists())
+        )
+        found = next(tables, "")
+    wanted = folder / name
+    if not found:
+        if os.path.lexists(wanted) or not _may_list(folder) or (not several and find_source(wanted)):
+            return name  # what is wrong with it, the scan says
+        offered = _offered(folder, SPLIT_NAMES[split], tables_only=several)
+        # The first usual name that is there, if it is there once; a folder `train` given as data.dir has none inside.
+        nearest = next(iter(offered.values()), [])
+        if not left_to_us or len(nearest) != 1:
+            _refuse(config, split, [offer for offers in offered.values() for offer in offers])
+        found = nearest[0]
+    print(f"data.{split} is {found}, as {folder} has no '{name}' with a folder a class", file=sys.stderr, flush=True)
+    return found
+
+
+def _offered(folder: Path, usual: tuple[str, ...], tables_only: bool) -> dict[str, list[str]]:
+    """What to give for a split, by its usual name, in the order of those: names of entries, or patterns of shards."""
+    found: dict[str, list[str]] = {}
+    for inside in INSIDE:
+        for entry in _entries(folder / inside):
+            suffix = os.path.splitext(entry)[1].lower()
+            if not (suffix in SUFFIXES if tables_only else suffix in FILES or (folder / inside / entry).is_dir()):
+                continue
+            name, offer = _offer(os.path.join(inside, entry))
+            if name in usual and offer not in found.setdefault(name, []):
+                found[name].append(offer)
+    return {name: found[name] for name in usual if name in found}
+
+
+def _offer(entry: str) -> tuple[str, str]:
+    """The split that an entry of data.dir may be, and what to give for it: its name, or a pattern if it is a shard."""
+    folder, name = os.path.split(entry)
+    if shard := re.fullmatch(r"(.+?)-\d+(?:-of-\d+)?\.(tar|parquet)", name):
+        return shard[1].lower(), f"{os.path.join(folder, shard[1])}-*.{shard[2]}"
+    return name.split(".")[0].lower(), entry
+
+
+def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
+    folder, name, field = Path(config.dir), config.train if split == "train" else config.val, f"data.{split}"
+    instead = INSTEAD if split == "val" else ""
+    there = _entries(folder)
+    if config.labels == "multi":
+        tables = [entry for entry in there if os.path.splitext(entry)[1].lower() in SUFFIXES]
+        some = f" to {' or '.join(tables[:4])}{' or another' if len(tables) > 4 else ''}, which data.dir holds"
+        none = f" to a CSV file (data.dir, {folder}, holds none)"
+        raise UserError(
+            f"the table {folder / name} does not exist: with data.labels multi, set {field}{some if tables else none}{instead}"
+        )
+    if folder.name == name:
+        remedy = f"data.dir is the folder above: set it to {folder.parent}"
+    elif len(offered) == 1:
+        quoted = f"'{offered[0]}'" if "*" in offered[0] else offered[0]
+        remedy = f"there is {quoted}: set {field} {quoted}{instead}"
+    else:
+        found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
+        remedy = f"set data.dir, or {field}{instead}{found}"
+    raise UserError(f"the data folder {folder / name} does not exist: {remedy}")
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(e for e in os.listdir(folder) if not e.startswith(".")) if _may_list(folder) else []
+
+
+def _may_list(folder: Path) -> bool:
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)

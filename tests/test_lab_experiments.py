@@ -1,0 +1,69 @@
+"""What the laboratory's experiments on data make: tables, squares with labels, and sets of any size."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import DataConfig, from_dict
+from pipeline.data.dataset import open_datasets
+from pipeline.data.index import scan_classes
+from tools.lab import fine_tuning, index_scale, several_labels
+
+
+@pytest.fixture
+def gray_classes(tmp_path):
+    """Class folders whose images are all of one gray, 10 times the number of their class."""
+    for k in range(1, 4):
+        (folder := tmp_path / "set" / "train" / f"class{k}").mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (28, 28), 10 * k).save(folder / f"{i}.png")
+    return tmp_path / "set"
+
+
+def test_a_table_has_so_many_images_of_each_class_drawn_anew_for_each_seed(gray_classes, tmp_path):
+    index = scan_classes(gray_classes / "train")
+    tables = []
+    for seed in (1, 1, 2):
+        fine_tuning.write_table(index, "train", 3, seed, tmp_path / "out" / "table.csv")
+        config = DataConfig(dir=str(gray_classes), train=str(tmp_path / "out" / "table.csv"), holdout=1)
+        found = open_datasets(config, tmp_path, progress=False)[0]
+        assert found.classes == index.classes and len(found) == 8
+        tables.append((tmp_path / "out" / "table.csv").read_text())
+    assert tables[0] == tables[1] != tables[2]
+    text = fine_tuning.report({"fine-tuned": [40.0, 42.0], "from scratch": [55.0, 53.0]}, 3, 9, 2)
+    assert (
+        "| margin         |  15.00 |  11.00 | 13.00 |" in text
+        and "better by 13.00 points (from 11.00 to 15.00)" in text
+    )
+
+
+def test_squares_have_the_labels_of_what_lies_on_them(gray_classes, tmp_path):
+    index = scan_classes(gray_classes / "train")
+    several_labels.write_squares(index, tmp_path / "out", "train", 20, seed=0)
+    with open(tmp_path / "out" / "train.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    quarters = set()
+    for row in rows:
+        with Image.open(tmp_path / "out" / row["file"]) as image:
+            pixels = np.asarray(image)
+        seen = [pixels[y, x] for y in (0, 28) for x in (0, 28)]
+        quarters |= {i for i, value in enumerate(seen) if value}
+        assert {f"class{value // 10}" for value in seen if value} == set(row["labels"].split("|"))
+        assert set(np.unique(pixels)) <= {0, *seen}
+    assert quarters == {0, 1, 2, 3} and len({row["labels"] for row in rows}) > 3
+    from_dict(several_labels.recipe(tmp_path, 1), "recipe")  # which is valid
+
+
+@pytest.mark.parametrize("kind", index_scale.WRITERS)
+def test_a_set_of_any_size_is_read_as_it_was_written(kind, tmp_path, monkeypatch):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="PARQUET FILES ARE NOT TESTED: pip install pyarrow")
+    for name, value in (("CLASSES", 4), ("SHARD", 7), ("FILE", 8), ("ROW_GROUP", 3)):
+        monkeypatch.setattr(index_scale, name, value)
+    index = scan_classes(tmp_path / index_scale.WRITERS[kind](index_scale.images(20), tmp_path))
+    assert index.classes == tuple(f"n{k:08d}" for k in range(4)) and np.bincount(index.labels).tolist() == [5] * 4
+    assert len(list(tmp_path.iterdir())) == {"shards": 3, "zip": 1, "parquet": 3}[kind]
+    first, again = {"seconds": 2.0, "most": 30.0}, {"seconds": 1.0, "added": 5.0, "first_batch": 0.5, "resume": 0.25}
+    assert index_scale.describe(first, [again, again]) == ["2.0", "1.0", "30", "5", "0.50", "0.25"]

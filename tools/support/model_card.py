@@ -1,0 +1,44 @@
+"""A model card: what one must know of weights to use them, and where they come from."""
+
+from pipeline.audit import origin_text
+from pipeline.weights import Weights
+from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.markdown import table
+
+FEW = 20  # classes that are all named
+
+
+def model_card(weights: Weights, file: str) -> str:
+    """The card of weights in a file of this name, as Markdown."""
+    config, data = weights.config, weights.config.data
+    bare = network_without_weights(config.model, len(weights.classes), data.channels)
+    work = multiply_accumulates(bare, data.crop_size, data.channels)
+    colors = "red, green and blue" if data.channels == 3 else f"gray, {data.depth} bits"
+    turned = "applied" if data.exif_orientation else "ignored"
+    rows = [
+        [
+            "network",
+            f"{config.model.name}, {parameters(weights.network):,} parameters, {work / 1e6:,.0f} M multiply-accumulates",
+        ],
+        ["images", f"{colors}; EXIF orientation {turned}"],
+        ["size", f"short side {data.resize_size}, centre crop {data.crop_size} pixels, filter {data.interpolation}"],
+        ["normalisation", f"mean {_numbers(data.mean)}, standard deviation {_numbers(data.std)}"],
+        [
+            "outputs",
+            f"{len(weights.classes)}, {'one label' if data.labels == 'single' else 'any number of labels'} an image",
+        ],
+        ["classes", ", ".join(weights.classes[:FEW]) + (", ..." if len(weights.classes) > FEW else "")],
+        ["begun with", origin_text(config.model) if config.model.weights else "drawn weights"],
+        ["training", weights.audit or "not known"],
+    ]
+    if weights.audit is None and not config.model.weights:
+        rows[-2][1] = "not known"
+    if config.model.freeze is not None:
+        rows.append(["did not train", f"the stem and {config.model.freeze} blocks"])
+    lines = [f"# {file}", "", *table(["", "what"], rows, names=2), ""]
+    lines.append(f"`python -m tools.evaluate {file} --data DIR --report REPORT` measures its error on your images.")
+    return "\n".join([*lines, ""])
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
