@@ -490,7 +490,8 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
         and "4 steps an epoch, 2 epochs" in text
     )
     assert "at 20 images/s" in text and "1 attempts" in text
-    assert "other than the defaults: model.name densenet_bc22_k8, data.loader synthetic, data.crop_size 16, " in text
+    assert "other than the defaults: model.name densenet_bc22_k8, data.dir " in text
+    assert "data.loader synthetic, data.crop_size 16, data.resize_size 16, " in text
     assert "optim.epochs 2, optim.batch_size 12, optim.lr 0.2, optim.milestones 1, " in text
     assert "2 processes of this machine for each run; 1 of 2 runs at a time (--parallel)" in text
     assert not list(tmp_path.iterdir())
