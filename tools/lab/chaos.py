@@ -235,11 +235,11 @@ def same_bits(run_dir: Path, other: Path) -> bool:
 
 
 def files_in(folder: Path) -> dict[Path, bytes | str]:
-    """What is in a run directory, but for its lock, which names the last process that held it."""
+    """What is in a run directory, but for its lock, which names the last process that held it, and its log."""
     return {
         path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
         for path in folder.rglob("*")
-        if path.name != "lock"
+        if path.name not in ("lock", "log.txt")
     }
 
 
