@@ -38,7 +38,8 @@ class ModelEma:
         """Move the average towards the network's present weights."""
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(*self._averaged, 1 - decay)
+        averages, values = self._averaged
+        torch._foreach_lerp_(averages, values, 1 - decay)
         for count, value in zip(*self._copied, strict=True):  # of batches that a batch norm has seen
             count.copy_(value)
 

@@ -54,9 +54,8 @@ def of_timm(name: str, parameters: Parameters, config: OptimConfig) -> torch.opt
     """timm's optimiser of that name, with its own defaults for what the configuration has no field for (betas, epsilon)."""
     from timm.optim import create_optimizer_v2  # takes seconds to import
 
-    return create_optimizer_v2(
-        list(parameters), name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-    )
+    given: list[Any] = list(parameters)
+    return create_optimizer_v2(given, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
 
 
 # Of timm's optimisers those that resume to the same bits, which tests/test_optim.py holds.

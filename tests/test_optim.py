@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import small_config
 from test_trainer import last_state, records
-from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import trainer
 from pipeline.config import OptimConfig
@@ -220,18 +219,3 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path, precision):
     assert moved[0].norm().item() == pytest.approx(first_step * norms[0], rel=1e-3)
     assert moved[1].norm().item() == pytest.approx(first_step * 0.05, rel=1e-3)
     assert torch.nn.functional.cosine_similarity(*moved, dim=0).item() == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_norms_may_be_left_out_on_purpose_in_mid_run(tmp_path):
-    config = small_config(tmp_path, train={"checkpoint_every": 1})
-    with pytest.raises(InterruptionError):
-        trainer.fit(config, hooks=[InterruptAfter(3)])
-    before = last_state(config)["optimizer"]["state"]
-    changed = small_config(tmp_path, optim={"decay_norms": False}, train={"change": ["optim.decay_norms"]})
-    with trainer.init_distributed("cpu") as world:
-        run = trainer.Run(changed, world)
-        run.load_state_dict(last_state(config))
-        after = run.state_dict()["optimizer"]["state"]
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[i]["momentum_buffer"], after[i]["momentum_buffer"]) for i in before)
