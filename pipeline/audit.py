@@ -383,7 +383,7 @@ def _sizes_text(data: DataConfig) -> str:
 
 def _auto_augment_text(data: DataConfig) -> str:
     """The policy of data.auto_augment, with what belongs to it."""
-    about = [data.auto_augment]
+    about: list[str] = [data.auto_augment]
     if data.auto_augment != "trivialaugment":
         about += [f"{data.randaugment_ops} operations", f"magnitude {data.randaugment_magnitude}"]
     if data.randaugment_magnitude_std:

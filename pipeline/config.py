@@ -355,8 +355,9 @@ class DataConfig:
             return self
         size = self.train_sizes[sum(epoch >= milestone for milestone in self.train_crop_milestones)]
         resize_size = round(self.resize_size * size / self.crop_size)
-        of_all = dict(train_crop_size=(), train_crop_milestones=())
-        return dataclasses.replace(self, crop_size=size, resize_size=resize_size, **of_all)
+        return dataclasses.replace(
+            self, crop_size=size, resize_size=resize_size, train_crop_size=(), train_crop_milestones=()
+        )
 
 
 @dataclass(frozen=True, config=STRICT)

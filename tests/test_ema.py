@@ -108,7 +108,9 @@ def test_both_are_validated_and_best_is_by_the_average(whole):
     assert best["best_top1_error"] == min(record["val/top1_error"] for record in epochs)
     lines = said.splitlines()
     assert lines[1].startswith("last (epoch 2 of 2, ema weights): top-1 error ")
-    assert lines[2].startswith(f"last (epoch 2 of 2, raw weights): top-1 error {epochs[-1]['val_raw/top1_error']:.2f} %")
+    assert lines[2].startswith(
+        f"last (epoch 2 of 2, raw weights): top-1 error {epochs[-1]['val_raw/top1_error']:.2f} %"
+    )
 
 
 def changed(whole, folder: Path, part_to_drop: str = "", **train) -> Config:

@@ -262,8 +262,7 @@ def test_two_ranks_begin_alike_and_resume_with_the_same_bits(source, tmp_path):
     files = [tmp_path / "whole.yaml", tmp_path / "cut.yaml"]
     for file, config in zip(files, configs, strict=True):
         file.write_text(to_yaml(config))
-    script = REPOSITORY / "tests" / "fine_tuning_on_ranks.py"
-    result = run_module("torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *files)
+    result = run_module("tests.fine_tuning_on_ranks", *files, ranks=2)
     assert result.returncode == 0, result.stderr
     whole, cut = map(weights, configs)
     assert_equal_weights(whole, cut)

@@ -4,6 +4,7 @@ With ``--recipe`` it is compared with the recipe that its published.recipe names
 """
 
 import sys
+from typing import Any
 
 from pipeline.audit import audit, setting_for, to_markdown
 from pipeline.config import parse_command_line
@@ -12,7 +13,7 @@ from pipeline.recipes import audit_recipe, recipe_of
 
 
 def main() -> None:
-    flags = {
+    flags: dict[str, dict[str, Any]] = {
         "ranks": {
             "type": positive_integer,
             "metavar": "N",

@@ -97,8 +97,9 @@ class TrainingLoader:
 
     def _create_image_pipeline(self, config: DataConfig) -> ImagePipeline:
         part = self._batch_size // self._shard.ranks // self._accumulation
-        options = dict(views=1, corrupt_images=config.corrupt_images, dtype=self._dtype)
-        return create_image_pipeline(self.index, config, self._shard, part, **options)
+        return create_image_pipeline(
+            self.index, config, self._shard, part, views=1, corrupt_images=config.corrupt_images, dtype=self._dtype
+        )
 
     def global_batch(self, step: int) -> int:
         """Images in the global batch of this step of an epoch."""

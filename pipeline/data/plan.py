@@ -13,6 +13,7 @@ whose training and evaluation transforms the authors used.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -83,8 +84,9 @@ class BatchPlan:
 
     def take(self, rows: np.ndarray) -> "BatchPlan":
         """Return the plan of the images at these positions of this one, which may repeat."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        return BatchPlan(**{name: None if array is None else array[rows] for name, array in arrays.items()})
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        taken: dict[str, Any] = {name: None if array is None else array[rows] for name, array in arrays.items()}
+        return BatchPlan(**taken)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

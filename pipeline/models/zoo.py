@@ -154,7 +154,7 @@ def _create_timm_model(name: str, num_classes: int, dropout: float, drop_path: f
     if not timm.is_model(name):
         raise UserError(f"model.name: timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
     try:
-        depth = {"drop_path_rate": drop_path} if drop_path else {}  # which not all of them take
+        depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # which not all of them take
         return timm.create_model(name, num_classes=num_classes, drop_rate=dropout, in_chans=in_channels, **depth)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"model.name: timm cannot build '{name}': {str(error).splitlines()[0]}") from None

@@ -371,9 +371,16 @@ def augmentation(setting: Setting) -> Found:
     far = 0.0
     for space in SPACES:
         config = DataConfig(
-            loader="synthetic", crop_size=32, resize_size=32, auto_augment=space, color_jitter=0, pca_noise=0, cutout=8,
-            random_erasing=0.5, erasing_fill="noise",
-        )  # type: ignore[arg-type] # fmt: skip
+            loader="synthetic",
+            crop_size=32,
+            resize_size=32,
+            auto_augment=space,  # type: ignore[arg-type]
+            color_jitter=0,
+            pca_noise=0,
+            cutout=8,
+            random_erasing=0.5,
+            erasing_fill="noise",
+        )
         found = []
         for device in (setting.device, torch.device("cpu")):
             index, shard = synthetic_index(64, 3, 32, "train"), Shard(0, 1, device, 1)
