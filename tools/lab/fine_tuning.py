@@ -54,7 +54,7 @@ def main() -> None:
                 "optim.batch_size": 32,
                 "optim.lr": 0.05,
                 "train.precision": options.precision,
-                "train.reuse_every": 0,
+                "train.pictures_every": 0,
             }
             of_kind.append(fit(load_config(CONFIG, overrides)).last_top1_error)
     print(report(errors, options.images, len(test.classes) * options.test_images, options.epochs))

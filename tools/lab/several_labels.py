@@ -61,7 +61,7 @@ def recipe(out: Path, epochs: int) -> dict:
             "pca_noise": 0,
         },
         "optim": {"objective": "binary_cross_entropy", "epochs": epochs, "batch_size": 32, "schedule": "cosine"},
-        "train": {"reuse_every": 0},
+        "train": {"pictures_every": 0},
     }
 
 
