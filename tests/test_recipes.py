@@ -79,6 +79,6 @@ def test_paddleclas_recipe_trains_a_step(tmp_path):
     """With the smallest network; the others differ in that alone."""
     overrides = {
         "run_dir": str(tmp_path), "data.loader": "synthetic", "data.synthetic_images": 8, "data.crop_size": 32,
-        "data.resize_size": 36, "optim.epochs": 1, "optim.batch_size": 8, "train.device": "cpu", "train.reuse_every": 0,
+        "data.resize_size": 36, "optim.epochs": 1, "optim.batch_size": 8, "train.device": "cpu", "train.pictures_every": 0,
     }  # fmt: skip
     assert trainer.fit(load_config(PADDLECLAS[0], overrides)).epoch == 1
