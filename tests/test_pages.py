@@ -121,7 +121,7 @@ def understands(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
 def module_and_words(command: str) -> tuple[str, list[str]]:
     """What `python -m` or torchrun starts, and its arguments."""
     words = [word for word in shlex.split(command, comments=True) if word != "--help"]
-    if words[0] == "python" and words[2] != "pipeline.torchrun":
+    if words[0] == "python" and (words[2] != "pipeline.torchrun" or not words[3:]):
         return words[2], words[3:]
     known, unknown = get_args_parser().parse_known_args(words[1:] if words[0] == "torchrun" else words[3:])
     assert known.module and not unknown, command

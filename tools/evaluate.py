@@ -344,7 +344,9 @@ def published_errors(
     own, name, is_imagenet = weights.config.published, weights.config.model.name, weights.classes == imagenet_ids()
     suffix, nothing = "_10crop" if crops == 10 else "", (None, None)
     rows = []
-    if is_imagenet or published_errors_hold(weights.config, len(weights.classes)):
+    if is_imagenet or published_errors_hold(
+        weights.config, classes=0
+    ):  # the paper's on ImageNet are of no other classes
         errors = getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")
         rows.append((own.source or "published", errors, _prepared(weights.config.data)))
     if is_imagenet and own.source is None:
