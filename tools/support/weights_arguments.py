@@ -1,7 +1,7 @@
 """Command-line arguments that name weights, and reading what they name."""
 
 import itertools
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from pipeline.errors import ArgumentParser, UserError
@@ -24,9 +24,13 @@ def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None
     )
     parser.add_argument(
         "--ema",
-        action=BooleanOptionalAction,
-        help="use the exponential moving average of the weights of a file that holds both, or the raw ones [of a checkpoint "
-        "those that best.pt is chosen by, train.best_by; of a file from elsewhere its state_dict]",
+        action="store_true",
+        default=None,
+        help="use the exponential moving average of the weights, where a file holds one beside them [of a checkpoint what "
+        "best.pt is chosen by, train.best_by; of a file from elsewhere its state_dict]",
+    )
+    parser.add_argument(
+        "--no-ema", dest="ema", action="store_false", default=None, help="use the raw weights, where a file holds both"
     )
 
 
