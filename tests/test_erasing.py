@@ -81,7 +81,7 @@ def test_erased_rectangles_follow_torchvisions_distribution():
     expected = np.array(
         [
             transforms.RandomErasing.get_params(image, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=[0.0])[:4]
-            for _ in range(4000)
+            for _ in range(2000)
         ],
         float,
     )
@@ -91,7 +91,7 @@ def test_erased_rectangles_follow_torchvisions_distribution():
         (drawn[:, 0], expected[:, 0]),
         (drawn[:, 1], expected[:, 1]),
     ):
-        assert kolmogorov_distance(ours, theirs) < 0.04  # what equal distributions keep in 999 of 1000 draws
+        assert kolmogorov_distance(ours, theirs) < 0.055  # what equal distributions keep in 999 of 1000 draws
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -105,7 +105,9 @@ def test_a_run_with_everything_resumes_to_the_same_bits(tmp_path):
 def test_three_ranks_resume_to_the_same_bits(tmp_path):
     files = []
     for name in ("whole", "cut"):
-        config = small_config(tmp_path / name, data=EVERYTHING, train={"checkpoint_every": 3})
+        config = small_config(
+            tmp_path / name, data=EVERYTHING | {"synthetic_images": 26}, train={"checkpoint_every": 3}
+        )
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(to_yaml(config))
     done = run_module("tests.fine_tuning_on_ranks", *files, ranks=3)
@@ -117,7 +119,7 @@ def test_the_watchdog_waits_for_each_size_to_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation.torch, "compile", lambda network, **_: network)
     waits: dict[str, bool] = {}
     monkeypatch.setattr(Watchdog, "beat", lambda self, where, compiles=False: waits.setdefault(where, compiles))
-    data = EVERYTHING | {"train_crop_size": [16, 20, 20], "train_crop_milestones": [1, 2], "synthetic_images": 12}
+    data = EVERYTHING | {"train_crop_size": [16, 20, 20], "train_crop_milestones": [1, 2], "synthetic_images": 24}
     trainer.fit(small_config(tmp_path, data=data, optim={"epochs": 3}, train={"compile": "default"}))
     assert [where for where, compiles in waits.items() if compiles] == ["epoch 0, step 0", "epoch 1, step 0"]
 
