@@ -234,7 +234,7 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     text, page = (tmp_path / "report" / "report.md").read_text(), (tmp_path / "report" / "report.html").read_text()
     assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
     assert page.count("<img src=") == sum(map(sum, wrong)) + only_first + only_second
-    assert "<b>predicted</b> class0 (67 %)</span><span><b>true</b> class1</span>" in page
+    assert "<b>predicted</b> class0 (67\u00a0%)</span><span><b>true</b> class1</span>" in page
     assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar)" in printed
 
 

@@ -217,7 +217,9 @@ def reliability(figures: dict[str, Any]) -> str:
 
 def _answer(evaluation: Evaluation, index: DatasetIndex, i: int) -> str:
     answer = int(evaluation.top5[i, 0])
-    return f"{index.classes[answer]} ({100 * evaluation.probability[i]:.0f} %)" if answer >= 0 else "no finite answer"
+    return (
+        f"{index.classes[answer]} ({100 * evaluation.probability[i]:.0f}\u00a0%)" if answer >= 0 else "no finite answer"
+    )
 
 
 def _matrix_picture(counts: np.ndarray, names: list[str]) -> str:
@@ -228,9 +230,10 @@ def _matrix_picture(counts: np.ndarray, names: list[str]) -> str:
     beside = rates * (1 - np.eye(size))
     worst = max(float(beside.max(initial=0)), 1e-9)
     width, height = left + cell * size + 2, top + cell * size + 2
-    parts = [
-        f'<svg class="matrix" viewBox="0 0 {width} {height}" style="min-width:{min(width, 900) * 3 // 4}px" role="img">'
-    ]
+    kind, least = (
+        ("matrix", width * 3 // 4) if size <= 12 else ("large matrix", width * 6 // 7)
+    )  # narrower it is scrolled
+    parts = [f'<svg class="{kind}" viewBox="0 0 {width} {height}" style="min-width:{least}px" role="img">']
     parts.append("<title>confusion matrix</title>")
     for k, name in enumerate(names):
         short = html.escape(_shortened(name, (left - 10) * 1.7 / letters))
