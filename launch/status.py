@@ -96,7 +96,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         nodes=nodes or (attempts[-1]["machines"] if attempts else ""),
         attempts=len(attempts) if job else len(attempts_in_log(run_dir)),
         epoch=int(epochs_done(validation)) if validation else 0,
-        epochs=config and config.optim.epochs,
+        epochs=config.optim.epochs if config else None,
         step=records[-1]["step"] if records else 0,
         top1_error=validation.get("val/top1_error"),
         top5_error=validation.get("val/top5_error"),

@@ -28,7 +28,7 @@ def following_fields(
     merged = {**defaults, **{key: value for layer in layers for key, value in layer.items()}}
     large_batch = str(merged["optim.large_batch"]).lower() in ("true", "yes", "on", "1")
     for layer in layers:
-        new = {}
+        new: dict[str, Any] = {}
         if "data.crop_size" not in held:
             new |= _resize_size(state, layer)
         if "optim.epochs" not in held and merged["optim.schedule"] == "step":
