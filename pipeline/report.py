@@ -6,6 +6,7 @@ from pipeline.audit import AuditRow, audit, count_differences, origin_text, sett
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import to_yaml
 from pipeline.data.checks import warnings_about
+from pipeline.metrics import exits_text
 from pipeline.run import Progress, Run
 from pipeline.run_dir import replace_text
 
@@ -18,7 +19,8 @@ def write_description(run: Run, found: Found | None) -> None:
     else:
         for line in warnings_of(run, None):
             print(f"warning: {line}", file=sys.stderr, flush=True)
-    title = f"{run.config.model.name} beside the paper's {setting_for(run.config).name} setting"
+    setting = setting_for(run.config)
+    title = f"{run.config.model.name} beside {setting.paper}'s {setting.name} setting"
     replace_text(run.dir / "config.yaml", to_yaml(run.config))
     replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines()))
 
@@ -59,7 +61,8 @@ def summary(run: Run) -> str:
     if run.progress.skipped_steps:
         lines.append(f"{run.progress.skipped_steps} steps were left out, as their loss or gradient was not finite")
     lines += run.history.lines()
-    lines.append(f"recipe: {count_differences(audit_of(run))} ({run.dir / 'audit.md'})")
+    verdict = count_differences(audit_of(run), setting_for(run.config).paper)
+    lines.append(f"recipe: {verdict} ({run.dir / 'audit.md'})")
     return "\n".join(lines)
 
 
@@ -67,7 +70,8 @@ def _errors(progress: Progress) -> tuple[str, str]:
     """Of the best and of the last epoch."""
     return (
         f"top-1 error {progress.best_top1_error:.2f} %, top-5 error {progress.best_top5_error:.2f} %",
-        f"top-1 error {progress.last_top1_error:.2f} %, top-5 error {progress.last_top5_error:.2f} %",
+        f"top-1 error {progress.last_top1_error:.2f} %, top-5 error {progress.last_top5_error:.2f} %"
+        f"{exits_text(progress.last_exit_errors)}",
     )
 
 

@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.audit import C10, C100, audit, in_one_line
+from pipeline.audit import C10, C100, audit, in_one_line, setting_for
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
 from pipeline.models import create_model, create_network
-from pipeline.models.zoo import DENSENETS, cifar_densenet
+from pipeline.models.parts import classifier_of
+from pipeline.models.zoo import DENSENETS, MSDNETS, cifar_densenet
 
 METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
 EXTERNAL_KEYS = (
@@ -84,7 +85,9 @@ class Weights:
     @property
     def audit(self) -> str | None:
         """How the training differed from the paper's, None if that is not known."""
-        return None if self.microbatches is None else in_one_line(audit(self.config, self.microbatches))
+        if self.microbatches is None:
+            return None
+        return in_one_line(audit(self.config, self.microbatches), setting_for(self.config).paper)
 
 
 class OwnWeights(NamedTuple):
@@ -312,7 +315,7 @@ def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
     """The one of our networks that has such tensors, but for a few; which those are, `match` says."""
     shapes = _count_shapes(state)
     odd: dict[str, int] = {}  # tensors that one side has and the other lacks, by network
-    for name in DENSENETS:
+    for name in MSDNETS if any("blocks.0.0.layers." in name for name in state) else DENSENETS:
         own = _shapes_of(name, outputs)
         odd[name] = ((own - shapes) + (shapes - own)).total()
     nearest = min(odd, key=lambda name: odd[name])
@@ -339,8 +342,9 @@ def preprocessing_of(name: str, network: nn.Module) -> DataConfig:
     Raises:
         UserError: timm prepares them in a way that this project does not.
     """
-    if cifar_densenet(name):
-        setting = C100 if len(network.get_parameter("classifier.weight")) == 100 else C10
+    if cifar_densenet(name) or name.startswith("msdnet_cifar"):
+        last = classifier_of(network)[-1]
+        setting = C100 if len(network.get_parameter(f"{last}.weight")) == 100 else C10
         return DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
     if not name.startswith("timm:"):
         return DataConfig()

@@ -37,7 +37,7 @@ LAYERS = [
         "pipeline.resume",
         "pipeline.weights",
     },
-    {"pipeline.start"},
+    {"pipeline.budget", "pipeline.joint_objective", "pipeline.start"},
     {"pipeline.run"},
     {"pipeline.hooks", "pipeline.report"},
     {"pipeline.trainer"},

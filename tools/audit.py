@@ -12,7 +12,9 @@ def main() -> None:
     config, options = parse_command_line(sys.argv[1:], "python -m tools.audit", __doc__, {"ranks": flag})
     setting = setting_for(config)
     ranks = options.ranks or setting.ranks
-    title = f"{config.model.name} on {ranks} rank{'s' if ranks > 1 else ''} beside the paper's {setting.name} setting"
+    title = (
+        f"{config.model.name} on {ranks} rank{'s' if ranks > 1 else ''} beside {setting.paper}'s {setting.name} setting"
+    )
     print(to_markdown(audit(config, ranks * config.optim.grad_accum_steps), title))
 
 
