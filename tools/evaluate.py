@@ -31,6 +31,7 @@ from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.metrics import LabelScore, Score
+from pipeline.models.folding import for_evaluation
 from pipeline.precision import autocast, set_tf32
 from pipeline.weights import Weights, imagenet_ids
 from tools.support import published
@@ -123,7 +124,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     loader_name, _ = choose_common_loader(candidate.data, world.device, world.gather)
     data = dataclasses.replace(candidate.data, loader=loader_name)
     loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
-    network = weights.network.to(world.device).to(memory_format=torch.channels_last)
+    network = for_evaluation(weights.network).to(world.device).to(memory_format=torch.channels_last)
     if options.compile:
         network.compile()
     set_tf32(options.precision)

@@ -1,11 +1,12 @@
 """Export a network to ONNX or torch.export: ``python -m tools.export WEIGHTS OUTPUT.onnx`` (or ``OUTPUT.pt2``).
 
-The exported network is in evaluation mode and takes float32 images of shape (N, 3, S, S), prepared as its metadata says, for
-any N; S is the crop size of the weights' run. The metadata also holds the class names, and whether probabilities are the
-softmax of the logits or, of several labels an image, their sigmoid. The file is loaded again and compared with PyTorch, and
-written only if the logits agree.
+Of an MSDNet one exit is exported, the last unless --exit says otherwise. The exported network is in evaluation mode and takes
+float32 images of shape (N, 3, S, S), prepared as its metadata says, for any N; S is the crop size of the weights' run. The
+metadata also holds the class names, and whether probabilities are the softmax of the logits or, of several labels an image,
+their sigmoid. The file is loaded again and compared with PyTorch, and written only if the logits agree.
 """
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.models.densenet import DenseNet
+from pipeline.models.early_exits import single_output
 from pipeline.weights import Weights
 from tools.support.outputs import writable_file
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of
@@ -36,13 +38,18 @@ Run = Callable[[Tensor], Tensor]
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.export", description=__doc__)
     add_weights_arguments(parser)
+    parser.add_argument(
+        "--exit", type=positive_integer, metavar="K", help="exit of an MSDNet, counted from 1 [the last]"
+    )
     parser.add_argument("output", metavar="OUTPUT", help="a file that ends in .onnx or .pt2")
     options = parser.parse_args()
     output = writable_file(options.output, "OUTPUT", FORMATS)
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if output.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-dev.txt, or give an OUTPUT.pt2")
-    content, difference = export(read_weights_of(options, options.weights), output.suffix)
+    weights = read_weights_of(options, options.weights)
+    weights = dataclasses.replace(weights, network=single_output(weights.network, options.exit, options.weights))
+    content, difference = export(weights, output.suffix)
     output.write_bytes(content)
     print(f"{output}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}")
 
