@@ -44,7 +44,7 @@ from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import exits_of
 from pipeline.models.parts import freeze
-from pipeline.objective import CrossEntropy, create_objective, read_class_weights
+from pipeline.objective import CrossEntropy, Objective, create_objective, read_class_weights
 from pipeline.optim import create_optimizer, learning_rate, load_state
 from pipeline.precision import (
     AUTOCAST_TYPES,
@@ -153,6 +153,8 @@ class Run:
         training_network: the same, compiled if asked for and averaging gradients over the ranks.
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
+
+    objective: Objective
 
     def __init__(self, config: Config, world: World, start: Start | None = None):
         """Build everything that a run is made of.

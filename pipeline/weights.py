@@ -29,7 +29,7 @@ from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
 from pipeline.models import create_model, create_network
 from pipeline.models.parts import classifier_of
-from pipeline.models.zoo import DENSENETS, MSDNETS, cifar_densenet
+from pipeline.models.zoo import DENSENETS, cifar_densenet
 
 METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
 EXTERNAL_KEYS = (
@@ -313,9 +313,11 @@ def outputs_of(state: dict[str, Tensor], model: str | None, path: Path) -> int:
 
 def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
     """The one of our networks that has such tensors, but for a few; which those are, `match` says."""
+    if msdnet := _name_of_msdnet(list(_strip(state))):
+        return msdnet
     shapes = _count_shapes(state)
     odd: dict[str, int] = {}  # tensors that one side has and the other lacks, by network
-    for name in MSDNETS if any("blocks.0.0.layers." in name for name in state) else DENSENETS:
+    for name in DENSENETS:
         own = _shapes_of(name, outputs)
         odd[name] = ((own - shapes) + (shapes - own)).total()
     nearest = min(odd, key=lambda name: odd[name])
@@ -324,6 +326,17 @@ def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
     raise UserError(
         f"{path} holds the weights of none of the paper's networks: name it with --model, as densenet_bc22_k6 or timm:resnet50"
     )
+
+
+def _name_of_msdnet(names: list[str]) -> str | None:
+    """The MSDNet whose tensors are called so, by its stem, its exits, and the layers of its first block; None if it is none."""
+    if not {"blocks.0.0.layers.0.0.weight", "blocks.0.0.layers.0.net.0.weight"} & set(names):
+        return None
+    exits = sum(name.startswith("classifier.") and name.endswith(".linear.weight") for name in names)
+    layers = sum(bool(re.fullmatch(r"blocks\.0\.\d+\.layers\.0\.conv_normal\.net\.0\.weight", name)) for name in names)
+    if "blocks.0.0.layers.0.0.weight" in names:
+        return f"msdnet_imagenet_{layers}"
+    return f"msdnet_cifar_budget_{exits}" if layers == 1 else f"msdnet_cifar_{exits}"
 
 
 @functools.cache

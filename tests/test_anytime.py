@@ -17,7 +17,7 @@ from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
 from pipeline.models.folding import fold_norms
-from pipeline.weights import read_weights, write_safetensors
+from pipeline.weights import _name_of_msdnet, read_weights, write_safetensors
 from tools.anytime import main as anytime
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate
@@ -215,17 +215,24 @@ def test_an_exit_is_exported(checkpoint, run, tmp_path):
     torch.testing.assert_close(loaded(images), network(images)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_of_the_port_is_recognised_by_its_names(run, tmp_path):
+@pytest.mark.parametrize("name", ["msdnet_cifar_2", "msdnet_cifar_budget_3"])
+def test_a_checkpoint_of_the_port_is_recognised_by_its_names(run, tmp_path, name):
     """It was saved by nn.DataParallel, beside other things, as kalviny/MSDNet-PyTorch's main.py does."""
     torch.manual_seed(0)
-    network = with_random_norms(create_model("msdnet_cifar_7", num_classes=100))
-    state = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    network = with_random_norms(create_model(name, num_classes=100))
+    state = {f"module.{entry}": tensor for entry, tensor in network.state_dict().items()}
     torch.save({"epoch": 1, "arch": "msdnet", "best_prec1": 1.0, "state_dict": state}, tmp_path / "port.pth.tar")
-    assert run(convert, tmp_path / "port.pth.tar", tmp_path / "ours.safetensors").startswith("msdnet_cifar_7, ")
+    assert run(convert, tmp_path / "port.pth.tar", tmp_path / "ours.safetensors").startswith(f"{name}, ")
     read = read_weights(tmp_path / "ours.safetensors")
     assert read.config.data.mean == (0.5071, 0.4867, 0.4408)  # CIFAR-100's
-    for name, tensor in read.network.state_dict().items():
-        assert torch.equal(tensor, network.state_dict()[name]), name
+    for entry, tensor in read.network.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[entry]), entry
+
+
+def test_the_networks_for_imagenet_are_recognised_too():
+    with torch.device("meta"):
+        names = list(create_model("msdnet_imagenet_2").state_dict())
+    assert _name_of_msdnet(names) == "msdnet_imagenet_2" and _name_of_msdnet(["features.conv0.weight"]) is None
 
 
 def test_what_cannot_be_is_refused_in_one_line(data, checkpoint, user_error, tmp_path):

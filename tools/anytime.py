@@ -92,10 +92,12 @@ def main() -> None:
         if world.size > 1:
             raise UserError("tools.anytime measures time in one process: start it without torchrun")
         images = open_both(data, options.thresholds, weights)
-        network = typing.cast("MSDNet", fold_norms(network).to(world.device, memory_format=torch.channels_last))
+        network = typing.cast("MSDNet", on_device(fold_norms(network), world))
         others = [read_other(item, data, images.test, world, options) for item in options.beside]
         answers = answers_of(network, loader_of(images.test, data, world, options))
-        held_out = images.held_out and answers_of(network, loader_of(images.held_out, data, world, options))
+        held_out = None
+        if images.held_out:
+            held_out = answers_of(network, loader_of(images.held_out, data, world, options))
         refuse_what_is_not_finite(options.weights, answers, held_out or ())
         result = describe(name, weights, data, images, answers, held_out)
         measure(result, network, others, images.test, data, world, options)
@@ -103,6 +105,10 @@ def main() -> None:
     print(result_to_text(result), flush=True)
     if folder:
         write_report(folder, result, answers[0], images.test)
+
+
+def on_device(network: nn.Module, world: World) -> nn.Module:
+    return network.to(world.device).to(memory_format=torch.channels_last)
 
 
 def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -> Images:
@@ -139,7 +145,7 @@ def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, op
             value = float(error)
         except ValueError:
             raise UserError(f"--beside {item}: '{error}' is no error in percent: give WEIGHTS or NAME=ERROR") from None
-        network = create_model(name, len(test.classes)).eval().to(world.device, memory_format=torch.channels_last)
+        network = on_device(create_model(name, len(test.classes)).eval(), world)
         check_image_size(network, data.crop_size, name)
         work = multiply_accumulates(on_meta(create_model, name, len(test.classes), dense_block="eager"), data.crop_size)
         return Other(name, value, False, work, network, data)
@@ -147,7 +153,7 @@ def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, op
     if weights.classes != test.classes:
         raise UserError(f"--beside {item} is for other classes than {options.weights}")
     own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)
-    network = weights.network.to(world.device, memory_format=torch.channels_last)
+    network = on_device(weights.network, world)
     work = multiply_accumulates(network_without_weights(weights.config.model, len(test.classes)), own.crop_size)
     score = evaluate(network, loader_of(test, own, world, options), world).score
     assert isinstance(score, Score)

@@ -93,9 +93,8 @@ def draw_easy_and_hard(at: np.ndarray, right: np.ndarray, index: DatasetIndex) -
         right: (N) whether the answer was right.
     """
     figure = Figure(figsize=(SHOWN, 3.2), layout="constrained")
-    first, last = figure.subfigures(2, 1)
-    reader = Reader(index)
-    for part, exit, words in ((first, 0, "first"), (last, at.max(initial=0), "last")):
+    parts, reader = figure.subfigures(2, 1, squeeze=False)[:, 0], Reader(index)
+    for part, exit, words in zip(parts, (0, at.max(initial=0)), ("first", "last"), strict=True):
         found = np.flatnonzero(right & (at == exit))
         found = found[np.argsort(index.labels[found], kind="stable")]  # so that all classes are shown
         chosen = found[np.linspace(0, len(found) - 1, min(SHOWN, len(found))).astype(np.int64)]
