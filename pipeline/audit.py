@@ -1,6 +1,7 @@
 """Is a run the paper's? Each part of the paper's setting beside what a configuration does.
 
-Sources: the paper's Sections 3, 4.1 and 4.2, and the Torch code that it names (fb.resnet.torch, liuzhuang13/DenseNet).
+Sources: the paper's Sections 3, 4.1 and 4.2, and the Torch code that it names (fb.resnet.torch, liuzhuang13/DenseNet). Runs of
+an MSDNet are compared with the MSDNet paper (Huang et al. 2018) and its Torch code (gaohuang/MSDNet).
 """
 
 import re
@@ -57,6 +58,7 @@ class PaperSetting:
     data: dict[str, Any]  # fields of the data section
     images: tuple[int, int]  # training and validation
     classes: int
+    paper: str = "the paper"  # of whom the setting is
 
 
 IMAGENET = PaperSetting(
@@ -122,12 +124,33 @@ SVHN = replace(
 )
 
 
+MSDNET_PAPER = "the MSDNet paper"
+_MSDNET_SMALL = tuple(
+    replace(setting, networks=networks, data={**setting.data, "holdout": holdout}, images=images, paper=MSDNET_PAPER)
+    for networks, holdout, images in (
+        ({"msdnet_cifar_7", "msdnet_cifar_10"}, 0, (50_000, 10_000)),
+        ({"msdnet_cifar_budget_5", "msdnet_cifar_budget_7"}, 5000, (45_000, 5000)),  # held out for the thresholds
+    )
+    for setting in (C10_PLUS, C100_PLUS)
+)
+MSDNET_IMAGENET = replace(
+    IMAGENET,
+    networks={"msdnet_imagenet_4", "msdnet_imagenet_6", "msdnet_imagenet_7"},
+    data={**IMAGENET.data, "holdout": 50_000},
+    images=(1_231_167, 50_000),
+    paper=MSDNET_PAPER,
+)
+ON_IMAGENET = (IMAGENET, MSDNET_IMAGENET)
+
+
 def setting_for(config: Config) -> PaperSetting:
     """The paper's setting that a configuration is nearest to, by its data set and augmentation.
 
     Folders of images are ImageNet's, but those for a network of small images are the data set's whose mean is subtracted.
     """
     data = config.data
+    if config.model.name.startswith("msdnet_"):
+        return _msdnet_setting(config)
     augmented = data.hflip or data.train_crop == "random_resized_crop" or data.padding > 0
     small = (C10_PLUS, C100_PLUS, SVHN) if augmented else (C10, C100, SVHN)
     if data.dataset != "images":
@@ -137,6 +160,15 @@ def setting_for(config: Config) -> PaperSetting:
     else:
         return IMAGENET
     return named[0] if named else small[0]
+
+
+def _msdnet_setting(config: Config) -> PaperSetting:
+    """As `setting_for`; the networks for answers at any time and those for a budget differ in what is held out."""
+    if config.model.name.startswith("msdnet_imagenet_"):
+        return MSDNET_IMAGENET
+    budget, data = config.model.name.startswith("msdnet_cifar_budget_"), config.data
+    small = _MSDNET_SMALL[2:] if budget else _MSDNET_SMALL[:2]
+    return next((s for s in small if data.dataset == s.data["dataset"] or data.mean == s.data["mean"]), small[0])
 
 
 def audit(config: Config, microbatches: int, measured: Measured | None = None) -> list[AuditRow]:
@@ -157,7 +189,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         rows.append(AuditRow(part, *texts, same, "" if same else effect))
 
     name = config.model.name
-    compare("network", "one of the paper's", name, "another network", name in setting.networks)
+    compare("network", f"one of {setting.paper}'s", name, "another network", name in setting.networks)
     if config.model.weights:
         compare("initial weights", "drawn", origin_text(config.model), "fine-tuned: errors cannot be compared")
     elif measured:
@@ -264,7 +296,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     for field, paper in setting.data.items():
         here = getattr(data, field)
         compare(_LABELS[field], paper, here, same=_near(paper, here))
-    if setting is IMAGENET:
+    if setting in ON_IMAGENET:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
         compare("resize filter, training and evaluation", INTERPOLATION, data.interpolation, RESIZE_EFFECT)
     if data.train_crop_size:
@@ -296,16 +328,16 @@ def differences(rows: list[AuditRow]) -> list[AuditRow]:
     return [row for row in rows if not row.same]
 
 
-def in_one_line(rows: list[AuditRow]) -> str:
+def in_one_line(rows: list[AuditRow], paper: str = "the paper") -> str:
     """The verdict, naming what differs."""
     odd = [f"{row.part} ({row.here}; paper {row.paper})" for row in differences(rows)]
-    return f"differs from the paper in {', '.join(odd)}" if odd else "the paper's recipe in every part"
+    return f"differs from {paper} in {', '.join(odd)}" if odd else f"{paper}'s recipe in every part"
 
 
-def count_differences(rows: list[AuditRow]) -> str:
+def count_differences(rows: list[AuditRow], paper: str = "the paper") -> str:
     """The verdict, counting what differs."""
     odd = differences(rows)
-    return f"{len(odd)} of {len(rows)} parts differ from the paper" if odd else "the paper's in every part"
+    return f"{len(odd)} of {len(rows)} parts differ from {paper}" if odd else f"{paper}'s in every part"
 
 
 def is_papers_data(config: Config, classes: int, images: tuple[int, int] | None = None) -> bool:
@@ -322,7 +354,7 @@ def is_papers_data(config: Config, classes: int, images: tuple[int, int] | None 
     if data.dataset != "images":
         return data.dataset == setting.data["dataset"]
     if images is None:
-        return setting is IMAGENET or data.mean == setting.data["mean"]
+        return setting in ON_IMAGENET or data.mean == setting.data["mean"]
     return images == setting.images or (data.holdout > 0 and sum(images) == setting.images[0])
 
 

@@ -16,6 +16,7 @@ from pipeline.data.loader import EvaluationLoader
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.metrics import AnyScore, LabelScore, Score
+from pipeline.models.early_exits import stack_exits
 from pipeline.ranking import rank_classes
 
 Average = Literal["logits", "softmax"]
@@ -32,6 +33,8 @@ class Evaluation:
         losses: (N) float32, cross-entropy; of several labels an image the binary one, averaged over the classes.
         logits: (N, classes) float32, averaged over the views of each image, or the logarithm of the averaged
             probabilities; None unless asked for, and on other ranks than 0.
+        exits: (N, exits) int64, the most probable class at each exit, -1 where it is not finite; None for a network with one
+            output, and for several labels an image. All else is of the last exit.
         not_finite: images whose answers are not finite; they count as wrong, with -1 in `top5`.
     """
 
@@ -41,6 +44,7 @@ class Evaluation:
     losses: np.ndarray
     logits: np.ndarray | None
     not_finite: int
+    exits: np.ndarray | None = None
 
 
 def check_image_size(network: nn.Module, size: int, name: str, channels: int = 3) -> None:
@@ -76,7 +80,7 @@ def evaluate(
     average: Average = "logits",
     between_batches: Callable[[], None] = lambda: None,
     keep_logits: bool = False,
-    logits_of: Callable[[Any], Tensor] = lambda outputs: outputs,
+    logits_of: Callable[[Any], Tensor] = stack_exits,
 ) -> Evaluation:
     """Evaluate in the precision of the weights, unless the caller has entered an autocast. Every rank must call this.
 
@@ -84,7 +88,8 @@ def evaluate(
         average: what is averaged over the views of an image: logits, which ranks classes as the authors' Torch code
             does (it sums them), or softmax probabilities.
         between_batches: is called before each batch, as often on every rank; what it raises ends the evaluation.
-        logits_of: makes logits (n * V, classes) of what the network gives; see `Objective.logits`.
+        logits_of: makes logits (n * V, classes), or of several exits (n * V, exits, classes), of what the network gives; see
+            `Objective.logits`.
     """
     was_training = model.training
     several = loader.index.several_labels
@@ -99,6 +104,11 @@ def evaluate(
         if batch is None:  # this rank has a batch fewer than others
             continue
         answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average, several)
+        every: tuple[Tensor, ...] = ()
+        if answers.dim() == 3:
+            if not several:
+                every = (answers.argmax(dim=2).where(answers.isfinite().all(dim=2), -1),)
+            answers = answers[:, -1]
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         if several:
             surest = best.values[:, 0].sigmoid()
@@ -106,7 +116,7 @@ def evaluate(
         else:
             surest = (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
             loss = F.cross_entropy(answers, batch.labels, reduction="none")
-        found = (best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1), surest, loss)
+        found = (best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1), surest, loss, *every)
         answered.append((batch.ids, *found))
         if keep_logits or several:
             all_logits.append((batch.ids, answers))
@@ -115,19 +125,22 @@ def evaluate(
     images = len(loader.index)
     gathered = world.gather_to_rank0(_on_host(all_logits)) if keep_logits or several else []
     logits = _in_order(gathered, images)[0] if gathered else None
-    top5, probability, losses = _in_order(world.gather(_on_host(answered)), images)
+    top5, probability, losses, *exits = _in_order(world.gather(_on_host(answered)), images)
     not_finite = int((top5[:, 0] == -1).sum())
     if several:
         score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, losses))
         return Evaluation(score, top5, probability, losses, logits if keep_logits else None, not_finite)
     correct = top5 == loader.index.labels[:, None]
+    answers_at = exits[0] if exits else None
+    exits_correct = [] if answers_at is None else (answers_at == loader.index.labels[:, None]).sum(axis=0).tolist()
     score = Score(
         images=images,
         top1_correct=int(correct[:, 0].sum()),
         top5_correct=int(correct.any(axis=1).sum()),
         loss_sum=float(losses.sum(dtype=np.float64)),
+        exits_correct=tuple(exits_correct),
     )
-    return Evaluation(score, top5, probability, losses, logits, not_finite)
+    return Evaluation(score, top5, probability, losses, logits, not_finite, answers_at)
 
 
 def _label_score(index: DatasetIndex, logits: np.ndarray | None, losses: np.ndarray) -> LabelScore:
@@ -165,6 +178,8 @@ def _in_order(by_rank: list[list[_Answers]], images: int) -> tuple[np.ndarray, .
 def _average(logits: Tensor, average: Average, several: bool) -> Tensor:
     """(n, V, classes) logits of V views to (n, classes) logits, or log-probabilities; not finite where one of the V is not.
 
+    With several exits (n, V, exits, classes) become (n, exits, classes).
+
     Args:
         several: an image may have several labels, so that the probability of each is the sigmoid of its logit, and the logit
             of the averaged probability is returned.
@@ -177,4 +192,4 @@ def _average(logits: Tensor, average: Average, several: bool) -> Tensor:
         )  # log-odds of the mean probability, which is too near to 1 for its own digits from logit 37 on
         log_odds = F.logsigmoid(x).logsumexp(dim=1) - F.logsigmoid(-x).logsumexp(dim=1)
         return log_odds.where(x.isfinite().all(dim=1), math.nan).float()
-    return logits.log_softmax(dim=2).logsumexp(dim=1) - math.log(logits.shape[1])
+    return logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])

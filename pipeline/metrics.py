@@ -20,6 +20,8 @@ class Score:
     top1_correct: int
     top5_correct: int
     loss_sum: float
+    exits_correct: tuple[int, ...] = ()
+    """Top-1 correct at each exit, the last one included; empty for a network with one output."""
 
     @property
     def top1_error(self) -> float:
@@ -30,16 +32,23 @@ class Score:
         return 100 * (1 - self._per_image(self.top5_correct))
 
     @property
+    def exit_errors(self) -> tuple[float, ...]:
+        """Top-1 error at each exit; empty for a network with one output."""
+        return tuple(100 * (1 - self._per_image(correct)) for correct in self.exits_correct)
+
+    @property
     def loss(self) -> float:
         return self._per_image(self.loss_sum)
 
     def records(self) -> dict[str, float]:
         """What is recorded of it, by name."""
-        return {"loss": self.loss, "top1_error": self.top1_error, "top5_error": self.top5_error}
+        exits = {f"exit{number}_top1_error": error for number, error in enumerate(self.exit_errors, start=1)}
+        return {"loss": self.loss, "top1_error": self.top1_error, "top5_error": self.top5_error, **exits}
 
     def text(self, top5: bool = False) -> str:
         """Its errors in a few words; with `top5` also the accuracy, which others show."""
-        return errors_text(self.top1_error, self.top5_error) if top5 else f"top-1 error {self.top1_error:.2f} %"
+        errors = errors_text(self.top1_error, self.top5_error) if top5 else f"top-1 error {self.top1_error:.2f} %"
+        return errors + exits_text(self.exit_errors)
 
     def _per_image(self, total: float) -> float:
         return total / self.images if self.images else math.nan
@@ -97,17 +106,30 @@ def errors_text(top1_error: float, top5_error: float) -> str:
     return f"top-1 error {top1_error:.2f} % (accuracy {100 - top1_error:.2f} %), top-5 error {top5_error:.2f} %"
 
 
+def exits_text(errors: Sequence[float]) -> str:
+    """Top-1 errors of the exits in a few words, after a comma; empty for a network with one output."""
+    return f", exits {' / '.join(f'{error:.2f}' for error in errors)} %" if errors else ""
+
+
 def batch_sums(logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
     """Sums over n images, (4) float64: images, top-1 and top-5 correct, loss; of several labels: images, right labels, 0, loss.
 
-    Args: logits (n, classes), labels (n) or (n, classes), losses (n), weights (n) of 0 or 1.
+    Of a network with several exits the last one counts; where an image has one label (4 + exits) are returned, top-1 correct
+    at each exit after the others.
+
+    Args: logits (n, classes) or (n, exits, classes), labels (n) or (n, classes), losses (n), weights (n) of 0 or 1.
     """
+    every: list[Tensor] = []
+    if logits.dim() == 3:
+        if labels.dim() == 1:
+            every = list((logits.argmax(dim=2) == labels[:, None]).unbind(dim=1))
+        logits = logits[:, -1]
     if labels.dim() == 2:
         first, second = ((logits > 0) == (labels > 0)).sum(dim=1), torch.zeros_like(weights)
     else:
         correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         first, second = correct[:, 0], correct.any(dim=1)
-    rows = torch.stack([torch.ones_like(weights), first, second, losses]).double()
+    rows = torch.stack([torch.ones_like(weights), first, second, losses, *every]).double()
     return torch.where(weights > 0, rows, 0).sum(dim=1)
 
 
@@ -116,11 +138,13 @@ class MetricAccumulator:
 
     Args:
         classes: names of the classes of images with several labels; empty for images with one.
+        exits: of the network.
     """
 
-    def __init__(self, world: World, classes: Sequence[str] = ()):
+    def __init__(self, world: World, classes: Sequence[str] = (), exits: int = 1):
         self._world, self._classes = world, classes
-        self._sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # as `batch_sums` has them
+        further = exits if exits > 1 and not classes else 0
+        self._sums = torch.zeros(4 + further, dtype=torch.float64, device=world.device)  # as `batch_sums` has them
 
     def add(self, sums: Tensor) -> None:
         """Add what `batch_sums` gave."""
@@ -131,10 +155,12 @@ class MetricAccumulator:
 
     def score(self) -> AnyScore | None:
         """Sums over all ranks; None if there was no image. Every rank must call this."""
-        images, top1_correct, top5_correct, loss_sum = self._world.all_reduce_sum(self._sums).tolist()
+        images, top1_correct, top5_correct, loss_sum, *exits = self._world.all_reduce_sum(self._sums).tolist()
         if self._classes:
             return LabelScore(int(images), self._classes, int(top1_correct), loss_sum) if images else None
-        return Score(int(images), int(top1_correct), int(top5_correct), loss_sum) if images else None
+        if not images:
+            return None
+        return Score(int(images), int(top1_correct), int(top5_correct), loss_sum, tuple(map(int, exits)))
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's sums, (ranks, 4) float64. Every rank must call this."""

@@ -40,7 +40,11 @@ class Objective(Protocol):
         """
 
     def logits(self, outputs: Any) -> Tensor:
-        """Return the logits (n, classes) by which errors are counted, in training and in evaluation."""
+        """Return the logits (n, classes) by which errors are counted, in training and in evaluation.
+
+        Of a network with several exits they may be (n, exits, classes): errors are recorded for each exit, and the last one's
+        are the run's.
+        """
 
 
 class CrossEntropy:

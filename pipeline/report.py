@@ -19,7 +19,7 @@ from pipeline.audit import (
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, to_yaml
 from pipeline.data.checks import warnings_about
-from pipeline.metrics import errors_text
+from pipeline.metrics import errors_text, exits_text
 from pipeline.parsing import flatten
 from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
@@ -36,9 +36,12 @@ def write_description(run: Run, found: Found | None) -> None:
     else:
         for line in warnings_of(run, None):
             print(f"warning: {line}", file=sys.stderr, flush=True)
-    title = f"{run.config.model.name} beside the paper's {setting_for(run.config).name} setting"
+    setting = setting_for(run.config)
+    title = f"{run.config.model.name} beside {setting.paper}'s {setting.name} setting"
     replace_text(run.dir / "config.yaml", to_yaml(run.config))
-    replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines()))
+    replace_text(
+        run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines(), setting_for(run.config).paper)
+    )
 
 
 def warnings_of(run: Run, found: Found | None) -> list[str]:
@@ -97,24 +100,20 @@ def recipe_text(run: Run, in_full: bool = False) -> str:
     Args:
         in_full: name each part, a line each, whatever the data are.
     """
-    rows, measured = audit_of(run), run.measured
+    rows, measured, paper = audit_of(run), run.measured, setting_for(run.config).paper
+    verdict = f"recipe: {count_differences(rows, paper)}"
     if in_full:
-        return "\n".join(
-            [
-                f"recipe: {count_differences(rows)}",
-                *(f"  {row.part}: {row.here} (the paper: {row.paper})" for row in differences(rows)),
-            ]
-        )
+        return "\n".join([verdict, *(f"  {row.part}: {row.here} ({paper}: {row.paper})" for row in differences(rows))])
     if not is_papers_data(run.config, measured.classes, measured.images):
         return ""
-    return f"recipe: {count_differences(rows)}: {run.dir / 'audit.md'}"
+    return f"{verdict}: {run.dir / 'audit.md'}"
 
 
 def _errors(progress: Progress) -> tuple[str, str]:
     """Of the best and of the last epoch."""
     return (
         errors_text(progress.best_top1_error, progress.best_top5_error),
-        errors_text(progress.last_top1_error, progress.last_top5_error),
+        errors_text(progress.last_top1_error, progress.last_top5_error) + exits_text(progress.last_exit_errors),
     )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size, why_not
 from pipeline.finite import FiniteGuard
 from pipeline.history import History
+from pipeline.joint_objective import for_all_exits
 from pipeline.measured import (
     Measured,
     decayed_parameters,
@@ -45,8 +46,9 @@ from pipeline.measured import (
 from pipeline.metrics import AnyScore, LabelScore, MetricAccumulator, batch_sums
 from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
+from pipeline.models.early_exits import exits_of
 from pipeline.models.parts import freeze
-from pipeline.objective import CrossEntropy, create_objective, read_class_weights
+from pipeline.objective import CrossEntropy, Objective, create_objective, read_class_weights
 from pipeline.optim import create_optimizer, learning_rate, load_state, state_of
 from pipeline.precision import (
     AUTOCAST_TYPES,
@@ -86,7 +88,8 @@ class Progress:
     best_average_precision: float = -math.inf
     last_auroc: float = -math.inf
     last_average_precision: float = -math.inf
-    last_of_other_weights: list[str] = dataclasses.field(default_factory=list)  # errors, in words
+    last_of_other_weights: list[str] = field(default_factory=list)  # errors, in words
+    last_exit_errors: list[float] = field(default_factory=list)  # top-1, of each exit where there are several
 
     def finish_epoch(self, val: AnyScore, *of_other_weights: AnyScore) -> bool:
         """Note an epoch's validation errors and go on to the next; return whether none before was better.
@@ -108,6 +111,7 @@ class Progress:
         if best:
             self.best_top1_error, self.best_top5_error, self.best_epoch = val.top1_error, val.top5_error, self.epoch
         self.last_top1_error, self.last_top5_error = val.top1_error, val.top5_error
+        self.last_exit_errors = list(val.exit_errors)
         self.epoch, self.step = self.epoch + 1, 0
         return best
 
@@ -157,6 +161,8 @@ class Run:
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
+    objective: Objective
+
     def __init__(self, config: Config, world: World, start: Start | None = None, writes: bool = True):
         """Build everything that a run is made of.
 
@@ -175,6 +181,7 @@ class Run:
         backends.refuse_elsewhere(config.model.dense_block, world.device)
         network = create_network(config.model, len(self.conditions.classes), config.data.channels)
         self._check_image_size(network)
+        self.objective = for_all_exits(self.objective, network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         whole_batch = config.optim.batch_size // self.microbatches
         self.tuning = self._tune(network, whole_batch, start.checkpoint if start else None)
@@ -189,7 +196,8 @@ class Run:
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
         names = self.conditions.classes if self.train_loader.index.several_labels else ()
-        self.epoch_metrics, self.window_metrics = MetricAccumulator(world, names), MetricAccumulator(world, names)
+        exits = exits_of(network)
+        self.epoch_metrics, self.window_metrics = (MetricAccumulator(world, names, exits) for _ in range(2))
         self._spread = initial_spread(self.network)
         skips = config.train.not_finite == "skip"
         self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json", skips)
@@ -386,7 +394,7 @@ class Run:
         self.history.begin(self.done_steps, self.progress.epoch, self.config, self.world.size, changed)
 
     def count(self, outcomes: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
-        """Add microbatches to the metrics: logits (n, classes), labels (n), losses (n) and weights (n) of each."""
+        """Add microbatches to the metrics: logits, labels, losses and weights of each, as `batch_sums` takes them."""
         for logits, labels, losses, weights in outcomes:
             self.finite.add(self.done_steps, losses, weights)
             sums = batch_sums(logits, labels, losses, weights)

@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.audit import C10, C100, audit, in_one_line
+from pipeline.audit import C10, C100, audit, in_one_line, setting_for
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
 from pipeline.models import create_model, create_network
-from pipeline.models.parts import first_convolution
+from pipeline.models.parts import classifier_of, first_convolution
 from pipeline.models.zoo import DENSENETS, cifar_densenet
 
 METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
@@ -91,7 +91,9 @@ class Weights:
     @property
     def audit(self) -> str | None:
         """How the training differed from the paper's, None if that is not known."""
-        return None if self.microbatches is None else in_one_line(audit(self.config, self.microbatches))
+        if self.microbatches is None:
+            return None
+        return in_one_line(audit(self.config, self.microbatches), setting_for(self.config).paper)
 
 
 class OwnWeights(NamedTuple):
@@ -398,6 +400,8 @@ def outputs_of(state: dict[str, Tensor], model: str | None, path: Path) -> int:
 
 def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
     """The one of our networks that has such tensors, but for a few; which those are, `match` says."""
+    if msdnet := _name_of_msdnet(list(_strip(state))):
+        return msdnet
     shapes = _count_shapes(state)
     odd: dict[str, int] = {}  # tensors that one side has and the other lacks, by network
     for name in DENSENETS:
@@ -409,6 +413,17 @@ def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
     raise UserError(
         f"{path} holds the weights of none of the paper's networks: name it with --model, as densenet_bc22_k6 or timm:resnet50"
     )
+
+
+def _name_of_msdnet(names: list[str]) -> str | None:
+    """The MSDNet whose tensors are called so, by its stem, its exits, and the layers of its first block; None if it is none."""
+    if not {"blocks.0.0.layers.0.0.weight", "blocks.0.0.layers.0.net.0.weight"} & set(names):
+        return None
+    exits = sum(name.startswith("classifier.") and name.endswith(".linear.weight") for name in names)
+    layers = sum(bool(re.fullmatch(r"blocks\.0\.\d+\.layers\.0\.conv_normal\.net\.0\.weight", name)) for name in names)
+    if "blocks.0.0.layers.0.0.weight" in names:
+        return f"msdnet_imagenet_{layers}"
+    return f"msdnet_cifar_budget_{exits}" if layers == 1 else f"msdnet_cifar_{exits}"
 
 
 @functools.cache
@@ -431,8 +446,9 @@ def preprocessing_of(name: str, network: nn.Module, tensors: Iterable[str] = ())
     Raises:
         UserError: timm prepares them in a way that this project does not.
     """
-    if cifar_densenet(name):
-        setting = C100 if len(network.get_parameter("classifier.weight")) == 100 else C10
+    if cifar_densenet(name) or name.startswith("msdnet_cifar"):
+        last = classifier_of(network)[-1]
+        setting = C100 if len(network.get_parameter(f"{last}.weight")) == 100 else C10
         return DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
     if not name.startswith("timm:"):
         is_torchvisions = any(TORCHVISIONS_NAME.search(tensor) for tensor in tensors)

@@ -43,7 +43,7 @@ LAYERS = [
         "pipeline.resume",
         "pipeline.weights",
     },
-    {"pipeline.start"},
+    {"pipeline.budget", "pipeline.joint_objective", "pipeline.start"},
     {"pipeline.run"},
     {"pipeline.report", "pipeline.update"},
     {"pipeline.hooks"},

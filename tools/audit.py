@@ -30,8 +30,8 @@ def main() -> None:
         return
     setting = setting_for(config)
     ranks = options.ranks or setting.ranks
-    title = f"{config.model.name} on {_ranks(ranks)} beside the paper's {setting.name} setting"
-    print(to_markdown(audit(config, ranks * config.optim.grad_accum_steps), title))
+    title = f"{config.model.name} on {_ranks(ranks)} beside {setting.paper}'s {setting.name} setting"
+    print(to_markdown(audit(config, ranks * config.optim.grad_accum_steps), title, other=setting.paper))
 
 
 def _ranks(number: int) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from pipeline.audit import (
-    IMAGENET,
+    ON_IMAGENET,
     audit,
     count_differences,
     is_papers_data,
@@ -41,6 +41,7 @@ from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.metrics import LabelScore, Score
+from pipeline.models.folding import for_evaluation
 from pipeline.precision import autocast, set_tf32
 from pipeline.provenance import provenance
 from pipeline.recipe import resize_with
@@ -142,7 +143,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     loader_name, _ = choose_common_loader(candidate.data, world.device, world.gather)
     data = dataclasses.replace(candidate.data, loader=loader_name)
     loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
-    network = weights.network.to(world.device).to(memory_format=torch.channels_last)
+    network = for_evaluation(weights.network).to(world.device).to(memory_format=torch.channels_last)
     if options.compile:
         network.compile()
     set_tf32(options.precision)
@@ -383,9 +384,9 @@ def recipe_of(weights: Weights) -> str | None:
     is not known."""
     if weights.microbatches is None or not is_papers_data(weights.config, len(weights.classes)):
         return None
-    if setting_for(weights.config) is IMAGENET and weights.classes != imagenet_ids():
+    if setting_for(weights.config) in ON_IMAGENET and weights.classes != imagenet_ids():
         return None
-    text = count_differences(audit(weights.config, weights.microbatches))
+    text = count_differences(audit(weights.config, weights.microbatches), setting_for(weights.config).paper)
     file = Path(weights.origin).parent.parent / "audit.md"  # of a run's checkpoint
     return f"{text}: {file}" if file.exists() else text
 

@@ -1,12 +1,13 @@
 """Export a network to ONNX or torch.export: ``python -m tools.export WEIGHTS OUTPUT.onnx`` (or ``OUTPUT.pt2``).
 
 The exported network is in evaluation mode and takes float32 images of shape (N, C, S, S), prepared as its metadata says, for
-any N; C is 3, or 1 of a network for gray images; S is the crop size of the weights' run. The metadata also holds the class
-names, whether the weights are a moving average of a run's, and whether probabilities are the softmax of the logits or, of
-several labels an image, their sigmoid. The file is loaded again and compared with PyTorch, and written only if the logits
-agree.
+any N; C is 3, or 1 of a network for gray images; S is the crop size of the weights' run. Of an MSDNet one exit is exported, the
+last unless --exit says otherwise. The metadata also holds the class names, whether the weights are a moving average of a run's,
+and whether probabilities are the softmax of the logits or, of several labels an image, their sigmoid. The file is loaded again
+and compared with PyTorch, and written only if the logits agree.
 """
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.models.densenet import DenseNet
+from pipeline.models.early_exits import single_output
 from pipeline.weights import Weights
 from tools.support.outputs import writable_file
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of
@@ -37,6 +39,9 @@ Run = Callable[[Tensor], Tensor]
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.export", description=__doc__)
     add_weights_arguments(parser)
+    parser.add_argument(
+        "--exit", type=positive_integer, metavar="K", help="exit of an MSDNet, counted from 1 [the last]"
+    )
     parser.add_argument("output", metavar="OUTPUT", help="a file that ends in .onnx or .pt2")
     options = parser.parse_args()
     output = writable_file(options.output, "OUTPUT", FORMATS)
@@ -44,6 +49,7 @@ def main() -> None:
     if output.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-dev.txt, or give an OUTPUT.pt2")
     weights = read_weights_of(options, options.weights)
+    weights = dataclasses.replace(weights, network=single_output(weights.network, options.exit, options.weights))
     content, difference = export(weights, output.suffix)
     output.write_bytes(content)
     note = f" ({weights.note})" if weights.note else ""

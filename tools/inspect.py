@@ -1,9 +1,10 @@
 """What a network consists of and costs: ``python -m tools.inspect MODEL [--size 224] [--classes 1000] [--batch N]``.
 
-Of our DenseNets it prints the paper's Table 1 with the parameters and multiply-accumulates of each stage, of timm's networks
-their outermost modules. Activation memory is measured: a forward pass in training (float32, channels-last, on CPU) says what
-it keeps for the backward pass. Each piece of memory counts once, the images included; parameters and the statistics that
-batch norms run do not count, as they are there anyway.
+Of our DenseNets it prints the paper's Table 1 with the parameters and multiply-accumulates of each stage; of MSDNets their
+blocks and exits, and what an answer at each exit takes; of timm's networks their outermost modules. Activation memory is
+measured: a forward pass in training (float32, channels-last, on CPU) says what it keeps for the backward pass. Each piece of
+memory counts once, the images included; parameters and the statistics that batch norms run do not count, as they are there
+anyway.
 """
 
 import copy
@@ -20,8 +21,9 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseBlock, DenseNet
+from pipeline.models.msdnet import Layer, MSDNet
 from pipeline.models.zoo import cifar_densenet
-from tools.support.facts import multiply_accumulates_by_module, parameters
+from tools.support.facts import ExitCost, exit_costs, multiply_accumulates_by_module, on_meta, parameters
 from tools.support.markdown import table
 
 _ON_CPU = [name for name, backend in BACKENDS.items() if not backend.refusal(torch.device("cpu"))]
@@ -57,7 +59,8 @@ def main() -> None:
         "--batch", type=positive_integer, metavar="N", default=2, help="images of the pass that is measured [2]"
     )
     options = parser.parse_args()
-    classes = options.classes or (10 if cifar_densenet(options.model) else 1000)
+    small = cifar_densenet(options.model) or options.model.startswith("msdnet_cifar")
+    classes = options.classes or (10 if small else 1000)
     network = create_model(options.model, classes, dense_block="eager")
     size = options.size or own_size(network)
     try:
@@ -73,6 +76,10 @@ def main() -> None:
     print(f"{options.model}: {size} x {size} pixels, {classes} classes")
     print(f"{count:,} parameters, {work / 1e9:.3f} billion multiply-accumulates an image\n")
     print("\n".join(stage_table(stages)))
+    if isinstance(network, MSDNet):
+        print("\nAn answer at each exit, with all before it:\n")
+        bare = on_meta(create_model, options.model, classes)
+        print("\n".join(exit_table(exit_costs(cast("MSDNet", bare), size))))
     print(f"\nKept for the backward pass, measured with {options.batch} images:\n")
     print("\n".join(table(["dense_block", "activation_checkpointing", "computed", "MiB an image"], memory, names=3)))
 
@@ -81,6 +88,8 @@ def own_size(network: nn.Module) -> int:
     """Side of the images that a network is made for, in pixels."""
     if isinstance(network, DenseNet):
         return 224 if hasattr(network.features, "pool0") else 32
+    if isinstance(network, MSDNet):
+        return 224 if network.stem_kind == "imagenet" else 32
     return cast("dict[str, Any]", network.pretrained_cfg)["input_size"][1]  # as all of timm's networks have it
 
 
@@ -92,6 +101,7 @@ def stages_of(network: nn.Module, size: int) -> list[StageCost]:
     shapes = {}
 
     def record(module: nn.Module, _: tuple, output: object) -> None:
+        output = output[-1] if isinstance(output, list) else output  # of several scales the coarsest
         if module in names and isinstance(output, Tensor):
             shapes[names[module]] = tuple(output.shape[1:])
 
@@ -99,6 +109,8 @@ def stages_of(network: nn.Module, size: int) -> list[StageCost]:
         work = multiply_accumulates_by_module(network, size)
     if isinstance(network, DenseNet):
         rows = densenet_rows(network, last_side=shapes["features.norm5"][-1])
+    elif isinstance(network, MSDNet):
+        rows = msdnet_rows(network)
     else:
         rows = [(name, type(module).__name__, [name]) for name, module in network.named_children()]
     stages: list[StageCost] = []
@@ -142,6 +154,38 @@ def densenet_rows(network: DenseNet, last_side: int) -> list[tuple[str, str, lis
     return [*rows, ("classification", classification, ["features.norm5", "classifier"])]
 
 
+def msdnet_rows(network: MSDNet) -> list[tuple[str, str, list[str]]]:
+    """The blocks and exits of an MSDNet, as `densenet_rows`. A block's output is that at the coarsest scale."""
+    rows = []
+    for i, block in enumerate(network.blocks):
+        layers = [len(module.layers) for module in block.modules() if isinstance(module, Layer)]
+        scales = f"{layers[0]}" if layers[0] == layers[-1] else f"{layers[0]} to {layers[-1]}"
+        stem = "stem, " if i == 0 else ""
+        text = (
+            f"{stem}{len(layers)} layer{'s' if len(layers) > 1 else ''} of {scales} scale{'' if scales == '1' else 's'}"
+        )
+        rows.append((f"block {i + 1}", text, [f"blocks.{i}"]))
+        outputs = network.classifier[i].get_submodule("linear").out_features
+        classifier = f"2 x 3x3 conv, stride 2, average pool, {outputs}D fully-connected"
+        rows.append((f"exit {i + 1}", classifier, [f"classifier.{i}"]))
+    return rows
+
+
+def exit_table(costs: list[ExitCost]) -> list[str]:
+    """Lines of the table of what each exit takes. The last column adds ReLU and pooling, as the authors of MSDNet do."""
+    rows = [
+        [
+            str(number),
+            f"{cost.parameters:,}",
+            f"{cost.multiply_accumulates / 1e6:,.2f}",
+            f"{cost.operations / 1e6:,.2f}",
+        ]
+        for number, cost in enumerate(costs, start=1)
+    ]
+    titles = ["exit", "parameters", "million multiply-accumulates", "with ReLU and pooling"]
+    return table(titles, rows, names=1)
+
+
 def describe(layer: nn.Module) -> str:
     """A convolution or pooling as the paper writes it."""
     assert isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d), layer
@@ -171,7 +215,8 @@ def memory_rows(network: nn.Module, images: Tensor) -> list[list[str]]:
     network = network.to(memory_format=torch.channels_last).train()
     images = images.contiguous(memory_format=torch.channels_last)
     if not isinstance(network, DenseNet):
-        return [["", "", "as timm does", mebibytes(kept_bytes(network, images) / len(images))]]
+        how = "module by module" if isinstance(network, MSDNet) else "as timm does"
+        return [["", "", how, mebibytes(kept_bytes(network, images) / len(images))]]
     rows = []
     for network.dense_block, network.activation_checkpointing in MODES:
         kept = kept_bytes(network, images)

@@ -1,6 +1,7 @@
 """Classify images: ``python -m tools.predict WEIGHTS IMAGE-OR-FOLDER ... [--top 5] [--crops 10] [--csv FILE]``.
 
-Images are prepared as in the evaluation of the run that trained the weights. A folder stands for all images below it. Of a
+Images are prepared as in the evaluation of the run that trained the weights. A folder stands for all images below it. An
+MSDNet answers at its last exit, at another one (--exit), or at the first that is sure enough for a budget (--budget). Of a
 network that gives several labels an image, each class has a probability of its own. With --csv the answers go into a file as
 they are found, however many images there are, and a progress bar shows how far it is.
 """
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.budget import Budgeted
 from pipeline.config import DataConfig
 from pipeline.data.folder import FolderSource
 from pipeline.data.image_files import PixelFormat, deep_mode, open_image, orientation, pixel_format, refused_depth
@@ -30,7 +33,12 @@ from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import check_image_size
+from pipeline.models.early_exits import single_output
+from pipeline.models.folding import for_evaluation
+from pipeline.models.msdnet import MSDNet
 from pipeline.precision import set_tf32
+from pipeline.weights import Weights
+from tools.support.budgets import read_budget
 from tools.support.outputs import ANY_NAME, writable_file
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of
 
@@ -45,6 +53,16 @@ def main() -> None:
     add_weights_arguments(parser)
     parser.add_argument("paths", nargs="+", metavar="IMAGE-OR-FOLDER", help="image files and folders of images")
     parser.add_argument("--top", type=positive_integer, metavar="N", default=5, help="predictions per image [5]")
+    parser.add_argument(
+        "--exit", type=positive_integer, metavar="K", help="exit of an MSDNet that answers, counted from 1 [the last]"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="MILLION",
+        help="million multiply-accumulates that an MSDNet may take in the mean: images leave early by the thresholds of FILE",
+    )
+    parser.add_argument("--thresholds", metavar="FILE", help="the report.json of tools.anytime, for --budget")
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(
         "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
@@ -62,6 +80,7 @@ def main() -> None:
     weights = read_weights_of(options, options.weights)
     if weights.note:
         print(f"{options.weights}: {weights.note}", file=sys.stderr)
+    answering = network_of(weights, options)
     # Only the preparation of images is taken from the run, not its data set and its number of threads.
     data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader, threads=0)
     files, classes = find_images(options.paths), weights.classes
@@ -70,7 +89,7 @@ def main() -> None:
     set_tf32("fp32")
     answers = []
     with init_distributed() as world, ExitStack() as stack:
-        network = weights.network.to(world.device).to(memory_format=torch.channels_last)
+        network = answering.to(world.device).to(memory_format=torch.channels_last)
         check_image_size(network, data.crop_size, options.weights, data.channels)
         rows = None
         if options.csv:
@@ -102,6 +121,29 @@ def main() -> None:
         print(f"{options.csv}: {len(files):,} images")
     if options.json:
         Path(options.json).write_text(json.dumps(answers, indent=2) + "\n")
+
+
+def network_of(weights: Weights, options: Namespace) -> nn.Module:
+    """What answers: the network, one of its exits, or exits within a budget.
+
+    Raises:
+        UserError: there is no such exit; or the flags do not go together.
+    """
+    if options.budget is None and not options.thresholds:
+        return single_output(for_evaluation(weights.network), options.exit, options.weights)
+    if options.budget is None or not options.thresholds or options.exit:
+        raise UserError("--budget MILLION and --thresholds FILE go together, without --exit")
+    network = for_evaluation(weights.network)
+    if not isinstance(network, MSDNet):
+        raise UserError(f"--budget: {options.weights} has one exit: leave it out")
+    limits = read_budget(Path(options.thresholds), options.budget)
+    if len(limits) != network.exits:
+        raise UserError(
+            f"--thresholds {options.thresholds} is of {len(limits)} exits, {options.weights} has {network.exits}"
+        )
+    if options.crops > 1:
+        raise UserError("--budget is for one crop: leave out --crops")
+    return Budgeted(network, limits)
 
 
 def _titles(top: int) -> list[str]:

@@ -7,15 +7,17 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.models.densenet import DenseNet
+from pipeline.models.msdnet import MSDNet
 
 _BLOCK = re.compile(r"features\.(?:denseblock|transition)(\d+)\.")
+_MSDNET_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def parts_of(network: nn.Module, name: str) -> dict[str, int]:
     """Number of the part that each entry of a network's state dictionary belongs to, by the entry's name.
 
     0 is the stem, i the i-th block with the transition after it, the last number the classifier and what stands right before
-    it (the last batch norm). Those of timm's networks are timm's groups of layers.
+    it (the last batch norm), or the classifiers of all exits. Those of timm's networks are timm's groups of layers.
 
     Args:
         name: the network's, for messages.
@@ -26,6 +28,8 @@ def parts_of(network: nn.Module, name: str) -> dict[str, int]:
     entries = network.state_dict()
     if isinstance(network, DenseNet):
         return {entry: _part(entry, network.block_count + 1) for entry in entries}
+    if isinstance(network, MSDNet):
+        return {entry: _msdnet_part(entry, network.exits + 1) for entry in entries}
     if not hasattr(network, "group_matcher"):
         raise UserError(
             f"{name} does not say what its parts are: leave out model.freeze and optim.layer_decay, or take another network"
@@ -40,6 +44,8 @@ def classifier_of(network: nn.Module) -> tuple[str, ...]:
     """Names of the modules that give the logits."""
     if isinstance(network, DenseNet):
         return ("classifier",)
+    if isinstance(network, MSDNet):
+        return tuple(f"classifier.{i}.linear" for i in range(network.exits))
     about = getattr(network, "pretrained_cfg", None)  # of timm's networks
     if about:
         found = about["classifier"]
@@ -82,3 +88,10 @@ def _part(entry: str, last: int) -> int:
     if block:
         return int(block[1])
     return last if entry.startswith(("features.norm5.", "classifier.")) else 0
+
+
+def _msdnet_part(entry: str, last: int) -> int:
+    block = _MSDNET_BLOCK.match(entry)
+    if block is None:
+        return last
+    return 0 if entry.startswith("blocks.0.0.") else int(block[1]) + 1

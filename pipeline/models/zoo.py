@@ -1,4 +1,5 @@
-"""The networks by name: those of the paper, others of its family by depth and growth rate, and timm's as ``timm:NAME``."""
+"""The networks by name: those of the paper, others of its family by depth and growth rate, MSDNets by their number of blocks
+or layers, and timm's as ``timm:NAME``."""
 
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from torch import nn
 from pipeline.errors import UserError, did_you_mean
 from pipeline.models import backends
 from pipeline.models.densenet import DenseNet
+from pipeline.models.msdnet import CIFAR_CLASSIFIER_WIDTH, MSDNet, even_blocks, growing_blocks
 
 if TYPE_CHECKING:  # networks need no pydantic
     from pipeline.config import ActivationCheckpointing, ModelConfig
@@ -73,6 +75,48 @@ DENSENETS: dict[str, dict[str, Any]] = {
     "densenet_bc40_k12": _known_cifar_densenet("densenet_bc40_k12"),  # not in the paper: small enough for the demo
 }
 
+_MSDNET_NAME = re.compile(r"msdnet_(?P<kind>cifar|cifar_budget|imagenet)_(?P<number>\d{1,3})")
+MSDNETS = (
+    "msdnet_cifar_7", "msdnet_cifar_10", "msdnet_cifar_budget_5", "msdnet_cifar_budget_7",
+    "msdnet_imagenet_4", "msdnet_imagenet_6", "msdnet_imagenet_7",
+)  # fmt: skip
+
+
+def msdnet(name: str) -> dict[str, Any] | None:
+    """The arguments of the MSDNet of this name, None if it is none.
+
+    ``msdnet_cifar_10`` has ten blocks, of 4 layers and then 2 each, for answers at any time; ``msdnet_cifar_budget_5`` five
+    of 1 to 5 layers, for a budget; ``msdnet_imagenet_7`` five of 7 layers each. An exit stands after each block.
+
+    Raises:
+        UserError: there is none so small.
+    """
+    match = _MSDNET_NAME.fullmatch(name)
+    if not match:
+        return None
+    kind, number = match["kind"], int(match["number"])
+    if number < 2:
+        raise UserError(f"model.name: there is no network '{name}': the smallest is msdnet_{kind}_2")
+    if kind == "imagenet":
+        return dict(
+            block_sizes=even_blocks(number, number, 5),
+            growth_rate=16,
+            factors=(1, 2, 4, 4),
+            bottleneck_factors=(1, 2, 4, 4),
+            stem="imagenet",
+            stem_channels=32,
+            classifier_width=None,
+        )
+    return dict(
+        block_sizes=even_blocks(4, 2, number) if kind == "cifar" else growing_blocks(1, 1, number),
+        growth_rate=6,
+        factors=(1, 2, 4),
+        bottleneck_factors=(1, 2, 4),
+        stem="cifar",
+        stem_channels=16,
+        classifier_width=CIFAR_CLASSIFIER_WIDTH,
+    )
+
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """Networks of other kinds by name; each takes num_classes, dropout, dense_block and activation_checkpointing, and, to serve
@@ -91,7 +135,7 @@ def create_model(
     """Build a network with freshly drawn weights from torch's global generator.
 
     Args:
-        name: a key of `DENSENETS`, a name that `cifar_densenet` knows, or ``timm:NAME`` for any of timm's models.
+        name: a key of `DENSENETS`, a name that `cifar_densenet` or `msdnet` knows, or ``timm:NAME`` for any of timm's models.
         dense_block: who computes the dense blocks of our own networks (backends.py); timm's networks do not use it.
         activation_checkpointing: the blocks whose bottlenecks are computed again in the backward pass, likewise.
         drop_path: stochastic depth of timm's networks.
@@ -113,12 +157,18 @@ def create_model(
             activation_checkpointing=activation_checkpointing,
             **({} if in_channels == 3 else {"in_channels": in_channels}),
         )
+    if arguments := msdnet(name):
+        asked = {"dropout": dropout, "dense_block": dense_block, "activation_checkpointing": activation_checkpointing}
+        for field, value in asked.items():
+            if value not in (0, "auto", "eager", "none"):
+                raise UserError(f"model.{field} is {value}, which {name} does not know: leave it out")
+        return MSDNet(**arguments, num_classes=num_classes, in_channels=in_channels)
     spec = DENSENETS.get(name) or cifar_densenet(name)
     if spec is None:
-        nearest = did_you_mean(name, DENSENETS)
+        nearest = did_you_mean(name, [*DENSENETS, *MSDNETS])
         raise UserError(
             f"model.name: there is no network '{name}'{nearest}; choose {', '.join(DENSENETS)}, another depth or growth "
-            "rate of the latter kinds, or timm:NAME"
+            f"rate of the latter kinds, {', '.join(MSDNETS)}, or timm:NAME"
         )
     return DenseNet(
         **spec,

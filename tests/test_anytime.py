@@ -1,0 +1,258 @@
+"""Early exits in use: budgets against a loop over images by the paper's description, and the commands."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config, with_random_norms, write_class_folders
+
+from pipeline.budget import BUDGETS, answers_of, classify, leaves_at, shares, thresholds
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.data.dataset import open_datasets
+from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.models import create_model
+from pipeline.models.early_exits import OneExit
+from pipeline.models.folding import fold_norms
+from pipeline.weights import _name_of_msdnet, read_weights, write_safetensors
+from tools.anytime import main as anytime
+from tools.convert import main as convert
+from tools.evaluate import main as evaluate
+from tools.export import main as export
+from tools.predict import main as predict
+
+pytestmark = pytest.mark.slow  # for the most part
+
+NAME, CLASSES = "msdnet_cifar_budget_3", ("class0", "class1", "class2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 training images, of which a run holds 9 out, and 12 for validation."""
+    root = tmp_path_factory.mktemp("anytime")
+    write_class_folders(root / "train", 3, 24, size=(20, 22))
+    write_class_folders(root / "val", 3, 12, size=(20, 22), seed=1000)
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    torch.manual_seed(0)
+    network = with_random_norms(create_model(NAME, num_classes=3))
+    section = {"dir": str(data), "crop_size": 16, "resize_size": 18, "loader": "reference", "holdout": 9}
+    config = small_config("unused", model={"name": NAME}, data=section)
+    folder = CheckpointFolder(tmp_path_factory.mktemp("checkpoint"))
+    state = {"model": network.state_dict(), "config": dataclasses.asdict(config), "classes": list(CLASSES)}
+    folder.save(state, best=True)
+    return folder.best
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process, with few budgets and one measurement; return what it prints."""
+    monkeypatch.setattr("tools.anytime.BUDGETS", (0.3, 1.0, 1.7))
+    monkeypatch.setattr("tools.anytime.ROUNDS", 1)
+
+    def run(main, *words: object) -> str:
+        monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def by_loops(held_out: np.ndarray, test: np.ndarray, q: float) -> tuple[list, list]:
+    """Thresholds and exits, image by image, by the paper's description."""
+    exits, images = held_out.shape
+    total = sum(q ** (k + 1) for k in range(exits))
+    left, limits = set(range(images)), []
+    for k in range(exits - 1):
+        wanted = math.floor(images * q ** (k + 1) / total)
+        ranked = sorted((held_out[k, i] for i in left), reverse=True)
+        limit = ranked[wanted - 1] if wanted else math.inf
+        limits.append(limit)
+        left -= {i for i in left if held_out[k, i] >= limit}
+    limits.append(0.0)
+    return limits, [next(k for k in range(exits) if test[k, i] >= limits[k]) for i in range(test.shape[1])]
+
+
+def test_thresholds_and_exits_are_those_of_a_loop_over_images():
+    generator = np.random.default_rng(0)
+    held_out, test = generator.random((4, 101)).astype(np.float32), generator.random((4, 53)).astype(np.float32)
+    assert len(BUDGETS) == 39 and BUDGETS[0] == 0.05 and BUDGETS[-1] == 1.95
+    for q in BUDGETS:
+        limits, at = by_loops(held_out, test, q)
+        found = thresholds(held_out, shares(q, 4))
+        assert found.tolist() == pytest.approx(limits, rel=1e-7)
+        assert leaves_at(test, found).tolist() == at
+    # On the images that the thresholds are chosen on, the wanted share leaves at each exit.
+    at = leaves_at(held_out, thresholds(held_out, shares(1.3, 4)))
+    wanted = shares(1.3, 4)
+    assert np.bincount(at, minlength=4)[:3].tolist() == np.floor(101 * wanted[:3]).tolist()
+
+
+def test_equal_confidences_leave_together_and_the_rest_need_not_suffice():
+    held_out = np.array([[0.9, 0.9, 0.9, 0.5], [0.8, 0.7, 0.6, 0.4], [0.1, 0.2, 0.3, 0.4]])
+    limits = thresholds(held_out, np.array([0.25, 0.5, 0.25]))
+    assert limits.tolist() == [0.9, 0.4, 0]
+    assert leaves_at(held_out, limits).tolist() == [0, 0, 0, 1]
+    assert thresholds(held_out, np.array([0.1, 0.1, 0.8])).tolist() == [math.inf, math.inf, 0]
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_batch_shrinks_at_each_exit_and_answers_as_if_it_did_not(summed):
+    torch.manual_seed(1)
+    network = with_random_norms(create_model(NAME, num_classes=5)).double().eval()
+    images = torch.randn(12, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        probabilities = torch.stack([output.float().softmax(1) for output in network(images)])  # 3 exits
+        if summed:
+            probabilities = torch.stack([probabilities[: k + 1].mean(0) for k in range(3)])
+    confidence = probabilities.amax(2).numpy()
+    limits = thresholds(confidence, shares(1.0, 3))
+    at = leaves_at(confidence, limits)
+    assert np.bincount(at).tolist() == [4, 4, 4]
+    seen = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, given, maps: seen.append([len(x) for x in maps]))
+    answered, left = classify(network, images, limits, summed)
+    assert seen == [[12] * 3, [8] * 2, [4]]  # what has left is computed no further
+    assert left.tolist() == at.tolist()
+    torch.testing.assert_close(answered, probabilities[at, torch.arange(12)].float(), rtol=1e-6, atol=1e-7)
+    assert len(classify(network, images, np.zeros(3))[0]) == 12 and len(seen) == 4  # all leave at the first exit
+
+
+def test_folded_norms_answer_the_same():
+    torch.manual_seed(0)
+    network = with_random_norms(create_model(NAME, num_classes=5)).double().eval()
+    folded, images = fold_norms(network), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert not [module for module in folded.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for a, b in zip(network(images), folded(images), strict=True):
+            assert (a - b).abs().max() <= 1e-12 * a.abs().max()
+        for k in range(3):
+            assert torch.equal(network.first_exits(k + 1)(images)[k], OneExit(network, k + 1)(images))
+
+
+def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_path):
+    other = f"densenet_bc10_k4={50.0}"
+    said = run(anytime, checkpoint, "--data", data, "--loader", "reference", "--timed-images", 1, "--batch-size", 5,
+               "--report", tmp_path, "--beside", other, "densenet_bc10_k2=0")  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    weights = read_weights(checkpoint)
+    parts = open_datasets(weights.config.data, tmp_path, progress=False)
+    test = open_datasets(dataclasses.replace(weights.config.data, holdout=0), tmp_path, progress=False)[1]
+    shard = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=1)
+    own, held_out = (
+        answers_of(weights.network, EvaluationLoader(index, weights.config.data, shard, batch_size=4, crops=1))
+        for index in (test, parts[1])
+    )
+    assert report["images"] == 12 and report["held_out"]["images"] == 9 == len(parts[1])
+    work = [row["multiply_accumulates"] for row in report["exits"]]
+    for k, row in enumerate(report["exits"]):
+        assert row["top1_wrong"] == (own[0].classes[k] != test.labels).sum()
+        assert row["summed_top1_error"] == pytest.approx(100 * (own[1].classes[k] != test.labels).mean())
+        assert row["images_per_second"] > 0 < row["ms_alone"]
+    assert [row["q"] for row in report["budgets"]] == [0.3, 1.0, 1.7]
+    for row in report["budgets"]:
+        for figures, test_answers, chosen in ((row, own[0], held_out[0]), (row["summed"], own[1], held_out[1])):
+            limits, at = by_loops(chosen.confidence, test_answers.confidence, row["q"])
+            assert [np.inf if t is None else t for t in figures["thresholds"]] == pytest.approx(limits, rel=1e-5)
+            assert figures["shares"] == pytest.approx([at.count(k) / 12 for k in range(3)])
+            assert figures["multiply_accumulates"] == pytest.approx(np.mean([work[k] for k in at]))
+            wrong = sum(test_answers.classes[k, i] != test.labels[i] for i, k in enumerate(at))
+            assert figures["top1_wrong"] == wrong
+    easy, hard = report["beside"]
+    assert (easy["name"], easy["top1_error"], easy["measured"]) == ("densenet_bc10_k4", 50.0, False)
+    as_good = [b["multiply_accumulates"] for b in report["budgets"] if b["top1_error"] <= 50]
+    assert (easy["as_good"]["multiply_accumulates"] == min(as_good)) if as_good else easy["as_good"] is None
+    assert hard["as_good"] is None and "densenet_bc10_k2: no budget reaches its error of 0.00 %" in said
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert all(
+            title in text for title in ("Answers at any time", "Budgets", "Other networks", "Easy and hard images")
+        )
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("error.png", "easy-and-hard.png"))
+
+    # The same budget classifies files, at its dearest and at its cheapest.
+    dearest = max(report["budgets"], key=lambda b: b["multiply_accumulates"])
+    words = ("--loader", "reference", "--top", 1, "--json", tmp_path / "answers.json")
+    run(predict, checkpoint, data / "val", *words, "--budget", 1000, "--thresholds", tmp_path / "report.json")
+    answered = json.loads((tmp_path / "answers.json").read_text())
+    at = leaves_at(own[0].confidence, np.array([np.inf if t is None else t for t in dearest["thresholds"]]))
+    expected = {test.location(i): own[0].confidence[at[i], i] for i in range(12)}
+    assert len(answered) == 12
+    for answer in answered:
+        assert answer["answers"][0]["probability"] == pytest.approx(expected[answer["file"]], rel=1e-4)
+    run(predict, checkpoint, data / "val", *words, "--exit", 2)
+    for answer in json.loads((tmp_path / "answers.json").read_text()):
+        i = next(i for i in range(12) if test.location(i) == answer["file"])
+        assert answer["answers"][0]["probability"] == pytest.approx(own[0].confidence[1, i], rel=1e-4)
+    said = run(evaluate, checkpoint, "--data", data, "--dataset", "images", "--loader", "reference")
+    assert f"({report['exits'][-1]['top1_wrong']} of 12 wrong" in said  # the last exit's errors
+
+
+def test_without_held_out_images_there_are_no_budgets_unless_others_are_given(data, checkpoint, run, tmp_path):
+    weights = read_weights(checkpoint)
+    plain = dataclasses.replace(weights, config=dataclasses.replace(
+        weights.config, data=dataclasses.replace(weights.config.data, holdout=0)
+    ))  # fmt: skip
+    write_safetensors(plain, tmp_path / "w.safetensors")
+    words = (tmp_path / "w.safetensors", "--data", data, "--loader", "reference", "--timed-images", 1)
+    said = run(anytime, *words)
+    assert "no budgets: the run held no training images out: give --thresholds DIR" in said
+    assert "12 held-out images for the thresholds" in run(anytime, *words, "--thresholds", data / "val")
+
+
+def test_an_exit_is_exported(checkpoint, run, tmp_path):
+    assert "differ from PyTorch's by" in run(export, checkpoint, tmp_path / "first.pt2", "--exit", 1)
+    network, images = read_weights(checkpoint).network, torch.randn(4, 3, 16, 16)
+    loaded = torch.export.load(tmp_path / "first.pt2").module()
+    torch.testing.assert_close(loaded(images), network(images)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["msdnet_cifar_2", "msdnet_cifar_budget_3"])
+def test_a_checkpoint_of_the_port_is_recognised_by_its_names(run, tmp_path, name):
+    """It was saved by nn.DataParallel, beside other things, as kalviny/MSDNet-PyTorch's main.py does."""
+    torch.manual_seed(0)
+    network = with_random_norms(create_model(name, num_classes=100))
+    state = {f"module.{entry}": tensor for entry, tensor in network.state_dict().items()}
+    torch.save({"epoch": 1, "arch": "msdnet", "best_prec1": 1.0, "state_dict": state}, tmp_path / "port.pth.tar")
+    assert run(convert, tmp_path / "port.pth.tar", tmp_path / "ours.safetensors").startswith(f"{name}, ")
+    read = read_weights(tmp_path / "ours.safetensors")
+    assert read.config.data.mean == (0.5071, 0.4867, 0.4408)  # CIFAR-100's
+    for entry, tensor in read.network.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[entry]), entry
+
+
+def test_the_networks_for_imagenet_are_recognised_too():
+    with torch.device("meta"):
+        names = list(create_model("msdnet_imagenet_2").state_dict())
+    assert _name_of_msdnet(names) == "msdnet_imagenet_2" and _name_of_msdnet(["features.conv0.weight"]) is None
+
+
+def test_what_cannot_be_is_refused_in_one_line(data, checkpoint, user_error, tmp_path):
+    densenet = create_model("densenet_bc22_k8", num_classes=3)
+    folder = CheckpointFolder(tmp_path)
+    config = dataclasses.asdict(small_config("unused"))
+    folder.save({"model": densenet.state_dict(), "config": config, "classes": list(CLASSES)}, best=True)
+    (tmp_path / "report.json").write_text(
+        json.dumps({"budgets": [{"multiply_accumulates": 5e6, "thresholds": [0, 0]}]})
+    )
+    report = ("--thresholds", tmp_path / "report.json")
+    for main, words, expected in (
+        (anytime, (folder.best, "--data", data), "holds a densenet_bc22_k8, which has one exit: give an MSDNet's"),
+        (anytime, (checkpoint, "--data", data, "--beside", "densenet121=x"), "'x' is no error in percent"),
+        (predict, (checkpoint, data, "--exit", 4), "has 3 exits: choose 1 to 3"),
+        (predict, (folder.best, data, "--exit", 2), "has one output: leave it out"),
+        (predict, (checkpoint, data, "--budget", 5), "--budget MILLION and --thresholds FILE go together"),
+        (predict, (checkpoint, data, "--budget", 5, *report), "is of 2 exits, "),
+        (predict, (checkpoint, data, "--budget", 4, *report), "--budget 4: the least of "),
+        (predict, (folder.best, data, "--budget", 5, *report), "--budget: .* has one exit"),
+        (predict, (checkpoint, data, "--budget", 5, "--thresholds", checkpoint), "holds no budgets: give the report.json"),
+    ):  # fmt: skip
+        assert re.search(expected, user_error(main, *words))

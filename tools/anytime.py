@@ -1,0 +1,391 @@
+"""What answers at any time, and for a budget, cost and are worth: ``python -m tools.anytime WEIGHTS --data DIR``.
+
+WEIGHTS are of an MSDNet, a network with early exits. For each exit: its error, the multiply-accumulates up to it and measured
+time. For budgets: an image leaves at the first exit that is sure enough of it; how sure an exit must be is chosen on held-out
+images (those that the run held out of its training images, or --thresholds), for 39 wanted distributions over the exits; told
+are the error, the mean cost and the measured images/s when what has left is really computed no further. Images are prepared
+as in the evaluation of the run that trained the weights. No GPU has run it.
+"""
+
+import dataclasses
+import math
+import typing
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.budget import BUDGETS, Answers, answers_of, classify, leaves_at, shares, thresholds
+from pipeline.config import DataConfig
+from pipeline.data.dataset import open_datasets
+from pipeline.data.index import DatasetIndex
+from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
+from pipeline.distributed import World, init_distributed
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.evaluation import check_image_size, evaluate
+from pipeline.metrics import Score
+from pipeline.models import create_model
+from pipeline.models.folding import fold_norms
+from pipeline.models.msdnet import MSDNet
+from pipeline.precision import set_tf32
+from pipeline.weights import Weights, imagenet_ids, read_weights
+from tools.evaluate import open_images
+from tools.support import published
+from tools.support.anytime_report import result_to_text, write_report
+from tools.support.budgets import limits_of
+from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights, on_meta, parameters
+from tools.support.outputs import writable_folder
+from tools.support.significance import wilson_interval
+from tools.support.speed import median_seconds
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
+
+ALONE = 50  # images of which each is timed as a batch of its own
+ROUNDS = 3  # in each of which every implementation is timed once
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is evaluated: the test images, and those on which thresholds are chosen, if there are any."""
+
+    test: DatasetIndex
+    held_out: DatasetIndex | None
+
+
+@dataclass(frozen=True)
+class Other:
+    """A network that is shown beside.
+
+    Attributes:
+        error: top-1, in percent; of the test images where `measured`, else as it was given.
+        network: to be timed; None if only its cost is shown.
+        data: how its images are prepared.
+    """
+
+    name: str
+    error: float
+    measured: bool
+    multiply_accumulates: int
+    network: nn.Module | None
+    data: DataConfig
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    weights = read_weights_of(options, options.weights)
+    network, name = weights.network, short_names([options.weights])[0]
+    if not isinstance(network, MSDNet):
+        raise UserError(f"{options.weights} holds a {weights.config.model.name}, which has one exit: give an MSDNet's")
+    data = dataclasses.replace(
+        weights.config.data, dir=options.data, download=options.download, loader=options.loader, threads=0
+    )
+    if data.labels == "multi":
+        raise UserError(f"{options.weights} gives several labels an image, and exits are compared by one: give another")
+    check_image_size(network, data.crop_size, options.weights)
+    folder = writable_folder(options.report, "--report") if options.report else None
+    set_tf32("fp32")
+    with init_distributed(options.device) as world:
+        if world.size > 1:
+            raise UserError("tools.anytime measures time in one process: start it without torchrun")
+        images = open_both(data, options.thresholds, weights)
+        network = typing.cast("MSDNet", on_device(fold_norms(network), world))
+        others = [read_other(item, data, images.test, world, options) for item in options.beside]
+        answers = answers_of(network, loader_of(images.test, data, world, options))
+        held_out = None
+        if images.held_out:
+            held_out = answers_of(network, loader_of(images.held_out, data, world, options))
+        refuse_what_is_not_finite(options.weights, answers, held_out or ())
+        result = describe(name, weights, data, images, answers, held_out)
+        measure(result, network, others, images.test, data, world, options)
+    compare_with_others(result)
+    print(result_to_text(result), flush=True)
+    if folder:
+        write_report(folder, result, answers[0], images.test)
+
+
+def on_device(network: nn.Module, world: World) -> nn.Module:
+    return network.to(world.device).to(memory_format=torch.channels_last)
+
+
+def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -> Images:
+    """The test images, and the images on which thresholds are chosen: of --thresholds, or held out as in training.
+
+    Raises:
+        UserError: images are missing, or of other classes.
+    """
+    cache, classes = Path("runs", "index"), weights.classes
+    if thresholds_from:
+        folder = dataclasses.replace(data, dir=thresholds_from)
+        return Images(open_images(data, None, classes), open_images(folder, None, classes))
+    if not data.holdout:
+        return Images(open_images(data, None, classes), None)
+    _, test = open_datasets(dataclasses.replace(data, holdout=0), cache, progress=True)
+    _, held_out = open_datasets(data, cache, progress=True)
+    return Images(test.with_classes(classes), held_out.with_classes(classes))
+
+
+def loader_of(index: DatasetIndex, data: DataConfig, world: World, options: Namespace) -> EvaluationLoader:
+    shard = Shard(world.rank, world.size, world.device, world.cores)
+    return EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=1)
+
+
+def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, options: Namespace) -> Other:
+    """A network that --beside names: a file of weights, which is evaluated, or NAME=ERROR.
+
+    Raises:
+        UserError: it is neither, or not for these classes.
+    """
+    name, _, error = item.partition("=")
+    if error and not Path(item).exists():
+        try:
+            value = float(error)
+        except ValueError:
+            raise UserError(f"--beside {item}: '{error}' is no error in percent: give WEIGHTS or NAME=ERROR") from None
+        network = on_device(create_model(name, len(test.classes)).eval(), world)
+        check_image_size(network, data.crop_size, name)
+        work = multiply_accumulates(on_meta(create_model, name, len(test.classes), dense_block="eager"), data.crop_size)
+        return Other(name, value, False, work, network, data)
+    weights = read_weights(item)
+    if weights.classes != test.classes:
+        raise UserError(f"--beside {item} is for other classes than {options.weights}")
+    own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)
+    network = on_device(weights.network, world)
+    work = multiply_accumulates(network_without_weights(weights.config.model, len(test.classes)), own.crop_size)
+    score = evaluate(network, loader_of(test, own, world, options), world).score
+    assert isinstance(score, Score)
+    return Other(f"{short_names([item])[0]} ({weights.config.model.name})", score.top1_error, True, work, network, own)
+
+
+def refuse_what_is_not_finite(file: str, *answers: tuple[Answers, ...]) -> None:
+    if not all(np.isfinite(one.confidence).all() for both in answers for one in both):
+        raise UserError(f"{file}: the answers are not finite: damaged weights")
+
+
+def describe(
+    name: str,
+    weights: Weights,
+    data: DataConfig,
+    images: Images,
+    answers: tuple[Answers, Answers],
+    held_out: tuple[Answers, Answers] | None,
+) -> dict[str, Any]:
+    """All that is told but for measured times."""
+    network = network_without_weights(weights.config.model, len(weights.classes))
+    costs = exit_costs(typing.cast("MSDNet", network), data.crop_size)
+    work, labels = np.array([cost.multiply_accumulates for cost in costs]), images.test.labels
+    own, together = answers
+    return {
+        "name": name,
+        "model": weights.config.model.name,
+        "note": weights.note,
+        "parameters": parameters(network),
+        "data": images.test.root,
+        "images": len(images.test),
+        "held_out": images.held_out and {"data": images.held_out.root, "images": len(images.held_out)},
+        "crop_size": data.crop_size,
+        "training": weights.audit,
+        "exits": [
+            {
+                "exit": k + 1,
+                "parameters": cost.parameters,
+                "multiply_accumulates": cost.multiply_accumulates,
+                **errors(own.classes[k] != labels),
+                "summed_top1_error": 100 * float((together.classes[k] != labels).mean()),
+            }
+            for k, cost in enumerate(costs)
+        ],
+        "budgets": []
+        if held_out is None
+        else [
+            {
+                "q": q,
+                **outcome(q, held_out[0], own, labels, work),
+                "summed": outcome(q, held_out[1], together, labels, work),
+            }
+            for q in BUDGETS
+        ],
+    }
+
+
+def outcome(q: float, held_out: Answers, test: Answers, labels: np.ndarray, work: np.ndarray) -> dict[str, Any]:
+    """What a budget gives: thresholds from held-out images, and on the test images who leaves where, the error and the cost.
+
+    Args:
+        labels: (N) of the test images.
+        work: (E) multiply-accumulates up to each exit.
+    """
+    limits = thresholds(held_out.confidence, shares(q, len(work)))
+    at = leaves_at(test.confidence, limits)
+    return {
+        "thresholds": [limit if math.isfinite(limit) else None for limit in limits.tolist()],
+        "shares": (np.bincount(at, minlength=len(work)) / len(at)).tolist(),
+        "multiply_accumulates": float(work[at].mean()),
+        **errors(test.classes[at, np.arange(len(at))] != labels),
+    }
+
+
+def errors(wrong: np.ndarray) -> dict[str, Any]:
+    """Top-1 error in percent with its count and 95 % interval."""
+    count = int(wrong.sum())
+    return {
+        "top1_error": 100 * count / len(wrong),
+        "top1_wrong": count,
+        "top1_interval": wilson_interval(count, len(wrong)),
+    }
+
+
+def measure(
+    result: dict[str, Any],
+    network: MSDNet,
+    others: list[Other],
+    test: DatasetIndex,
+    data: DataConfig,
+    world: World,
+    options: Namespace,
+) -> None:
+    """Add measured times to the result: of each exit, of each budget, and of the other networks, all interleaved."""
+    rows = np.unique(np.linspace(0, len(test) - 1, min(options.timed_images, len(test))).astype(np.int64))
+    batches = timed_batches(test.take(rows), data, world, options)
+    alone = [image for batch in batches for image in batch.split(1)][:ALONE]
+
+    def run(answer: Callable[[Tensor], object], images: list[Tensor]) -> Callable[[], None]:
+        def once() -> None:
+            for batch in images:
+                answer(batch)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return once
+
+    def by_budget(limits: np.ndarray) -> Callable[[Tensor], object]:
+        return lambda batch: classify(network, batch, limits)
+
+    work: dict[Any, Callable[[], None]] = {}
+    for k in range(network.exits):
+        until = network.first_exits(k + 1)
+        work["exit", k] = run(until, batches)
+        work["alone", k] = run(until, alone)
+    for i, budget in enumerate(result["budgets"]):
+        work["budget", i] = run(by_budget(limits_of(budget)), batches)
+    for i, other in enumerate(others):
+        if other.network is not None:
+            own = batches if other.data is data else timed_batches(test.take(rows), other.data, world, options)
+            work["other", i] = run(other.network, own)
+            work["other alone", i] = run(other.network, [image for batch in own for image in batch.split(1)][:ALONE])
+    with torch.inference_mode():
+        seconds = median_seconds(work, ROUNDS)
+    result |= {"timed_images": len(rows), "batch_size": options.batch_size, "device": world.device.type}
+    result |= {"threads": torch.get_num_threads(), "loader": choose_loader(data, world.device)}
+    for k, row in enumerate(result["exits"]):
+        row["images_per_second"] = len(rows) / seconds["exit", k]
+        row["ms_alone"] = 1000 * seconds["alone", k] / len(alone)
+    for i, row in enumerate(result["budgets"]):
+        row["images_per_second"] = len(rows) / seconds["budget", i]
+    result["beside"] = [
+        {
+            "name": other.name,
+            "top1_error": other.error,
+            "measured": other.measured,
+            "multiply_accumulates": other.multiply_accumulates,
+            "images_per_second": len(rows) / seconds["other", i],
+            "ms_alone": 1000 * seconds["other alone", i] / len(alone),
+        }
+        for i, other in enumerate(others)
+    ]
+    if test.classes == imagenet_ids():
+        result["beside"] += published_on_imagenet()
+
+
+def timed_batches(index: DatasetIndex, data: DataConfig, world: World, options: Namespace) -> list[Tensor]:
+    """The images of an index in batches on the device, channels-last."""
+    return [batch.images for batch in loader_of(index, data, world, options).batches()]
+
+
+def published_on_imagenet() -> list[dict[str, Any]]:
+    """The paper's DenseNets and fb.resnet.torch's ResNets: their errors and costs, without a measured time."""
+    import torchvision  # takes seconds
+
+    found = [
+        (name, on_meta(create_model, name, dense_block="eager"), top1)
+        for name, (top1, _) in published.DENSENETS_ON_IMAGENET[1].items()
+    ]
+    found += [
+        (name, on_meta(getattr(torchvision.models, name)), top1) for name, top1 in published.RESNETS_ON_IMAGENET.items()
+    ]
+    return [
+        {
+            "name": name,
+            "top1_error": error,
+            "measured": False,
+            "multiply_accumulates": multiply_accumulates(network, 224),
+            "images_per_second": None,
+            "ms_alone": None,
+        }
+        for name, network, error in found
+    ]
+
+
+def compare_with_others(result: dict[str, Any]) -> None:
+    """Add to each other network the cheapest budget that makes no more errors than it, None if there is none."""
+    for row in result["beside"]:
+        as_good = [b for b in result["budgets"] if b["top1_error"] <= row["top1_error"]]
+        best = min(as_good, key=lambda b: b["multiply_accumulates"], default=None)
+        row["as_good"] = best and {
+            "q": best["q"],
+            "top1_error": best["top1_error"],
+            "multiply_accumulates": best["multiply_accumulates"],
+            "images_per_second": best["images_per_second"],
+            "work_ratio": row["multiply_accumulates"] / best["multiply_accumulates"],
+            "speed_ratio": row["images_per_second"] and best["images_per_second"] / row["images_per_second"],
+        }
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m tools.anytime", description=__doc__)
+    add_weights_arguments(parser)
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="the run's data.dir, where it held training images out; else a folder of class folders, or a data set with val/",
+    )
+    parser.add_argument("--download", action="store_true", help="download one of torchvision's data sets into DIR")
+    parser.add_argument(
+        "--thresholds",
+        metavar="DIR",
+        help="images that thresholds are chosen on [those that the run held out of its training images]",
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="WEIGHTS-OR-NAME=ERROR",
+        help="networks to show beside: files of weights, which are evaluated on the same images, or networks of the zoo or "
+        "timm with their error in percent, as timm:resnet18=5.1",
+    )
+    parser.add_argument(
+        "--timed-images",
+        type=positive_integer,
+        metavar="N",
+        default=512,
+        help="images that time is measured with [512]",
+    )
+    parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images per batch [64]")
+    parser.add_argument(
+        "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device [auto]")
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write a report: JSON, Markdown and an HTML page, a figure, and easy and hard images",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,23 @@
+"""Times of several implementations on a machine that has other work too: interleaved, and the median over the rounds."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def median_seconds(work: Mapping[Name, Callable[[], None]], rounds: int) -> dict[Name, float]:
+    """The seconds that each piece of work takes, the median over the rounds after one that does not count.
+
+    Each round does every piece once, so that what slows the machine down for a while slows all of them.
+    """
+    taken: dict[Name, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, once in work.items():
+            start = time.perf_counter()
+            once()
+            if number:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
