@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,14 +201,14 @@ def test_an_images_pixels_do_not_depend_on_its_batch():
     assert torch.equal(augment(near, plan, CPU), together)
 
 
-def test_gray_images_are_augmented_as_colour_images_of_equal_channels():
+def test_gray_images_are_augmented_as_images_of_equal_colours():
     config = dataclasses.replace(POLICIES[2], crop_size=SIDE, mean=(0.5, 0.5, 0.5))
-    of_gray = SimpleNamespace(**{**vars(config), "mean": (0.5,)})
+    of_gray = dataclasses.replace(config, channels=1, mean=(0.5,), std=(0.2,))
     operations, arguments = draw_operations(config, iter(np.random.default_rng(4).random((10, 60))))
     gray = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (60, 1, SIDE, SIDE, 1), np.uint8))
     plan = BatchPlan(*[np.zeros(60)] * 9, operations=operations, arguments=arguments)
-    ours, three = AutoAugment(of_gray)(gray, plan, CPU), AutoAugment(config)(gray.expand(-1, -1, -1, -1, 3), plan, CPU)
-    assert torch.equal(ours.expand_as(three), three)
+    ours, three = (AutoAugment(c)(gray.expand(-1, -1, -1, -1, 3), plan, CPU) for c in (of_gray, config))
+    assert torch.equal(ours, three) and torch.equal(ours[..., :1].expand_as(ours), ours)
 
 
 @pytest.mark.parametrize("loader", ["native", "dali", "reference"])

@@ -110,9 +110,7 @@ def _blend(low: Tensor, images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    """(n, H, W) int32: Pillow's conversion to L, of which gray images are already."""
-    if images.shape[-1] == 1:
-        return images[..., 0].int()
+    """(n, H, W) int32: Pillow's conversion to L."""
     red, green, blue = images.int().unbind(-1)
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
