@@ -193,7 +193,7 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
         i = next(i for i in range(12) if test.location(i) == answer["file"])
         assert answer["answers"][0]["probability"] == pytest.approx(own[0].confidence[1, i], rel=1e-4)
     said = run(evaluate, checkpoint, "--data", data, "--dataset", "images", "--loader", "reference")
-    assert f"({report['exits'][-1]['top1_wrong']} of 12 wrong" in said  # the last exit's errors
+    assert f"; {report['exits'][-1]['top1_wrong']} of 12 wrong" in said  # the last exit's errors
 
 
 def test_without_held_out_images_there_are_no_budgets_unless_others_are_given(data, checkpoint, run, tmp_path):

@@ -41,7 +41,7 @@ def test_a_run_records_the_errors_of_each_exit_and_resumes_with_the_same_bits(tm
     errors = [last["val/exit1_top1_error"], last["val/exit2_top1_error"]]
     assert state["progress"]["last_exit_errors"] == errors
     assert f", exits {errors[0]:.2f} / {errors[1]:.2f} % (11 images)" in said  # of the epoch's line
-    summary = next(line for line in said.splitlines() if line.startswith("last  (epoch 1)"))
+    summary = next(line for line in said.splitlines() if line.startswith("last (epoch 2 of 2)"))
     assert summary.endswith(f", exits {errors[0]:.2f} / {errors[1]:.2f} %")
     assert "exit1_top1_error" in str(sorted(key for key in records(config)[0] if key.startswith("train/")))
 
@@ -69,7 +69,7 @@ def test_a_run_records_the_errors_of_each_exit_and_resumes_with_the_same_bits(tm
 def test_the_loss_is_the_sum_over_the_exits():
     torch.manual_seed(0)
     outputs, labels = [torch.randn(5, 3) for _ in range(3)], torch.tensor([0, 1, 2, 0, 1])
-    batch = SimpleNamespace(labels=labels)
+    batch = SimpleNamespace(labels=labels, partners=None)
     one = CrossEntropy(label_smoothing=0.1)
     one.class_weights = torch.tensor([1.0, 2, 3])
     expected = sum(
@@ -78,7 +78,7 @@ def test_the_loss_is_the_sum_over_the_exits():
     joint = JointObjective(one)
     torch.testing.assert_close(joint.losses(outputs, batch), expected)
     assert torch.equal(joint.logits(outputs), torch.stack(outputs, dim=1))
-    several = SimpleNamespace(labels=torch.tensor([[1, 0, 1]] * 5, dtype=torch.uint8))
+    several = SimpleNamespace(labels=torch.tensor([[1, 0, 1]] * 5, dtype=torch.uint8), partners=None)
     binary = BinaryCrossEntropy(0.0)
     expected = sum(binary.losses(o, several) for o in outputs)
     torch.testing.assert_close(JointObjective(binary).losses(outputs, several), expected)

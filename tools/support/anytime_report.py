@@ -15,9 +15,9 @@ from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from tools.support.budgets import limits_of
-from tools.support.evaluation_report import STYLE
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME
+from tools.support.report_page import Page
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -203,20 +203,14 @@ def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]]) -> str:
 
 
 def _html(folder: Path, result: dict[str, Any], pictures: dict[str, tuple[str, Figure]]) -> str:
-    parts = ["<h1>Answers at any time</h1>", f"<p>{html.escape(_about(result))}</p>"]
-    parts += [f"<p>training: {html.escape(result['training'])}</p>"] if result["training"] else []
+    page = Page("Answers at any time")
+    page.lines([_about(result), *([f"training: {result['training']}"] if result["training"] else [])])
     for name, (title, _) in pictures.items():
         source = base64.b64encode((folder / name).read_bytes()).decode()
-        parts += [
-            f"<h2>{html.escape(title)}</h2>",
-            f'<img src="data:image/png;base64,{source}" alt="{html.escape(title)}">',
-        ]
-    for title, (titles, rows) in _tables(result):
-        cells = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in titles)}</tr>"]
-        cells += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-        parts += [f"<h2>{html.escape(title)}</h2>", f"<table>{''.join(cells)}</table>"]
-    parts += [
-        f"<p>{html.escape(line)}</p>" for row in result["beside"] if (line := _comparison(row, result["budgets"]))
-    ]
-    head = f'<meta charset="utf-8"><title>Answers at any time</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n'
+        page.heading(2, title)
+        page.add(f'<img style="max-width: 100%" src="data:image/png;base64,{source}" alt="{html.escape(title)}">')
+    for title, rows in _tables(result):
+        page.heading(2, title)
+        page.table(rows)
+    page.lines([line for row in result["beside"] if (line := _comparison(row, result["budgets"]))])
+    return page.text()
