@@ -72,6 +72,7 @@ class Weights:
         classes: names of the outputs.
         microbatches: ranks times gradient accumulation steps of the run, None if that is not known.
         note: how the names of external weights were understood, empty for our own.
+        tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
     """
 
     origin: str
@@ -80,6 +81,7 @@ class Weights:
     classes: tuple[str, ...]
     microbatches: int | None
     note: str = ""
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def audit(self) -> str | None:
@@ -94,6 +96,7 @@ class OwnWeights(NamedTuple):
     config: Config
     classes: tuple[str, ...]
     microbatches: int | None
+    tuning: Mapping[str, Any] | None = None
 
 
 def read_weights(
@@ -119,7 +122,9 @@ def read_weights(
         raise UserError(f"{path} has {len(found.classes)} outputs, and {len(classes)} names of classes were given")
     network = create_network(found.config.model, len(found.classes))
     load_weights(network, found.state, str(path))
-    return Weights(str(path), network.eval(), found.config, classes or found.classes, found.microbatches)
+    return Weights(
+        str(path), network.eval(), found.config, classes or found.classes, found.microbatches, tuning=found.tuning
+    )
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
@@ -210,7 +215,7 @@ def _of_checkpoint(state: dict[str, Any], origin: str) -> OwnWeights:
     config = from_stored(state["config"], origin)
     ranks = state.get("conditions", {}).get("ranks")
     microbatches = ranks and ranks * config.optim.grad_accum_steps
-    return OwnWeights(state["model"], config, tuple(state["classes"]), microbatches)
+    return OwnWeights(state["model"], config, tuple(state["classes"]), microbatches, state.get("tuning"))
 
 
 def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
