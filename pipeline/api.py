@@ -7,8 +7,7 @@
 
 from pathlib import Path
 
-import torch
-
+from pipeline.autotune import for_evaluation
 from pipeline.config import load_config
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import known_cache, scan_classes, scan_label_table
@@ -18,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, check_image_size
 from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.models import create_model
+from pipeline.precision import memory_format, set_tf32
 from pipeline.trainer import fit
 from pipeline.weights import read_weights
 
@@ -65,6 +65,7 @@ def evaluate(
     with init_distributed(device) as world:
         shard = Shard(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, shard, batch_size=batch_size, crops=crops)
-        network = found.network.to(world.device).to(memory_format=torch.channels_last)
+        set_tf32("fp32")
+        network = for_evaluation(found.network, found.tuning, "fp32", world.device)
         check_image_size(network, data.crop_size, str(weights), data.channels)
-        return evaluate_network(network, loader, world)
+        return evaluate_network(network, loader, world, memory_format=memory_format("auto", "fp32", world.device))

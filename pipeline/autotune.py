@@ -1,8 +1,14 @@
 """What ``auto`` means on a GPU: candidates for computing a training step are checked, timed, and the fastest right one taken.
 
-Each candidate computes on a network as the run's, with a batch of its size. One that fails, or whose gradients are farther
-from float32's than `TIMES_EAGER` times the modules' and `ROUNDING`, costs the run one line. All this is in a process of its
-own (``python -m pipeline.autotune``), as a kernel that writes where it must not leaves a process that can use its GPU no more.
+Each candidate computes on a network as the run's, with a batch of its size. One that fails, or that is farther from float32
+than `TIMES_EAGER` times the modules and `ROUNDING` in anything that a run gets from it, costs the run one line. That is
+logits in training and evaluation and running statistics; and of a shallow network as wide as the run's gradients, too. A
+deep network's gradients show little: it multiplies rounding. DenseNet-121's are 0.02 apart in float32 for another memory
+format, and in bfloat16 0.7 from float32's, where zeros are 1.
+
+All this is in a process of its own (``python -m pipeline.autotune``), as a kernel that writes where it must not leaves a
+process that can use its GPU no more. That process says before each candidate what it has found so far, so that its end costs
+the run no more than the candidates from there on.
 The choice is kept in the checkpoint, and rank 0 makes it for all. On CPU nothing is measured.
 
 No GPU has run this; the tests run it on CPU.
@@ -13,12 +19,13 @@ import dataclasses
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +33,24 @@ from torch import Tensor, nn
 
 from pipeline.compilation import compile_network, refuse_graphs
 from pipeline.config import Compile, Config, MemoryFormat, from_dict
+from pipeline.distributed import is_usable
 from pipeline.errors import is_out_of_memory
+from pipeline.machine import ask_for_signal_when_parent_dies
 from pipeline.models import create_network
 from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseNet
+from pipeline.models.folding import folded
 from pipeline.precision import autocast, choose_kernels, memory_format, set_tf32
 
 MEASURED_ON = ("cuda",)  # kinds of devices
-TIMES_EAGER, ROUNDING = 2.0, 1e-2  # of the distance of gradients, all as one, relative
+TIMES_EAGER, ROUNDING = 2.0, 1e-2  # of a distance, relative
+FARTHEST = 0.9  # what is all zeros is 1 away, whatever rounding does to the modules
+FEW, WIDEST = 4, 512  # images, and maps into the first block, of the shallow network, to which less memory is enough
 WARM_UP, TIMED = 3, 5  # steps
 SCALE = 2.0**10  # of the loss in fp16, whose gradients would vanish
-PATIENCE = 600, 3600  # seconds, the second if something is compiled
+PATIENCE = 600, 2400  # seconds, the second if something is compiled; other ranks wait an hour (distributed.PATIENCE)
+# Of the GPU's memory. A run has more than its steps there: momentum, the buckets of gradients, batches that are made ahead.
+USABLE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +73,17 @@ class Tuning:
     Attributes:
         asked: what the choice was made for; a run that asks for something else makes another.
         text: lines on what was measured.
+        card: the GPU on which it was measured; empty if that is not known.
     """
 
     chosen: Implementation
     asked: dict[str, Any]
     text: str
+    card: str = ""
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> "Tuning":
-        return Tuning(Implementation(**state["chosen"]), dict(state["asked"]), state["text"])
+        return Tuning(Implementation(**state["chosen"]), dict(state["asked"]), state["text"], state.get("card", ""))
 
 
 def as_configured(config: Config) -> Implementation:
@@ -92,8 +108,15 @@ def leaves_a_choice(config: Config, device: torch.device, network: nn.Module) ->
     return free and not frozen and device.type in MEASURED_ON and isinstance(network, DenseNet)
 
 
+def card_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def candidates(config: Config, device: torch.device) -> list[Implementation]:
-    """What may be the fastest: the modules, each backend that can run here, both memory formats in fp32, compiled if asked."""
+    """What may be the fastest: the modules, each backend that can run here, both memory formats in fp32, compiled if asked.
+
+    From the best known to the least: what ends the process ends it for what comes after, too.
+    """
     train = config.train
     usual: MemoryFormat = "channels_last"
     if memory_format(train.memory_format, train.precision, device) is torch.contiguous_format:
@@ -102,25 +125,68 @@ def candidates(config: Config, device: torch.device) -> list[Implementation]:
     formats = both if train.memory_format == "auto" and train.precision == "fp32" else (usual,)
     blocks = [config.model.dense_block]
     if config.model.dense_block == "auto":
-        # From the best known to the least: what spoils the process spoils what comes after it.
         blocks = ["eager", *(name for name, backend in reversed(BACKENDS.items()) if not backend.refusal(device))]
     found = [Implementation(block, layout, "none") for block in blocks for layout in formats]
     if train.compile != "none":  # which traces the modules, whatever computes the blocks elsewhere
-        found = [Implementation("eager", layout, train.compile) for layout in formats] + found
+        found[len(formats) : len(formats)] = [Implementation("eager", layout, train.compile) for layout in formats]
     return found
 
 
-def measure_apart(config: Config, classes: int, device: torch.device, images: int) -> Tuning:
-    """`measure` in a process of its own; what a run does as it is configured, if that process fails.
+def choose(
+    config: Config, classes: int, device: torch.device, images: int, cards: Sequence[str], kept: Tuning | None = None
+) -> Tuning:
+    """The implementation for a run on these GPUs, one a rank.
+
+    Args:
+        kept: the choice of the run that resumes. On another GPU it is checked again, not made again.
+
+    Raises:
+        UserError: as `measure_apart`.
+    """
+    kinds = sorted({*cards})
+    if kept and (kept.chosen.dense_block == "eager" or kinds == [kept.card]):
+        return kept
+    if len(kinds) > 1:  # what is right on one may fail on another
+        reason = f"nothing was measured: the ranks have different GPUs ({', '.join(kinds)})"
+        return Tuning(as_configured(config), what_is_asked(config, device, images), reason)
+    return measure_apart(config, classes, device, images, kept.chosen if kept else None)
+
+
+def for_evaluation(
+    network: nn.Module, tuning: Mapping[str, Any] | None, precision: str, device: torch.device
+) -> nn.Module:
+    """A network on its device, laid out and computed as it is evaluated in this precision.
+
+    `auto` means what the network's run has measured, if that was on such a GPU and in this precision, as it meant in the run's
+    own validation. Nothing is measured for an evaluation: that takes longer than most evaluations save by it.
+
+    Args:
+        tuning: `Tuning` as a checkpoint holds it; None of other weights.
+    """
+    found = Tuning.from_state(tuning) if tuning else None
+    here = found and (found.card, found.asked.get("precision")) == (card_name(device), precision)
+    if found and here and isinstance(network, DenseNet) and network.dense_block == "auto":
+        network.dense_block = found.chosen.dense_block
+    return folded(network).to(device).to(memory_format=memory_format("auto", precision, device))
+
+
+def measure_apart(
+    config: Config, classes: int, device: torch.device, images: int, only: Implementation | None = None
+) -> Tuning:
+    """`measure` in a process of its own; what that has found before its end, if it fails.
 
     Raises:
         UserError: the run could not be compiled as it asks.
     """
     refuse_graphs(config.train.compile, config.optim.grad_accum_steps)
-    task = {"config": dataclasses.asdict(config), "classes": classes, "device": str(device), "images": images}
+    task = {
+        "config": dataclasses.asdict(config), "classes": classes, "device": str(device), "images": images,
+        "only": only and dataclasses.asdict(only),
+    }  # fmt: skip
     here = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
     patience = PATIENCE[config.train.compile != "none"]
+    printed: str | bytes | None = None
     try:
         outcome = subprocess.run(
             [sys.executable, "-m", "pipeline.autotune"],
@@ -128,98 +194,204 @@ def measure_apart(config: Config, classes: int, device: torch.device, images: in
             env=environment,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=patience,
         )
-        if outcome.returncode == 0:
-            return Tuning.from_state(json.loads(outcome.stdout.splitlines()[-1]))
-        said = (outcome.stderr.strip().splitlines() or ["without a word"])[-1]
+        printed, said = outcome.stdout, (outcome.stderr.strip().splitlines() or ["without a word"])[-1]
         reason = f"the process that measures ended with {outcome.returncode}: {said}"
-    except subprocess.TimeoutExpired:
-        reason = f"it took more than {patience} s"
-    return Tuning(as_configured(config), what_is_asked(config, device, images), f"nothing was measured: {reason}")
+    except subprocess.TimeoutExpired as error:
+        printed, reason = error.stdout, f"it took more than {patience} s"
+    except OSError as error:
+        reason = f"no process could be started: {error.strerror}"
+    tuning, following = _last_word(printed)
+    if tuning is None:
+        return Tuning(as_configured(config), what_is_asked(config, device, images), f"nothing was measured: {reason}")
+    if following:
+        lost = f"left out {following}: {reason}"
+        return dataclasses.replace(tuning, text="\n".join(filter(None, [tuning.text, lost])))
+    return tuning
+
+
+def _last_word(printed: str | bytes | None) -> tuple[Tuning | None, str]:
+    """What the process that measures has written last: what it had found, and which candidates were to follow."""
+    text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed or ""
+    for line in reversed(text.splitlines()):  # libraries may write there, too
+        try:
+            found = json.loads(line)
+            return Tuning.from_state(found["tuning"]), found["following"]
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None, ""
 
 
 def main() -> None:
-    """Measure what the standard input says, and write the `Tuning` as the last line of the standard output."""
+    """Measure what the standard input says; write a line of JSON with the `Tuning` so far before each candidate and last."""
+    ask_for_signal_when_parent_dies(signal.SIGKILL)
     task = json.load(sys.stdin)
     config, device = from_dict(task["config"], "the run"), torch.device(task["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_per_process_memory_fraction(USABLE, device)
     choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
     network = create_network(config.model, task["classes"], config.data.channels)
     assert isinstance(network, DenseNet)
-    print(json.dumps(dataclasses.asdict(measure(network, config, device, task["images"]))))
+    only = Implementation(**task["only"]) if task["only"] else None
+
+    def report(tuning: Tuning, following: str) -> None:
+        print(json.dumps({"tuning": dataclasses.asdict(tuning), "following": following}), flush=True)
+
+    report(measure(network, config, device, task["images"], only, report), "")
 
 
-def measure(network: DenseNet, config: Config, device: torch.device, images: int) -> Tuning:
-    """Choose the fastest right implementation for batches of so many images; the network is left as it is."""
+def measure(
+    network: DenseNet,
+    config: Config,
+    device: torch.device,
+    images: int,
+    only: Implementation | None = None,
+    report: Callable[[Tuning, str], None] = lambda tuning, following: None,
+) -> Tuning:
+    """Choose the fastest right implementation for batches of so many images; the network is left as it is.
+
+    Args:
+        only: the one candidate.
+        report: is called before each candidate with what has been found, and with the names of those that follow.
+    """
     start, size, precision = time.perf_counter(), max(config.data.train_sizes), config.train.precision
+    channels, card = config.data.channels, card_name(device)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(images, config.data.channels, size, size, generator=generator).to(device)
-    labels = torch.randint(network.classifier.out_features, (images,), generator=generator).to(device)
-    network = copy.deepcopy(network).to(device).train()
     notes: list[str] = []
     times: dict[Implementation, float] = {}
+
+    def found() -> Tuning:
+        chosen = min(times, key=times.__getitem__) if times else as_configured(config)
+        figures = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in sorted(times.items(), key=lambda item: item[1]))
+        seconds = time.perf_counter() - start
+        line = f"computes with {chosen}; ms a step of {images} images: {figures} (measured in {seconds:.0f} s)"
+        text = "\n".join([*([line] if times else []), *notes])
+        return Tuning(chosen, what_is_asked(config, device, images), text, card)
+
+    def check(own: dict[str, Tensor], exact: dict[str, Tensor], nearest: dict[str, float], of: str) -> None:
+        for what, value in _distances(own, exact).items():
+            if not value <= min(TIMES_EAGER * nearest[what] + ROUNDING, FARTHEST):  # nor NaN
+                raise ValueError(f"its {what}{of} are {value:.1e} from float32's, the modules' {nearest[what]:.1e}")
+
+    those = [only] if only else candidates(config, device)
     try:
-        eager = dataclasses.replace(candidates(config, device)[0], dense_block="eager", compile="none")
+        x = torch.randn(images, channels, size, size, generator=generator).to(device)
+        labels = torch.randint(network.classifier.out_features, (images,), generator=generator).to(device)
+        few = torch.arange(FEW, device=device) % images
+        few_x, few_labels = x[few], labels[few]
+        network, shallow = copy.deepcopy(network).to(device), _shallow(network).to(device)
+        eager = dataclasses.replace(those[0], dense_block="eager", compile="none")
         set_tf32("fp32")
         checked, exact = _reference(network, eager, x, labels)
+        exact_few = _Work(shallow, eager, Config(), FEW).results(few_x, few_labels)
         set_tf32(precision)
-        work = _Work(network, eager, config, images)
-        nearest = _distance(work.gradients(x[:checked], labels[:checked]), exact)
-        for candidate in candidates(config, device):
-            try:
-                if candidate.compile != "none" and checked < images:
-                    raise ValueError("the modules in float32, with which it would be compared, do not fit into memory")
-                work = _Work(network, candidate, config, images)
-                far = _distance(work.gradients(x[:checked], labels[:checked]), exact)
-                if not work.is_as_asked:  # another stands in, and is a candidate itself
-                    continue
-                if not far <= TIMES_EAGER * nearest + ROUNDING:  # nor NaN
-                    raise ValueError(f"its gradients are {far:.1e} from float32's, the modules' {nearest:.1e}")
-                times[candidate] = work.seconds(x, labels)
-            except Exception as error:
-                reason = "out of memory" if is_out_of_memory(error) else (str(error) or repr(error)).splitlines()[0]
-                notes.append(f"left out {candidate}: {reason}")
-            finally:
-                work = None  # type: ignore[assignment]
-                _free(device)
+        nearest = _distances(_Work(network, eager, config, images).results(x[:checked], labels[:checked], False), exact)
+        nearest_few = _distances(_Work(shallow, eager, config, FEW).results(few_x, few_labels), exact_few)
     except Exception as error:
-        notes.append(f"nothing was measured: {(str(error) or repr(error)).splitlines()[0]}")
-    finally:
         set_tf32(precision)
-        _free(device)
-    chosen = min(times, key=times.__getitem__) if times else as_configured(config)
-    figures = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in sorted(times.items(), key=lambda i: i[1]))
-    line = f"computes with {chosen}; ms a step of {images} images: {figures} (measured in {time.perf_counter() - start:.0f} s)"
-    return Tuning(chosen, what_is_asked(config, device, images), "\n".join([*([line] if times else []), *notes]))
+        notes.append(f"nothing was measured: {_reason(error)}")
+        return found()
+    for i, candidate in enumerate(those):
+        report(found(), ", ".join(map(str, those[i:])))
+        work = None
+        try:
+            _free(device)
+            work = _Work(shallow, candidate, config, FEW)
+            results = work.results(few_x, few_labels)
+            if work.selected != candidate.dense_block:  # another stands in, and is a candidate itself
+                if only:
+                    raise ValueError(f"here the modules would be computed by {work.selected}")
+                continue
+            check(results, exact_few, nearest_few, " of a shallow network")
+            work = _Work(network, candidate, config, images)
+            if candidate.compile == "none" or checked == images:  # compiled for so many
+                check(work.results(x[:checked], labels[:checked], False), exact, nearest, "")
+            times[candidate] = work.seconds(x, labels)
+        except Exception as error:
+            notes.append(f"left out {candidate}: {_reason(error)}")
+            if not is_out_of_memory(error) and not is_usable(device):
+                lost = those[i + 1 :]
+                notes += [f"left out {', '.join(map(str, lost))}: the GPU cannot be used any more"] if lost else []
+                break
+        finally:
+            work = None
+    return found()
+
+
+def _shallow(network: DenseNet) -> DenseNet:
+    """Two layers in each block, and blocks as wide as the network's own at their end, up to `WIDEST`."""
+    features, layer = network.features, network.features.get_submodule("denseblock1.denselayer1")
+    last_convolution = [module for module in layer.modules() if isinstance(module, nn.Conv2d)][-1]
+    width = min(WIDEST, features.get_submodule("norm5").num_features)
+    stem: Literal["imagenet", "cifar"] = "imagenet" if hasattr(features, "norm0") else "cifar"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DenseNet(
+            last_convolution.out_channels, (2,) * network.block_count, stem, width, bottleneck=hasattr(layer, "conv2"),
+            num_classes=network.classifier.out_features, in_channels=features.get_submodule("conv0").in_channels,
+        )  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    return "out of memory" if is_out_of_memory(error) else (str(error).strip() or repr(error)).splitlines()[0]
 
 
 class _Work:
-    """A candidate on a copy of a network."""
+    """A candidate on a copy of a network.
+
+    Attributes:
+        selected: what has computed the blocks in the last `results`.
+    """
+
+    selected = ""
 
     def __init__(self, network: DenseNet, candidate: Implementation, config: Config, images: int):
-        self._network = copy.deepcopy(network)
+        self._network = copy.deepcopy(network).train()
         self._network.dense_block = candidate.dense_block
+        for module in self._network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0  # so that one batch is enough for an evaluation; else numbers outgrow float16
         self._device = self._network.classifier.weight.device
-        self._precision, self._candidate = config.train.precision, candidate
+        self._precision = config.train.precision
         self._layout = memory_format(candidate.memory_format, self._precision, self._device)
         self._network.to(memory_format=self._layout)
         self._call = compile_network(self._network, candidate.compile, images, 1)
         self._scale = SCALE if self._precision == "fp16" else 1.0
 
-    @property
-    def is_as_asked(self) -> bool:
-        selection = self._network.selection
-        return selection is not None and selection.method == self._candidate.dense_block
-
-    def step(self, x: Tensor, labels: Tensor) -> None:
+    def step(self, x: Tensor, labels: Tensor) -> Tensor:
+        """A forward and a backward pass; its logits."""
         self._network.zero_grad()
         with autocast(self._precision, self._device):
             logits = self._call(x)
         (self._scale * F.cross_entropy(logits.float(), labels)).backward()
+        return logits.detach()
 
-    def gradients(self, x: Tensor, labels: Tensor) -> list[Tensor]:
-        self.step(x.contiguous(memory_format=self._layout), labels)
-        return [p.grad / self._scale for p in self._network.parameters() if p.grad is not None]
+    def results(self, x: Tensor, labels: Tensor, gradients: bool = True) -> dict[str, Tensor]:
+        """All that a run gets of a batch, by kind, each as one vector: a kind with small numbers shows by itself.
+
+        Args:
+            gradients: else it is only seen to that these are finite.
+        """
+        x = x.contiguous(memory_format=self._layout)
+        found = {"logits": [self.step(x, labels).clone()]}
+        self.selected = self._network.selection.method if self._network.selection else ""
+        norms = {id(p) for m in self._network.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+        for kind, of_norms in (("gradients of weights", False), ("gradients of norms", True)):
+            own = [p for p in self._network.parameters() if (id(p) in norms) == of_norms]
+            of_kind = [p.grad / self._scale for p in own if p.grad is not None]
+            if gradients:
+                found[kind] = of_kind
+            elif not all(bool(gradient.isfinite().all()) for gradient in of_kind):
+                raise ValueError(f"its {kind} are not finite")
+        found["running statistics"] = [b.clone() for b in self._network.buffers() if b.is_floating_point()]
+        self._network.eval()  # as the run validates, which is never compiled
+        with torch.no_grad(), autocast(self._precision, self._device):
+            found["logits in evaluation"] = [self._network(x)]
+        self._network.train()
+        return {kind: torch.cat([tensor.double().flatten() for tensor in tensors]) for kind, tensors in found.items()}
 
     def seconds(self, x: Tensor, labels: Tensor) -> float:
         """Of a forward and a backward pass, the median of a few."""
@@ -233,13 +405,13 @@ class _Work:
         return sorted(found[WARM_UP:])[TIMED // 2]
 
 
-def _reference(network: DenseNet, eager: Implementation, x: Tensor, labels: Tensor) -> tuple[int, list[Tensor]]:
-    """The modules' gradients in float32, of as many of the images as memory allows."""
+def _reference(network: DenseNet, eager: Implementation, x: Tensor, labels: Tensor) -> tuple[int, dict[str, Tensor]]:
+    """The modules' results in float32 but for gradients, of as many of the images as memory allows."""
     images = len(x)
     config = Config()  # fp32
     while True:
         try:
-            return images, _Work(network, eager, config, images).gradients(x[:images], labels[:images])
+            return images, _Work(network, eager, config, images).results(x[:images], labels[:images], False)
         except Exception as error:
             if not is_out_of_memory(error) or images < 4:
                 raise
@@ -247,9 +419,8 @@ def _reference(network: DenseNet, eager: Implementation, x: Tensor, labels: Tens
         _free(x.device)
 
 
-def _distance(actual: list[Tensor], expected: list[Tensor]) -> float:
-    a, b = (torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in (actual, expected))
-    return ((a - b).norm() / b.norm()).item()
+def _distances(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return {what: ((a - expected[what]).norm() / expected[what].norm()).item() for what, a in actual.items()}
 
 
 def _wait(device: torch.device) -> None:

@@ -383,6 +383,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def is_usable(device: torch.device) -> bool:
+    """Whether a device still computes, after an error: a kernel's wrong memory access spoils a GPU for the whole process."""
+    try:
+        return torch.ones(1, device=device).item() == 1  # waits for what was started before
+    except Exception:  # the same error again, or one that follows from it
+        return False
+
+
 def _cuda_failure() -> str:
     """Why torch cannot use CUDA, in a few words."""
     if torch.version.cuda is None:

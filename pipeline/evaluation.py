@@ -81,6 +81,7 @@ def evaluate(
     between_batches: Callable[[], None] = lambda: None,
     keep_logits: bool = False,
     logits_of: Callable[[Any], Tensor] = stack_exits,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> Evaluation:
     """Evaluate in the precision of the weights, unless the caller has entered an autocast. Every rank must call this.
 
@@ -90,6 +91,7 @@ def evaluate(
         between_batches: is called before each batch, as often on every rank; what it raises ends the evaluation.
         logits_of: makes logits (n * V, classes), or of several exits (n * V, exits, classes), of what the network gives; see
             `Objective.logits`.
+        memory_format: of the network. Images in another would make cuDNN lay out each weight anew in each batch.
     """
     was_training = model.training
     several = loader.index.several_labels
@@ -103,7 +105,8 @@ def evaluate(
         batch = next(batches, None)
         if batch is None:  # this rank has a batch fewer than others
             continue
-        answers = _average(logits_of(model(batch.images)).float().unflatten(0, (-1, batch.views)), average, several)
+        outputs = model(batch.images.contiguous(memory_format=memory_format))
+        answers = _average(logits_of(outputs).float().unflatten(0, (-1, batch.views)), average, several)
         every: tuple[Tensor, ...] = ()
         if answers.dim() == 3:
             if not several:

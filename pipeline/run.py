@@ -221,12 +221,14 @@ class Run:
         config, device = self.config, self.world.device
         if not autotune.leaves_a_choice(config, device, network):
             return None
-        if found is None:
-            classes = len(self.conditions.classes)
-            return self.world.broadcast_from_rank0(lambda: autotune.measure_apart(config, classes, device, images))
-        kept = Tuning.from_state(found.state["tuning"]) if found.state.get("tuning") else None
-        # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
-        return kept if kept and kept.asked == autotune.what_is_asked(config, device, images) else None
+        kept = None
+        if found is not None:
+            kept = Tuning.from_state(found.state["tuning"]) if found.state.get("tuning") else None
+            # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
+            if not kept or kept.asked != autotune.what_is_asked(config, device, images):
+                return None
+        classes, cards = len(self.conditions.classes), self.world.gather(autotune.card_name(device))
+        return self.world.broadcast_from_rank0(lambda: autotune.choose(config, classes, device, images, cards, kept))
 
     def _open_data(self, began_with: str | None, cache: Path | None) -> None:
         config, world = self.config, self.world

@@ -149,12 +149,9 @@ class Trainer:
         run.world.broadcast_buffers(network)
         with run.autocast():
             evaluation = evaluate(
-                network,
-                run.val_loader,
-                run.world,
-                between_batches=self._between_batches,
-                logits_of=run.objective.logits,
-            )
+                network, run.val_loader, run.world, between_batches=self._between_batches,
+                logits_of=run.objective.logits, memory_format=run.memory_format,
+            )  # fmt: skip
         if evaluation.not_finite and not self.skipper:
             raise UserError(
                 f"the answers to {evaluation.not_finite} validation images are not finite: put best.pt in the place of last.pt "

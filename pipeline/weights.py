@@ -77,6 +77,7 @@ class Weights:
         note: how the names of external weights were understood, or which of a run's two sets of weights these are; else empty.
         averaged: they are the moving average of a run's weights.
         epochs: whole epochs that they were trained for, None if that is not known.
+        tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
     """
 
     origin: str
@@ -87,6 +88,7 @@ class Weights:
     note: str = ""
     averaged: bool = False
     epochs: int | None = None
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def audit(self) -> str | None:
@@ -106,6 +108,7 @@ class OwnWeights(NamedTuple):
     note: str = ""
     averaged: bool = False
     epochs: int | None = None
+    tuning: Mapping[str, Any] | None = None
 
 
 def read_weights(
@@ -252,8 +255,16 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
     averaged = both and (config.train.best_by == "ema" if ema is None else ema)
     note = f"{AVERAGED} (--no-ema: the raw ones)" if averaged else "raw weights (--ema: their average)" if both else ""
     weights = state["ema"]["model"] if averaged else state["model"]
-    epochs = state.get("progress", {}).get("epoch")
-    return OwnWeights(weights, config, tuple(state["classes"]), microbatches, note, averaged, epochs)
+    return OwnWeights(
+        weights,
+        config,
+        tuple(state["classes"]),
+        microbatches,
+        note,
+        averaged,
+        epochs=state.get("progress", {}).get("epoch"),
+        tuning=state.get("tuning"),
+    )
 
 
 def _refuse_choice(origin: str | Path, ema: bool) -> None:

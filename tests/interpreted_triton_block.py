@@ -20,7 +20,9 @@ from pipeline.errors import UserError
 from pipeline.models import backends, triton_block
 from pipeline.models.densenet import DenseNet
 from tools.lab import gpu_traffic
+from tools.support import gpu_checks
 from tools.support.fake_gpu import Launch
+from tools.support.gpu_checks import Setting
 
 CLASSES = 7
 Size = tuple[int, int, int]  # images, height, width
@@ -265,6 +267,19 @@ def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_
     network.activation_checkpointing = "all"
     step(network, *batch(size))
     assert kernels == {name for name in gpu_traffic.TRAFFIC if create is IMAGENET or "stem" not in name}
+
+
+def test_the_check_of_a_gpu_sees_what_is_wrong_in_evaluation_alone(tmp_path, monkeypatch):
+    """`tools.gpu` runs it on GPUs alone. It comes to evaluation after it has found all else right."""
+    right = triton_block.stage
+    monkeypatch.setattr(
+        triton_block, "stage", lambda x, stage: right(x, stage) * (1 + 1e-3 * (not stage.norm.training))
+    )
+    monkeypatch.setattr(gpu_checks, "some_images", lambda setting: batch((2, 17, 19)))
+    monkeypatch.setattr(gpu_checks, "sizes", lambda setting: dict(growth_rate=4, blocks=(1, 1), stem_channels=8))
+    monkeypatch.setattr(gpu_checks, "SHALLOW", (1, 1))
+    with pytest.raises(AssertionError, match="fp32: answers are"):
+        gpu_checks.triton_beside_modules(Setting(torch.device("cpu"), tmp_path, 0.0), ("fp32",))
 
 
 def test_a_device_of_another_kind_is_refused_in_one_line(monkeypatch):

@@ -1,13 +1,16 @@
 """What `auto` measures on a GPU, here on CPU: which candidates there are, which are refused; a run keeps its choice."""
 
 import dataclasses
+import io
+import json
+import signal
 import types
 
 import pytest
 import torch
 from conftest import small_config
 
-from pipeline import autotune, trainer
+from pipeline import api, autotune, distributed, trainer
 from pipeline.autotune import Implementation, Tuning, candidates, measure, measure_apart
 from pipeline.errors import UserError
 from pipeline.hooks import Hook
@@ -39,7 +42,7 @@ def test_the_fastest_is_taken_and_the_network_left_as_it_is(network, tmp_path, m
     for name in ("eager", "memory_efficient", "fused"):
         assert f"{name} channels_last " in line
     seconds = {"eager": 3.0, "memory_efficient": 2.0, "fused": 4.0}
-    monkeypatch.setattr(autotune._Work, "seconds", lambda self, *_: seconds[self._candidate.dense_block])
+    monkeypatch.setattr(autotune._Work, "seconds", lambda self, *_: seconds[self._network.dense_block])
     tuning = measure(network, config_of(tmp_path), CPU, 4)
     assert tuning.chosen == Implementation("memory_efficient", "channels_last", "none")
     assert tuning.text.startswith(
@@ -61,9 +64,66 @@ def test_what_is_wrong_or_fails_costs_a_line(network, tmp_path, monkeypatch, pre
     assert tuning.chosen.dense_block == "eager"
     first, *others = tuning.text.splitlines()
     assert "eager channels_last" in first and "fused" not in first and "memory_efficient" not in first
-    wrong = [line for line in others if line.startswith("left out memory_efficient channels_last: its gradients are ")]
+    wrong = [
+        line for line in others if line.startswith("left out memory_efficient channels_last: its logits of a shall")
+    ]
     failed = "left out fused channels_last: an illegal access"
     assert len(wrong) == 1 and (failed in others) == (precision != "fp16")  # in which another stands in for it
+
+
+def loses_statistics(monkeypatch):
+    monkeypatch.setattr(memory_efficient, "blend_running_statistics", lambda *_: None)
+
+
+def is_wrong_in_evaluation(monkeypatch):
+    right = fused.stage
+    monkeypatch.setattr(fused, "stage", lambda x, stage: right(x, stage) + (not stage.norm.training))
+
+
+def forgets_gammas(monkeypatch):
+    right = memory_efficient._gradients
+
+    def gradients(*arguments):
+        found = right(*arguments)
+        return [found[0], *(0 * tensor if tensor.dim() == 1 else tensor for tensor in found[1:])]
+
+    monkeypatch.setattr(memory_efficient, "_gradients", gradients)
+
+
+@pytest.mark.parametrize(
+    ("block", "spoil", "what"),
+    [
+        ("memory_efficient", loses_statistics, "running statistics"),
+        ("fused", is_wrong_in_evaluation, "logits in evaluation"),
+        ("memory_efficient", forgets_gammas, "gradients of norms"),
+    ],
+)
+def test_whatever_a_run_gets_is_compared(network, tmp_path, monkeypatch, block, spoil, what):
+    spoil(monkeypatch)
+    monkeypatch.setattr(autotune, "TIMES_EAGER", 1e9)  # what is all zeros is wrong, however coarse the precision
+    monkeypatch.setattr(autotune._Work, "seconds", lambda self, *_: 1.0)
+    only = Implementation(block, "channels_last", "none")
+    if what != "gradients of norms":
+        monkeypatch.setattr(autotune, "TIMES_EAGER", 2.0)
+    text = measure(network, config_of(tmp_path), CPU, 4, only).text
+    assert text.startswith(f"left out {block} channels_last: its {what} of a shallow network are "), text
+
+
+def test_a_gpu_that_a_kernel_has_spoilt_costs_what_comes_after(network, tmp_path, monkeypatch):
+    """A later call to a spoilt GPU fails, whatever it is for."""
+
+    def spoils(x, stage):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(memory_efficient, "stage", spoils)
+    monkeypatch.setattr(autotune, "is_usable", lambda device: False)
+    tuning = measure(network, config_of(tmp_path), CPU, 4)
+    first, second, third = tuning.text.splitlines()
+    assert tuning.chosen.dense_block == "eager" and "eager channels_last " in first
+    assert second == "left out memory_efficient channels_last: CUDA error: an illegal memory access was encountered"
+    assert third == "left out fused channels_last: the GPU cannot be used any more"
+    monkeypatch.setattr(autotune, "is_out_of_memory", lambda error: True)
+    assert "any more" not in measure(network, config_of(tmp_path), CPU, 4).text
 
 
 def test_where_nothing_can_be_measured_the_run_does_as_asked(network, tmp_path, monkeypatch):
@@ -83,14 +143,14 @@ def test_a_reference_that_does_not_fit_is_of_fewer_images(network, tmp_path, mon
         seen.append(len(x))
         if len(x) > 4 and len(seen) < 3:
             raise RuntimeError("CUDA out of memory")
-        step(self, x, labels)
+        return step(self, x, labels)
 
     monkeypatch.setattr(autotune._Work, "step", limited)
     monkeypatch.setattr(torch, "compile", lambda inner, **_: inner)
     config = small_config(tmp_path, train={"memory_format": "channels_last", "compile": "default"})
     tuning = measure(network, config, CPU, 16)
-    assert seen[:4] == [16, 8, 4, 4] and 16 in seen[4:] and "ms a step of 16 images" in tuning.text
-    assert "left out eager channels_last compiled (default): the modules in float32" in tuning.text
+    assert seen[:4] == [16, 8, 4, autotune.FEW] and 16 in seen[4:] and "ms a step of 16 images" in tuning.text
+    assert "eager channels_last compiled (default) " in tuning.text  # which is checked on the shallow network alone
 
 
 def test_candidates_on_a_gpu(tmp_path, monkeypatch):
@@ -104,7 +164,7 @@ def test_candidates_on_a_gpu(tmp_path, monkeypatch):
     assert fp32[-1].dense_block == "triton"  # last: it is the least known
     bf16 = candidates(small_config(tmp_path, train={"precision": "bf16", "compile": "default"}), GPU)
     assert {c.memory_format for c in bf16} == {"channels_last"}
-    assert Implementation("eager", "channels_last", "default") in bf16 and len(bf16) == 5
+    assert bf16[1] == Implementation("eager", "channels_last", "default") and len(bf16) == 5  # after what it comes from
     named = candidates(small_config(tmp_path, model={"dense_block": "eager"}), GPU)
     assert [(c.dense_block, c.memory_format) for c in named] == [("eager", "contiguous"), ("eager", "channels_last")]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -131,19 +191,127 @@ def test_the_process_that_measures(tmp_path, monkeypatch):
     lost = measure_apart(config, 3, CPU, 4)
     assert lost.chosen == Implementation("auto", "channels_last", "none")
     assert lost.text == "nothing was measured: the process that measures ended with 1: without a word"
+    monkeypatch.setattr(autotune.sys, "executable", "/bin/none")
+    assert (
+        measure_apart(config, 3, CPU, 4).text
+        == "nothing was measured: no process could be started: No such file or directory"
+    )
     graphs = small_config(tmp_path, optim={"grad_accum_steps": 2}, train={"compile": "reduce-overhead"})
     with pytest.raises(UserError, match="cannot accumulate"):
         measure_apart(graphs, 3, CPU, 4)
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (
+            "kill -SEGV $$",
+            "left out fused channels_last, triton channels_last: the process that measures ended with -11: oh",
+        ),
+        ("exec sleep 60", "left out fused channels_last, triton channels_last: it took more than 0.5 s"),
+        ("exit 3", "left out fused channels_last, triton channels_last: the process that measures ended with 3: oh"),
+    ],
+)
+def test_an_end_of_the_process_costs_what_it_had_not_measured(tmp_path, monkeypatch, end, said):
+    found = Tuning(Implementation("eager", "channels_last", "none"), {"a": 1}, "computes with eager", "a card")
+    line = json.dumps({"tuning": dataclasses.asdict(found), "following": "fused channels_last, triton channels_last"})
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho noise\necho '{line}'\necho '[1]' {{}}\necho 1\necho oh >&2\n{end}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(autotune.sys, "executable", str(program))
+    monkeypatch.setattr(autotune, "PATIENCE", (0.5 if "sleep" in end else 600, 0))
+    tuning = measure_apart(config_of(tmp_path), 3, CPU, 4)
+    assert tuning == dataclasses.replace(found, text=f"computes with eager\n{said}")
+
+
+def test_other_ranks_wait_longer_than_rank_0_measures():
+    assert max(autotune.PATIENCE) < 0.8 * distributed.PATIENCE.total_seconds()
+
+
+def test_the_process_ends_with_its_run_and_leaves_it_memory(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(autotune, "ask_for_signal_when_parent_dies", calls.append)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: calls.append(words))
+    found = Tuning(Implementation("eager", "channels_last", "none"), {}, "computes with eager", "a card")
+    monkeypatch.setattr(autotune, "measure", lambda network, config, device, images, only, report: found)
+    task = {
+        "config": dataclasses.asdict(config_of(tmp_path)),
+        "classes": 3,
+        "device": "cuda:0",
+        "images": 4,
+        "only": None,
+    }
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(task)))
+    autotune.main()
+    assert calls == [signal.SIGKILL, (autotune.USABLE, GPU)]
+    assert autotune._last_word(capsys.readouterr().out) == (found, "")
+
+
 def test_rank_0_decides_for_all(network, tmp_path, monkeypatch):
     monkeypatch.setattr(autotune, "MEASURED_ON", ("cpu",))
     monkeypatch.setattr(autotune, "measure_apart", lambda *_: pytest.fail("measured by another rank"))
-    world = types.SimpleNamespace(device=CPU, broadcast_from_rank0=lambda make: "what rank 0 has chosen")
+    world = types.SimpleNamespace(
+        device=CPU, broadcast_from_rank0=lambda make: "what rank 0 has chosen", gather=lambda card: [card] * 2
+    )
     rank_1 = types.SimpleNamespace(
         config=small_config(tmp_path), world=world, conditions=types.SimpleNamespace(classes=[1])
     )
     assert Run._tune(rank_1, network, 12, None) == "what rank 0 has chosen"
+    kept = Tuning(
+        Implementation("fused", "channels_last", "none"), autotune.what_is_asked(rank_1.config, CPU, 12), "", "old"
+    )
+    found = types.SimpleNamespace(state={"tuning": dataclasses.asdict(kept)})
+    assert Run._tune(rank_1, network, 12, found) == "what rank 0 has chosen"  # by its own card
+
+
+def test_a_choice_is_kept_on_its_card_and_checked_on_another(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(autotune, "measure_apart", lambda *words: asked.append(words[4]) or "checked")
+    config = config_of(tmp_path)
+    triton, eager = (Implementation(block, "channels_last", "none") for block in ("triton", "eager"))
+
+    def choose(cards, kept=None):
+        return autotune.choose(config, 3, CPU, 4, cards, kept)
+
+    kept = Tuning(triton, {}, "", "A100")
+    assert choose(["A100", "A100"], kept) is kept and not asked
+    assert (
+        choose(["H100", "H100"], kept) == "checked"
+        and choose(["A100"], dataclasses.replace(kept, card="")) == "checked"
+    )
+    assert choose(["H100"]) == "checked" and asked == [triton, triton, None]
+    for before in (None, kept):
+        mixed = choose(["A100", "V100"], before)
+        assert mixed.chosen.dense_block == "auto" and "different GPUs (A100, V100)" in mixed.text
+    of_modules = dataclasses.replace(kept, chosen=eager)
+    assert choose(["V100", "A100"], of_modules) is of_modules and len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("card", "precision", "dense_block"), [("cpu", "bf16", "eager"), ("cpu", "fp32", "auto"), ("A100", "bf16", "auto")]
+)
+def test_an_evaluation_computes_as_its_run_did_on_such_a_card(network, card, precision, dense_block):
+    tuning = Tuning(Implementation("eager", "contiguous", "none"), {"precision": "bf16"}, "", card)
+    autotune.for_evaluation(network, dataclasses.asdict(tuning), precision, CPU)
+    assert network.dense_block == dense_block
+    network.dense_block = "fused"
+    assert autotune.for_evaluation(network, dataclasses.asdict(tuning), precision, CPU).dense_block == "fused"
+    assert autotune.for_evaluation(torch.nn.Linear(1, 1), None, precision, CPU)
+
+
+def test_the_library_evaluates_in_fp32_and_not_in_tf32(network, tmp_path, monkeypatch):
+    """torch's own default is TF32."""
+    asked = []
+    monkeypatch.setattr(api, "set_tf32", asked.append)
+    weights = types.SimpleNamespace(
+        network=network, tuning=None, config=small_config(tmp_path), classes=("a", "b", "c")
+    )
+    monkeypatch.setattr(api, "read_weights", lambda path: weights)
+    monkeypatch.setattr(api, "scan_classes", lambda *_: types.SimpleNamespace(with_classes=lambda classes: None))
+    monkeypatch.setattr(api, "evaluate_network", lambda network, *_, **__: asked.append(network))
+    api.evaluate("weights", tmp_path, device="cpu")
+    assert asked == ["fp32", network]
 
 
 class Stop(Exception):  # noqa: N818 - no error
@@ -161,10 +329,10 @@ class StopAfterAnEpoch(Hook):
 def test_a_resumed_run_keeps_its_choice(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def choose(config, classes, device, images):
+    def choose(config, classes, device, images, only):
         calls.append((classes, images))
         chosen = Implementation("memory_efficient", "contiguous", "none")
-        return Tuning(chosen, autotune.what_is_asked(config, device, images), "computes with memory_efficient")
+        return Tuning(chosen, autotune.what_is_asked(config, device, images), "computes with memory_efficient", "cpu")
 
     monkeypatch.setattr(autotune, "MEASURED_ON", ("cpu",))
     monkeypatch.setattr(autotune, "measure_apart", choose)

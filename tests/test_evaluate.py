@@ -16,6 +16,7 @@ from conftest import REPOSITORY, index_of, run_module, small_config, with_random
 from PIL import Image
 
 from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
+from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, DataConfig, from_dict, load_config
 from pipeline.data.index import scan_classes, scan_flat
@@ -64,6 +65,9 @@ def checkpoint(network, tmp_path_factory):
         "model": network.state_dict(),
         "config": dataclasses.asdict(config),
         "classes": ["class0", "class1", "class2"],
+        "tuning": dataclasses.asdict(
+            Tuning(Implementation("eager", "contiguous", "none"), {"precision": "bf16"}, "", "cpu")
+        ),
     }
     folder.save(state, best=True)
     return folder.best
@@ -454,6 +458,7 @@ def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint
     evaluated(checkpoint, "--data", image_folders, *words, "--report", tmp_path)
     (result,) = json.loads((tmp_path / "report.json").read_text())["evaluations"]
     assert (result["crop_size"], result["resize_size"], result["precision"]) == (24, 28, "bf16")
+    assert result["dense_block"] == "eager"  # as the run has chosen for bf16
     weights = read_weights(checkpoint)
     data = DataConfig(crop_size=24, resize_size=28, mean=(0.5,) * 3, std=(0.2, 0.3, 0.4))
     loader = EvaluationLoader(scan_classes(image_folders / "val"), data, SHARD, batch_size=11, crops=1)

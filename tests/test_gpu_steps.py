@@ -285,6 +285,18 @@ def test_validation_is_in_the_precision_of_the_run(monkeypatch, tmp_path):
     assert seen == [False, True]
 
 
+def test_validation_lays_images_out_as_the_network(monkeypatch, tmp_path):
+    """In fp32 on a GPU that is not as they come; cuDNN would lay out each weight anew for each batch."""
+    seen = []
+    with trainer.init_distributed("cpu") as world:
+        for layout in ("contiguous", "channels_last"):
+            run = Run(small_config(tmp_path, train={"memory_format": layout}), world)
+            run.network.register_forward_pre_hook(lambda _, images: seen.append(images[0].is_contiguous()))
+            trainer.Trainer(run, []).validate()
+            assert {*seen} == {layout == "contiguous"}
+            seen.clear()
+
+
 def test_a_run_chooses_its_kernels(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("pipeline.run.choose_kernels", lambda *words: asked.append(words))

@@ -4,7 +4,9 @@ import json
 import logging
 import multiprocessing
 import os
+import subprocess
 import time
+import types
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from pipeline.models import memory_efficient
 from pipeline.run import OptimizerState, Run
 from tools import gpu
 from tools.lab import scaling
-from tools.support import gpu_checks
+from tools.support import gpu_checks, gpu_speed
 from tools.support.gpu_checks import CHECKS, Check, Found, Setting
 
 pytestmark = pytest.mark.slow
@@ -59,7 +61,10 @@ def test_all_checks_run_on_the_cpu_or_say_why_they_cannot(measured):
     assert all(row["text"] for row in found.values())
     page = measured.with_suffix(".md").read_text()
     assert all(f"| {group} | {title} " in page for group, title in found)
-    assert "| densenet_bc10_k3 | fused " in page
+    assert "| densenet_bc10_k3 | fused " in page and ", compiled" not in page
+    (speed,) = [row for row in outcomes["checks"] if row["check"] == "speed"]
+    speed["figures"]["rows"][0]["compile"] = "default"
+    assert "| densenet_bc10_k3 | eager, compiled (default) " in gpu.report(outcomes)
 
 
 def test_scaling_takes_a_gpus_speeds_and_refuses_a_cpus(measured, tmp_path, monkeypatch, capfd, user_error):
@@ -71,6 +76,9 @@ def test_scaling_takes_a_gpus_speeds_and_refuses_a_cpus(measured, tmp_path, monk
     for row in rows:
         row |= {"model": "densenet121", "precision": "bf16", "seconds": 0.02 + row["batch_size"] / 400}
     slow = [{**row, "implementation": "eager", "seconds": 2 * row["seconds"]} for row in rows]
+    slow.append(
+        {**rows[0], "compile": "reduce-overhead", "seconds": rows[0]["seconds"] / 9}
+    )  # another line: of one batch
     peer = [{**row, "implementation": "timm", "seconds": row["seconds"] / 9} for row in rows]
     speed["figures"]["rows"] = rows + slow + peer
     file = tmp_path / "gpu.json"
@@ -110,6 +118,7 @@ def one(title: str) -> Check:
         ("out of memory", gpu_checks, "is_out_of_memory", lambda error: False),
         ("two ranks on one device", gpu_checks, "half_of", lambda setting, _: gpu_checks.some_images(setting)),
         ("waits of the host", Run, "count", lambda self, outcomes: outcomes[0][2].sum().item()),
+        ("DALI and odd images", gpu_checks, "NEAR", 1e-9),
     ],
 )  # fmt: skip
 def test_a_check_fails_on_what_is_broken(monkeypatch, setting, title, owner, name, wrong):
@@ -153,16 +162,139 @@ def fine(setting):
 def test_a_group_that_crashes_or_hangs_costs_no_other(monkeypatch, setting):
     monkeypatch.setattr(gpu, "PROCESSES", multiprocessing.get_context("fork"))  # spawned ones load torch, for seconds
     monkeypatch.setattr(gpu, "MARGIN", 0.0)
-    ends = {"crash": lambda setting: os._exit(3), "hang": lambda setting: time.sleep(3600)}
+
+    def hang(setting):
+        setting.keep(Found("2 of 3", [1, 2]))
+        left_behind = subprocess.Popen(["sleep", "3600"])
+        (setting.folder / "pid").write_text(str(left_behind.pid))
+        left_behind.wait()
+
+    ends = {"crash": lambda setting: os._exit(3), "hang": hang}
     for name, end in ends.items():
         monkeypatch.setattr(gpu, "CHECKS", [Check("G1", "a", fine), Check("G1", name, end), Check("G1", "c", fine)])
-        limit = time.monotonic() + (1 if name == "hang" else 1800)
+        limit = time.monotonic() + (2 if name == "hang" else 1800)
         rows = gpu.run_apart("G1", Setting(CPU, setting.folder / name, limit))
         said = "its process ended with 3" if name == "crash" else "no time was left"
         assert [row["status"] for row in rows] == ["ok", "FAIL", "skipped"]
-        assert rows[1]["text"] == said and rows[2]["text"] == f"not reached: {said}"
+        kept = name == "hang"
+        assert rows[1]["text"] == said + "; until then: 2 of 3" * kept and rows[2]["text"] == f"not reached: {said}"
+        assert rows[1]["figures"] == ([1, 2] if kept else None)
+    pid = int((setting.folder / "hang" / "pid").read_text())
+    until = time.monotonic() + 1800
+    while is_running(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_running(pid)  # or it would keep the GPU's memory
     (row, *_) = gpu.run_apart("G1", Setting(CPU, setting.folder, time.monotonic() - 1))
     assert row["status"] == "skipped" and "--minutes" in row["text"]
+
+
+def test_a_gpu_that_a_check_has_spoilt_is_told_once(monkeypatch, setting):
+    monkeypatch.setattr(
+        gpu, "CHECKS", [Check("G1", "a", fine), Check("G1", "b", lambda _: 1 / 0), Check("G1", "c", fine)]
+    )
+    assert [row["status"] for row in gpu.run_group("G1", setting)] == ["ok", "FAIL", "ok"]
+    monkeypatch.setattr(gpu, "is_usable", lambda device: False)
+    rows = gpu.run_group("G1", setting)
+    assert [row["status"] for row in rows] == ["ok", "FAIL", "skipped"] and rows[2]["text"].endswith("any more after b")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_each_group_has_a_share_of_the_time_and_what_is_left_of_it_goes_on():
+    ends = gpu.deadlines(gpu_checks.GROUPS, 100.0, 480.0)
+    assert ends["G9"] == pytest.approx(580) and list(ends) == gpu_checks.GROUPS == list(gpu.SHARES)
+    least = [b - a for a, b in zip([100.0, *ends.values()], ends.values(), strict=False)]
+    assert min(least) > gpu.MARGIN + 10 and ends["G9"] - ends["G8"] > 90
+    assert gpu.deadlines(["G9"], 0.0, 60.0) == {"G9": 60.0}
+
+
+def test_a_check_begins_without_what_others_have_set(setting, monkeypatch):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    outcome = Check("G1", "a", lambda _: Found(f"{torch.backends.cudnn.allow_tf32} {torch.backends.cudnn.benchmark}"))
+    assert outcome.run(setting)["text"] == "False False"
+
+
+def test_the_sanitizer_looks_at_each_tensor_by_itself_and_at_kernels_alone(monkeypatch, setting):
+    asked = []
+
+    def run(command, env, **_):
+        asked.append((command, env))
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_checks.triton_block, "refusal", lambda device: "")
+    monkeypatch.setattr(gpu_checks.subprocess, "run", run)
+    outcome = one("compute-sanitizer").run(Setting(torch.device("cuda", 0), setting.folder, time.monotonic() + 9))
+    ((command, environment),) = asked
+    assert outcome["status"] == "skipped" and "--minutes" in outcome["text"]
+    assert command[1:3] == ["--report-api-errors", "no"] and environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+
+
+def test_launches_that_nobody_sees_are_none(monkeypatch):
+    """Where a user may not read the GPU's counters torch's profiler gives no events."""
+
+    class Profile:
+        found: tuple = ()
+
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            return self.found
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert gpu_speed.count_launches(lambda: None) is None
+    kinds = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    monkeypatch.setattr(Profile, "found", tuple(types.SimpleNamespace(device_type=kind) for kind in kinds))
+    assert gpu_speed.count_launches(lambda: None) == 2
+
+
+def test_what_is_measured_on_a_gpu_and_what_ends_it(monkeypatch):
+    all_cases = list(gpu_speed.cases(torch.device("cuda")))
+    assert len(set(all_cases)) == len(all_cases)
+    assert {case.precision for case in all_cases} == {"fp32", "tf32", "bf16", "fp16"}
+    compiled = [case for case in all_cases if case.compile != "none"]
+    assert {case.compile for case in compiled} == {"reduce-overhead", "default"}
+
+    def measure(case, device, deadline):
+        if case.implementation == "triton":
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return {"case": case}
+
+    kept = []
+    monkeypatch.setattr(gpu_speed, "measure", measure)
+    rows, left_out = gpu_speed.measure_speed(CPU, time.monotonic() + 1800, lambda rows, _: kept.append(len(rows)))
+    assert [row["case"] for row in rows] == list(gpu_speed.cases(CPU)) and kept == [1, 2, 3] and not left_out
+    monkeypatch.setattr(gpu_speed, "cases", lambda device: all_cases)
+    rows, left_out = gpu_speed.measure_speed(CPU, time.monotonic() + gpu_speed.COMPILATION / 2)
+    assert {str(tuple(case)) for case in compiled} < left_out.keys()  # nothing would end it in time
+    assert len(rows) == sum(case.implementation != "triton" for case in all_cases) - len(compiled)
+    monkeypatch.setattr(gpu_speed, "is_usable", lambda device: False)
+    rows, left_out = gpu_speed.measure_speed(CPU, time.monotonic() + 1800)
+    assert (
+        len(rows) == 1 and sum("could not be used any more" in why for why in left_out.values()) == len(all_cases) - 2
+    )
+
+
+def test_a_compiled_step_is_compiled_for_its_batch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_speed, "compile_network", lambda network, *words: asked.append(words) or network)
+    case = gpu_speed.Case("eager", "densenet_bc10_k3", "fp32", "contiguous", 3, 16, "default")
+    gpu_speed.training_step(case, CPU)()
+    assert asked == [("default", 3, 1)]
 
 
 def test_a_failed_check_is_the_exit_code(monkeypatch, tmp_path, capfd, user_error):

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from pipeline.audit import (
     ON_IMAGENET,
@@ -32,6 +31,7 @@ from pipeline.audit import (
     published_errors_hold,
     setting_for,
 )
+from pipeline.autotune import for_evaluation
 from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.image_files import pixel_format
@@ -41,8 +41,8 @@ from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.metrics import LabelScore, Score
-from pipeline.models.folding import for_evaluation
-from pipeline.precision import autocast, set_tf32
+from pipeline.models.densenet import DenseNet
+from pipeline.precision import autocast, memory_format, set_tf32
 from pipeline.provenance import provenance
 from pipeline.recipe import resize_with
 from pipeline.weights import Weights, imagenet_ids, weights_file
@@ -143,7 +143,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     loader_name, _ = choose_common_loader(candidate.data, world.device, world.gather)
     data = dataclasses.replace(candidate.data, loader=loader_name)
     loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
-    network = for_evaluation(weights.network).to(world.device).to(memory_format=torch.channels_last)
+    network = for_evaluation(weights.network, weights.tuning, options.precision, world.device)
     if options.compile:
         network.compile()
     set_tf32(options.precision)
@@ -151,7 +151,8 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     keep_logits = bool(options.report) or index.several_labels or len(present) < len(index.classes)
     start = time.perf_counter()
     with autocast(options.precision, world.device):
-        evaluation = evaluate(network, loader, world, options.average, keep_logits=keep_logits)
+        layout = memory_format("auto", options.precision, world.device)
+        evaluation = evaluate(network, loader, world, options.average, keep_logits=keep_logits, memory_format=layout)
     seconds = time.perf_counter() - start
     if evaluation.not_finite == len(index):
         raise UserError(
@@ -165,6 +166,8 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
             evaluation, other = both if options.outputs == "all" else both[::-1]
         result = describe(candidate, evaluation, other, options)
     about = {"name": candidate.name, "weights": candidate.file, "ranks": world.size, "loader": loader_name}
+    if isinstance(network, DenseNet):
+        about["dense_block"] = str(network.selection)
     return about | {"images_per_second": len(index) / seconds} | result, evaluation
 
 

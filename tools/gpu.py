@@ -1,7 +1,8 @@
 """Whether this machine's GPU trains right, and how fast: `python -m tools.gpu [--device cpu] [--json FILE]`.
 
-The checks are G0 to G9; each is ok, FAIL or skipped with the reason. On a GPU each group has a process of its own, so that a
-crash costs that group alone. No network is needed, nor DALI, pydantic or submitit: what needs them is skipped. With
+The checks are G0 to G9; each is ok, FAIL or skipped with the reason. On a GPU each group has a process and a share of the
+time of its own, so that a crash or a hang costs that group alone; what a group leaves of its share the next ones have. No
+network is needed, nor DALI, pydantic or submitit: what needs them is skipped. With
 `--device cpu` the same checks run on tiny networks: that shows that they work, and nothing of a GPU.
 FILE has all figures, for `python -m tools.lab.scaling --measured FILE`; a Markdown table goes to FILE with .md in its end's
 place. The exit code is 1 if a check failed.
@@ -11,23 +12,28 @@ No GPU has run this command yet.
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.distributed import is_usable
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from tools.support.gpu_checks import CHECKS, GROUPS, Setting
 from tools.support.markdown import table
 
 PROCESSES = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
-MARGIN = 15.0  # seconds that a group has to end by itself
+MARGIN = 5.0  # seconds that a group has to end by itself
+# How the time is shared out. Estimates: no GPU has run a group.
+SHARES = {"G0": 30, "G1": 90, "G2": 20, "G3": 30, "G4": 35, "G5": 30, "G6": 60, "G7": 45, "G8": 60, "G9": 100}
 Row = dict[str, Any]
 
 
@@ -43,11 +49,11 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"--json {file}: cannot make its folder: {error.strerror}") from None
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
-    until = time.monotonic() + 60 * options.minutes
+    ends = deadlines(options.groups, time.monotonic(), 60 * options.minutes)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for group in options.groups:
-            setting = Setting(device, Path(folder) / group, until)
+            setting = Setting(device, Path(folder) / group, ends[group])
             found = run_apart(group, setting) if setting.on_gpu else run_group(group, setting)
             for row in found:
                 print(line(row), flush=True)
@@ -61,13 +67,27 @@ def main() -> None:
         sys.exit(1)
 
 
+def deadlines(groups: list[str], start: float, seconds: float) -> dict[str, float]:
+    """By when each group must have ended, so that those after it have their shares of the time."""
+    total, spent, found = sum(SHARES[group] for group in groups), 0, {}
+    for group in groups:
+        spent += SHARES[group]
+        found[group] = start + seconds * spent / total
+    return found
+
+
 def run_group(group: str, setting: Setting, notes: Path | None = None) -> list[Row]:
     """Run a group's checks here; add a line of JSON to `notes` after each."""
     setting.folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, lost = [], ""
     for check in of_group(group):
-        with redirect_stdout(StringIO()):
-            rows.append(check.run(setting))
+        if lost:
+            rows.append(_row(check.title, group, "skipped", lost))
+        else:
+            with redirect_stdout(StringIO()):
+                rows.append(check.run(setting))
+            if rows[-1]["status"] == "FAIL" and not is_usable(setting.device):
+                lost = f"not reached: the GPU could not be used any more after {check.title}"
         if notes:
             with notes.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
@@ -84,15 +104,32 @@ def run_apart(group: str, setting: Setting) -> list[Row]:
         ]
     notes = setting.folder / "outcomes"
     inner = Setting(setting.device, setting.folder, setting.deadline - MARGIN)
-    process = PROCESSES.Process(target=run_group, args=(group, inner, notes))
+    process = PROCESSES.Process(target=run_alone, args=(group, inner, notes))
     process.start()
-    process.join(left)
-    ended = "no time was left" if process.exitcode is None else f"its process ended with {process.exitcode}"
-    process.kill()
-    rows = [json.loads(text) for text in notes.read_text().splitlines()] if notes.exists() else []
+    try:
+        process.join(left)
+        ended = "no time was left" if process.exitcode is None else f"its process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        with suppress(ProcessLookupError):  # there is no such group before it has begun
+            if process.pid:  # and what it has started, which would keep the GPU's memory
+                os.killpg(process.pid, signal.SIGKILL)
+    whole_lines = notes.read_text().split("\n")[:-1] if notes.exists() else []
+    rows = [json.loads(text) for text in whole_lines]
     for i, check in enumerate(of_group(group)[len(rows) :]):
-        rows.append(_row(check.title, group, "skipped" if i else "FAIL", f"not reached: {ended}" if i else ended))
+        if i:
+            rows.append(_row(check.title, group, "skipped", f"not reached: {ended}"))
+            continue
+        kept = inner.kept()
+        rows.append(_row(check.title, group, "FAIL", f"{ended}; until then: {kept.text}" if kept else ended))
+        rows[-1]["figures"] = kept and kept.figures
     return rows
+
+
+def run_alone(group: str, setting: Setting, notes: Path) -> None:
+    """`run_group` in a group of processes of its own, all of which can be ended at once."""
+    os.setsid()
+    run_group(group, setting, notes)
 
 
 def of_group(group: str) -> list[Any]:
@@ -136,7 +173,7 @@ def report(results: dict[str, Any]) -> str:
         ]
         cells = [
             [
-                row["model"], row["implementation"], row["precision"], row["memory_format"], str(row["batch_size"]),
+                row["model"], _implementation(row), row["precision"], row["memory_format"], str(row["batch_size"]),
                 f"{row['images_per_s']:,.0f}", "-" if row["launches"] is None else f"{row['launches']:,}",
                 "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
             ]
@@ -144,6 +181,10 @@ def report(results: dict[str, Any]) -> str:
         ]  # fmt: skip
         lines += ["", *table(titles, cells, names=4)]
     return "\n".join(lines)
+
+
+def _implementation(row: Row) -> str:
+    return row["implementation"] + ("" if row["compile"] == "none" else f", compiled ({row['compile']})")
 
 
 def _parser() -> ArgumentParser:

@@ -34,7 +34,7 @@ from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import check_image_size
 from pipeline.models.early_exits import single_output
-from pipeline.models.folding import for_evaluation
+from pipeline.models.folding import folded
 from pipeline.models.msdnet import MSDNet
 from pipeline.precision import set_tf32
 from pipeline.weights import Weights
@@ -130,10 +130,10 @@ def network_of(weights: Weights, options: Namespace) -> nn.Module:
         UserError: there is no such exit; or the flags do not go together.
     """
     if options.budget is None and not options.thresholds:
-        return single_output(for_evaluation(weights.network), options.exit, options.weights)
+        return single_output(folded(weights.network), options.exit, options.weights)
     if options.budget is None or not options.thresholds or options.exit:
         raise UserError("--budget MILLION and --thresholds FILE go together, without --exit")
-    network = for_evaluation(weights.network)
+    network = folded(weights.network)
     if not isinstance(network, MSDNet):
         raise UserError(f"--budget: {options.weights} has one exit: leave it out")
     limits = read_budget(Path(options.thresholds), options.budget)

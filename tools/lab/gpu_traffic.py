@@ -1,7 +1,8 @@
 """Bytes moved and kernels launched in a training step on a GPU, counted without one.
 
 ``python -m tools.lab.gpu_traffic [MODEL] [--batch-size N] [--size PIXELS] [--precision bf16] [--details]`` counts the forward
-and backward pass of each implementation of the dense block that is for GPUs, on torch's fake tensors. Nothing is computed and
+and backward pass of each implementation of the dense block that is for GPUs, on torch's fake tensors, with the tiles that
+--architecture has. Nothing is computed and
 nothing is measured. A kernel counts each number that it touches once: what its programs read again comes from the cache if
 the card's cache holds it, which is assumed.
 
@@ -26,12 +27,13 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.models import triton_kernels
+from pipeline.models.triton_block import MULTIPROCESSORS
 from tools.support.fake_gpu import PRECISIONS, Launch, Step, run_step
 from tools.support.markdown import table
 
 IMPLEMENTATIONS = "eager", "memory_efficient", "triton"
-BANDWIDTHS = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
-"""Bytes a second of the SXM cards' memory, from NVIDIA's data sheets."""
+BANDWIDTHS = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12, "B200": 8e12}
+"""Bytes a second of a card's memory (SXM, A100 of 80 GB), from NVIDIA's data sheets; a B200's is an eighth of DGX B200's."""
 TENSORS_A_LAUNCH = 64  # of torch's operators over two lists of tensors (ATen/native/cuda/MultiTensorApply.cuh)
 
 _NORM = "mean:channels variance:channels gamma:channels beta:channels"
@@ -196,10 +198,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive_integer, metavar="N", default=64, help="images [64]")
     parser.add_argument("--size", type=positive_integer, metavar="PIXELS", default=224, help="side of an image [224]")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="[bf16]")
+    parser.add_argument(
+        "--architecture", type=int, choices=list(MULTIPROCESSORS), default=90, help="compute capability times 10 [90]"
+    )
     parser.add_argument("--details", action="store_true", help="also each kernel's share")
     options = parser.parse_args()
     found = {
-        name: traffic(Step(options.model, name, options.batch_size, options.size, options.precision))
+        name: traffic(
+            Step(options.model, name, options.batch_size, options.size, options.precision, options.architecture)
+        )
         for name in IMPLEMENTATIONS
     }
     titles = [
@@ -207,7 +214,7 @@ def main() -> None:
         "launches",
         "read, GB",
         "written, GB",
-        *(f"ms at an {card}'s bandwidth" for card in BANDWIDTHS),
+        *(f"ms at {'an' if card[0] in 'AH' else 'a'} {card}'s bandwidth" for card in BANDWIDTHS),
     ]
     rows = []
     for name, own in found.items():

@@ -116,7 +116,7 @@ def main() -> None:
         help="JSON of python -m tools.gpu, in place of --tflops and --launch for its networks",
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="of --measured [%(default)s]"
+        "--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="bf16", help="of --measured [%(default)s]"
     )
     parser.add_argument("--gpus-per-node", type=positive_integer, default=8, help="GPUs per node [%(default)s]")
     parser.add_argument(
@@ -224,16 +224,19 @@ def read_measured(file: Path, precision: str) -> dict[str, Line]:
 def _line(rows: list[dict[str, Any]]) -> Line | None:
     """Through the smallest and the largest batch of the implementation that is fastest; None if no one has two."""
     lines = []
-    for kind in {(row["implementation"], row["memory_format"]) for row in rows}:
-        own = sorted(
-            (row["batch_size"], row["seconds"]) for row in rows if (row["implementation"], row["memory_format"]) == kind
-        )
+    for kind in {_kind(row) for row in rows}:
+        own = sorted((row["batch_size"], row["seconds"]) for row in rows if _kind(row) == kind)
         (small, least), (large, most) = own[0], own[-1]
         if large > small and most > least:
             speed = (large - small) / (most - least)
             source = f"{', '.join(kind)}, batches of {small} and {large}"
             lines.append((most / large, Line(max(0.0, least - small / speed), speed, source)))
     return min(lines, key=lambda item: item[0])[1] if lines else None
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, ...]:
+    compiled = () if row["compile"] == "none" else (f"compiled ({row['compile']})",)
+    return row["implementation"], row["memory_format"], *compiled
 
 
 def _model_and_speed(word: str) -> tuple[str, float]:

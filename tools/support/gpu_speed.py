@@ -1,21 +1,28 @@
 """How fast training steps are on a GPU: `python -m tools.gpu`'s measurement. No GPU has run it; the tests run it on CPU."""
 
+import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.compilation import compile_network
+from pipeline.distributed import is_usable
 from pipeline.errors import UserError, is_out_of_memory
 from pipeline.models import create_model, triton_block
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import autocast, create_scaler, set_tf32
 
+if TYPE_CHECKING:
+    from pipeline.config import Compile
+
 OURS = "eager", "memory_efficient", "fused", "triton"
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+COMPILATION = 150.0  # seconds that a compiled case must have left, as nothing ends a compilation; an estimate
 
 
 class Case(NamedTuple):
@@ -27,6 +34,7 @@ class Case(NamedTuple):
     memory_format: str
     batch_size: int
     size: int
+    compile: "Compile" = "none"
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -36,30 +44,65 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield Case("fused", "densenet_bc10_k3", "fp32", CHANNELS_LAST, 2, 16)
         yield Case("fused", "densenet_bc10_k3", "fp32", CHANNELS_LAST, 8, 16)
         return
-    kinds = ("bf16", CHANNELS_LAST), ("fp32", CONTIGUOUS), ("fp32", CHANNELS_LAST), ("tf32", CHANNELS_LAST)
-    for precision, layout in kinds:
+    kinds = [
+        ("bf16", CHANNELS_LAST),
+        ("fp32", CONTIGUOUS),
+        ("fp16", CHANNELS_LAST),
+        ("tf32", CHANNELS_LAST),
+        ("fp32", CHANNELS_LAST),
+    ]
+
+    def of_kind(precision: str, layout: str, implementations: tuple[str, ...]) -> Iterator[Case]:
         for batch_size in (32, 256):
-            for implementation in ("eager", "triton", "torchvision", "timm", "memory_efficient"):
+            for implementation in implementations:
                 yield Case(implementation, "densenet121", precision, layout, batch_size, 224)
+
+    yield from of_kind(*kinds[0], ("eager", "triton", "torchvision", "timm", "memory_efficient"))
+    for kind in kinds[1:]:
+        yield from of_kind(*kind, ("eager", "triton"))
+    modes: tuple[tuple[Compile, int], ...] = ("reduce-overhead", 32), ("reduce-overhead", 256), ("default", 256)
+    for mode, batch_size in modes:  # graphs for where launches are most of a step
+        yield Case("eager", "densenet121", *kinds[0], batch_size, 224, mode)
     for model in ("densenet169", "densenet201", "densenet161", "densenet264"):
         for batch_size in (32, 128):
             for implementation in ("eager", "triton"):
-                yield Case(implementation, model, "bf16", CHANNELS_LAST, batch_size, 224)
+                yield Case(implementation, model, *kinds[0], batch_size, 224)
+    for kind in kinds[1:]:
+        yield from of_kind(*kind, ("torchvision", "timm", "memory_efficient"))
+    for mode, batch_size in modes:
+        for kind in kinds[1:3]:
+            yield Case("eager", "densenet121", *kind, batch_size, 224, mode)
 
 
-def measure_speed(device: torch.device, deadline: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each case that could be measured by `deadline` (of `time.monotonic`), and why others were not."""
+def measure_speed(
+    device: torch.device,
+    deadline: float,
+    after_each: Callable[[list[dict[str, Any]], dict[str, str]], None] = lambda rows, left_out: None,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each case that could be measured by `deadline` (of `time.monotonic`), and why others were not.
+
+    Args:
+        after_each: is called after each row with what there is.
+    """
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
+    lost = ""
     for case in cases(device):
-        if time.monotonic() > deadline:
-            left_out[str(tuple(case))] = "no time was left"
+        needed = COMPILATION if case.compile != "none" else 0.0
+        if lost or time.monotonic() + needed > deadline:
+            left_out[str(tuple(case))] = lost or "no time was left"
             continue
         try:
             rows.append(measure(case, device, deadline))
+            after_each(rows, left_out)
         except Exception as error:
-            reason = "out of memory" if is_out_of_memory(error) else (str(error) or repr(error)).splitlines()[0]
+            reason = "out of memory" if is_out_of_memory(error) else (str(error).strip() or repr(error)).splitlines()[0]
             left_out[str(tuple(case))] = reason
+            if not is_out_of_memory(error) and not is_usable(device):
+                lost = f"the GPU could not be used any more after {tuple(case)}"
+        if device.type == "cuda" and not lost:
+            gc.collect()  # or what a case has held would be memory that the next one lacks
+            torch.cuda.empty_cache()
     set_tf32("fp32")
     return rows, left_out
 
@@ -67,11 +110,10 @@ def measure_speed(device: torch.device, deadline: float) -> tuple[list[dict[str,
 def measure(case: Case, device: torch.device, deadline: float) -> dict[str, Any]:
     """Time a case's training steps: a few that warm up, then some for a second and a half, or two on CPU."""
     step = training_step(case, device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(5 if device.type == "cuda" else 1):
         step()
+    if device.type == "cuda":  # not before: while cuDNN tries its kernels, it takes more memory than they need
+        torch.cuda.reset_peak_memory_stats(device)
     launches = count_launches(step) if device.type == "cuda" else None
     seconds: list[float] = []
     until = min(deadline, time.monotonic() + 1.5)
@@ -98,7 +140,8 @@ def training_step(case: Case, device: torch.device) -> Callable[[], None]:
     torch.backends.cudnn.benchmark = device.type == "cuda"
     torch.manual_seed(1)
     layout = getattr(torch, {CONTIGUOUS: "contiguous_format"}.get(case.memory_format, case.memory_format))
-    network = create(case, device).to(device).to(memory_format=layout).train()
+    bare = create(case, device).to(device).to(memory_format=layout).train()
+    network = compile_network(bare, case.compile, case.batch_size, 1)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=device.type == "cuda"
     )
@@ -113,8 +156,8 @@ def training_step(case: Case, device: torch.device) -> Callable[[], None]:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        if isinstance(network, DenseNet) and network.selection and network.selection.method != case.implementation:
-            raise UserError(f"{case.implementation} is not computed as asked: {network.selection}")
+        if isinstance(bare, DenseNet) and bare.selection and bare.selection.method != case.implementation:
+            raise UserError(f"{case.implementation} is not computed as asked: {bare.selection}")
 
     return step
 
@@ -135,12 +178,15 @@ def create(case: Case, device: torch.device) -> nn.Module:
     return getattr(torchvision.models, case.model)()
 
 
-def count_launches(step: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that a step starts on the GPU, as torch's profiler sees them."""
+def count_launches(step: Callable[[], Any]) -> int | None:
+    """Kernels, copies and fills that a step starts on the GPU, as torch's profiler sees them.
+
+    None if it sees none: where counters of the GPU are not for every user, or another profiler has them.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or [])
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or []) or None
 
 
 def wait(device: torch.device) -> None:
