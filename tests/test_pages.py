@@ -174,7 +174,7 @@ def test_targets_of_make_exist(command):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make ")])
 def test_commands_take_their_arguments(command, understands):
     module, words = module_and_words(command)
-    if module in ("pytest", "NAME", "tools.NAME") or not words:
+    if module in ("pytest", "timeit", "NAME", "tools.NAME") or not words:
         files = [word for word in words if word.startswith("tests/")]
         assert all((REPOSITORY / file).exists() for file in files)
         assert module in ("pytest", "NAME", "tools.NAME") or importlib.util.find_spec(module)
