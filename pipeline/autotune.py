@@ -325,13 +325,15 @@ def _shallow(network: DenseNet) -> DenseNet:
     """Two layers in each block, and blocks as wide as the network's own at their end, up to `WIDEST`."""
     features, layer = network.features, network.features.get_submodule("denseblock1.denselayer1")
     last_convolution = [module for module in layer.modules() if isinstance(module, nn.Conv2d)][-1]
-    width = min(WIDEST, features.get_submodule("norm5").num_features)
+    norm, stem_convolution = features.get_submodule("norm5"), features.get_submodule("conv0")
+    assert isinstance(norm, nn.BatchNorm2d) and isinstance(stem_convolution, nn.Conv2d)
+    width = min(WIDEST, norm.num_features)
     stem: Literal["imagenet", "cifar"] = "imagenet" if hasattr(features, "norm0") else "cifar"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return DenseNet(
             last_convolution.out_channels, (2,) * network.block_count, stem, width, bottleneck=hasattr(layer, "conv2"),
-            num_classes=network.classifier.out_features, in_channels=features.get_submodule("conv0").in_channels,
+            num_classes=network.classifier.out_features, in_channels=stem_convolution.in_channels,
         )  # fmt: skip
 
 

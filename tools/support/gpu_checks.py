@@ -369,7 +369,8 @@ def own_backends(setting: Setting) -> list[str]:
 def low_precision(setting: Setting) -> Found:
     """In each precision implementations are about as near to float64 as the modules are."""
     data = some_images(setting)
-    exacts = {blocks: exact_step(setting, data, blocks) for blocks in {None, SHALLOW}}
+    depths: set[tuple[int, ...] | None] = {None, SHALLOW}
+    exacts = {blocks: exact_step(setting, data, blocks) for blocks in depths}
     figures: dict[str, dict[str, float]] = {}
     for precision in ("fp32", "tf32", "bf16", "fp16") if setting.on_gpu else ("fp32", "bf16", "fp16"):
         set_tf32(precision)
@@ -996,7 +997,8 @@ def triton_beside_modules(setting: Setting, precisions: tuple[str, ...]) -> Foun
     """The kernels' logits, gradients, statistics and answers in evaluation are as near to float64 as the modules'."""
     data = some_images(setting)
     data = data[0].contiguous(memory_format=torch.channels_last), data[1]
-    exacts = {blocks: exact_step(setting, data, blocks) for blocks in {None, SHALLOW}}
+    depths: set[tuple[int, ...] | None] = {None, SHALLOW}
+    exacts = {blocks: exact_step(setting, data, blocks) for blocks in depths}
     figures: dict[str, Any] = {}
     for precision in precisions:
         set_tf32(precision)
