@@ -39,6 +39,47 @@ class Recipe:
     elsewhere: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
+_FILTERS = ("Pillow's bicubic; in training bilinear or bicubic at random", "data.interpolation")
+_MIXED = ("with the batch in reverse order, with one share", "data.mixup_alpha")
+# What the recipes of timm's script have in common.
+_OF_TIMM = {
+    "data.resize_size": 235,
+    "data.auto_augment": "randaugment-timm",
+    "data.randaugment_magnitude": 7,
+    "data.randaugment_magnitude_std": 0.5,
+    "data.color_jitter": 0.0,
+    "data.pca_noise": 0.0,
+    "data.cutmix_alpha": 1.0,
+    "optim.decay_norms": False,
+    "optim.schedule": "cosine",
+    "optim.min_lr": 1e-6,
+    "train.precision": "fp16",
+}
+_STRIKES_BACK = {
+    **_OF_TIMM,
+    "optim.batch_size": 2048,
+    "optim.objective": "binary_cross_entropy",
+    "optim.bce_target_threshold": 0.2,
+    "optim.optimizer": "lamb",
+    "optim.lr": 5e-3,
+    "optim.weight_decay": 0.02,
+    "optim.warmup_epochs": 5.0,
+}
+
+
+def _strikes_back(procedure: str, fields: Mapping[str, Any]) -> Recipe:
+    """A procedure of "ResNet strikes back" (Wightman et al. 2021), Table 2."""
+    return Recipe(
+        source=f"ResNet strikes back {procedure}",
+        ranks=4,
+        fields={**_STRIKES_BACK, **fields},
+        elsewhere={
+            "resize filter": _FILTERS,
+            "mixup": (f"alpha {fields.get('data.mixup_alpha', 0.1)}, {_MIXED[0]}", _MIXED[1]),
+        },
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "paddleclas": Recipe(
         source="PaddleClas",
@@ -51,6 +92,42 @@ RECIPES: dict[str, Recipe] = {
             "data.pca_noise": 0.0,
         },
         elsewhere={"resize filter": ("OpenCV's bilinear, without antialias", "data.interpolation")},
+    ),
+    "rsb-a1": _strikes_back(
+        "A1",
+        {
+            "model.drop_path": 0.05,
+            "data.aug_repeats": 3,
+            "data.mixup_alpha": 0.2,
+            "optim.epochs": 600,
+            "optim.weight_decay": 0.01,
+            "optim.label_smoothing": 0.1,
+        },
+    ),
+    "rsb-a2": _strikes_back("A2", {"model.drop_path": 0.05, "data.aug_repeats": 3, "optim.epochs": 300}),
+    "rsb-a3": _strikes_back(
+        "A3",
+        {"data.train_crop_size": (160,), "data.randaugment_magnitude": 6, "optim.epochs": 100, "optim.lr": 8e-3},
+    ),
+    "rdnet": Recipe(
+        source="DenseNets Reloaded",
+        ranks=4,
+        fields={
+            **_OF_TIMM,
+            "model.drop_path": 0.15,
+            "data.resize_size": 248,
+            "data.randaugment_magnitude": 9,
+            "data.random_erasing": 0.25,
+            "data.erasing_fill": "noise",
+            "optim.epochs": 300,
+            "optim.batch_size": 512,
+            "optim.optimizer": "adamw",
+            "optim.lr": 1e-3,
+            "optim.weight_decay": 0.05,
+            "optim.warmup_epochs": 20.0,
+            "optim.label_smoothing": 0.1,
+        },
+        elsewhere={"resize filter": _FILTERS, "mixup": (f"alpha 0.8, {_MIXED[0]}", _MIXED[1])},
     ),
 }
 

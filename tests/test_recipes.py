@@ -14,6 +14,7 @@ from pipeline.recipes import OUTSIDE, RECIPES, audit_recipe
 from tools.audit import main
 
 PADDLECLAS = sorted((REPOSITORY / "configs" / "paddleclas").glob("*.yaml"))
+MODERN = sorted((REPOSITORY / "configs" / "modern").glob("*.yaml"))
 ACCURACY = {121: (75.7, 92.6), 161: (78.6, 94.1), 169: (76.8, 93.3), 201: (77.6, 93.7), 264: (78.0, 93.9)}  # its page's
 
 
@@ -28,7 +29,7 @@ def test_paddleclas_recipe_is_the_papers_but_for_five_parts(path):
     )
     assert {row.part: row.here for row in differences(audit(config, microbatches=4))} == {
         "epochs": "120",
-        "learning-rate schedule": "times 0.1 at epochs 30, 60, 90 of 120",
+        "learning-rate schedule": "times 0.1 after epochs 30, 60, 90 of 120",
         "momentum": "0.9",
         "brightness, contrast, saturation": "0",
         "PCA noise": "0",
@@ -42,6 +43,15 @@ def test_a_configuration_follows_the_recipe_that_it_names(monkeypatch, capsys, p
     printed = capsys.readouterr().out
     assert "on 4 ranks beside PaddleClas" in printed and "Differs from PaddleClas in 1 of" in printed
     assert re.search(r"resize filter +\| OpenCV's bilinear, without antialias \| torch7-bicubic +\| DIFFERS", printed)
+
+
+@pytest.mark.parametrize("path", MODERN, ids=lambda path: path.stem)
+def test_a_modern_configuration_differs_from_its_recipe_in_what_its_header_says(path):
+    config, header = load_config(path), path.read_text().split("model:")[0]
+    odd = [row.part for row in differences(audit_recipe(config, RECIPES[config.published.recipe].ranks))]
+    no_depth = ["model.drop_path"] if "DenseNets have no stochastic depth" in header else []
+    assert "mixed with" in header and "resized with" in header
+    assert odd == [*no_depth, "resize filter", "mixup"]
 
 
 @pytest.mark.parametrize(
@@ -77,8 +87,23 @@ def test_there_is_one_for_each_network():
 @pytest.mark.slow
 def test_paddleclas_recipe_trains_a_step(tmp_path):
     """With the smallest network; the others differ in that alone."""
-    overrides = {
-        "run_dir": str(tmp_path), "data.loader": "synthetic", "data.synthetic_images": 8, "data.crop_size": 32,
-        "data.resize_size": 36, "optim.epochs": 1, "optim.batch_size": 8, "train.device": "cpu", "train.pictures_every": 0,
+    assert trains_a_step(PADDLECLAS[0], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in MODERN if "161" not in path.stem], ids=lambda path: path.stem)
+def test_a_modern_configuration_trains_a_step(tmp_path, path):
+    """Those of DenseNets with a small one."""
+    small = {"data.train_crop_size": (24,)} if "a3" in path.stem else {}
+    assert trains_a_step(
+        path, tmp_path, **small, **({"model.name": "densenet_bc22_k8"} if path.stem.startswith("densenet") else {})
+    )
+
+
+def trains_a_step(path, folder, **overrides):
+    overrides |= {
+        "run_dir": str(folder), "data.loader": "synthetic", "data.synthetic_images": 8, "data.crop_size": 32,
+        "data.resize_size": 36, "optim.epochs": 1, "optim.batch_size": 8, "optim.warmup_epochs": 0, "train.device": "cpu",
+        "train.precision": "fp32", "train.pictures_every": 0,
     }  # fmt: skip
-    assert trainer.fit(load_config(PADDLECLAS[0], overrides)).epoch == 1
+    return trainer.fit(load_config(path, overrides)).epoch == 1
