@@ -22,6 +22,8 @@ PREPARATION = {
     "resize_filter": "bicubic with antialias, as Pillow's",
     "centre_crop": 32,
     "colors": "RGB, 0 to 1",
+    "bits": 8,
+    "exif_orientation": "ignored",
     "mean": [0.4, 0.5, 0.6],
     "std": [0.2, 0.25, 0.3],
 }

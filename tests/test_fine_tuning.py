@@ -156,14 +156,14 @@ def test_weights_of_timms_cache_bring_their_image_size_and_normalisation(tmp_pat
     tree = "model: {name: timm:test_resnet, weights: 'timm:test_resnet.r160_in1k'}\ndata: {loader: synthetic, std: [1, 1, 1]}\n"
     (tmp_path / "run.yaml").write_text(f"run_dir: {tmp_path / 'run'}\n{tree}optim: {{epochs: 1, batch_size: 512}}\n")
     config = load_config(tmp_path / "run.yaml", {"data.interpolation": "pil-bicubic", "train.device": "cpu"})
-    assert config.data.from_weights == ("crop_size", "resize_size")
+    assert config.data.from_weights == ("channels", "crop_size", "resize_size")
     run = run_of(config)
     assert (run.config.data.crop_size, run.config.data.resize_size) == (160, 168)  # 160 / 0.95
     assert run.config.data.std == (1, 1, 1) and run.config.data.interpolation == "pil-bicubic"  # as given
     assert run.config.model.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     for entry, tensor in network.state_dict().items():
         assert entry.startswith("fc.") or torch.equal(run.network.state_dict()[entry], tensor), entry
-    assert "taken over from their source: crop_size 160, resize_size 168" in run.description()
+    assert "taken over from their source: channels 3, crop_size 160, resize_size 168" in run.description()
 
 
 @pytest.mark.parametrize(
