@@ -11,9 +11,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from pipeline.run_dir import RECORDS, io_as_user_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard.writer import FileWriter
 
 
 OWN = ".run"  # the end of our event files' names
@@ -109,33 +109,29 @@ class Monitor:
             with io_as_user_error(self._run_dir):
                 self._boards[BY_STEP].add_text(name, text, step)
 
-    def hyperparameters(self, values: Mapping[str, bool | float | str]) -> None:
+    def hyperparameters(self, values: dict[str, bool | float | str]) -> None:
         """Record what TensorBoard's HParams compares runs by. Of several calls the first one counts there."""
-        if self._active:
-            with io_as_user_error(self._run_dir):
-                _, start, _ = hparams(values, {})
-                self._boards[BY_STEP].file_writer.add_summary(start)
+        _, start, _ = hparams(values, {})
+        self._add(start)
 
     def completed(self) -> None:
         """Record that the run has come to its end."""
-        if self._active:
-            with io_as_user_error(self._run_dir):
-                _, _, end = hparams({}, {})
-                self._boards[BY_STEP].file_writer.add_summary(end)
+        _, _, end = hparams({}, {})
+        self._add(end)
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """Record (height, width, 3) uint8 as a JPEG: PNG makes photographs many times as large."""
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, "JPEG", quality=90)
+        height, width, _ = pixels.shape
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+        self._add(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+
+    def _add(self, summary: Summary, step: int | None = None) -> None:
+        """What a `SummaryWriter` has no method for."""
         if self._active:
-            encoded = io.BytesIO()
-            Image.fromarray(pixels).save(encoded, "JPEG", quality=90)
-            height, width, channels = pixels.shape
-            picture = Summary.Image(
-                height=height, width=width, colorspace=channels, encoded_image_string=encoded.getvalue()
-            )
             with io_as_user_error(self._run_dir):
-                self._boards[BY_STEP].file_writer.add_summary(
-                    Summary(value=[Summary.Value(tag=name, image=picture)]), step
-                )
+                cast("FileWriter", self._boards[BY_STEP].file_writer).add_summary(summary, step)
 
     def figure(self, name: str, figure: "Figure", step: int) -> None:
         """Record a picture that Matplotlib has drawn."""

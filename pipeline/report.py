@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.audit import (
@@ -140,6 +141,6 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _markdown_table(rows: list[tuple[str, ...]]) -> list[str]:
+def _markdown_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ruled = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
     return [f"| {' | '.join(row)} |" for row in ruled]

@@ -212,7 +212,7 @@ def draw_curve(axes: Axes, run: Run, beginning: str, label: str, **style: object
 
 def draw_published(axes: Axes, runs: list[Run]) -> None:
     """A line for each published figure of these runs, of which several may have the same."""
-    lines = {}
+    lines: dict[str, tuple[float, str]] = {}
     for number, run in enumerate(runs):
         published = run.config.published
         value = published.top1 if run.measure is ERROR else published.auroc
@@ -349,7 +349,7 @@ def draw_points(axes: Axes, points: Points, marker: str, label: str) -> Points:
 def finish(axes: Axes, points: Points) -> None:
     """Name the points, towards the middle so that no name leaves the frame, and choose the limits of the axes."""
     axes.margins(y=0.12)
-    axes.set_xlim(0, 1.12 * max(x for line in axes.lines for x in line.get_xdata()))
+    axes.set_xlim(0, 1.12 * axes.dataLim.x1)
     middle = sum(axes.get_xlim()) / 2
     for name, (x, error) in points:
         offset, side = ((6, 5), "left") if x < middle else ((-6, 5), "right")
