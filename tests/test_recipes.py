@@ -28,7 +28,7 @@ def test_paddleclas_recipe_is_the_papers_but_for_five_parts(path):
     )
     assert {row.part: row.here for row in differences(audit(config, microbatches=4))} == {
         "epochs": "120",
-        "learning-rate schedule": "times 0.1 at epochs 30, 60, 90 of 120",
+        "learning-rate schedule": "times 0.1 after epochs 30, 60, 90 of 120",
         "momentum": "0.9",
         "brightness, contrast, saturation": "0",
         "PCA noise": "0",
