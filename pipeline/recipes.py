@@ -102,6 +102,7 @@ RECIPES: dict[str, Recipe] = {
             "optim.epochs": 600,
             "optim.weight_decay": 0.01,
             "optim.label_smoothing": 0.1,
+            "optim.bce_target_threshold": None,  # one would undo the smoothing
         },
     ),
     "rsb-a2": _strikes_back("A2", {"model.drop_path": 0.05, "data.aug_repeats": 3, "optim.epochs": 300}),

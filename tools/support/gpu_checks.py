@@ -44,7 +44,7 @@ NEAR = 0.05  # standard deviations of ImageNet's pixels, in the mean of an image
 TIMES_EAGER = 2.0  # how many times as far from float64 as the modules an implementation may be
 # Layers of the network that is compiled, where each takes seconds; and of what is computed in fewer bits than float32's, whose
 # rounding DenseNet-121 multiplies until its gradients are as far from float64's as chance is.
-SHALLOW = 2, 1, 1, 1
+SHALLOW: tuple[int, ...] = 2, 1, 1, 1
 WAITS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
 
 
