@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
 from pipeline import renamed
 from pipeline.errors import ArgumentParser, did_you_mean
@@ -255,11 +254,12 @@ class DataConfig:
     @model_validator(mode="before")
     @classmethod
     def _gray_has_a_mean_of_its_own(cls, given: Any) -> Any:
-        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        keywords = getattr(given, "kwargs", None)  # pydantic's ArgsKwargs, where a program makes a DataConfig itself
+        values = given if keywords is None else keywords
         if not isinstance(values, dict) or str(values.get("channels")) != "1" or {"mean", "std"} & values.keys():
             return given
         completed = {**values, "mean": MEAN_OF_GRAY, "std": STD_OF_GRAY}
-        return ArgsKwargs(given.args, completed) if isinstance(given, ArgsKwargs) else completed
+        return completed if keywords is None else type(given)(given.args, completed)
 
     @model_validator(mode="after")
     def _numbers_are_of_the_channels(self) -> "DataConfig":

@@ -79,13 +79,13 @@ def test_a_dry_run_and_a_refused_start_change_nothing(finished, tmp_path):
     config = copy_of(finished, tmp_path)
     last = tmp_path / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
-    before, log = files_of(tmp_path), (tmp_path / "log.txt").read_text()
+    before, log = files_of(tmp_path), tmp_path / "log.txt"
     trainer.dry_run(config)
-    assert files_of(tmp_path) == before and (tmp_path / "log.txt").read_text() == log
+    assert files_of(tmp_path) == before and not log.exists()
     with pytest.raises(UserError, match=r"optim.lr was 0.1 and is now 0.2"):
         trainer.fit(small_config(tmp_path, optim={"epochs": 1, "lr": 0.2}))
     assert files_of(tmp_path) == before
-    assert re.search(r"error: cannot resume .* optim.lr was 0.1", (tmp_path / "log.txt").read_text().removeprefix(log))
+    assert re.search(r"error: cannot resume .* optim.lr was 0.1", log.read_text())
 
 
 def test_a_run_cut_before_its_first_checkpoint_starts_again_by_itself(tmp_path):

@@ -117,11 +117,13 @@ def test_three_ranks_resume_to_the_same_bits(tmp_path):
 
 def test_the_watchdog_waits_for_each_size_to_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation.torch, "compile", lambda network, **_: network)
-    waits: dict[str, bool] = {}
-    monkeypatch.setattr(Watchdog, "beat", lambda self, where, compiles=False: waits.setdefault(where, compiles))
+    compiling: list[str] = []
+    monkeypatch.setattr(
+        Watchdog, "beat", lambda self, where, compiles=False: compiling.extend([where] if compiles else [])
+    )
     data = EVERYTHING | {"train_crop_size": [16, 20, 20], "train_crop_milestones": [1, 2], "synthetic_images": 24}
     trainer.fit(small_config(tmp_path, data=data, optim={"epochs": 3}, train={"compile": "default"}))
-    assert [where for where, compiles in waits.items() if compiles] == ["epoch 0, step 0", "epoch 1, step 0"]
+    assert compiling == ["epoch 1/3, step 0/2", "epoch 2/3, step 0/2"]
 
 
 def test_sizes_that_cannot_be_trained_are_refused(tmp_path):
