@@ -201,7 +201,7 @@ def test_a_resumed_run_neither_doubles_nor_loses_records_for_a_board_that_watche
     train(third, range(5, 9), 3.0)
     third.close()
 
-    assert {str(Path(name).parent) for name in lengths} == {".", "train", "val"}
+    assert {str(Path(name).parent) for name in lengths} == {".", "train", "val", "val_ema"}
     for name, length in lengths.items():  # cut where it was at the checkpoint; the records go on
         assert (tmp_path / name).stat().st_size == length or name == "metrics.jsonl"
     for folder in watching:  # the files of the first and of the third start: the second has left nothing
