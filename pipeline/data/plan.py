@@ -132,7 +132,7 @@ def repeat(order: np.ndarray, repeats: int, batch_size: int) -> np.ndarray:
         return order
     rows = np.repeat(order, repeats)[: len(order)]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return np.concatenate([np.roll(batch[r::repeats], r) for batch in batches for r in range(repeats)])
+    return np.concatenate([np.roll(batch[r::repeats], -r) for batch in batches for r in range(repeats)])
 
 
 def split(start: int, stop: int, parts: int, together: int = 1) -> list[range]:
