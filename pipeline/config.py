@@ -436,9 +436,13 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _milestones_are_epochs(self) -> "OptimConfig":
-        """Turn fractions into whole epochs, rounded down; the dataclass is frozen for everybody else."""
-        epochs = tuple(drop if isinstance(drop, int) else int(drop * self.epochs + 1e-9) for drop in self.milestones)
-        object.__setattr__(self, "milestones", epochs)
+        """Turn fractions into whole epochs, as recipe.py does: rounded down, and a drop before the first epoch is none."""
+        epochs: list[int] = []
+        for drop in self.milestones:
+            epoch = drop if isinstance(drop, int) else int(drop * self.epochs + 1e-9)
+            if isinstance(drop, int) or (epoch and epoch not in epochs):
+                epochs.append(epoch)
+        object.__setattr__(self, "milestones", tuple(epochs))  # the dataclass is frozen for everybody else
         return self
 
 
