@@ -56,7 +56,7 @@ def test_a_modern_configuration_differs_from_its_recipe_in_what_its_header_says(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("optim.epochs", 90), ("optim.label_smoothing", 0.1), ("data.cutout", 8), ("data.scale", (0.2, 1))],
+    [("optim.epochs", 90), ("optim.label_smoothing", 0.1), ("data.scale", (0.2, 1)), ("train.ema_decay", 0.9)],
 )
 def test_a_departure_from_a_recipe_is_noticed(key, value):
     config = load_config(PADDLECLAS[0], {key: value, "optim.milestones": (30, 60, 90)})
