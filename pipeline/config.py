@@ -408,8 +408,8 @@ class OptimConfig:
     label_smoothing: Fraction = 0.0
     """Label smoothing (the paper: none)."""
     bce_target_threshold: Fraction | None = None
-    """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing and smoothing; none:
-    targets stay soft."""
+    """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing; none: targets stay
+    soft. It would undo label_smoothing."""
     large_batch: bool = False
     """Let lr follow batch_size in proportion, and warm up over 5 epochs (Goyal et al. 2017); a given lr or warmup_epochs
     stays."""
@@ -420,6 +420,14 @@ class OptimConfig:
     def _nesterov_has_momentum(self) -> "OptimConfig":
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing_is_not_undone(self) -> "OptimConfig":
+        if self.label_smoothing and self.bce_target_threshold is not None:
+            raise ValueError(
+                "bce_target_threshold makes targets 0 or 1, which undoes label_smoothing: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
