@@ -551,7 +551,8 @@ class Config:
         late = [epoch for epoch in self.data.train_crop_milestones if epoch >= self.optim.epochs]
         if late:
             raise ValueError(
-                f"data.train_crop_milestones: epoch {late[0]} is never reached with optim.epochs {self.optim.epochs}"
+                f"data.train_crop_milestones: epoch {late[0]} is never reached with optim.epochs {self.optim.epochs}: give "
+                "earlier ones, or fewer sizes in data.train_crop_size"
             )
         return self
 
