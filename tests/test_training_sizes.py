@@ -139,7 +139,10 @@ def test_sizes_that_cannot_be_trained_are_refused(tmp_path):
         ({"train_crop_size": [16, 20]}, "has 0 epochs, and train_crop_size 2 sizes"),
         ({"train_crop_milestones": [3]}, "has 1 epochs, and train_crop_size 0 sizes"),
         ({"train_crop_size": [8, 9, 10], "train_crop_milestones": [4, 4]}, "each epoch must come after the one before"),
-        ({"train_crop_size": [8, 9], "train_crop_milestones": [90]}, "never reached with optim.epochs 90: give earlier ones"),
+        (
+            {"train_crop_size": [8, 9], "train_crop_milestones": [90]},
+            "never reached with optim.epochs 90: give earlier ones",
+        ),
         ({"train_crop_size": [0]}, "a number above 0 is needed"),
     ):
         with pytest.raises(UserError, match=expected):
