@@ -29,7 +29,7 @@ class Recipe:
 
     Attributes:
         source: where it is from.
-        ranks: GPUs over which it divides a batch.
+        ranks: into how many parts it divides a batch: GPUs times gradient accumulation steps.
         fields: the fields, by key, in which it is not the defaults.
         elsewhere: parts that no value of a field here is: what the source does, and the field that is in its place.
     """
@@ -113,7 +113,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "rdnet": Recipe(
         source="DenseNets Reloaded",
-        ranks=4,
+        ranks=8,  # 4 GPUs, 2 accumulation steps
         fields={
             **_OF_TIMM,
             "model.drop_path": 0.15,

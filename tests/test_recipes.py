@@ -65,6 +65,12 @@ def test_a_departure_from_a_recipe_is_noticed(key, value):
     assert len(differences(audit_recipe(config, ranks=8))) == 3  # and the batch-norm statistic
 
 
+def test_a_part_of_a_batch_has_the_images_that_the_sources_name():
+    """PaddleClas 64 a GPU of 4, ResNet strikes back 2048 on 4, RDNet 64 a GPU and accumulation step."""
+    parts = {name: recipe.fields.get("optim.batch_size", 256) / recipe.ranks for name, recipe in RECIPES.items()}
+    assert parts == {"paddleclas": 64, "rsb-a1": 512, "rsb-a2": 512, "rsb-a3": 512, "rdnet": 64}
+
+
 def test_fields_outside_of_recipes_exist():
     assert set(flatten(dataclasses.asdict(Config()))) >= OUTSIDE
     for recipe in RECIPES.values():
