@@ -408,8 +408,8 @@ class OptimConfig:
     label_smoothing: Fraction = 0.0
     """Label smoothing (the paper: none)."""
     bce_target_threshold: Fraction | None = None
-    """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing and smoothing; none:
-    targets stay soft."""
+    """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing; none: targets stay
+    soft. It would undo label_smoothing."""
     large_batch: bool = False
     """Let lr follow batch_size in proportion, and warm up over 5 epochs (Goyal et al. 2017); a given lr or warmup_epochs
     stays."""
@@ -420,6 +420,14 @@ class OptimConfig:
     def _nesterov_has_momentum(self) -> "OptimConfig":
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing_is_not_undone(self) -> "OptimConfig":
+        if self.label_smoothing and self.bce_target_threshold is not None:
+            raise ValueError(
+                "bce_target_threshold makes targets 0 or 1, which undoes label_smoothing: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -436,9 +444,13 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _milestones_are_epochs(self) -> "OptimConfig":
-        """Turn fractions into whole epochs, rounded down; the dataclass is frozen for everybody else."""
-        epochs = tuple(drop if isinstance(drop, int) else int(drop * self.epochs + 1e-9) for drop in self.milestones)
-        object.__setattr__(self, "milestones", epochs)
+        """Turn fractions into whole epochs, as recipe.py does: rounded down, and a drop before the first epoch is none."""
+        epochs: list[int] = []
+        for drop in self.milestones:
+            epoch = drop if isinstance(drop, int) else int(drop * self.epochs + 1e-9)
+            if isinstance(drop, int) or (epoch and epoch not in epochs):
+                epochs.append(epoch)
+        object.__setattr__(self, "milestones", tuple(epochs))  # the dataclass is frozen for everybody else
         return self
 
 
@@ -539,7 +551,8 @@ class Config:
         late = [epoch for epoch in self.data.train_crop_milestones if epoch >= self.optim.epochs]
         if late:
             raise ValueError(
-                f"data.train_crop_milestones: epoch {late[0]} is never reached with optim.epochs {self.optim.epochs}"
+                f"data.train_crop_milestones: epoch {late[0]} is never reached with optim.epochs {self.optim.epochs}: give "
+                "earlier ones, or fewer sizes in data.train_crop_size"
             )
         return self
 

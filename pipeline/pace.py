@@ -10,7 +10,7 @@ class Pace:
     """Measures this process's steps and validations.
 
     Args:
-        images: in the training and in the validation set.
+        images: that an epoch trains on, and that its end validates, over all sets of weights.
     """
 
     def __init__(self, steps_per_epoch: int, epochs: int, images: tuple[int, int]):

@@ -37,7 +37,8 @@ def following_fields(
             new |= _learning_rate(state, layer)
         followed = {key: value for key, value in followed.items() if key not in layer} | new
         state |= {**layer, **new}
-    if large_batch and not any("optim.warmup_epochs" in layer for layer in layers):
+    warms_up_itself = merged["optim.schedule"] == "one_cycle"
+    if large_batch and not warms_up_itself and not any("optim.warmup_epochs" in layer for layer in layers):
         epochs = _number(merged["optim.epochs"])
         followed["optim.warmup_epochs"] = min(WARMUP_EPOCHS, (epochs or WARMUP_EPOCHS) / 2)
     return followed

@@ -20,6 +20,7 @@ OUTSIDE = {
     "data.file_column", "data.label_column", "data.from_weights", "data.synthetic_images", "data.synthetic_classes",
     "optim.fused", "optim.grad_accum_steps",
 }  # fmt: skip
+OF_TRAINING = ("train.precision", "train.ema_decay")  # of that section, what shapes a result
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Recipe:
 
     Attributes:
         source: where it is from.
-        ranks: GPUs over which it divides a batch.
+        ranks: into how many parts it divides a batch: GPUs times gradient accumulation steps.
         fields: the fields, by key, in which it is not the defaults.
         elsewhere: parts that no value of a field here is: what the source does, and the field that is in its place.
     """
@@ -112,7 +113,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "rdnet": Recipe(
         source="DenseNets Reloaded",
-        ranks=4,
+        ranks=8,  # 4 GPUs, 2 accumulation steps
         fields={
             **_OF_TIMM,
             "model.drop_path": 0.15,
@@ -155,7 +156,7 @@ def audit_recipe(config: Config, ranks: int) -> list[AuditRow]:
         rows.append(AuditRow(part, _text(source), _text(own), source == own, "" if source == own else UNKNOWN))
 
     for key, value in theirs.items():
-        shapes_a_result = key.startswith(("model.", "data.", "optim.")) or key == "train.precision"
+        shapes_a_result = key.startswith(("model.", "data.", "optim.")) or key in OF_TRAINING
         if shapes_a_result and key not in OUTSIDE | said_elsewhere:
             compare(key, value, here[key])
     microbatches = ranks * config.optim.grad_accum_steps

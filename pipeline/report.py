@@ -55,6 +55,11 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
             f"the learning rate never drops after epoch {', '.join(map(str, late))}: the run has optim.epochs "
             f"{config.optim.epochs}; set optim.milestones"
         )
+    if config.optim.warmup_epochs >= config.optim.epochs:
+        lines.append(
+            f"the learning rate rises to the end of the run and never falls: of its {config.optim.epochs} epochs "
+            f"{config.optim.warmup_epochs:g} warm up; set optim.warmup_epochs"
+        )
     if split := poor_split(config.optim.batch_size, run.world.size, config.optim.grad_accum_steps):
         lines.append(split)
     if config.optim.class_weights == "balanced" and config.data.sampling == "balanced":

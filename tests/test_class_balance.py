@@ -14,7 +14,7 @@ from test_trainer import assert_equal_weights, weights
 from pipeline import trainer
 from pipeline.config import Config, DataConfig, OptimConfig
 from pipeline.data.loader import Batch
-from pipeline.data.plan import epoch_order, sample_order, training_plans
+from pipeline.data.plan import epoch_order, repeat, sample_order, training_plans
 from pipeline.errors import UserError
 from pipeline.objective import OBJECTIVES, CrossEntropy, create_objective, read_class_weights
 
@@ -41,6 +41,13 @@ def test_a_balanced_epoch_has_equally_many_images_of_each_class():
     assert len({tuple(np.bincount(index.labels[order])) for order in epochs}) == 3  # so have classes with one more
     # Classes are mixed within an epoch: runs of a class are as short as by chance.
     assert np.mean([np.mean(np.diff(index.labels[order]) == 0) for order in epochs]) == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_it_stays_balanced_where_an_epoch_has_each_image_several_times():
+    index, config = skewed(70, 20, 10), dataclasses.replace(BALANCED, aug_repeats=5)
+    for epoch in range(5):
+        order = repeat(sample_order(index, config, seed=3, epoch=epoch), 5, batch_size=20)
+        assert sorted(np.bincount(index.labels[order])) == [30, 35, 35]  # 6, 7 and 7 images
 
 
 def test_it_is_a_pure_function_of_seed_and_epoch():

@@ -176,6 +176,9 @@ def test_a_flag_of_a_truth_value_stands_for_true():
         ("epochs: 300, milestones: [150, 225]", "--optim.epochs 40", (40, (20, 30))),
         ("epochs: 40", "--optim.epochs 20", (20, (6, 13))),
         ("milestones: [1/2]", "--optim.epochs 20", (20, (10,))),
+        ("epochs: 300, milestones: [1/2, 3/4]", "--optim.epochs 2", (2, (1,))),  # as whole epochs do, above
+        ("epochs: 300, milestones: [1/2, 3/4]", "--optim.epochs 1", (1, ())),
+        ("", "--optim.epochs 1 --optim.milestones 0,1/2", (1, (0,))),  # a whole number is as it is meant
         ("epochs: 300, milestones: [150, 225]", "--optim.epochs 300", (300, (150, 225))),
         ("epochs: 14, schedule: cosine", "--optim.epochs 20", (20, (30, 60))),  # which it does not look at
         # More epochs for a run that has dropped its rate already: it must not rise again.
@@ -218,6 +221,7 @@ def test_the_resize_size_follows_the_crop_size(tmp_path, text, words, expected):
         ("batch_size: 64, lr: 0.2", "--optim.batch_size 256 --optim.large_batch", (0.8, 5)),
         ("", "--optim.batch_size 1024 --optim.large_batch --optim.lr 0.3 --optim.warmup_epochs 2", (0.3, 2)),
         ("", "--optim.large_batch --optim.epochs 6", (0.1, 3)),
+        ("", "--optim.large_batch --optim.batch_size 512 --optim.schedule one_cycle", (0.2, 0)),  # has its own
         ("", "--optim.batch_size 1024", (0.1, 0)),
         ("large_batch: true", "--optim.batch_size 1024 --optim.large_batch false", (0.1, 0)),
     ],

@@ -112,6 +112,14 @@ def test_a_double_correction_for_rare_classes_is_warned_of(tmp_path):
         assert len(lines) == warned, (class_weights, sampling)
 
 
+def test_a_warm_up_that_takes_the_whole_run_is_warned_of(tmp_path):
+    """As that of a recipe for many epochs does in a short run."""
+    for epochs, warned in ((2, 1), (5, 1), (6, 0)):
+        config = small_config(tmp_path, optim={"epochs": epochs, "warmup_epochs": 5})
+        lines = [line for line in warnings_of(run_of(config), None) if "never falls" in line]
+        assert len(lines) == warned, epochs
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -5,12 +5,16 @@ import re
 import time
 
 import pytest
+import torch
 from conftest import small_config
 
 from pipeline import trainer
+from pipeline.distributed import World
 from pipeline.errors import InterruptedRunError, LocalUserError, UserError
 from pipeline.hooks import Hook
+from pipeline.hooks.records import Records
 from pipeline.pace import Pace, duration
+from pipeline.run import Run
 from pipeline.run_log import logged
 from pipeline.torchrun import outcome
 
@@ -31,6 +35,16 @@ def test_the_rest_of_an_epoch_and_of_a_run():
     assert pace.remaining(11) == pytest.approx((9 * 2 + 5, 9 * 2 + 5 + 20 + 5))
     assert pace.remaining(30) == pytest.approx((5, 5))
     assert [duration(s) for s in (0, 59, 61, 7260, 180000)] == ["0 s", "59 s", "1 min", "2 h 1 min", "2 d 2 h"]
+
+
+def test_the_time_of_a_validation_counts_each_set_of_weights(tmp_path):
+    estimates = []
+    for decay in (0.0, 0.9):
+        run = Run(small_config(tmp_path, train={"ema_decay": decay}), World(0, 0, 1, 1, torch.device("cpu")))
+        pace = Records(run)._pace
+        pace.steps(4, 8.0)
+        estimates.append(pace.remaining(done_steps=4)[0])  # the epoch's steps are done
+    assert estimates[1] == pytest.approx(2 * estimates[0]) and estimates[0] > 0
 
 
 class Slow(Hook):

@@ -56,13 +56,19 @@ def test_a_modern_configuration_differs_from_its_recipe_in_what_its_header_says(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("optim.epochs", 90), ("optim.label_smoothing", 0.1), ("data.cutout", 8), ("data.scale", (0.2, 1))],
+    [("optim.epochs", 90), ("optim.label_smoothing", 0.1), ("data.scale", (0.2, 1)), ("train.ema_decay", 0.9)],
 )
 def test_a_departure_from_a_recipe_is_noticed(key, value):
     config = load_config(PADDLECLAS[0], {key: value, "optim.milestones": (30, 60, 90)})
     odd = [row.part for row in differences(audit_recipe(config, ranks=4))]
     assert odd == [key, "resize filter"]
     assert len(differences(audit_recipe(config, ranks=8))) == 3  # and the batch-norm statistic
+
+
+def test_a_part_of_a_batch_has_the_images_that_the_sources_name():
+    """PaddleClas 64 a GPU of 4, ResNet strikes back 2048 on 4, RDNet 64 a GPU and accumulation step."""
+    parts = {name: recipe.fields.get("optim.batch_size", 256) / recipe.ranks for name, recipe in RECIPES.items()}
+    assert parts == {"paddleclas": 64, "rsb-a1": 512, "rsb-a2": 512, "rsb-a3": 512, "rdnet": 64}
 
 
 def test_fields_outside_of_recipes_exist():

@@ -125,7 +125,7 @@ EVERYTHING = {
     "model": {"dropout": 0.1},
     "data": {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "mix_prob": 0.9},
     "optim": {
-        "objective": "binary_cross_entropy", "label_smoothing": 0.1, "bce_target_threshold": 0.2, "class_weights": "balanced",
+        "objective": "binary_cross_entropy", "bce_target_threshold": 0.2, "class_weights": "balanced",
         "optimizer": "lamb", "lr": 0.02, "weight_decay": 0.02, "decay_norms": False, "clip_grad_norm": 1.0,
         "schedule": "cosine", "min_lr": 0.001, "warmup_epochs": 0.5,
     },

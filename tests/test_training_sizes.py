@@ -14,7 +14,7 @@ from pipeline import compilation, trainer
 from pipeline.config import DataConfig, from_dict, to_yaml
 from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
-from pipeline.data.plan import sample_order, training_plans
+from pipeline.data.plan import repeat, sample_order, training_plans
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.run import Run
@@ -70,6 +70,16 @@ def test_repeats_are_timms(ranks):
             neighbours |= set(map(tuple, np.sort(pairs, axis=1).tolist()))
     assert len(neighbours) > 12  # of 24 pairs
     assert sum((plan.weights > 0).sum() for plans in shares for plan in plans) == images
+
+
+@pytest.mark.parametrize(("batch_size", "repeats"), [(12, 4), (30, 2), (64, 3), (64, 5)])
+def test_neighbours_of_a_batch_are_different_images(batch_size, repeats):
+    """Where a batch begins again with its images too: a pair that is mixed may lie across that place."""
+    order = repeat(np.arange(20 * batch_size), repeats, batch_size)
+    batches = order.reshape(-1, batch_size)
+    assert (batches[:, 1:] != batches[:, :-1]).all()
+    counts = np.unique(order, return_counts=True)[1]
+    assert (counts[:-1] == repeats).all()
 
 
 @pytest.mark.parametrize("train_crop", ["random_resized_crop", "random_crop"])
@@ -131,7 +141,10 @@ def test_sizes_that_cannot_be_trained_are_refused(tmp_path):
         ({"train_crop_size": [16, 20]}, "has 0 epochs, and train_crop_size 2 sizes"),
         ({"train_crop_milestones": [3]}, "has 1 epochs, and train_crop_size 0 sizes"),
         ({"train_crop_size": [8, 9, 10], "train_crop_milestones": [4, 4]}, "each epoch must come after the one before"),
-        ({"train_crop_size": [8, 9], "train_crop_milestones": [90]}, "epoch 90 is never reached with optim.epochs 90"),
+        (
+            {"train_crop_size": [8, 9], "train_crop_milestones": [90]},
+            "never reached with optim.epochs 90: give earlier ones",
+        ),
         ({"train_crop_size": [0]}, "a number above 0 is needed"),
     ):
         with pytest.raises(UserError, match=expected):

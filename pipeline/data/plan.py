@@ -103,7 +103,8 @@ def sample_order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int)
     """(N) int64: rows of the index in the order in which an epoch visits them, as ``data.sampling`` says.
 
     A balanced epoch has as many images as any other, and of each class that has images the same number, or one more: which
-    images of a frequent class, and which of a rare one twice, is drawn anew in each epoch.
+    images of a frequent class, and which of a rare one twice, is drawn anew in each epoch. With ``data.aug_repeats`` R that is
+    so of the first N / R rows, which are all that `repeat` takes.
     """
     order = epoch_order(len(index), seed, epoch)
     if config.sampling == "shuffle":
@@ -115,11 +116,12 @@ def sample_order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int)
     )
     shuffled = present[np.argsort(draws.random_raw(len(present)), kind="stable")]
     rows: list[np.ndarray] = []
-    for label, share in zip(shuffled.tolist(), split(0, len(index), len(present)), strict=True):
+    taken = math.ceil(len(index) / config.aug_repeats)
+    for label, share in zip(shuffled.tolist(), split(0, taken, len(present)), strict=True):
         images = of_class[label]
         images = images[np.argsort(draws.random_raw(len(images)), kind="stable")]
         rows.append(np.resize(images, len(share)))  # from the first on, again and again
-    return np.concatenate(rows)[order]
+    return np.resize(np.concatenate(rows)[order[order < taken]], len(index))
 
 
 def repeat(order: np.ndarray, repeats: int, batch_size: int) -> np.ndarray:
@@ -132,7 +134,7 @@ def repeat(order: np.ndarray, repeats: int, batch_size: int) -> np.ndarray:
         return order
     rows = np.repeat(order, repeats)[: len(order)]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return np.concatenate([np.roll(batch[r::repeats], r) for batch in batches for r in range(repeats)])
+    return np.concatenate([np.roll(batch[r::repeats], -r) for batch in batches for r in range(repeats)])
 
 
 def split(start: int, stop: int, parts: int, together: int = 1) -> list[range]:

@@ -20,9 +20,8 @@ class Records(Hook):
         self._window_start: float | None = None  # when the steps since the last log line began
         self._window_images = self._window_steps = 0
         loader = run.train_loader
-        self._pace = Pace(
-            loader.steps_per_epoch, run.config.optim.epochs, (len(loader.index), len(run.val_loader.index))
-        )
+        validated = len(run.val_loader.index) * len(run.validated)
+        self._pace = Pace(loader.steps_per_epoch, run.config.optim.epochs, (len(loader.index), validated))
         self._validation_start: float | None = None
         self._waits: list[float] = []  # shares of time that the last two windows waited for images
         self._hinted = False
