@@ -81,7 +81,12 @@ def test_a_step_that_is_not_logged_waits_for_no_device(tmp_path, corrupt_images,
     """On CPU, where the same operators run; that a GPU waits at these only is torch's word. LAMB counts its steps there."""
     config = small_config(
         tmp_path,
-        data={"corrupt_images": corrupt_images, **pieces.get("data", {})},
+        data={
+            "corrupt_images": corrupt_images,
+            **pieces.get("data", {}),
+            "train_crop_size": [],
+            "train_crop_milestones": [],
+        },
         optim={**pieces.get("optim", {}), "epochs": 1, "grad_accum_steps": 2, "optimizer": "sgd"},
         train={"log_every": 2, **pieces.get("train", {})},
     )

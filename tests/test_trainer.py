@@ -123,7 +123,11 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
 # All that is off by default and shapes the weights, at once.
 EVERYTHING = {
     "model": {"dropout": 0.1},
-    "data": {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "mix_prob": 0.9},
+    "data": {
+        "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "mix_prob": 0.9, "auto_augment": "randaugment-timm",
+        "randaugment_magnitude_std": 0.5, "cutout": 4, "random_erasing": 0.5, "erasing_fill": "noise", "aug_repeats": 2,
+        "crop_size": 16, "train_crop_size": [12, 16], "train_crop_milestones": [1],
+    },
     "optim": {
         "objective": "binary_cross_entropy", "bce_target_threshold": 0.2, "class_weights": "balanced",
         "optimizer": "lamb", "lr": 0.02, "weight_decay": 0.02, "decay_norms": False, "clip_grad_norm": 1.0,
