@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,9 +26,11 @@ def pytest_configure():
     This comes before torch is loaded, which then uses one thread: with tiny networks several threads mostly wait for each
     other. A test of several threads sets their number.
 
-    The tests, and what they start, see no GPU: many start more ranks than a machine has GPUs, and compare bits.
+    The tests, and what they start, see no GPU: many start more ranks than a machine has GPUs, and compare bits. And they hear
+    SIGHUP, which nohup has its children ignore.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
