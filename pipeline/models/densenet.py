@@ -137,7 +137,7 @@ class DenseNet(nn.Module):
         self._selector = Selector(self.features)
         self.classifier = nn.Linear(channels, num_classes)
         if not self.classifier.weight.is_meta:  # else there is nothing to draw, for which torch would load its compiler
-            self._initialise()
+            draw_weights(self)
 
     @contextmanager
     def selection_held(self) -> Iterator[None]:
@@ -189,15 +189,16 @@ class DenseNet(nn.Module):
                 x = transition.get_submodule("conv")(x)
         return x.flatten(1)
 
-    def _initialise(self) -> None:
-        """Draw weights as the authors' Torch code does: fan-out for convolutions, where torchvision has fan-in."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                bound = 1 / math.sqrt(module.in_features)
-                nn.init.uniform_(module.weight, -bound, bound)
-                nn.init.zeros_(module.bias)
+
+def draw_weights(network: nn.Module) -> None:
+    """Draw weights as the authors' Torch code does: fan-out for convolutions, where torchvision has fan-in."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)
 
 
 def _tracked(norm: Tensor | nn.Module) -> TrackedBatchNorm:

@@ -14,6 +14,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.densenet import draw_weights
+
 CIFAR_CLASSIFIER_WIDTH = 128
 
 Maps = list[Tensor]
@@ -240,7 +242,7 @@ class MSDNet(nn.Module):
             last = channels * factors[-1]
             self.classifier.append(Classifier(last, classifier_width or last, num_classes))
         if not cast("Classifier", self.classifier[0]).linear.weight.is_meta:
-            self._initialise()
+            draw_weights(self)
 
     @property
     def exits(self) -> int:
@@ -260,16 +262,6 @@ class MSDNet(nn.Module):
             x = block(x)
             answers.append(classifier(x))
         return tuple(answers)
-
-    def _initialise(self) -> None:
-        """Draw weights as the authors' Torch code does."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                bound = 1 / math.sqrt(module.in_features)
-                nn.init.uniform_(module.weight, -bound, bound)
-                nn.init.zeros_(module.bias)
 
 
 def _scales_after(number: int, layers: int, scales: int, reduction: str) -> int:
