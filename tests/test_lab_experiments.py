@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.config import DataConfig, from_dict
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import scan_classes
-from tools.lab import fine_tuning, index_scale, several_labels
+from tools.lab import archives, fine_tuning, index_scale, several_labels
 
 
 @pytest.fixture
@@ -67,3 +67,12 @@ def test_a_set_of_any_size_is_read_as_it_was_written(kind, tmp_path, monkeypatch
     assert len(list(tmp_path.iterdir())) == {"shards": 3, "zip": 1, "parquet": 3}[kind]
     first, again = {"seconds": 2.0, "most": 30.0}, {"seconds": 1.0, "added": 5.0, "first_batch": 0.5, "resume": 0.25}
     assert index_scale.describe(first, [again, again]) == ["2.0", "1.0", "30", "5", "0.50", "0.25"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"), [(index_scale, []), (archives, ["photos"])], ids=["index_scale", "archives"]
+)
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path, user_error, tool, words):
+    (tmp_path / "file").touch()
+    said = user_error(tool.main, *words, "--folder", tmp_path / "file" / "new")
+    assert f"cannot write into --folder {tmp_path}/file/new: Not a directory" in said

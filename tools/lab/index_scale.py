@@ -35,6 +35,7 @@ from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores
 from tools.lab.imagenet import TRAINING_IMAGES
 from tools.support.markdown import table
+from tools.support.outputs import writable_folder
 
 CLASSES, SIDE, BATCH, RANKS = 1000, 8, 256, 2
 SHARD = 8716  # images: 147 shards hold ImageNet
@@ -59,9 +60,10 @@ def main() -> None:
     if options.rank:
         measure(Path(options.rank[0]), Path(options.rank[1]), options.random)
         return
+    place = options.folder and writable_folder(options.folder, "--folder")
     rows = []
     for kind in options.kinds:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        with tempfile.TemporaryDirectory(dir=place) as folder:
             pattern = WRITERS[kind](images(options.images), Path(folder))
             size = sum(file.stat().st_size for file in Path(folder).iterdir()) / MIB
             print(f"{kind}: {options.images:,} images, {size:,.0f} MiB", flush=True)
