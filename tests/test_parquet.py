@@ -9,11 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import small_config
 
-from pipeline import trainer
-from pipeline.checkpoint import load_checkpoint
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import scan_classes, scan_label_table
@@ -100,30 +96,6 @@ def test_a_parquet_file_of_paths_is_a_table(image_folders, tmp_path, kind):
     found = scan_label_table(image_folders / "val", tmp_path / "several.parquet")
     expected = [[int(k > 0), int(k == 1), int(k == 2)] for k in folders.labels.tolist()]
     assert found.classes == folders.classes and found.labels.tolist() == expected
-
-
-@needs_pyarrow
-@pytest.mark.slow
-@pytest.mark.parametrize("loader", ["native", "dali"])
-def test_training_is_that_of_folders_to_the_bit(image_folders, tmp_path, loader):
-    for split in ("train", "val"):
-        write_parquet(image_folders / split, tmp_path / "data", split)
-    weights = []
-    for name, root, sets in (
-        ("folders", image_folders, ("train", "val")),
-        ("parquet", tmp_path, ("train", "val")),  # which are found
-    ):
-        data = {
-            "dir": str(root),
-            "train": sets[0],
-            "val": sets[1],
-            "loader": loader,
-            "crop_size": 24,
-            "resize_size": 28,
-        }
-        trainer.fit(small_config(tmp_path / name, data=data, optim={"epochs": 1}))
-        weights.append(load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"])
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
