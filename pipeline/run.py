@@ -461,8 +461,7 @@ class Run:
                     f"of a batch ({reason}): choose another {field} or optim.batch_size"
                 )
         if config.data.train_crop_size:  # validation has another
-            data = config.data
-            check_image_size(copy.deepcopy(network).eval(), data.crop_size, config.model.name, data.channels)
+            check_image_size(network, config.data.crop_size, config.model.name, config.data.channels)
 
 
 def _split_batch(config: Config, world: World) -> int:
