@@ -242,7 +242,6 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     configured = f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}"
     if optim.optimizer != "sgd":
         configured = f"as timm's {optim.optimizer} has it"
-    if optim.optimizer != "sgd":
         compare("optimiser", "sgd", optim.optimizer)
     compare("momentum", "0.9, Nesterov", measured.momentum if measured else configured)
     factors = measured.weight_decay if measured else (optim.weight_decay,)

@@ -29,7 +29,7 @@ from pipeline.parsing import (
     Schema,
     flatten,
 )
-from pipeline.recipe import following_fields
+from pipeline.recipe import following_fields, resize_with
 
 OfChannels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=3)]
 PositiveOfChannels = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)]
@@ -354,7 +354,7 @@ class DataConfig:
         if not self.train_crop_size:
             return self
         size = self.train_sizes[sum(epoch >= milestone for milestone in self.train_crop_milestones)]
-        resize_size = round(self.resize_size * size / self.crop_size)
+        resize_size = resize_with(size, self.crop_size, self.resize_size)
         return dataclasses.replace(
             self, crop_size=size, resize_size=resize_size, train_crop_size=(), train_crop_milestones=()
         )

@@ -48,12 +48,12 @@ class Evaluation:
 
 
 def check_image_size(network: nn.Module, size: int, name: str, channels: int = 3) -> None:
-    """Refuse images of `size` x `size` pixels and so many channels that the network cannot take.
+    """Refuse images of `size` x `size` pixels and so many channels that the network cannot take in evaluation.
 
     Raises:
         UserError: it cannot; `name` is the network's.
     """
-    if reason := why_not(copy.deepcopy(network), 1, size, channels):
+    if reason := why_not(copy.deepcopy(network).eval(), 1, size, channels):
         raise UserError(f"{name} cannot take images of {size} x {size} pixels ({reason}): choose another crop size")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.audit import UNKNOWN, AuditRow
 from pipeline.config import Config
 from pipeline.errors import UserError, look_up
-from pipeline.parsing import flatten
+from pipeline.parsing import flatten, value_text
 
 # Fields that say where things are and how they are computed, and which network: a recipe is of none.
 OUTSIDE = {
@@ -153,7 +153,9 @@ def audit_recipe(config: Config, ranks: int) -> list[AuditRow]:
     rows: list[AuditRow] = []
 
     def compare(part: str, source: Any, own: Any) -> None:
-        rows.append(AuditRow(part, _text(source), _text(own), source == own, "" if source == own else UNKNOWN))
+        rows.append(
+            AuditRow(part, value_text(source), value_text(own), source == own, "" if source == own else UNKNOWN)
+        )
 
     for key, value in theirs.items():
         shapes_a_result = key.startswith(("model.", "data.", "optim.")) or key in OF_TRAINING
@@ -165,7 +167,3 @@ def audit_recipe(config: Config, ranks: int) -> list[AuditRow]:
     for part, (does, key) in recipe.elsewhere.items():
         compare(part, does, here[key])
     return rows
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

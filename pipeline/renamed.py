@@ -77,7 +77,7 @@ ELSEWHERE = {
     "bce_target_thresh": "--optim.bce_target_threshold",
     "model_ema": "--train.ema_decay",
     "model_ema_decay": "--train.ema_decay",
-    "loss": "the loss is cross-entropy; pipeline/objective.py is the place for another",
+    "loss": "--optim.objective, one of pipeline/objective.py",
 }
 
 

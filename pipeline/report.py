@@ -21,7 +21,7 @@ from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.metrics import errors_text, exits_text
-from pipeline.parsing import flatten
+from pipeline.parsing import flatten, value_text
 from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
 from pipeline.resume import FREE_TO_CHANGE
@@ -40,9 +40,7 @@ def write_description(run: Run, found: Found | None) -> None:
     setting = setting_for(run.config)
     title = f"{run.config.model.name} beside {setting.paper}'s {setting.name} setting"
     replace_text(run.dir / "config.yaml", to_yaml(run.config))
-    replace_text(
-        run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines(), setting_for(run.config).paper)
-    )
+    replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines(), setting.paper))
 
 
 def warnings_of(run: Run, found: Found | None) -> list[str]:
@@ -148,7 +146,7 @@ def about(run: Run) -> str:
     origin = {**provenance(), "ranks": str(run.world.size), "run directory": str(run.dir.resolve())}
     parts = [
         ("Differs from the defaults", [("field", "here", "default"), *changed]),
-        ("Differs from the paper's recipe", [("part", "here", "paper"), *odd]),
+        (f"Differs from {setting_for(run.config).paper}'s recipe", [("part", "here", "paper"), *odd]),
     ]
     lines = [f"- {key}: `{value}`" for key, value in origin.items()]
     lines += [f"- {line}" for line in [*run.description().splitlines(), *run.history.lines()]]
@@ -170,9 +168,8 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
 
 
 def _cell(value: Any) -> str:
-    """A value as it stands in a table, or on the command line."""
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    """A value as a cell of a Markdown table."""
+    return value_text(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _markdown_table(rows: Sequence[tuple[str, ...]]) -> list[str]:

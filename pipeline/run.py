@@ -25,8 +25,7 @@ from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
-from pipeline.data.mixing import TOGETHER
-from pipeline.data.plan import split
+from pipeline.data.plan import split, together
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import World, data_parallel
 from pipeline.ema import ModelEma
@@ -452,7 +451,7 @@ class Run:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
         config, images = self.config, len(self.train_loader.index)
         last_batch = images % config.optim.batch_size or config.optim.batch_size
-        parts = split(0, last_batch, self.microbatches, TOGETHER if config.data.mixes else 1)
+        parts = split(0, last_batch, self.microbatches, together(config.data))
         smallest = min(2, *(len(part) or 1 for part in parts))  # batch norm wants more than one value a channel
         field = "data.train_crop_size" if config.data.train_crop_size else "data.crop_size"
         for size in config.data.train_sizes:
@@ -462,19 +461,18 @@ class Run:
                     f"of a batch ({reason}): choose another {field} or optim.batch_size"
                 )
         if config.data.train_crop_size:  # validation has another
-            data = config.data
-            check_image_size(copy.deepcopy(network).eval(), data.crop_size, config.model.name, data.channels)
+            check_image_size(network, config.data.crop_size, config.model.name, config.data.channels)
 
 
 def _split_batch(config: Config, world: World) -> int:
     """Into how many microbatches a global batch is cut; `UserError` if they cannot be equal."""
     microbatches = world.size * config.optim.grad_accum_steps
-    together = TOGETHER if config.data.mixes else 1
-    if config.optim.batch_size % (microbatches * together):
-        pairs = " into pairs of images that are mixed" if together > 1 else ""
+    unit = microbatches * together(config.data)
+    if config.optim.batch_size % unit:
+        pairs = " into pairs of images that are mixed" if config.data.mixes else ""
         raise UserError(
             f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
-            f"{config.optim.grad_accum_steps} accumulation steps{pairs}: choose a multiple of {microbatches * together}"
+            f"{config.optim.grad_accum_steps} accumulation steps{pairs}: choose a multiple of {unit}"
         )
     return microbatches
 

@@ -74,7 +74,10 @@ def outcome(
         failed: exit codes of the ranks that torchrun saw fail, minus the signal's number for one that was killed.
         asked: the signal that torchrun itself was sent.
     """
-    said = {code: [str(word["message"]) for word in words if word.get("code") == code] for code in (1, 2, 75)}
+    said = {
+        code: [str(word["message"]) for word in words if word.get("code") == code]
+        for code in (EXIT_BUG, EXIT_USER_ERROR, EXIT_RESUME)
+    }
     if said[EXIT_USER_ERROR]:
         return EXIT_USER_ERROR, f"error: {said[EXIT_USER_ERROR][0]}"
     if said[EXIT_BUG]:

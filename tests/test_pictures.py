@@ -83,17 +83,30 @@ def trained(image_folders, tmp_path_factory):
     return config, hook
 
 
-@pytest.mark.slow
-def test_validation_answers_are_those_of_the_evaluation(trained):
-    _, hook = trained
+def check_captions(hook):
     rows = sorted({int(row) for row in np.linspace(0, len(hook.index) - 1, SAMPLES)})
     assert len(hook.captions) == len(rows) == 10
     logits = torch.from_numpy(hook.evaluation.logits)[rows].double()
     for row, values, caption in zip(rows, logits, hook.captions, strict=True):
         (said, color), (true, _) = caption
         best, label = int(values.argmax()), int(hook.index.labels[row])
-        assert said == f"class{best} {100 * values.exp()[best] / values.exp().sum():.0f} %"
-        assert true == f"true class{label}" and color == (GREEN if best == label else RED)
+        assert said == f"{hook.index.classes[best]} {100 * values.exp()[best] / values.exp().sum():.0f} %"
+        assert true == f"true {hook.index.classes[label]}" and color == (GREEN if best == label else RED)
+
+
+@pytest.mark.slow
+def test_of_several_exits_the_last_one_answers(tmp_path):
+    hook = Answers()
+    model, optim = {"name": "msdnet_cifar_budget_2"}, {"epochs": 1, "batch_size": 10}
+    data = {"synthetic_images": 40}
+    trainer.fit(small_config(tmp_path, model=model, data=data, optim=optim, train={"pictures_every": 1}), hooks=[hook])
+    check_captions(hook)
+
+
+@pytest.mark.slow
+def test_validation_answers_are_those_of_the_evaluation(trained):
+    _, hook = trained
+    check_captions(hook)
     assert {color for (_, color), _ in hook.captions} == {GREEN, RED}
     assert [words for words, _ in hook.mixed[0]] == ["class0", ""]  # the first image is as it was
     assert [words for words, _ in hook.mixed[-1]] == ["class2", "50 % class0"]

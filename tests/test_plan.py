@@ -85,7 +85,7 @@ def test_random_numbers_are_philoxs_by_seed_epoch_and_position():
     seed, epoch, position = 7, 3, 5
     blocks = [philox((seed, epoch), position * 16 + i + 1) for i in range(16)]  # NumPy counts before it draws
     expected = [(number >> 11) / 2**53 for block in blocks for number in block]
-    assert planning._uniforms(seed, epoch, range(position, position + 1))[0].tolist() == expected
+    assert planning.uniforms(seed, epoch, range(position, position + 1))[0].tolist() == expected
     numbers = [number for i in range(3) for number in philox((seed, epoch), (1 << 192) + i + 1)][:10]
     assert planning.epoch_order(10, seed, epoch).tolist() == sorted(range(10), key=numbers.__getitem__)
 

@@ -26,8 +26,17 @@ from tqdm import tqdm
 from pipeline.budget import Budgeted
 from pipeline.config import DataConfig
 from pipeline.data.folder import FolderSource
-from pipeline.data.image_files import PixelFormat, deep_mode, open_image, orientation, pixel_format, refused_depth
-from pipeline.data.index import COLORS, LAST_THAT_STANDS, DatasetIndex
+from pipeline.data.image_files import (
+    COLORS,
+    LAST_THAT_STANDS,
+    PixelFormat,
+    deep_mode,
+    open_image,
+    orientation,
+    pixel_format,
+    refused_depth,
+)
+from pipeline.data.index import DatasetIndex
 from pipeline.data.index import find_images as find_images_in
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World, init_distributed

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.formats import is_plain, to_pnm
-from pipeline.data.image_files import UPRIGHT, PixelFormat, orientation
+from pipeline.data.image_files import COLORS, UPRIGHT, PixelFormat, orientation
 from pipeline.data.plan import GRAY
 from pipeline.errors import LocalUserError
 
@@ -28,9 +28,6 @@ class CorruptImageError(LocalUserError):
             "lists all such; data.corrupt_images skip leaves them out of training)"
         )
         self.location, self.reason = location, reason
-
-
-COLORS = PixelFormat()
 
 
 def decode(content: np.ndarray, location: str, pixel_format: PixelFormat = COLORS) -> Image.Image:

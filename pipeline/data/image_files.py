@@ -29,7 +29,8 @@ OWN_CACHE = ".index.jsonl"  # see index.cache_beside
 
 
 TURNED = Image.Transpose
-# What makes an image upright, by its EXIF orientation. From 5 on height and width change places.
+LAST_THAT_STANDS = 4  # EXIF orientation; from the next on height and width change places
+# What makes an image upright, by its EXIF orientation.
 UPRIGHT = {
     2: TURNED.FLIP_LEFT_RIGHT,
     3: TURNED.ROTATE_180,
@@ -55,6 +56,9 @@ class PixelFormat:
 
     depth: int = 8
     exif_orientation: bool = False
+
+
+COLORS = PixelFormat()
 
 
 def pixel_format(config: DataConfig) -> PixelFormat:

@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
+    COLORS,
+    LAST_THAT_STANDS,
     PixelFormat,
     RefusedImageError,
     deep_mode,
@@ -48,8 +50,6 @@ RULE = "3"  # which rule of image_files.py a cached row follows
 BEGIN = f'{{"rule":"{RULE}","group":'  # of a line of the cache
 AT_ONCE = 1 << 16  # images that the fingerprint takes together
 NAMED = 5  # of what stops, that an error names
-LAST_THAT_STANDS = 4  # EXIF orientation; from the next on height and width change places
-COLORS = PixelFormat()
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 

@@ -17,8 +17,17 @@ from pipeline.data.auto_augment import AutoAugment
 from pipeline.data.color import apply_colors, to_device
 from pipeline.data.erasing import erase
 from pipeline.data.index import DatasetIndex
-from pipeline.data.mixing import TOGETHER, Partners, draw_pairs, first_positions, mix
-from pipeline.data.plan import BatchPlan, evaluation_plans, repeat, sample_order, steps_per_epoch, training_plans
+from pipeline.data.mixing import Partners, draw_pairs, mix
+from pipeline.data.plan import (
+    TOGETHER,
+    BatchPlan,
+    evaluation_plans,
+    microbatches,
+    repeat,
+    sample_order,
+    steps_per_epoch,
+    training_plans,
+)
 from pipeline.data.reference import ReferencePipeline
 from pipeline.data.synthetic import SyntheticPipeline
 from pipeline.errors import UserError, look_up
@@ -126,8 +135,8 @@ class TrainingLoader:
         batches = _batches(self._image_pipeline, plans, self.index, self._shard.device, self._auto_augment)
         if not config.mixes:
             return batches
-        starts = first_positions(len(self.index), **parts)
-        return (self._mixed(batch, epoch, start) for batch, start in zip(batches, starts, strict=True))
+        places = microbatches(len(self.index), config, **parts)
+        return (self._mixed(batch, epoch, at.start) for batch, (at, _) in zip(batches, places, strict=True))
 
     def _mixed(self, batch: Batch, epoch: int, start: int) -> Batch:
         """Mix the pairs of a batch that begins at this position of the epoch."""

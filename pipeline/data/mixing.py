@@ -8,7 +8,6 @@ Sources: Zhang et al. 2018 (mixup), Yun et al. 2019 (cutmix), and timm's `Mixup`
 mixed with the same share too.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data.color import to_device
-from pipeline.data.plan import split, steps_per_epoch
+from pipeline.data.plan import TOGETHER, uniforms
 
-TOGETHER = 2  # images of a pair
 _STREAM = 1 << 210  # Philox's counters of these draws, apart from those of the plan
-_DRAWS = 8  # uniform numbers reserved for a pair; Philox makes four a count
+_DRAWS = 8  # uniform numbers reserved for a pair
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ def draw_pairs(config: DataConfig, seed: int, epoch: int, pairs: range) -> PairD
     """Draw for consecutive pairs of an epoch."""
     from scipy.special import betaincinv  # takes time to import, and is needed here alone
 
-    key = np.array([seed, epoch], np.uint64)
-    raw = np.random.Philox(key=key, counter=_STREAM + pairs.start * (_DRAWS // 4)).random_raw(len(pairs) * _DRAWS)
-    mixed, switch, quantile, row, column, *_ = ((raw >> np.uint64(11)) * 2.0**-53).reshape(-1, _DRAWS).T
+    mixed, switch, quantile, row, column, *_ = uniforms(seed, epoch, pairs, _STREAM, _DRAWS).T
     probability = (
         config.mix_switch_prob if config.mixup_alpha and config.cutmix_alpha else float(config.cutmix_alpha > 0)
     )
@@ -54,16 +50,6 @@ def draw_pairs(config: DataConfig, seed: int, epoch: int, pairs: range) -> PairD
     alpha = np.where(cut, config.cutmix_alpha, config.mixup_alpha)
     shares = np.where(mixed < config.mix_prob, betaincinv(alpha, alpha, quantile), 1.0)
     return PairDraws(shares, cut, np.stack([row, column], axis=1))
-
-
-def first_positions(
-    images: int, *, first_step: int, batch_size: int, rank: int, ranks: int, accumulation: int
-) -> Iterator[int]:
-    """Where in the epoch each batch of `plan.training_plans` begins: at a pair's first image."""
-    for step in range(first_step, steps_per_epoch(images, batch_size)):
-        start, stop = step * batch_size, min((step + 1) * batch_size, images)
-        for part in split(start, stop, ranks * accumulation, TOGETHER)[rank * accumulation : (rank + 1) * accumulation]:
-            yield part.start
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.policies import draw_operations
 
 CROP_TRIES = 10
-DRAWS = 64  # uniform numbers reserved for one image; Philox makes four a count
-_COUNTS = DRAWS // 4
+DRAWS = 64  # uniform numbers reserved for one image
+TOGETHER = 2  # images of a pair that is mixed, which is never divided
 _ORDER_STREAM = 1 << 192  # counters of the sample order, apart from those of the images
 _BALANCE_STREAM = 1 << 193  # of the images that a balanced epoch takes of each class
 _ERASING_STREAM = 1 << 200  # of cutout and random erasing
@@ -170,13 +170,31 @@ def training_plans(
     the ranks see each position of the epoch once. A part of the last batch that would be empty gets a replacement of weight 0.
     """
     order = repeat(sample_order(index, config, seed, epoch), config.aug_repeats, batch_size)
-    for step in range(first_step, steps_per_epoch(len(index), batch_size)):
-        start, stop = step * batch_size, min((step + 1) * batch_size, len(index))
-        parts = split(start, stop, ranks * accumulation, 2 if config.mixes else 1)  # a pair together
+    cut = {
+        "first_step": first_step,
+        "batch_size": batch_size,
+        "rank": rank,
+        "ranks": ranks,
+        "accumulation": accumulation,
+    }
+    for positions, weight in microbatches(len(index), config, **cut):
+        yield _training_batch(index, config, order, seed, epoch, positions, weight)
+
+
+def microbatches(
+    images: int, config: DataConfig, *, first_step: int, batch_size: int, rank: int, ranks: int, accumulation: int
+) -> Iterator[tuple[range, float]]:
+    """Yield the positions in the epoch and the images' weight of each batch of `training_plans`."""
+    for step in range(first_step, steps_per_epoch(images, batch_size)):
+        start, stop = step * batch_size, min((step + 1) * batch_size, images)
+        parts = split(start, stop, ranks * accumulation, together(config))
         for part in parts[rank * accumulation : (rank + 1) * accumulation]:
-            positions = part or range(start, start + 1)
-            weight = 1.0 if part else 0.0
-            yield _training_batch(index, config, order, seed, epoch, positions, weight)
+            yield (part, 1.0) if part else (range(start, start + 1), 0.0)
+
+
+def together(config: DataConfig) -> int:
+    """How many neighbours in the order of an epoch stay in one microbatch."""
+    return TOGETHER if config.mixes else 1
 
 
 def evaluation_plans(
@@ -192,7 +210,7 @@ def _training_batch(
     index: DatasetIndex, config: DataConfig, order: np.ndarray, seed: int, epoch: int, positions: range, weight: float
 ) -> BatchPlan:
     ids = order[positions.start : positions.stop]
-    draws = iter(_uniforms(seed, epoch, positions).T)
+    draws = iter(uniforms(seed, epoch, positions).T)
     random_crops = {"random_resized_crop": _random_resized_crops, "random_crop": _random_crops}[config.train_crop]
     crop_boxes, sizes, offsets = random_crops(index.sizes[ids], config, draws)
     color, mean_color, shift = _color_maps(config, draws)
@@ -219,7 +237,8 @@ def _evaluation_batch(index: DatasetIndex, config: DataConfig, ids: np.ndarray, 
         sizes, centre = _short_side_to_as_torchvision(index.sizes[ids], config.resize_size), _centre_as_torchvision
     views = [_views(size, config.crop_size, crops, centre) for size in sizes]
     n = len(ids)
-    color, shift = _normalisation(config)
+    normalise, shift = _normalisation(config)
+    color = normalise @ _of_pixels(config)
     return BatchPlan(
         ids=ids,
         weights=np.ones(n, np.float32),
@@ -237,10 +256,15 @@ def _philox(seed: int, epoch: int, counter: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=counter)
 
 
-def _uniforms(seed: int, epoch: int, positions: range, stream: int = 0) -> np.ndarray:
-    """(len(positions), DRAWS) float64 in [0, 1); a row depends on its position alone."""
-    raw = _philox(seed, epoch, stream + positions.start * _COUNTS).random_raw(len(positions) * DRAWS)
-    return ((raw >> np.uint64(11)) * 2.0**-53).reshape(-1, DRAWS)
+def uniforms(seed: int, epoch: int, positions: range, stream: int = 0, draws: int = DRAWS) -> np.ndarray:
+    """(len(positions), draws) float64 in [0, 1); a row depends on its position alone.
+
+    Args:
+        stream: the counter at which the numbers of position 0 begin.
+        draws: numbers of a position, a multiple of the four that Philox makes a count.
+    """
+    raw = _philox(seed, epoch, stream + positions.start * (draws // 4)).random_raw(len(positions) * draws)
+    return ((raw >> np.uint64(11)) * 2.0**-53).reshape(-1, draws)
 
 
 def _between(draw: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -346,9 +370,9 @@ def _to_channels(config: DataConfig) -> np.ndarray:
 
 
 def _normalisation(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(C, K) matrix and (C) shift of (x - mean) / std."""
+    """(C, 3) matrix and (C) shift that make of a pixel's colours what the network sees: (x - mean) / std."""
     std = np.array(config.std)
-    return np.diag(1 / std) @ _to_channels(config) @ _of_pixels(config), -np.array(config.mean) / std
+    return np.diag(1 / std) @ _to_channels(config), -np.array(config.mean) / std
 
 
 def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -367,8 +391,7 @@ def _color_maps(config: DataConfig, draws: Iterator[np.ndarray]) -> tuple[np.nda
     alphas = config.pca_noise * np.stack([_normal(next(draws), next(draws)) for _ in range(3)], axis=1)
     shift = (alphas * LIGHTING_EIGENVALUES) @ LIGHTING_EIGENVECTORS.T
 
-    std, pixels = np.array(config.std), _of_pixels(config)
-    normalise, offset = np.diag(1 / std) @ _to_channels(config), -np.array(config.mean) / std
+    (normalise, offset), pixels = _normalisation(config), _of_pixels(config)
     return normalise @ color @ pixels, normalise @ mean_color @ pixels, shift @ normalise.T + offset
 
 
@@ -376,7 +399,7 @@ def _operations(config: DataConfig, seed: int, epoch: int, positions: range) -> 
     """The fields of a plan that say what RandAugment or TrivialAugment does."""
     if config.auto_augment == "none":
         return {}
-    operations, arguments = draw_operations(config, iter(_uniforms(seed, epoch, positions, _OPERATIONS_STREAM).T))
+    operations, arguments = draw_operations(config, iter(uniforms(seed, epoch, positions, _OPERATIONS_STREAM).T))
     return {"operations": operations, "arguments": arguments}
 
 
@@ -385,7 +408,7 @@ def _erased_boxes(config: DataConfig, seed: int, epoch: int, positions: range) -
     erased: dict[str, np.ndarray] = {}
     if not (config.cutout or config.random_erasing):
         return erased
-    draws = iter(_uniforms(seed, epoch, positions, _ERASING_STREAM).T)
+    draws = iter(uniforms(seed, epoch, positions, _ERASING_STREAM).T)
     place, noise = (next(draws), next(draws)), next(draws)
     if config.cutout:
         erased["cutout"] = _cutout_boxes(config.crop_size, config.cutout, *place)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
+    COLORS,
     PixelFormat,
     RefusedImageError,
     deep_mode,
@@ -29,7 +30,6 @@ from pipeline.data.source import FileSource, Group, ImageIssue, Member
 from pipeline.machine import available_cores
 
 DUPLICATE = "is a validation image too"
-COLORS = PixelFormat()
 PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 

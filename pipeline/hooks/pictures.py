@@ -12,6 +12,7 @@ from pipeline.data.loader import Batch, EvaluationLoader, Shard
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.hooks.hook import EpochResult, Hook, Training
 from pipeline.models.densenet import DenseNet
+from pipeline.models.early_exits import last_exit
 from pipeline.pictures import BLACK, GRAY, GREEN, RED, Line, draw_grid
 from pipeline.run import Run
 
@@ -79,7 +80,7 @@ def _answers(run: Run, batch: Batch) -> list[list[Line]]:
     was_training = network.training
     network.eval()
     with run.autocast():
-        logits = run.objective.logits(network(batch.images)).float().cpu()
+        logits = last_exit(run.objective.logits(network(batch.images))).float().cpu()
     network.train(was_training)
     several, captions = run.val_loader.index.several_labels, []
     for row, label in zip(logits, batch.labels.cpu(), strict=True):

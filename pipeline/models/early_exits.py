@@ -19,6 +19,11 @@ def stack_exits(outputs: Tensor | Sequence[Tensor]) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else torch.stack(tuple(outputs), dim=1)
 
 
+def last_exit(logits: Tensor) -> Tensor:
+    """The network's own answer, (n, classes), of what `stack_exits` gives."""
+    return logits[:, -1] if logits.dim() == 3 else logits
+
+
 class OneExit(nn.Module):
     """An MSDNet up to one exit, without the classifiers before it. Shape: (n, 3, H, W) -> (n, num_classes).
 
