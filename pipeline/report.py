@@ -18,10 +18,10 @@ from pipeline.audit import (
     to_markdown,
 )
 from pipeline.checkpoint import CheckpointFolder, Found
-from pipeline.config import Config, to_yaml
+from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.metrics import errors_text, exits_text
-from pipeline.parsing import flatten
+from pipeline.parsing import flatten, value_text
 from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
 from pipeline.resume import FREE_TO_CHANGE
@@ -138,12 +138,7 @@ def audit_of(run: Run) -> list[AuditRow]:
 
 def about(run: Run) -> str:
     """A page in Markdown: where this start of a run comes from, what it trains, and what is not as usual."""
-    own, usual = (flatten(dataclasses.asdict(config)) for config in (run.config, Config()))
-    changed = [
-        (f"`{key}`", _cell(value), _cell(usual[key]))
-        for key, value in own.items()
-        if value != usual[key] and key != "run_dir" and not key.startswith("published.")
-    ]
+    changed = [(f"`{key}`", *map(_cell, values)) for key, values in changed_fields(run.config).items()]
     odd = [(row.part, row.here, row.paper) for row in differences(audit_of(run))]
     origin = {**provenance(), "ranks": str(run.world.size), "run directory": str(run.dir.resolve())}
     parts = [
@@ -170,9 +165,8 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
 
 
 def _cell(value: Any) -> str:
-    """A value as it stands in a table, or on the command line."""
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    """A value as the command line gives it, in a table."""
+    return value_text(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _markdown_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
