@@ -138,7 +138,7 @@ def audit_of(run: Run) -> list[AuditRow]:
 
 def about(run: Run) -> str:
     """A page in Markdown: where this start of a run comes from, what it trains, and what is not as usual."""
-    changed = [(f"`{key}`", *map(_cell, values)) for key, values in changed_fields(run.config).items()]
+    changed = [(f"`{key}`", _cell(value), _cell(usual)) for key, (value, usual) in changed_fields(run.config).items()]
     odd = [(row.part, row.here, row.paper) for row in differences(audit_of(run))]
     origin = {**provenance(), "ranks": str(run.world.size), "run directory": str(run.dir.resolve())}
     parts = [
