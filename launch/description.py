@@ -1,17 +1,16 @@
 """What a submission would be, in words: for the dry run, and before a real one."""
 
-import dataclasses
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from launch.cluster import Cluster
 from launch.estimate import estimate
-from pipeline.config import Config
+from pipeline.config import Config, changed_fields
 from pipeline.data.dataset import open_datasets
 from pipeline.data.plan import steps_per_epoch
 from pipeline.errors import UserError
 from pipeline.pace import duration
-from pipeline.parsing import flatten, value_text
+from pipeline.parsing import value_text
 from pipeline.recipe import poor_split
 
 
@@ -32,13 +31,14 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
             f"{cluster.ranks_per_node} ranks x {optim.grad_accum_steps} accumulation steps: choose a multiple of {parts}"
         )
     train, val = open_datasets(config.data, Path(config.run_dir) / "index" if writes else None, progress=True)
+    changed = [f"{key} {value_text(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
         f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
         f"{len(train.classes)} classes",
         f"batch {optim.batch_size} = {cluster.nodes} nodes x {cluster.ranks_per_node} ranks x {optim.grad_accum_steps} "
         f"accumulation steps x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
         f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
-        f"other than the defaults: {', '.join(changed_fields(config)) or 'nothing'}",
+        f"other than the defaults: {', '.join(changed) or 'nothing'}",
     ]
     if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
         lines.append(f"warning: {split}")
@@ -51,13 +51,6 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
             f"of {cluster.time}, {time_.attempts} attempts, {duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
         )
     return "\n".join(lines)
-
-
-def changed_fields(config: Config) -> list[str]:
-    """The fields, with their values, that are not the defaults, which are the paper's recipe on ImageNet."""
-    default = flatten(dataclasses.asdict(Config()))
-    given = flatten(dataclasses.asdict(config)).items()
-    return [f"{key} {value_text(value)}" for key, value in given if value != default[key] and key != "run_dir"]
 
 
 def processes(configs: list[Config], cluster: Cluster) -> str:

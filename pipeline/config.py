@@ -628,6 +628,16 @@ def load_stored_config(path: Path) -> Config:
     return from_stored(SCHEMA.read(path), str(path))
 
 
+def changed_fields(config: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields of a run that are not as the paper's recipe on ImageNet, the default, has them: by key, value and default."""
+    own, usual = (flatten(dataclasses.asdict(one)) for one in (config, Config()))
+    return {
+        key: (value, usual[key])
+        for key, value in own.items()
+        if value != usual[key] and key != "run_dir" and not key.startswith("published.")
+    }
+
+
 def parse_command_line(
     arguments: list[str], program: str, description: str, options: dict[str, dict[str, Any]] | None = None
 ) -> tuple[Config, argparse.Namespace]:

@@ -18,7 +18,7 @@ from pipeline.audit import (
     to_markdown,
 )
 from pipeline.checkpoint import CheckpointFolder, Found
-from pipeline.config import Config, to_yaml
+from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.metrics import errors_text, exits_text
 from pipeline.parsing import flatten, value_text
@@ -136,12 +136,7 @@ def audit_of(run: Run) -> list[AuditRow]:
 
 def about(run: Run) -> str:
     """A page in Markdown: where this start of a run comes from, what it trains, and what is not as usual."""
-    own, usual = (flatten(dataclasses.asdict(config)) for config in (run.config, Config()))
-    changed = [
-        (f"`{key}`", _cell(value), _cell(usual[key]))
-        for key, value in own.items()
-        if value != usual[key] and key != "run_dir" and not key.startswith("published.")
-    ]
+    changed = [(f"`{key}`", _cell(value), _cell(usual)) for key, (value, usual) in changed_fields(run.config).items()]
     odd = [(row.part, row.here, row.paper) for row in differences(audit_of(run))]
     origin = {**provenance(), "ranks": str(run.world.size), "run directory": str(run.dir.resolve())}
     parts = [
@@ -168,7 +163,7 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
 
 
 def _cell(value: Any) -> str:
-    """A value as a cell of a Markdown table."""
+    """A value as the command line gives it, in a table."""
     return value_text(value).replace("|", "\\|").replace("\n", " ")
 
 

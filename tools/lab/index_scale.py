@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -36,6 +35,7 @@ from pipeline.machine import available_cores
 from tools.lab.imagenet import TRAINING_IMAGES
 from tools.support.markdown import table
 from tools.support.outputs import writable_folder
+from tools.support.torchrun import torchrun
 
 CLASSES, SIDE, BATCH, RANKS = 1000, 8, 256, 2
 SHARD = 8716  # images: 147 shards hold ImageNet
@@ -153,10 +153,10 @@ WRITERS: dict[str, Callable[[Images, Path], str]] = {"shards": write_shards, "zi
 
 def start_ranks(data: Path, cache: Path, random: int) -> list[dict[str, float]]:
     """What each rank has measured, in processes that begin with nothing."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m"]
-    words += ["tools.lab.index_scale", "--rank", str(data), str(cache)]
-    words += ["--random", str(random)] if random else []
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    words = ["--rank", data, cache, *(["--random", random] if random else [])]
+    done = subprocess.run(
+        torchrun(RANKS, "tools.lab.index_scale", *words), stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
