@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline import renamed
-from pipeline.errors import ArgumentParser, did_you_mean
+from pipeline.errors import ArgumentParser, UserError, did_you_mean
 from pipeline.parsing import (
     STRICT,
     Fraction,
@@ -30,6 +30,7 @@ from pipeline.parsing import (
     flatten,
 )
 from pipeline.recipe import following_fields, resize_with
+from pipeline.unused import unused_field
 
 OfChannels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=3)]
 PositiveOfChannels = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)]
@@ -109,12 +110,6 @@ class ModelConfig:
     freeze: NonNegative | None = None
     """Parts that do not train, batch-norm statistics included: 0: the stem; N: the stem and the first N blocks with the
     transitions after them."""
-
-    @model_validator(mode="after")
-    def _checksum_has_a_file(self) -> "ModelConfig":
-        if self.weights_sha256 and not self.weights:
-            raise ValueError("weights_sha256 is of the file that weights names: set model.weights too")
-        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -243,14 +238,6 @@ class DataConfig:
         """Whether training images are mixed in pairs."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
-    @model_validator(mode="after")
-    def _mixing_uses_what_is_given(self) -> "DataConfig":
-        if self.mix_prob != 1 and not self.mixes:
-            raise ValueError("mix_prob is of mixup and cutmix: set mixup_alpha or cutmix_alpha, or leave it out")
-        if self.mix_switch_prob != 0.5 and not (self.mixup_alpha and self.cutmix_alpha):
-            raise ValueError("mix_switch_prob is of mixup and cutmix together: set both alphas, or leave it out")
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _gray_has_a_mean_of_its_own(cls, given: Any) -> Any:
@@ -304,8 +291,6 @@ class DataConfig:
         greatest = 10 if self.auto_augment == "randaugment-timm" else 30
         if self.randaugment_magnitude > greatest:
             raise ValueError(f"randaugment_magnitude must be at most {greatest} with auto_augment {self.auto_augment}")
-        if self.randaugment_magnitude_std and self.auto_augment != "randaugment-timm":
-            raise ValueError("randaugment_magnitude_std is for auto_augment randaugment-timm: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -431,13 +416,9 @@ class OptimConfig:
         return self
 
     @model_validator(mode="after")
-    def _schedule_uses_what_is_given(self) -> "OptimConfig":
-        if self.min_lr and self.schedule not in ("cosine", "polynomial"):
-            raise ValueError(f"min_lr is of the schedules cosine and polynomial, not of {self.schedule}: leave it out")
+    def _rates_fit_the_schedule(self) -> "OptimConfig":
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must be at most lr ({self.lr})")
-        if self.poly_power != 1 and self.schedule != "polynomial":
-            raise ValueError(f"poly_power is of the schedule polynomial, not of {self.schedule}: leave it out")
         if self.warmup_epochs and self.schedule == "one_cycle":
             raise ValueError("the schedule one_cycle has a warm-up of its own: leave out warmup_epochs")
         return self
@@ -540,10 +521,6 @@ class Config:
                 "optim.objective: cross_entropy is for data.labels single, and they are multi: set optim.objective "
                 "binary_cross_entropy"
             )
-        if self.optim.bce_target_threshold is not None and self.optim.objective == "cross_entropy":
-            raise ValueError(
-                "optim.bce_target_threshold is of optim.objective binary_cross_entropy: set that, or leave it out"
-            )
         return self
 
     @model_validator(mode="after")
@@ -599,7 +576,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     data set.
 
     Raises:
-        UserError: the file is missing or no mapping, a key is unknown, or a value is not of the field's type.
+        UserError: the file is missing or no mapping, a key is unknown, a value is not of the field's type, or a field is given
+            that nothing reads (unused.py).
     """
     overrides = overrides or {}
     tree = SCHEMA.read(Path(path).expanduser())
@@ -609,8 +587,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         tree.pop("published", None)
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
-    followed = following_fields(flatten(dataclasses.asdict(Config())), (flatten(tree), overrides), held)
+    defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
+    followed = following_fields(defaults, (file, overrides), held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
+    if unused := unused_field(defaults, file, overrides, flatten(dataclasses.asdict(config))):
+        key, needs = unused
+        where = f"--{key}" if key in overrides else f"{path}: '{key}'"
+        raise UserError(f"{where} does nothing without {needs}: set that, or leave {key} out")
     return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
 
 

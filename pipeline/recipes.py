@@ -42,6 +42,7 @@ class Recipe:
 
 _FILTERS = ("Pillow's bicubic; in training bilinear or bicubic at random", "data.interpolation")
 _MIXED = ("with the batch in reverse order, with one share", "data.mixup_alpha")
+_WARM_UP = ("from epoch to epoch; the cosine counts them", "optim.warmup_epochs")  # of timm's scheduler
 # What the recipes of timm's script have in common.
 _OF_TIMM = {
     "data.resize_size": 235,
@@ -64,7 +65,6 @@ _STRIKES_BACK = {
     "optim.optimizer": "lamb",
     "optim.lr": 5e-3,
     "optim.weight_decay": 0.02,
-    "optim.warmup_epochs": 5.0,
 }
 
 
@@ -77,6 +77,7 @@ def _strikes_back(procedure: str, fields: Mapping[str, Any]) -> Recipe:
         elsewhere={
             "resize filter": _FILTERS,
             "mixup": (f"alpha {fields.get('data.mixup_alpha', 0.1)}, {_MIXED[0]}", _MIXED[1]),
+            "warm-up epochs": (f"5, {_WARM_UP[0]}", _WARM_UP[1]),
         },
     )
 
@@ -126,10 +127,13 @@ RECIPES: dict[str, Recipe] = {
             "optim.optimizer": "adamw",
             "optim.lr": 1e-3,
             "optim.weight_decay": 0.05,
-            "optim.warmup_epochs": 20.0,
             "optim.label_smoothing": 0.1,
         },
-        elsewhere={"resize filter": _FILTERS, "mixup": (f"alpha 0.8, {_MIXED[0]}", _MIXED[1])},
+        elsewhere={
+            "resize filter": _FILTERS,
+            "mixup": (f"alpha 0.8, {_MIXED[0]}", _MIXED[1]),
+            "warm-up epochs": (f"20, from 0.0001 {_WARM_UP[0]}", _WARM_UP[1]),
+        },
     ),
 }
 

@@ -118,7 +118,10 @@ def small_config(run_dir: Path, **sections: dict) -> Config:
     }
     for name, fields in sections.items():
         tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
-    tree["optim"].setdefault("milestones", [1] if tree["optim"]["epochs"] > 1 else [])
+    if tree["data"]["loader"] != "synthetic":
+        tree["data"] = {name: value for name, value in tree["data"].items() if not name.startswith("synthetic_")}
+    if tree["optim"].get("schedule", "step") == "step":
+        tree["optim"].setdefault("milestones", [1] if tree["optim"]["epochs"] > 1 else [])
     return from_dict(tree, "test")
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"pipeline.cpp", "pipeline.exits", "pipeline.machine"},
     {"pipeline.preemption"},
     {"pipeline.errors"},
-    {"pipeline.recipe", "pipeline.renamed"},
+    {"pipeline.recipe", "pipeline.renamed", "pipeline.unused"},
     {"pipeline.parsing"},
     {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking", "pipeline.run_dir"},
     {"pipeline.run_log"},

@@ -1,15 +1,20 @@
-"""What the laboratory's experiments on data make: tables, squares with labels, and sets of any size."""
+"""What the laboratory's experiments make: tables, squares with labels, sets of any size, and rows of an ablation."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import ttest_1samp
+from torchvision_sets import write_fashion_mnist
 
-from pipeline.config import DataConfig, from_dict
+from pipeline.api import fit
+from pipeline.config import DataConfig, from_dict, load_config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import scan_classes
-from tools.lab import archives, fine_tuning, index_scale, several_labels
+from tools.lab import ablation, archives, fine_tuning, index_scale, several_labels
+from tools.support.significance import paired_interval
 
 
 @pytest.fixture
@@ -54,6 +59,47 @@ def test_squares_have_the_labels_of_what_lies_on_them(gray_classes, tmp_path):
         assert set(np.unique(pixels)) <= {0, *seen}
     assert quarters == {0, 1, 2, 3} and len({row["labels"] for row in rows}) > 3
     from_dict(several_labels.recipe(tmp_path, 1), "recipe")  # which is valid
+
+
+@pytest.mark.slow
+def test_an_ablation_counts_finished_runs_and_compares_seed_by_seed(tmp_path, monkeypatch, capsys):
+    write_fashion_mnist(tmp_path / "set")
+    words = ["--rows", "cosine", "--seeds", "2", "--epochs", "1", "--images", "24", "--held-out", "12"]
+    words += ["--network", "densenet_bc22_k8", "--run-dir", str(tmp_path / "out")]
+    trained = []
+
+    def train(fields):  # in this process: another one takes seconds to start
+        trained.append(Path(fields["run_dir"]).name)
+        fit(load_config(ablation.CONFIG, fields))
+
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr("sys.argv", ["ablation", str(tmp_path / "set"), *words])
+    ablation.main()
+    assert trained == ["base-1", "cosine-1", "base-2", "cosine-2"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert capsys.readouterr().out.endswith(text)
+    assert text.count("; average (EMA)") == 2 and "12 held-out training images" in text
+    ablation.main()
+    assert capsys.readouterr().out == text and len(trained) == 4
+
+
+def test_the_rows_of_an_ablation_cost_the_same():
+    costs = set()
+    for _, changes in ablation.ROWS.values():
+        config = load_config(ablation.CONFIG, {**ablation.SHARED, **changes})
+        costs.add((config.optim.epochs, config.optim.batch_size, config.data.crop_size, config.data.train_sizes))
+    assert len(costs) == 1
+
+
+def test_a_difference_within_the_noise_is_called_so():
+    differences = [-1.0, -2.0, -3.0]
+    expected = ttest_1samp(differences, 0).confidence_interval(0.95)
+    mean, half = paired_interval(differences)
+    assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
+    base = [10.0, 12.0, 14.0]
+    for found, verdict in (([9.0, 10.9, 13.1], "better"), ([11.0, 13.1, 14.9], "worse"), ([9.0, 10.0, 11.0], "noise")):
+        assert verdict in ablation._compared(found, base)[-1]
+    assert ablation._compared([9.0], base) == ["-1.00", "-", "one seed says nothing"]
 
 
 @pytest.mark.parametrize("kind", index_scale.WRITERS)

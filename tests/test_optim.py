@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.hooks import Hook
 from pipeline.measured import decayed_parameters, momentum_text
 from pipeline.optim import TIMM, create_optimizer, learning_rate, load_state, set_learning_rate, state_of
+from pipeline.unused import WITHOUT_MOMENTUM
 
 STEPS = 5005
 
@@ -94,13 +95,11 @@ def test_a_polynomial_begins_after_the_warm_up_and_ends_at_its_floor():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"min_lr": 1e-5}, "min_lr is of the schedules cosine and polynomial, not of step"),
         ({"min_lr": 1.0, "schedule": "cosine"}, r"min_lr \(1.0\) must be at most lr"),
-        ({"poly_power": 2.0, "schedule": "cosine"}, "poly_power is of the schedule polynomial"),
         ({"schedule": "one_cycle", "warmup_epochs": 5}, "a warm-up of its own"),
     ],
 )
-def test_a_field_that_the_schedule_does_not_use_is_refused(tmp_path, fields, expected):
+def test_rates_that_do_not_fit_the_schedule_are_refused(tmp_path, fields, expected):
     with pytest.raises(UserError, match=expected):
         small_config(tmp_path, optim=fields)
 
@@ -162,6 +161,12 @@ def test_an_optimiser_of_timm_resumes_to_the_same_bits(tmp_path, name):
     load_state(second, cut, torch.load(tmp_path / "state.pt", weights_only=True))
     train_steps(cut, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_those_without_momentum_are_known(name):
+    group = create_optimizer(small_network(), OptimConfig(optimizer=name, momentum=0.77)).param_groups[0]
+    assert (0.77 in group.values()) == (name not in WITHOUT_MOMENTUM) and not group.get("nesterov")
 
 
 def test_lamb_follows_its_paper():

@@ -4,7 +4,9 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from conftest import REPOSITORY
+from timm.scheduler import CosineLRScheduler
 
 from pipeline import trainer
 from pipeline.audit import audit, differences
@@ -49,9 +51,17 @@ def test_a_configuration_follows_the_recipe_that_it_names(monkeypatch, capsys, p
 def test_a_modern_configuration_differs_from_its_recipe_in_what_its_header_says(path):
     config, header = load_config(path), path.read_text().split("model:")[0]
     odd = [row.part for row in differences(audit_recipe(config, RECIPES[config.published.recipe].ranks))]
-    no_depth = ["model.drop_path"] if "DenseNets have no stochastic depth" in header else []
-    assert "mixed with" in header and "resized with" in header
-    assert odd == [*no_depth, "resize filter", "mixup"]
+    words = " ".join(header.replace("#", "").split())
+    no_depth = ["model.drop_path"] if "DenseNets have no stochastic depth" in words else []
+    assert "mixed with" in words and "resized with" in words
+    assert odd == [*no_depth, "resize filter", "mixup", "warm-up epochs"]
+    optim, optimizer = config.optim, torch.optim.SGD([torch.zeros(1)], config.optim.lr)
+    theirs = CosineLRScheduler(
+        optimizer, optim.epochs, optim.min_lr, warmup_t=int(optim.warmup_epochs), warmup_lr_init=1e-4
+    )
+    theirs.step(int(optim.warmup_epochs))
+    begins = re.search(r"begins at ([\d.]+) % of it", words).group(1)
+    assert begins == f"{100 * optimizer.param_groups[0]['lr'] / optim.lr:.2f}"
 
 
 @pytest.mark.parametrize(

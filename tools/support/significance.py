@@ -1,8 +1,10 @@
-"""Statistics of error rates: confidence intervals, and a test of two networks on the same images."""
+"""Statistics of error rates: confidence intervals, and tests of two networks on the same images or from the same seeds."""
 
 import math
+import statistics
+from collections.abc import Sequence
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 Z95 = 1.959963984540054  # the normal distribution's quantile of 97.5 %
 
@@ -19,3 +21,14 @@ def mcnemar(only_first_wrong: int, only_second_wrong: int) -> float:
     """McNemar's exact test (1947): the two-sided p-value of this split if both networks were equally good."""
     differing = only_first_wrong + only_second_wrong
     return float(binomtest(only_first_wrong, differing).pvalue) if differing else 1.0
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean of paired differences, and half of its 95 % confidence interval (Student's t).
+
+    The half is infinite for one difference, of which nothing can be said.
+    """
+    n = len(differences)
+    if n < 2:
+        return statistics.mean(differences), math.inf
+    return statistics.mean(differences), float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
