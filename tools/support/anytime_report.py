@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,9 @@ def draw_curves(result: dict[str, Any]) -> Figure:
         if axes is by_work:
             summed = [budget["summed"] for budget in result["budgets"]]
             _line(axes, summed, key, scale, ".--", "#009e73", "budgets, summed softmax")
-        for row in result["beside"]:
-            if row[key] is not None:
-                axes.plot(row[key] / scale, row["top1_error"], "*" if row["measured"] else "^", color="black")
-                axes.annotate(
-                    row["name"],
-                    (row[key] / scale, row["top1_error"]),
-                    textcoords="offset points",
-                    xytext=(5, 5),
-                    fontsize=8,
-                )
+        beside = [(row, row[key] / scale) for row in result["beside"] if row[key] is not None]
+        for row, x in beside:
+            axes.plot(x, row["top1_error"], "*" if row["measured"] else "^", color="black")
         axes.set_ylabel("top-1 error, %")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # also where the axis spans less than a power of ten
@@ -87,6 +81,11 @@ def draw_curves(result: dict[str, Any]) -> Figure:
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         axes.margins(x=0.1, y=0.1)
+        middle = math.prod(axes.get_xlim()) ** 0.5
+        for row, x in beside:  # names point to the middle, so that none leaves the frame
+            place, side = ((5, 5), "left") if x < middle else ((-5, 5), "right")
+            at = (x, row["top1_error"])
+            axes.annotate(row["name"], at, textcoords="offset points", xytext=place, ha=side, fontsize=8)
         axes.legend()
     by_work.set(xlabel="million multiply-accumulates an image", title=result["model"])
     speed = f"images/s in batches of {result['batch_size']} ({result['device']}, {_threads(result)})"
@@ -238,5 +237,8 @@ def _html(result: dict[str, Any], curves: bytes, shown: Shown, index: DatasetInd
         page.gallery([thumbnails.figure(i, [("true", names[index.labels[i]])]) for i in chosen])
     for title, rows in _tables(result):
         page.heading(2, title)
-        page.table(rows)
+        if title == "Budgets":  # there are many, which scroll in a frame
+            page.sortable(rows, texts={1})
+        else:
+            page.table(rows)
     return page.text()
