@@ -148,6 +148,8 @@ def only_wrong(
 ) -> list[str]:
     """Images that the first network gets wrong and the second does not, the surest of its answers first."""
     (name, evaluation, index), (other_name, other, other_index) = wrong, right
+    if (short := _shortened(name, NAME)) != (other_short := _shortened(other_name, NAME)):
+        name, other_name = short, other_short
     answers = evaluation.top5[:, 0]
     rows = np.flatnonzero((answers != index.labels) & (other.top5[:, 0] == other_index.labels))
     surest = rows[np.argsort(-np.nan_to_num(evaluation.probability[rows]), kind="stable")][:DIFFERING]
@@ -155,8 +157,8 @@ def only_wrong(
         thumbnails.figure(
             i,
             [
-                (_shortened(name, NAME), _answer(evaluation, index, i)),
-                (_shortened(other_name, NAME), _answer(other, other_index, i)),
+                (name, _answer(evaluation, index, i)),
+                (other_name, _answer(other, other_index, i)),
                 ("true", index.classes[index.labels[i]]),
             ],
         )
