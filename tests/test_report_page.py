@@ -220,3 +220,17 @@ def test_imagenets_ids_are_given_their_names_and_the_data_stay_as_they_are(image
     assert any(title.startswith("true crane (n03126707), predicted tench: ") for title in page.texts("title"))
     assert "| tench" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["evaluations"] == json.loads(json.dumps([result]))
+
+
+def test_long_names_of_networks_are_shortened_only_where_they_stay_different(images):
+    for names, shown in (
+        (("first-" + "x" * 40, "second-" + "x" * 40), ("first-" + "x" * 17, "second-" + "x" * 16)),
+        (("x" * 40 + "-first", "x" * 40 + "-second"), ("x" * 40 + "-first", "x" * 40 + "-second")),
+    ):
+        results, evaluations = zip(*(evaluated(images, seed, name) for seed, name in enumerate(names)), strict=True)
+        rows = compare(list(results), list(evaluations), [images, images])
+        summary = {"about": {}, "evaluations": list(results), "comparisons": rows}
+        captions = Elements(to_html(summary, list(evaluations), [images, images])).texts("figcaption")
+        both = [caption for caption in captions if not caption.startswith("predicted")]
+        assert both and all(all(name in caption for name in shown) for caption in both)
+        assert ("\u2026" in both[0]) == (names != shown)
