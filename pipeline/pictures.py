@@ -12,7 +12,8 @@ CELL = 128  # pixels that an image gets
 MARGIN = 6
 TEXT = 16  # size of the letters, which stay legible on TensorBoard's cards, which halve the picture
 SMALL = 64  # images below this side are enlarged without smoothing, so that their pixels show
-GREEN, RED, GRAY, BLACK = (0, 110, 40), (190, 0, 0), (110, 110, 110), (0, 0, 0)
+# Blue and red differ for the colour-blind too. Whatever a colour says stands there in words as well.
+BLUE, RED, GRAY, BLACK = (0, 80, 170), (190, 0, 0), (95, 95, 95), (0, 0, 0)
 
 Line = tuple[str, tuple[int, int, int]]  # a line of a caption, and its colour
 
@@ -40,6 +41,11 @@ def draw_grid(images: Tensor, captions: Sequence[Sequence[Line]], columns: int) 
         for number, (text, color) in enumerate(caption):
             draw.text((left, top + CELL + number * line_height), _shortened(text, font), color, font)
     return np.asarray(sheet)
+
+
+def percent_text(probability: float) -> str:
+    """A probability in whole percent; one that rounds to 100 is not called certain, as an answer that is sure may be wrong."""
+    return "> 99 %" if 0.995 <= probability < 1 else f"{100 * probability:.0f} %"
 
 
 def _fitted(image: Image.Image) -> Image.Image:

@@ -177,6 +177,10 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
             title in text for title in ("Answers at any time", "Budgets", "Other networks", "Easy and hard images")
         )
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("error.png", "easy-and-hard.png"))
+    _, at = by_loops(held_out[0].confidence, own[0].confidence, 1.0)
+    right = [own[0].classes[k, i] == test.labels[i] for i, k in enumerate(at)]
+    shown = [sum(r and k == exit for r, k in zip(right, at, strict=True)) for exit in (0, max(at))]
+    assert text.count("<figcaption>") == sum(shown)  # pictures that a narrow page wraps, each with its class
 
     # The same budget classifies files, at its dearest and at its cheapest.
     dearest = max(report["budgets"], key=lambda b: b["multiply_accumulates"])

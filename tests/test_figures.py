@@ -1,6 +1,7 @@
 """tools.figures makes its pictures from real run directories, and the facts that it draws are right."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from pipeline import trainer
 from pipeline.models import create_model
-from tools.figures import Run, draw_curves, draw_imagenet, draw_small_images, main, read_run, runs_in
+from tools.figures import Run, comparable, draw_curves, draw_imagenet, draw_small_images, main, read_run, runs_in
 from tools.support.facts import multiply_accumulates, on_meta, parameters
 
 # Billions of multiply-accumulates of convolutions and linear layers at 224 and at 32 pixels.
@@ -150,11 +151,20 @@ def test_panels_are_of_the_users_data_and_hold_every_name(tmp_path):
         assert [axes.get_title() for axes in panels] == titles
         for axes in panels:
             frame = axes.get_window_extent()
-            for name in axes.texts:
-                box = name.get_window_extent()
+            names = {name: name.get_window_extent() for name in axes.texts}
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(names.values(), 2))
+            assert axes.get_legend().get_window_extent().y1 < frame.y0  # where it hides no point
+            looks = [
+                (line.get_color(), line.get_marker()) for line in axes.lines if line.get_label().startswith("ours")
+            ]
+            assert len(set(looks)) == len(looks)
+            for name, box in names.items():
                 assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, name
             assert axes.get_xlim()[0] == 0 and len(axes.get_legend().get_texts()) <= 6
-    assert points(panels[0])["ours: 60 runs"][0] == (points(panels[0])["ours: 60 runs"][0][0], 5.0)
+    assert points(panels[0])["ours: 60 runs, the best r0"][0][1] == 5.0
+    assert comparable(own) == [] and comparable([*own, *runs]) == runs  # one network, and no other to set it beside
+    larger = run_of("larger", [9.0], model={"name": "densenet_bc10_k4"})
+    assert comparable([*own, larger]) == [*own, larger]
 
 
 def test_several_labels_have_a_panel_of_their_own(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 LAYERS = [
-    {"pipeline.cpp", "pipeline.exits", "pipeline.machine"},
+    {"pipeline.class_names", "pipeline.cpp", "pipeline.exits", "pipeline.machine"},
     {"pipeline.preemption"},
     {"pipeline.errors"},
     {"pipeline.recipe", "pipeline.renamed", "pipeline.unused"},

@@ -26,7 +26,7 @@ from pipeline.evaluation import evaluate
 from pipeline.hooks import Hook
 from pipeline.hooks.pictures import SAMPLES, _answers, _classes, _validation_samples
 from pipeline.monitor import Monitor
-from pipeline.pictures import BLACK, CELL, GREEN, MARGIN, RED, TEXT, draw_grid
+from pipeline.pictures import BLACK, BLUE, CELL, MARGIN, RED, TEXT, draw_grid, percent_text
 from pipeline.provenance import commit
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -54,6 +54,12 @@ def test_a_grid_has_each_image_in_its_cell_and_its_words_below():
     assert (grid[:, width : width + MARGIN] == 255).all()  # no word runs into the next cell
     wide = draw_grid(torch.rand(1, 3, 50, 200), [[("", BLACK)]], columns=1)
     assert (wide[MARGIN : MARGIN + 40, MARGIN : MARGIN + CELL] == 225).all()  # equal frames, nothing stretched
+
+
+def test_no_answer_is_called_certain_by_rounding():
+    assert [percent_text(p) for p in (0, 0.004, 0.5, 0.9949, 0.9951, 1)] == [
+        "0 %", "0 %", "50 %", "99 %", "> 99 %", "100 %"
+    ]  # fmt: skip
 
 
 class Answers(Hook):
@@ -90,8 +96,9 @@ def check_captions(hook):
     for row, values, caption in zip(rows, logits, hook.captions, strict=True):
         (said, color), (true, _) = caption
         best, label = int(values.argmax()), int(hook.index.labels[row])
-        assert said == f"{hook.index.classes[best]} {100 * values.exp()[best] / values.exp().sum():.0f} %"
-        assert true == f"true {hook.index.classes[label]}" and color == (GREEN if best == label else RED)
+        assert said == f"{hook.index.classes[best]} {percent_text(float(values.softmax(0)[best]))}"
+        assert true == ("right" if best == label else f"true {hook.index.classes[label]}")
+        assert color == (BLUE if best == label else RED)
 
 
 @pytest.mark.slow
@@ -107,7 +114,7 @@ def test_of_several_exits_the_last_one_answers(tmp_path):
 def test_validation_answers_are_those_of_the_evaluation(trained):
     _, hook = trained
     check_captions(hook)
-    assert {color for (_, color), _ in hook.captions} == {GREEN, RED}
+    assert {color for (_, color), _ in hook.captions} == {BLUE, RED}
     assert [words for words, _ in hook.mixed[0]] == ["class0", ""]  # the first image is as it was
     assert [words for words, _ in hook.mixed[-1]] == ["class2", "50 % class0"]
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
+from pipeline.class_names import human_names, short_names
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import create_model
@@ -160,8 +161,11 @@ def test_a_csv_file_holds_the_same_answers_however_many_images_are_known_at_once
 
 
 def test_all_of_imagenets_classes_have_names():
-    assert len(predict.human_names(imagenet_ids())) == 1000
-    assert predict.human_names(("bag", "n123", "shirt")) == {}
+    assert len(human_names(imagenet_ids())) == 1000
+    assert human_names(("bag", "n123", "shirt")) == {}
+    short = short_names([*imagenet_ids(), "bag", "n99999999"])
+    assert len(set(short)) == 1002 and short[0] == "tench" and short[-2:] == ["bag", "n99999999"]
+    assert {"crane (n02012849)", "crane (n03126707)"} <= set(short)  # the bird and the machine
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The page of tools.evaluate --report: its numbers against other computations, and what a browser is given."""
 
 import collections
+import dataclasses
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -15,7 +17,7 @@ from pipeline.metrics import Score
 from tools.evaluate import by_class, compare, errors
 from tools.support.calibration import BINS, calibration
 from tools.support.confusion import GROUPS, between_groups, confusion_matrix, group_classes
-from tools.support.evaluation_report import to_html
+from tools.support.evaluation_report import to_html, write_report
 
 VOID = {"meta", "img"}
 
@@ -202,3 +204,33 @@ def test_the_table_of_classes_can_be_sorted(images):
         others = collections.Counter(images.classes[k] for k in answers if k >= 0 and images.classes[k] != name)
         assert int(instead.rpartition("(")[2][:-1]) == max(others.values())
         assert others[instead.rpartition(" (")[0]] == max(others.values())
+
+
+def test_imagenets_ids_are_given_their_names_and_the_data_stay_as_they_are(images, tmp_path):
+    """Two of the classes share their first name, so that the id tells them apart."""
+    ids = ("n02012849", "n03126707", "n01440764", "dress")
+    index = dataclasses.replace(images, classes=ids)
+    result, evaluation = evaluated(index, 0, "net")
+    assert {row["class"] for row in result["by_class"]} == set(ids)
+    write_report(tmp_path, {"about": {}, "evaluations": [result], "comparisons": []}, [evaluation], [index])
+    page = Elements((tmp_path / "report.html").read_text())
+    called = {"crane (n02012849)", "crane (n03126707)", "tench", "dress"}
+    assert called <= set(page.texts("td")) and not set(ids[:3]) & set(page.texts("td"))
+    assert any("true tench" in caption for caption in page.texts("figcaption"))
+    assert any(title.startswith("true crane (n03126707), predicted tench: ") for title in page.texts("title"))
+    assert "| tench" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["evaluations"] == json.loads(json.dumps([result]))
+
+
+def test_long_names_of_networks_are_shortened_only_where_they_stay_different(images):
+    for names, shown in (
+        (("first-" + "x" * 40, "second-" + "x" * 40), ("first-" + "x" * 17, "second-" + "x" * 16)),
+        (("x" * 40 + "-first", "x" * 40 + "-second"), ("x" * 40 + "-first", "x" * 40 + "-second")),
+    ):
+        results, evaluations = zip(*(evaluated(images, seed, name) for seed, name in enumerate(names)), strict=True)
+        rows = compare(list(results), list(evaluations), [images, images])
+        summary = {"about": {}, "evaluations": list(results), "comparisons": rows}
+        captions = Elements(to_html(summary, list(evaluations), [images, images])).texts("figcaption")
+        both = [caption for caption in captions if not caption.startswith("predicted")]
+        assert both and all(all(name in caption for name in shown) for caption in both)
+        assert ("\u2026" in both[0]) == (names != shown)

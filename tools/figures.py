@@ -2,7 +2,8 @@
 
 For the given runs: training curves, error against parameters (the paper's Figure 4) and, for runs on ImageNet, error against
 parameters and multiply-accumulates (Figure 3), beside what the paper reports. For each run and each file of weights: the
-reuse of features (Figure 5). Of data sets without a run nothing is drawn.
+reuse of features (Figure 5). Of data sets without a run nothing is drawn, nor error against parameters where all networks
+are the same.
 """
 
 import math
@@ -12,7 +13,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from torch import nn
 
 from pipeline.audit import setting_for
@@ -29,8 +32,12 @@ from tools.support.facts import multiply_accumulates, network_without_weights, o
 from tools.support.outputs import writable_folder
 from tools.support.weights_arguments import short_names
 
-MANY = 10  # more runs than that have not each a colour and a line in the legend
-BEST = 7  # runs of many that have: as many colours as are not gray
+# Okabe and Ito's colours, which the colour-blind tell apart; each run has a marker of its own beside.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vPX<>*"
+NAME_PLACES = ((6, 5, "left"), (6, -11, "left"), (6, 16, "left"), (-6, -11, "right"), (6, -22, "left"))  # in points
+MANY = len(MARKERS)  # more runs than that have not each a line in the legend
+BEST = len(COLORS)  # runs of many that have
 
 Points = list[tuple[str, tuple[float, float]]]  # names, which may be alike, with x and error
 
@@ -127,7 +134,7 @@ def main() -> None:
     if runs:
         written.append(save(draw_curves(runs), output / "curves.png"))
         with_errors = [run for run in runs if run.measure is ERROR]
-        if small := [run for run in with_errors if run.data != "ImageNet"]:
+        if small := comparable([run for run in with_errors if run.data != "ImageNet"]):
             written.append(save(draw_small_images(small), output / "parameters.png"))
         if large := [run for run in with_errors if run.data == "ImageNet"]:
             written.append(save(draw_imagenet(large), output / "imagenet.png"))
@@ -180,9 +187,10 @@ def draw_curves(runs: list[Run]) -> Figure:
             if run not in shown:
                 draw_curve(axes, run, "val/", "_others", color="lightgray", linewidth=0.8, markersize=0, zorder=1)
         for number, run in enumerate(shown):
-            draw_curve(axes, run, "val/", run.name, color=f"C{number}")
+            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number]}
+            draw_curve(axes, run, "val/", run.name, **look)
             if not many:
-                style = {"color": f"C{number}", "linestyle": "--", "markerfacecolor": "white"}
+                style = {**look, "linestyle": "--", "markerfacecolor": "white"}
                 draw_curve(axes, run, "epoch/train_", f"_{run.name}, training", **style)
         draw_published(axes, shown)
         longest = max(epochs_done(run.epochs[-1]) for run in own)
@@ -219,7 +227,7 @@ def draw_published(axes: Axes, runs: list[Run]) -> None:
         if value is not None:
             unit = " %" if run.measure is ERROR else ""
             label = f"{published.source or 'published'}: {value}{unit}{on_test_images(run)}"
-            lines.setdefault(label, (value, f"C{number}"))
+            lines.setdefault(label, (value, COLORS[number % len(COLORS)]))
     for label, (value, color) in lines.items():
         axes.axhline(value, linestyle=":", color=color, label=label)
 
@@ -229,24 +237,34 @@ def on_test_images(run: Run) -> str:
     return " (test images)" if run.config.data.holdout else ""
 
 
+def comparable(runs: list[Run]) -> list[Run]:
+    """The runs on data sets of which networks of two sizes or more are known: a single size says nothing about sizes."""
+    sizes: dict[str, set[str]] = {}
+    for run in runs:
+        sizes.setdefault(run.data, set()).add(run.config.model.name)
+    return [run for run in runs if run.data in published.COLUMNS or len(sizes[run.data]) > 1]
+
+
 def draw_small_images(runs: list[Run]) -> Figure:
     """Error against parameters: a panel for each data set on which there are runs."""
     panels = list(dict.fromkeys(run.data for run in runs))
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6 * columns, 5 * rows), layout="constrained")
+    figure = Figure(figsize=(6 * columns, 6 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes in list(grid)[len(panels) :]:
         axes.axis("off")
+    named: list[tuple[Axes, Points]] = []
     for title, axes in zip(panels, figure.axes, strict=False):
         points = draw_papers_points(axes, title) if title in published.COLUMNS else []
         own = [run for run in runs if run.data == title]
         sizes = [millions(parameters(run.network())) for run in own]
-        points += draw_own(axes, own, sizes)
+        draw_own(axes, own, sizes)
         if title not in published.COLUMNS:
             points += draw_their_published(axes, own, sizes)
         axes.set(xlabel="million parameters", ylabel="top-1 error, %", title=title)
-        finish(axes, points)
+        named.append((axes, points))
+    finish(figure, named)
     return figure
 
 
@@ -305,7 +323,7 @@ def draw_imagenet(runs: list[Run]) -> Figure:
         ("DenseNet, paper", "o", densenets),
         ("ResNet, fb.resnet.torch", "^", resnets),
     ]
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     by_size, by_work = figure.subplots(1, 2)
     named: tuple[Points, Points] = ([], [])
     for label, marker, networks in series:
@@ -314,48 +332,62 @@ def draw_imagenet(runs: list[Run]) -> Figure:
         named[0].extend(draw_points(by_size, sizes, marker, label))
         named[1].extend(draw_points(by_work, work, marker, label))
     own = [millions(parameters(run.network())) for run in runs]
-    named[0].extend(draw_own(by_size, runs, own))
+    draw_own(by_size, runs, own)
     own = [multiply_accumulates(run.network(), run.config.data.crop_size) / 1e9 for run in runs]
-    named[1].extend(draw_own(by_work, runs, own))
+    draw_own(by_work, runs, own)
     by_size.set(xlabel="million parameters", ylabel="top-1 error, %")
     by_work.set(xlabel="billion multiply-accumulates at 224 x 224, or at a run's own crop", ylabel="top-1 error, %")
-    for axes, points in zip((by_size, by_work), named, strict=True):
-        finish(axes, points)
+    finish(figure, list(zip((by_size, by_work), named, strict=True)))
     return figure
 
 
-def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> Points:
-    """A star for each run; of many one series, of which the best has its name. Returns the points to be named."""
-    points = [(run.name, (x, run.error)) for run, x in zip(runs, xs, strict=True)]
+def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> None:
+    """A point for each run, named in the legend alone, as runs of one network stand close; of many one series."""
+    errors = [run.error for run in runs]
     if len(runs) > MANY:
-        draw_stars(axes, points, f"ours: {len(runs)} runs")
-        return [min(points, key=lambda point: point[1][1])]
-    for run, point in zip(runs, points, strict=True):
-        draw_stars(axes, [point], run.label)
-    return points
-
-
-def draw_stars(axes: Axes, points: Points, label: str) -> None:
-    axes.plot(*zip(*(point for _, point in points), strict=True), "*", markersize=12, label=label)
+        best = runs[errors.index(min(errors))].name
+        axes.plot(
+            xs, errors, "*", color="black", markersize=10, zorder=5, label=f"ours: {len(runs)} runs, the best {best}"
+        )
+        return
+    for number, (run, x) in enumerate(zip(runs, xs, strict=True)):
+        look = {"color": COLORS[-1 - number % len(COLORS)], "marker": MARKERS[-1 - number]}
+        axes.plot([x], [run.error], linestyle="", markersize=10, zorder=5, label=run.label, **look)  # type: ignore[arg-type]
 
 
 def draw_points(axes: Axes, points: Points, marker: str, label: str) -> Points:
     """Points of others, of which several are joined; returns them to be named."""
     ordered = sorted(point for _, point in points)
-    axes.plot(*zip(*ordered, strict=True), marker=marker, markersize=6, label=label)
+    color = COLORS[len(axes.lines) // 2 % len(COLORS)]
+    axes.plot(*zip(*ordered, strict=True), color=color, marker=marker, markersize=6, label=label)
+    axes.plot(*zip(*ordered, strict=True), marker, color=color, markersize=6, zorder=4, label="_")  # above the names
     return points
 
 
-def finish(axes: Axes, points: Points) -> None:
-    """Name the points, towards the middle so that no name leaves the frame, and choose the limits of the axes."""
-    axes.margins(y=0.12)
-    axes.set_xlim(0, 1.12 * axes.dataLim.x1)
-    middle = sum(axes.get_xlim()) / 2
-    for name, (x, error) in points:
-        offset, side = ((6, 5), "left") if x < middle else ((-6, 5), "right")
-        axes.annotate(name, (x, error), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+def finish(figure: Figure, panels: list[tuple[Axes, Points]]) -> None:
+    """Set the limits of the axes, put the legends below, where they hide no point, and name the points.
+
+    A name stands right above its point, where falling lines leave room, or at the first other place that no name has taken.
+    """
+    for axes, _ in panels:
+        axes.margins(y=0.12)
+        axes.set_xlim(0, 1.25 * axes.dataLim.x1)  # so that no name leaves the frame
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.11))
+    figure.draw_without_rendering()  # the panels have their size from here on
+    halo = [withStroke(linewidth=2.5, foreground="white")]  # so that no line runs through a letter
+    for axes, points in panels:
+        taken: list[Bbox] = []
+        for name, at in sorted(points, key=lambda point: point[1][1]):
+            for x, y, side in NAME_PLACES:
+                label = axes.annotate(
+                    name, at, (x, y), textcoords="offset points", ha=side, fontsize=7.5, path_effects=halo
+                )
+                box = label.get_window_extent()
+                if not any(box.overlaps(other) for other in taken) or (x, y, side) == NAME_PLACES[-1]:
+                    break
+                label.remove()
+            taken.append(box)
 
 
 def millions(count: int) -> float:

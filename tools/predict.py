@@ -10,12 +10,11 @@ import csv
 import dataclasses
 import json
 import os
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.budget import Budgeted
+from pipeline.class_names import human_names
 from pipeline.config import DataConfig
 from pipeline.data.folder import FolderSource
 from pipeline.data.image_files import (
@@ -54,7 +54,6 @@ from tools.support.weights_arguments import add_weights_arguments, read_weights_
 BATCH_SIZE = 32
 AT_ONCE = 4096  # images that are indexed together
 HEADER_THREADS = 16  # reading headers waits for the disk
-WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def main() -> None:
@@ -238,20 +237,6 @@ def predict(
         of_batch = logits.sigmoid() if data.labels == "multi" else logits.softmax(dim=1)
         for i, probabilities in zip(batch.ids.tolist(), of_batch.cpu(), strict=True):
             yield index.location(i), probabilities
-
-
-def human_names(classes: tuple[str, ...]) -> dict[str, str]:
-    """English names of the classes that are WordNet ids."""
-    ids = [name for name in classes if WORDNET_ID.fullmatch(name)]
-    if not ids:
-        return {}
-    from timm.data import ImageNetInfo  # takes seconds to import
-
-    names, info = {}, ImageNetInfo()
-    for name in ids:
-        with suppress(KeyError):  # an id that timm does not know
-            names[name] = info.label_name_to_description(name)
-    return names
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.class_names import short_names
 from pipeline.data.loader import Batch, EvaluationLoader, Shard
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.hooks.hook import EpochResult, Hook, Training
 from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import last_exit
-from pipeline.pictures import BLACK, GRAY, GREEN, RED, Line, draw_grid
+from pipeline.pictures import BLACK, BLUE, GRAY, RED, Line, draw_grid, percent_text
 from pipeline.run import Run
 
 SAMPLES, COLUMNS = 10, 5  # images in a picture: as many as are legible on one of TensorBoard's cards
@@ -75,7 +77,7 @@ def _classes(run: Run, batch: Batch) -> list[list[Line]]:
 
 @torch.inference_mode()
 def _answers(run: Run, batch: Batch) -> list[list[Line]]:
-    """For each image what the network says, in green or red, and what is true."""
+    """For each image what the network says, in blue if it is right, else in red with what is true."""
     network = _judged(run)
     was_training = network.training
     network.eval()
@@ -86,9 +88,15 @@ def _answers(run: Run, batch: Batch) -> list[list[Line]]:
     for row, label in zip(logits, batch.labels.cpu(), strict=True):
         answer = (row > 0).to(label.dtype) if several else row.argmax()
         probability = row.sigmoid().max() if several else row.softmax(dim=0).max()
-        said = f"{_names(run, answer)} {100 * probability:.0f} %" if math.isfinite(probability) else "no finite answer"
+        said = (
+            f"{_names(run, answer)} {percent_text(float(probability))}"
+            if math.isfinite(probability)
+            else "no finite answer"
+        )
         right = bool(torch.equal(answer, label)) and math.isfinite(probability)
-        captions.append([(said, GREEN if right else RED), (f"true {_names(run, label)}", GRAY)])
+        captions.append(
+            [(said, BLUE), ("right", GRAY)] if right else [(said, RED), (f"true {_names(run, label)}", RED)]
+        )
     return captions
 
 
@@ -100,7 +108,12 @@ def _judged(run: Run) -> nn.Module:
 def _names(run: Run, label: Tensor) -> str:
     """The class of a label; of a row of several all that it has."""
     numbers: Iterable[int] = label.nonzero().flatten().tolist() if label.dim() else [int(label)]
-    return ", ".join(run.conditions.classes[k] for k in numbers) or "none"
+    return ", ".join(_called(tuple(run.conditions.classes))[k] for k in numbers) or "none"
+
+
+@cache
+def _called(classes: tuple[str, ...]) -> list[str]:
+    return short_names(classes)
 
 
 def _shown(run: Run, images: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def where(results: dict[str, Any]) -> str:
+    """What stands over a picture, which may be seen alone."""
+    return f"{machine_line(results['machine'])} On {results['device']}."
+
+
 def title(measured: dict[str, Any]) -> str:
     return f"{measured['model']}, batch {measured['batch_size']}, {measured['size']} px, {measured['precision']}"
 
@@ -104,6 +109,7 @@ def plot_implementations(results: dict[str, Any], file: Path) -> None:
             axes.set_xlabel(label)
         speed.invert_yaxis()
         speed.set_title(title(measured), loc="left")
+    figure.suptitle(where(results), fontsize=9)
     figure.savefig(file, dpi=120)
 
 
@@ -119,9 +125,10 @@ def plot_growth(results: dict[str, Any], file: Path) -> bool:
         draw_lines(time, points, "median_s", 1)
         draw_lines(memory, points, "memory_bytes", 2**20)
         time.set_title(what, loc="left")
-        time.set(xlabel=unit, ylabel=f"s per {'step' if results['task'] == 'step' else 'pass'}")
+        time.set(xlabel=unit, ylabel=f"seconds per {'step' if results['task'] == 'step' else 'pass'}")
         memory.set(xlabel=unit, ylabel="memory, MiB")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.suptitle(where(results), fontsize=9)
     figure.savefig(file, dpi=120)
     return True
 

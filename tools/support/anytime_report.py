@@ -1,25 +1,28 @@
 """The results of tools/anytime.py as text, Markdown, JSON, figures and an HTML page."""
 
 import base64
-import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from pipeline.budget import Answers, leaves_at
+from pipeline.class_names import short_names
 from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from tools.support.budgets import limits_of
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME
-from tools.support.report_page import Page
+from tools.support.report_page import Page, Thumbnails
 
 Table = tuple[list[str], list[list[str]]]
+Shown = list[tuple[str, list[int]]]  # titles with positions of images
 
 SHOWN = 12  # images that left at an exit
 EVEN = 1.0  # q of the budget by which they are shown: equally many leave at each exit
@@ -39,67 +42,79 @@ def write_report(folder: Path, result: dict[str, Any], answers: Answers, index: 
     """
     (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     pictures = {"error.png": ("Error against cost", draw_curves(result))}
+    shown: Shown = []
     budget = next((b for b in result["budgets"] if b["q"] == EVEN), None)
     if budget:
         at = leaves_at(answers.confidence, limits_of(budget))
         right = answers.classes[at, np.arange(len(at))] == index.labels
-        pictures["easy-and-hard.png"] = ("Easy and hard images", draw_easy_and_hard(at, right, index))
+        shown = easy_and_hard(at, right, index.labels)
+        pictures["easy-and-hard.png"] = ("Easy and hard images", draw_easy_and_hard(shown, index))
     for name, (_, picture) in pictures.items():
         picture.savefig(folder / name, dpi=110)
     lines = ["# Answers at any time", "", *_sections(result, heading="## ")]
     for name, (title, _) in pictures.items():
         lines += ["", f"## {title}", "", f"![{title}]({name})"]
     (folder / "report.md").write_text("\n".join(lines) + "\n", **ANY_NAME)
-    (folder / "report.html").write_text(_html(folder, result, pictures), **ANY_NAME)
+    curves = (folder / "error.png").read_bytes()
+    (folder / "report.html").write_text(_html(result, curves, shown, index), **ANY_NAME)
     print(f"report: {folder / 'report.html'}")
 
 
 def draw_curves(result: dict[str, Any]) -> Figure:
     """Top-1 error against multiply-accumulates and against measured images/s: exits, budgets and other networks."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    by_work, by_speed = figure.subplots(1, 2)
+    figure = Figure(figsize=(6.5, 9), layout="constrained")  # one above the other, so that a narrow page shows them too
+    by_work, by_speed = figure.subplots(2, 1)
     for axes, key in ((by_work, "multiply_accumulates"), (by_speed, "images_per_second")):
         scale = 1e6 if axes is by_work else 1
-        _line(axes, result["exits"], key, scale, "o-", "exits, at any time")
-        _line(axes, result["budgets"], key, scale, ".-", "budgets")
+        _line(axes, result["exits"], key, scale, "o-", "#0072b2", "exits, at any time")
+        _line(axes, result["budgets"], key, scale, ".-", "#d55e00", "budgets")
         if axes is by_work:
             summed = [budget["summed"] for budget in result["budgets"]]
-            _line(axes, summed, key, scale, ".--", "budgets, summed softmax")
-        for row in result["beside"]:
-            if row[key] is not None:
-                axes.plot(row[key] / scale, row["top1_error"], "*" if row["measured"] else "^", color="black")
-                axes.annotate(
-                    row["name"],
-                    (row[key] / scale, row["top1_error"]),
-                    textcoords="offset points",
-                    xytext=(5, 5),
-                    fontsize=7,
-                )
+            _line(axes, summed, key, scale, ".--", "#009e73", "budgets, summed softmax")
+        beside = [(row, row[key] / scale) for row in result["beside"] if row[key] is not None]
+        for row, x in beside:
+            axes.plot(x, row["top1_error"], "*" if row["measured"] else "^", color="black")
         axes.set_ylabel("top-1 error, %")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # also where the axis spans less than a power of ten
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
         axes.margins(x=0.1, y=0.1)
+        middle = math.prod(axes.get_xlim()) ** 0.5
+        for row, x in beside:  # names point to the middle, so that none leaves the frame
+            place, side = ((5, 5), "left") if x < middle else ((-5, 5), "right")
+            at = (x, row["top1_error"])
+            axes.annotate(row["name"], at, textcoords="offset points", xytext=place, ha=side, fontsize=8)
         axes.legend()
     by_work.set(xlabel="million multiply-accumulates an image", title=result["model"])
     speed = f"images/s in batches of {result['batch_size']} ({result['device']}, {_threads(result)})"
-    by_speed.set(xlabel=speed, title="measured")
+    by_speed.set(xlabel=speed, title="measured: more to the right is faster")
     return figure
 
 
-def draw_easy_and_hard(at: np.ndarray, right: np.ndarray, index: DatasetIndex) -> Figure:
+def easy_and_hard(at: np.ndarray, right: np.ndarray, labels: np.ndarray) -> Shown:
     """Images that are answered right at the first exit, and such as are answered right at the last one.
 
     Args:
         at: (N) the exit, from 0, at which each image left.
         right: (N) whether the answer was right.
     """
+    shown = []
+    for exit, words in ((0, "first"), (at.max(initial=0), "last")):
+        found = np.flatnonzero(right & (at == exit))
+        found = found[np.argsort(labels[found], kind="stable")]  # so that all classes are shown
+        chosen = found[np.linspace(0, len(found) - 1, min(SHOWN, len(found))).astype(np.int64)]
+        shown.append((f"answered right at the {words} exit ({len(found):,} images)", chosen.tolist()))
+    return shown
+
+
+def draw_easy_and_hard(shown: Shown, index: DatasetIndex) -> Figure:
     figure = Figure(figsize=(SHOWN, 3.2), layout="constrained")
     parts, reader = figure.subfigures(2, 1, squeeze=False)[:, 0], Reader(index)
-    for part, exit, words in zip(parts, (0, at.max(initial=0)), ("first", "last"), strict=True):
-        found = np.flatnonzero(right & (at == exit))
-        found = found[np.argsort(index.labels[found], kind="stable")]  # so that all classes are shown
-        chosen = found[np.linspace(0, len(found) - 1, min(SHOWN, len(found))).astype(np.int64)]
-        part.suptitle(f"answered right at the {words} exit ({len(found):,} images)", fontsize=9)
-        for axes, i in zip(part.subplots(1, SHOWN), [*chosen.tolist(), *[None] * (SHOWN - len(chosen))], strict=True):
+    for part, (title, chosen) in zip(parts, shown, strict=True):
+        part.suptitle(title, fontsize=9)
+        for axes, i in zip(part.subplots(1, SHOWN), [*chosen, *[None] * (SHOWN - len(chosen))], strict=True):
             axes.set_axis_off()
             if i is not None:
                 axes.imshow(np.asarray(decode(reader.read(i), index.location(i))))
@@ -107,10 +122,10 @@ def draw_easy_and_hard(at: np.ndarray, right: np.ndarray, index: DatasetIndex) -
     return figure
 
 
-def _line(axes: Axes, rows: list[dict[str, Any]], key: str, scale: float, style: str, label: str) -> None:
+def _line(axes: Axes, rows: list[dict[str, Any]], key: str, scale: float, style: str, color: str, label: str) -> None:
     points = sorted((row[key] / scale, row["top1_error"]) for row in rows)
     if points:
-        axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=5)
 
 
 def _sections(r: dict[str, Any], heading: str) -> list[str]:
@@ -202,15 +217,28 @@ def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]]) -> str:
     )
 
 
-def _html(folder: Path, result: dict[str, Any], pictures: dict[str, tuple[str, Figure]]) -> str:
+def _html(result: dict[str, Any], curves: bytes, shown: Shown, index: DatasetIndex) -> str:
+    """One page with its pictures embedded.
+
+    Args:
+        curves: a PNG file.
+    """
     page = Page("Answers at any time")
     page.lines([_about(result), *([f"training: {result['training']}"] if result["training"] else [])])
-    for name, (title, _) in pictures.items():
-        source = base64.b64encode((folder / name).read_bytes()).decode()
-        page.heading(2, title)
-        page.add(f'<img style="max-width: 100%" src="data:image/png;base64,{source}" alt="{html.escape(title)}">')
+    page.lines([line for row in result["beside"] if (line := _comparison(row, result["budgets"]))])
+    page.heading(2, "Error against cost")
+    source = base64.b64encode(curves).decode()
+    page.add(f'<img style="max-width: 100%" src="data:image/png;base64,{source}" alt="error against cost">')
+    if shown:
+        page.heading(2, "Easy and hard images")
+    thumbnails, names = Thumbnails(index), short_names(index.classes)
+    for title, chosen in shown:
+        page.heading(3, title[0].upper() + title[1:])
+        page.gallery([thumbnails.figure(i, [("true", names[index.labels[i]])]) for i in chosen])
     for title, rows in _tables(result):
         page.heading(2, title)
-        page.table(rows)
-    page.lines([line for row in result["beside"] if (line := _comparison(row, result["budgets"]))])
+        if title == "Budgets":  # there are many, which scroll in a frame
+            page.sortable(rows, texts={1})
+        else:
+            page.table(rows)
     return page.text()

@@ -1,10 +1,12 @@
 """The results of tools/evaluate.py as text, Markdown, JSON and an HTML page (report_page.py)."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.class_names import short_names
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
@@ -36,9 +38,27 @@ def write_report(
 ) -> None:
     """Write report.json, report.md and report.html."""
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary, indexes = in_english(summary, indexes)
     (folder / "report.md").write_text(to_markdown(summary), **ANY_NAME)
     (folder / "report.html").write_text(to_html(summary, evaluations, indexes), **ANY_NAME)
     print(f"report: {folder / 'report.html'}")
+
+
+def in_english(summary: dict[str, Any], indexes: list[DatasetIndex]) -> tuple[dict[str, Any], list[DatasetIndex]]:
+    """The same with names in place of the ids of ImageNet's classes, as pages show them."""
+    results = []
+    for result, index in zip(summary["evaluations"], indexes, strict=True):
+        called = dict(zip(index.classes, short_names(index.classes), strict=True))
+        tables = {
+            table: [
+                {**row, **{key: called[row[key]] for key in ("class", "answer") if key in row}} for row in result[table]
+            ]
+            for table in ("by_class", "confusions")
+            if table in result
+        }
+        results.append(result | tables)
+    renamed = [dataclasses.replace(index, classes=tuple(short_names(index.classes))) for index in indexes]
+    return summary | {"evaluations": results}, renamed
 
 
 def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -96,8 +116,9 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
     """One HTML page with its pictures embedded."""
     results, first = summary["evaluations"], summary["evaluations"][0]
     page, thumbnails = Page("Evaluation"), Thumbnails(indexes[0])
-    page.facts({"data": f"{first['images']:,} images of {first['data']}", **summary["about"]})
+    page.facts({"data": f"{first['images']:,} images of {first['data']}"})
     page.table(_overview(results), names=2)
+    page.facts(summary["about"])
     for row in summary["comparisons"]:
         _add_comparison(page, row, results, evaluations, indexes, thumbnails)
     for result, evaluation, index in zip(results, evaluations, indexes, strict=True):
@@ -109,8 +130,9 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
             page.sortable(label_table(result), texts={0})
             continue
         page.side_by_side(confusions(evaluation, index), reliability(result["calibration"]))
-        page.heading(3, f"Surest mistakes, of {result['top1_wrong']:,}")
-        page.gallery(surest_mistakes(evaluation, index, thumbnails))
+        shown = surest_mistakes(evaluation, index, thumbnails)
+        page.heading(3, f"The {len(shown)} surest of {result['top1_wrong']:,} mistakes" if shown else "No mistakes")
+        page.gallery(shown)
         page.heading(3, "Most frequent confusions")
         page.sortable(_confusion_table(result), texts={0, 1})
         page.heading(3, "Classes")

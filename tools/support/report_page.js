@@ -2,7 +2,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
     const up = head.getAttribute("aria-sort") !== "ascending", text = head.dataset.kind === "text";
-    const key = row => { const cell = row.cells[column].textContent; return text ? cell : parseFloat(cell); };
+    const key = row => { const cell = row.cells[column].textContent; return text ? cell : parseFloat(cell.replaceAll(",", "")); };
     const rows = [...body.rows].map(row => [key(row), row]);
     rows.sort(([a], [b]) => {
       if (text) return (up ? 1 : -1) * a.localeCompare(b, "en", { numeric: true });

@@ -15,12 +15,14 @@ from pipeline.data.image_files import PixelFormat, deep_mode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.evaluation import Evaluation
+from pipeline.pictures import percent_text
 from tools.support.confusion import between_groups, confusion_matrix, group_classes
 
 WORST = 24  # mistakes shown as pictures
 DIFFERING = 12  # images shown on which one of two networks is wrong, of each of the two
 THUMBNAIL = 160  # pixels
 NAMED = 3  # classes that stand for a group
+NAME = 24  # letters of a network's name below a picture
 
 Table = tuple[list[str], list[list[str]]]  # titles and rows
 
@@ -146,6 +148,8 @@ def only_wrong(
 ) -> list[str]:
     """Images that the first network gets wrong and the second does not, the surest of its answers first."""
     (name, evaluation, index), (other_name, other, other_index) = wrong, right
+    if (short := _shortened(name, NAME)) != (other_short := _shortened(other_name, NAME)):
+        name, other_name = short, other_short
     answers = evaluation.top5[:, 0]
     rows = np.flatnonzero((answers != index.labels) & (other.top5[:, 0] == other_index.labels))
     surest = rows[np.argsort(-np.nan_to_num(evaluation.probability[rows]), kind="stable")][:DIFFERING]
@@ -183,10 +187,7 @@ def confusions(evaluation: Evaluation, index: DatasetIndex) -> str:
     members = [[index.classes[k] for k in group] for group in groups]
     if all(len(names) == 1 for names in members):
         names = [names[0] for names in members]
-        words, listed = (
-            "A row for each true class, a column for each answer; images, coloured by their share of the row.",
-            "",
-        )
+        words, listed = "Images by true class and answer.", ""
     else:
         names = [f"{i}. {', '.join(names[:NAMED])} ..." for i, names in enumerate(members, start=1)]
         mistakes = int(counts.sum() - matrix.diagonal().sum())
@@ -198,7 +199,20 @@ def confusions(evaluation: Evaluation, index: DatasetIndex) -> str:
         )
         items = "".join(f"<li>{html.escape(', '.join(names))}</li>" for names in members)
         listed = f"<details><summary>the classes of each group</summary><ol>{items}</ol></details>"
-    return f"<h3>Confusion matrix</h3><p>{words}</p>{_matrix_picture(counts, names)}{listed}"
+    return f"<h3>Confusion matrix</h3><p>{words} {_colors(counts)}</p>{_matrix_picture(counts, names)}{listed}"
+
+
+def _shares(counts: np.ndarray) -> tuple[np.ndarray, float]:
+    """Each count's share of its row, and the largest share beside the diagonal."""
+    rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return rates, float((rates * (1 - np.eye(len(counts)))).max(initial=0))
+
+
+def _colors(counts: np.ndarray) -> str:
+    """What the colours say: the diagonal and the rest have scales of their own, as mistakes are few."""
+    _, worst = _shares(counts)
+    mistakes = f", red beside it at {100 * worst:.1f} %, the largest share there" if worst else ""
+    return f"Colours are shares of a row: blue on the diagonal is full at 100 %{mistakes}."
 
 
 def reliability(figures: dict[str, Any]) -> str:
@@ -209,7 +223,7 @@ def reliability(figures: dict[str, Any]) -> str:
     sure = sum(b["probability"] * b["images"] for b in filled) / figures["images"]
     right = sum(b["accuracy"] * b["images"] for b in filled) / figures["images"]
     words = (
-        f"Expected calibration error {figures['ece']:.2f} % ({len(figures['bins'])} bins): on the average an answer has "
+        f"Expected calibration error {figures['ece']:.2f} % ({len(figures['bins'])} bins): on average an answer has "
         f"probability {100 * sure:.2f} %, and {100 * right:.2f} % are right. Bars below the line: the network is too sure."
     )
     return f"<h3>Reliability</h3><p>{words}</p>{_reliability_picture(figures)}"
@@ -217,35 +231,37 @@ def reliability(figures: dict[str, Any]) -> str:
 
 def _answer(evaluation: Evaluation, index: DatasetIndex, i: int) -> str:
     answer = int(evaluation.top5[i, 0])
-    return (
-        f"{index.classes[answer]} ({100 * evaluation.probability[i]:.0f}\u00a0%)" if answer >= 0 else "no finite answer"
-    )
+    if answer < 0:
+        return "no finite answer"
+    return f"{index.classes[answer]} ({percent_text(evaluation.probability[i]).replace(' ', chr(0xA0))})"
 
 
 def _matrix_picture(counts: np.ndarray, names: list[str]) -> str:
     """An SVG picture: blue for what is on the diagonal, red beside it."""
     size = len(counts)
-    cell, left, top, letters = (34, 96, 84, 11) if size <= 12 else (24, 150, 120, 10)
-    rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    beside = rates * (1 - np.eye(size))
-    worst = max(float(beside.max(initial=0)), 1e-9)
+    cell, left, top, letters = (34, 112, 100, 11) if size <= 12 else (24, 166, 136, 10)
+    axis = 16  # of which this is for the axes' titles
+    rates, worst = _shares(counts)
     width, height = left + cell * size + 2, top + cell * size + 2
     kind, least = (
         ("matrix", width * 3 // 4) if size <= 12 else ("large matrix", width * 6 // 7)
     )  # narrower it is scrolled
     parts = [f'<svg class="{kind}" viewBox="0 0 {width} {height}" style="min-width:{least}px" role="img">']
     parts.append("<title>confusion matrix</title>")
+    middle, place = cell * size / 2, f'text-anchor="middle" font-size="{letters}" font-weight="600"'
+    parts.append(f'<text x="{left + middle}" y="{letters}" {place}>predicted</text>')
+    parts.append(f'<text transform="translate({letters} {top + middle}) rotate(-90)" {place}>true</text>')
     for k, name in enumerate(names):
-        short = html.escape(_shortened(name, (left - 10) * 1.7 / letters))
+        short = html.escape(_shortened(name, (left - axis - 10) * 1.7 / letters))
         y, x = top + cell * k + cell / 2 + letters / 3, left + cell * k + cell / 2 + letters / 3
         full = f"<title>{html.escape(name)}</title>"
         parts.append(f'<text x="{left - 6}" y="{y:.1f}" text-anchor="end" font-size="{letters}">{short}{full}</text>')
-        across = html.escape(_shortened(name, (top - 6) * 1.7 / letters))
+        across = html.escape(_shortened(name, (top - axis - 6) * 1.7 / letters))
         turned = f'transform="translate({x:.1f} {top - 6}) rotate(-90)"'
         parts.append(f'<text {turned} font-size="{letters}">{across}{full}</text>')
     for r in range(size):
         for c in range(size):
-            share = rates[r, c] if r == c else beside[r, c] / worst
+            share = rates[r, c] if r == c or not worst else rates[r, c] / worst
             color = _mixed((36, 92, 160) if r == c else (190, 40, 40), share)
             x, y = left + cell * c, top + cell * r
             words = f"true {names[r]}, predicted {names[c]}: {counts[r, c]} images, {100 * rates[r, c]:.1f} %"
@@ -284,13 +300,12 @@ def _reliability_picture(figures: dict[str, Any]) -> str:
             f"{100 * b['probability']:.1f} %, {100 * b['accuracy']:.1f} % right"
         )
         title = f"<title>{words}</title>"
-        for y, h, fill in ((base - tall, tall, "#245ca0"), (foot - many, many, "#999")):
+        for y, h, fill in ((base - tall, tall, "#9dbbdd"), (foot - many, many, "#999")):
             parts.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{h:.1f}" fill="{fill}">{title}</rect>'
             )
-    parts.append(
-        f'<line x1="{left}" y1="{base}" x2="{left + side}" y2="{base - side}" stroke="#b00" stroke-dasharray="5 4"/>'
-    )
+    parts.append(f'<line x1="{left}" y1="{base}" x2="{left + side}" y2="{base - side}" ')
+    parts.append('stroke="#222" stroke-width="1.5" stroke-dasharray="5 4"/>')
     parts.append(
         f'<text x="12" y="{base - side / 2}" transform="rotate(-90 12 {base - side / 2})" text-anchor="middle" '
     )
