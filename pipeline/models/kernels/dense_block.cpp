@@ -431,7 +431,6 @@ void stem_forward(long threads, const S* y, long images, long height, long width
   const Affine<T> normalise(*norm, channels);
   parallel(threads, [&](int thread, int all) {
     const Range range = share(images * rows * columns, thread, all);
-    typedef uint8_t Bytes __attribute__((vector_size(LANES<T>)));
     for (long q = range.begin; q < range.end; q++) {
       const long image = q / (rows * columns), top = 2 * (q / columns % rows) - 1, left = 2 * (q % columns) - 1;
       for (long c = 0; c < channels; c += LANES<T>) {
@@ -444,12 +443,18 @@ void stem_forward(long threads, const S* y, long images, long height, long width
             winner = loses ? winner : Vector<T>{} + T((i - top) * 3 + j - left);
           }
         store(out + q * channels + c, best, channels - c);
-        const Bytes bytes = __builtin_convertvector(winner, Bytes);
-        std::memcpy(argmax + q * channels + c, &bytes, std::min(LANES<T>, channels - c));
+        narrow_to_bytes<T>(argmax + q * channels + c, winner, channels - c);
       }
     }
   });
 }
+
+// Of a window of the pooling, for a vector of channels: which of its pixels gave the maximum, and the gradient.
+template <class T> struct Window {
+  Vector<T> winner, gradient;
+
+  Vector<T> to(long place) const { return winner == T(place) ? gradient : Vector<T>{}; }
+};
 
 // dy, from the gradient of the pooled maps.
 template <class T, class S>
@@ -460,31 +465,43 @@ void stem_backward(long threads, const S* y, long images, long height, long widt
   std::vector<std::vector<double>> sums(threads, std::vector<double>(2 * channels));
   std::vector<double> sum(channels), centred_sum(channels);
   const Padded<T> mean(norm->mean, channels);
-  typedef int8_t Bytes __attribute__((vector_size(LANES<T>)));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
-  typedef Integer Mask __attribute__((vector_size(VECTOR_BYTES)));
   parallel(threads, [&](int thread, int all) {
     const Range range = share(images * height, thread, all);
     for (long line = range.begin; line < range.end; line++) {
       const long image = line / height, i = line % height;
       for (long c = 0; c < channels; c += LANES<T>) {
         const long count = std::min(LANES<T>, channels - c);
+        const Vector<T> centre = load(mean + c);
+        // The rows of windows that contain this line: those with 2 row - 1 <= i <= 2 row + 1. Columns likewise, so that
+        // an even pixel lies in one window and an odd one in two, of which this one is kept from the pixel before.
+        const long first = i / 2, here = std::min((i + 1) / 2, rows - 1) - first + 1;
+        Window<T> windows[2], next[2];
+        const auto load_windows = [&](long column, Window<T>* to) {
+          for (long r = 0; r < here; r++) {
+            const long q = ((image * rows + first + r) * columns + column) * channels + c;
+            to[r] = {widen_bytes<T>(argmax + q, count), load(gradient + q, count)};
+          }
+        };
+        const auto place = [&](long r, long column) { return (i - 2 * (first + r) + 1) * 3 + column; };
         Vector<T> line_sum = {}, line_centred_sum = {};
-        for (long j = 0; j < width; j++) {
-          Vector<T> d = {};
-          // The windows that contain this pixel: rows row with 2 row - 1 <= i <= 2 row + 1, columns likewise.
-          for (long row = i / 2; row <= std::min((i + 1) / 2, rows - 1); row++)
-            for (long column = j / 2; column <= std::min((j + 1) / 2, columns - 1); column++) {
-              const long q = ((image * rows + row) * columns + column) * channels + c;
-              Bytes winner = {};
-              std::memcpy(&winner, argmax + q, count);
-              const Bytes wins = winner == int8_t((i - 2 * row + 1) * 3 + j - 2 * column + 1);
-              d += __builtin_convertvector(wins, Mask) ? load(gradient + q, count) : Vector<T>{};
-            }
+        const auto finish = [&](long j, Vector<T> d) {
           const long k = (line * width + j) * channels + c;
           store(dy + k, d, count);
           line_sum += d;
-          line_centred_sum += d * (load(y + k, count) - load(mean + c));
+          line_centred_sum += d * (load(y + k, count) - centre);
+        };
+        load_windows(0, windows);
+        for (long column = 0; column < columns; column++) {
+          Vector<T> even = {}, odd = {};
+          if (column + 1 < columns) load_windows(column + 1, next);
+          for (long r = 0; r < here; r++) {
+            even += windows[r].to(place(r, 1));
+            odd += windows[r].to(place(r, 2));
+            if (column + 1 < columns) odd += next[r].to(place(r, 0));
+            windows[r] = next[r];
+          }
+          finish(2 * column, even);
+          if (2 * column + 1 < width) finish(2 * column + 1, odd);
         }
         for (long k = 0; k < count; k++) {
           sums[thread][c + k] += line_sum[k];
