@@ -71,7 +71,13 @@ template <class T> inline void store(T* p, Vector<T> v, long count) {
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));       // the bits of a vector of floats
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));  // as many numbers in bfloat16
 
-inline Vector<float> widen(Halves h) { return (Vector<float>)(__builtin_convertvector(h, Words) << 16); }
+inline Vector<float> widen(Halves h) {
+#if defined(__AVX512F__)  // one instruction, of which GCC 12 makes four
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+  return (Vector<float>)(__builtin_convertvector(h, Words) << 16);
+#endif
+}
 
 // To the nearest, ties to even, as torch does. A NaN stays one.
 inline Halves narrow(Vector<float> v) {
