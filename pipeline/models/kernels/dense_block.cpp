@@ -38,7 +38,12 @@ template <class T> struct Affine {
     }
   }
 
-  Vector<T> operator()(long c, Vector<T> x) const { return x * load(scale + c) + load(shift + c); }
+  Vector<T> operator()(long c, Vector<T> x) const { return at(c)(x); }
+
+  // For one vector of channels, with its coefficients in registers.
+  auto at(long c) const {
+    return [scale = load(scale + c), shift = load(shift + c)](Vector<T> x) -> Vector<T> { return x * scale + shift; };
+  }
 };
 
 // dx = gain * dz - offset - (x - mean) * slope: what batch statistics make of a gradient, given its sums over pixels,
@@ -57,8 +62,12 @@ template <class T> struct NormBackward {
     }
   }
 
-  Vector<T> operator()(long c, Vector<T> dz, Vector<T> x) const {
-    return load(gain + c) * dz - load(offset + c) - (x - load(mean + c)) * load(slope + c);
+  Vector<T> operator()(long c, Vector<T> dz, Vector<T> x) const { return at(c)(dz, x); }
+
+  // For one vector of channels, with its coefficients in registers.
+  auto at(long c) const {
+    return [gain = load(gain + c), offset = load(offset + c), slope = load(slope + c), mean = load(mean + c)](
+               Vector<T> dz, Vector<T> x) -> Vector<T> { return gain * dz - offset - (x - mean) * slope; };
   }
 };
 
@@ -108,6 +117,7 @@ void bottleneck_forward(long threads, const S* x, long ldx, long pixels, long ch
   constexpr bool ROUNDED = !std::is_same_v<S, T>;
   const long ldb = padded<T>(width), lda = padded<T>(channels) + VECTOR_BYTES / sizeof(Element<S>);
   const long depth = operands<S>(channels), tile = tile_rows<T>(channels);
+  const long whole = channels / (2 * LANES<T>) * 2 * LANES<T>;  // channels in whole pairs of vectors
   const Affine<T> normalise(*norm, channels);
   Buffer<Operand<S>> panels(depth * ldb);
   std::vector<Moments<T>> moments(threads, Moments<T>(width));
@@ -123,8 +133,9 @@ void bottleneck_forward(long threads, const S* x, long ldx, long pixels, long ch
       const long rows = std::min(tile, range.end - begin);
       for (long r = 0; r < rows; r++) {
         const S* pixel = x + (begin + r) * ldx;
-        store_all(a + r * lda, padded<T>(channels),
-                  [&](long c) { return relu<T>(normalise(c, load(pixel + c, channels - c))); });
+        store_all(a + r * lda, whole, [&](long c) { return relu<T>(normalise(c, load(pixel + c))); });
+        store_all(a + r * lda + whole, padded<T>(channels) - whole,
+                  [&](long c) { return relu<T>(normalise(whole + c, load(pixel + whole + c, channels - whole - c))); });
       }
       Prefetch ahead(x + (begin + tile) * ldx, std::min(tile, range.end - begin - tile), channels, ldx);
       ahead.over(register_tiles<T>(rows, width));
@@ -175,13 +186,16 @@ void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, lon
       const long rows = std::min(TILE, range.end - begin);
       for (long r = 0; r < rows; r += P)
         for (long k = 0; k < ldb; k += LANES<T>) {
-          Vector<T> v[P] = {};
-          for (long p = 0; p < std::min(P, rows - r); p++) {
-            const long i = (begin + r + p) * ldb + k;
-            v[p] = norm_backward(k, load(dz + i, width - k), load(b + i, width - k));
-            store(db + (r + p) * ldb + k, v[p]);
-          }
-          if constexpr (IN_PAIRS<S>) store<Pair>(db_pairs + r / 2 * ldb + k, as_pairs(v[0], v[1]));
+          const auto backward = norm_backward.at(k);
+          const auto write = [&](long r) {
+            const long i = (begin + r) * ldb + k;
+            const Vector<T> v = backward(load(dz + i, width - k), load(b + i, width - k));
+            store(db + r * ldb + k, v);
+            return v;
+          };
+          const Vector<T> first = write(r);
+          if constexpr (IN_PAIRS<S>)
+            store<Pair>(db_pairs + r / 2 * ldb + k, as_pairs(first, r + 1 < rows ? write(r + 1) : Vector<T>{}));
         }
       for (long j = 0; j < channels; j += PANEL) {
         const long panel = std::min(PANEL, columns - j);
@@ -194,21 +208,27 @@ void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, lon
         g_ahead.over(width_rows / MR_TRANSPOSED);
         multiply_panel(rows, panel / LANES<T>, depth, as_operands<S>(db), ldb / P, panels + j * depth, da, panel, x_ahead);
         for (long c = 0; c < panel; c += LANES<T>) {
+          const auto norm = normalise.at(j + c);
           const Vector<T> gain = load(gamma + j + c), centre = load(mean + j + c);
           Vector<T> sum = {}, centred_sum = {};
+          const long ld = ldx;  // of this scope, as stores to memory cannot change it
+          const S* x_column = x + begin * ld + j + c;
+          S* g_column = g + begin * ld + j + c;
+          const T* da_column = da + c;
+          const auto activation = [&](long r) {
+            const Vector<T> value = load(x_column + r * ld), z = norm(value);
+            const Vector<T> dz1 = relu_backward<T>(z, load(da_column + r * panel));
+            store(g_column + r * ld, load(g_column + r * ld) + gain * dz1);
+            sum += dz1;
+            centred_sum += dz1 * (value - centre);
+            return relu<T>(z);
+          };
           for (long r = 0; r < rows; r += P) {
-            Vector<T> v[P] = {};
-            for (long p = 0; p < std::min(P, rows - r); p++) {
-              const long i = (begin + r + p) * ldx + j + c;
-              const Vector<T> value = load(x + i), z = normalise(j + c, value);
-              const Vector<T> dz1 = relu_backward<T>(z, load(da + (r + p) * panel + c));
-              v[p] = relu<T>(z);
-              store(g + i, load(g + i) + gain * dz1);
-              sum += dz1;
-              centred_sum += dz1 * (value - centre);
-            }
-            if constexpr (IN_PAIRS<S>) store<Pair>(a + r / 2 * panel + c, as_pairs(v[0], v[1]));
-            else store(a + r * panel + c, v[0]);
+            const Vector<T> first = activation(r);
+            if constexpr (IN_PAIRS<S>)
+              store<Pair>(a + r / 2 * panel + c, as_pairs(first, r + 1 < rows ? activation(r + 1) : Vector<T>{}));
+            else
+              store(a + r * panel + c, first);
           }
           sums[thread].add(j + c, sum, centred_sum);
         }
@@ -431,7 +451,6 @@ void stem_forward(long threads, const S* y, long images, long height, long width
   const Affine<T> normalise(*norm, channels);
   parallel(threads, [&](int thread, int all) {
     const Range range = share(images * rows * columns, thread, all);
-    typedef uint8_t Bytes __attribute__((vector_size(LANES<T>)));
     for (long q = range.begin; q < range.end; q++) {
       const long image = q / (rows * columns), top = 2 * (q / columns % rows) - 1, left = 2 * (q % columns) - 1;
       for (long c = 0; c < channels; c += LANES<T>) {
@@ -444,12 +463,18 @@ void stem_forward(long threads, const S* y, long images, long height, long width
             winner = loses ? winner : Vector<T>{} + T((i - top) * 3 + j - left);
           }
         store(out + q * channels + c, best, channels - c);
-        const Bytes bytes = __builtin_convertvector(winner, Bytes);
-        std::memcpy(argmax + q * channels + c, &bytes, std::min(LANES<T>, channels - c));
+        narrow_to_bytes<T>(argmax + q * channels + c, winner, channels - c);
       }
     }
   });
 }
+
+// Of a window of the pooling, for a vector of channels: which of its pixels gave the maximum, and the gradient.
+template <class T> struct Window {
+  Vector<T> winner, gradient;
+
+  Vector<T> to(long place) const { return winner == T(place) ? gradient : Vector<T>{}; }
+};
 
 // dy, from the gradient of the pooled maps.
 template <class T, class S>
@@ -460,31 +485,43 @@ void stem_backward(long threads, const S* y, long images, long height, long widt
   std::vector<std::vector<double>> sums(threads, std::vector<double>(2 * channels));
   std::vector<double> sum(channels), centred_sum(channels);
   const Padded<T> mean(norm->mean, channels);
-  typedef int8_t Bytes __attribute__((vector_size(LANES<T>)));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
-  typedef Integer Mask __attribute__((vector_size(VECTOR_BYTES)));
   parallel(threads, [&](int thread, int all) {
     const Range range = share(images * height, thread, all);
     for (long line = range.begin; line < range.end; line++) {
       const long image = line / height, i = line % height;
       for (long c = 0; c < channels; c += LANES<T>) {
         const long count = std::min(LANES<T>, channels - c);
+        const Vector<T> centre = load(mean + c);
+        // The rows of windows that contain this line: those with 2 row - 1 <= i <= 2 row + 1. Columns likewise, so that
+        // an even pixel lies in one window and an odd one in two, of which this one is kept from the pixel before.
+        const long first = i / 2, here = std::min((i + 1) / 2, rows - 1) - first + 1;
+        Window<T> windows[2], next[2];
+        const auto load_windows = [&](long column, Window<T>* to) {
+          for (long r = 0; r < here; r++) {
+            const long q = ((image * rows + first + r) * columns + column) * channels + c;
+            to[r] = {widen_bytes<T>(argmax + q, count), load(gradient + q, count)};
+          }
+        };
+        const auto place = [&](long r, long column) { return (i - 2 * (first + r) + 1) * 3 + column; };
         Vector<T> line_sum = {}, line_centred_sum = {};
-        for (long j = 0; j < width; j++) {
-          Vector<T> d = {};
-          // The windows that contain this pixel: rows row with 2 row - 1 <= i <= 2 row + 1, columns likewise.
-          for (long row = i / 2; row <= std::min((i + 1) / 2, rows - 1); row++)
-            for (long column = j / 2; column <= std::min((j + 1) / 2, columns - 1); column++) {
-              const long q = ((image * rows + row) * columns + column) * channels + c;
-              Bytes winner = {};
-              std::memcpy(&winner, argmax + q, count);
-              const Bytes wins = winner == int8_t((i - 2 * row + 1) * 3 + j - 2 * column + 1);
-              d += __builtin_convertvector(wins, Mask) ? load(gradient + q, count) : Vector<T>{};
-            }
+        const auto finish = [&](long j, Vector<T> d) {
           const long k = (line * width + j) * channels + c;
           store(dy + k, d, count);
           line_sum += d;
-          line_centred_sum += d * (load(y + k, count) - load(mean + c));
+          line_centred_sum += d * (load(y + k, count) - centre);
+        };
+        load_windows(0, windows);
+        for (long column = 0; column < columns; column++) {
+          Vector<T> even = {}, odd = {};
+          if (column + 1 < columns) load_windows(column + 1, next);
+          for (long r = 0; r < here; r++) {
+            even += windows[r].to(place(r, 1));
+            odd += windows[r].to(place(r, 2));
+            if (column + 1 < columns) odd += next[r].to(place(r, 0));
+            windows[r] = next[r];
+          }
+          finish(2 * column, even);
+          if (2 * column + 1 < width) finish(2 * column + 1, odd);
         }
         for (long k = 0; k < count; k++) {
           sums[thread][c + k] += line_sum[k];
