@@ -281,7 +281,7 @@ def test_damage_beside_the_crop_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("interpolation", native.FILTERS)
-def test_one_crop_decodes_what_it_sees_and_ten_crops_decode_once(photos, interpolation):
+def test_one_crop_decodes_what_it_sees_and_ten_crops_the_whole(photos, interpolation):
     config, i = dataclasses.replace(SMALL, interpolation=interpolation), int(photos.sizes.prod(axis=1).argmax())
     height, width = photos.sizes[i].tolist()
     region, shares = (ctypes.c_int32 * 4)(), []
