@@ -19,7 +19,7 @@ STAGES = {  # of the training loaders; DALI's resize also flips
     NATIVE: ("read", "decode", "resize, cut and colour"),
     DALI_CPU: ("read", "decode", "resize", "cut", "colour"),
 }
-NARROW = 0.08  # share of a stage whose name has no room in the plot
+CHARACTERS = 110  # that have room in the longest bar of the stages
 FRAME = 4  # pixels, or more where a crop is enlarged more: DALI repeats its edge where Torch7 extrapolates it
 
 
@@ -118,12 +118,15 @@ def plot(results: dict[str, Any], file: Path) -> None:
     rates.legend(loc="upper center", bbox_to_anchor=(0.5, 1.09), frameon=False)
 
     start: dict[str, float] = {}
+    longest = max(sum(line["ms_per_image"] for line in results["stages"] if line["loader"] == name) for name in STAGES)
     for i, line in enumerate(results["stages"]):
         name, cost, share = line["loader"], line["ms_per_image"], f"{line['stage']} {100 * line['share']:.0f} %"
         bar = shares.barh([name], [cost], left=start.get(name, 0.0), color=f"C{i}", alpha=0.7)
-        if line["share"] > NARROW:
-            shares.bar_label(bar, labels=[share], label_type="center", fontsize=7)
         start[name] = start.get(name, 0.0) + cost
+        if len(share) < CHARACTERS * cost / longest:
+            shares.bar_label(bar, labels=[share], label_type="center", fontsize=7)
+        elif line["stage"] == STAGES[name][-1]:  # beside it
+            shares.text(start[name], name, f"  {share}", va="center", fontsize=7)
     shares.invert_yaxis()
     shares.set_xlabel("stages of the training loaders: ms an image")
     figure.savefig(file, dpi=120)
