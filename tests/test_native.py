@@ -23,8 +23,15 @@ from pipeline.data.color import apply_colors
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
 from pipeline.data.index import DatasetIndex, scan_classes
-from pipeline.data.loader import Shard, TrainingLoader, choose_common_loader, choose_loader, create_image_pipeline
-from pipeline.data.plan import BatchPlan
+from pipeline.data.loader import (
+    EvaluationLoader,
+    Shard,
+    TrainingLoader,
+    choose_common_loader,
+    choose_loader,
+    create_image_pipeline,
+)
+from pipeline.data.plan import BatchPlan, evaluation_plans
 from pipeline.data.reference import resize_as_torch7
 from pipeline.errors import UserError
 from pipeline.run import Run
@@ -37,7 +44,7 @@ CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)
 SMALL = DataConfig(crop_size=24, resize_size=28, loader="native")
 BUILDS: list[list[str]] = [[]]
 if platform.machine() == "x86_64":
-    BUILDS += [["-mno-avx512f"], ["-march=x86-64"]]  # AVX2, SSE2
+    BUILDS += [["-mno-avx512f"], ["-march=x86-64", "-O1"]]  # AVX2, SSE2
 
 
 @functools.cache
@@ -128,6 +135,21 @@ def test_resizes_in_every_build(flags):
             expected = np.asarray(image.resize(size[::-1], kernel))
             actual = native.resized(library, image, size, interpolation)
             np.testing.assert_array_equal(actual, expected, f"{(height, width)} to {size}, {interpolation}")
+
+
+@pytest.mark.parametrize("flags", BUILDS[1:], ids=" ".join)
+def test_views_in_every_build(photos, flags, monkeypatch):
+    """Mirrored and rounded to bfloat16, they differ from this machine's own build as its rounding of sums does."""
+    plan = random_plan(photos, 20, 3, 4, n=0)
+    config = DataConfig(crop_size=20, resize_size=20, train_crop="random_crop")
+    found = []
+    for library in (native.load(), build(*flags)):
+        monkeypatch.setattr(native, "load", lambda library=library: library)
+        for dtype in (torch.float32, torch.bfloat16):
+            image_pipeline = native.NativePipeline(photos, config, 2, 3, dtype=dtype)
+            found += [images for _, images in image_pipeline.run_with_colors([plan])]
+    torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[3], found[2].bfloat16())
 
 
 def test_a_pillow_that_resizes_otherwise_is_refused(monkeypatch):
@@ -258,6 +280,21 @@ def test_damage_beside_the_crop_is_seen(tmp_path):
         list(image_pipeline.run([plan]))
 
 
+@pytest.mark.parametrize("interpolation", native.FILTERS)
+def test_one_crop_decodes_what_it_sees_and_ten_crops_the_whole(photos, interpolation):
+    config, i = dataclasses.replace(SMALL, interpolation=interpolation), int(photos.sizes.prod(axis=1).argmax())
+    height, width = photos.sizes[i].tolist()
+    region, shares = (ctypes.c_int32 * 4)(), []
+    for crops in (1, 10):
+        (plan,) = evaluation_plans(photos, config, crops=crops, batch_size=len(photos), rank=0, ranks=1)
+        out, paths = torch.empty(len(plan), crops, 24, 24, 3), (ctypes.c_char_p * len(plan))()
+        work = native._Work(plan, out, True, config, native.ALL, paths, native._arrays(plan))
+        assert native.load().native_region(ctypes.byref(work.batch), ctypes.c_int64(i), region)
+        shares.append(region[2] * region[3] / (height * width))
+    seen = 24**2 / plan.sizes[i].prod()
+    assert seen < shares[0] < 1.3 * seen < shares[1] == 1
+
+
 def images_of(index, ranks: int, threads: int, batch_size: int) -> dict[int, torch.Tensor]:
     found = {}
     for rank in range(ranks):
@@ -269,12 +306,15 @@ def images_of(index, ranks: int, threads: int, batch_size: int) -> dict[int, tor
     return found
 
 
-def test_pixels_do_not_depend_on_ranks_threads_or_batches(photos):
+def test_pixels_do_not_depend_on_ranks_threads_batches_or_the_first_step(photos):
     expected = images_of(photos, 1, 1, 26)
     assert sorted(expected) == list(range(len(photos)))
     for ranks, threads, batch_size in ((1, 3, 26), (2, 2, 4), (1, 2, 7)):
         found = images_of(photos, ranks, threads, batch_size)
         assert all(torch.equal(image, found[i]) for i, image in expected.items())
+    loader = TrainingLoader(photos, SMALL, CPU, seed=1, batch_size=7, accumulation=1)
+    for batch in loader.batches(epoch=0, first_step=2):
+        assert all(torch.equal(image, expected[i]) for i, image in zip(batch.ids.tolist(), batch.images, strict=True))
 
 
 def test_a_batch_that_somebody_holds_is_left_alone(photos):
@@ -292,14 +332,18 @@ def test_a_batch_that_somebody_holds_is_left_alone(photos):
     assert len(again) <= 5 and again <= places  # two ahead, one in use, one on its way, and the last, which is smaller
 
 
-def test_training_and_evaluation_share_the_threads(photos):
+def test_training_and_evaluation_share_the_threads_and_have_no_others(photos):
+    before = set(threading.enumerate())
     for _ in range(2):
         loader = TrainingLoader(
             photos, SMALL, dataclasses.replace(CPU, threads=3), seed=1, batch_size=8, accumulation=1
         )
         list(loader.batches(epoch=0))
+        list(EvaluationLoader(photos, SMALL, dataclasses.replace(CPU, threads=3), batch_size=8, crops=10).batches())
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("load images, 3 threads")]
     assert len(names) == 3
+    new = set(threading.enumerate()) - before
+    assert all(thread.name.startswith("load images, 3 threads") for thread in new)
 
 
 def test_files_are_closed(photos):

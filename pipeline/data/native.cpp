@@ -26,6 +26,7 @@ using std::vector;
 typedef float F __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint8_t B __attribute__((vector_size(16)));
+typedef uint16_t H __attribute__((vector_size(32)));
 
 enum Filter { TORCH7, BILINEAR, BICUBIC };
 enum Stage { READ, DECODE, ALL };
@@ -74,6 +75,7 @@ template <class V, class T> static inline V convert(const T* p) {
 #else  // GCC has __builtin_shufflevector from version 12 on
 template <class V> struct MaskOf { typedef I type; };
 template <> struct MaskOf<B> { typedef B type; };
+template <> struct MaskOf<H> { typedef H type; };
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename MaskOf<V>::type{__VA_ARGS__})
 #endif
 
@@ -252,51 +254,62 @@ static void across(Pixels in, const Taps<T>& taps, int n, bool mirror, M* out, l
   }
 }
 
-// Resize along columns, lanes along a row of `wide` numbers, from `first` on, which repeats after 48; `store` takes 16
-// numbers, or fewer at the end of a row.
+// Resize along columns to output row y, lanes along a row of `wide` numbers, from `first` on, which repeats after 48; `store`
+// takes 16 numbers, or fewer at the end of a row.
 template <int COUNT, class V, class T, class M, class Out, class Store>
-static void down(const M* in, long ld, const Taps<T>& taps, int n, long wide, const V* first, Out* out, long out_ld, Store store) {
+static inline void down(const M* in, long ld, const Taps<T>& taps, int y, long wide, const V* first, Out* out, Store store) {
   const int count = COUNT ? COUNT : taps.count;
-  for (int y = 0; y < n; y++, out += out_ld)
-    for (long j = 0; j < wide; j += 48) {
-      V sum[3] = {first[0], first[1], first[2]};
-      const M* from = in + (taps.start[y] - taps.begin) * ld + PAD + j;
-      for (int k = 0; k < count; k++)
-        for (int c = 0; c < 3; c++) sum[c] += convert<V>(from + k * ld + 16 * c) * taps.weights[y * count + k];
-      for (int c = 0; c < 3 && j + 16 * c < wide; c++) store(out + j + 16 * c, sum[c], std::min(16L, wide - j - 16 * c));
-    }
+  const T* weights = taps.weights.data() + y * count;
+  V weight[COUNT ? COUNT : 1];
+  for (int k = 0; k < COUNT; k++) weight[k] = V{} + weights[k];  // before the stores, which might change them
+  in += (taps.start[y] - taps.begin) * ld + PAD;
+  for (long j = 0; j < wide; j += 48) {
+    V sum[3] = {first[0], first[1], first[2]};
+    for (int k = 0; k < count; k++)
+      for (int c = 0; c < 3; c++) sum[c] += convert<V>(in + k * ld + j + 16 * c) * (COUNT ? weight[k] : V{} + weights[k]);
+    for (int c = 0; c < 3 && j + 16 * c < wide; c++) store(out + j + 16 * c, sum[c], std::min(16L, wide - j - 16 * c));
+  }
 }
 
 // n numbers to a batch, past the caches, from which they would be gone before the network reads them.
-static inline void write(float* to, const float* from, long n) {
+template <class Out> static inline void write(Out* to, const Out* from, long n) {
 #ifdef __x86_64__
+  const long lanes = 16 / sizeof(Out);
   if (reinterpret_cast<uintptr_t>(to) % 16 == 0)
-    for (; n >= 4; n -= 4, to += 4, from += 4) _mm_stream_ps(to, _mm_loadu_ps(from));
+    for (; n >= lanes; n -= lanes, to += lanes, from += lanes)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
-  memcpy(to, from, n * sizeof(float));
+  memcpy(to, from, n * sizeof(Out));
 }
 
-static inline void put(float* to, const F& v, long n) {
-  if (n == 16) write(to, reinterpret_cast<const float*>(&v), 16);
-  else memcpy(to, &v, n * sizeof(float));
-}
+static inline F numbers(const F& v, float) { return v; }
 
-static inline void put(uint16_t* to, const F& v, long n) {  // bfloat16, ties to even
+static inline H numbers(const F& v, uint16_t) {  // bfloat16, ties to even
   const I bits = load<I>(&v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  uint16_t row[16];
-  for (int i = 0; i < 16; i++) row[i] = rounded[i];
-  if (n == 16) memcpy(to, row, sizeof row);
-  else memcpy(to, row, n * sizeof(uint16_t));
+  return convert<H>(reinterpret_cast<const int32_t*>(&rounded));
 }
 
-static inline void put(uint8_t* to, I v, long n) {  // Pillow's fixed point, clipped
+// What stores up to 16 numbers of a row that is used again at once; of a batch; and of an image in Pillow's fixed point, clipped.
+static const auto put = [](auto* to, const F& v, long n) {
+  const auto row = numbers(v, *to);
+  if (n == 16) memcpy(to, &row, sizeof row);
+  else memcpy(to, &row, n * sizeof *to);
+};
+
+static const auto put_away = [](auto* to, const F& v, long n) {
+  auto row = numbers(v, *to);
+  if (n == 16) write(to, reinterpret_cast<decltype(to)>(&row), 16);
+  else memcpy(to, &row, n * sizeof *to);
+};
+
+static const auto put_bytes = [](uint8_t* to, I v, long n) {
   v >>= 22;
   v = v < 0 ? I{} : v;
   v = v > 255 ? I{} + 255 : v;
   const B row = convert<B>(reinterpret_cast<const int32_t*>(&v));
   if (n == 16) memcpy(to, &row, sizeof row);
   else memcpy(to, &row, n);
-}
+};
 
 // The colour map of one image: pixels in 0..255 become A x + `first`, where that is B m + t.
 struct Colors {
@@ -320,47 +333,60 @@ struct Colors {
   }
 };
 
-// Cut the views from rows of the window, which begin PAD numbers behind `plain`, and behind `turned`, where they are mirrored.
-template <class M, class Out, class Row>
-static void cut_views(const Batch& b, long i, const Window& w, const M* plain, const M* turned, long ld, const float* around, Out* out, Row row) {
+// Mirror a row of n pixels, 16 at a time; 48 numbers before the first, and behind the last of `out`, may be touched.
+template <class Out> static void turn(const Out* in, Out* out, long n) {
+  using V = decltype(numbers(F(), Out()));
+  for (long x = 0; x < n; x += 16) {
+    const Out* from = in + 3 * (n - 16 - x);
+    const V a = load<V>(from), b = load<V>(from + 16), c = load<V>(from + 32);
+    const V middle = SHUFFLE(b, c, 15, 16, 11, 12, 13, 8, 9, 10, 5, 6, 7, 2, 3, 4, 0, 0);
+    const V turned[3] = {
+        SHUFFLE(b, c, 29, 30, 31, 26, 27, 28, 23, 24, 25, 20, 21, 22, 17, 18, 19, 14),
+        SHUFFLE(middle, a, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 31, 15),
+        SHUFFLE(a, b, 17, 12, 13, 14, 9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2),
+    };
+    memcpy(out + 3 * x, turned, sizeof turned);
+  }
+}
+
+// Cut the views, row by row of the window: a row is made, and mirrored, once, and stays in the nearest cache while the views
+// that see it take their parts. `make` makes row y of the window, of which one view alone is mirrored already.
+template <class Out, class Make>
+static void cut_views(const Batch& b, long i, const Window& w, const float* around, Out* out, Make make) {
+  static thread_local vector<Out> kept;
   const int crop = b.crop, n = w.x1 - w.x0;
+  const uint8_t* hflip = b.hflip + b.views * i;
+  const bool turning = b.views > 1 && std::any_of(hflip, hflip + b.views, [](uint8_t flip) { return flip; });
+  Out *plain = room(kept, 6 * n + 3 * PAD) + PAD, *turned = plain + 3 * n + PAD, outside[3];
+  for (int c = 0; c < 3; c++) put(outside + c, F{} + around[c], 1);
   auto surround = [&](Out* to, int pixels) {
     for (int p = 0; p < pixels; p++)
-      for (int c = 0; c < 3; c++) put(to + 3 * p + c, F{} + around[c], 1);
+      for (int c = 0; c < 3; c++) to[3 * p + c] = outside[c];
   };
-  for (long v = 0; v < b.views; v++) {
-    const int top = b.corners[2 * (i * b.views + v)], left = b.corners[2 * (i * b.views + v) + 1];
-    const bool mirrored = b.hflip[i * b.views + v];
-    const int at = mirrored ? w.x1 - left - crop : left - w.x0;  // the window's column in the view's first
-    const int begin = std::min(std::max(-at, 0), crop), end = std::max(begin, std::min(n - at, crop));
-    for (int y = top; y < top + crop; y++, out += 3 * crop) {
-      if (y < w.y0 || y >= w.y1 || begin == end) {
-        surround(out, crop);
-        continue;
-      }
-      surround(out, begin);
-      row((mirrored ? turned : plain) + (y - w.y0) * ld + PAD + 3 * (at + begin), 3L * (end - begin), out + 3 * begin);
-      surround(out + 3 * end, crop - end);
+  for (int y = w.y0; y < w.y1; y++) {
+    make(y - w.y0, plain);
+    if (turning) turn(plain, turned, n);
+    for (long v = 0; v < b.views; v++) {
+      const int top = b.corners[2 * (i * b.views + v)], left = b.corners[2 * (i * b.views + v) + 1];
+      if (y < top || y >= top + crop) continue;
+      const int at = hflip[v] ? w.x1 - left - crop : left - w.x0;  // the window's column in the view's first
+      const int begin = std::min(std::max(-at, 0), crop), end = std::max(begin, std::min(n - at, crop));
+      Out* to = out + 3L * crop * (crop * v + y - top);
+      surround(to, begin);
+      write(to + 3 * begin, (turning && hflip[v] ? turned : plain) + 3 * (at + begin), 3L * (end - begin));
+      surround(to + 3 * end, crop - end);
     }
   }
-}
-
-// Mirror `rows` rows of n pixels.
-template <class M> static void turn(const M* in, M* out, long ld, int rows, int n) {
-  for (int r = 0; r < rows; r++) {
-    const M* from = in + r * ld + PAD + 3 * (n - 1);
-    M* to = out + r * ld + PAD;
-    for (int x = 0; x < n; x++, from -= 3, to += 3) to[0] = from[0], to[1] = from[1], to[2] = from[2];
+  for (long v = 0; v < b.views; v++) {
+    const int top = b.corners[2 * (i * b.views + v)];
+    for (int y = top; y < top + crop; y++)
+      if (y < w.y0 || y >= w.y1) surround(out + 3L * crop * (crop * v + y - top), crop);
   }
-}
-
-static bool any_mirrored(const Batch& b, long i) {
-  return std::any_of(b.hflip + i * b.views, b.hflip + (i + 1) * b.views, [](uint8_t flip) { return flip; });
 }
 
 // The colours are mapped between the passes; their mean comes from the first pass's rows and the sums of the second's weights.
 template <class Out> static void finish_torch7(const Batch& b, long i, const Window& w, Pixels in, const Taps<float>& y, const Taps<float>& x, Out* out) {
-  static thread_local vector<float> kept_middle, kept_sheet, kept_turned;
+  static thread_local vector<float> kept_middle;
   const int n = w.x1 - w.x0, m = w.y1 - w.y0;
   const long ld = 2 * PAD + 3 * n, rows = std::max(in.rows, 4L);
   float* middle = room(kept_middle, rows * ld + PAD);
@@ -383,19 +409,10 @@ template <class Out> static void finish_torch7(const Batch& b, long i, const Win
     for (int lane = 0; lane < 16; lane++) sum[c] += sums[c][lane];
   const Colors colors(b, i, sum, long(w.first_y1 - w.first_y0) * (w.first_x1 - w.first_x0));
   const F first[3] = {load<F>(colors.periodic), load<F>(colors.periodic + 16), load<F>(colors.periodic + 32)};
-  if (one && w.inside) {
-    down<4>(middle, ld, y, m, 3 * n, first, out, 3 * n, [](Out* at, const F& v, long some) { put(at, v, some); });
-    return;
-  }
-  float* sheet = room(kept_sheet, m * ld + PAD);
-  down<4>(middle, ld, y, m, 3 * n, first, sheet + PAD, ld, [](float* at, const F& v, long some) { memcpy(at, &v, some * sizeof(float)); });
-  float* turned = sheet;
-  if (!one && any_mirrored(b, i)) turn(sheet, turned = room(kept_turned, m * ld + PAD), ld, m, n);
-  cut_views(b, i, w, sheet, turned, ld, colors.around, out, [](const float* row, long wide, Out* at) {
-    if constexpr (std::is_same_v<Out, float>) write(at, row, wide);
-    else
-      for (long j = 0; j < wide; j += 16) put(at + j, load<F>(row + j), std::min(16L, wide - j));
-  });
+  if (one && w.inside)
+    for (int r = 0; r < m; r++) down<4>(middle, ld, y, r, 3 * n, first, out + 3L * n * r, put_away);
+  else
+    cut_views(b, i, w, colors.around, out, [&](int r, Out* row) { down<4>(middle, ld, y, r, 3 * n, first, row, put); });
 }
 
 // Pillow 13 goes down first where that saves more than twice as many rows as it saves columns to go across first.
@@ -405,7 +422,7 @@ static bool goes_down_first(const int32_t* box, const int32_t* size) {
 
 // Bytes between and after the passes, as Pillow has them, and then the colours.
 template <class Out> static void finish_pillow(const Batch& b, long i, const Window& w, Pixels in, const Taps<int>& y, const Taps<int>& x, Out* out) {
-  static thread_local vector<uint8_t> kept_middle, kept_sheet, kept_turned;
+  static thread_local vector<uint8_t> kept_middle, kept_sheet;
   const int n = w.x1 - w.x0, m = w.y1 - w.y0;
   const bool one = b.views == 1, mirror = one && b.hflip[i];
   const long ld = 2 * PAD + 3 * n;
@@ -417,18 +434,15 @@ template <class Out> static void finish_pillow(const Batch& b, long i, const Win
       to[c] = low > 255 ? I{} + 255 : low;
     }
   };
-  auto bytes = [](uint8_t* at, const I& v, long some) { put(at, v, some); };
   if (goes_down_first(b.boxes + 4 * i, b.sizes + 2 * i)) {
     uint8_t* middle = room(kept_middle, 3 * in.width * m);
-    down<0>(in.at - PAD, in.stride, y, m, 3 * in.width, first, middle, 3 * in.width, bytes);
+    for (int r = 0; r < m; r++) down<0>(in.at - PAD, in.stride, y, r, 3 * in.width, first, middle + 3 * in.width * r, put_bytes);
     across<0, I>(Pixels{middle, 3 * in.width, m, in.width}, x, n, mirror, sheet, ld, clip);
   } else {
     uint8_t* middle = room(kept_middle, in.rows * ld + PAD);
     across<0, I>(in, x, n, mirror, middle, ld, clip);
-    down<0>(middle, ld, y, m, 3 * n, first, sheet + PAD, ld, bytes);
+    for (int r = 0; r < m; r++) down<0>(middle, ld, y, r, 3 * n, first, sheet + PAD + ld * r, put_bytes);
   }
-  uint8_t* turned = sheet;
-  if (!one && any_mirrored(b, i)) turn(sheet, turned = room(kept_turned, m * ld + PAD), ld, m, n);
 
   double sum[3] = {};
   const int from = mirror ? w.x1 - w.first_x1 : w.first_x0 - w.x0, wide = w.first_x1 - w.first_x0;
@@ -448,15 +462,20 @@ template <class Out> static void finish_pillow(const Batch& b, long i, const Win
       factor[d + 2][l] = k >= 0 && k < 3 ? colors.a[3 * c + k] : 0;
       apart = apart && (d == 0 || factor[d + 2][l] == 0);
     }
-  cut_views(b, i, w, sheet, turned, ld, colors.around, out, [&](const uint8_t* row, long wide, Out* at) {
-    for (long j = 0; j < wide; j += 48)
-      for (long c = 0; c < 3 && j + 16 * c < wide; c++) {
+  auto map = [&](int r, Out* to, auto store) {
+    const uint8_t* row = sheet + r * ld + PAD;
+    for (long j = 0; j < 3 * n; j += 48)
+      for (long c = 0; c < 3 && j + 16 * c < 3 * n; c++) {
         F v = load<F>(colors.periodic + 16 * c) + load<F>(factor[2] + 16 * c) * convert<F>(row + j + 16 * c);
         if (!apart)
           for (int d : {-2, -1, 1, 2}) v += load<F>(factor[d + 2] + 16 * c) * convert<F>(row + j + 16 * c + d);
-        put(at + j + 16 * c, v, std::min(16L, wide - j - 16 * c));
+        store(to + j + 16 * c, v, std::min(16L, 3L * n - j - 16 * c));
       }
-  });
+  };
+  if (one && w.inside)
+    for (int r = 0; r < m; r++) map(r, out + 3L * n * r, put_away);
+  else
+    cut_views(b, i, w, colors.around, out, [&](int r, Out* row) { map(r, row, put); });
 }
 
 // Keep the first of three numbers.

@@ -19,7 +19,7 @@ STAGES = {  # of the training loaders; DALI's resize also flips
     NATIVE: ("read", "decode", "resize, cut and colour"),
     DALI_CPU: ("read", "decode", "resize", "cut", "colour"),
 }
-NARROW = 0.08  # share of a stage whose name has no room in the plot
+CHARACTERS = 110  # that have room in the longest bar of the stages
 FRAME = 4  # pixels, or more where a crop is enlarged more: DALI repeats its edge where Torch7 extrapolates it
 
 
@@ -28,7 +28,7 @@ def report(results: dict[str, Any]) -> str:
     settings = results["settings"]
     differences = ("mean", "max", "interior_mean", "interior_max", "frame_mean", "frame_max")
     fidelity = [
-        [line["operator"], line["image_pipeline"], *(f"{line[key]:.3f}" for key in differences)]
+        [line["operator"], line["image_pipeline"], *(_difference(line[key]) for key in differences)]
         for line in results["fidelity"]
     ]
     speed = [
@@ -75,6 +75,11 @@ def report(results: dict[str, Any]) -> str:
     )
 
 
+def _difference(value: float) -> str:
+    """With more digits where three would say 0 of what is not."""
+    return f"{value:.3f}" if value == 0 or value >= 0.0005 else f"{value:.1e}"
+
+
 def baseline_of(loader: str) -> str:
     """The loader to whose speed another's is compared."""
     return BASELINE_ONE_CROP if loader.startswith((ONE_CROP, TEN_CROPS)) else BASELINE
@@ -96,28 +101,32 @@ def ours(line: dict[str, Any]) -> bool:
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
-    """Bars of images per second with the bound as a line, and the stages."""
+    """Bars of images per second with the nearest bound as a line, and the stages."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     rates, shares = figure.subplots(2, 1, height_ratios=[4, 1])
     speed = {line["loader"]: line["images_per_s"] for line in results["speed"]}
-    bound = speed.pop(BOUND)
+    nearest = next(name for name in (f"{REGIONS}, {NATIVE}", f"{REGIONS}, {DALI_CPU}") if name in speed)
+    bound = speed.pop(nearest)
     names = list(speed)
     colors = ["tab:blue" if ours({"loader": name}) else "tab:gray" for name in names]
     bars = rates.barh(names, list(speed.values()), color=colors)
     rates.bar_label(bars, fmt="%.0f", padding=4)
-    rates.axvline(bound, color="tab:red", linestyle="--", label=f"{BOUND.removeprefix('bound: ')} alone: {bound:.0f}")
+    rates.axvline(bound, color="tab:red", linestyle="--", label=f"{nearest}: {bound:.0f}")
     rates.invert_yaxis()
     rates.margins(x=0.12)
     rates.set_xlabel(f"images/s with {results['settings']['threads']} threads")
-    rates.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+    rates.legend(loc="upper center", bbox_to_anchor=(0.5, 1.09), frameon=False)
 
     start: dict[str, float] = {}
+    longest = max(sum(line["ms_per_image"] for line in results["stages"] if line["loader"] == name) for name in STAGES)
     for i, line in enumerate(results["stages"]):
         name, cost, share = line["loader"], line["ms_per_image"], f"{line['stage']} {100 * line['share']:.0f} %"
         bar = shares.barh([name], [cost], left=start.get(name, 0.0), color=f"C{i}", alpha=0.7)
-        if line["share"] > NARROW:
-            shares.bar_label(bar, labels=[share], label_type="center", fontsize=7)
         start[name] = start.get(name, 0.0) + cost
+        if len(share) < CHARACTERS * cost / longest:
+            shares.bar_label(bar, labels=[share], label_type="center", fontsize=7)
+        elif line["stage"] == STAGES[name][-1]:  # beside it
+            shares.text(start[name], name, f"  {share}", va="center", fontsize=7)
     shares.invert_yaxis()
     shares.set_xlabel("stages of the training loaders: ms an image")
     figure.savefig(file, dpi=120)
