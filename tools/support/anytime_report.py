@@ -14,6 +14,7 @@ from pipeline.budget import Answers, leaves_at
 from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
+from pipeline.words import counted
 from tools.support.budgets import limits_of
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME
@@ -133,7 +134,7 @@ def _about(r: dict[str, Any]) -> str:
 
 
 def _threads(r: dict[str, Any]) -> str:
-    return f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+    return counted(r["threads"], "thread")
 
 
 def _tables(r: dict[str, Any]) -> list[tuple[str, Table]]:
