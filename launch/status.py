@@ -98,7 +98,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     state, nodes, reason = _state_of_job(run_dir, job, events, queue) if job else state_by_log(run_dir)
     if job and state in ENDED and is_held_here(run_dir):  # something else than its job trains it
         state, nodes, reason = "running", socket.gethostname(), ""
-    if state in ENDED and state != "done" and is_complete(run_dir, accepted and accepted.optim.epochs):
+    if state in ENDED and state != "done" and is_complete(run_dir, accepted.optim.epochs if accepted else None):
         reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
         state, nodes, config = "done", "", accepted
     validation: dict[str, Any] = next((r for r in reversed(records) if "val/loss" in r), {})

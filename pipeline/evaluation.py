@@ -109,7 +109,7 @@ def evaluate(
         outputs = model(batch.images.contiguous(memory_format=memory_format))
         answers = _average(logits_of(outputs).float().unflatten(0, (-1, batch.views)), average, several)
         exits = answers.unbind(dim=1) if answers.dim() == 3 else (answers,)
-        losses_of_exits = torch.stack([_losses(of_exit, batch.labels, several) for of_exit in exits])
+        losses_at = torch.stack([_losses(of_exit, batch.labels, several) for of_exit in exits], dim=1)
         every: tuple[Tensor, ...] = ()
         if answers.dim() == 3 and not several:
             every = (answers.argmax(dim=2).where(answers.isfinite().all(dim=2), -1),)
@@ -117,7 +117,7 @@ def evaluate(
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         surest = best.values[:, 0].sigmoid() if several else (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
         indices = best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1)
-        found = (indices, surest, losses_of_exits[-1], losses_of_exits.sum(dim=0), *every)
+        found = (indices, surest, losses_at, *every)
         answered.append((batch.ids, *found))
         if keep_logits or several:
             all_logits.append((batch.ids, answers))
@@ -126,7 +126,8 @@ def evaluate(
     images = len(loader.index)
     gathered = world.gather_to_rank0(_on_host(all_logits)) if keep_logits or several else []
     logits = _in_order(gathered, images)[0] if gathered else None
-    top5, probability, losses, summed, *answers_of_exits = _in_order(world.gather(_on_host(answered)), images)
+    top5, probability, losses_of_exits, *answers_of_exits = _in_order(world.gather(_on_host(answered)), images)
+    losses, summed = losses_of_exits[:, -1], losses_of_exits.sum(axis=1)
     not_finite = int((top5[:, 0] == -1).sum())
     if several:
         score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, summed))

@@ -95,12 +95,12 @@ class Before:
 
     def __init__(self, run_dir: Path):
         self._run_dir = run_dir
-        self._names = set(os.listdir(run_dir)) if run_dir.is_dir() else set[str]()
+        self._names = _names_in(run_dir)
         self._new = [folder for folder in (run_dir, *run_dir.parents) if not os.path.lexists(folder)]
 
     def put_back(self) -> None:
         """Remove what the start has made, but for a run's directory, whose log tells of each start."""
-        present = set(os.listdir(self._run_dir)) if self._run_dir.is_dir() else set[str]()
+        present = _names_in(self._run_dir)
         if present & SIGNS_OF_A_RUN or "checkpoints" in self._names:
             return
         for name in present & set(PREPARATIONS) - self._names:
@@ -113,6 +113,14 @@ class Before:
         for folder in self._new:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _names_in(folder: Path) -> set[str]:
+    """Of what is there; none if it cannot be listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
 
 
 @contextmanager
