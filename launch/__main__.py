@@ -72,6 +72,9 @@ def start(arguments: list[str]) -> None:
     for run_dir in run_dirs:
         if run_dirs.count(run_dir) > 1:
             raise UserError(f"two of the runs have the run directory {run_dir}: give each config its own run_dir")
+    configs = [config for config in configs if not _is_said_to_be_complete(Path(config.run_dir), config)]
+    if not configs:
+        return
     refuse_impossible(cluster, submits=not options.dry_run)
     with leaving_nothing_if_refused(run_dirs):
         for config in configs:
@@ -236,12 +239,7 @@ def resume_all(runs: list[Path]) -> list[UserError]:
     for run in runs:
         try:
             config, cluster = as_submitted(run)
-            if is_complete(run, config.optim.epochs):
-                epochs = counted(config.optim.epochs, "epoch")
-                print(
-                    f"{run}: is complete ({epochs}), and nothing is left to train; submit it with --optim.epochs N "
-                    "--train.change optim.epochs to train it to epoch N"
-                )
+            if _is_said_to_be_complete(run, config):
                 continue
             (here if cluster.kind == "local" else elsewhere).append((config, cluster))
         except UserError as error:
@@ -272,6 +270,18 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     accepted = run / "config.yaml"
     config = load_stored_config(accepted if accepted.exists() else run / "submitted.yaml")
     return config, Cluster(**asked["cluster"])
+
+
+def _is_said_to_be_complete(run: Path, config: Config) -> bool:
+    """Whether a run has all the epochs of its configuration already; it is said then."""
+    complete = is_complete(run, config.optim.epochs)
+    if complete:
+        epochs = counted(config.optim.epochs, "epoch")
+        print(
+            f"{run}: is complete ({epochs}), and nothing is left to train; submit it with --optim.epochs N "
+            "--train.change optim.epochs to train it to epoch N"
+        )
+    return complete
 
 
 def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:

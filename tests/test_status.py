@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import small_config
+from conftest import REPOSITORY, override_flags, small_config
 
-from launch.__main__ import look_after
+from launch.__main__ import look_after, start
 from launch.cluster import Cluster
 from launch.local import Controller
 from launch.records import Job, add_event, config_file, write_job, write_submission
@@ -153,7 +153,18 @@ def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
     look_after("resume", [str(tmp_path)])
     assert [config.run_dir for config in submitted] == [str(tmp_path / "part")]
     said = capsys.readouterr().out
-    assert f"{tmp_path / 'whole'}: is complete (2 epochs), and nothing is left to train" in said and "part" not in said
+    line = f"{tmp_path / 'whole'}: is complete (2 epochs), and nothing is left to train"
+    assert line in said and "part" not in said
+
+    # The same configuration submitted again is complete too, with more epochs it is not.
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("launch.__main__.describe", lambda *_: "")
+    submitted.clear()
+    for epochs in ("2", "3"):
+        words = ["configs/demo.yaml", *override_flags(small_config(tmp_path / "whole")), "--cluster", "local"]
+        start([*words, "--optim.epochs", epochs])
+        assert [config.optim.epochs for config in submitted] == [3] * (epochs == "3")
+        assert (line in capsys.readouterr().out) == (epochs == "2")
 
 
 def test_logs_are_of_all_submissions_in_order(tmp_path, capsys):
