@@ -9,14 +9,13 @@ import dataclasses
 import itertools
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_
 from launch.submission import refuse_impossible, script, submit
 from pipeline.config import SCHEMA, Config, load_config, load_stored_config
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.run_dir import Before, is_complete
+from pipeline.words import counted
 
 VERBS = ("status", "logs", "cancel", "resume")
 
@@ -71,6 +72,9 @@ def start(arguments: list[str]) -> None:
     for run_dir in run_dirs:
         if run_dirs.count(run_dir) > 1:
             raise UserError(f"two of the runs have the run directory {run_dir}: give each config its own run_dir")
+    configs = [config for config in configs if not _is_said_to_be_complete(Path(config.run_dir), config)]
+    if not configs:
+        return
     refuse_impossible(cluster, submits=not options.dry_run)
     with leaving_nothing_if_refused(run_dirs):
         for config in configs:
@@ -144,15 +148,13 @@ def _in_a_file_name(value: str) -> str:
 
 @contextmanager
 def leaving_nothing_if_refused(run_dirs: list[str]) -> Iterator[None]:
-    """Remove what was written about the images into new run directories, if this is left by a mistake of the user."""
-    new = [Path(run_dir) for run_dir in run_dirs if not os.path.lexists(run_dir)]
+    """Remove what was written about the images into run directories, if this is left by a mistake of the user."""
+    before = [Before(Path(run_dir)) for run_dir in run_dirs]
     try:
         yield
     except UserError:
-        for run_dir in new:
-            shutil.rmtree(run_dir / "index", ignore_errors=True)
-            with suppress(OSError):  # it holds something else, or was never made
-                run_dir.rmdir()
+        for directory in before:
+            directory.put_back()
         raise
 
 
@@ -163,7 +165,7 @@ def look_after(verb: str, arguments: list[str]) -> None:
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="go on as the logs grow")
     options = parser.parse_args(arguments)
-    runs = runs_below(Path(options.run))
+    runs = runs_below(Path(options.run), of_grid=verb in ("status", "logs"))  # no other run by a slip of the pen
     if verb == "status":
         queue = _queue_for(runs)
         print(to_text([read_status(run, queue) for run in runs]))
@@ -232,11 +234,13 @@ def cancel_all(runs: list[Path]) -> list[UserError]:
 
 
 def resume_all(runs: list[Path]) -> list[UserError]:
-    """Submit runs again, as they were submitted before; those of this machine together, so that they take turns."""
+    """Submit runs again that are not complete, as they were submitted before; those of this machine together, to take turns."""
     failed, here, elsewhere = [], list[tuple[Config, Cluster]](), list[tuple[Config, Cluster]]()
     for run in runs:
         try:
             config, cluster = as_submitted(run)
+            if _is_said_to_be_complete(run, config):
+                continue
             (here if cluster.kind == "local" else elsewhere).append((config, cluster))
         except UserError as error:
             failed.append(error)
@@ -266,6 +270,18 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     accepted = run / "config.yaml"
     config = load_stored_config(accepted if accepted.exists() else run / "submitted.yaml")
     return config, Cluster(**asked["cluster"])
+
+
+def _is_said_to_be_complete(run: Path, config: Config) -> bool:
+    """Whether a run has all the epochs of its configuration already; it is said then."""
+    complete = is_complete(run, config.optim.epochs)
+    if complete:
+        epochs = counted(config.optim.epochs, "epoch")
+        print(
+            f"{run}: is complete ({epochs}), and nothing is left to train; submit it with --optim.epochs N "
+            "--train.change optim.epochs to train it to epoch N"
+        )
+    return complete
 
 
 def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:

@@ -5,7 +5,6 @@ submission's, CODE how the ranks ended. What SLURM itself requeues (a lost node,
 not come here.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pipeline.config import load_stored_config
 from pipeline.errors import UserError
 from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
 from pipeline.preemption import STOP_SIGNALS
+from pipeline.run_dir import is_complete
 
 IDLE_ATTEMPTS = 10  # interruptions in a row without a new checkpoint: something keeps the run from getting anywhere
 EARLY = 60  # seconds by which SLURM may give its warning before it is due
@@ -114,11 +114,9 @@ def _is_complete(attempt: Attempt) -> bool:
 
     A run whose configuration now asks for more epochs than that checkpoint's is not.
     """
-    file = attempt.run_dir / "status.json"  # the trainer writes it beside each checkpoint
     try:
-        status = json.loads(file.read_text())
-        return bool(status["complete"]) and status["epoch"] >= load_stored_config(attempt.config).optim.epochs
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return is_complete(attempt.run_dir, load_stored_config(attempt.config).optim.epochs)
+    except UserError:
         return False
 
 

@@ -9,9 +9,11 @@ from pipeline.config import Config, changed_fields
 from pipeline.data.dataset import open_datasets
 from pipeline.data.plan import steps_per_epoch
 from pipeline.errors import UserError
+from pipeline.history import batch_split
 from pipeline.pace import duration
 from pipeline.parsing import value_text
 from pipeline.recipe import poor_split
+from pipeline.words import counted
 
 
 def describe(config: Config, cluster: Cluster, images_per_second: float | None, writes: bool = True) -> str:
@@ -25,19 +27,20 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
     """
     optim, ranks = config.optim, cluster.ranks
     parts = ranks * optim.grad_accum_steps
+    split_text = f"{counted(cluster.nodes, 'node')} x {batch_split(cluster.ranks_per_node, optim.grad_accum_steps)}"
     if optim.batch_size % parts:
         raise UserError(
-            f"{config.run_dir}: optim.batch_size {optim.batch_size} cannot be split over {cluster.nodes} nodes x "
-            f"{cluster.ranks_per_node} ranks x {optim.grad_accum_steps} accumulation steps: choose a multiple of {parts}"
+            f"{config.run_dir}: optim.batch_size {optim.batch_size} cannot be split over "
+            f"{split_text}: choose a multiple of {parts}"
         )
     train, val = open_datasets(config.data, Path(config.run_dir) / "index" if writes else None, progress=True)
     changed = [f"{key} {value_text(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
         f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
         f"{len(train.classes)} classes",
-        f"batch {optim.batch_size} = {cluster.nodes} nodes x {cluster.ranks_per_node} ranks x {optim.grad_accum_steps} "
-        f"accumulation steps x {optim.batch_size // parts} images (what a batch-norm statistic sees); "
-        f"{steps_per_epoch(len(train), optim.batch_size)} steps an epoch, {optim.epochs} epochs",
+        f"batch {optim.batch_size} = {split_text} x {counted(optim.batch_size // parts, 'image')} (what a batch-norm "
+        f"statistic sees); {counted(steps_per_epoch(len(train), optim.batch_size), 'step')} an epoch, "
+        f"{counted(optim.epochs, 'epoch')}",
         f"other than the defaults: {', '.join(changed) or 'nothing'}",
     ]
     if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
@@ -48,14 +51,15 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
         end = datetime.now() + timedelta(seconds=time_.run)
         lines.append(
             f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {time_.epochs_per_attempt:.1f} epochs an attempt "
-            f"of {cluster.time}, {time_.attempts} attempts, {duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
+            f"of {cluster.time}, {counted(time_.attempts, 'attempt')}, {duration(time_.run)} in all, "
+            f"not before {end:%Y-%m-%d %H:%M}"
         )
     return "\n".join(lines)
 
 
 def processes(configs: list[Config], cluster: Cluster) -> str:
     """What a submission starts on this machine, in words."""
-    ranks = f"{cluster.ranks} process{'es' if cluster.ranks > 1 else ''} of this machine for each run"
+    ranks = f"{counted(cluster.ranks, 'process', 'processes')} of this machine for each run"
     turns = "" if len(configs) == 1 else f"; {cluster.parallel or 1} of {len(configs)} runs at a time (--parallel)"
     return (
         f"{ranks}{turns}; {cluster.time} an attempt; a copy of the code, and a log of each rank, in "

@@ -1,6 +1,5 @@
 """What a run's own log and lock tell of it, whoever has started it."""
 
-import json
 import os
 import re
 import socket
@@ -9,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.pace import duration
-from pipeline.run_dir import ENDED, LOG, RECORDS, STARTED, STATUS
+from pipeline.run_dir import ENDED, LOG, RECORDS, STARTED
 
 SIGN_OF_LIFE = 900  # seconds since a run on another machine has last written, within which it is taken to be running
 _LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:rank \d+: )?")
@@ -21,7 +20,7 @@ def state_by_log(run_dir: Path) -> tuple[str, str, str]:
         return "running", socket.gethostname(), ""
     attempts = attempts_in_log(run_dir)
     end = next((end for line in reversed(attempts[-1] if attempts else []) if (end := _end_in(line))), "")
-    if end == "ended" or (not end and _is_complete(run_dir)):
+    if end == "ended":
         return "done", "", ""
     if end:
         kind, _, why = end.partition(": ")
@@ -68,12 +67,6 @@ def _silent_seconds(run_dir: Path) -> float:
     """Since a run has last written."""
     written = [file.stat().st_mtime for name in (LOG, RECORDS) if (file := run_dir / name).exists()]
     return time.time() - max(written, default=0)
-
-
-def _is_complete(run_dir: Path) -> bool:
-    with suppress(OSError, ValueError):
-        return bool(json.loads((run_dir / STATUS).read_text())["complete"])
-    return False
 
 
 def _has_open(pid: int, file: Path) -> bool:

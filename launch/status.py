@@ -3,6 +3,7 @@
 No accounting is needed.
 """
 
+import glob
 import os
 import shutil
 import socket
@@ -16,7 +17,7 @@ from launch.records import Job, find_job, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import duration
-from pipeline.run_dir import LOG, RECORDS, epochs_done, read_records
+from pipeline.run_dir import LOG, RECORDS, epochs_done, is_complete, read_progress, read_records
 
 Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
@@ -55,14 +56,22 @@ class Status:
     reason: str
 
 
-def runs_below(folder: Path) -> list[Path]:
+def runs_below(folder: Path, of_grid: bool = False) -> list[Path]:
     """The runs in a folder, or the folder itself if it is a run.
+
+    Args:
+        of_grid: the base name of a grid stands for its runs, which are FOLDER-FIELDVALUE.
 
     Raises:
         UserError: there is none.
     """
     below = sorted(folder.iterdir()) if folder.is_dir() else []
     found = [folder] if _is_run(folder) else [path for path in below if _is_run(path)]
+    named = sorted(path for path in folder.parent.glob(f"{glob.escape(folder.name)}-*") if _is_run(path))
+    if not found and of_grid:
+        found = named
+    if not found and named:
+        raise UserError(f"{folder} is no run's directory; of that name there are {', '.join(map(str, named))}")
     if not found:
         raise UserError(
             f"{folder} is no run's directory, nor a folder of runs: give a --run_dir, or the folder that holds it"
@@ -80,12 +89,18 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     Args:
         queue: state, nodes and reason of SLURM's jobs; see `slurm_queue`.
     """
-    job, config, records = find_job(run_dir), _config_of(run_dir), read_records(run_dir)
+    job, records, progress = find_job(run_dir), read_records(run_dir), read_progress(run_dir)
+    # What was submitted last, the training may have refused.
+    accepted = _config_in(run_dir / "config.yaml")
+    config = _config_in(run_dir / "submitted.yaml") or accepted
     events = read_events(run_dir) if job else []
     attempts = [event for event in events if event["event"] == "start"]
     state, nodes, reason = _state_of_job(run_dir, job, events, queue) if job else state_by_log(run_dir)
     if job and state in ENDED and is_held_here(run_dir):  # something else than its job trains it
         state, nodes, reason = "running", socket.gethostname(), ""
+    if state in ENDED and state != "done" and is_complete(run_dir, accepted.optim.epochs if accepted else None):
+        reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
+        state, nodes, config = "done", "", accepted
     validation: dict[str, Any] = next((r for r in reversed(records) if "val/loss" in r), {})
     speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
     remaining = [r["speed/remaining_seconds"] for r in records[-20:] if "speed/remaining_seconds" in r]
@@ -97,7 +112,8 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         attempts=len(attempts) if job else len(attempts_in_log(run_dir)),
         epoch=int(epochs_done(validation)) if validation else 0,
         epochs=config.optim.epochs if config else None,
-        step=records[-1]["step"] if records else 0,
+        # Steps are recorded every few; an interruption leaves its checkpoint in between.
+        step=max(records[-1]["step"] if records else 0, progress.get("done_steps", 0)),
         top1_error=validation.get("val/top1_error"),
         top5_error=validation.get("val/top5_error"),
         mean_auroc=validation.get("val/mean_auroc"),
@@ -107,10 +123,8 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     )
 
 
-def _config_of(run_dir: Path) -> Config | None:
-    """What was submitted, or what the training has written; None if it has not come so far."""
-    found = [file for name in ("submitted.yaml", "config.yaml") if (file := run_dir / name).exists()]
-    return load_stored_config(found[0]) if found else None
+def _config_in(file: Path) -> Config | None:
+    return load_stored_config(file) if file.exists() else None
 
 
 def slurm_queue() -> Queue:

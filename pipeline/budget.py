@@ -6,6 +6,7 @@ budget: `thresholds` chooses that on held-out images, so that a wanted share of 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,13 @@ class Answers:
 
 
 @torch.inference_mode()
-def answers_of(network: MSDNet, loader: EvaluationLoader) -> tuple[Answers, Answers]:
+def answers_of(
+    network: MSDNet, loader: EvaluationLoader, after_batch: Callable[[], None] = lambda: None
+) -> tuple[Answers, Answers]:
     """The answers to all images of a loader's index, in its order, by one crop.
+
+    Args:
+        after_batch: is called after each batch.
 
     Returns:
         Those of each exit by itself; and those of the mean of the softmax of all exits up to it, the Torch code's ensemble.
@@ -51,6 +57,7 @@ def answers_of(network: MSDNet, loader: EvaluationLoader) -> tuple[Answers, Answ
             confidence, classes = found.max(dim=2)
             answers.classes[:, batch.ids] = classes.T.cpu().numpy()
             answers.confidence[:, batch.ids] = confidence.T.cpu().numpy()
+        after_batch()
     return own, together
 
 

@@ -7,6 +7,7 @@ which wins). Both are validated by the same types; a mistake is one line naming 
 import argparse
 import dataclasses
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ from pipeline.parsing import (
 )
 from pipeline.recipe import following_fields, resize_with
 from pipeline.unused import unused_field
+from pipeline.words import counted
 
 OfChannels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=3)]
 PositiveOfChannels = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)]
@@ -279,7 +281,8 @@ class DataConfig:
         milestones = self.train_crop_milestones
         if len(milestones) != max(0, len(self.train_crop_size) - 1):
             raise ValueError(
-                f"train_crop_milestones has {len(milestones)} epochs, and train_crop_size {len(self.train_crop_size)} sizes: "
+                f"train_crop_milestones has {counted(len(milestones), 'epoch')}, and train_crop_size "
+                f"{counted(len(self.train_crop_size), 'size')}: "
                 "give the epoch at which each size but the first begins"
             )
         if list(milestones) != sorted(set(milestones)):
@@ -554,9 +557,13 @@ SCHEMA = Schema(
 )
 
 
-def to_yaml(config: Config) -> str:
-    """Return the whole configuration as YAML that `load_config` reads back to an equal one."""
-    return SCHEMA.to_yaml(config)
+def to_yaml(config: Config, without: Collection[str] = ()) -> str:
+    """Return the whole configuration as YAML that `load_config` reads back to an equal one.
+
+    Args:
+        without: keys to leave out, for a reader.
+    """
+    return SCHEMA.to_yaml(config, without)
 
 
 def from_dict(tree: dict[str, Any], origin: str) -> Config:

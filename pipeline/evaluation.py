@@ -15,7 +15,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.metrics import AnyScore, LabelScore, Score
+from pipeline.metrics import AnyScore, LabelScore, Score, top5_counts
 from pipeline.models.early_exits import stack_exits
 from pipeline.ranking import rank_classes
 
@@ -34,7 +34,8 @@ class Evaluation:
         logits: (N, classes) float32, averaged over the views of each image, or the logarithm of the averaged
             probabilities; None unless asked for, and on other ranks than 0.
         exits: (N, exits) int64, the most probable class at each exit, -1 where it is not finite; None for a network with one
-            output, and for several labels an image. All else is of the last exit.
+            output, and for several labels an image. All else is of the last exit, but for the loss in `score`, which is the sum
+            over all of them, as in training.
         not_finite: images whose answers are not finite; they count as wrong, with -1 in `top5`.
     """
 
@@ -107,19 +108,16 @@ def evaluate(
             continue
         outputs = model(batch.images.contiguous(memory_format=memory_format))
         answers = _average(logits_of(outputs).float().unflatten(0, (-1, batch.views)), average, several)
+        exits = answers.unbind(dim=1) if answers.dim() == 3 else (answers,)
+        losses_at = torch.stack([_losses(of_exit, batch.labels, several) for of_exit in exits], dim=1)
         every: tuple[Tensor, ...] = ()
-        if answers.dim() == 3:
-            if not several:
-                every = (answers.argmax(dim=2).where(answers.isfinite().all(dim=2), -1),)
-            answers = answers[:, -1]
+        if answers.dim() == 3 and not several:
+            every = (answers.argmax(dim=2).where(answers.isfinite().all(dim=2), -1),)
+        answers = exits[-1]
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
-        if several:
-            surest = best.values[:, 0].sigmoid()
-            loss = F.binary_cross_entropy_with_logits(answers, batch.labels.float(), reduction="none").mean(dim=1)
-        else:
-            surest = (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
-            loss = F.cross_entropy(answers, batch.labels, reduction="none")
-        found = (best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1), surest, loss, *every)
+        surest = best.values[:, 0].sigmoid() if several else (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
+        indices = best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1)
+        found = (indices, surest, losses_at, *every)
         answered.append((batch.ids, *found))
         if keep_logits or several:
             all_logits.append((batch.ids, answers))
@@ -128,22 +126,30 @@ def evaluate(
     images = len(loader.index)
     gathered = world.gather_to_rank0(_on_host(all_logits)) if keep_logits or several else []
     logits = _in_order(gathered, images)[0] if gathered else None
-    top5, probability, losses, *exits = _in_order(world.gather(_on_host(answered)), images)
+    top5, probability, losses_of_exits, *answers_of_exits = _in_order(world.gather(_on_host(answered)), images)
+    losses, summed = losses_of_exits[:, -1], losses_of_exits.sum(axis=1)
     not_finite = int((top5[:, 0] == -1).sum())
     if several:
-        score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, losses))
+        score = world.broadcast_from_rank0(lambda: _label_score(loader.index, logits, summed))
         return Evaluation(score, top5, probability, losses, logits if keep_logits else None, not_finite)
     correct = top5 == loader.index.labels[:, None]
-    answers_at = exits[0] if exits else None
+    answers_at = answers_of_exits[0] if answers_of_exits else None
     exits_correct = [] if answers_at is None else (answers_at == loader.index.labels[:, None]).sum(axis=0).tolist()
     score = Score(
         images=images,
         top1_correct=int(correct[:, 0].sum()),
-        top5_correct=int(correct.any(axis=1).sum()),
-        loss_sum=float(losses.sum(dtype=np.float64)),
+        top5_correct=int(correct.any(axis=1).sum()) if top5_counts(len(loader.index.classes)) else None,
+        loss_sum=float(summed.sum(dtype=np.float64)),
         exits_correct=tuple(exits_correct),
     )
     return Evaluation(score, top5, probability, losses, logits, not_finite, answers_at)
+
+
+def _losses(answers: Tensor, labels: Tensor, several: bool) -> Tensor:
+    """The loss (n) of each image with logits (n, classes) and labels (n) or, if it may have `several`, (n, classes)."""
+    if several:
+        return F.binary_cross_entropy_with_logits(answers, labels.float(), reduction="none").mean(dim=1)
+    return F.cross_entropy(answers, labels, reduction="none")
 
 
 def _label_score(index: DatasetIndex, logits: np.ndarray | None, losses: np.ndarray) -> LabelScore:

@@ -1,5 +1,6 @@
 """Notices on the device, without waiting for it, that a loss is not finite, and stops all ranks when it is asked."""
 
+import filecmp
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.config import Config
 from pipeline.data.loader import TrainingLoader
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -30,8 +33,8 @@ class StepSkipper:
 
     LIMIT = 10  # steps in a row after which a run does not recover by itself
 
-    def __init__(self, network: nn.Module, world: World):
-        self._network, self._world = network, world
+    def __init__(self, network: nn.Module, world: World, config: Config):
+        self._network, self._world, self._config = network, world, config
         self._in_a_row = 0
         self._buffers: list[Tensor] = []
 
@@ -59,8 +62,7 @@ class StepSkipper:
         self._in_a_row += 1
         if self._in_a_row >= self.LIMIT:
             raise UserError(
-                f"the loss or the gradient is not finite in {self.LIMIT} steps in a row: start the same command again with a "
-                "lower optim.lr and --train.change optim.lr"
+                f"the loss or the gradient is not finite in {self.LIMIT} steps in a row: {way_on(self._config)}"
             )
         return True
 
@@ -68,13 +70,12 @@ class StepSkipper:
 class FiniteGuard:
     """Remembers the first step whose loss was not finite.
 
-    Args:
-        file: names the images of that step and of the one before, when `check` finds it.
-        skips: steps whose loss is not finite are left out, so that this is no remedy.
+    ``not-finite.json`` names the images of that step and of the one before, when `check` finds it.
     """
 
-    def __init__(self, world: World, loader: TrainingLoader, file: Path, skips: bool):
-        self._world, self._loader, self._file, self._skips = world, loader, file, skips
+    def __init__(self, world: World, loader: TrainingLoader, config: Config):
+        self._world, self._loader, self._config = world, loader, config
+        self._file = Path(config.run_dir, "not-finite.json")
         self._first = torch.full((), NEVER, device=world.device)
 
     def add(self, step: int, losses: Tensor, weights: Tensor) -> None:
@@ -96,16 +97,13 @@ class FiniteGuard:
         if first == NEVER:
             return
         what = "loss is" if -by_loss == first else "network's weights or batch-norm statistics are"
-        skip = "" if self._skips else " or with --train.not_finite skip;"
         self._world.broadcast_from_rank0(
             lambda: write_text(self._file, json.dumps(self._batches_until(first), indent=1))
         )
         epoch, step = (number + 1 for number in divmod(first, self._loader.steps_per_epoch))  # as people count
         raise UserError(
-            f"the {what} not finite at epoch {epoch}, step {step}: start the same command again with a lower optim.lr and "
-            f"--train.change optim.lr, or with train.precision fp32 and --train.change train.precision,{skip} it resumes from "
-            "the checkpoint before that step. If that is too late, put best.pt or previous.pt in the place of last.pt first. "
-            f"{self._file} names the step's images"
+            f"the {what} not finite at epoch {epoch}, step {step}: {way_on(self._config)}. {self._file} names the step's "
+            "images"
         )
 
     def _batches_until(self, step: int) -> list[dict[str, Any]]:
@@ -117,3 +115,48 @@ class FiniteGuard:
             names = [self._loader.index.names[i] for i in ids]
             batches.append({"epoch": epoch + 1, "step": position + 1, "ids": ids, "names": names})
         return batches
+
+
+def way_on(config: Config) -> str:
+    """What to do about a step that is not finite, of what would change something in this run, as the end of a message."""
+    folder, train = CheckpointFolder(Path(config.run_dir, "checkpoints")), config.train
+    resumes = folder.last.exists() or folder.previous.exists()
+
+    def purposely(key: str) -> str:
+        return f" and --train.change {key}" if resumes else ""
+
+    ways = [f"with a lower optim.lr{purposely('optim.lr')}"]
+    if train.precision != "fp32":
+        ways.append(f"with --train.precision fp32{purposely('train.precision')}")
+    if train.not_finite != "skip":
+        ways.append("with --train.not_finite skip")
+    text = f"start the same command again {', or '.join(ways)}; "
+    if not resumes:
+        return f"{text}no checkpoint was saved, and it begins anew"
+    earlier = _earlier(folder)
+    too_late = f"; if that is too late, put {earlier} in the place of last.pt first" if earlier else ""
+    return f"{text}it resumes from the checkpoint before that step{too_late}"
+
+
+def way_on_from_validation(config: Config) -> str:
+    """As `way_on`, where the last checkpoint's own answers are not finite."""
+    folder = CheckpointFolder(Path(config.run_dir, "checkpoints"))
+    earlier = _earlier(folder)
+    if earlier:
+        lower = (
+            f"put {earlier} in the place of last.pt in {folder.last.parent} and start again with a lower optim.lr and "
+            "--train.change optim.lr"
+        )
+    else:
+        lower = "start anew with a lower optim.lr and another --run_dir, as there is no earlier checkpoint"
+    return f"{lower}, or count them as wrong with --train.not_finite skip"
+
+
+def _earlier(folder: CheckpointFolder) -> str:
+    """The names of the checkpoints that are others than the last one, in words."""
+    others = [
+        file.name
+        for file in (folder.previous, folder.best)
+        if file.exists() and not (folder.last.exists() and filecmp.cmp(file, folder.last, shallow=False))
+    ]
+    return " or ".join(others)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.words import counted
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Segment:
 
 def batch_split(ranks: int, grad_accum_steps: int) -> str:
     """How a global batch is divided, in words."""
-    return f"{ranks} ranks x {grad_accum_steps} accumulation steps"
+    return f"{counted(ranks, 'rank')} x {counted(grad_accum_steps, 'accumulation step')}"
 
 
 class History:
@@ -66,7 +67,7 @@ class History:
         """What changed on the way, a line for each change; empty if the whole run was trained alike."""
         lines = []
         for before, after in zip(self.segments, self.segments[1:], strict=False):
-            where = f"from epoch {after.epoch + 1} on (after {after.step} steps of the run)"
+            where = f"from epoch {after.epoch + 1} on (after {counted(after.step, 'step')} of the run)"
             if before.batch_split != after.batch_split:
                 lines.append(f"{where}, a batch is {after.batch_split}; before, {before.batch_split}")
             for key, (old, new) in after.changed.items():

@@ -14,11 +14,16 @@ from pipeline.ranking import MeanRanking, Ranking, mean_text
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over a number of images. Errors are in percent."""
+    """Sums over a number of images. Errors are in percent.
+
+    Attributes:
+        top5_correct: None where there are so few classes that the first five answers say nothing; see `top5_counts`.
+        loss_sum: of a network with several exits over all of them too.
+    """
 
     images: int
     top1_correct: int
-    top5_correct: int
+    top5_correct: int | None
     loss_sum: float
     exits_correct: tuple[int, ...] = ()
     """Top-1 correct at each exit, the last one included; empty for a network with one output."""
@@ -28,8 +33,8 @@ class Score:
         return 100 * (1 - self._per_image(self.top1_correct))
 
     @property
-    def top5_error(self) -> float:
-        return 100 * (1 - self._per_image(self.top5_correct))
+    def top5_error(self) -> float | None:
+        return None if self.top5_correct is None else 100 * (1 - self._per_image(self.top5_correct))
 
     @property
     def exit_errors(self) -> tuple[float, ...]:
@@ -43,7 +48,8 @@ class Score:
     def records(self) -> dict[str, float]:
         """What is recorded of it, by name."""
         exits = {f"exit{number}_top1_error": error for number, error in enumerate(self.exit_errors, start=1)}
-        return {"loss": self.loss, "top1_error": self.top1_error, "top5_error": self.top5_error, **exits}
+        top5 = {} if self.top5_error is None else {"top5_error": self.top5_error}
+        return {"loss": self.loss, "top1_error": self.top1_error, **top5, **exits}
 
     def text(self, top5: bool = False) -> str:
         """Its errors in a few words; with `top5` also the accuracy, which others show."""
@@ -101,9 +107,15 @@ class LabelScore:
 AnyScore = Score | LabelScore
 
 
-def errors_text(top1_error: float, top5_error: float) -> str:
-    """Both errors, in percent, in the words that every log and summary has."""
-    return f"top-1 error {top1_error:.2f} % (accuracy {100 - top1_error:.2f} %), top-5 error {top5_error:.2f} %"
+def top5_counts(classes: int) -> bool:
+    """Whether the top-5 error says something: with five classes or fewer each is among the first five answers."""
+    return classes > 5
+
+
+def errors_text(top1_error: float, top5_error: float | None) -> str:
+    """Both errors, in percent, in the words that every log and summary has; the first alone where that is all that counts."""
+    top5 = "" if top5_error is None else f", top-5 error {top5_error:.2f} %"
+    return f"top-1 error {top1_error:.2f} % (accuracy {100 - top1_error:.2f} %){top5}"
 
 
 def exits_text(errors: Sequence[float]) -> str:
@@ -137,13 +149,14 @@ class MetricAccumulator:
     """Sums of this rank, kept on the device; reading them (`score`) waits for the device and talks to all ranks.
 
     Args:
-        classes: names of the classes of images with several labels; empty for images with one.
+        classes: their names.
+        several_labels: an image may have several of them.
         exits: of the network.
     """
 
-    def __init__(self, world: World, classes: Sequence[str] = (), exits: int = 1):
-        self._world, self._classes = world, classes
-        further = exits if exits > 1 and not classes else 0
+    def __init__(self, world: World, classes: Sequence[str], several_labels: bool = False, exits: int = 1):
+        self._world, self._classes, self._several_labels = world, classes, several_labels
+        further = exits if exits > 1 and not several_labels else 0
         self._sums = torch.zeros(4 + further, dtype=torch.float64, device=world.device)  # as `batch_sums` has them
 
     def add(self, sums: Tensor) -> None:
@@ -156,11 +169,12 @@ class MetricAccumulator:
     def score(self) -> AnyScore | None:
         """Sums over all ranks; None if there was no image. Every rank must call this."""
         images, top1_correct, top5_correct, loss_sum, *exits = self._world.all_reduce_sum(self._sums).tolist()
-        if self._classes:
+        if self._several_labels:
             return LabelScore(int(images), self._classes, int(top1_correct), loss_sum) if images else None
         if not images:
             return None
-        return Score(int(images), int(top1_correct), int(top5_correct), loss_sum, tuple(map(int, exits)))
+        top5 = int(top5_correct) if top5_counts(len(self._classes)) else None
+        return Score(int(images), int(top1_correct), top5, loss_sum, tuple(map(int, exits)))
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's sums, (ranks, 4) float64. Every rank must call this."""

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -189,9 +189,13 @@ class Schema(Generic[T]):
         where = self._flag(key) if key in overrides else f"{origin}: '{key}'" if key else origin
         raise UserError(f"{where}{self._explain(key, error)}")
 
-    def to_yaml(self, value: T) -> str:
-        """The whole tree as YAML that `read` and `build` turn into an equal one."""
-        return yaml.safe_dump(self._adapter.dump_python(value, mode="json"), sort_keys=False)
+    def to_yaml(self, value: T, without: Collection[str] = ()) -> str:
+        """The whole tree as YAML that `read` and `build` turn into an equal one; `without` names keys to leave out."""
+        tree = self._adapter.dump_python(value, mode="json")
+        for key in without:
+            section, _, name = key.rpartition(".")
+            (tree[section] if section else tree).pop(name)
+        return yaml.safe_dump(tree, sort_keys=False)
 
     def _explain(self, key: str, error: Any) -> str:
         """What is wrong with a key's value, and what is needed; error is pydantic's."""

@@ -1,8 +1,10 @@
 """What a run says of itself: its configuration and audit as files, a page for TensorBoard, and a summary at the end."""
 
 import dataclasses
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 from pipeline.audit import (
@@ -20,13 +22,16 @@ from pipeline.audit import (
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
+from pipeline.data.splits import find_splits
 from pipeline.metrics import errors_text, exits_text
 from pipeline.parsing import flatten, value_text
 from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
 from pipeline.resume import FREE_TO_CHANGE
 from pipeline.run import Progress, Run
-from pipeline.run_dir import replace_text
+from pipeline.run_dir import RECORDS, now, replace_text
+from pipeline.unused import unused_fields
+from pipeline.words import counted
 
 
 def write_description(run: Run, found: Found | None) -> None:
@@ -35,12 +40,24 @@ def write_description(run: Run, found: Found | None) -> None:
     if found:
         found.set_damaged_aside()
     else:
+        if (run.dir / RECORDS).exists():
+            print(f"{now()} beginning anew: earlier starts of {run.dir} have saved no checkpoint", flush=True)
         for line in warnings_of(run, None):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     setting = setting_for(run.config)
     title = f"{run.config.model.name} beside {setting.paper}'s {setting.name} setting"
     replace_text(run.dir / "config.yaml", to_yaml(run.config))
     replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines(), setting.paper))
+
+
+def configuration_text(run: Run) -> str:
+    """The configuration as YAML, without the fields that do nothing in this run, and with the sets that were found."""
+    config = run.config
+    if config.data.dataset == "images" and config.data.loader != "synthetic":
+        with redirect_stderr(io.StringIO()):  # it was said when they were opened
+            config = dataclasses.replace(config, data=find_splits(config.data))
+    unused = unused_fields(flatten(dataclasses.asdict(config)))
+    return to_yaml(config, unused | ({"data.val"} if config.data.holdout else set()))
 
 
 def warnings_of(run: Run, found: Found | None) -> list[str]:
@@ -92,7 +109,8 @@ def summary(run: Run) -> str:
         lines.append(f"begun with {origin_text(run.config.model)}")
     lines.append(f"images in a batch-norm statistic: {statistics_text(run.measured.statistics)}")
     if run.progress.skipped_steps:
-        lines.append(f"{run.progress.skipped_steps} steps were left out, as their loss or gradient was not finite")
+        steps = counted(run.progress.skipped_steps, "step")
+        lines.append(f"left out, as the loss or gradient was not finite: {steps}")
     lines += run.history.lines()
     lines += [line] if (line := recipe_text(run)) else []
     return "\n".join(lines)

@@ -32,7 +32,7 @@ from pipeline.ema import ModelEma
 from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size, why_not
 from pipeline.finite import FiniteGuard
-from pipeline.history import History
+from pipeline.history import History, batch_split
 from pipeline.joint_objective import for_all_exits
 from pipeline.measured import (
     Measured,
@@ -60,6 +60,7 @@ from pipeline.precision import (
 )
 from pipeline.resume import Conditions, check_same_run, loader_of
 from pipeline.start import InitialWeights, Start
+from pipeline.words import counted
 
 
 class Stateful(Protocol):
@@ -78,10 +79,10 @@ class Progress:
     epoch: int = 0
     step: int = 0
     best_top1_error: float = math.inf
-    best_top5_error: float = math.inf
+    best_top5_error: float | None = math.inf  # None where it says nothing; see `metrics.top5_counts`
     best_epoch: int = -1
     last_top1_error: float = math.inf
-    last_top5_error: float = math.inf
+    last_top5_error: float | None = math.inf
     skipped_steps: int = 0  # left out, as their loss or gradient was not finite
     best_auroc: float = -math.inf  # mean over the classes, from 0 to 1, where images have several labels
     best_average_precision: float = -math.inf
@@ -194,12 +195,10 @@ class Run:
         self.optimizer = create_optimizer(self.network, config.optim, config.model.name)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
-        names = self.conditions.classes if self.train_loader.index.several_labels else ()
-        exits = exits_of(network)
-        self.epoch_metrics, self.window_metrics = (MetricAccumulator(world, names, exits) for _ in range(2))
+        metrics = self.conditions.classes, self.train_loader.index.several_labels, exits_of(network)
+        self.epoch_metrics, self.window_metrics = (MetricAccumulator(world, *metrics) for _ in range(2))
         self._spread = initial_spread(self.network)
-        skips = config.train.not_finite == "skip"
-        self.finite = FiniteGuard(world, self.train_loader, self.dir / "not-finite.json", skips)
+        self.finite = FiniteGuard(world, self.train_loader, config)
         self.parts: dict[str, Stateful] = {
             "model": Weights(self.network),
             "optimizer": OptimizerState(self.optimizer, self.network),
@@ -389,7 +388,7 @@ class Run:
             part.load_state_dict(state[name])
         if self.is_complete and changed:
             raise UserError(
-                f"{self.dir} is complete ({self.progress.epoch} epochs), and nothing is left to train with another "
+                f"{self.dir} is complete ({counted(self.progress.epoch, 'epoch')}), and nothing is left to train with another "
                 f"{', '.join(changed)}: give more optim.epochs (--train.change optim.epochs), or another --run_dir"
             )
         self.history.begin(self.done_steps, self.progress.epoch, self.config, self.world.size, changed)
@@ -428,16 +427,39 @@ class Run:
             f"{precision}{validation} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
             f"through the {self._named_loader()} loader\n"
-            f"batch {optim.batch_size} = {ranks} ranks x {optim.grad_accum_steps} accumulation steps x "
-            f"{optim.batch_size // self.microbatches} images (what a batch-norm statistic sees); "
-            f"{self.train_loader.steps_per_epoch} steps an epoch, {optim.epochs} epochs"
-            f"{self._fine_tuning()}" + (f"\n{self.tuning.text}" if self.tuning and self.tuning.text else "")
+            f"batch {optim.batch_size} = {batch_split(ranks, optim.grad_accum_steps)} x "
+            f"{counted(optim.batch_size // self.microbatches, 'image')} (what a batch-norm statistic sees); "
+            f"{counted(self.train_loader.steps_per_epoch, 'step')} an epoch, {counted(optim.epochs, 'epoch')}"
+            f"{self._large_batch()}{self._about_losses()}{self._fine_tuning()}"
+            + (f"\n{self.tuning.text}" if self.tuning and self.tuning.text else "")
         )
 
     def _named_loader(self) -> str:
         """The loader, and why it is not the first choice where it was left to choose."""
         reasons = f" (not {'; not '.join(self._passed_over)})" if self._passed_over else ""
         return f"{self.conditions.loader}{reasons}"
+
+    def _large_batch(self) -> str:
+        """A further line on what `optim.large_batch` came to; empty without it."""
+        optim = self.config.optim
+        warmup = "" if optim.schedule == "one_cycle" else f", which warms up over {optim.warmup_epochs:g} epochs"
+        return f"\nlarge batch: learning rate {optim.lr:g}{warmup}" if optim.large_batch else ""
+
+    def _about_losses(self) -> str:
+        """A further line where the losses are not the cross-entropy of one output; empty else."""
+        optim, lines = self.config.optim, list[str]()
+        if (exits := exits_of(self.network)) > 1:
+            lines.append(f"losses are sums over {exits} exits")
+        usual = "binary_cross_entropy" if self.train_loader.index.several_labels else "cross_entropy"
+        other = [optim.objective] if optim.objective != usual else []
+        other += ["label smoothing"] if optim.label_smoothing else []
+        other += ["class weights"] if optim.class_weights else []
+        other += ["mixed images"] if self.config.data.mixes else []
+        if other:
+            lines.append(
+                f"the training loss is with {', '.join(other)}, the validation loss plain {usual}: they do not compare"
+            )
+        return "".join(f"\n{line}" for line in lines)
 
     def _fine_tuning(self) -> str:
         """Further lines: what it began with, and what of it does not train; empty for a run from drawn weights."""
@@ -471,8 +493,8 @@ def _split_batch(config: Config, world: World) -> int:
     if config.optim.batch_size % unit:
         pairs = " into pairs of images that are mixed" if config.data.mixes else ""
         raise UserError(
-            f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {world.size} ranks x "
-            f"{config.optim.grad_accum_steps} accumulation steps{pairs}: choose a multiple of {unit}"
+            f"optim.batch_size {config.optim.batch_size} cannot be split evenly over "
+            f"{batch_split(world.size, config.optim.grad_accum_steps)}{pairs}: choose a multiple of {unit}"
         )
     return microbatches
 

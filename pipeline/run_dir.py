@@ -1,12 +1,14 @@
 """The folder of a run: made, checked, and used by one process at a time."""
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from pipeline.errors import UserError
 RECORDS = "metrics.jsonl"
 STATUS = "status.json"  # how far the run is, written with each checkpoint
 LOG = "log.txt"  # what rank 0 has printed; see run_log.py
+# What a start makes before there is a run, and what tells that there is one, or that a job of it was submitted.
+PREPARATIONS = ("lock", LOG, "index", "checkpoints")
+SIGNS_OF_A_RUN = {"config.yaml", RECORDS, "starts.jsonl"}
 STARTED, ENDED = "started:", ("ended", "error:", "interrupted:")  # after the time, in an attempt's first and last line
 
 
@@ -43,6 +48,25 @@ def epochs_done(record: dict[str, Any]) -> float:
     return record["epochs"] if "epochs" in record else record["epoch"] + 1
 
 
+def read_progress(run_dir: Path) -> dict[str, Any]:
+    """What ``status.json`` says of a run's last checkpoint; empty if there is none, or if it was damaged."""
+    with suppress(OSError, ValueError):
+        progress = json.loads((run_dir / STATUS).read_text())
+        if isinstance(progress, dict):
+            return progress
+    return {}
+
+
+def is_complete(run_dir: Path, epochs: int | None) -> bool:
+    """Whether a run's last checkpoint is of its end, however it was started and whatever it refused since.
+
+    Args:
+        epochs: that its configuration asks for now, which may be more than when it ended; None for as many as then.
+    """
+    progress = read_progress(run_dir)
+    return progress.get("complete") is True and (epochs is None or progress.get("epoch", 0) >= epochs)
+
+
 def _record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
@@ -57,18 +81,58 @@ def make_run_dir(run_dir: Path) -> None:
     Raises:
         UserError: that is not allowed, or nothing can be written there.
     """
-    with io_as_user_error(run_dir):
+    try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run_dir / "lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run directory {run_dir} ({error.strerror}): {_remedy(error)}set --run_dir"
+        ) from None
+
+
+class Before:
+    """What there was of a run's directory before a start."""
+
+    def __init__(self, run_dir: Path):
+        self._run_dir = run_dir
+        self._names = _names_in(run_dir)
+        self._new = [folder for folder in (run_dir, *run_dir.parents) if not os.path.lexists(folder)]
+
+    def put_back(self) -> None:
+        """Remove what the start has made, but for a run's directory, whose log tells of each start."""
+        present = _names_in(self._run_dir)
+        if present & SIGNS_OF_A_RUN or "checkpoints" in self._names:
+            return
+        for name in present & set(PREPARATIONS) - self._names:
+            path = self._run_dir / name
+            if name == "index":
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with suppress(OSError):  # somebody else has put something there
+                path.rmdir() if path.is_dir() else path.unlink()
+        for folder in self._new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _names_in(folder: Path) -> set[str]:
+    """Of what is there; none if it cannot be listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Make the folder and keep other runs out of it while this is entered, and until this process has ended.
 
+    If a user's mistake ends this before there is a run, nothing of it is left.
+
     Raises:
         UserError: another process is training there, or `make_run_dir` failed.
     """
+    before = Before(run_dir)
     make_run_dir(run_dir)
     with io_as_user_error(run_dir):
         file = open(run_dir / "lock", "r+")  # noqa: SIM115 - closed below
@@ -85,7 +149,11 @@ def locked(run_dir: Path) -> Iterator[None]:
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-        yield
+        try:
+            yield
+        except UserError:
+            before.put_back()
+            raise
 
 
 def write_text(file: Path, text: str) -> None:
@@ -112,7 +180,14 @@ def io_as_user_error(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        kept = "; the checkpoints in it are whole" if any(run_dir.glob("checkpoints/*.pt")) else ""
         raise UserError(
-            f"cannot write the run directory {run_dir} ({error.strerror}): make room, or set --run_dir; "
-            "the checkpoints in it are whole"
+            f"cannot write the run directory {run_dir} ({error.strerror}): {_remedy(error)}set --run_dir{kept}"
         ) from None
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about a failure to write, where another directory is not all that helps."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room, or "
+    return "make it writable, or " if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""

@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 from pipeline.distributed import World
 from pipeline.errors import InterruptedRunError, LocalUserError, UserError
 from pipeline.run_dir import LOG, STARTED, locked, now
+from pipeline.words import counted
 
 
 @contextmanager
@@ -35,9 +36,9 @@ def logged(run_dir: Path, world: World) -> Iterator[None]:
     Progress bars are left out. A log that cannot be written ends no run: checkpoints and records are what matters.
     """
     with ExitStack() as stack:
-        log = _open(run_dir / LOG, stack)
+        log = _open(run_dir / LOG, stack) if world.is_main else None
         if world.is_main:
-            who = f"process {os.getpid()} on {socket.gethostname()}, {world.size} rank{'s' if world.size > 1 else ''}"
+            who = f"process {os.getpid()} on {socket.gethostname()}, {counted(world.size, 'rank')}"
             _write(log, f"{now()} {STARTED} {shlex.join(sys.orig_argv)} ({who})\n")
             stack.enter_context(redirect_stdout(cast(TextIO, _Copied(sys.stdout, log))))
             stack.enter_context(redirect_stderr(cast(TextIO, _Copied(sys.stderr, log))))
@@ -45,6 +46,7 @@ def logged(run_dir: Path, world: World) -> Iterator[None]:
             yield
         except BaseException as error:
             if world.is_main or not _is_known_to_rank0(error):
+                log = log or _open(run_dir / LOG, stack)  # not before: a start that is refused leaves no log
                 if not isinstance(error, UserError | InterruptedRunError):
                     _write(log, "".join(traceback.format_exception(error)))
                 _write(log, f"{now()} {'' if world.is_main else f'rank {world.rank}: '}{_end_of(error)}\n")

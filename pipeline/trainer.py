@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Found
-from pipeline.config import Config, to_yaml
+from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
-from pipeline.finite import StepSkipper
+from pipeline.finite import StepSkipper, way_on_from_validation
 from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
 from pipeline.metrics import AnyScore, Score
 from pipeline.monitor import Monitor
 from pipeline.preemption import PreemptionHandler
-from pipeline.report import recipe_text, summary, warnings_of, write_description
+from pipeline.report import configuration_text, recipe_text, summary, warnings_of, write_description
 from pipeline.run import Progress, Run
 from pipeline.run_log import occupied
 from pipeline.start import find_start
@@ -63,7 +63,7 @@ def dry_run(config: Config) -> str:
             run.load_state_dict(start.checkpoint.state)
         next(run.train_loader.batches(epoch=0))
         warnings = [f"warning: {line}" for line in (warnings_of(run, start.checkpoint) if world.is_main else [])]
-        return "\n".join([to_yaml(run.config), run.description(), *warnings, recipe_text(run, in_full=True)])
+        return "\n".join([configuration_text(run), run.description(), *warnings, recipe_text(run, in_full=True)])
 
 
 class Trainer:
@@ -75,7 +75,9 @@ class Trainer:
         self.run, self.hooks = run, hooks
         self.preemption = PreemptionHandler()
         self.watchdog = Watchdog(run.world, run.config.train.heartbeat_timeout)
-        self.skipper = StepSkipper(run.network, run.world) if run.config.train.not_finite == "skip" else None
+        self.skipper = (
+            StepSkipper(run.network, run.world, run.config) if run.config.train.not_finite == "skip" else None
+        )
         self.compiles, self.microbatch = run.config.train.compile != "none", 0
         self.seconds: dict[str, float] = defaultdict(float)
 
@@ -154,9 +156,8 @@ class Trainer:
             )  # fmt: skip
         if evaluation.not_finite and not self.skipper:
             raise UserError(
-                f"the answers to {evaluation.not_finite} validation images are not finite: put best.pt in the place of last.pt "
-                f"in {run.dir}/checkpoints and start again with a lower optim.lr and --train.change optim.lr, or count them "
-                "as wrong with --train.not_finite skip"
+                f"the answers to {evaluation.not_finite} validation images are not finite: "
+                f"{way_on_from_validation(run.config)}"
             )
         return evaluation.score
 

@@ -98,6 +98,11 @@ SWITCHES = (
 )
 
 
+def unused_fields(resolved: Fields) -> set[str]:
+    """The keys of all fields that do nothing in a run with these fields."""
+    return {key for switch in SWITCHES if not switch.on(resolved) for key in switch.fields}
+
+
 def unused_field(defaults: Fields, file: Fields, overrides: Fields, resolved: Fields) -> tuple[str, str] | None:
     """A field that the file or the command line gives and nothing reads, with what it needs; None if there is none.
 

@@ -52,15 +52,24 @@ def checkpoint(data, tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a command in this process, with few budgets and one measurement; return what it prints."""
+    """Run a command in this process, with few budgets and one measurement; return what it prints.
+
+    It says at each step how far it is; `progress` receives those lines.
+    """
     monkeypatch.setattr("tools.anytime.BUDGETS", (0.3, 1.0, 1.7))
     monkeypatch.setattr("tools.anytime.ROUNDS", 1)
 
-    def run(main, *words: object) -> str:
+    for name in ("FIRST", "EVERY"):
+        monkeypatch.setattr(f"tools.support.progress.{name}", 0.0)
+
+    def run(main, *words: object, progress: list[str] | None = None) -> str:
         monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
         capsys.readouterr()
         main()
-        return capsys.readouterr().out
+        said = capsys.readouterr()
+        if progress is not None:
+            progress += said.err.splitlines()
+        return said.out
 
     return run
 
@@ -141,7 +150,12 @@ def test_folded_norms_answer_the_same():
 def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_path):
     other = f"densenet_bc10_k4={50.0}"
     said = run(anytime, checkpoint, "--data", data, "--loader", "reference", "--timed-images", 1, "--batch-size", 5,
-               "--report", tmp_path, "--beside", other, "densenet_bc10_k2=0")  # fmt: skip
+               "--report", tmp_path, "--beside", other, "densenet_bc10_k2=0", progress=(progress := []))  # fmt: skip
+    assert [line.rpartition(", about ")[0] for line in progress[:3]] == [
+        "test images: 1 of 3 batches", "test images: 2 of 3 batches", "held-out images: 1 of 2 batches",
+    ]  # fmt: skip
+    assert all(re.fullmatch(r"times of .*: \d+ of 26 measurements, about .* left", line) for line in progress[3:])
+    assert len(progress) == 3 + 25  # of the last part nothing is left
     report = json.loads((tmp_path / "report.json").read_text())
     weights = read_weights(checkpoint)
     parts = open_datasets(weights.config.data, tmp_path, progress=False)
@@ -196,7 +210,9 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
     for answer in json.loads((tmp_path / "answers.json").read_text()):
         i = next(i for i in range(12) if test.location(i) == answer["file"])
         assert answer["answers"][0]["probability"] == pytest.approx(own[0].confidence[1, i], rel=1e-4)
-    said = run(evaluate, checkpoint, "--data", data, "--dataset", "images", "--loader", "reference")
+    said = run(evaluate, checkpoint, "--data", data, "--dataset", "images", "--loader", "reference", "--batch-size", 5,
+               progress=(progress := []))  # fmt: skip
+    assert len(progress) == 2 and progress[0].startswith("best: 1 of 3 batches, about")
     assert f"; {report['exits'][-1]['top1_wrong']} of 12 wrong" in said  # the last exit's errors
 
 

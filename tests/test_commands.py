@@ -158,7 +158,7 @@ def test_under_our_torchrun_a_mistake_is_one_line(tmp_path):
     words = flags(tmp_path / "run", tmp_path / "nowhere")
     done = run_module("pipeline.torchrun", "--nproc-per-node=2", "-m", "pipeline.train", *words)
     assert done.returncode == 2 and re.fullmatch(r"error: .*nowhere.* does not exist.*\n", done.stderr), done.stderr
-    assert "error: " in (tmp_path / "run" / "log.txt").read_text().splitlines()[-1]
+    assert not (tmp_path / "run").exists()  # a mistake before there is a run leaves nothing, on several ranks too
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Training and evaluation of a network with several exits, through the same trainer as any other."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,12 +52,16 @@ def test_a_run_records_the_errors_of_each_exit_and_resumes_with_the_same_bits(tm
     world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
     index = synthetic_index(11, 3, 16, "val")
     loader = EvaluationLoader(index, config.data, Shard(0, 1, torch.device("cpu"), 1), batch_size=4, crops=1)
-    wrong, seen = np.zeros(2), 0
+    wrong, loss, seen = np.zeros(2), 0.0, 0
     with torch.inference_mode():
         for batch in loader.batches():
-            wrong += [(output.argmax(dim=1) != batch.labels).sum().item() for output in network(batch.images)]
+            outputs = network(batch.images)
+            wrong += [(output.argmax(dim=1) != batch.labels).sum().item() for output in outputs]
+            loss += sum(F.cross_entropy(output, batch.labels, reduction="sum").item() for output in outputs)
             seen += len(batch.labels)
     assert errors == pytest.approx((100 * wrong / seen).tolist())
+    assert last["val/loss"] == pytest.approx(loss / seen, rel=1e-5)  # the sum over the exits, as the training's
+    assert "\nlosses are sums over 2 exits" in re.sub(r"(?m)^[-\d]+ [:\d]+ ", "", said)
     ten = evaluate(
         network,
         EvaluationLoader(index, config.data, Shard(0, 1, torch.device("cpu"), 1), batch_size=4, crops=10),

@@ -112,7 +112,7 @@ def test_sums_of_a_batch_are_computed_once(tmp_path):
         with Calls() as calls:
             run.count([outcome])
     assert calls.counts["aten.topk"] == 1
-    apart = MetricAccumulator(ALONE)
+    apart = MetricAccumulator(ALONE, run.conditions.classes)
     apart.add(batch_sums(*outcome))
     assert run.epoch_metrics.score() == run.window_metrics.score() == apart.score() and apart.score().images == 3
 

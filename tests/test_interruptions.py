@@ -1,13 +1,16 @@
 """Signals, hangs and changed conditions: a run leaves with a checkpoint, is ended with a reason, or is refused."""
 
+import errno
 import fcntl
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +33,7 @@ from pipeline.hooks import Hook, saving
 from pipeline.hooks.saving import Saving
 from pipeline.preemption import PreemptionHandler
 from pipeline.resume import Conditions, check_same_run
-from pipeline.run_dir import locked
+from pipeline.run_dir import io_as_user_error, locked, make_run_dir
 from pipeline.watchdog import Status, diagnose_stall
 
 pytestmark = pytest.mark.slow  # for the most part
@@ -171,6 +174,58 @@ def test_a_run_directory_has_one_user_at_a_time(tmp_path):
         pass
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optim": {"optimizer": "adamx"}},
+        {"model": {"name": "densenet999"}},
+        {"model": {"weights": "nowhere.pth"}},
+        {"data": {"loader": "reference", "dir": "nowhere"}},
+    ],
+)
+def test_a_mistake_before_there_is_a_run_leaves_nothing(tmp_path, sections):
+    config = small_config(tmp_path / "runs" / "a", **sections)
+    with pytest.raises(UserError):
+        trainer.fit(config)
+    assert not list(tmp_path.iterdir())
+    own = tmp_path / "runs" / "a" / "notes.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(UserError):
+        trainer.fit(config)
+    assert list(own.parent.iterdir()) == [own]
+
+
+def test_a_mistake_stands_in_the_log_of_a_run_or_a_job_that_is_there(tmp_path):
+    run, job = tmp_path / "run", tmp_path / "job"
+    trainer.fit(small_config(run, optim={"epochs": 1}))
+    job.mkdir()
+    (job / "starts.jsonl").write_text("{}\n")
+    for folder in (run, job):
+        with pytest.raises(UserError, match="adamx"):
+            trainer.fit(small_config(folder, optim={"epochs": 1, "optimizer": "adamx"}))
+        assert re.search(r" error: .*adamx", (folder / "log.txt").read_text())
+
+
+@pytest.mark.parametrize(
+    ("number", "checkpoints", "remedy"),
+    [
+        (errno.ENOSPC, True, "make room, or set --run_dir; the checkpoints in it are whole"),
+        (errno.EACCES, False, "make it writable, or set --run_dir"),
+        (errno.EIO, False, "set --run_dir"),
+    ],
+)
+def test_a_directory_that_cannot_be_written_gets_the_advice_that_helps(tmp_path, number, checkpoints, remedy):
+    if checkpoints:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.pt").touch()
+    message = f"cannot write the run directory {tmp_path} ({os.strerror(number)}): {remedy}"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"), io_as_user_error(tmp_path):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(UserError, match=r"^cannot make the run directory /proc/x \(.*\): set --run_dir$"):
+        make_run_dir(Path("/proc/x"))
+
+
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     saved = []
     real = Saving.save
@@ -289,8 +344,8 @@ SAME = {"classes": ["cat", "dog"], "fingerprint": "a" * 64, "images": [10, 4], "
         ({"loader": "reference"}, "the loader was dali and is now reference"),
         (
             {"ranks": 3},
-            "a batch was 2 ranks x 1 accumulation steps "
-            "and is now 3 ranks x 1 accumulation steps; .*--train.allow_world_size_change",
+            "a batch was 2 ranks x 1 accumulation step "
+            "and is now 3 ranks x 1 accumulation step; .*--train.allow_world_size_change",
         ),
     ],
 )
@@ -311,11 +366,11 @@ def test_another_number_of_ranks_goes_on_in_mid_epoch_on_request(tmp_path):
     refused = run_module("pipeline.train", *words, ranks=2)
     assert (
         refused.returncode == 2
-        and "a batch was 1 ranks x 1 accumulation steps and is now 2 ranks x 1 accumulation steps" in refused.stderr
+        and "a batch was 1 rank x 1 accumulation step and is now 2 ranks x 1 accumulation step" in refused.stderr
     )
     done = run_module("pipeline.train", *words, "--train.allow_world_size_change", "true", ranks=2)
     assert done.returncode == 0, done.stderr
-    said = "from epoch 1 on (after 3 steps of the run), a batch is 2 ranks x 1 accumulation steps; before, 1 ranks x 1"
+    said = "from epoch 1 on (after 3 steps of the run), a batch is 2 ranks x 1 accumulation step; before, 1 rank x 1"
     assert said in done.stdout
     assert [record["step"] for record in records(config)] == [2, 4, 4]
     assert records(config)[-1]["epoch/skipped_images"] == 0  # one rank's sums and two ranks' are all 46 images

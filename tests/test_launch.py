@@ -392,7 +392,7 @@ def test_a_refusal_after_the_images_were_indexed_leaves_no_index(tmp_path, monke
 
     def index(config, *_):
         cache = Path(config.run_dir, "index", "train.jsonl")
-        cache.parent.mkdir(parents=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         cache.touch()
         return ""
 
@@ -401,10 +401,10 @@ def test_a_refusal_after_the_images_were_indexed_leaves_no_index(tmp_path, monke
     with pytest.raises(UserError, match="refused"):
         start(local_words(config))
     assert not list(tmp_path.iterdir())
-    (tmp_path / "run").mkdir()  # a directory of before stays, with what is in it
+    (tmp_path / "run" / "index").mkdir(parents=True)  # what is there before stays
     with pytest.raises(UserError, match="refused"):
         start(local_words(config))
-    assert (tmp_path / "run" / "index").exists()
+    assert (tmp_path / "run" / "index" / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -486,10 +486,9 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     text = capsys.readouterr().out
     assert f"{tmp_path}/run-lr0.2: densenet_bc22_k8, 46 training and 11 validation images, 3 classes" in text
     assert (
-        "batch 12 = 1 nodes x 2 ranks x 1 accumulation steps x 6 images" in text
-        and "4 steps an epoch, 2 epochs" in text
+        "batch 12 = 1 node x 2 ranks x 1 accumulation step x 6 images" in text and "4 steps an epoch, 2 epochs" in text
     )
-    assert "at 20 images/s" in text and "1 attempts" in text
+    assert "at 20 images/s" in text and "1 attempt" in text
     assert "other than the defaults: model.name densenet_bc22_k8, data.dir " in text
     assert "data.loader synthetic, data.crop_size 16, data.resize_size 16, " in text
     assert "optim.epochs 2, optim.batch_size 12, optim.lr 0.2, optim.milestones 1, " in text
@@ -504,7 +503,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     text = capsys.readouterr().out
     assert "warning: batch 256 on 32 ranks leaves 8 images" in text
     assert "other than the defaults: model.name densenet169, " in text and "published." not in text
-    with pytest.raises(UserError, match="batch_size 12 cannot be split over 1 nodes x 5 ranks.*multiple of 5"):
+    with pytest.raises(UserError, match="batch_size 12 cannot be split over 1 node x 5 ranks.*multiple of 5"):
         start(local_words(config, "--dry-run", "--tasks-per-node", 5))
     with pytest.raises(UserError, match="--nodes must be 1"):
         start(local_words(config, "--nodes", 2, "--optim.batch_size", 12))

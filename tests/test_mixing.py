@@ -143,7 +143,7 @@ def test_the_partner_of_a_corrupt_image_is_mixed_with_what_replaces_it(tmp_path)
 def test_parts_into_which_pairs_do_not_fit_are_refused(tmp_path):
     world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
     config = small_config(tmp_path, data={"mixup_alpha": 0.1}, optim={"grad_accum_steps": 4})
-    with pytest.raises(UserError, match="12 cannot be split evenly over 1 ranks x 4 .* into pairs .* a multiple of 8"):
+    with pytest.raises(UserError, match="12 cannot be split evenly over 1 rank x 4 .* into pairs .* a multiple of 8"):
         Run(config, world)
 
 

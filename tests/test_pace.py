@@ -111,7 +111,8 @@ class Rank:
 def test_how_an_attempt_ended_stands_in_the_log_once(tmp_path, rank, error, expected):
     with pytest.raises(type(error)), logged(tmp_path, Rank(rank)):
         raise error
-    ends = [line for line in (tmp_path / "log.txt").read_text().splitlines() if " started: " not in line]
+    log = tmp_path / "log.txt"
+    ends = [line for line in log.read_text().splitlines() if " started: " not in line] if log.exists() else []
     if expected is None:
         assert ends == []
     else:

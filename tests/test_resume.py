@@ -14,6 +14,7 @@ from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
+from pipeline.finite import way_on, way_on_from_validation
 from pipeline.hooks import Hook
 from pipeline.run import Run
 from pipeline.run_dir import STATUS
@@ -115,9 +116,21 @@ def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
     config = small_config(tmp_path, train={"checkpoint_every": 1})
     with pytest.raises(InterruptionError):
         trainer.fit(config, hooks=[InterruptAfter(6)])
-    assert json.loads((tmp_path / STATUS).read_text()) == {"epoch": 1, "epochs": 2, "step": 2, "complete": False}
+    assert json.loads((tmp_path / STATUS).read_text()) == {
+        "epoch": 1,
+        "epochs": 2,
+        "step": 2,
+        "done_steps": 6,
+        "complete": False,
+    }
     trainer.fit(config)
-    assert json.loads((tmp_path / STATUS).read_text()) == {"epoch": 2, "epochs": 2, "step": 0, "complete": True}
+    assert json.loads((tmp_path / STATUS).read_text()) == {
+        "epoch": 2,
+        "epochs": 2,
+        "step": 0,
+        "done_steps": 8,
+        "complete": True,
+    }
 
 
 def test_fields_that_a_checkpoint_lacks_are_compared_with_their_defaults(tmp_path):
@@ -174,19 +187,64 @@ def test_the_audit_tells_every_layout_that_a_run_had(tmp_path):
     audit = (tmp_path / "audit.md").read_text()
     assert "12, 6 from epoch 2 on" in audit
     assert (
-        "- from epoch 2 on (after 4 steps of the run), a batch is 1 ranks x 2 accumulation steps; before, 1 ranks x 1"
+        "- from epoch 2 on (after 4 steps of the run), a batch is 1 rank x 2 accumulation steps; before, 1 rank x 1"
         in audit
     )
 
 
 def test_a_run_whose_loss_was_not_finite_resumes_with_what_the_advice_names(tmp_path):
     config = small_config(tmp_path, train={"checkpoint_every": 1})
-    with pytest.raises(UserError, match=r"the loss is not finite .*--train.change optim.lr.*--train.not_finite skip"):
+    advice = (
+        "with a lower optim.lr and --train.change optim.lr, or with --train.not_finite skip; it resumes from the checkpoint "
+        "before that step; if that is too late, put previous.pt in the place of last.pt first"
+    )
+    with pytest.raises(UserError, match=f"the loss is not finite .*{advice}"):
         trainer.fit(config, hooks=[Spike(2)])
     done = last_state(config)["progress"]
     assert (done["epoch"], done["step"]) == (0, 2)
     lower = small_config(tmp_path, optim={"lr": 0.01}, train={"checkpoint_every": 1, "change": ["optim.lr"]})
     assert trainer.fit(lower).epoch == 2
+
+
+def test_the_advice_without_a_checkpoint_names_none_and_the_next_start_says_that_it_begins_anew(tmp_path, capsys):
+    config = small_config(tmp_path, optim={"epochs": 1})
+    advice = "with a lower optim.lr, or with --train.not_finite skip; no checkpoint was saved, and it begins anew. "
+    with pytest.raises(UserError, match=f"not finite at epoch 1, step 1: start the same command again {advice}"):
+        trainer.fit(config, hooks=[Spike(0)])
+    assert "beginning anew" not in capsys.readouterr().out
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1, "lr": 0.01}))
+    assert f"beginning anew: earlier starts of {tmp_path} have saved no checkpoint\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "train", "advice"),
+    [
+        (
+            {},
+            {"precision": "bf16", "not_finite": "skip"},
+            "lower optim.lr, or with --train.precision fp32; no checkpoint",
+        ),
+        (
+            {"last": 1, "best": 1},
+            {"not_finite": "skip"},
+            "--train.change optim.lr; it resumes from the checkpoint before",
+        ),
+        (
+            {"last": 3, "previous": 2, "best": 1},
+            {},
+            "too late, put previous.pt or best.pt in the place of last.pt first",
+        ),
+    ],
+)
+def test_advice_names_what_is_there_and_what_would_change_something(tmp_path, checkpoints, train, advice):
+    (tmp_path / "checkpoints").mkdir()
+    for name, content in checkpoints.items():
+        (tmp_path / "checkpoints" / f"{name}.pt").write_text(str(content))
+    text = way_on(small_config(tmp_path, train=train))
+    assert advice in text and all(f"{name}.pt" not in text for name in {"previous", "best"} - checkpoints.keys())
+    assert ("place of last.pt" in text) == (len(set(checkpoints.values())) > 1)
+    of_validation = way_on_from_validation(small_config(tmp_path, train=train))
+    assert of_validation.startswith("put previous.pt or best.pt" if "previous" in checkpoints else "start anew")
 
 
 class Spike(Hook):
@@ -222,7 +280,10 @@ def test_a_run_that_only_leaves_out_steps_stops(tmp_path):
             self.step = trainer.run.done_steps
 
     config = small_config(tmp_path, optim={"epochs": 9}, train={"not_finite": "skip"})
-    with pytest.raises(UserError, match="not finite in 10 steps in a row"):
+    with pytest.raises(
+        UserError,
+        match="not finite in 10 steps in a row: start the same command .* --train.change optim.lr; it resumes",
+    ):
         trainer.fit(config, hooks=[Spikes(0)])
 
 
@@ -237,7 +298,7 @@ class SpoilValidation(Hook):
 def test_answers_that_are_not_finite_stop_a_run(tmp_path):
     config = small_config(tmp_path, optim={"epochs": 1})
     with pytest.raises(
-        UserError, match=r"the answers to 11 validation images are not finite: put best.pt in the place of"
+        UserError, match=r"the answers to 11 validation images are not finite: start anew .* no earlier checkpoint"
     ):
         trainer.fit(config, hooks=[SpoilValidation()])
 
@@ -248,7 +309,7 @@ def test_answers_that_are_not_finite_count_as_wrong(tmp_path):
         run = Run(config, world)
         run.network.get_buffer("features.norm5.running_var").fill_(float("nan"))
         found = evaluate(run.network, run.val_loader, world)
-    assert found.not_finite == 11 and (found.top5 == -1).all() and found.score.top5_correct == 0
+    assert found.not_finite == 11 and (found.top5 == -1).all() and found.score.top1_correct == 0
 
 
 def test_every_hyperparameter_that_is_changed_on_purpose_trains(tmp_path):

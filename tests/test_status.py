@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import small_config
+from conftest import REPOSITORY, override_flags, small_config
 
-from launch.__main__ import look_after
+from launch.__main__ import look_after, start
 from launch.cluster import Cluster
 from launch.local import Controller
 from launch.records import Job, add_event, config_file, write_job, write_submission
@@ -82,6 +82,33 @@ def test_a_run_that_trains_now_is_running(tmp_path):
     assert read_status(run, {}).state == "gone"
 
 
+@pytest.mark.parametrize("starter", ["torchrun", "launch"])
+def test_a_complete_run_is_done_whatever_it_refused_later(tmp_path, starter):
+    refusal = "the data in b were others"
+    run = run_of_torchrun(tmp_path / "a", f"{BEGIN}{TIME}ended\n{BEGIN}{TIME}error: {refusal}\n")
+    if starter == "launch":
+        write_job(run, Job("7", "slurm", "elsewhere", str(tmp_path), 1, 3))
+        add_event(run, "submit", job="7", cluster={})
+        add_event(run, "start", start="7.0", job="7", machines="node1")
+        add_event(run, "end", start="7.0", job="7", what="stopped", why="needs a person", message=refusal)
+        (run / "submitted.yaml").write_text(to_yaml(small_config(run, optim={"epochs": 9})))  # which it refused
+    assert read_status(run, {}).state == "stopped"
+    (run / "status.json").write_text('{"epoch": 2, "epochs": 2, "step": 0, "done_steps": 8, "complete": true}')
+    status = read_status(run, {})
+    assert (status.state, status.epochs, status.remaining, status.step) == ("done", 2, 0.0, 8)
+    assert "it is complete; a later start was stopped" in status.reason and status.reason.endswith(refusal)
+    (run / "config.yaml").write_text(to_yaml(small_config(run, optim={"epochs": 9})))  # accepted: there is more to do
+    assert read_status(run, {}).state == "stopped"
+
+
+def test_an_interrupted_run_shows_the_steps_of_its_checkpoint(tmp_path):
+    """Which lies between two records. A damaged file, or one of an earlier version, says nothing."""
+    run = run_of_torchrun(tmp_path / "a", f"{BEGIN}{TIME}interrupted: rank 0 leaves\n")
+    for text, step in (('{"epoch": 1, "done_steps": 7}', 7), ('{"done_steps": 3}', 4), ("[]", 4), ("{", 4), ("{}", 4)):
+        (run / "status.json").write_text(text)
+        assert read_status(run, {}).step == step
+
+
 def test_a_run_that_failed_before_it_was_described_is_listed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log.txt").write_text(f"{BEGIN}{TIME}error: no data\n")
@@ -96,6 +123,48 @@ def test_what_is_no_run_is_refused_and_a_run_of_torchrun_is_not_cancelled(tmp_pa
     for verb in ("cancel", "resume"):
         with pytest.raises(UserError, match="not started by python -m launch|was never submitted"):
             look_after(verb, [str(run)])
+
+
+def test_a_grids_base_name_stands_for_its_runs_where_nothing_is_changed(tmp_path, capsys):
+    for name in ("grid-lr0.1", "grid-lr0.2", "grids-lr0.1"):
+        run_of_torchrun(tmp_path / name, f"{BEGIN}{TIME}ended\n")
+    (tmp_path / "grid-notes").mkdir()
+    look_after("status", [str(tmp_path / "grid")])
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 3 and "/grid-lr0.1 " in said and "/grid-lr0.2 " in said
+    look_after("logs", [str(tmp_path / "grid")])
+    assert "grid-lr0.2 log: 2026" in capsys.readouterr().out
+    for verb in ("cancel", "resume"):  # a name that is one by mistake must not end another's run
+        with pytest.raises(UserError, match=r"grid is no run's directory; of that name there are \S+0.1, \S+0.2$"):
+            look_after(verb, [str(tmp_path / "grid")])
+
+
+def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
+    submitted = []
+    monkeypatch.setattr("launch.__main__.submit", lambda configs, _: submitted.extend(configs) or [])
+    monkeypatch.setattr("launch.__main__.report", lambda *_: None)
+    for name, complete in (("whole", "true"), ("part", "false")):
+        run = run_of_torchrun(tmp_path / name, f"{BEGIN}{TIME}ended\n")
+        write_job(run, Job("7", "local", "elsewhere", str(tmp_path), 1, 3))
+        (run / "submitted.yaml").write_text(to_yaml(small_config(run)))
+        add_event(run, "submit", job="7", cluster=dataclasses.asdict(Cluster(kind="local")))
+        add_event(run, "cancel", job="7")
+        (run / "status.json").write_text(f'{{"epoch": 2, "epochs": 2, "step": 0, "complete": {complete}}}')
+    look_after("resume", [str(tmp_path)])
+    assert [config.run_dir for config in submitted] == [str(tmp_path / "part")]
+    said = capsys.readouterr().out
+    line = f"{tmp_path / 'whole'}: is complete (2 epochs), and nothing is left to train"
+    assert line in said and "part" not in said
+
+    # The same configuration submitted again is complete too, with more epochs it is not.
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("launch.__main__.describe", lambda *_: "")
+    submitted.clear()
+    for epochs in ("2", "3"):
+        words = ["configs/demo.yaml", *override_flags(small_config(tmp_path / "whole")), "--cluster", "local"]
+        start([*words, "--optim.epochs", epochs])
+        assert [config.optim.epochs for config in submitted] == [3] * (epochs == "3")
+        assert (line in capsys.readouterr().out) == (epochs == "2")
 
 
 def test_logs_are_of_all_submissions_in_order(tmp_path, capsys):

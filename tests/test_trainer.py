@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import override_flags, run_module, small_config, write_class_folders
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -17,7 +18,7 @@ from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import to_yaml
+from pipeline.config import parse_command_line, to_yaml
 from pipeline.errors import UserError
 from pipeline.metrics import Score
 from pipeline.run import Run
@@ -101,13 +102,13 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path):
     assert [r["epochs"] for r in validation] == [1, 2, 3, 4] and records(config)[0]["epochs"] == 0.1
 
     assert on_the_board(config).keys() == {
-        "train/loss", "train/top1_error", "train/top5_error", "train/learning_rate", "train/gradient_norm",
+        "train/loss", "train/top1_error", "train/learning_rate", "train/gradient_norm",
         "usage/images_per_second", "usage/data_wait_fraction", "usage/checkpoint_seconds", "usage/remaining_seconds",
         "usage/peak_gib", "usage/skipped_images",
     }  # fmt: skip
     for folder in ("train", "val"):  # one chart for both, by epoch
         shown = on_the_board(config, folder)
-        assert shown.keys() == {"epoch/loss", "epoch/top1_error", "epoch/top5_error"}
+        assert shown.keys() == {"epoch/loss", "epoch/top1_error"}
         assert [epoch for epoch, _ in shown["epoch/top1_error"]] == [1, 2, 3, 4]
     assert_no_doubles_on_the_board(config)
     board = EventAccumulator(str(tmp_path)).Reload()
@@ -193,11 +194,17 @@ def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch, cap
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["progress"]["epoch"] == 1
 
 
-def test_a_finished_run_started_again_does_nothing(tmp_path):
+def test_a_finished_run_started_again_does_nothing_and_says_what_gives_more(tmp_path, capsys):
     config = small_config(tmp_path)
     first = trainer.fit(config)
     before = records(config)
+    assert "is complete" not in capsys.readouterr().out
     assert trainer.fit(config) == first and records(config) == before
+    said = capsys.readouterr().out
+    assert f"{tmp_path} is complete (2 epochs), and nothing is left to train; --optim.epochs N --train.change" in said
+    assert "resuming" not in said
+    more = ["configs/demo.yaml", *override_flags(config), "--optim.epochs", "3", "--train.change", "optim.epochs"]
+    assert trainer.fit(parse_command_line(more, "train", "")[0]).epoch == 3
 
 
 def test_a_default_step_is_the_plain_one_to_the_last_bit(tmp_path):
@@ -392,8 +399,8 @@ def test_the_recorded_gradient_norm_does_not_depend_on_loss_scaling(tmp_path):
         ({"data": {"synthetic_images": 47}}, "data.synthetic_images was 46"),
         (
             {"optim": {"grad_accum_steps": 2}},
-            "a batch was 1 ranks x 1 accumulation steps "
-            "and is now 1 ranks x 2 accumulation steps; .*--train.allow_world_size_change",
+            "a batch was 1 rank x 1 accumulation step "
+            "and is now 1 rank x 2 accumulation steps; .*--train.allow_world_size_change",
         ),
     ],
 )
@@ -413,7 +420,7 @@ def test_another_number_of_parts_is_allowed_on_request(tmp_path, capsys):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
     config = small_config(tmp_path, optim={"epochs": 1, "grad_accum_steps": 2}, train={"allow_world_size_change": True})
     assert trainer.fit(config).epoch == 1
-    said = "from epoch 2 on (after 4 steps of the run), a batch is 1 ranks x 2 accumulation steps; before, 1 ranks x 1"
+    said = "from epoch 2 on (after 4 steps of the run), a batch is 1 rank x 2 accumulation steps; before, 1 rank x 1"
     assert said in capsys.readouterr().out
 
 
@@ -434,8 +441,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_p
 def test_a_dry_run_describes_and_does_not_train(tmp_path):
     text = trainer.dry_run(small_config(tmp_path))
     assert "densenet_bc22_k8: 32,277 parameters, 3 classes" in text
-    assert "batch 12 = 1 ranks x 1 accumulation steps x 12 images" in text and "4 steps an epoch, 2 epochs" in text
+    assert "batch 12 = 1 rank x 1 accumulation step x 12 images" in text and "4 steps an epoch, 2 epochs" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_shows_the_fields_that_count_and_the_sets_that_were_found(tmp_path, image_folders, capfd):
+    for name, split in (("train", "train"), ("test", "val")):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(image_folders / split)
+    config = small_config(
+        tmp_path / "run",
+        data={"loader": "reference", "dir": str(tmp_path / "data")},
+        optim={"schedule": "cosine", "large_batch": True, "warmup_epochs": 0.5},
+    )
+    text = trainer.dry_run(config)
+    shown = yaml.safe_load(text[: text.index("densenet_bc22_k8:")])
+    assert shown["data"]["val"] == "test" and "schedule: cosine" in text and "milestones" not in shown["optim"]
+    assert "large batch: learning rate 0.1, which warms up over 0.5 epochs" in text
+    assert capfd.readouterr().err.count("data.val is test") == 1
+    held_out = trainer.dry_run(dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=6)))
+    assert "\n  val:" not in held_out and "\n  holdout: 6" in held_out
 
 
 def test_compiled_training_takes_the_same_first_step(tmp_path):

@@ -110,7 +110,7 @@ def test_the_watchdog_waits_for_each_size_to_compile(tmp_path, monkeypatch):
 def test_sizes_that_cannot_be_trained_are_refused(tmp_path):
     for fields, expected in (
         ({"train_crop_size": [16, 20]}, "has 0 epochs, and train_crop_size 2 sizes"),
-        ({"train_crop_milestones": [3]}, "has 1 epochs, and train_crop_size 0 sizes"),
+        ({"train_crop_milestones": [3]}, "has 1 epoch, and train_crop_size 0 sizes"),
         ({"train_crop_size": [8, 9, 10], "train_crop_milestones": [4, 4]}, "each epoch must come after the one before"),
         (
             {"train_crop_size": [8, 9], "train_crop_milestones": [90]},

@@ -40,6 +40,7 @@ from tools.support.anytime_report import result_to_text, write_report
 from tools.support.budgets import limits_of
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.support.outputs import writable_folder
+from tools.support.progress import Progress
 from tools.support.significance import wilson_interval
 from tools.support.speed import median_seconds
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
@@ -94,10 +95,10 @@ def main() -> None:
         images = open_both(data, options.thresholds, weights)
         network = typing.cast("MSDNet", on_device(fold_norms(network), world))
         others = [read_other(item, data, images.test, world, options) for item in options.beside]
-        answers = answers_of(network, loader_of(images.test, data, world, options))
+        answers = answers_to(images.test, "test images", network, data, world, options)
         held_out = None
         if images.held_out:
-            held_out = answers_of(network, loader_of(images.held_out, data, world, options))
+            held_out = answers_to(images.held_out, "held-out images", network, data, world, options)
         refuse_what_is_not_finite(options.weights, answers, held_out or ())
         result = describe(name, weights, data, images, answers, held_out)
         measure(result, network, others, images.test, data, world, options)
@@ -133,6 +134,17 @@ def loader_of(index: DatasetIndex, data: DataConfig, world: World, options: Name
     return EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=1)
 
 
+def answers_to(
+    index: DatasetIndex, what: str, network: MSDNet, data: DataConfig, world: World, options: Namespace
+) -> tuple[Answers, Answers]:
+    """See `answers_of`; shows how far it is."""
+    loader = loader_of(index, data, world, options)
+    progress = Progress(what, loader.rounds, "batches")
+    answers = answers_of(network, loader, progress.advance)
+    progress.close()
+    return answers
+
+
 def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, options: Namespace) -> Other:
     """A network that --beside names: a file of weights, which is evaluated, or NAME=ERROR.
 
@@ -155,7 +167,10 @@ def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, op
     own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)
     network = on_device(weights.network, world)
     work = multiply_accumulates(network_without_weights(weights.config.model, len(test.classes)), own.crop_size)
-    score = evaluate(network, loader_of(test, own, world, options), world).score
+    loader = loader_of(test, own, world, options)
+    progress = Progress(f"test images, {item}", loader.rounds, "batches")
+    score = evaluate(network, loader, world, between_batches=progress.advance).score
+    progress.close()
     assert isinstance(score, Score)
     return Other(f"{short_names([item])[0]} ({weights.config.model.name})", score.top1_error, True, work, network, own)
 
@@ -277,7 +292,9 @@ def measure(
             work["other", i] = run(other.network, own)
             work["other alone", i] = run(other.network, [image for batch in own for image in batch.split(1)][:ALONE])
     with torch.inference_mode():
-        seconds = median_seconds(work, ROUNDS)
+        progress = Progress("times of exits and budgets", len(work) * (1 + ROUNDS), "measurements")
+        seconds = median_seconds(work, ROUNDS, progress.advance)
+        progress.close()
     result |= {"timed_images": len(rows), "batch_size": options.batch_size, "device": world.device.type}
     result |= {"threads": torch.get_num_threads(), "loader": choose_loader(data, world.device)}
     for k, row in enumerate(result["exits"]):

@@ -10,6 +10,7 @@ from pipeline.audit import audit, setting_for, to_markdown
 from pipeline.config import parse_command_line
 from pipeline.errors import exit_on_user_error, positive_integer
 from pipeline.recipes import audit_recipe, recipe_of
+from pipeline.words import counted
 
 
 def main() -> None:
@@ -25,17 +26,13 @@ def main() -> None:
     if options.recipe:
         recipe = recipe_of(config)
         ranks = options.ranks or recipe.ranks
-        title = f"{config.model.name} on {_ranks(ranks)} beside {recipe.source}"
+        title = f"{config.model.name} on {counted(ranks, 'rank')} beside {recipe.source}"
         print(to_markdown(audit_recipe(config, ranks), title, other=recipe.source))
         return
     setting = setting_for(config)
     ranks = options.ranks or setting.ranks
-    title = f"{config.model.name} on {_ranks(ranks)} beside {setting.paper}'s {setting.name} setting"
+    title = f"{config.model.name} on {counted(ranks, 'rank')} beside {setting.paper}'s {setting.name} setting"
     print(to_markdown(audit(config, ranks * config.optim.grad_accum_steps), title, other=setting.paper))
-
-
-def _ranks(number: int) -> str:
-    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def main() -> None:
     print(f"\n{config.model.name} on {results[0]['images']} validation images of {data}, {checkpoint}:\n")
     print("crops   top-1 error   top-5 error")
     for result in results:
-        print(f"{result['crops']:5d}   {result['top1_error']:9.2f} %   {result['top5_error']:9.2f} %")
+        errors = ("-" if result[key] is None else f"{result[key]:.2f} %" for key in ("top1_error", "top5_error"))
+        print(f"{result['crops']:5d}   {'   '.join(f'{error:>11}' for error in errors)}")
     print(f"\nWatch it: {Path(sys.executable).parent / 'tensorboard'} --logdir {Path(config.run_dir).parent}")
 
 

@@ -55,6 +55,7 @@ from tools.support.label_files import find_label_file
 from tools.support.label_report import describe_labels
 from tools.support.output_subset import restrict_outputs
 from tools.support.outputs import writable_file, writable_folder
+from tools.support.progress import Progress
 from tools.support.significance import mcnemar, wilson_interval
 from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
 
@@ -83,7 +84,7 @@ def main() -> None:
         for candidate in candidates:
             result, evaluation = evaluate_one(candidate, options, world)
             if world.is_main:
-                print(result_to_text(result), flush=True)
+                print(result_to_text(result, named=len(candidates) > 1), flush=True)
                 write_answers_of(candidate, evaluation, options)
             results.append(result)
             evaluations.append(dataclasses.replace(evaluation, logits=None))  # 200 MB each on ImageNet
@@ -153,7 +154,11 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     start = time.perf_counter()
     with autocast(options.precision, world.device):
         layout = memory_format("auto", options.precision, world.device)
-        evaluation = evaluate(network, loader, world, options.average, keep_logits=keep_logits, memory_format=layout)
+        progress = Progress(candidate.name, loader.rounds, "batches", shown=world.is_main)
+        evaluation = evaluate(
+            network, loader, world, options.average, progress.advance, keep_logits, memory_format=layout
+        )
+        progress.close()
     seconds = time.perf_counter() - start
     if evaluation.not_finite == len(index):
         raise UserError(
@@ -243,6 +248,7 @@ def describe(
         return about | describe_labels(evaluation, index) | {"published": published_auroc}
     score, other_score = evaluation.score, other and other.score
     assert isinstance(score, Score) and not isinstance(other_score, LabelScore)
+    loss = float(evaluation.losses.mean(dtype=np.float64))  # of the answers, which are the last exit's
     counts = {"all": len(index.classes), "present": len(set(index.labels.tolist()))}
     unused = "present" if options.outputs == "all" else "all"
     published_rows, published_note = published_errors(weights, options.crops, index, data)
@@ -253,7 +259,7 @@ def describe(
         "outputs_used": counts[options.outputs],
         "other_outputs": other_score and {"outputs": unused, "outputs_used": counts[unused], **errors(other_score)},
         **errors(score),
-        "loss": score.loss if math.isfinite(score.loss) else None,
+        "loss": loss if math.isfinite(loss) else None,
         "calibration": calibration(evaluation.probability, evaluation.top5[:, 0] == index.labels),
         "real": real_labels_score(evaluation, index),
         "published": published_rows,
@@ -269,15 +275,17 @@ def checksum(file: str) -> str:
 
 
 def errors(score: Score) -> dict[str, Any]:
-    """Errors in percent, with counts and intervals."""
-    wrong = [score.images - score.top1_correct, score.images - score.top5_correct]
+    """Errors in percent, with counts and intervals; None for those of the first five answers where they say nothing."""
+    wrong = {"top1": score.images - score.top1_correct}
+    if score.top5_correct is not None:
+        wrong["top5"] = score.images - score.top5_correct
     return {
         "top1_error": score.top1_error,
         "top5_error": score.top5_error,
-        "top1_wrong": wrong[0],
-        "top5_wrong": wrong[1],
-        "top1_interval": wilson_interval(wrong[0], score.images),
-        "top5_interval": wilson_interval(wrong[1], score.images),
+        "top1_wrong": wrong["top1"],
+        "top5_wrong": wrong.get("top5"),
+        "top1_interval": wilson_interval(wrong["top1"], score.images),
+        "top5_interval": wilson_interval(wrong["top5"], score.images) if "top5" in wrong else None,
     }
 
 
@@ -287,6 +295,7 @@ def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict
     The true class of a confusion has images; the predicted one may be any of the outputs used.
     """
     labels, answers, names = index.labels, evaluation.top5[:, 0], index.classes
+    counts5 = isinstance(evaluation.score, Score) and evaluation.score.top5_correct is not None
     images = np.bincount(labels, minlength=len(names))
     wrong = np.bincount(labels[answers != labels], minlength=len(names))
     wrong5 = np.bincount(labels[(evaluation.top5 != labels[:, None]).all(axis=1)], minlength=len(names))
@@ -299,7 +308,7 @@ def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict
                 "class": names[k],
                 "images": int(images[k]),
                 "top1_error": 100 * wrong[k] / images[k],
-                "top5_error": 100 * wrong5[k] / images[k],
+                "top5_error": 100 * wrong5[k] / images[k] if counts5 else None,
             }
             for k in np.flatnonzero(images).tolist()
         ],

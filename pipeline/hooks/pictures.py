@@ -17,6 +17,7 @@ from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import last_exit
 from pipeline.pictures import BLACK, BLUE, GRAY, RED, Line, draw_grid, percent_text
 from pipeline.run import Run
+from pipeline.words import counted
 
 SAMPLES, COLUMNS = 10, 5  # images in a picture: as many as are legible on one of TensorBoard's cards
 
@@ -45,7 +46,9 @@ class Pictures(Hook):
         picture = draw_grid(_shown(run, self._samples.images), captions, COLUMNS)
         trainer.monitor.image("images/validation_answers", picture, run.done_steps)
         if isinstance(network := _judged(run), DenseNet):
-            reuse = draw_reuse(feature_reuse(network), f"{run.config.model.name} after {result.epoch + 1} epochs")
+            reuse = draw_reuse(
+                feature_reuse(network), f"{run.config.model.name} after {counted(result.epoch + 1, 'epoch')}"
+            )
             trainer.monitor.figure("images/feature_reuse", reuse, run.done_steps)
 
 

@@ -8,6 +8,7 @@ from pipeline.monitor import peak_memory
 from pipeline.pace import Pace, duration
 from pipeline.report import about, hyperparameters
 from pipeline.run import Run
+from pipeline.words import counted
 
 MUCH_WAITING = 0.25  # share of time from which on the loader is called the limit
 
@@ -28,7 +29,12 @@ class Records(Hook):
 
     def on_start(self, trainer: Training) -> None:
         run, monitor = trainer.run, trainer.monitor
-        if run.done_steps:
+        if run.is_complete:
+            monitor.say(
+                f"{run.dir} is complete ({counted(run.progress.epoch, 'epoch')}), and nothing is left to train; "
+                "--optim.epochs N --train.change optim.epochs trains it to epoch N"
+            )
+        elif run.done_steps:
             monitor.say(f"resuming at {run.position} of {run.dir}")
         # At each start, with the step that comes next: a start that gets to no checkpoint is forgotten with it.
         monitor.text("about", about(run), run.done_steps + 1)

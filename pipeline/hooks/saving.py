@@ -82,6 +82,7 @@ class Saving(Hook):
             "epoch": progress.epoch,
             "epochs": run.config.optim.epochs,
             "step": progress.step,
+            "done_steps": run.done_steps,
             "complete": run.is_complete,
         }
 

@@ -394,7 +394,7 @@ def _strike_again_and_again(testbed: Testbed, tries: int, strike: Callable[[Run]
                 if hit is None and code != 0:
                     raise FaultError(f"the run failed by itself: {output[-3000:]}")
             if "while starting" not in output or not must_resume:  # it came so far that it would say so
-                survived += unjudged * ("resuming at" in output or not must_resume)
+                survived += unjudged * (_resumed(output) or not must_resume)
                 unjudged = 0
             unjudged += bool(hit)
             hits_of_run += bool(hit)
@@ -424,7 +424,7 @@ def freeze_a_rank(testbed: Testbed, tries: int) -> Outcome:
                 f"rank {victim} (process {run.ranks[victim]} on" in run.output() and "does not respond" in run.output()
             )
             print(f"  ended {time.monotonic() - start:.0f} s after rank {victim} was stopped", flush=True)
-        return named and "resuming at" in testbed.finish(run_dir), run_dir
+        return named and _resumed(testbed.finish(run_dir)), run_dir
 
     return _repeat(testbed, tries, once)
 
@@ -439,7 +439,7 @@ def fill_the_disk(testbed: Testbed, tries: int) -> Outcome:
         with testbed.start(run_dir, file_size=testbed.random.randrange(2**18, len(before))) as run:
             code, output = run.end(), run.output()
         survived = code != 0 and "cannot write a checkpoint" in output and last.read_bytes() == before
-        return survived and "resuming at" in testbed.finish(run_dir), run_dir
+        return survived and _resumed(testbed.finish(run_dir)), run_dir
 
     return _repeat(testbed, tries, once)
 
@@ -468,7 +468,7 @@ def _damage(testbed: Testbed, tries: int, damage: Callable[[bytes], bytes]) -> O
         last = run_dir / "checkpoints" / "last.pt"
         last.write_bytes(damage(last.read_bytes()))
         output = testbed.finish(run_dir)
-        loud = "last.pt is damaged" in output and "resuming at" in output
+        loud = "last.pt is damaged" in output and _resumed(output)
         return loud and not (testbed.folder / "hostile-code-ran").exists(), run_dir
 
     return _repeat(testbed, tries, once)
@@ -491,7 +491,7 @@ def damage_all_checkpoints(testbed: Testbed, tries: int) -> Outcome:
         reason = f"error: {run_dir} holds a run (last.pt (damaged), previous.pt (damaged)"
         refused = [testbed.is_refused(run_dir, reason) for _ in range(2)]
         folder.last.write_bytes(copy)
-        resumed = "resuming at" in testbed.finish(run_dir)
+        resumed = _resumed(testbed.finish(run_dir))
         return all(refused) and resumed, run_dir
 
     return _repeat(testbed, tries, once)
@@ -513,7 +513,7 @@ def fail_to_read(testbed: Testbed, tries: int) -> Outcome:
             refused = testbed.is_refused(run_dir, f"error: cannot read the checkpoint {last}: Is a directory")
             last.rmdir()
         aside.rename(last)
-        resumed = "resuming at" in testbed.finish(run_dir)
+        resumed = _resumed(testbed.finish(run_dir))
         return refused and resumed, run_dir
 
     return _repeat(testbed, tries, once)
@@ -556,7 +556,7 @@ def skip_a_corrupt_image(testbed: Testbed, tries: int) -> Outcome:
                 run.wait_for_saves(testbed.random.randint(1, 12))
                 _send(run.process.pid, signal.SIGKILL)
                 run.end()
-            resumed = "resuming at" in testbed.finish(run_dir, config)
+            resumed = _resumed(testbed.finish(run_dir, config))
             return resumed and f"skipping the image {image}" in whole_output, run_dir
 
         return _repeat(testbed, tries, once, whole)
@@ -677,6 +677,11 @@ def _hears_signals(pid: int) -> bool:
         return False
     caught = int(status.partition("SigCgt:")[2].split()[0], 16)
     return all(caught >> (number - 1) & 1 for number in STOP_SIGNALS)
+
+
+def _resumed(output: str) -> bool:
+    """Whether a start has found the run's checkpoint, which may be of its end."""
+    return "resuming at" in output or "nothing is left to train" in output
 
 
 def _is_complete(run_dir: Path) -> bool:

@@ -16,6 +16,7 @@ from pipeline.class_names import short_names
 from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
+from pipeline.words import counted
 from tools.support.budgets import limits_of
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME
@@ -148,7 +149,7 @@ def _about(r: dict[str, Any]) -> str:
 
 
 def _threads(r: dict[str, Any]) -> str:
-    return f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+    return counted(r["threads"], "thread")
 
 
 def _tables(r: dict[str, Any]) -> list[tuple[str, Table]]:

@@ -9,12 +9,14 @@ from typing import Any
 from pipeline.class_names import short_names
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
+from pipeline.words import counted
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME
 from tools.support.report_page import (
     Page,
     Thumbnails,
+    class_errors,
     class_table,
     confusions,
     only_wrong,
@@ -23,9 +25,10 @@ from tools.support.report_page import (
 )
 
 
-def result_to_text(result: dict[str, Any]) -> str:
-    """What the command prints about one network."""
-    return "\n".join(_lines(result))
+def result_to_text(result: dict[str, Any], named: bool = False) -> str:
+    """What the command prints about one network; `named` where it is one of several."""
+    name = [f"{result['name']}:"] if named else []
+    return "\n".join([*name, *_lines(result)])
 
 
 def comparisons_to_text(summary: dict[str, Any]) -> str:
@@ -66,21 +69,21 @@ def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     if _several_labels(results[0]):
         return label_overview(results)
     rows, any_real = [], any(r["real"] for r in results)
+    shown = (1, 5) if any(r["top5_error"] is not None for r in results) else (1,)
     for r in results:
         size = [f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_accumulates'] / 1e9:.2f}"]
         real = [f"{r['real']['top1_error']:.2f}" if r["real"] else ""] if any_real else []
-        own = [_with_interval(r[f"top{k}_error"], r[f"top{k}_interval"]) for k in (1, 5)]
+        own = [_with_interval(r[f"top{k}_error"], r[f"top{k}_interval"]) for k in shown]
         rows.append([r["name"], r["model"], *size, *own, *real])
         for p in r["published"]:
-            top5 = "" if p["top5_error"] is None else f"{p['top5_error']:.2f}"
-            rows.append([f"  {p['source']}", r["model"], *size, f"{p['top1_error']:.2f}", top5, *[""][: len(real)]])
+            theirs = ["" if p[f"top{k}_error"] is None else f"{p[f'top{k}_error']:.2f}" for k in shown]
+            rows.append([f"  {p['source']}", r["model"], *size, *theirs, *[""][: len(real)]])
     titles = [
         "weights",
         "model",
         "M params",
         "GMACs",
-        "top-1 error, % (95 %)",
-        "top-5 error, % (95 %)",
+        *(f"top-{k} error, % (95 %)" for k in shown),
         *(["ReaL error, %"] if any_real else []),
     ]
     return titles, rows
@@ -136,7 +139,8 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
         page.heading(3, "Most frequent confusions")
         page.sortable(_confusion_table(result), texts={0, 1})
         page.heading(3, "Classes")
-        page.sortable(class_table(result, evaluation, index), texts={0, 4})
+        classes = class_table(result, evaluation, index)
+        page.sortable(classes, texts={0, len(classes[0]) - 1})
     return page.text()
 
 
@@ -183,7 +187,7 @@ def _origin(r: dict[str, Any]) -> dict[str, str]:
     return {
         "file": f"{r['weights']} (SHA-256 {r['sha256'][:16]}...)",
         "model": f"{r['model']}, {r['parameters']:,} parameters",
-        "trained for": "not recorded in the file" if done is None else f"{done} whole epochs of {planned}",
+        "trained for": "not recorded in the file" if done is None else f"{counted(done, 'whole epoch')} of {planned}",
     }
 
 
@@ -196,7 +200,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
     lines = [
         f"{r['model']}, {views}, {r['interpolation']} resize to {r['resize_size']}, crop {r['crop_size']}, "
         f"{r['loader']} loader, "
-        f"{r['precision']}, {r['ranks']} rank{'s' if r['ranks'] > 1 else ''}, {r['images_per_second']:.1f} images/s",
+        f"{r['precision']}, {counted(r['ranks'], 'rank')}, {r['images_per_second']:.1f} images/s",
     ]
     lines += label_lines(r) if _several_labels(r) else _error_lines(r)
     if r["not_finite"]:
@@ -217,14 +221,16 @@ def _error_lines(r: dict[str, Any]) -> list[str]:
             f"top-{k} error {r[f'top{k}_error']:.2f} %  (accuracy {100 - r[f'top{k}_error']:.2f} %; {r[f'top{k}_wrong']} of "
             f"{r['images']} wrong; 95 % interval {r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
             for k in (1, 5)
+            if r[f"top{k}_error"] is not None
         ),
     ]
     if r["real"]:
         lines.append(f"top-1 error {r['real']['top1_error']:.2f} % by the ReaL labels of {r['real']['images']} images")
     if other := r["other_outputs"]:
+        top5 = "" if other["top5_error"] is None else f", top-5 error {other['top5_error']:.2f} %"
         lines.append(
             f"images of {r['classes_present']} of the {r['classes']} classes: the network chose among {_outputs(r)}; among "
-            f"{_outputs(other)} top-1 error {other['top1_error']:.2f} %, top-5 error {other['top5_error']:.2f} % "
+            f"{_outputs(other)} top-1 error {other['top1_error']:.2f} %{top5} "
             f"(--outputs {other['outputs']})"
         )
     for p in r["published"]:
@@ -247,17 +253,15 @@ def _comparison(row: dict[str, Any]) -> str:
     )
 
 
-def _with_interval(error: float, interval: tuple[float, float]) -> str:
-    return f"{error:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+def _with_interval(error: float | None, interval: tuple[float, float] | None) -> str:
+    return "" if error is None or interval is None else f"{error:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def _class_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     worst_first = sorted(result["by_class"], key=lambda row: -row["top1_error"])
-    rows = [
-        [row["class"], str(row["images"]), f"{row['top1_error']:.2f}", f"{row['top5_error']:.2f}"]
-        for row in worst_first
-    ]
-    return ["class", "images", "top-1 error, %", "top-5 error, %"], rows
+    shown = class_errors(result)
+    rows = [[row["class"], str(row["images"]), *(f"{row[key]:.2f}" for key in shown)] for row in worst_first]
+    return ["class", "images", *shown.values()], rows
 
 
 def _confusion_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.evaluation import Evaluation
-from pipeline.metrics import Score
+from pipeline.metrics import Score, top5_counts
 
 
 def restrict_outputs(evaluation: Evaluation, labels: np.ndarray, outputs: np.ndarray) -> Evaluation:
@@ -31,7 +31,7 @@ def restrict_outputs(evaluation: Evaluation, labels: np.ndarray, outputs: np.nda
         score=Score(
             images=len(labels),
             top1_correct=int(correct[:, 0].sum()),
-            top5_correct=int(correct.any(axis=1).sum()),
+            top5_correct=int(correct.any(axis=1).sum()) if top5_counts(len(outputs)) else None,
             loss_sum=float(losses.sum(dtype=np.float64)),
         ),
         top5=top5,

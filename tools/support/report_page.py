@@ -171,12 +171,19 @@ def class_table(result: dict[str, Any], evaluation: Evaluation, index: DatasetIn
     matrix = confusion_matrix(index.labels, evaluation.top5[:, 0], len(index.classes)).tolil()
     matrix.setdiag(0)
     matrix = matrix.tocsr()
+    shown = class_errors(result)
     number, rows = {name: k for k, name in enumerate(index.classes)}, []
     for row in sorted(result["by_class"], key=lambda row: -row["top1_error"]):
         instead = matrix[[number[row["class"]]]].toarray()[0]
         most = f"{index.classes[instead.argmax()]} ({instead.max()})" if instead.any() else ""
-        rows.append([row["class"], str(row["images"]), f"{row['top1_error']:.2f}", f"{row['top5_error']:.2f}", most])
-    return ["class", "images", "top-1 error, %", "top-5 error, %", "mostly taken for (images)"], rows
+        rows.append([row["class"], str(row["images"]), *(f"{row[key]:.2f}" for key in shown), most])
+    return ["class", "images", *shown.values(), "mostly taken for (images)"], rows
+
+
+def class_errors(result: dict[str, Any]) -> dict[str, str]:
+    """The errors of a class that say something, with their titles."""
+    titles = {"top1_error": "top-1 error, %", "top5_error": "top-5 error, %"}
+    return {key: title for key, title in titles.items() if result[key] is not None}
 
 
 def confusions(evaluation: Evaluation, index: DatasetIndex) -> str:

@@ -8,10 +8,13 @@ from typing import TypeVar
 Name = TypeVar("Name", bound=Hashable)
 
 
-def median_seconds(work: Mapping[Name, Callable[[], None]], rounds: int) -> dict[Name, float]:
+def median_seconds(
+    work: Mapping[Name, Callable[[], None]], rounds: int, after_piece: Callable[[], None] = lambda: None
+) -> dict[Name, float]:
     """The seconds that each piece of work takes, the median over the rounds after one that does not count.
 
     Each round does every piece once, so that what slows the machine down for a while slows all of them.
+    `after_piece` is called (1 + rounds) times for each piece.
     """
     taken: dict[Name, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
@@ -20,4 +23,5 @@ def median_seconds(work: Mapping[Name, Callable[[], None]], rounds: int) -> dict
             once()
             if number:
                 taken[name].append(time.perf_counter() - start)
+            after_piece()
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
