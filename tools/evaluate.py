@@ -33,7 +33,7 @@ from pipeline.audit import (
     setting_for,
 )
 from pipeline.autotune import for_evaluation
-from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
+from pipeline.config import DataConfig, Precision, from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
@@ -45,8 +45,7 @@ from pipeline.metrics import LabelScore, Score
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import autocast, memory_format, set_tf32
 from pipeline.provenance import provenance
-from pipeline.recipe import resize_with
-from pipeline.weights import Weights, imagenet_ids, weights_file
+from pipeline.weights import PREPARATION, Weights, imagenet_ids, weights_file
 from tools.support import published
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
@@ -56,7 +55,12 @@ from tools.support.label_report import describe_labels
 from tools.support.output_subset import restrict_outputs
 from tools.support.outputs import writable_file, writable_folder
 from tools.support.significance import mcnemar, wilson_interval
-from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
+from tools.support.weights_arguments import (
+    add_preparation_arguments,
+    add_weights_arguments,
+    read_weights_of,
+    short_names,
+)
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 Outputs = Literal["all", "present"]
@@ -120,7 +124,7 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     files = [str(weights_file(file)) for file in options.weights]
     for file, name in zip(files, short_names(files), strict=True):
         weights = read_weights_of(options, file)
-        data = data_config(weights.config, options)
+        data = data_config(weights, options)
         alike = data.dataset, pixel_format(data), weights.classes
         same = [c for c in candidates if (c.data.dataset, pixel_format(c.data), c.index.classes) == alike]
         index = same[0].index if same else open_images(data, options.labels, weights.classes)
@@ -231,9 +235,8 @@ def describe(
         "crops": options.crops,
         "average": options.average,
         "precision": options.precision,
-        "interpolation": data.interpolation,
-        "resize_size": data.resize_size,
-        "crop_size": data.crop_size,
+        **{name: getattr(data, name) for name in PREPARATION},
+        "assumed": weights.assumed,
         "begun_with": origin_text(config.model) if config.model.weights else None,
         "training": recipe_of(weights),
     }
@@ -417,28 +420,19 @@ def compare(
     return rows
 
 
-def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
-    names = (
-        "dataset", "interpolation", "resize_size", "crop_size", "mean", "std", "depth", "exif_orientation", "loader", "threads",
-    )  # fmt: skip
+def data_config(weights: Weights, options: argparse.Namespace) -> DataConfig:
+    """Which images are evaluated, and how they are read and prepared."""
+    names = ("dataset", "depth", "exif_orientation", "loader", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if "crop_size" in given and "resize_size" not in given:  # as in a run's configuration
-        given["resize_size"] = resize_with(given["crop_size"], config.data.crop_size, config.data.resize_size)
-    for name in {"mean", "std"} & given.keys():
-        if len(given[name]) == 1 and config.data.channels == 3:
-            given[name] = given[name] * 3
-    tree = dataclasses.asdict(config)
+    tree = dataclasses.asdict(dataclasses.replace(weights.config, data=weights.data))
     tree["data"] |= {"dir": options.data, "download": options.download, "threads": 0, **given}
     return from_dict(tree, "the command line").data
-
-
-def _rgb(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
     add_weights_arguments(parser, several=True)
+    add_preparation_arguments(parser)
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder of class folders, or a data set with val/ in it"
     )
@@ -467,22 +461,6 @@ def _parser() -> ArgumentParser:
         choices=typing.get_args(Average),
         default="logits",
         help="what is averaged over ten crops; the paper's code averages logits [logits]",
-    )
-    parser.add_argument(
-        "--interpolation", choices=typing.get_args(Interpolation), help="filter of the resize [the run's]"
-    )
-    parser.add_argument(
-        "--resize-size",
-        type=int,
-        metavar="PIXELS",
-        help="short side of the resized image [the run's, or in its ratio to --crop-size]",
-    )
-    parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of the crop [the run's]")
-    parser.add_argument(
-        "--mean", type=_rgb, metavar="R,G,B", help="mean for the normalisation, each in [0, 1] [the run's]"
-    )
-    parser.add_argument(
-        "--std", type=_rgb, metavar="R,G,B", help="standard deviation for the normalisation [the run's]"
     )
     parser.add_argument("--depth", type=int, choices=(8, 16), help="bits of a gray pixel [the run's]")
     parser.add_argument(
