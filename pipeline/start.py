@@ -164,7 +164,7 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     except UserError as error:
         theirs = own.config.model.name if own else recognise(state, outputs)
         raise name_network(error, theirs, model.name, "--model.name") from None
-    note = own.note if own else note
+    note = own.note.partition(" (--")[0] if own else note  # without the flags, which the tools have
     first, channels = first_convolution(network), channels_of(matched, network)
     if channels != 3:
         with torch.device("meta"):

@@ -310,7 +310,7 @@ def test_how_images_are_prepared_is_known_or_said_to_be_assumed(name, outputs, t
 
 
 def test_a_file_that_does_not_say_how_images_are_prepared_is_told_of_until_flags_say_it(tmp_path, monkeypatch, capsys):
-    bare, converted = tmp_path / "bare.pth", tmp_path / "converted.pth"
+    bare, converted = tmp_path / "bare.pth", tmp_path / "of a blank" / "converted.pth"
     torch.save(create_model("densenet_bc22_k8", 3).state_dict(), bare)
 
     def warned(tool, file, *words):
@@ -330,7 +330,10 @@ def test_a_file_that_does_not_say_how_images_are_prepared_is_told_of_until_flags
     sizes = ("--crop-size", 28, "--interpolation", "pil-bilinear")  # the resize size follows
     said = warned(convert, tmp_path / "again.safetensors", converted, *sizes, "--card", tmp_path / "card.md")
     assert "ASSUMED: --mean 0.4914,0.4824,0.4467 --std 0.2471,0.2435,0.2616 (if" in said
-    assert "| assumed | mean, std" in " ".join((tmp_path / "card.md").read_text().split())
+    card = (tmp_path / "card.md").read_text()
+    assert (
+        "| assumed | mean, std" in " ".join(card.split()) and f"python -m tools.evaluate '{converted}' --data" in card
+    )
     photo(0, 40, 50).save(tmp_path / "a.jpg")
     assert "ASSUMED: --mean" in warned(predict, converted, tmp_path / "a.jpg")
     numbers = ("--mean", "0.5", "--std", "0.2,0.2,0.3")

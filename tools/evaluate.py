@@ -205,7 +205,8 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     cache = known_cache(folder)
     if labels_file:
         return scan_flat(folder, labels_file, classes, cache, True, read_as)
-    return scan_classes(folder, cache, progress=True, pixel_format=read_as).with_classes(classes)
+    index = scan_classes(folder, cache, progress=True, pixel_format=read_as, labels_field="--labels")
+    return index.with_classes(classes)
 
 
 def describe(
