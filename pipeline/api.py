@@ -5,6 +5,7 @@
 >>> evaluate("runs/demo/checkpoints/best.pt", "data/fashion-mnist/val").score.top1_error
 """
 
+import warnings
 from pathlib import Path
 
 from pipeline.autotune import for_evaluation
@@ -19,7 +20,7 @@ from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.models import create_model
 from pipeline.precision import memory_format, set_tf32
 from pipeline.trainer import fit
-from pipeline.weights import read_weights
+from pipeline.weights import assumption, read_weights
 
 __all__ = ["create_model", "evaluate", "fit", "load_config"]
 
@@ -51,7 +52,9 @@ def evaluate(
     """
     folder = Path(folder).expanduser()
     found = read_weights(weights, ema=ema)
-    data = found.config.data
+    data = found.data
+    if text := assumption(str(weights), found.config, found.assumed):
+        warnings.warn(text, stacklevel=2)
     if (data.labels == "multi") != (labels is not None):
         raise UserError(
             f"{weights} gives {data.labels} labels an image: labels is the CSV file of several, and of no other"

@@ -280,9 +280,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     compare("precision", "fp32", config.train.precision)
 
     real = data.loader != "synthetic"
-    compare(
-        "images", "photographs", "photographs" if real else "synthetic", "no result on synthetic images is one", real
-    )
+    compare("images", "real", "real" if real else "synthetic", "no result on synthetic images is one", real)
     if measured:
         compare("training and validation images", setting.images, measured.images, "another data set")
         compare("classes", setting.classes, measured.classes, "another task: errors cannot be compared")
@@ -452,8 +450,12 @@ def _text(value: Any, exact: bool = False) -> str:
 
 
 def statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
-    texts = []
-    for epoch, (smallest, largest) in statistics:
+    """The images in a batch-norm statistic: of each part of a run that has other ones than the part before."""
+    texts, before = [], None
+    for epoch, sizes in statistics:
+        if sizes == before:
+            continue
+        smallest, largest = before = sizes
         size = str(smallest) if smallest == largest else f"{smallest} or {largest}"
         texts.append(f"{size} from epoch {epoch + 1} on" if epoch else size)
     return ", ".join(texts)

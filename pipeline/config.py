@@ -155,7 +155,7 @@ class DataConfig:
     """Training images that are held out and validated on in place of data.val: the same whatever the seed."""
     corrupt_images: CorruptImages = "stop"
     """What an image that does not decode does to training. stop: ends it; skip: another of its batch replaces it, without
-    counting. Evaluation always ends, because an error is over all images."""
+    counting, and a file that is no image is left out. Evaluation always ends, because an error is over all images."""
     hw_decoder_load: Fraction = 0.0
     """Share of the JPEG images that DALI gives to a GPU's hardware decoder, if it has one. That decoder's pixels differ
     slightly, and which images it gets depends on the batch: with 0 an image has the same pixels in every batch."""

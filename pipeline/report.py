@@ -63,6 +63,7 @@ def configuration_text(run: Run) -> str:
 def warnings_of(run: Run, found: Found | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
     config, lines = run.config, warnings_about(run.train_loader.index, run.val_loader.index, run.config.data)
+    lines += [run.assumption] if run.assumption else []
     lines += [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []
     late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]
     if config.optim.schedule == "step" and late:

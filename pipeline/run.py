@@ -60,6 +60,7 @@ from pipeline.precision import (
 )
 from pipeline.resume import Conditions, check_same_run, loader_of
 from pipeline.start import InitialWeights, Start
+from pipeline.weights import assumption
 from pipeline.words import counted
 
 
@@ -158,6 +159,7 @@ class Run:
         network: the bare network, which is saved and evaluated.
         training_network: the same, compiled if asked for and averaging gradients over the ranks.
         ema: the moving average of its weights, None without ``train.ema_decay``.
+        assumption: what was assumed of how its initial weights' images are prepared, as `weights.assumption` puts it.
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
@@ -173,6 +175,7 @@ class Run:
         """
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
         self._begun: list[str] = []
+        self.assumption = ""
         self.microbatches = _split_batch(config, world)
         self._open_data(loader_of(start.checkpoint) if start else None, self.dir / "index" if writes else None)
         set_tf32(config.train.precision)
@@ -354,7 +357,10 @@ class Run:
         state = self.network.state_dict()
         state.update({name: t for name, t in weights.state.items() if not (reason and name in weights.classifier)})
         load_weights(self.network, state, weights.origin)
-        taken = [f"{name} {_plain(getattr(self.config.data, name))}" for name in self.config.data.from_weights]
+        data = self.config.data
+        assumed = [name for name in weights.assumed if name in data.from_weights]
+        self.assumption = assumption(weights.origin, self.config, assumed, prefix="--data.")
+        taken = [f"{name} {_plain(getattr(data, name))}" for name in data.from_weights if name not in assumed]
         self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier taken from them"]
         self._begun += [f"taken over from their source: {', '.join(taken)}"] if taken else []
         self._begun += [weights.note] if weights.note else []

@@ -28,11 +28,13 @@ from pipeline.weights import (
     for_channels,
     imagenet_ids,
     match,
+    name_network,
     of_channels,
     outputs_of,
     preprocessing_of,
     preprocessing_of_timm,
     read_file,
+    recognise,
     weights_file,
 )
 
@@ -50,6 +52,7 @@ class InitialWeights:
         outputs: how many the file has.
         classes: their names, None if they are not known.
         data: how images were prepared for these weights.
+        assumed: fields of `data` that the source does not say; see `weights.assumption`.
         note: as `Weights` has it.
     """
 
@@ -61,6 +64,7 @@ class InitialWeights:
     outputs: int
     classes: tuple[str, ...] | None
     data: DataConfig
+    assumed: tuple[str, ...]
     note: str
 
     def for_channels(self, channels: int) -> "InitialWeights":
@@ -155,8 +159,12 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     outputs = len(own.classes) if own else outputs_of(state, model.name, path)
     with torch.device("meta"):
         network = create_network(model, outputs)
-    matched, note = match(network.state_dict(), state, model.weights)
-    note = own.note if own else note
+    try:
+        matched, note = match(network.state_dict(), state, model.weights)
+    except UserError as error:
+        theirs = own.config.model.name if own else recognise(state, outputs)
+        raise name_network(error, theirs, model.name, "--model.name") from None
+    note = own.note.partition(" (--")[0] if own else note  # without the flags, which the tools have
     first, channels = first_convolution(network), channels_of(matched, network)
     if channels != 3:
         with torch.device("meta"):
@@ -164,18 +172,17 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     check_weights(network.state_dict(), matched, model.weights)
     classes: tuple[str, ...] | None
     if own:
-        classes, data = own.classes, own.config.data
+        classes, data, assumed = own.classes, own.config.data, own.assumed
     else:
         classes = imagenet_ids() if outputs == 1000 else None
-        data = (
-            preprocessing_of_timm(model.weights, published)
-            if published
-            else preprocessing_of(model.name, network, state)
-        )
+        if published:
+            data, assumed = preprocessing_of_timm(model.weights, published), ()
+        else:
+            data, assumed = preprocessing_of(model.name, network, outputs, state)
         data = for_channels(data, channels)
     head = tuple(f"{module}." for module in classifier_of(network))
     classifier = tuple(name for name in matched if name.startswith(head))
-    return InitialWeights(model.weights, digest, matched, first, classifier, outputs, classes, data, note)
+    return InitialWeights(model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note)
 
 
 def _sha256(path: Path) -> str:

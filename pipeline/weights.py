@@ -1,7 +1,10 @@
 """Weights from anywhere into our networks and timm's, and out again.
 
 Read are checkpoints of this project, safetensors and PyTorch files (without running code in them) of torchvision, timm,
-openmmlab (mmpretrain, openmixup) and of ports of the authors' Torch code. Written is what torchvision and timm load as it is.
+openmmlab (mmpretrain, openmixup) and of ports of the authors' Torch code. Written are torchvision's names, which timm has too.
+
+What this project writes says how images are prepared and what the classes are called. Of other files that is known where they
+are torchvision's or timm's for ImageNet; else it is assumed, and said (`assumption`).
 """
 
 import argparse
@@ -12,8 +15,8 @@ import json
 import pickle
 import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +31,12 @@ from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
 from pipeline.models import create_model, create_network
-from pipeline.models.parts import classifier_of, first_convolution
+from pipeline.models.parts import first_convolution
 from pipeline.models.zoo import DENSENETS, cifar_densenet
+from pipeline.parsing import value_text
 
-METADATA = "densenet-pipeline"  # the key of safetensors' metadata under which ours is, as JSON
+METADATA = "densenet-pipeline"  # the key of a file's metadata under which ours is, as JSON
+PREPARATION = ("resize_size", "crop_size", "interpolation", "mean", "std")  # fields that say how images are prepared
 EXTERNAL_KEYS = (
     "state_dict",
     "model_state_dict",
@@ -78,6 +83,8 @@ class Weights:
         averaged: they are the moving average of a run's weights.
         epochs: whole epochs that they were trained for, None if that is not known.
         tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
+        assumed: fields of `PREPARATION` that the file does not say, and nobody has given.
+        given: fields of `PREPARATION` that were given in place of those in `config`.
     """
 
     origin: str
@@ -89,6 +96,13 @@ class Weights:
     averaged: bool = False
     epochs: int | None = None
     tuning: Mapping[str, Any] | None = None
+    assumed: tuple[str, ...] = ()
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def data(self) -> DataConfig:
+        """How images are prepared."""
+        return dataclasses.replace(self.config.data, **self.given)
 
     @property
     def audit(self) -> str | None:
@@ -109,6 +123,7 @@ class OwnWeights(NamedTuple):
     averaged: bool = False
     epochs: int | None = None
     tuning: Mapping[str, Any] | None = None
+    assumed: tuple[str, ...] = ()
 
 
 def read_weights(
@@ -155,32 +170,70 @@ def weights_file(path: str | Path) -> Path:
     raise UserError(f"{path} is a folder without checkpoints/best.pt: give a run's directory, or a file of weights")
 
 
+def assumption(origin: str, config: Config, assumed: Collection[str], prefix: str = "") -> str:
+    """A line on what is assumed of how images are prepared, as the flags that say otherwise; empty if nothing is.
+
+    Args:
+        origin: the file that does not say it.
+        config: has the network and the assumed values.
+        assumed: fields of `PREPARATION`.
+        prefix: of the caller's flags for them, "--" or "--data."; empty if it has none, so that a file must say it.
+    """
+    if not assumed:
+        return ""
+    flags = {name: name if prefix == "--data." else name.replace("_", "-") for name in assumed}
+    values = " ".join(
+        f"{prefix or '--'}{flag} {value_text(getattr(config.data, name))}" for name, flag in flags.items()
+    )
+    network = config.model.name
+    whose = "timm's" if network.startswith("timm:") else "CIFAR's" if _is_for_cifar(network) else "ImageNet's"
+    remedy = (
+        "give the right ones" if prefix else "python -m tools.convert with the right ones writes a file that says it"
+    )
+    return (
+        f"{origin} does not say how its images are prepared. {whose} preparation is ASSUMED: {values} (if it was another, "
+        f"{remedy})"
+    )
+
+
 def write_safetensors(weights: Weights, path: Path) -> None:
     """Write weights with their configuration, class names and audit as metadata.
 
     Raises:
         UserError: the file cannot be written.
     """
+    state = {  # cloned, as safetensors takes no tensor twice
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights.network.state_dict().items()
+    }
+    _write(path, save(state, metadata={"format": "pt", METADATA: _about(weights)}))
+
+
+def write_torch(weights: Weights, path: Path) -> None:
+    """Write the state dictionary for ``torch.load``, with the metadata of `write_safetensors` among its own.
+
+    A module's state dictionary has metadata by the names of its modules, which ``torch.save`` keeps; ``load_state_dict`` reads
+    no others.
+    """
+    state = weights.network.state_dict()
+    vars(state)["_metadata"][METADATA] = {"about": _about(weights)}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    _write(path, buffer.getvalue())
+
+
+def _about(weights: Weights) -> str:
+    """What is known of weights, as JSON."""
     about = {
-        "config": dataclasses.asdict(weights.config),
+        "config": dataclasses.asdict(dataclasses.replace(weights.config, data=weights.data)),
         "classes": weights.classes,
         "microbatches": weights.microbatches,
         "epochs": weights.epochs,
         "audit": weights.audit,
         "averaged": weights.averaged,
+        "assumed": weights.assumed,
     }
-    state = {  # cloned, as safetensors takes no tensor twice
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in weights.network.state_dict().items()
-    }
-    _write(path, save(state, metadata={"format": "pt", METADATA: json.dumps(about)}))
-
-
-def write_torch(weights: Weights, path: Path) -> None:
-    """Write the bare state dictionary for ``torch.load``; see `write_safetensors`."""
-    buffer = io.BytesIO()
-    torch.save(dict(weights.network.state_dict()), buffer)
-    _write(path, buffer.getvalue())
+    return json.dumps(about)
 
 
 def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], str]:
@@ -230,9 +283,9 @@ def read_file(path: Path, ema: bool | None = None) -> OwnWeights | dict[str, Ten
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
     if checkpoint:
         return _of_checkpoint(load_checkpoint(path), str(path), ema)
-    if not safetensors:
-        return _read_torch(path, bool(ema))
-    found = _read_safetensors(path)
+    found = _read_safetensors(path) if safetensors else _read_torch(path, bool(ema))
+    if not safetensors and not isinstance(found, OwnWeights):
+        return found
     averaged = isinstance(found, OwnWeights) and found.averaged
     if ema is not None and ema != averaged:
         _refuse_choice(path, ema)
@@ -280,10 +333,13 @@ def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
             about = (file.metadata() or {}).get(METADATA)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged, or no safetensors file ({' '.join(str(error).split())})") from None
-    if about is None:
-        return state
+    return state if about is None else _own(state, about, path)
+
+
+def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
+    """Tensors with what a file of this project says of them; see `_about`."""
     try:
-        about = json.loads(about)
+        about = json.loads(text)
         microbatches, classes = about.get("microbatches", about.get("passes")), tuple(map(str, about["classes"]))
         averaged = about.get("averaged") is True  # files of before do not say
         epochs = about.get("epochs")
@@ -293,14 +349,18 @@ def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
             raise ValueError("config or microbatches")
         if not (epochs is None or isinstance(epochs, int)):
             raise ValueError("epochs")
+        assumed = tuple(about.get("assumed", ()))
+        if not set(assumed) <= set(PREPARATION):
+            raise ValueError("assumed")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
     config = from_stored(about["config"], str(path))
-    return OwnWeights(state, config, classes, microbatches, AVERAGED if averaged else "", averaged, epochs)
+    note = AVERAGED if averaged else ""
+    return OwnWeights(state, config, classes, microbatches, note, averaged, epochs, assumed=assumed)
 
 
-def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
-    """The tensors of an external file, without running code that it may hold."""
+def _read_torch(path: Path, ema: bool) -> OwnWeights | dict[str, Tensor]:
+    """As `_read_safetensors`, without running code that the file may hold."""
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # about pickle protocols, besides what goes wrong
@@ -326,9 +386,11 @@ def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
         ),
         None,
     )
-    if ema and nest is None:
-        raise UserError(f"{path} has no moving average of weights ({', '.join(EXTERNAL_EMA_KEYS)}): leave out --ema")
     state = found[nest] if nest else found
+    metadata = vars(state).get("_metadata") if isinstance(state, OrderedDict) else None
+    about = metadata.get(METADATA) if isinstance(metadata, dict) else None
+    if ema and nest is None and about is None:
+        raise UserError(f"{path} has no moving average of weights ({', '.join(EXTERNAL_EMA_KEYS)}): leave out --ema")
     if isinstance(state, dict):  # torch.optim.swa_utils.AveragedModel counts beside the weights
         state = {name: value for name, value in state.items() if name != "n_averaged"}
     if (
@@ -339,7 +401,9 @@ def _read_torch(path: Path, ema: bool) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds no state dictionary: nothing but tensors by name, or that under one of {', '.join(EXTERNAL_KEYS)}"
         )
-    return state
+    if about is None:
+        return state
+    return _own(state, about.get("about") if isinstance(about, dict) else None, path)
 
 
 def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: tuple[str, ...] | None) -> Weights:
@@ -348,15 +412,28 @@ def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: 
         classes = imagenet_ids() if outputs == 1000 else tuple(map(str, range(outputs)))
     elif len(classes) != outputs:
         raise UserError(f"{path} has {outputs} outputs, and {len(classes)} names of classes were given")
-    name = model or _recognise(state, outputs, path)
+    name = model or recognise(state, outputs)
+    if name is None:
+        raise UserError(
+            f"{path} holds the weights of none of the paper's networks: name it with --model, as densenet_bc22_k6 or "
+            "timm:resnet50"
+        )
     network = create_model(name, num_classes=outputs)
-    matched, note = match(network.state_dict(), state, str(path))
-    data = preprocessing_of(name, network, state)
+    try:
+        matched, note = match(network.state_dict(), state, str(path))
+    except UserError as error:
+        raise name_network(error, recognise(state, outputs), name, "--model") from None
+    data, assumed = preprocessing_of(name, network, outputs, state)
     if (channels := channels_of(matched, network)) != 3:
         network, data = create_model(name, num_classes=outputs, in_channels=channels), for_channels(data, channels)
     load_weights(network, matched, str(path))
     config = Config(model=ModelConfig(name=name), data=data)
-    return Weights(str(path), network.eval(), config, classes, None, note)
+    return Weights(str(path), network.eval(), config, classes, None, note, assumed=assumed)
+
+
+def name_network(error: UserError, found: str | None, tried: str, flag: str) -> UserError:
+    """The error that weights do not fit the network `tried`, with the flag for the one that they are of, if that is known."""
+    return UserError(f"{error}: they are of {found}: give {flag} {found}") if found and found != tried else error
 
 
 def channels_of(state: Mapping[str, Tensor], network: nn.Module) -> int:
@@ -409,8 +486,8 @@ def outputs_of(state: dict[str, Tensor], model: str | None, path: Path) -> int:
     return len(matrices[-1])
 
 
-def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
-    """The one of our networks that has such tensors, but for a few; which those are, `match` says."""
+def recognise(state: dict[str, Tensor], outputs: int) -> str | None:
+    """The one of our networks that has such tensors, but for a few, which `match` names; None if none has."""
     if msdnet := _name_of_msdnet(list(_strip(state))):
         return msdnet
     shapes = _count_shapes(state)
@@ -419,11 +496,7 @@ def _recognise(state: dict[str, Tensor], outputs: int, path: Path) -> str:
         own = _shapes_of(name, outputs)
         odd[name] = ((own - shapes) + (shapes - own)).total()
     nearest = min(odd, key=lambda name: odd[name])
-    if odd[nearest] <= FEW * shapes.total():
-        return nearest
-    raise UserError(
-        f"{path} holds the weights of none of the paper's networks: name it with --model, as densenet_bc22_k6 or timm:resnet50"
-    )
+    return nearest if odd[nearest] <= FEW * shapes.total() else None
 
 
 def _name_of_msdnet(names: list[str]) -> str | None:
@@ -447,24 +520,40 @@ def _count_shapes(state: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
     return Counter(tuple(t.shape) for name, t in state.items() if not name.endswith("num_batches_tracked"))
 
 
-def preprocessing_of(name: str, network: nn.Module, tensors: Iterable[str] = ()) -> DataConfig:
+def preprocessing_of(
+    name: str, network: nn.Module, outputs: int, tensors: Iterable[str] = ()
+) -> tuple[DataConfig, tuple[str, ...]]:
     """How images are prepared for a network's published weights: as the paper does; as torchvision does, whose filter is
     another, where the tensors are called as in its files; or as timm's configuration says.
 
     Args:
-        tensors: names of the tensors in the file.
+        outputs: of the classifier in the file.
+        tensors: names of the tensors in it.
+
+    Returns:
+        It, and the fields of `PREPARATION` in it that are assumed: none of torchvision's and timm's weights for as many classes
+        as theirs have, else all, as those who trained the weights may have prepared images otherwise.
 
     Raises:
         UserError: timm prepares them in a way that this project does not.
     """
-    if cifar_densenet(name) or name.startswith("msdnet_cifar"):
-        last = classifier_of(network)[-1]
-        setting = C100 if len(network.get_parameter(f"{last}.weight")) == 100 else C10
-        return DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
-    if not name.startswith("timm:"):
+    if _is_for_cifar(name):
+        setting = C100 if outputs == 100 else C10
+        data = DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
+        return data, PREPARATION
+    if name.startswith("timm:"):
+        about = _timm_config(network)
+        known, data = outputs == about["num_classes"], preprocessing_of_timm(name, about)
+    else:
         is_torchvisions = any(TORCHVISIONS_NAME.search(tensor) for tensor in tensors)
-        return DataConfig(interpolation="pil-bilinear") if is_torchvisions else DataConfig()
-    return preprocessing_of_timm(name, _timm_config(network))
+        data = DataConfig(interpolation="pil-bilinear") if is_torchvisions else DataConfig()
+        known = is_torchvisions and outputs == 1000
+    return data, () if known else PREPARATION
+
+
+def _is_for_cifar(name: str) -> bool:
+    """Whether a network is one for small images."""
+    return name.startswith("msdnet_cifar") or cifar_densenet(name) is not None
 
 
 def preprocessing_of_timm(name: str, about: Mapping[str, Any]) -> DataConfig:

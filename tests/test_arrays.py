@@ -188,7 +188,7 @@ def test_evaluation_fetches_the_images_that_it_lacks(tmp_path, monkeypatch):
         resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
     weights = REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors"
     words = [str(weights), "--data", str(tmp_path / "here")]
-    with pytest.raises(UserError, match="or --download"):
+    with pytest.raises(UserError, match="in training --data.download true, .*in the tools --download, "):
         evaluate.open_candidates(evaluate._parser().parse_args(words))
     handler = functools.partial(SimpleHTTPRequestHandler, directory=raw)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -112,6 +112,11 @@ MEASURED = Measured(
             "images in a batch-norm statistic",
             "64, 16 from epoch 60 on",
         ),
+        (  # resumed twice, the second time on as many ranks
+            {"statistics": ((0, (64, 64)), (2, (64, 64)), (3, (32, 32)), (7, (32, 32)), (9, (64, 64)))},
+            "images in a batch-norm statistic",
+            "64, 32 from epoch 4 on, 64 from epoch 10 on",
+        ),
         ({"last_batch": 0}, "last, smaller batch of an epoch", "0 of its 143 images"),
         ({"spread": 0.7}, "initial weights of convolutions: standard deviation", "0.7 sqrt(2 / fan-out)"),
         ({"changed": ("optim.lr",)}, "fields changed on the way", "optim.lr"),

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.hooks import Hook
 from pipeline.models import create_model, fused, memory_efficient
 from pipeline.run import Run
+from pipeline.weights import Weights
 
 pytestmark = pytest.mark.slow
 
@@ -303,9 +304,7 @@ def test_the_library_evaluates_in_fp32_and_not_in_tf32(network, tmp_path, monkey
     """torch's own default is TF32."""
     asked = []
     monkeypatch.setattr(api, "set_tf32", asked.append)
-    weights = types.SimpleNamespace(
-        network=network, tuning=None, config=small_config(tmp_path), classes=("a", "b", "c")
-    )
+    weights = Weights("a.pth", network, small_config(tmp_path), ("a", "b", "c"), None)
     monkeypatch.setattr(api, "read_weights", lambda path, ema: weights)
     monkeypatch.setattr(api, "scan_classes", lambda *_, **__: types.SimpleNamespace(with_classes=lambda classes: None))
     monkeypatch.setattr(api, "evaluate_network", lambda network, *_, **__: asked.append(network))

@@ -113,7 +113,7 @@ def test_a_missing_training_set(root):
     with pytest.raises(UserError, match="there is Training: set data.train Training$"):
         open_all(root, train="trainings")
     assert find_splits(config_of(root)).train == "Training"
-    with pytest.raises(UserError, match="nowhere/train does not exist: set data.dir "):
+    with pytest.raises(UserError, match="nowhere/train does not exist: set data.dir, or data.train$"):
         open_all(root / "nowhere")
     with pytest.raises(UserError, match="no.txt does not exist: set data.val_labels"):
         open_all(root, train="Training", val_labels="no.txt")
@@ -126,12 +126,19 @@ def test_parts_of_a_data_set_are_no_classes(root):
         scan_classes(root)
 
 
+def test_a_training_set_without_class_folders_is_not_sent_to_the_labels_of_validation(root):
+    shutil.rmtree(root / "train")
+    flat(root / "train", 2)
+    with pytest.raises(UserError, match=r"train holds no class folders with images: expected CLASS/IMAGE.jpg [^;]*$"):
+        open_all(root)
+
+
 def test_a_flat_validation_folder_names_the_label_file(root):
     shutil.rmtree(root / "val")
     flat(root / "val", 3)
     (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n")
     with pytest.raises(
-        UserError, match="val holds no class folders .*data.val_labels or --labels\\), which may be .*solution.csv"
+        UserError, match="val holds no class folders .*as data.val_labels, which may be .*solution.csv$"
     ):
         open_all(root)
 
@@ -223,6 +230,28 @@ def test_sets_that_can_hardly_be_meant(tmp_path):
     for kind in ("n01", "n02"):  # as Tiny-ImageNet has it
         write_class_folders(tmp_path / "d" / kind, 1, 3)
     assert warnings_about(scan_classes(tmp_path / "d"), None, config) == []
+
+
+def test_held_out_images_of_classes_that_nothing_teaches(tmp_path):
+    """Three classes of one image each, and one of six; or none but classes of one image, in folders or in a table."""
+    for name, images in (("some", 6), ("none", 1)):
+        write_class_folders(tmp_path / name / "train", 3, 3)
+        for i in range(images):
+            (tmp_path / name / "train" / "large").mkdir(exist_ok=True)
+            photo(i, 30, 30).save(tmp_path / name / "train" / "large" / f"{i}.jpg")
+    config = config_of(tmp_path / "some", holdout=5)
+    train, val = open_datasets(config, tmp_path / "cache", False)
+    lost = len({*val.labels.tolist()} - {*train.labels.tolist()})  # classes, and images, as each has one
+    (line,) = warnings_about(train, val, config)
+    assert 0 < lost < 5 and line.startswith(f"{lost} of the 5 held-out images are of classes of which no image is left")
+    with pytest.raises(UserError, match="none of the 2 held-out images is of a class of which other images are left"):
+        open_datasets(config_of(tmp_path / "none", holdout=2), tmp_path / "cache", False)
+
+    rows = [f"{file.relative_to(tmp_path)},{file.parent.name}" for file in sorted(tmp_path.glob("none/train/*/*.jpg"))]
+    (tmp_path / "t.csv").write_text("\n".join(["file,label", *rows]))
+    (line,) = warnings_about(scan_classes(tmp_path / "t.csv"), None, config)
+    assert line.endswith("holds one image a class (4 of them): if these are not the classes, set data.label_column to the "
+                         "column of the classes")  # fmt: skip
 
 
 def test_archives_and_arrays_are_compared_too(root, tmp_path):

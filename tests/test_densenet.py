@@ -1,7 +1,9 @@
+import functools
 import math
 import re
 
 import pytest
+import timm
 import torch
 import torchvision
 from conftest import with_random_norms
@@ -141,3 +143,19 @@ def test_stochastic_depth_reaches_timms_networks_and_is_refused_elsewhere():
         create_network(ModelConfig(drop_path=0.1), 10)
     with pytest.raises(UserError, match="timm cannot build 'densenet121'.*drop_path_rate"):
         create_network(ModelConfig(name="timm:densenet121", drop_path=0.1), 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        *((name, getattr(torchvision.models, name)) for name in ("densenet121", "densenet161", "densenet201")),
+        *((name, functools.partial(timm.create_model, name)) for name in ("densenet161", "densenet169", "densenet201")),
+        ("densenet264", functools.partial(torchvision.models.DenseNet, 32, (6, 12, 64, 48), 64)),
+    ],
+)
+def test_those_for_imagenet_have_the_tensors_of_others(name, theirs):
+    with torch.device("meta"):
+        own, other = (network.state_dict() for network in (create_model(name, 5), theirs(num_classes=5)))
+    assert {name: tensor.shape for name, tensor in own.items()} == {
+        name: tensor.shape for name, tensor in other.items()
+    }

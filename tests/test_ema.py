@@ -3,6 +3,7 @@
 That it resumes to the same bits, test_trainer.py shows.
 """
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from test_trainer import assert_equal_weights, last_state, records
 
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.config import Config
+from pipeline.config import Config, ModelConfig
 from pipeline.data.loader import EvaluationLoader
 from pipeline.errors import UserError
 from pipeline.hooks import Hook
 from pipeline.report import summary
 from pipeline.run import Run
-from pipeline.weights import read_weights, write_safetensors
+from pipeline.start import read_initial_weights
+from pipeline.weights import read_weights, write_safetensors, write_torch
 
 pytestmark = pytest.mark.slow
 
@@ -135,20 +137,23 @@ def test_the_best_epoch_can_be_chosen_by_the_raw_weights(whole, tmp_path):
 def test_commands_take_either_and_say_which(whole, tmp_path):
     last = Path(whole[0].run_dir, "checkpoints", "last.pt")
     average, raw = read_weights(last), read_weights(last, ema=False)
+    begun = read_initial_weights(ModelConfig(name=average.config.model.name, weights=str(last)))
+    assert begun.note == "moving average of the weights"  # training has no --no-ema
     assert average.note == "moving average of the weights (--no-ema: the raw ones)" and average.averaged
     assert_equal_weights(average.network.state_dict(), last_state(whole[0])["ema"]["model"])
     assert_equal_weights(raw.network.state_dict(), last_state(whole[0])["model"])
-    for weights in (average, raw):
-        write_safetensors(weights, tmp_path / "a.safetensors")
-        again = read_weights(tmp_path / "a.safetensors")
+    files = ((write_safetensors, tmp_path / "a.safetensors"), (write_torch, tmp_path / "a.pth"))
+    for weights, (write, file) in itertools.product((average, raw), files):
+        write(weights, file)
+        again = read_weights(file)
         assert (
             again.averaged == weights.averaged
             and again.note == weights.note.partition(" (--no-ema")[0] * again.averaged
         )
         assert_equal_weights(again.network.state_dict(), weights.network.state_dict())
-        assert read_weights(tmp_path / "a.safetensors", ema=weights.averaged).averaged == weights.averaged
+        assert read_weights(file, ema=weights.averaged).averaged == weights.averaged
         with pytest.raises(UserError, match="leave out --no-ema" if weights.averaged else "leave out --ema"):
-            read_weights(tmp_path / "a.safetensors", ema=not weights.averaged)
+            read_weights(file, ema=not weights.averaged)
 
 
 def test_an_average_that_is_switched_on_begins_at_the_weights_of_that_step(whole, tmp_path):

@@ -424,6 +424,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         "images": 2, "classes": 2, "classes_present": 1, "other_outputs": None, "not_finite": 0,
         "crops": 1, "average": "logits", "precision": "fp32",
         "interpolation": "torch7-bicubic", "resize_size": 9, "crop_size": 9, "loader": "dali",
+        "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "assumed": (),
         "top1_error": 100, "top5_error": 0,
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
         "published": [], "published_note": "",

@@ -26,6 +26,7 @@ PREPARATION = {
     "exif_orientation": "ignored",
     "mean": [0.4, 0.5, 0.6],
     "std": [0.2, 0.25, 0.3],
+    "assumed": [],
 }
 
 

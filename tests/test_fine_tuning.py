@@ -10,7 +10,7 @@ import torch
 import torchvision
 from conftest import REPOSITORY, run_module, small_config, with_random_norms, write_class_folders
 from labelled_images import write_labelled_images
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_trainer import assert_equal_weights, comparable_records, last_state, records, weights
 from torch import nn
 from training_hooks import InterruptAfter, InterruptionError
@@ -99,6 +99,36 @@ def test_a_classifier_of_other_classes_is_drawn_anew_though_its_size_is_right(tm
     )
     assert "classifier drawn anew: other classes there, as 'T-shirt/top'" in run.description()
     assert run.config.data.mean == read_weights(shipped).config.data.mean != (0.485, 0.456, 0.406)
+
+
+def test_what_is_assumed_of_weights_is_warned_of_and_not_called_their_sources(source, tmp_path, monkeypatch):
+    fields = {"from_weights": ["crop_size", "resize_size", "mean", "std"]}
+    config = small_config(tmp_path / "a", model={"weights": str(source)}, data=fields)
+    run = run_of(config)
+    assert run.config.data.crop_size == 32 and "taken over from their source" not in run.description()
+    (said,) = (line for line in warnings_of(run, None) if "ASSUMED" in line)
+    assert said.startswith(f"{source} does not say how its images are prepared. CIFAR's preparation is ASSUMED: ")
+    assert "--data.resize_size 32 --data.crop_size 32 --data.mean 0.4914,0.4824,0.4467 --data.std 0.2471," in said
+    assert "interpolation" not in said  # that is the configuration's own
+
+    named = tmp_path / "named.pth"
+    flags = ["--crop-size", "24", "--mean", "0.5", "--std", "0.2", "--interpolation", "pil-bicubic"]
+    monkeypatch.setattr("sys.argv", ["convert", str(source), str(named), "--model", MODEL, *flags])
+    convert.main()
+    run = run_of(small_config(tmp_path / "b", model={"weights": str(named)}, data=fields))
+    expected = "taken over from their source: crop_size 24, resize_size 24, mean 0.5,0.5,0.5, std 0.2,0.2,0.2"
+    assert expected in run.description() and not [line for line in warnings_of(run, None) if "ASSUMED" in line]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_weights_of_another_network_name_it(tmp_path, suffix):
+    """By what the file says, or by its tensors."""
+    shipped = REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors"
+    torch.save(load_file(shipped), tmp_path / "bare.pth")
+    file = shipped if suffix == "safetensors" else tmp_path / "bare.pth"
+    expected = "another architecture: .*: they are of densenet_bc100_k12: give --model.name densenet_bc100_k12$"
+    with pytest.raises(UserError, match=expected):
+        run_of(small_config(tmp_path / "run", model={"name": "densenet121", "weights": str(file)}))
 
 
 def test_a_double_correction_for_rare_classes_is_warned_of(tmp_path):

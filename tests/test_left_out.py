@@ -3,9 +3,11 @@
 Tests may run as root, who may read everything: permissions are simulated where the operating system is asked.
 """
 
+import dataclasses
 import io
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import threading
@@ -18,6 +20,7 @@ from conftest import photo, run_module, write_class_folders
 from PIL import Image
 
 from pipeline.config import DataConfig
+from pipeline.data.dataset import open_datasets
 from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.reader import Reader
@@ -90,9 +93,10 @@ def test_what_is_left_out_is_told_once_with_its_number(images, tmp_path, capfd):
     index = scan_classes(images, tmp_path / "cache")
     assert set(index.names) == {*before.names, "class0/moving.gif"}
     lines = capfd.readouterr().err.splitlines()
-    told = {
-        fault: int(line.partition("(1 of ")[2].split()[0]) for line in lines for fault in faults if f" {fault}" in line
+    others = {
+        fault: re.search(r"\(and (\d+) more\)", line) for line in lines for fault in faults if f" {fault}" in line
     }
+    told = {fault: 1 + int(found[1] if found else 0) for fault, found in others.items()}
     assert told == faults and len(lines) == len(faults)
     assert all(line.startswith("warning: ") and str(images) in line for line in lines)
     scan_classes(images, tmp_path / "cache")
@@ -202,6 +206,51 @@ def test_all_that_stops_is_named_together_up_to_a_few(images):
         scan_classes(images)
     done = run_module("tools.index", images, "--verify")
     assert done.returncode == 2 and done.stdout.count("is not an image that can be read") == 8 + 1
+
+
+def test_files_that_are_no_images_are_left_out_of_training_on_request(images, tmp_path, capfd):
+    """They are told at each start, and an index that does not leave them out stops at them, whatever the cache knows."""
+    before = scan_classes(images)
+    odd, jpeg = images / "class0", (images / "class0" / "image0000.jpg").read_bytes()
+    (odd / "empty.jpg").write_bytes(b"")
+    (odd / "text.jpg").write_text("no image")
+    (odd / "cut.jpg").write_bytes(jpeg[:100])
+    shutil.copytree(images, tmp_path / "val")
+    config = DataConfig(dir=str(tmp_path), corrupt_images="skip", holdout=1)
+    for _ in range(2):
+        parts = open_datasets(config, tmp_path / "cache", False)
+        assert sorted(name for part in parts for name in part.names) == sorted(before.names)
+        assert "class0/cut.jpg is not an image that can be read (and 2 more): left out" in capfd.readouterr().err
+    for fields in ({"corrupt_images": "stop"}, {"holdout": 0}):  # an error is over all images
+        with pytest.raises(UserError, match="3 things stop the index") as error:
+            open_datasets(dataclasses.replace(config, **fields), tmp_path / "cache", False)
+        for name, reason in (
+            ("empty", "the file is empty"),
+            ("text", "Pillow knows no such format"),
+            ("cut", "[Tt]run"),
+        ):
+            assert re.search(rf"{name}.jpg is not an image that can be read \([^)]*{reason}", str(error.value))
+        assert "or have it left out of training with data.corrupt_images skip" in str(error.value)
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_lines_of_a_table_that_name_no_image_are_left_out_on_request(images, labels, capfd):
+    files = sorted(str(file.relative_to(images)) for file in images.rglob("*.jpg"))
+    rows = [f"{file},{'even' if i % 2 else 'odd'}" for i, file in enumerate(files)]
+    for table, lines in (("train.csv", rows), ("val.csv", rows[:3])):
+        (images / table).write_text("\n".join(["file,label" if labels == "single" else "file,labels", *lines]))
+    config = DataConfig(dir=str(images), train="train.csv", val="val.csv", labels=labels, corrupt_images="skip")
+
+    def training(**fields) -> dict[str, object]:
+        index, _ = open_datasets(dataclasses.replace(config, **fields), None, progress=False)
+        return dict(zip(index.names, index.labels.tolist(), strict=True))
+
+    whole = training()
+    (images / files[3]).write_bytes(b"")
+    assert training() == {name: label for name, label in whole.items() if name != files[3]}
+    assert f"{files[3]} is not an image that can be read: left out" in capfd.readouterr().err
+    with pytest.raises(UserError, match=f"{files[3]} is not an image that can be read"):
+        training(corrupt_images="stop")
 
 
 @pytest.mark.parametrize("target", [".", "class0", "class1"])

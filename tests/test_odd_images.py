@@ -33,7 +33,7 @@ READ_AS_IT_IS = "read as what it is"
 READ_AS_FIRST = "read as its first"
 READ_AS_STORED = "read as stored, as the paper's code did; data.exif_orientation true turns it"
 STOPS = "stops a run, or is left out of training with data.corrupt_images skip"
-REFUSED = "the index refuses it; repair or remove it"
+REFUSED = "the index refuses it, or it is left out of training with data.corrupt_images skip; repair or remove it"
 REFUSED_AS_DEEP = "the index refuses it; set data.depth 16 and data.channels 1, or convert or remove it"
 
 # By name: what verify says, and whether DALI decodes the file itself.

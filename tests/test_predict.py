@@ -205,3 +205,13 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, folder, weights):
     with pytest.raises(UserError, match="cannot write --json .*empty: Is a directory"):
         predict.main()
     assert capsys.readouterr().out == ""  # before the work
+
+
+def test_a_csv_file_has_a_column_of_names_only_where_classes_have_them(tmp_path, weights, monkeypatch):
+    (tmp_path / "names").write_text("\n".join(f"kind {i}" for i in range(len(CLASSES))))
+    photo(0, 40, 40).save(tmp_path / "a.jpg")
+    options = ("--top", 2, "--csv", tmp_path / "out.csv", "--classes", tmp_path / "names")
+    answers_of(monkeypatch, tmp_path, weights, tmp_path / "a.jpg", *options)
+    titles, row = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert titles == ["file", "class1", "probability1", "class2", "probability2"]
+    assert row[1].startswith("kind ") and 0 < float(row[2]) <= 1 and len(row) == 5

@@ -127,6 +127,7 @@ def evaluated(index: DatasetIndex, seed: int, name: str) -> tuple[dict, Evaluati
         "model": "m", "parameters": 1234567, "multiply_accumulates": 10**9, "data": index.root, "images": len(index),
         "classes": 4, "classes_present": 4, "other_outputs": None, "not_finite": 1, "first_not_finite": "x", "crops": 1,
         "average": "logits", "precision": "fp32", "interpolation": "pil-bicubic", "resize_size": 9, "crop_size": 9,
+        "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "assumed": ("mean", "std"),
         "loader": "dali", "real": None, "published": [], "published_note": "", "begun_with": None, "training": None,
         "ranks": 1, "images_per_second": 1.0, "calibration": calibration(probability, correct[:, 0]),
     }  # fmt: skip
@@ -154,6 +155,7 @@ def test_the_page_has_what_is_known_and_nothing_from_elsewhere(images):
     assert (facts["command"], facts["date"], facts["hardware"]) == ("python -m x <y>", "2026-01-02", "a machine")
     assert "net0.pt (SHA-256 abababababababab...)" in page.texts("dd") and "3 whole epochs of 8" in page.texts("dd")
     assert "ReaL error, %" not in page.texts("th")  # of which there is none here
+    assert "mean 0.4,0.5,0.6, std 0.2," in text and "assumed, as the file does not say it: mean, std" in text
 
     for number, (result, evaluation) in enumerate(zip(results, evaluations, strict=True)):
         answers = evaluation.top5[:, 0]

@@ -12,16 +12,25 @@ import timm
 import timm.utils
 import torch
 import torchvision
-from conftest import REPOSITORY, run_module, small_config, with_random_norms
+from conftest import REPOSITORY, photo, run_module, small_config, with_random_norms, write_class_folders
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline import trainer
-from pipeline.config import DataConfig
+from pipeline import api, trainer
+from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from pipeline.weights import imagenet_ids, preprocessing_of, read_weights, write_safetensors, write_torch
+from pipeline.weights import (
+    PREPARATION,
+    assumption,
+    imagenet_ids,
+    preprocessing_of,
+    read_weights,
+    write_safetensors,
+    write_torch,
+)
 from tools.convert import main as convert
+from tools.predict import main as predict
 
 pytestmark = pytest.mark.slow  # for the most part
 
@@ -124,8 +133,8 @@ def test_timms_weights_and_the_way_to_timm_and_back(tmp_path):
     network = with_random_norms(timm.create_model("densenet121", num_classes=CLASSES))
     torch.save({"state_dict": network.state_dict(), "arch": "densenet121"}, tmp_path / "timm.pth")
     read = read_weights(tmp_path / "timm.pth")
-    write_safetensors(read, tmp_path / "ours.safetensors")
-    again = timm.create_model("densenet121", num_classes=CLASSES, checkpoint_path=str(tmp_path / "ours.safetensors"))
+    write_torch(read, tmp_path / "ours.pth")
+    again = timm.create_model("densenet121", num_classes=CLASSES, checkpoint_path=str(tmp_path / "ours.pth"))
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
 
 
@@ -139,8 +148,9 @@ def test_the_way_to_torchvision_and_back_is_exact(tmp_path):
     write_safetensors(read, tmp_path / "b.safetensors")
     write_torch(read, tmp_path / "b.pth")
     for state in (load_file(tmp_path / "b.safetensors"), torch.load(tmp_path / "b.pth")):
-        theirs = torchvision.models.densenet169(num_classes=CLASSES)
-        theirs.load_state_dict(state)
+        with torch.device("meta"):
+            theirs = torchvision.models.densenet169(num_classes=CLASSES)
+        assert not any(theirs.load_state_dict(state, assign=True))  # neither missing nor unexpected
         save_file(theirs.state_dict(), tmp_path / "c.safetensors")
         back = read_weights(tmp_path / "c.safetensors")
         assert all(torch.equal(value, ours.state_dict()[name]) for name, value in back.network.state_dict().items())
@@ -155,10 +165,14 @@ def test_a_runs_weights_keep_what_is_known_of_them(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("densenet_bc22_k8, 32,277 parameters, 3 classes: "), (
         done.stderr
     )
-    a, b = read_weights(checkpoint), read_weights(tmp_path / "out.safetensors")
-    assert (a.config, a.classes, a.microbatches, a.audit) == (b.config, b.classes, b.microbatches, b.audit)
+    a = read_weights(checkpoint)
+    write_torch(a, tmp_path / "out.pth")
     assert a.config == config and a.microbatches == 2 and "images in a batch-norm statistic (6; paper 64)" in a.audit
-    assert all(torch.equal(value, b.network.state_dict()[name]) for name, value in a.network.state_dict().items())
+    for suffix in ("safetensors", "pth"):
+        b = read_weights(tmp_path / f"out.{suffix}")
+        assert (a.config, a.classes, a.microbatches, a.audit) == (b.config, b.classes, b.microbatches, b.audit)
+        assert not b.assumed
+        assert all(torch.equal(value, b.network.state_dict()[name]) for name, value in a.network.state_dict().items())
 
 
 def test_checkpoints_of_timms_training_script(tmp_path, theirs):
@@ -266,15 +280,92 @@ def test_modules_whose_tensors_come_in_another_order_are_refused(tmp_path, their
 
 def test_small_networks_are_prepared_for_as_the_paper_does(tmp_path):
     torch.save(create_model("densenet_bc100_k12", 100).state_dict(), tmp_path / "a.pth")
-    data = read_weights(tmp_path / "a.pth").config.data
-    assert (data.crop_size, data.resize_size, data.mean) == (32, 32, (0.5071, 0.4867, 0.4408))
+    weights = read_weights(tmp_path / "a.pth")
+    assert (weights.data.crop_size, weights.data.resize_size, weights.data.mean) == (32, 32, (0.5071, 0.4867, 0.4408))
+    assert weights.assumed == PREPARATION
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "tensor", "whose"),
+    [
+        ("densenet121", 1000, "features.denseblock1.denselayer1.norm1.weight", ""),
+        ("densenet121", 1000, "features.denseblock1.denselayer1.norm.1.weight", ""),
+        ("timm:test_resnet", 1000, "conv1.weight", ""),
+        ("densenet121", 1000, "backbone.stages.0.block.0.norm1.weight", "ImageNet's"),
+        ("densenet121", 10, "features.denseblock1.denselayer1.norm1.weight", "ImageNet's"),
+        ("timm:test_resnet", 10, "conv1.weight", "timm's"),
+        ("densenet_bc22_k8", 10, "features.denseblock1.denselayer1.norm1.weight", "CIFAR's"),
+        ("msdnet_cifar_4", 10, "blocks.0.0.layers.0.0.weight", "CIFAR's"),
+    ],
+)
+def test_how_images_are_prepared_is_known_or_said_to_be_assumed(name, outputs, tensor, whose):
+    """Known of torchvision's and timm's own weights alone."""
+    data, assumed = preprocessing_of(name, create_model(name, outputs), outputs, [tensor])
+    said = assumption("a.pth", Config(model=ModelConfig(name=name), data=data), assumed, "--")
+    assert bool(said) == bool(whose)
+    if whose:
+        numbers = ",".join(map(str, data.mean))
+        assert said.startswith(f"a.pth does not say how its images are prepared. {whose} preparation is ASSUMED: ")
+        assert f"--crop-size {data.crop_size} --interpolation {data.interpolation} --mean {numbers} --std " in said
+
+
+def test_a_file_that_does_not_say_how_images_are_prepared_is_told_of_until_flags_say_it(tmp_path, monkeypatch, capsys):
+    bare, converted = tmp_path / "bare.pth", tmp_path / "of a blank" / "converted.pth"
+    torch.save(create_model("densenet_bc22_k8", 3).state_dict(), bare)
+
+    def warned(tool, file, *words):
+        model = ("--model", "densenet_bc22_k8") if file == bare else ()
+        monkeypatch.setattr("sys.argv", [str(word) for word in ("tool", file, *words, *model)])
+        tool()
+        return capsys.readouterr().err
+
+    (tmp_path / "names.txt").write_text("class0\nclass1\nclass2\n")
+    said = warned(convert, bare, converted, "--classes", tmp_path / "names.txt")
+    assert f"warning: {bare} does not say how its images are prepared. CIFAR's preparation is ASSUMED" in said
+    assert (
+        "--resize-size 32 --crop-size 32 --interpolation torch7-bicubic --mean 0.4914,0.4824,0.4467 --std 0.2" in said
+    )
+    assert "ASSUMED" in warned(convert, converted, tmp_path / "again.safetensors")  # a guess stays one
+
+    sizes = ("--crop-size", 28, "--interpolation", "pil-bilinear")  # the resize size follows
+    said = warned(convert, tmp_path / "again.safetensors", converted, *sizes, "--card", tmp_path / "card.md")
+    assert "ASSUMED: --mean 0.4914,0.4824,0.4467 --std 0.2471,0.2435,0.2616 (if" in said
+    card = (tmp_path / "card.md").read_text()
+    assert (
+        "| assumed | mean, std" in " ".join(card.split()) and f"python -m tools.evaluate '{converted}' --data" in card
+    )
+    photo(0, 40, 50).save(tmp_path / "a.jpg")
+    assert "ASSUMED: --mean" in warned(predict, converted, tmp_path / "a.jpg")
+    numbers = ("--mean", "0.5", "--std", "0.2,0.2,0.3")
+    assert warned(predict, converted, tmp_path / "a.jpg", *numbers) == ""
+    assert warned(convert, converted, tmp_path / "whole.pth", *numbers) == ""
+    data = read_weights(tmp_path / "whole.pth").data
+    assert (data.crop_size, data.resize_size, data.interpolation) == (28, 28, "pil-bilinear")
+    assert (data.mean, data.std) == ((0.5, 0.5, 0.5), (0.2, 0.2, 0.3))
+    with pytest.warns(UserWarning, match="ASSUMED: .*python -m tools.convert with the right ones writes a file"):
+        api.evaluate(converted, write_class_folders(tmp_path / "images", 3, 3), device="cpu")
+
+
+def test_what_a_run_was_prepared_with_is_not_rewritten(tmp_path, user_error):
+    shipped = REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors"
+    said = user_error(convert, shipped, tmp_path / "a.pth", "--mean", "0.5")
+    assert said.endswith("says how the images of its run were prepared: leave out --mean")
+
+
+def test_metadata_that_others_spoilt_are_refused(tmp_path):
+    state = create_model("densenet_bc22_k8", 3).state_dict()
+    for odd in (7, {"about": 7}, {"about": "{"}, {"about": '{"config": {}, "classes": [], "assumed": ["crop"]}'}):
+        state._metadata["densenet-pipeline"] = odd
+        torch.save(state, tmp_path / "a.pth")
+        with pytest.raises(UserError, match="metadata that this version does not understand"):
+            read_weights(tmp_path / "a.pth")
 
 
 def test_preparations_that_this_project_does_not_know_are_refused(tmp_path):
     network = timm.create_model("efficientnet_b0", num_classes=CLASSES)
     network.pretrained_cfg["crop_mode"] = "squash"
     with pytest.raises(UserError, match="crop mode squash"):
-        preprocessing_of("timm:efficientnet_b0", network)
+        preprocessing_of("timm:efficientnet_b0", network, CLASSES)
 
 
 class Hostile:
@@ -340,6 +431,8 @@ def test_wrong_files_get_one_line_and_run_no_code(tmp_path, monkeypatch, theirs,
         UserError, match="another architecture: .* tensors are not there, as 'features.*; .* left over, as"
     ):
         read_weights(tmp_path / "resnet.pth", "densenet121")
+    with pytest.raises(UserError, match="another architecture: .*: they are of densenet121: give --model densenet121$"):
+        read_weights(tmp_path / "whole.pth", "densenet_bc22_k8")
     with pytest.raises(UserError, match="4 of the network's 606 tensors are not there") as error:
         gap = {n: v for n, v in theirs.state_dict().items() if "denseblock4.denselayer3.norm1" not in n}
         torch.save(gap, tmp_path / "gap.pth")

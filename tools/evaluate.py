@@ -3,7 +3,8 @@
 WEIGHTS are runs' directories (their best checkpoint), checkpoints, or files of torchvision, timm or openmmlab. Images are
 prepared (crop and resize size, resize filter, mean and standard deviation) as in the run that trained the weights; for
 --model timm:NAME as timm's configuration says; for weights with torchvision's names as torchvision does; for other files of the
-paper's networks as in the paper. Flags override each of these. Several WEIGHTS are compared on the same images. Where images of
+paper's networks as in the paper. Flags override each of these. Where a file does not say it, and is none of torchvision's or
+timm's for ImageNet, a warning says what is assumed. Several WEIGHTS are compared on the same images. Where images of
 some classes are missing, errors among all outputs and among those of the classes present are both told; --outputs says which
 of them all else is of.
 """
@@ -33,7 +34,7 @@ from pipeline.audit import (
     setting_for,
 )
 from pipeline.autotune import for_evaluation
-from pipeline.config import Config, DataConfig, Interpolation, Precision, from_dict
+from pipeline.config import DataConfig, Precision, from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
@@ -45,8 +46,7 @@ from pipeline.metrics import LabelScore, Score
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import autocast, memory_format, set_tf32
 from pipeline.provenance import provenance
-from pipeline.recipe import resize_with
-from pipeline.weights import Weights, imagenet_ids, weights_file
+from pipeline.weights import PREPARATION, Weights, imagenet_ids, weights_file
 from tools.support import published
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
@@ -57,7 +57,12 @@ from tools.support.output_subset import restrict_outputs
 from tools.support.outputs import writable_file, writable_folder
 from tools.support.progress import Progress
 from tools.support.significance import mcnemar, wilson_interval
-from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
+from tools.support.weights_arguments import (
+    add_preparation_arguments,
+    add_weights_arguments,
+    read_weights_of,
+    short_names,
+)
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 Outputs = Literal["all", "present"]
@@ -121,7 +126,7 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     files = [str(weights_file(file)) for file in options.weights]
     for file, name in zip(files, short_names(files), strict=True):
         weights = read_weights_of(options, file)
-        data = data_config(weights.config, options)
+        data = data_config(weights, options)
         alike = data.dataset, pixel_format(data), weights.classes
         same = [c for c in candidates if (c.data.dataset, pixel_format(c.data), c.index.classes) == alike]
         index = same[0].index if same else open_images(data, options.labels, weights.classes)
@@ -206,7 +211,8 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     cache = known_cache(folder)
     if labels_file:
         return scan_flat(folder, labels_file, classes, cache, True, read_as)
-    return scan_classes(folder, cache, progress=True, pixel_format=read_as).with_classes(classes)
+    index = scan_classes(folder, cache, progress=True, pixel_format=read_as, labels_field="--labels")
+    return index.with_classes(classes)
 
 
 def describe(
@@ -236,9 +242,8 @@ def describe(
         "crops": options.crops,
         "average": options.average,
         "precision": options.precision,
-        "interpolation": data.interpolation,
-        "resize_size": data.resize_size,
-        "crop_size": data.crop_size,
+        **{name: getattr(data, name) for name in PREPARATION},
+        "assumed": weights.assumed,
         "begun_with": origin_text(config.model) if config.model.weights else None,
         "training": recipe_of(weights),
     }
@@ -426,28 +431,19 @@ def compare(
     return rows
 
 
-def data_config(config: Config, options: argparse.Namespace) -> DataConfig:
-    names = (
-        "dataset", "interpolation", "resize_size", "crop_size", "mean", "std", "depth", "exif_orientation", "loader", "threads",
-    )  # fmt: skip
+def data_config(weights: Weights, options: argparse.Namespace) -> DataConfig:
+    """Which images are evaluated, and how they are read and prepared."""
+    names = ("dataset", "depth", "exif_orientation", "loader", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if "crop_size" in given and "resize_size" not in given:  # as in a run's configuration
-        given["resize_size"] = resize_with(given["crop_size"], config.data.crop_size, config.data.resize_size)
-    for name in {"mean", "std"} & given.keys():
-        if len(given[name]) == 1 and config.data.channels == 3:
-            given[name] = given[name] * 3
-    tree = dataclasses.asdict(config)
+    tree = dataclasses.asdict(dataclasses.replace(weights.config, data=weights.data))
     tree["data"] |= {"dir": options.data, "download": options.download, "threads": 0, **given}
     return from_dict(tree, "the command line").data
-
-
-def _rgb(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
     add_weights_arguments(parser, several=True)
+    add_preparation_arguments(parser)
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder of class folders, or a data set with val/ in it"
     )
@@ -476,22 +472,6 @@ def _parser() -> ArgumentParser:
         choices=typing.get_args(Average),
         default="logits",
         help="what is averaged over ten crops; the paper's code averages logits [logits]",
-    )
-    parser.add_argument(
-        "--interpolation", choices=typing.get_args(Interpolation), help="filter of the resize [the run's]"
-    )
-    parser.add_argument(
-        "--resize-size",
-        type=int,
-        metavar="PIXELS",
-        help="short side of the resized image [the run's, or in its ratio to --crop-size]",
-    )
-    parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of the crop [the run's]")
-    parser.add_argument(
-        "--mean", type=_rgb, metavar="R,G,B", help="mean for the normalisation, each in [0, 1] [the run's]"
-    )
-    parser.add_argument(
-        "--std", type=_rgb, metavar="R,G,B", help="standard deviation for the normalisation [the run's]"
     )
     parser.add_argument("--depth", type=int, choices=(8, 16), help="bits of a gray pixel [the run's]")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Export a network to ONNX or torch.export: ``python -m tools.export WEIGHTS OUTPUT.onnx`` (or ``OUTPUT.pt2``).
 
 The exported network is in evaluation mode and takes float32 images of shape (N, C, S, S), prepared as its metadata says, for
-any N; C is 3, or 1 of a network for gray images; S is the crop size of the weights' run. Of an MSDNet one exit is exported, the
+any N; C is 3, or 1 of a network for gray images; S is the crop size. Of an MSDNet one exit is exported, the
 last unless --exit says otherwise. The metadata also holds the class names, whether the weights are a moving average of a run's,
 and whether probabilities are the softmax of the logits or, of several labels an image, their sigmoid. The file is loaded again
 and compared with PyTorch, and written only if the logits agree.
@@ -22,7 +22,7 @@ from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import single_output
 from pipeline.weights import Weights
 from tools.support.outputs import writable_file
-from tools.support.weights_arguments import add_weights_arguments, read_weights_of
+from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # largest difference of logits; relative to the largest logit if that exceeds 1
@@ -39,6 +39,7 @@ Run = Callable[[Tensor], Tensor]
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.export", description=__doc__)
     add_weights_arguments(parser)
+    add_preparation_arguments(parser)
     parser.add_argument(
         "--exit", type=positive_integer, metavar="K", help="exit of an MSDNet, counted from 1 [the last]"
     )
@@ -64,7 +65,7 @@ def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
     Raises:
         UserError: the network cannot be traced, or the file computes something else.
     """
-    network, data, (serialise, load) = weights.network, weights.config.data, FORMATS[suffix]
+    network, data, (serialise, load) = weights.network, weights.data, FORMATS[suffix]
     shape = (data.channels, data.crop_size, data.crop_size)
     if isinstance(network, DenseNet):
         network.dense_block = "eager"
@@ -105,7 +106,7 @@ def compare(network: nn.Module, run: Run, shape: tuple[int, int, int]) -> float:
 
 def metadata_of(weights: Weights) -> dict[str, str]:
     """The metadata of an exported file: the network's name and, as JSON, the preparation of images and the class names."""
-    data = weights.config.data
+    data = weights.data
     preparation = {
         "resize_short_side": data.resize_size,
         "resize_filter": FILTERS[data.interpolation],
@@ -115,6 +116,7 @@ def metadata_of(weights: Weights) -> dict[str, str]:
         "exif_orientation": "applied" if data.exif_orientation else "ignored",
         "mean": data.mean,
         "std": data.std,
+        "assumed": weights.assumed,  # fields of a configuration's data section
     }
     return {
         "model": weights.config.model.name,

@@ -73,7 +73,8 @@ def main() -> None:
         classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
         indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), True, read_as)]
     else:
-        indexes = [scan_classes(root, cache_beside(root, fallback), progress=True, pixel_format=read_as)]
+        cache = cache_beside(root, fallback)
+        indexes = [scan_classes(root, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     for index in indexes:

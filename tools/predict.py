@@ -8,6 +8,7 @@ they are found, however many images there are, and a progress bar shows how far 
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -49,7 +50,7 @@ from pipeline.precision import set_tf32
 from pipeline.weights import Weights
 from tools.support.budgets import read_budget
 from tools.support.outputs import ANY_NAME, writable_file
-from tools.support.weights_arguments import add_weights_arguments, read_weights_of
+from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
 AT_ONCE = 4096  # images that are indexed together
@@ -59,6 +60,7 @@ HEADER_THREADS = 16  # reading headers waits for the disk
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.predict", description=__doc__)
     add_weights_arguments(parser)
+    add_preparation_arguments(parser)
     parser.add_argument("paths", nargs="+", metavar="IMAGE-OR-FOLDER", help="image files and folders of images")
     parser.add_argument("--top", type=positive_integer, metavar="N", default=5, help="predictions per image [5]")
     parser.add_argument(
@@ -90,7 +92,7 @@ def main() -> None:
         print(f"{options.weights}: {weights.note}", file=sys.stderr)
     answering = network_of(weights, options)
     # Only the preparation of images is taken from the run, not its data set and its number of threads.
-    data = dataclasses.replace(weights.config.data, dataset="images", loader=options.loader, threads=0)
+    data = dataclasses.replace(weights.data, dataset="images", loader=options.loader, threads=0)
     files, classes = find_images(options.paths), weights.classes
     names = human_names(classes)
     top, several = min(options.top, len(classes)), data.labels == "multi"
@@ -102,7 +104,7 @@ def main() -> None:
         rows = None
         if options.csv:
             rows = csv.writer(stack.enter_context(open(options.csv, "w", newline="", **ANY_NAME)))
-            rows.writerow(["file", *(classes if several else _titles(top))])
+            rows.writerow(["file", *(classes if several else _titles(top, bool(names)))])
         bar = stack.enter_context(
             tqdm(total=len(files), unit=" images", leave=False, disable=None if options.csv else True)
         )
@@ -120,8 +122,8 @@ def main() -> None:
             if rows and several:
                 rows.writerow([file, *(f"{probability:.6f}" for probability in probabilities.tolist())])
             elif rows:
-                cells = ((a["class"], a["name"] or "", f"{a['probability']:.6f}") for a in found)
-                rows.writerow([file, *(cell for answer in cells for cell in answer)])
+                named = [(a["class"], *([a["name"] or ""] * bool(names)), f"{a['probability']:.6f}") for a in found]
+                rows.writerow([file, *itertools.chain.from_iterable(named)])
             else:
                 lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
                 print("\n".join([file, *lines]).encode(errors="surrogateescape").decode(errors="replace"), flush=True)
@@ -154,8 +156,10 @@ def network_of(weights: Weights, options: Namespace) -> nn.Module:
     return Budgeted(network, limits)
 
 
-def _titles(top: int) -> list[str]:
-    return [f"{what}{k}" for k in range(1, top + 1) for what in ("class", "name", "probability")]
+def _titles(top: int, named: bool) -> list[str]:
+    """Titles of the answers' columns; with one for English names only where classes have them."""
+    columns = ("class", "name", "probability") if named else ("class", "probability")
+    return [f"{what}{k}" for k in range(1, top + 1) for what in columns]
 
 
 def find_images(paths: list[str]) -> list[str]:

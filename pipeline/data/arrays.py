@@ -106,7 +106,8 @@ def _read_part(source: ArraySource, part: str) -> Arrays:
     except Exception as error:  # over damaged files torchvision stumbles in any way
         raise LocalUserError(
             f"cannot read the {part} images of {source.dataset} in {source.dir} ({' '.join(str(error).split())}): put "
-            "torchvision's files there, set data.download true (or --download), or choose another data.dataset (or --dataset)"
+            "torchvision's files there, have them downloaded or choose another kind of data set (in training "
+            "--data.download true, --data.dataset images; in the tools --download, --dataset images)"
         ) from None
     pixels, labels = np.asarray(found.data), np.asarray(found.labels if svhn else found.targets, np.int64)
     if svhn:

@@ -7,8 +7,12 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.archive import TarSource
+from pipeline.data.folder import FolderSource
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import read_all
+from pipeline.data.table import TableSource
+from pipeline.data.zip_archive import ZipSource
 
 COMPARED = 32  # validation images that are compared byte by byte with training images of the same length
 CANDIDATES = 4  # training images that one of them is compared with
@@ -26,22 +30,47 @@ def warnings_about(train: DatasetIndex, val: DatasetIndex | None, config: DataCo
     lines = [] if train.several_labels else [*_about_classes(train), *_about_folders(train)]
     if val is not None and not config.holdout:
         lines += _about_both(train, val)
+    elif val is not None and not train.several_labels:
+        lines += _about_held_out(train, val)
     return lines
+
+
+def untaught_rows(train: DatasetIndex, val: DatasetIndex) -> np.ndarray:
+    """(N) bool: the validation images of classes of which no image is trained on."""
+    return ~np.isin(val.labels, train.labels)
+
+
+def _about_held_out(train: DatasetIndex, val: DatasetIndex) -> list[str]:
+    untaught = untaught_rows(train, val)
+    if not untaught.any():
+        return []
+    example = val.classes[val.labels[untaught][0]]
+    return [
+        f"{untaught.sum():,} of the {len(val):,} held-out images are of classes of which no image is left to train on (as "
+        f"'{example}'), so that every answer to them will be wrong: lower data.holdout, or set data.val"
+    ]
 
 
 def _about_classes(train: DatasetIndex) -> list[str]:
     images = np.bincount(train.labels, minlength=len(train.classes))
     if len(train.classes) == 1:
         return [
-            f"{train.root} holds one class ('{train.classes[0]}'), so that every answer is right: give the folder of the class "
-            "folders"
+            f"{train.root} holds one class ('{train.classes[0]}'), so that every answer is right: "
+            f"{_other_classes(train, 'give the folder of the class folders')}"
         ]
     if images.max() == 1:
         return [
-            f"{train.root} holds one image a class ({len(images):,} of them): if its folders are no classes, give one folder "
-            "a class"
+            f"{train.root} holds one image a class ({len(images):,} of them): if these are not the classes, "
+            f"{_other_classes(train, 'give one folder a class')}"
         ]
     return []
+
+
+def _other_classes(train: DatasetIndex, of_folders: str) -> str:
+    """What to do if the classes are others: in a table, or elsewhere, or in class folders as `of_folders` says."""
+    if isinstance(train.source, TableSource):
+        return "set data.label_column to the column of the classes"
+    return of_folders if isinstance(train.source, FolderSource | TarSource | ZipSource) else "correct the labels"
 
 
 def _about_folders(train: DatasetIndex) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arrays
+from pipeline.data.checks import untaught_rows
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
 from pipeline.data.labels import labels_needed
@@ -48,6 +49,11 @@ def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tup
         parts = _hold_out(train, config.holdout)
         if train.several_labels:
             _check_held_out(train, *parts)
+        elif untaught_rows(*parts).all():
+            raise UserError(
+                f"none of the {config.holdout:,} held-out images is of a class of which other images are left to train on: "
+                "lower data.holdout, or check that the classes are what they ought to be"
+            )
         return parts
     return train, opener(config, "val", train.classes, cache, progress)
 
@@ -80,16 +86,17 @@ def _open_root(
             f"{root} is no table, and data.file_column and data.label_column are for tables: leave them out"
         )
     if split == "train":
-        return scan_classes(source, kept, progress, pixel_format=pixel_format(config))
+        skip_corrupt = config.corrupt_images == "skip"
+        return scan_classes(source, kept, progress, pixel_format=pixel_format(config), skip_corrupt=skip_corrupt)
     if config.val_labels:
         labels = Path(config.dir, config.val_labels)
         return scan_flat(root, labels, classes, kept, progress, pixel_format(config))
-    val = scan_classes(source, kept, progress, True, pixel_format(config))
+    val = scan_classes(source, kept, progress, True, pixel_format(config), labels_field="data.val_labels")
     odd = sorted(set(val.classes) - set(classes))
     if odd and len(odd) == len(val.classes):
         raise UserError(
             f"the classes of training and validation differ: {root} has none of the training classes, but '{odd[0]}'; "
-            f"{labels_needed(root)}"
+            f"{labels_needed(root, 'data.val_labels')}"
         )
     if odd:
         training = Path(config.dir, config.train)
@@ -119,7 +126,8 @@ def _open_label_table(
             f"{table} is a folder: with data.labels multi data.train and data.val are CSV files in data.dir, which name the "
             "images and their labels"
         )
-    index = scan_label_table(config.dir, table, classes, cache, progress, pixel_format(config))
+    skip_corrupt = classes is None and config.corrupt_images == "skip"  # of the training set
+    index = scan_label_table(config.dir, table, classes, cache, progress, pixel_format(config), skip_corrupt)
     lacking = _of_one_kind(index)
     if len(lacking) == len(index.classes):
         raise UserError(f"{table}: no class has images with and images without it: nothing can be learnt or measured")

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import IO, cast
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.config import DataConfig
 from pipeline.data.source import ImageIssue, Stream
 from pipeline.errors import UserError
 
 LEFT_OUT = "left out"
+SKIP = "left out of training with data.corrupt_images skip"
 
 # Formats by whose first bytes Pillow knows them for certain; HEIF is there if a plug-in is.
 KNOWN_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "JPEG2000", "QOI", "PPM", "HEIF")
@@ -73,11 +74,12 @@ class RefusedImageError(UserError):
         fault: what is wrong with it, as "is not an image".
         detail: what Pillow says of it.
         remedy: what to do.
+        corrupt: as of `ImageIssue`.
     """
 
-    def __init__(self, location: str, fault: str, detail: str, remedy: str):
+    def __init__(self, location: str, fault: str, detail: str, remedy: str, corrupt: bool = False):
         super().__init__(f"{location} {fault} ({detail}): {remedy}")
-        self.fault, self.detail, self.remedy = fault, detail, remedy
+        self.fault, self.detail, self.remedy, self.corrupt = fault, detail, remedy, corrupt
 
 
 def hidden(name: str, location: str) -> ImageIssue | None:
@@ -121,11 +123,21 @@ def open_image(stream: Stream, location: str) -> Image.Image:
     try:
         image = Image.open(cast(IO[bytes], stream))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        detail = type(error).__name__
-        raise RefusedImageError(location, "is not an image that can be read", detail, "repair or remove it") from None
+        detail = _why_unreadable(stream, error)
+        raise RefusedImageError(
+            location, "is not an image that can be read", detail, "repair or remove it", corrupt=True
+        ) from None
     if image.mode.startswith(("I", "F")) and not deep_mode(image):
         raise RefusedImageError(location, "has more than 16 bits a colour", image.mode, "convert or remove it")
     return image
+
+
+def _why_unreadable(stream: Stream, error: Exception) -> str:
+    """Why Pillow does not open a file, in words."""
+    if isinstance(error, UnidentifiedImageError):
+        stream.seek(0)
+        return "Pillow knows no such format" if stream.read(1) else "the file is empty"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def deep_mode(image: Image.Image) -> str:

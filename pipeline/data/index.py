@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
     COLORS,
     LAST_THAT_STANDS,
+    LEFT_OUT,
+    SKIP,
     PixelFormat,
     RefusedImageError,
     deep_mode,
@@ -154,6 +156,8 @@ def scan_classes(
     progress: bool = False,
     empty_classes: bool = False,
     pixel_format: PixelFormat | None = COLORS,
+    skip_corrupt: bool = False,
+    labels_field: str = "",
 ) -> DatasetIndex:
     """Index images by class: ``CLASS/IMAGE`` in a folder or an archive, ImageNet's tar of tars, or images with labels.
 
@@ -166,6 +170,8 @@ def scan_classes(
         progress: show a progress bar on a terminal.
         empty_classes: a class may have no images, as in a validation set.
         pixel_format: what the images are read as, which decides what is refused; None: their files are copied and not read.
+        skip_corrupt: files that no image can be read from are left out, and told at each scan; else they stop the index.
+        labels_field: where the caller's user gives a file of labels for images without class folders; empty if nowhere.
 
     Raises:
         UserError: `root` cannot be read, holds no classes, holds parts of a data set, or folders of classes; or something in
@@ -176,8 +182,8 @@ def scan_classes(
     groups, beside = source.groups()
     if not groups and not any(issue.stops for issue in beside):
         raise UserError(
-            f"{root} holds no class folders with images: expected CLASS/IMAGE.jpg (or CLASS.tar in an archive); "
-            f"{labels_needed(Path(root))}"
+            f"{root} holds no class folders with images: expected CLASS/IMAGE.jpg (or CLASS.tar in an archive)"
+            + (f"; {labels_needed(Path(root), labels_field)}" if labels_field else "")
         )
     names = {group.name for group in groups}
     if names <= SPLITS and names & {"train", "training"}:
@@ -186,7 +192,7 @@ def scan_classes(
             f"{root} holds {parts}: parts of a data set, which are no classes: give one of them, as "
             f"{os.path.join(root, max(names))}"
         )
-    rows = _scan(source, groups, beside, cache, progress, pixel_format, empty_classes)
+    rows = _scan(source, groups, beside, cache, progress, pixel_format, empty_classes, skip_corrupt=skip_corrupt)
     if groups and groups[0].labelled:
         return _labelled_index(source, groups, rows, pixel_format)
     _refuse_nested(source, groups, rows)
@@ -227,6 +233,7 @@ def scan_label_table(
     cache: Path | None = None,
     progress: bool = False,
     pixel_format: PixelFormat = COLORS,
+    skip_corrupt: bool = False,
 ) -> DatasetIndex:
     """Index the images of a folder or tar archive that a CSV file of labels names; see `label_table.read_label_table`.
 
@@ -234,6 +241,7 @@ def scan_label_table(
 
     Args:
         classes: those that there may be, in the order of the network's outputs; None for the table's own.
+        skip_corrupt: as of `scan_classes`.
 
     Raises:
         UserError: the images or the table are missing, cannot be read or do not match.
@@ -247,11 +255,12 @@ def scan_label_table(
     order = sorted(range(len(names)), key=names.__getitem__)
     listed = Listing(tuple(members[names[i]] for i in order), tuple(issue for issue in listing.issues if issue.stops))
     group = Group("", lambda: listed)
-    (row,) = _scan(source, [group], [], cache, progress, pixel_format)
-    if len(row.names) < len(names):
-        there = set(row.names)
-        odd = next(names[i] for i in order if names[i] not in there)
-        raise UserError(f"{table} names {source.location(odd)}, which is no image: remove the line")
+    (row,) = _scan(source, [group], [], cache, progress, pixel_format, skip_corrupt=skip_corrupt)
+    there = set(row.names)
+    odd = [names[i] for i in order if names[i] not in there]
+    if odd and not skip_corrupt:
+        raise UserError(f"{table} names {source.location(odd[0])}, which is no image: remove the line")
+    order = [i for i in order if names[i] in there]
     others = sum(member.by_name for member in listing.members) - len(names)
     if others and progress:
         print(f"{others:,} images below {root} are not in {table}: left out", file=sys.stderr, flush=True)
@@ -315,11 +324,13 @@ def _scan(
     pixel_format: PixelFormat | None,
     empty_classes: bool = False,
     labels_file: str | Path = "",
+    skip_corrupt: bool = False,
 ) -> list["_Found"]:
     """What is known of each group's images.
 
     Args:
         labels_file: lies perhaps among the images, and is not told as left out.
+        skip_corrupt: as of `scan_classes`; the cache keeps no group in which a file is corrupt.
 
     Raises:
         UserError: something stops the index. All is read before that is said, so that all can be named.
@@ -342,13 +353,16 @@ def _scan(
                 leave=False,
             )
             for group, (row, new, of_group) in zip(groups, bar, strict=True):
+                whole = not any(issue.stops for issue in of_group)
+                if skip_corrupt:
+                    of_group = [replace(i, stops=False, outcome=LEFT_OUT) if i.corrupt else i for i in of_group]
                 stops = any(issue.stops for issue in of_group)
                 issues += of_group if new else [issue for issue in of_group if issue.stops]
                 any_new = any_new or bool(new)
                 if group.name and not group.labelled and not row.names and not stops and not empty_classes:
                     where = f"the class {group.name} in {source.root}"
                     issues.append(ImageIssue(where, "has no images", "fill or remove it", stops=True))
-                if cache and new and not stops and kept:
+                if cache and new and whole and kept:
                     kept = _append(cache, new)
                 rows.append(row)
                 if pixel_format:
@@ -407,11 +421,8 @@ def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
             kinds.setdefault((issue.fault, issue.outcome), []).append(issue)
     for (fault, outcome), alike in kinds.items():
         count = sum(issue.count for issue in alike)
-        print(
-            f"warning: {alike[0].location} {fault} (1 of {count:,} in {source.root}): {outcome}",
-            file=sys.stderr,
-            flush=True,
-        )
+        more = f" (and {count - 1:,} more)" if count > 1 else ""
+        print(f"warning: {alike[0].location} {fault}{more}: {outcome}", file=sys.stderr, flush=True)
     stops = [issue for issue in issues if issue.stops]
     if len(stops) == 1:
         raise UserError(str(stops[0]))
@@ -546,7 +557,8 @@ def _read_header(source: FileSource, name: str, member: Member) -> tuple[_Header
             header = _Header((image.height, image.width), orientation(image), deep_mode(image))
             return header, issues_of(image, location)
     except RefusedImageError as error:
-        return None, [ImageIssue(location, error.fault, error.remedy, error.detail, stops=True)]
+        outcome = f"{error.remedy}{f', or have it {SKIP}' * error.corrupt}"
+        return None, [ImageIssue(location, error.fault, outcome, error.detail, stops=True, corrupt=error.corrupt)]
     except OSError as error:
         return None, [unreadable(location, error)]
 

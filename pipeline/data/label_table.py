@@ -150,7 +150,9 @@ def _remedy(entry: str, images: list[str], names: list[str]) -> str:
         return "several are called so: give their paths"
     stem = _in_form(entry, 1, suffix=False)
     near = next((name for name in names if _in_form(name, 1, suffix=False) == stem), None)
-    return (f"there is '{near}': correct or " if near else "") + "remove the line, or set data.dir (or --data)"
+    return (
+        f"there is '{near}': correct or " if near else ""
+    ) + "remove the line, or give the folder that the images are in"
 
 
 def _names(cell: str) -> list[str]:

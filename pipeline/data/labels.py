@@ -75,22 +75,21 @@ def find_classes(origin: object, names: list[str], classes: tuple[str, ...]) -> 
             f"name, as '{classes[0]}' (for ImageNet's ground truth: the development kit, .tar.gz)"
         )
     elif all(name.isdigit() for name in classes):
-        remedy = ", which are numbers (--classes FILE names them)"
+        remedy = ", which are numbers (of weights from elsewhere the tools' --classes FILE names them)"
     elif len(set(unknown)) == len(set(names)):
         remedy = (
-            f", nor is any other here: expected names such as '{classes[0]}'; for images without class folders give the "
-            "file of their labels (data.val_labels or --labels)"
+            f", nor is any other here: expected names such as '{classes[0]}', of class folders or in a file of labels"
         )
     else:
         remedy = did_you_mean(unknown[0], classes)
     raise UserError(f"{origin}: the class '{unknown[0]}' is none of the network's{remedy}")
 
 
-def labels_needed(root: Path) -> str:
-    """What to do about a place whose images have no class folders."""
+def labels_needed(root: Path, field: str) -> str:
+    """What to do about a place whose images have no class folders, where `field` is what names a file of labels."""
     found = _label_file_near(root)
     likely = f", which may be {found}" if found else ""
-    return f"for images without class folders give the file of their labels (data.val_labels or --labels){likely}"
+    return f"for images without class folders give the file of their labels as {field}{likely}"
 
 
 def _label_file_near(root: Path) -> Path | None:

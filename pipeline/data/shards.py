@@ -113,9 +113,7 @@ class ShardSource:
             label = self._label(i, parts) if labelled else ""
             if label is None:
                 fault = f"has no label (no {key}.cls, .json with 'label' or .txt)"
-                issues.append(
-                    ImageIssue(location, fault, "pack the shard with labels, or give data.val_labels", stops=True)
-                )
+                issues.append(ImageIssue(location, fault, "pack the shard with labels", stops=True))
                 continue
             (image,) = images
             members.append(Member(image.name, start + image.offset, image.length, label=label))

@@ -24,6 +24,7 @@ class ImageIssue:
         detail: more about this very one.
         stops: the index or a run stops there.
         count: files of which the same is to be told; this is the first.
+        corrupt: the file's bytes are the cause, so that data.corrupt_images skip leaves it out of training.
     """
 
     location: str
@@ -32,6 +33,7 @@ class ImageIssue:
     detail: str = ""
     stops: bool = False
     count: int = 1
+    corrupt: bool = False
 
     def __str__(self) -> str:
         return f"{self.location} {self.fault}{self.detail and f' ({self.detail})'}: {self.outcome}"

@@ -46,7 +46,7 @@ def open_source(root: str | Path) -> FileSource:
             return source
         os.stat(root)
     except FileNotFoundError:
-        raise UserError(f"the data folder {root} does not exist: set data.dir (or --data)") from None
+        raise UserError(f"the data folder {root} does not exist: give one that does") from None
     except OSError as error:
         raise UserError(f"cannot read {root}: {error.strerror}: check its path and permissions") from None
     kinds = ", ".join(reversed(SOURCES))

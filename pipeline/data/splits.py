@@ -81,7 +81,8 @@ def _find(config: DataConfig, split: Split) -> str:
         found = next(tables, "")
     wanted = folder / name
     if not found:
-        if os.path.lexists(wanted) or not _may_list(folder) or (not several and find_source(wanted)):
+        unreadable = not _may_list(folder) and not _is_missing(folder)
+        if os.path.lexists(wanted) or unreadable or (not several and find_source(wanted)):
             return name  # what is wrong with it, the scan says
         offered = _offered(folder, SPLIT_NAMES[split], tables_only=several)
         # The first usual name that is there, if it is there once; a folder `train` given as data.dir has none inside.
@@ -139,6 +140,17 @@ def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
 
 def _entries(folder: Path) -> list[str]:
     return sorted(e for e in os.listdir(folder) if not e.startswith(".")) if _may_list(folder) else []
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether there is nothing at a path, which one may look at."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _may_list(folder: Path) -> bool:

@@ -100,7 +100,9 @@ class TableSource:
         issues = [issue for issue in listing.issues if issue.stops]
         named = set(names)
         if others := [name for name, member in members.items() if member.by_name and name not in named]:
-            issues.append(ImageIssue(self.location(others[0]), "is not in the table", "left out", count=len(others)))
+            issues.append(
+                ImageIssue(self.location(others[0]), f"is not in the table {self.root}", "left out", count=len(others))
+            )
         return Listing(tuple(found), tuple(issues))
 
 

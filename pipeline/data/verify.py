@@ -15,6 +15,7 @@ from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
     COLORS,
+    SKIP,
     PixelFormat,
     RefusedImageError,
     deep_mode,
@@ -57,7 +58,7 @@ def examine(content: np.ndarray, name: str, location: str, pixel_format: PixelFo
     try:
         header = open_image(io.BytesIO(content.data), location)
     except RefusedImageError as error:
-        outcome = f"the index refuses it; {error.remedy}"
+        outcome = f"the index refuses it{f', or it is {SKIP}' * error.corrupt}; {error.remedy}"
         return [ImageIssue(location, error.fault, outcome, error.detail, stops=True)]
     if refused := refused_depth(deep_mode(header), pixel_format.depth):
         return [ImageIssue(location, refused[0], f"the index refuses it; {refused[1]}", deep_mode(header), stops=True)]
@@ -65,7 +66,7 @@ def examine(content: np.ndarray, name: str, location: str, pixel_format: PixelFo
     try:
         decode(content, location, pixel_format)
     except CorruptImageError as error:
-        outcome = "stops a run, or is left out of training with data.corrupt_images skip"
+        outcome = f"stops a run, or is {SKIP}"
         truncated = "truncated" in error.reason.lower()
         fault, detail = ("is truncated", "") if truncated else ("does not decode", error.reason)
         return [ImageIssue(location, fault, outcome, detail, stops=True)]

@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.class_names import short_names
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
+from pipeline.parsing import value_text
 from pipeline.words import counted
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
@@ -199,9 +201,11 @@ def _lines(r: dict[str, Any]) -> list[str]:
     views = "1 crop" if r["crops"] == 1 else f"10 crops ({r['average']} averaged)"
     lines = [
         f"{r['model']}, {views}, {r['interpolation']} resize to {r['resize_size']}, crop {r['crop_size']}, "
-        f"{r['loader']} loader, "
+        f"mean {_of_colors(r['mean'])}, std {_of_colors(r['std'])}, {r['loader']} loader, "
         f"{r['precision']}, {counted(r['ranks'], 'rank')}, {r['images_per_second']:.1f} images/s",
     ]
+    if r["assumed"]:
+        lines.append(f"assumed, as the file does not say it: {', '.join(r['assumed'])}")
     lines += label_lines(r) if _several_labels(r) else _error_lines(r)
     if r["not_finite"]:
         lines.append(
@@ -213,6 +217,11 @@ def _lines(r: dict[str, Any]) -> list[str]:
     if r["training"]:
         lines.append(f"recipe: {r['training']}")
     return [f"{r['weights']}: {r['note']}", *lines] if r["note"] else lines
+
+
+def _of_colors(numbers: Sequence[float]) -> str:
+    """A mean or standard deviation in as few numbers as say it."""
+    return value_text(tuple(numbers) if len(set(numbers)) > 1 else numbers[0])
 
 
 def _error_lines(r: dict[str, Any]) -> list[str]:

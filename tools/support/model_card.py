@@ -1,5 +1,8 @@
 """A model card: what one must know of weights to use them, and where they come from."""
 
+import shlex
+from pathlib import Path
+
 from pipeline.audit import origin_text
 from pipeline.weights import Weights
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
@@ -8,9 +11,9 @@ from tools.support.markdown import table
 FEW = 20  # classes that are all named
 
 
-def model_card(weights: Weights, file: str) -> str:
-    """The card of weights in a file of this name, as Markdown."""
-    config, data = weights.config, weights.config.data
+def model_card(weights: Weights, file: Path) -> str:
+    """The card of weights in this file, as Markdown."""
+    config, data = weights.config, weights.data
     bare = network_without_weights(config.model, len(weights.classes), data.channels)
     work = multiply_accumulates(bare, data.crop_size, data.channels)
     colors = "red, green and blue" if data.channels == 3 else f"gray, {data.depth} bits"
@@ -35,8 +38,12 @@ def model_card(weights: Weights, file: str) -> str:
         rows[-2][1] = "not known"
     if config.model.freeze is not None:
         rows.append(["did not train", f"the stem and {config.model.freeze} blocks"])
-    lines = [f"# {file}", "", *table(["", "what"], rows, names=2), ""]
-    lines.append(f"`python -m tools.evaluate {file} --data DIR --report REPORT` measures its error on your images.")
+    if weights.assumed:
+        rows.append(["assumed", f"{', '.join(weights.assumed)}: the file that the weights come from does not say it"])
+    lines = [f"# {file.name}", "", *table(["", "what"], rows, names=2), ""]
+    lines.append(
+        f"`python -m tools.evaluate {shlex.quote(str(file))} --data DIR --report REPORT` measures its error on your images."
+    )
     return "\n".join([*lines, ""])
 
 

@@ -1,11 +1,16 @@
-"""Command-line arguments that name weights, and reading what they name."""
+"""Command-line arguments that name weights and how their images are prepared, and reading what they name."""
 
+import dataclasses
 import itertools
+import sys
+import typing
 from argparse import Namespace
 from pathlib import Path
 
+from pipeline.config import Interpolation, from_dict
 from pipeline.errors import ArgumentParser, UserError
-from pipeline.weights import Weights, read_weights
+from pipeline.recipe import resize_with
+from pipeline.weights import PREPARATION, Weights, assumption, read_weights
 
 
 def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None:
@@ -34,8 +39,28 @@ def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None
     )
 
 
+def add_preparation_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that say how images are prepared, in place of what the weights say or of what is assumed."""
+    parser.add_argument(
+        "--interpolation", choices=typing.get_args(Interpolation), help="filter of the resize [the weights' own]"
+    )
+    parser.add_argument(
+        "--resize-size",
+        type=int,
+        metavar="PIXELS",
+        help="short side of the resized image [the weights' own, or in its ratio to --crop-size]",
+    )
+    parser.add_argument("--crop-size", type=int, metavar="PIXELS", help="side of the crop [the weights' own]")
+    parser.add_argument(
+        "--mean", type=_numbers, metavar="R,G,B", help="mean for the normalisation, each in [0, 1] [the weights' own]"
+    )
+    parser.add_argument(
+        "--std", type=_numbers, metavar="R,G,B", help="standard deviation for the normalisation [the weights' own]"
+    )
+
+
 def read_weights_of(options: Namespace, file: str) -> Weights:
-    """Read one of the files that the command line names."""
+    """Read one of the files that the command line names; what is assumed of how its images are prepared is told on stderr."""
     names = None
     if options.classes:
         try:
@@ -45,7 +70,31 @@ def read_weights_of(options: Namespace, file: str) -> Weights:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise UserError(f"--classes {options.classes} has '{twice}' twice: give each output a name of its own")
-    return read_weights(file, options.model, names, options.ema)
+    weights = _prepared_as_given(read_weights(file, options.model, names, options.ema), options)
+    config, prefix = dataclasses.replace(weights.config, data=weights.data), "--" if hasattr(options, "mean") else ""
+    if text := assumption(file, config, weights.assumed, prefix):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    return weights
+
+
+def _prepared_as_given(weights: Weights, options: Namespace) -> Weights:
+    """The weights with the options of `add_preparation_arguments`."""
+    given = {name: value for name in PREPARATION if (value := getattr(options, name, None)) is not None}
+    own = weights.config.data
+    if "crop_size" in given and "resize_size" not in given:  # as in a run's configuration
+        given["resize_size"] = resize_with(given["crop_size"], own.crop_size, own.resize_size)
+    for name in {"mean", "std"} & given.keys():
+        if len(given[name]) == 1 and own.channels == 3:
+            given[name] = given[name] * 3
+    tree = dataclasses.asdict(weights.config)
+    tree["data"] |= given
+    data = from_dict(tree, "the command line").data
+    assumed = tuple(name for name in weights.assumed if name not in given)
+    return dataclasses.replace(weights, given={name: getattr(data, name) for name in given}, assumed=assumed)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def short_names(files: list[str]) -> list[str]:
