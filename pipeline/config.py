@@ -30,7 +30,7 @@ from pipeline.parsing import (
     flatten,
 )
 from pipeline.recipe import following_fields, resize_with
-from pipeline.unused import unused_field
+from pipeline.unused import WITHOUT_NESTEROV, unused_field
 
 OfChannels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=3)]
 PositiveOfChannels = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)]
@@ -403,13 +403,13 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "OptimConfig":
-        if self.nesterov and not self.momentum:
+        if self.nesterov and not self.momentum and self.optimizer not in WITHOUT_NESTEROV:
             raise ValueError("nesterov needs momentum above 0")
         return self
 
     @model_validator(mode="after")
     def _smoothing_is_not_undone(self) -> "OptimConfig":
-        if self.label_smoothing and self.bce_target_threshold is not None:
+        if self.label_smoothing and self.bce_target_threshold is not None and self.objective != "cross_entropy":
             raise ValueError(
                 "bce_target_threshold makes targets 0 or 1, which undoes label_smoothing: leave one of them out"
             )
@@ -417,7 +417,7 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _rates_fit_the_schedule(self) -> "OptimConfig":
-        if self.min_lr > self.lr:
+        if self.schedule in ("cosine", "polynomial") and self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must be at most lr ({self.lr})")
         if self.warmup_epochs and self.schedule == "one_cycle":
             raise ValueError("the schedule one_cycle has a warm-up of its own: leave out warmup_epochs")
