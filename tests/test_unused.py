@@ -89,6 +89,11 @@ def test_the_command_line_may_switch_a_part_of_the_file_off_or_on(tmp_path):
     config = load_config(file, {"data.random_erasing": "0"})
     assert (config.data.random_erasing, config.data.erasing_fill) == (0, "noise")
     assert from_stored(yaml.safe_load(to_yaml(config)), "stored") == config  # such a run resumes
+    (stored := tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(stored) == config  # and can be run again from what it stored
+    assert load_config(stored, {"model.name": "densenet169"}).data == config.data
+    with pytest.raises(UserError, match="--data.erasing_fill does nothing"):
+        load_config(stored, {"data.erasing_fill": "noise"})
     assert load_config(file_of(tmp_path, {"data.erasing_fill": "noise"}), ERASING).data.erasing_fill == "noise"
     with pytest.raises(UserError, match="--data.erasing_ratio does nothing"):
         load_config(file, {"data.random_erasing": "0", "data.erasing_ratio": ["0.5", "2"]})
