@@ -7,6 +7,7 @@ which wins). Both are validated by the same types; a mistake is one line naming 
 import argparse
 import dataclasses
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from pipeline.parsing import (
     flatten,
 )
 from pipeline.recipe import following_fields, resize_with
-from pipeline.unused import WITHOUT_NESTEROV, unused_field
+from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 
 OfChannels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=3)]
 PositiveOfChannels = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)]
@@ -569,11 +570,14 @@ def from_stored(tree: dict[str, Any], origin: str) -> Config:
     return SCHEMA.build(renamed.upgrade(tree), origin)
 
 
-def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None, shared: Collection[str] = ()) -> Config:
     """Read a YAML file and put `overrides` (``{"optim.lr": 0.2}``) over it.
 
     Fields that belong together follow each other (recipe.py). The file's published errors do not hold for another network or
     data set.
+
+    Args:
+        shared: keys of overrides that other runs get too, which `refuse_flags_without_use` judges over all of them.
 
     Raises:
         UserError: the file is missing or no mapping, a key is unknown, a value is not of the field's type, or a field is given
@@ -590,11 +594,23 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
     followed = following_fields(defaults, (file, overrides), held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
-    if unused := unused_field(defaults, file, overrides, flatten(dataclasses.asdict(config))):
+    own = {key: value for key, value in overrides.items() if key not in shared}
+    if unused := unused_field(defaults, file, own, flatten(dataclasses.asdict(config))):
         key, needs = unused
-        where = f"--{key}" if key in overrides else f"{path}: '{key}'"
-        raise UserError(f"{where} does nothing without {needs}: set that, or leave {key} out")
+        raise _does_nothing(f"--{key}" if key in own else f"{path}: '{key}'", key, needs)
     return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
+
+
+def refuse_flags_without_use(flags: Collection[str], configs: Sequence[Config]) -> None:
+    """Refuse a flag, by key, that does nothing in any of the runs that get it."""
+    defaults, *runs = (flatten(dataclasses.asdict(config)) for config in (Config(), *configs))
+    for key in flags:
+        if needs := unused_in_all(key, defaults, runs):
+            raise _does_nothing(f"--{key}", key, needs)
+
+
+def _does_nothing(where: str, key: str, needs: str) -> UserError:
+    return UserError(f"{where} does nothing without {needs}: set that, or leave {key} out")
 
 
 def _with_fields_of_weights(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ file gives beside the switch that the command line then turns off, and a file of
 the run had, not what somebody asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,4 +117,12 @@ def unused_field(defaults: Fields, file: Fields, overrides: Fields, resolved: Fi
             by_flag, by_file = key in overrides, key in file and not stored and not switch.on(alone)
             if (by_flag or by_file) and resolved[key] != defaults[key]:
                 return key, switch.needs
+    return None
+
+
+def unused_in_all(key: str, defaults: Fields, runs: Sequence[Fields]) -> str | None:
+    """What a field needs that does nothing in any of the runs, each with all its fields by key; None if it does something."""
+    switch = next((switch for switch in SWITCHES if key in switch.fields), None)
+    if switch and not any(switch.on(fields) or fields[key] == defaults[key] for fields in runs):
+        return switch.needs
     return None
