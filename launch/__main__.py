@@ -24,7 +24,7 @@ from launch.description import describe, processes
 from launch.records import Job, add_event, find_job, read_events, read_job
 from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import refuse_impossible, script, submit
-from pipeline.config import SCHEMA, Config, load_config, load_stored_config
+from pipeline.config import SCHEMA, Config, load_config, load_stored_config, refuse_flags_without_use
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.run_dir import Before, is_complete
 from pipeline.words import counted
@@ -68,6 +68,8 @@ def start(arguments: list[str]) -> None:
         for file in options.configs
         for values in itertools.product(*(grid_values(word) for word in options.grid))
     ]
+    varied = {word.partition("=")[0] for word in options.grid}
+    refuse_flags_without_use([key for key in overrides if key not in varied], configs)
     run_dirs = [config.run_dir for config in configs]
     for run_dir in run_dirs:
         if run_dirs.count(run_dir) > 1:
@@ -98,7 +100,7 @@ def read_config(
         gpus: the job asks for GPUs, so that it fails where it finds none and does not train on CPU.
     """
     grid = SCHEMA.given(argparse.Namespace(**dict(values)))
-    config = load_config(file, overrides | grid)
+    config = load_config(file, overrides | grid, shared=overrides.keys() - grid.keys())
     folder = Path(config.run_dir, Path(file).stem) if several and "run_dir" in overrides else Path(config.run_dir)
     suffix = "".join(f"-{key.rpartition('.')[2]}{_in_a_file_name(value)}" for key, value in values)
     data = dataclasses.replace(config.data, dir=os.path.abspath(config.data.dir))

@@ -415,7 +415,7 @@ def _auto_augment_text(data: DataConfig) -> str:
     about: list[str] = [data.auto_augment]
     if data.auto_augment != "trivialaugment":
         about += [f"{data.randaugment_ops} operations", f"magnitude {data.randaugment_magnitude}"]
-    if data.randaugment_magnitude_std:
+    if data.auto_augment == "randaugment-timm" and data.randaugment_magnitude_std:
         about.append(f"with standard deviation {data.randaugment_magnitude_std:g}")
     return ", ".join([*about, data.warp_interpolation])
 
@@ -429,8 +429,8 @@ def _near(a: Any, b: Any) -> bool:
 
 def _curve_text(optim: OptimConfig) -> str:
     """A schedule without milestones in a few words."""
-    power = f" of power {optim.poly_power}" if optim.poly_power != 1 else ""
-    floor = f", down to {optim.min_lr}" if optim.min_lr else ""
+    power = f" of power {optim.poly_power}" if optim.schedule == "polynomial" and optim.poly_power != 1 else ""
+    floor = f", down to {optim.min_lr}" if optim.schedule != "one_cycle" and optim.min_lr else ""
     return f"{optim.schedule}{power} over {optim.epochs} epochs{floor}"
 
 

@@ -7,7 +7,7 @@ which wins). Both are validated by the same types; a mistake is one line naming 
 import argparse
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +31,7 @@ from pipeline.parsing import (
     flatten,
 )
 from pipeline.recipe import following_fields, resize_with
-from pipeline.unused import unused_field
+from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 from pipeline.words import counted
 
 OfChannels = Annotated[tuple[Number, ...], Field(min_length=1, max_length=3)]
@@ -406,13 +406,13 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "OptimConfig":
-        if self.nesterov and not self.momentum:
+        if self.nesterov and not self.momentum and self.optimizer not in WITHOUT_NESTEROV:
             raise ValueError("nesterov needs momentum above 0")
         return self
 
     @model_validator(mode="after")
     def _smoothing_is_not_undone(self) -> "OptimConfig":
-        if self.label_smoothing and self.bce_target_threshold is not None:
+        if self.label_smoothing and self.bce_target_threshold is not None and self.objective != "cross_entropy":
             raise ValueError(
                 "bce_target_threshold makes targets 0 or 1, which undoes label_smoothing: leave one of them out"
             )
@@ -420,7 +420,7 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _rates_fit_the_schedule(self) -> "OptimConfig":
-        if self.min_lr > self.lr:
+        if self.schedule in ("cosine", "polynomial") and self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must be at most lr ({self.lr})")
         if self.warmup_epochs and self.schedule == "one_cycle":
             raise ValueError("the schedule one_cycle has a warm-up of its own: leave out warmup_epochs")
@@ -576,11 +576,14 @@ def from_stored(tree: dict[str, Any], origin: str) -> Config:
     return SCHEMA.build(renamed.upgrade(tree), origin)
 
 
-def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None, shared: Collection[str] = ()) -> Config:
     """Read a YAML file and put `overrides` (``{"optim.lr": 0.2}``) over it.
 
     Fields that belong together follow each other (recipe.py). The file's published errors do not hold for another network or
     data set.
+
+    Args:
+        shared: keys of overrides that other runs get too, which `refuse_flags_without_use` judges over all of them.
 
     Raises:
         UserError: the file is missing or no mapping, a key is unknown, a value is not of the field's type, or a field is given
@@ -597,11 +600,23 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
     followed = following_fields(defaults, (file, overrides), held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
-    if unused := unused_field(defaults, file, overrides, flatten(dataclasses.asdict(config))):
+    own = {key: value for key, value in overrides.items() if key not in shared}
+    if unused := unused_field(defaults, file, own, flatten(dataclasses.asdict(config))):
         key, needs = unused
-        where = f"--{key}" if key in overrides else f"{path}: '{key}'"
-        raise UserError(f"{where} does nothing without {needs}: set that, or leave {key} out")
+        raise _does_nothing(f"--{key}" if key in own else f"{path}: '{key}'", key, needs)
     return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
+
+
+def refuse_flags_without_use(flags: Collection[str], configs: Sequence[Config]) -> None:
+    """Refuse a flag, by key, that does nothing in any of the runs that get it."""
+    defaults, *runs = (flatten(dataclasses.asdict(config)) for config in (Config(), *configs))
+    for key in flags:
+        if needs := unused_in_all(key, defaults, runs):
+            raise _does_nothing(f"--{key}", key, needs)
+
+
+def _does_nothing(where: str, key: str, needs: str) -> UserError:
+    return UserError(f"{where} does nothing without {needs}: set that, or leave {key} out")
 
 
 def _with_fields_of_weights(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Fields that do something only while another switches their part on.
 
-To give one while the part is off is a mistake that nothing else would show. A value that is the default, as in a stored
-configuration, passes; so does what a file gives beside the switch that the command line then turns off.
+To give one while the part is off is a mistake that nothing else would show. A value that is the default passes; so does what a
+file gives beside the switch that the command line then turns off, and a file of all fields, as a run stores it: it says what
+the run had, not what somebody asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,11 +114,20 @@ def unused_field(defaults: Fields, file: Fields, overrides: Fields, resolved: Fi
         resolved: all fields of the run.
     """
     alone = {**defaults, **file}
+    stored = all(key in file for key in defaults if not key.startswith("published."))
     for switch in SWITCHES:
         if switch.on(resolved):
             continue
         for key in switch.fields:
-            by_flag, by_file = key in overrides, key in file and not switch.on(alone)
+            by_flag, by_file = key in overrides, key in file and not stored and not switch.on(alone)
             if (by_flag or by_file) and resolved[key] != defaults[key]:
                 return key, switch.needs
+    return None
+
+
+def unused_in_all(key: str, defaults: Fields, runs: Sequence[Fields]) -> str | None:
+    """What a field needs that does nothing in any of the runs, each with all its fields by key; None if it does something."""
+    switch = next((switch for switch in SWITCHES if key in switch.fields), None)
+    if switch and not any(switch.on(fields) or fields[key] == defaults[key] for fields in runs):
+        return switch.needs
     return None

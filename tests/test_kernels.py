@@ -290,7 +290,9 @@ def test_pooling(dtype, threads, images, height, width, channels, side):
     torch.testing.assert_close(sums[1], norm.gamma * expected[0] / inverse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("images", "height", "width", "channels"), [(2, 6, 8, 16), (3, 7, 5, 70), (1, 1, 3, 5)])
+@pytest.mark.parametrize(
+    ("images", "height", "width", "channels"), [(2, 6, 8, 16), (3, 7, 5, 70), (1, 1, 3, 5), (2, 5, 1, 5)]
+)
 def test_stem(dtype, threads, images, height, width, channels):
     norm = Norm(channels, dtype)
     y = torch.randn(images, channels, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)

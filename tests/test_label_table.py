@@ -192,7 +192,14 @@ def test_no_epoch_stays_the_best_whose_auroc_is_not_defined():
     ("fields", "expected"),
     [
         ({"data.labels": "multi"}, "optim.objective: cross_entropy is for data.labels single"),
-        ({"optim.bce_target_threshold": 0.2, "optim.label_smoothing": 0.1}, "which undoes label_smoothing"),
+        (
+            {
+                "optim.objective": "binary_cross_entropy",
+                "optim.bce_target_threshold": 0.2,
+                "optim.label_smoothing": 0.1,
+            },
+            "which undoes label_smoothing",
+        ),
         ({"data.labels": "multi", "data.val_labels": "val.txt"}, "leave out val_labels"),
         ({"data.labels": "multi", "data.sampling": "balanced"}, "set optim.class_weights instead"),
         ({"data.labels": "multi", "data.dataset": "cifar10"}, "labels multi is for files of images"),

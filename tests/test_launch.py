@@ -463,6 +463,21 @@ def test_a_grid_makes_a_run_of_each_combination(tmp_path, monkeypatch):
     assert [(Path(c.run_dir).name, c.optim.lr) for c in configs[4:]] == [("demo", 0.3), ("densenet169", 0.3)]
 
 
+def test_a_flag_must_do_something_in_one_of_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    configs = []
+    monkeypatch.setattr("launch.__main__.describe", lambda config, *_: configs.append(config))
+    words = ["configs/densenet121.yaml", "--cluster", "local", "--run_dir", str(tmp_path / "run"), "--dry-run"]
+    start([*words, "--data.erasing_fill", "noise", "--grid", "data.random_erasing=0,0.25"])
+    assert [(c.data.random_erasing, c.data.erasing_fill) for c in configs] == [(0, "noise"), (0.25, "noise")]
+    start([*words, "configs/fashion-mnist.yaml", "--data.padding", "2"])
+    assert [c.data.padding for c in configs[2:]] == [2, 2]
+    advice = "--data.erasing_fill does nothing without data.random_erasing above 0: set that"
+    for grid in (["--grid", "optim.lr=0.1,0.2", "--data.erasing_fill", "noise"], ["--grid", "data.erasing_fill=noise"]):
+        with pytest.raises(UserError, match=advice):
+            start([*words, *grid])
+
+
 @pytest.mark.parametrize(
     ("words", "device"),
     [

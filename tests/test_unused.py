@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
+from pipeline.audit import audit
 from pipeline.config import from_stored, load_config, to_yaml
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION
 from pipeline.data.loader import IMAGE_PIPELINES
@@ -13,6 +14,7 @@ from pipeline.optim import TIMM
 from pipeline.parsing import flatten
 from pipeline.unused import IN_MEMORY, LOADERS_OF_FILES, SWITCHES, WITHOUT_NESTEROV
 
+BCE = {"optim.objective": "binary_cross_entropy", "optim.bce_target_threshold": 0.2}
 ERASING, RANDOM_CROP = {"data.random_erasing": 0.25}, {"data.train_crop": "random_crop"}
 ADAMW, CIFAR = {"optim.optimizer": "adamw"}, {"data.dataset": "cifar10"}
 # key, another value than the default, what switches it off where the default does not, what switches it on.
@@ -87,9 +89,39 @@ def test_the_command_line_may_switch_a_part_of_the_file_off_or_on(tmp_path):
     config = load_config(file, {"data.random_erasing": "0"})
     assert (config.data.random_erasing, config.data.erasing_fill) == (0, "noise")
     assert from_stored(yaml.safe_load(to_yaml(config)), "stored") == config  # such a run resumes
+    (stored := tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(stored) == config  # and can be run again from what it stored
+    assert load_config(stored, {"model.name": "densenet169"}).data == config.data
+    with pytest.raises(UserError, match="--data.erasing_fill does nothing"):
+        load_config(stored, {"data.erasing_fill": "noise"})
     assert load_config(file_of(tmp_path, {"data.erasing_fill": "noise"}), ERASING).data.erasing_fill == "noise"
     with pytest.raises(UserError, match="--data.erasing_ratio does nothing"):
         load_config(file, {"data.random_erasing": "0", "data.erasing_ratio": ["0.5", "2"]})
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        (BCE, {"optim.objective": "cross_entropy", "optim.label_smoothing": "0.1"}),
+        ({"optim.schedule": "cosine", "optim.min_lr": 1e-3}, {"optim.schedule": "step", "optim.lr": "1e-4"}),
+        ({}, {"optim.optimizer": "lars", "optim.momentum": "0"}),
+    ],
+)
+def test_a_field_that_does_nothing_contradicts_no_other(tmp_path, fields, flags):
+    load_config(file_of(tmp_path, fields), flags)
+
+
+def test_the_audit_leaves_out_what_does_nothing(tmp_path):
+    fields = {"optim.schedule": "polynomial", "optim.poly_power": 2.0, "optim.min_lr": 1e-3}
+    fields |= {"data.auto_augment": "randaugment-timm", "data.randaugment_magnitude_std": 0.5}
+    file = file_of(tmp_path, fields)
+    for flags, here in (
+        ({}, {"polynomial of power 2.0 over 90 epochs, down to 0.001", "randaugment-timm, 2 operations, magnitude 9, "
+              "with standard deviation 0.5, bilinear"}),
+        ({"optim.schedule": "one_cycle", "data.auto_augment": "randaugment"},
+         {"one_cycle over 90 epochs", "randaugment, 2 operations, magnitude 9, bilinear"}),
+    ):  # fmt: skip
+        assert here <= {row.here for row in audit(load_config(file, flags), 4)}
 
 
 def test_names_are_those_of_the_registries():

@@ -43,7 +43,7 @@ from tools.support.outputs import writable_folder
 from tools.support.progress import Progress
 from tools.support.significance import wilson_interval
 from tools.support.speed import median_seconds
-from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names
+from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names, warn_of_assumption
 
 ALONE = 50  # images of which each is timed as a batch of its own
 ROUNDS = 3  # in each of which every implementation is timed once
@@ -162,6 +162,7 @@ def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, op
         work = multiply_accumulates(on_meta(create_model, name, len(test.classes), dense_block="eager"), data.crop_size)
         return Other(name, value, False, work, network, data)
     weights = read_weights(item)
+    warn_of_assumption(item, weights)
     if weights.classes != test.classes:
         raise UserError(f"--beside {item} is for other classes than {options.weights}")
     own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)

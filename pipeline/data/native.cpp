@@ -282,23 +282,24 @@ template <class Out> static inline void write(Out* to, const Out* from, long n) 
   memcpy(to, from, n * sizeof(Out));
 }
 
-static inline F numbers(const F& v, float) { return v; }
+// As they are stored, of a type that only the pointer tells.
+static inline F numbers(const F& v, const float*) { return v; }
 
-static inline H numbers(const F& v, uint16_t) {  // bfloat16, ties to even
+static inline H numbers(const F& v, const uint16_t*) {  // bfloat16, ties to even
   const I bits = load<I>(&v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return convert<H>(reinterpret_cast<const int32_t*>(&rounded));
 }
 
 // What stores up to 16 numbers of a row that is used again at once; of a batch; and of an image in Pillow's fixed point, clipped.
 static const auto put = [](auto* to, const F& v, long n) {
-  const auto row = numbers(v, *to);
+  const auto row = numbers(v, to);
   if (n == 16) memcpy(to, &row, sizeof row);
   else memcpy(to, &row, n * sizeof *to);
 };
 
 static const auto put_away = [](auto* to, const F& v, long n) {
-  auto row = numbers(v, *to);
-  if (n == 16) write(to, reinterpret_cast<decltype(to)>(&row), 16);
+  const auto row = numbers(v, to);
+  if (n == 16) write(to, reinterpret_cast<const std::remove_pointer_t<decltype(to)>*>(&row), 16);
   else memcpy(to, &row, n * sizeof *to);
 };
 
@@ -335,7 +336,7 @@ struct Colors {
 
 // Mirror a row of n pixels, 16 at a time; 48 numbers before the first, and behind the last of `out`, may be touched.
 template <class Out> static void turn(const Out* in, Out* out, long n) {
-  using V = decltype(numbers(F(), Out()));
+  using V = decltype(numbers(F(), in));
   for (long x = 0; x < n; x += 16) {
     const Out* from = in + 3 * (n - 16 - x);
     const V a = load<V>(from), b = load<V>(from + 16), c = load<V>(from + 32);

@@ -71,10 +71,15 @@ def read_weights_of(options: Namespace, file: str) -> Weights:
         if twice:
             raise UserError(f"--classes {options.classes} has '{twice}' twice: give each output a name of its own")
     weights = _prepared_as_given(read_weights(file, options.model, names, options.ema), options)
-    config, prefix = dataclasses.replace(weights.config, data=weights.data), "--" if hasattr(options, "mean") else ""
+    warn_of_assumption(file, weights, "--" if hasattr(options, "mean") else "")
+    return weights
+
+
+def warn_of_assumption(file: str, weights: Weights, prefix: str = "") -> None:
+    """Report on stderr what is assumed of how the images of weights are prepared; `prefix` as of `assumption`."""
+    config = dataclasses.replace(weights.config, data=weights.data)
     if text := assumption(file, config, weights.assumed, prefix):
         print(f"warning: {text}", file=sys.stderr, flush=True)
-    return weights
 
 
 def _prepared_as_given(weights: Weights, options: Namespace) -> Weights:

@@ -517,7 +517,8 @@ void stem_backward(long threads, const S* y, long images, long height, long widt
           for (long r = 0; r < here; r++) {
             even += windows[r].to(place(r, 1));
             odd += windows[r].to(place(r, 2));
-            if (column + 1 < columns) odd += next[r].to(place(r, 0));
+            if (column + 1 == columns) continue;
+            odd += next[r].to(place(r, 0));
             windows[r] = next[r];
           }
           finish(2 * column, even);
