@@ -2,9 +2,9 @@
 
 WEIGHTS are of an MSDNet, a network with early exits. For each exit: its error, the multiply-accumulates up to it and measured
 time. For budgets: an image leaves at the first exit that is sure enough of it; how sure an exit must be is chosen on held-out
-images (those that the run held out of its training images, or --thresholds), for 39 wanted distributions over the exits; told
-are the error, the mean cost and the measured images/s when what has left is really computed no further. Images are prepared
-as in the evaluation of the run that trained the weights. No GPU has run it.
+images (those that the run held out of its training images, or --thresholds), for 39 wanted distributions over the exits;
+reported are the error, the mean cost and the measured images/s when what has left is really computed no further. Images are
+prepared as in the evaluation of the run that trained the weights. No GPU has run it.
 """
 
 import dataclasses
@@ -189,7 +189,7 @@ def describe(
     answers: tuple[Answers, Answers],
     held_out: tuple[Answers, Answers] | None,
 ) -> dict[str, Any]:
-    """All that is told but for measured times."""
+    """All that is reported but for measured times."""
     network = network_without_weights(weights.config.model, len(weights.classes))
     costs = exit_costs(typing.cast("MSDNet", network), data.crop_size)
     work, labels = np.array([cost.multiply_accumulates for cost in costs]), images.test.labels

@@ -5,8 +5,8 @@ prepared (crop and resize size, resize filter, mean and standard deviation) as i
 --model timm:NAME as timm's configuration says; for weights with torchvision's names as torchvision does; for other files of the
 paper's networks as in the paper. Flags override each of these. Where a file does not say it, and is none of torchvision's or
 timm's for ImageNet, a warning says what is assumed. Several WEIGHTS are compared on the same images. Where images of
-some classes are missing, errors among all outputs and among those of the classes present are both told; --outputs says which
-of them all else is of.
+some classes are missing, errors among all outputs and among those of the classes present are both reported; --outputs says
+which of them all else is of.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The rule that says which files are images: what Pillow reads as a picture, and nothing that a system left there.
 
 A name with the suffix of a format that Pillow reads is an image; if it cannot be read, that is an error. A name that
-says nothing is opened, and its content decides. All else is left out, and told.
+says nothing is opened, and its content decides. All else is left out, and reported.
 """
 
 import os
@@ -171,7 +171,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def issues_of(image: Image.Image, location: str) -> list[ImageIssue]:
-    """What is told of an opened image when the index first meets it."""
+    """What is reported of an opened image when the index first meets it."""
     try:
         several = image.format in ANIMATED and getattr(image, "is_animated", False)
     except Exception:  # over a damaged second picture Pillow stumbles in any way; the first is what counts

@@ -163,14 +163,14 @@ def scan_classes(
 
     Labels that lie with the images are class names: sorted, or in the order of numbers where all are numbers.
 
-    What is left out (hidden files, files that are no images) is told on stderr when it is first found.
+    What is left out (hidden files, files that are no images) is reported on stderr when it is first found.
 
     Args:
         cache: file that keeps what was found; groups whose files have changed are read again.
         progress: show a progress bar on a terminal.
         empty_classes: a class may have no images, as in a validation set.
         pixel_format: what the images are read as, which decides what is refused; None: their files are copied and not read.
-        skip_corrupt: files that no image can be read from are left out, and told at each scan; else they stop the index.
+        skip_corrupt: files that no image can be read from are left out, and reported at each scan; else they stop the index.
         labels_field: where the caller's user gives a file of labels for images without class folders; empty if nowhere.
 
     Raises:
@@ -237,7 +237,7 @@ def scan_label_table(
 ) -> DatasetIndex:
     """Index the images of a folder or tar archive that a CSV file of labels names; see `label_table.read_label_table`.
 
-    Other images below `root` are left out, and their number is told on stderr when that is found out.
+    Other images below `root` are left out, and their number is reported on stderr when that is found out.
 
     Args:
         classes: those that there may be, in the order of the network's outputs; None for the table's own.
@@ -282,7 +282,7 @@ def images_of(source: FileSource, group: Group) -> tuple[list[tuple[str, Member]
 
 
 def find_images(root: str | Path) -> list[str]:
-    """The locations of all images in a folder or archive and below, sorted; what is left out is told on stderr.
+    """The locations of all images in a folder or archive and below, sorted; what is left out is reported on stderr.
 
     Raises:
         UserError: something cannot be read.
@@ -329,7 +329,7 @@ def _scan(
     """What is known of each group's images.
 
     Args:
-        labels_file: lies perhaps among the images, and is not told as left out.
+        labels_file: lies perhaps among the images, and is not reported as left out.
         skip_corrupt: as of `scan_classes`; the cache keeps no group in which a file is corrupt.
 
     Raises:
@@ -656,7 +656,7 @@ def _index(
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:
-    """The newest line of each group. One that a crash cut short is skipped; a file that cannot be read is told."""
+    """The newest line of each group. One that a crash cut short is skipped; a file that cannot be read is reported."""
     rows: dict[str, str] = {}
     if cache is None:
         return rows

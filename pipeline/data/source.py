@@ -23,7 +23,7 @@ class ImageIssue:
         outcome: what comes of it, or what to do.
         detail: more about this very one.
         stops: the index or a run stops there.
-        count: files of which the same is to be told; this is the first.
+        count: files of which the same is to be reported; this is the first.
         corrupt: the file's bytes are the cause, so that data.corrupt_images skip leaves it out of training.
     """
 

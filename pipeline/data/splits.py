@@ -35,7 +35,7 @@ def find_splits(config: DataConfig) -> DataConfig:
 
     Where data.dir is the training set itself, the folder above, which holds both sets, is taken. Where data.train or data.val
     is left at its default, and data.dir has no entry of that name but one of another usual name (valid, validation, test, ...;
-    data/validation-\\*.parquet; a well-known table), that one is taken. Both are told on stderr.
+    data/validation-\\*.parquet; a well-known table), that one is taken. Both are reported on stderr.
 
     Raises:
         UserError: a set is missing; names what is there instead.
@@ -52,7 +52,7 @@ def find_splits(config: DataConfig) -> DataConfig:
 
 
 def _above_train(config: DataConfig) -> DataConfig:
-    """The configuration with the folder that holds both sets, where data.dir is the training set itself; it is told."""
+    """The configuration with the folder that holds both sets, where data.dir is the training set itself, which is reported."""
     folder = Path(os.path.abspath(config.dir))
     above, names = folder.parent, SPLIT_NAMES["train"] if config.train == "train" else (config.train,)
     if config.labels == "multi" or not {folder.name, folder.name.lower()} & set(names):

@@ -8,7 +8,7 @@ from pathlib import Path
 def find_label_file(given: str | None, folder: Path) -> str | None:
     """A path relative to the working directory or, if it holds no such file, to the folder of the images.
 
-    Where both hold one, that of the working directory is taken, which is told on stderr.
+    Where both hold one, that of the working directory is taken, which is reported on stderr.
     """
     if given is None:
         return None

@@ -60,7 +60,7 @@ def add_preparation_arguments(parser: ArgumentParser) -> None:
 
 
 def read_weights_of(options: Namespace, file: str) -> Weights:
-    """Read one of the files that the command line names; what is assumed of how its images are prepared is told on stderr."""
+    """Read one of the files that the command line names, and report what is assumed of how its images are prepared."""
     names = None
     if options.classes:
         try:
