@@ -99,9 +99,9 @@ SWITCHES = (
 )
 
 
-def switched_off(fields: Fields) -> dict[str, str]:
-    """Those of the fields, all by key, that do nothing whatever their value, with what they need."""
-    return {key: switch.needs for switch in SWITCHES if not switch.on(fields) for key in switch.fields}
+def unused_fields(resolved: Fields) -> set[str]:
+    """The keys of all fields that do nothing in a run with these fields."""
+    return {key for switch in SWITCHES if not switch.on(resolved) for key in switch.fields}
 
 
 def unused_field(defaults: Fields, file: Fields, overrides: Fields, resolved: Fields) -> tuple[str, str] | None:
@@ -127,6 +127,7 @@ def unused_field(defaults: Fields, file: Fields, overrides: Fields, resolved: Fi
 
 def unused_in_all(key: str, defaults: Fields, runs: Sequence[Fields]) -> str | None:
     """What a field needs that does nothing in any of the runs, each with all its fields by key; None if it does something."""
-    if all(key in switched_off(fields) and fields[key] != defaults[key] for fields in runs):
-        return switched_off(runs[0])[key]
+    switch = next((switch for switch in SWITCHES if key in switch.fields), None)
+    if switch and not any(switch.on(fields) or fields[key] == defaults[key] for fields in runs):
+        return switch.needs
     return None
