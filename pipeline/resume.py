@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.history import batch_split
 from pipeline.parsing import flatten
 from pipeline.run_dir import RECORDS, STATUS, read_records
+from pipeline.unused import unused_fields
 
 # What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
 # the accumulation because it is compared together with the number of ranks.
@@ -97,8 +98,10 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
     old = defaults | flatten(state["config"])  # an older checkpoint lacks fields that came later
     changed: dict[str, tuple[Any, Any]] = {}
     refused: dict[str, str] = {}
-    for key, value in flatten(dataclasses.asdict(config)).items():
-        if key in FREE_TO_CHANGE or key.startswith("published.") or old[key] == value:
+    new = flatten(dataclasses.asdict(config))
+    free = FREE_TO_CHANGE | unused_fields(new)
+    for key, value in new.items():
+        if key in free or key.startswith("published.") or old[key] == value:
             continue
         if key == "model.weights" and old[key] and value:  # another path: model.weights_sha256 is compared
             continue

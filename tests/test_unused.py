@@ -12,6 +12,7 @@ from pipeline.data.loader import IMAGE_PIPELINES
 from pipeline.errors import UserError
 from pipeline.optim import TIMM
 from pipeline.parsing import flatten
+from pipeline.resume import Conditions, check_same_run
 from pipeline.unused import IN_MEMORY, LOADERS_OF_FILES, SWITCHES, WITHOUT_NESTEROV
 
 BCE = {"optim.objective": "binary_cross_entropy", "optim.bce_target_threshold": 0.2}
@@ -109,6 +110,26 @@ def test_the_command_line_may_switch_a_part_of_the_file_off_or_on(tmp_path):
 )
 def test_a_field_that_does_nothing_contradicts_no_other(tmp_path, fields, flags):
     load_config(file_of(tmp_path, fields), flags)
+
+
+def test_a_run_resumes_without_what_did_nothing(tmp_path):
+    """As runs of before may have it; with its part on it counts."""
+    now = Conditions(classes=["a"], fingerprint="f", images=[1, 1], loader="native", ranks=1)
+    file, odd = file_of(tmp_path, {}), {"optim": {"milestones": (10, 20)}, "data": {"erasing_fill": "noise"}}
+    state = dict.fromkeys(("optimizer", "scaler", "progress")) | {"conditions": dataclasses.asdict(now)}
+
+    def changed(flags):
+        config = load_config(file, flags)
+        stored = dataclasses.asdict(config)
+        return check_same_run(
+            state | {"config": {k: stored[k] | odd.get(k, {}) for k in ("optim", "data")}}, config, now
+        )
+
+    assert changed({"optim.schedule": "cosine"}) == {}
+    with pytest.raises(UserError, match=r"optim.milestones was 10,20 and is now 30,60; put it back"):
+        changed({})
+    with pytest.raises(UserError, match=r"data.erasing_fill was noise and is now zero"):
+        changed({**ERASING, "optim.schedule": "cosine"})
 
 
 def test_the_audit_leaves_out_what_does_nothing(tmp_path):

@@ -51,9 +51,10 @@ def write_report(
 
 def in_english(summary: dict[str, Any], indexes: list[DatasetIndex]) -> tuple[dict[str, Any], list[DatasetIndex]]:
     """The same with names in place of the ids of ImageNet's classes, as pages show them."""
-    results = []
+    results, renamed = [], []
     for result, index in zip(summary["evaluations"], indexes, strict=True):
-        called = dict(zip(index.classes, short_names(index.classes), strict=True))
+        names = short_names(index.classes)
+        called = dict(zip(index.classes, names, strict=True))
         tables = {
             table: [
                 {**row, **{key: called[row[key]] for key in ("class", "answer") if key in row}} for row in result[table]
@@ -62,7 +63,7 @@ def in_english(summary: dict[str, Any], indexes: list[DatasetIndex]) -> tuple[di
             if table in result
         }
         results.append(result | tables)
-    renamed = [dataclasses.replace(index, classes=tuple(short_names(index.classes))) for index in indexes]
+        renamed.append(dataclasses.replace(index, classes=tuple(names)))
     return summary | {"evaluations": results}, renamed
 
 
