@@ -135,7 +135,8 @@ def write_images(source: str, folder: Path, images: int) -> None:
     for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
         (raw / name).touch()
     write_idx(raw / "train-images-idx3-ubyte", arrays.pixels[chosen])
-    write_idx(last, arrays.labels[chosen])  # last: it stands for both
+    write_idx(part := last.with_suffix(".part"), arrays.labels[chosen])
+    part.rename(last)  # last: it stands for both
 
 
 def write_idx(file: Path, array: np.ndarray) -> None:
