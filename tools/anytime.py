@@ -43,7 +43,7 @@ from tools.support.outputs import writable_folder
 from tools.support.progress import Progress
 from tools.support.significance import wilson_interval
 from tools.support.speed import median_seconds
-from tools.support.weights_arguments import add_weights_arguments, read_weights_of, short_names, warn_of_assumption
+from tools.support.weights_arguments import add_weights_arguments, names_of_files, read_weights_of, warn_of_assumption
 
 ALONE = 50  # images of which each is timed as a batch of its own
 ROUNDS = 3  # in each of which every implementation is timed once
@@ -78,7 +78,7 @@ class Other:
 def main() -> None:
     options = _parser().parse_args()
     weights = read_weights_of(options, options.weights)
-    network, name = weights.network, short_names([options.weights])[0]
+    network, name = weights.network, names_of_files([options.weights])[0]
     if not isinstance(network, MSDNet):
         raise UserError(f"{options.weights} holds a {weights.config.model.name}, which has one exit: give an MSDNet's")
     data = dataclasses.replace(
@@ -173,7 +173,9 @@ def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, op
     score = evaluate(network, loader, world, between_batches=progress.advance).score
     progress.close()
     assert isinstance(score, Score)
-    return Other(f"{short_names([item])[0]} ({weights.config.model.name})", score.top1_error, True, work, network, own)
+    return Other(
+        f"{names_of_files([item])[0]} ({weights.config.model.name})", score.top1_error, True, work, network, own
+    )
 
 
 def refuse_what_is_not_finite(file: str, *answers: tuple[Answers, ...]) -> None:

@@ -60,8 +60,8 @@ from tools.support.significance import mcnemar, wilson_interval
 from tools.support.weights_arguments import (
     add_preparation_arguments,
     add_weights_arguments,
+    names_of_files,
     read_weights_of,
-    short_names,
 )
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
@@ -124,7 +124,7 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         raise UserError("--predictions is for one WEIGHTS: --report DIR writes a file of answers for each")
     candidates: list[Candidate] = []
     files = [str(weights_file(file)) for file in options.weights]
-    for file, name in zip(files, short_names(files), strict=True):
+    for file, name in zip(files, names_of_files(files), strict=True):
         weights = read_weights_of(options, file)
         data = data_config(weights, options)
         alike = data.dataset, pixel_format(data), weights.classes

@@ -30,7 +30,7 @@ from pipeline.weights import read_weights
 from tools.support import published
 from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.support.outputs import writable_folder
-from tools.support.weights_arguments import short_names
+from tools.support.weights_arguments import names_of_files
 
 # Okabe and Ito's colours, which the colour-blind tell apart; each run has a marker of its own beside.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -138,7 +138,7 @@ def main() -> None:
             written.append(save(draw_small_images(small), output / "parameters.png"))
         if large := [run for run in with_errors if run.data == "ImageNet"]:
             written.append(save(draw_imagenet(large), output / "imagenet.png"))
-    for name, path in zip(short_names(weights), weights, strict=True):
+    for name, path in zip(names_of_files(weights), weights, strict=True):
         network = read_weights(path).network
         if isinstance(network, DenseNet):
             picture = draw_reuse(feature_reuse(network), f"{name}: feature reuse")

@@ -102,7 +102,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def short_names(files: list[str]) -> list[str]:
+def names_of_files(files: list[str]) -> list[str]:
     """A name for each file: its own, of a run's checkpoints with the run's before it; numbered if that is not enough."""
     names: list[str] = []
     for path in (Path(file).resolve() for file in files):
