@@ -49,7 +49,7 @@ def test_it_trains_a_step(tmp_path, monkeypatch, path):
         torchvision_sets.write_cifar(tmp_path, monkeypatch, 100 if column.startswith("c100") else 10)
     overrides = {
         "run_dir": str(tmp_path / "run"), "data.dir": str(tmp_path), "data.crop_size": 8, "data.resize_size": 8,
-        "data.holdout": 2 if column == "svhn" else 0, "optim.epochs": 1, "optim.batch_size": 2, "train.device": "cpu",
+        "data.holdout": 1 if column == "svhn" else 0, "optim.epochs": 1, "optim.batch_size": 2, "train.device": "cpu",
     }  # fmt: skip
     progress = trainer.fit(load_config(path, overrides))
     assert progress.epoch == 1 and 0 <= progress.last_top1_error <= 100
