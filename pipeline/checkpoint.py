@@ -22,6 +22,7 @@ from torch import nn
 
 from pipeline import renamed
 from pipeline.errors import UserError, is_out_of_memory
+from pipeline.paths import is_present
 from pipeline.run_dir import io_as_user_error
 
 FORMAT = 3
@@ -110,17 +111,6 @@ class Found:
             warnings.warn(
                 f"{path} is damaged and now called {aside.name}; resuming from {self.path.name}", stacklevel=2
             )
-
-
-def is_present(path: Path) -> bool:
-    """Whether there is something of that name: a link to nowhere, or what cannot be looked at, is not nothing."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def is_checkpoint(file: BinaryIO) -> bool:

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import CheckpointFolder, Found, is_present
+from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.history import batch_split
 from pipeline.parsing import flatten
+from pipeline.paths import is_present
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from pipeline.unused import unused_fields
 

@@ -459,7 +459,8 @@ def test_a_grid_makes_a_run_of_each_combination(tmp_path, monkeypatch):
         ((30, 60), "default"), ((30, 60), "none"), ((20, 40), "default"), ((20, 40), "none"),
     ]  # fmt: skip
     assert configs[1].run_dir == f"{tmp_path}/run-milestones30-60-compilenone" and configs[0].train.deterministic
-    start(["--optim.lr", "0.3", "configs/demo.yaml", "--nodes", "1", "configs/densenet169.yaml", "--dry-run"])
+    both = ["configs/demo.yaml", "--nodes", "1", "configs/densenet169.yaml", "--run_dir", str(tmp_path / "both")]
+    start(["--optim.lr", "0.3", *both, "--dry-run"])
     assert [(Path(c.run_dir).name, c.optim.lr) for c in configs[4:]] == [("demo", 0.3), ("densenet169", 0.3)]
 
 

@@ -12,6 +12,7 @@ from pipeline.config import DataConfig
 from pipeline.data.sources import find_source
 from pipeline.data.table import SPLIT_NAMES, SUFFIXES
 from pipeline.errors import UserError
+from pipeline.paths import is_present
 
 Split = Literal["train", "val"]
 
@@ -81,7 +82,7 @@ def _find(config: DataConfig, split: Split) -> str:
         found = next(tables, "")
     wanted = folder / name
     if not found:
-        unreadable = not _may_list(folder) and not _is_missing(folder)
+        unreadable = not _may_list(folder) and is_present(folder)
         if os.path.lexists(wanted) or unreadable or (not several and find_source(wanted)):
             return name  # what is wrong with it, the scan says
         offered = _offered(folder, SPLIT_NAMES[split], tables_only=several)
@@ -140,17 +141,6 @@ def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
 
 def _entries(folder: Path) -> list[str]:
     return sorted(e for e in os.listdir(folder) if not e.startswith(".")) if _may_list(folder) else []
-
-
-def _is_missing(path: Path) -> bool:
-    """Whether there is nothing at a path, which one may look at."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def _may_list(folder: Path) -> bool:
