@@ -5,9 +5,10 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from launch.estimate import estimate
+from pipeline.batches import Batches
 from pipeline.config import Config, changed_fields
 from pipeline.data.dataset import open_datasets
-from pipeline.data.plan import steps_per_epoch
+from pipeline.data.plan import together
 from pipeline.errors import UserError
 from pipeline.history import batch_split
 from pipeline.pace import duration
@@ -38,8 +39,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
     lines = [
         f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
         f"{len(train.classes)} classes",
-        f"batch {optim.batch_size} = {split_text} x {counted(optim.batch_size // parts, 'image')} (what a batch-norm "
-        f"statistic sees); {counted(steps_per_epoch(len(train), optim.batch_size), 'step')} an epoch, "
+        f"{Batches(len(train), optim.batch_size, parts, together(config.data)).text(split_text)}, "
         f"{counted(optim.epochs, 'epoch')}",
         f"other than the defaults: {', '.join(changed) or 'nothing'}",
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.autotune import for_evaluation
 from pipeline.config import load_config
+from pipeline.data.dataset import to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import known_cache, scan_classes, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard
@@ -39,7 +40,8 @@ def evaluate(
     Args:
         weights: a run's directory (its best checkpoint), a checkpoint, or a file of torchvision, timm or openmmlab; see
             `weights.read_weights`.
-        folder: its classes are the network's, or a part of them.
+        folder: its classes are the network's, or a part of them. Of a table that says which split each line is for, the
+            validation split is taken, also of `labels`.
         crops: 1 or 10.
         batch_size: images at once.
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
@@ -60,11 +62,11 @@ def evaluate(
             f"{weights} gives {data.labels} labels an image: labels is the CSV file of several, and of no other"
         )
     if labels is not None:
-        index = scan_label_table(
-            folder, labels, found.classes, known_cache(Path(labels)), pixel_format=pixel_format(data)
-        )
+        cache = known_cache(Path(labels))
+        index = scan_label_table(folder, labels, found.classes, cache, pixel_format=pixel_format(data), split="val")
     else:
-        index = scan_classes(folder, known_cache(folder), pixel_format=pixel_format(data)).with_classes(found.classes)
+        source = to_evaluate(folder, data)
+        index = scan_classes(source, known_cache(folder), pixel_format=pixel_format(data)).with_classes(found.classes)
     with init_distributed(device) as world:
         shard = Shard(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, shard, batch_size=batch_size, crops=crops)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.batches import sizes_text
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
 from pipeline.measured import Measured
 
@@ -455,8 +456,8 @@ def statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
     for epoch, sizes in statistics:
         if sizes == before:
             continue
-        smallest, largest = before = sizes
-        size = str(smallest) if smallest == largest else f"{smallest} or {largest}"
+        before = sizes
+        size = sizes_text(sizes)
         texts.append(f"{size} from epoch {epoch + 1} on" if epoch else size)
     return ", ".join(texts)
 

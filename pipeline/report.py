@@ -19,6 +19,7 @@ from pipeline.audit import (
     statistics_text,
     to_markdown,
 )
+from pipeline.batches import sizes_text
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
@@ -108,7 +109,11 @@ def summary(run: Run) -> str:
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
     if run.config.model.weights:
         lines.append(f"begun with {origin_text(run.config.model)}")
-    lines.append(f"images in a batch-norm statistic: {statistics_text(run.measured.statistics)}")
+    statistic, batches = statistics_text(measured.statistics), run.batches
+    if batches.steps > 1 and batches.last < batches.size:
+        sizes = sizes_text(batches.statistic_of_last)
+        statistic += f" ({sizes} in an epoch's last batch, of {counted(batches.last, 'image')})"
+    lines.append(f"images in a batch-norm statistic: {statistic}")
     if run.progress.skipped_steps:
         steps = counted(run.progress.skipped_steps, "step")
         lines.append(f"left out, as the loss or gradient was not finite: {steps}")

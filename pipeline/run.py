@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from pipeline import autotune
 from pipeline.audit import origin_text
 from pipeline.autotune import Tuning
+from pipeline.batches import Batches
 from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import compile_network
 from pipeline.config import Config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
-from pipeline.data.plan import split, together
+from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import World, data_parallel
 from pipeline.ema import ModelEma
@@ -286,6 +287,11 @@ class Run:
         )
 
     @property
+    def batches(self) -> Batches:
+        images, size = len(self.train_loader.index), self.config.optim.batch_size
+        return Batches(images, size, self.microbatches, together(self.config.data))
+
+    @property
     def done_steps(self) -> int:
         """Optimiser steps since the beginning of the run."""
         return self.progress.epoch * self.train_loader.steps_per_epoch + self.progress.step
@@ -426,16 +432,14 @@ class Run:
     def description(self) -> str:
         """A few lines on what this run is."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        optim, ranks, precision = self.config.optim, self.world.size, self.config.train.precision
+        optim, precision = self.config.optim, self.config.train.precision
         validation = " (validation too)" if precision in AUTOCAST_TYPES else ""
         return (
             f"{self.config.model.name}: {parameters:,} parameters, {len(self.conditions.classes)} classes, "
             f"{precision}{validation} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
             f"through the {self._named_loader()} loader\n"
-            f"batch {optim.batch_size} = {batch_split(ranks, optim.grad_accum_steps)} x "
-            f"{counted(optim.batch_size // self.microbatches, 'image')} (what a batch-norm statistic sees); "
-            f"{counted(self.train_loader.steps_per_epoch, 'step')} an epoch, {counted(optim.epochs, 'epoch')}"
+            f"{self.batches.text(batch_split(self.world.size, optim.grad_accum_steps))}, {counted(optim.epochs, 'epoch')}"
             f"{self._large_batch()}{self._about_losses()}{self._fine_tuning()}"
             + (f"\n{self.tuning.text}" if self.tuning and self.tuning.text else "")
         )
@@ -477,10 +481,8 @@ class Run:
 
     def _check_image_size(self, network: nn.Module) -> None:
         """Refuse crops that the network cannot take, before the first epoch or at the end of it."""
-        config, images = self.config, len(self.train_loader.index)
-        last_batch = images % config.optim.batch_size or config.optim.batch_size
-        parts = split(0, last_batch, self.microbatches, together(config.data))
-        smallest = min(2, *(len(part) or 1 for part in parts))  # batch norm wants more than one value a channel
+        config = self.config
+        smallest = min(2, *self.batches.statistic_of_last)  # batch norm wants more than one value a channel
         field = "data.train_crop_size" if config.data.train_crop_size else "data.crop_size"
         for size in config.data.train_sizes:
             if reason := why_not(copy.deepcopy(network).train(), smallest, size, config.data.channels):

@@ -118,8 +118,11 @@ def test_a_run_that_resumes_skips_the_same_images(images, loader):
 @all_loaders
 def test_evaluation_always_stops(images, loader):
     truncate(file(images, 3))
-    with pytest.raises(CorruptImageError, match="03.jpg does not decode .*repair or remove it .*--verify"):
+    with pytest.raises(CorruptImageError, match="03.jpg does not decode .*repair or remove it .*--verify") as error:
         list(evaluation(scan_classes(images), loader).batches())
+    assert "skip" not in str(error.value)  # which leaves out training images alone
+    with pytest.raises(CorruptImageError, match="03.jpg does not decode .*data.corrupt_images skip leaves"):
+        list(training(scan_classes(images), loader, "stop").batches(0))
 
 
 @all_loaders

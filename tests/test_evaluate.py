@@ -171,7 +171,7 @@ def test_the_tool_gives_the_same_result_on_1_2_and_3_ranks(image_folders, checkp
     for rows in answers:
         for column in ("file", "class", "answer1", "answer2", "answer3"):
             assert [row[column] for row in rows] == [row[column] for row in answers[0]]
-        ours, first = ([float(row["probability"]) for row in r] for r in (rows, answers[0]))
+        ours, first = ([float(row["probability1"]) for row in r] for r in (rows, answers[0]))
         assert ours == pytest.approx(first, abs=2e-6)
         assert sum(row["answer1"] != row["class"] for row in rows) == results[0]["top1_wrong"]
     labels = [int(row["class"][-1]) for row in answers[0]]
@@ -341,7 +341,7 @@ def test_images_of_a_part_of_the_classes(image_folders, five_outputs, tmp_path, 
     rows = list(csv.DictReader((tmp_path / f"{result['name']}.csv").read_text().splitlines()))
     for row, (ranked, share) in zip(rows, answers[outputs], strict=True):
         assert [row[f"answer{i + 1}"] for i in range(len(ranked))] == [names[k] for k in ranked]
-        assert float(row["probability"]) == pytest.approx(share[ranked[0]], abs=2e-6)
+        assert float(row["probability1"]) == pytest.approx(share[ranked[0]], abs=2e-6)
     assert result["published"] == [] and "12.5" not in printed
     assert "no published error is shown: those of this network are for all 5 classes" in printed
     among = {"all": "all 5 outputs", "present": "the 3 outputs of those classes"}
@@ -389,7 +389,7 @@ def test_images_without_a_finite_answer_are_wrong_and_get_no_name(image_folders,
     rows = list(csv.DictReader((tmp_path / "report" / f"{result['name']}.csv").read_text().splitlines()))
     for row, is_finite, best in zip(rows, finite, evaluation.logits.argmax(axis=1), strict=True):
         assert row["answer1"] == (f"class{best}" if is_finite else "")
-        assert is_finite or (row["answer2"], row["answer3"], row["probability"]) == ("", "", "nan")
+        assert is_finite or (row["answer2"], row["answer3"], row["probability1"]) == ("", "", "nan")
     assert (tmp_path / "report" / "report.html").read_text().count("<img src=") == wrong.sum()
 
 
@@ -453,6 +453,34 @@ def test_a_runs_directory_stands_for_its_best_checkpoint(image_folders, checkpoi
     summary = evaluated(run.parent, "--data", image_folders, "--crop-size", 16, "--json", tmp_path / "found.json")
     (found,) = json.loads((tmp_path / "found.json").read_text())["evaluations"]
     assert found["weights"] == str(run / "best.pt") and "resize to 18, crop 16" in summary  # 32 of 36 pixels in the run
+
+
+def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
+    image_folders, checkpoint, tmp_path, monkeypatch, capfd, user_error
+):
+    def said(file, *words: object) -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["evaluate", str(file), "--data", *map(str, words)])
+        main()
+        return capfd.readouterr()
+
+    def saved(name: str, **data: object) -> Path:
+        state = load_checkpoint(checkpoint)
+        state["config"]["data"] |= {"dir": str(image_folders), "loader": "reference", **data}
+        (tmp_path / name).mkdir()
+        folder = CheckpointFolder(tmp_path / name)
+        folder.save(state, best=True)
+        return folder.best
+
+    plain, holding = saved("plain"), saved("holding", holdout=7)
+    warned = f"was trained on the images in {image_folders}/train"
+    assert f"{warned}: of new images the error" in said(plain, image_folders / "train").err
+    assert "trained on" not in said(plain, image_folders).err
+    assert f"{warned} (but for 7; --held-out evaluates those alone)" in said(holding, image_folders / "train").err
+    out, err = said(holding, image_folders, "--held-out")
+    assert "of 7 wrong" in out and "trained on" not in err
+    assert re.search(
+        r"held no training images out \(data.holdout\)", user_error(main, plain, "--data", image_folders, "--held-out")
+    )
 
 
 def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint, tmp_path, evaluated):

@@ -125,6 +125,31 @@ def test_the_images_of_a_table_are_indexed_with_their_labels(images, capfd):
     assert len({train.fingerprint, val.fingerprint, other.fingerprint}) == 3
 
 
+@pytest.mark.parametrize("kind", ["columns", "names"])
+def test_one_table_of_both_splits(images, kind, capfd):
+    """Every fourth of sixty images is for validation."""
+    rows = []
+    for i in range(60):
+        of = (
+            [str(i >> k & 1) for k in range(3)]
+            if kind == "columns"
+            else ["|".join(c for k, c in enumerate(COLOURS) if i >> k & 1)]
+        )
+        rows.append(",".join([f"image{i:03d}", *of, "valid" if i % 4 == 0 else "train"]))
+    header = ["file", *(COLOURS if kind == "columns" else ["labels"]), "split"]
+    (images / "both.csv").write_text("\n".join([",".join(header), *rows]))
+    config = DataConfig(dir=str(images), labels="multi", train="both.csv", val="both.csv")
+    train, val = open_datasets(config, None, progress=True)
+    assert (len(train), len(val)) == (45, 15) and set(train.classes) == set(val.classes) == set(COLOURS)
+    assert not {name[-7:-4] for name in train.names} & {f"{i:03d}" for i in range(0, 60, 4)}
+    assert "left out" not in capfd.readouterr().err
+    whole = scan_label_table(images, images / "both.csv")
+    assert len(whole) == 60 and "both.csv has lines of several splits: all are taken" in capfd.readouterr().err
+    (images / "both.csv").write_text("\n".join([",".join(header), *rows, "image001" + rows[0][8:]]))
+    with pytest.raises(UserError, match="has lines of two splits for the image 'folder1/image001"):
+        open_datasets(config, None, progress=False)
+
+
 def test_a_table_without_anything_to_learn_is_refused(images, capfd):
     (images / "all.csv").write_text("file,blue\nimage001,1\nimage003,1\n")
     config = DataConfig(dir=str(images), labels="multi", train="all.csv", holdout=1)

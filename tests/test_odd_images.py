@@ -294,16 +294,19 @@ def test_images_in_both_sets_are_listed(data, tmp_path):
 def test_the_command_lists_all_and_fails_if_something_would_stop(data):
     for name, content in (("text.jpg", b"text"), ("cut.jpg", odd_files()["truncated.jpg"])):
         (data / "train" / "class0" / name).write_bytes(content)
+        (data / "val" / "class0" / name).write_bytes(content)
     (data / "val" / "class0" / "cmyk.jpg").write_bytes(odd_files()["cmyk.jpg"])
     done = run_module("tools.index", data, "--verify")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: 2 of what is listed would stop the index or a run")
+    assert done.stderr.splitlines()[-1].startswith("error: 4 of what is listed would stop the index or a run")
     for line in (
         "val/class0/cmyk.jpg has CMYK",
         "train/class0/text.jpg is not an image",
-        "train/class0/cut.jpg is truncated",
+        f"train/class0/cut.jpg is truncated: {STOPS}",
+        "val/class0/cut.jpg is truncated: stops a run; repair or remove it",
     ):
         assert line in done.stdout
+    assert "class0/cut.jpg is a validation image too" not in done.stdout  # nothing that a network can learn
     assert "images     " not in done.stdout  # there is no index of these
 
 

@@ -64,11 +64,16 @@ class Slow(Hook):
 @pytest.mark.slow
 def test_a_run_tells_its_time_and_the_log_keeps_what_it_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.hooks.records.MUCH_WAITING", 0.0)  # how much it is depends on the machine
-    config = small_config(tmp_path, data={"synthetic_images": 72, "threads": 3}, train={"log_every": 1})
+    config = small_config(tmp_path, data={"synthetic_images": 71, "threads": 3}, train={"log_every": 1})
     trainer.fit(config, hooks=[Slow()])
     said = capsys.readouterr().out
     shown = r"images/s, \d+ % waiting for data, \d+ s to the epoch's end, \d+ s to the run's$"
     assert re.search(rf"^{STAMP}epoch 1/2, step 2/6: loss .* {shown}", said, re.M), said
+    assert (
+        "12 images (what a batch-norm statistic sees); 6 steps an epoch, the last one of 11 images (11 in a sta" in said
+    )
+    assert len(re.findall(r"step 6/6: loss .* % \(11 images\), lr", said)) == 2 and said.count("(11 images)") == 2
+    assert said.count("\nimages in a batch-norm statistic: 12 (11 in an epoch's last batch, of 11 images)\n") == 1
     before, after = said.split("hint: ")  # said once, after the second of the epoch's windows that are not its first
     assert "step 3/6: " in before and "step 4/6: " not in before
     assert re.match(
@@ -82,7 +87,7 @@ def test_a_run_tells_its_time_and_the_log_keeps_what_it_said(tmp_path, capsys, m
     assert re.search(rf"\n{STAMP}ended\n$", log) and said in log  # the summary too
 
     with pytest.raises(UserError, match="optim.lr was"):
-        trainer.fit(small_config(tmp_path, data={"synthetic_images": 72, "threads": 3}, optim={"lr": 0.3}))
+        trainer.fit(small_config(tmp_path, data={"synthetic_images": 71, "threads": 3}, optim={"lr": 0.3}))
     assert (tmp_path / "log.txt").read_text().startswith(log)
     assert re.search(
         rf"\n{STAMP}error: cannot resume .*optim.lr was 0.1 and is now 0.3.*\n$", (tmp_path / "log.txt").read_text()

@@ -10,7 +10,7 @@ from conftest import small_config
 from test_zip_archive import zip_folder
 
 from pipeline.config import DataConfig
-from pipeline.data.dataset import open_datasets
+from pipeline.data.dataset import open_datasets, to_evaluate
 from pipeline.data.index import scan_classes
 from pipeline.data.table import Columns, TableSource, is_table, read_table
 from pipeline.data.verify import verify
@@ -69,7 +69,7 @@ def test_the_cache_knows_the_images_until_a_label_changes(images, image_folders,
     assert changed.labels.sum() == first.labels.sum() + 2 and changed.fingerprint != first.fingerprint
 
 
-def test_columns_by_name_by_option_and_a_column_of_splits(images, image_folders):
+def test_columns_by_name_by_option_and_a_column_of_splits(images, image_folders, capfd):
     rows = [
         ("7", f"{split}/{file}", "old", name, {"train": "Train", "val": "valid"}[split])
         for split in ("train", "val")
@@ -82,9 +82,32 @@ def test_columns_by_name_by_option_and_a_column_of_splits(images, image_folders)
         train, val = open_datasets(config, images, progress=False)
         assert_same_images(train, scan_classes(image_folders / "train"), "train/")
         assert_same_images(val, scan_classes(image_folders / "val"), "val/")
+    assert "not in the table" not in capfd.readouterr().err
     assert len((images / ".all.csv.index.jsonl").read_text().split()) == 2
     read = read_table(table, Columns("picture", "place"))
     assert len(read) == 48 and {entry.label for entry in read} == {"old"}
+
+
+def test_lines_of_other_splits_are_neither_lacking_nor_taken(images, image_folders, capfd):
+    """Those that are not evaluated may name files that are not there; an image is of one split."""
+    rows = [(f"{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
+    table = write_table(images / "all.csv", ("file", "label", "split"), *rows, ("test/x.jpg", "class0", "test"))
+    config = DataConfig(dir=str(images), train="all.csv", val="all.csv")
+    open_datasets(config, None, progress=False)
+    of_val = scan_classes(image_folders / "val")
+    assert_same_images(scan_classes(to_evaluate(table, DataConfig())), of_val, "val/")
+    assert capfd.readouterr().err == ""
+    write_table(table, ("file", "label", "split"), *rows[1:])
+    assert len(scan_classes(table)) == 47
+    told = capfd.readouterr().err
+    assert f"{table} has lines of several splits: all are taken" in told
+    assert f"{rows[0][0]} is not in the table {table}: left out" in told
+    write_table(table, ("file", "label", "split"), *rows, (rows[0][0], "class1", "val"))
+    with pytest.raises(UserError, match=f"all.csv has lines of two splits for the image '{rows[0][0]}': remove"):
+        open_datasets(config, None, progress=False)
+    write_table(table, ("file", "label", "split"), *rows[:37])
+    with pytest.raises(UserError, match="all.csv has no line of split val, but of train"):
+        scan_classes(to_evaluate(table, DataConfig()))
 
 
 def test_numbers_are_classes_in_their_order(images):
@@ -143,7 +166,7 @@ def test_the_training_classes_hold_for_a_validation_table(images, image_folders)
         ("file,label\nx,1\n", {"label": "lable"}, r"no column 'lable' \(data.label_column\).*did you mean 'label'"),
         ("file,label\nx,1\n", {"file": "label", "label": "label"}, "cannot be that of files and of labels"),
         ("file,label,split\nx,1,train\nx,1,odd\n", {"split": "val"}, "line 3: 'odd' is no split"),
-        ("file,label,split\nx,1,train\n", {"split": "val"}, "no line of the split val, but of train: set data.val"),
+        ("file,label,split\nx,1,train\n", {"split": "val"}, r"no line of split val, but of train: give .*\(data.val\)"),
         ("file,label\nx,1,2\n", {}, "line 2 has 3 columns"),
         ("file,label\ntrain/class0/image0000.jpg,1\nx,1\n", {}, "line 3: there is no image 'x'"),
     ],

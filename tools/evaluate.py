@@ -15,7 +15,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import sys
 import time
 import typing
 from dataclasses import dataclass
@@ -35,10 +37,11 @@ from pipeline.audit import (
 )
 from pipeline.autotune import for_evaluation
 from pipeline.config import DataConfig, Precision, from_dict
-from pipeline.data.dataset import DATASETS
+from pipeline.data.dataset import DATASETS, open_datasets, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
+from pipeline.data.table import TableSource
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
@@ -127,16 +130,34 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     for file, name in zip(files, names_of_files(files), strict=True):
         weights = read_weights_of(options, file)
         data = data_config(weights, options)
-        alike = data.dataset, pixel_format(data), weights.classes
-        same = [c for c in candidates if (c.data.dataset, pixel_format(c.data), c.index.classes) == alike]
-        index = same[0].index if same else open_images(data, options.labels, weights.classes)
+        same = [c for c in candidates if _same_images(c.data, data) and c.index.classes == weights.classes]
+        index = same[0].index if same else open_images(data, options.labels, weights.classes, options.held_out)
         if candidates and index.names != candidates[0].index.names:
             raise UserError(f"{file} and {candidates[0].file} are not for the same images: evaluate them one by one")
         check_image_size(weights.network, data.crop_size, name, data.channels)
         bare = network_without_weights(weights.config.model, len(weights.classes), data.channels)
         work = multiply_accumulates(bare, data.crop_size, data.channels)
         candidates.append(Candidate(file, name, weights, data, index, work))
+        if not options.held_out and is_trained_on(candidates[-1]):
+            but = f" (but for {data.holdout:,}; --held-out evaluates those alone)" if data.holdout else ""
+            warn = f"warning: {name} was trained on the images in {index.root}{but}: of new images the error will be higher"
+            print(warn, file=sys.stderr, flush=True)
     return candidates
+
+
+def _same_images(a: DataConfig, b: DataConfig) -> bool:
+    fields = ("dataset", "depth", "exif_orientation", "file_column", "label_column", "holdout")
+    return all(getattr(a, field) == getattr(b, field) for field in fields)
+
+
+def is_trained_on(candidate: Candidate) -> bool:
+    """Whether the images lie where the network's training images lay; of tables it is not known."""
+    run, source = candidate.weights.config.data, candidate.index.source
+    if run.dataset != "images" or candidate.data.dataset != "images" or candidate.index.several_labels:
+        return False
+    return not isinstance(source, TableSource) and os.path.realpath(source.root) == os.path.realpath(
+        os.path.join(run.dir, run.train)
+    )
 
 
 def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World) -> tuple[dict[str, Any], Evaluation]:
@@ -191,10 +212,24 @@ def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argp
         write_answers(Path(options.report, f"{candidate.name}.csv"), evaluation, candidate.index)
 
 
-def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
+def open_images(
+    data: DataConfig, labels_file: str | None, classes: tuple[str, ...], held_out: bool = False
+) -> DatasetIndex:
     """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with classes under val/, or flat with a label file; or
-    the test images of one of torchvision's data sets."""
+    the test images of one of torchvision's data sets.
+
+    Args:
+        held_out: take of the training images in `data.dir` those that the run held out.
+    """
     folder, read_as = Path(data.dir), pixel_format(data)
+    if held_out:
+        if not data.holdout:
+            raise UserError(
+                "--held-out: the run of these weights held no training images out (data.holdout): leave it out"
+            )
+        if labels_file:
+            raise UserError("--held-out takes the labels that the run had: leave out --labels")
+        return open_datasets(data, Path("runs", "index"), progress=True)[1].with_classes(classes)
     labels_file = find_label_file(labels_file, folder)
     if data.dataset != "images":
         if labels_file:
@@ -205,13 +240,15 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     if data.labels == "multi":
         if not labels_file:
             raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
-        return scan_label_table(folder, labels_file, classes, known_cache(Path(labels_file)), True, read_as)
+        cache = known_cache(Path(labels_file))
+        return scan_label_table(folder, labels_file, classes, cache, True, read_as, split="val")
     if (folder / "val").is_dir() and "val" not in classes and not labels_file:
         folder = folder / "val"
     cache = known_cache(folder)
     if labels_file:
         return scan_flat(folder, labels_file, classes, cache, True, read_as)
-    index = scan_classes(folder, cache, progress=True, pixel_format=read_as, labels_field="--labels")
+    source = to_evaluate(folder, data)
+    index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
     return index.with_classes(classes)
 
 
@@ -257,6 +294,8 @@ def describe(
     counts = {"all": len(index.classes), "present": len(set(index.labels.tolist()))}
     unused = "present" if options.outputs == "all" else "all"
     published_rows, published_note = published_errors(weights, options.crops, index, data)
+    if options.held_out:
+        published_rows, published_note = [], ""  # they are of test images
     return {
         **about,
         "classes_present": counts["present"],
@@ -446,6 +485,11 @@ def _parser() -> ArgumentParser:
     add_preparation_arguments(parser)
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder of class folders, or a data set with val/ in it"
+    )
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="evaluate, of the training images in DIR, those that the run held out (data.holdout)",
     )
     parser.add_argument("--dataset", choices=DATASETS, help="kind of data set in DIR [the run's]")
     parser.add_argument(

@@ -58,14 +58,14 @@ def main() -> None:
     both = training.exists() and validation.exists()
     if labels and not options.classes and not both:
         parser.error("--labels needs --classes, the folder or archive of the training set")
-    if options.against and (both or not options.verify):
+    if options.against and (both or labels or not options.verify):
         parser.error(
-            f"--against needs --verify, and a DIR other than a folder that holds {config.train} and {config.val}"
+            f"--against needs --verify, no --labels, and a DIR other than a folder that holds {config.train} and {config.val}"
         )
     start = time.perf_counter()
     if options.verify:
-        against = [validation] if both else [Path(options.against)] if options.against else []
-        list_odd_images(training if both else root, against, read_as)
+        validated = [validation] if both else [root] if labels else [Path(options.against)] if options.against else []
+        list_odd_images([training] if both else [] if labels else [root], validated, read_as)
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
     elif labels:
@@ -83,7 +83,7 @@ def main() -> None:
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
-def list_odd_images(training: Path, validation: list[Path], read_as: PixelFormat) -> None:
+def list_odd_images(training: list[Path], validation: list[Path], read_as: PixelFormat) -> None:
     """Print a line for each issue that `verify` finds, and how many there are of each kind.
 
     Raises:
@@ -91,7 +91,7 @@ def list_odd_images(training: Path, validation: list[Path], read_as: PixelFormat
     """
     kinds: Counter[tuple[str, str]] = Counter()
     stops = 0
-    for issue in verify([open_source(training)], [open_source(root) for root in validation], read_as):
+    for issue in verify(list(map(open_source, training)), list(map(open_source, validation)), read_as):
         tqdm.write(str(issue))
         kinds[issue.fault, issue.outcome] += issue.count
         stops += issue.stops

@@ -97,7 +97,7 @@ class DaliPlans:
         device: torch.device,
         batch_size: int,
         views: int,
-        corrupt_images: CorruptImages = "stop",
+        corrupt_images: CorruptImages | None = None,
     ):
         self._index, self._views, self._corrupt_images = index, views, corrupt_images
         self._crop_size, self._resize = config.crop_size, config.interpolation

@@ -17,6 +17,7 @@ from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
+from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
 from pipeline.data.splits import Split, find_splits
 from pipeline.data.synthetic import synthetic_index
@@ -58,6 +59,19 @@ def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tup
     return train, opener(config, "val", train.classes, cache, progress)
 
 
+def to_evaluate(root: str | Path, config: DataConfig) -> FileSource:
+    """The images at a path that is not the configuration's, to be evaluated: of a table with splits those of its validation
+    split, by the configuration's columns.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    if not is_table(root):
+        return open_source(root)
+    columns = Columns(config.file_column, config.label_column, "val")
+    return TableSource(str(root), open_source(os.path.dirname(root) or os.curdir), columns)
+
+
 def _open_files(
     config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path | None, progress: bool
 ) -> DatasetIndex:
@@ -76,7 +90,7 @@ def _open_root(
     config: DataConfig, split: Split, classes: tuple[str, ...], root: Path, kept: Path, progress: bool
 ) -> DatasetIndex:
     if config.labels == "multi":
-        return _open_label_table(config, root, classes or None, kept, progress)
+        return _open_label_table(config, split, root, classes or None, kept, progress)
     columns = Columns(config.file_column, config.label_column, split)
     source: Path | TableSource = root
     if is_table(root):
@@ -86,8 +100,9 @@ def _open_root(
             f"{root} is no table, and data.file_column and data.label_column are for tables: leave them out"
         )
     if split == "train":
-        skip_corrupt = config.corrupt_images == "skip"
-        return scan_classes(source, kept, progress, pixel_format=pixel_format(config), skip_corrupt=skip_corrupt)
+        return scan_classes(
+            source, kept, progress, pixel_format=pixel_format(config), corrupt_images=config.corrupt_images
+        )
     if config.val_labels:
         labels = Path(config.dir, config.val_labels)
         return scan_flat(root, labels, classes, kept, progress, pixel_format(config))
@@ -118,7 +133,7 @@ def _open_root(
 
 
 def _open_label_table(
-    config: DataConfig, table: Path, classes: tuple[str, ...] | None, cache: Path, progress: bool
+    config: DataConfig, split: Split, table: Path, classes: tuple[str, ...] | None, cache: Path, progress: bool
 ) -> DatasetIndex:
     """Images in data.dir with the labels of a CSV file."""
     if table.is_dir():
@@ -126,8 +141,8 @@ def _open_label_table(
             f"{table} is a folder: with data.labels multi data.train and data.val are CSV files in data.dir, which name the "
             "images and their labels"
         )
-    skip_corrupt = classes is None and config.corrupt_images == "skip"  # of the training set
-    index = scan_label_table(config.dir, table, classes, cache, progress, pixel_format(config), skip_corrupt)
+    corrupt_images = config.corrupt_images if split == "train" else None
+    index = scan_label_table(config.dir, table, classes, cache, progress, pixel_format(config), corrupt_images, split)
     lacking = _of_one_kind(index)
     if len(lacking) == len(index.classes):
         raise UserError(f"{table}: no class has images with and images without it: nothing can be learnt or measured")

@@ -22,10 +22,15 @@ class CorruptImageError(LocalUserError):
         reason: what Pillow says of it.
     """
 
-    def __init__(self, location: str, reason: str):
+    def __init__(self, location: str, reason: str, training: bool = False):
+        """
+        Args:
+            training: it is a training image, which can be left out.
+        """
+        skip = "; data.corrupt_images skip leaves them out of training" if training else ""
         super().__init__(
             f"the image {location} does not decode ({reason}): repair or remove it (python -m tools.index DIR --verify "
-            "lists all such; data.corrupt_images skip leaves them out of training)"
+            f"lists all such{skip})"
         )
         self.location, self.reason = location, reason
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.config import CorruptImages
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
     COLORS,
@@ -38,7 +39,7 @@ from pipeline.data.image_files import (
     refused_depth,
     unreadable,
 )
-from pipeline.data.label_table import match_files, read_label_table
+from pipeline.data.label_table import images_elsewhere, match_files, read_label_table
 from pipeline.data.labels import find_classes, labels_needed, read_labels
 from pipeline.data.names import Names
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
@@ -156,7 +157,7 @@ def scan_classes(
     progress: bool = False,
     empty_classes: bool = False,
     pixel_format: PixelFormat | None = COLORS,
-    skip_corrupt: bool = False,
+    corrupt_images: CorruptImages | None = None,
     labels_field: str = "",
 ) -> DatasetIndex:
     """Index images by class: ``CLASS/IMAGE`` in a folder or an archive, ImageNet's tar of tars, or images with labels.
@@ -170,7 +171,8 @@ def scan_classes(
         progress: show a progress bar on a terminal.
         empty_classes: a class may have no images, as in a validation set.
         pixel_format: what the images are read as, which decides what is refused; None: their files are copied and not read.
-        skip_corrupt: files that no image can be read from are left out, and reported at each scan; else they stop the index.
+        corrupt_images: of training images: "skip" leaves out the files that no image can be read from, and reports them at
+            each scan; else they stop the index. None: these are not for training.
         labels_field: where the caller's user gives a file of labels for images without class folders; empty if nowhere.
 
     Raises:
@@ -192,7 +194,7 @@ def scan_classes(
             f"{root} holds {parts}: parts of a data set, which are no classes: give one of them, as "
             f"{os.path.join(root, max(names))}"
         )
-    rows = _scan(source, groups, beside, cache, progress, pixel_format, empty_classes, skip_corrupt=skip_corrupt)
+    rows = _scan(source, groups, beside, cache, progress, pixel_format, empty_classes, corrupt_images=corrupt_images)
     if groups and groups[0].labelled:
         return _labelled_index(source, groups, rows, pixel_format)
     _refuse_nested(source, groups, rows)
@@ -233,7 +235,8 @@ def scan_label_table(
     cache: Path | None = None,
     progress: bool = False,
     pixel_format: PixelFormat = COLORS,
-    skip_corrupt: bool = False,
+    corrupt_images: CorruptImages | None = None,
+    split: str | None = None,
 ) -> DatasetIndex:
     """Index the images of a folder or tar archive that a CSV file of labels names; see `label_table.read_label_table`.
 
@@ -241,27 +244,29 @@ def scan_label_table(
 
     Args:
         classes: those that there may be, in the order of the network's outputs; None for the table's own.
-        skip_corrupt: as of `scan_classes`.
+        corrupt_images: as of `scan_classes`.
+        split: "train" or "val", of which rows are taken where the table says of each which it is for; None: all.
 
     Raises:
         UserError: the images or the table are missing, cannot be read or do not match.
     """
     source, table = open_source(root), Path(table)
-    read = read_label_table(table, classes)
+    read = read_label_table(table, classes, split)
     listing = source.flat().list()
     members = {member.name: member for member in listing.members}
     prefix = os.path.relpath(table.parent, root)
-    names = match_files(table, read.files, members, prefix)
+    names = match_files(table, read.files, members, prefix, read.lines)
+    elsewhere = images_elsewhere(table, read.elsewhere, members, prefix, names)
     order = sorted(range(len(names)), key=names.__getitem__)
     listed = Listing(tuple(members[names[i]] for i in order), tuple(issue for issue in listing.issues if issue.stops))
     group = Group("", lambda: listed)
-    (row,) = _scan(source, [group], [], cache, progress, pixel_format, skip_corrupt=skip_corrupt)
+    (row,) = _scan(source, [group], [], cache, progress, pixel_format, corrupt_images=corrupt_images)
     there = set(row.names)
     odd = [names[i] for i in order if names[i] not in there]
-    if odd and not skip_corrupt:
+    if odd and corrupt_images != "skip":
         raise UserError(f"{table} names {source.location(odd[0])}, which is no image: remove the line")
     order = [i for i in order if names[i] in there]
-    others = sum(member.by_name for member in listing.members) - len(names)
+    others = sum(member.by_name for member in listing.members) - len(names) - len(elsewhere)
     if others and progress:
         print(f"{others:,} images below {root} are not in {table}: left out", file=sys.stderr, flush=True)
     return _index(source, [group], [row], read.labels[order], read.classes, pixel_format)
@@ -324,13 +329,13 @@ def _scan(
     pixel_format: PixelFormat | None,
     empty_classes: bool = False,
     labels_file: str | Path = "",
-    skip_corrupt: bool = False,
+    corrupt_images: CorruptImages | None = None,
 ) -> list["_Found"]:
     """What is known of each group's images.
 
     Args:
         labels_file: lies perhaps among the images, and is not reported as left out.
-        skip_corrupt: as of `scan_classes`; the cache keeps no group in which a file is corrupt.
+        corrupt_images: as of `scan_classes`; the cache keeps no group in which a file is corrupt.
 
     Raises:
         UserError: something stops the index. All is read before that is said, so that all can be named.
@@ -354,8 +359,7 @@ def _scan(
             )
             for group, (row, new, of_group) in zip(groups, bar, strict=True):
                 whole = not any(issue.stops for issue in of_group)
-                if skip_corrupt:
-                    of_group = [replace(i, stops=False, outcome=LEFT_OUT) if i.corrupt else i for i in of_group]
+                of_group = [_outcome_of_corrupt(issue, corrupt_images) for issue in of_group]
                 stops = any(issue.stops for issue in of_group)
                 issues += of_group if new else [issue for issue in of_group if issue.stops]
                 any_new = any_new or bool(new)
@@ -386,6 +390,15 @@ def _scan(
     ]
     _stop_at(source, issues)
     return rows
+
+
+def _outcome_of_corrupt(issue: ImageIssue, corrupt_images: CorruptImages | None) -> ImageIssue:
+    """What comes of a file that no image can be read from, where it is for training."""
+    if not issue.corrupt or corrupt_images is None:
+        return issue
+    if corrupt_images == "skip":
+        return replace(issue, stops=False, outcome=LEFT_OUT)
+    return replace(issue, outcome=f"{issue.outcome}, or have it {SKIP}")
 
 
 def _refused(source: FileSource, group: Group, row: "_Found", pixel_format: PixelFormat) -> list[ImageIssue]:
@@ -557,8 +570,7 @@ def _read_header(source: FileSource, name: str, member: Member) -> tuple[_Header
             header = _Header((image.height, image.width), orientation(image), deep_mode(image))
             return header, issues_of(image, location)
     except RefusedImageError as error:
-        outcome = f"{error.remedy}{f', or have it {SKIP}' * error.corrupt}"
-        return None, [ImageIssue(location, error.fault, outcome, error.detail, stops=True, corrupt=error.corrupt)]
+        return None, [ImageIssue(location, error.fault, error.remedy, error.detail, stops=True, corrupt=error.corrupt)]
     except OSError as error:
         return None, [unreadable(location, error)]
 

@@ -2,8 +2,9 @@
 
 import csv
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,14 +19,23 @@ from pipeline.errors import UserError, did_you_mean
 LABEL_COLUMNS = ("labels", "label", "tags", "classes", "finding labels")
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "images", "path", "image index", "image_id", "id", "name")
 NO_LABEL = ("", "no finding")  # in small letters: ChestX-ray14 writes the latter
+SPLIT_COLUMNS = ("split", "subset", "data set")  # in small letters
+# What a split is called; of several the first one that is there is taken.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test", "dev", "eval"),
+}
+OF_SEVERAL_SPLITS = "has lines of several splits"
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """N rows of a CSV file.
+    """N rows of a CSV file, of one split.
 
     Attributes:
         files: as they stand there.
+        lines: their numbers in the file, from 1.
+        elsewhere: the files of the other splits.
         labels: (N, K) uint8, 0 or 1.
         classes: names of the K classes: of labels between | sorted, of columns in their order.
     """
@@ -33,17 +43,22 @@ class LabelTable:
     files: tuple[str, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
+    lines: tuple[int, ...]
+    elsewhere: tuple[str, ...] = ()
 
 
-def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> LabelTable:
+def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: str | None = None) -> LabelTable:
     """Read a CSV file with a header.
 
     One column names the files: it is called as one of `FILE_COLUMNS`, or is the first. Either one of the others is called as
     one of `LABEL_COLUMNS` and holds names between |, perhaps none (or No Finding); then the rest is not read. Or every other
     column is a class and holds 0 or 1.
 
+    A further column may say which split each row is for (one of `SPLIT_COLUMNS`, with names of `SPLIT_NAMES`).
+
     Args:
-        classes: those that there may be, in their order; None for those of the file.
+        classes: those that there may be, in their order; None for those of the rows.
+        split: "train" or "val", whose rows are read; None: all rows.
 
     Raises:
         UserError: the file cannot be read, or is not of this kind; names the line.
@@ -52,12 +67,51 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None) -> Labe
     small = [name.lower() for name in header]
     of_files = next((small.index(name) for name in FILE_COLUMNS if name in small), 0)
     of_labels = next((small.index(name) for name in LABEL_COLUMNS if name in small), None)
+    of_split = next((small.index(name) for name in SPLIT_COLUMNS if name in small), None)
+    if of_split is not None and not any(_is_split(row[of_split]) for row in rows):
+        of_split = None  # a class of this name
+    every = range(2, len(rows) + 2)
+    taken = [True] * len(rows)
+    if of_split is not None:
+        splits = [row[of_split] for row in rows]
+        taken = in_split(file, splits, every, split)
+        if split is None and len(set(splits)) > 1:
+            print(f"{file} {OF_SEVERAL_SPLITS}: all are taken", file=sys.stderr, flush=True)
+    lines = [line for line, here in zip(every, taken, strict=True) if here]
+    elsewhere = tuple(row[of_files].strip() for row, here in zip(rows, taken, strict=True) if not here)
+    rows = [row for row, here in zip(rows, taken, strict=True) if here]
     files = tuple(row[of_files].strip() for row in rows)
     if of_labels is not None and of_labels != of_files:
         named = [_names(row[of_labels]) for row in rows]
-        return LabelTable(files, *_of_names(file, named, classes))
-    columns = [i for i in range(len(header)) if i != of_files]
-    return LabelTable(files, *_of_columns(file, header, columns, rows, classes))
+        return LabelTable(files, *_of_names(file, named, classes, lines), tuple(lines), elsewhere)
+    columns = [i for i in range(len(header)) if i not in (of_files, of_split)]
+    return LabelTable(files, *_of_columns(file, header, columns, rows, classes, lines), tuple(lines), elsewhere)
+
+
+def _is_split(cell: str) -> bool:
+    return any(cell.strip().lower() in names for names in SPLIT_NAMES.values())
+
+
+def in_split(file: Path, splits: Sequence[str], lines: Sequence[int], split: str | None) -> list[bool]:
+    """Which rows of a table are of the wanted split, by what they say of theirs; None: all.
+
+    Raises:
+        UserError: no row is of it, or one names a split that is none; names the line.
+    """
+    said = [cell.strip().lower() for cell in splits]
+    there = sorted(set(said))
+    for line, cell in zip(lines, said, strict=True):
+        if not _is_split(cell):
+            known = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
+            raise UserError(f"{file}, line {line}: '{cell}' is no split: give {known}")
+    if split is None:
+        return [True] * len(said)
+    name = next((name for name in SPLIT_NAMES[split] if name in there), None)
+    if name is None:
+        raise UserError(
+            f"{file} has no line of split {split}, but of {', '.join(there)}: give another table (data.{split}), or add some"
+        )
+    return [cell == name for cell in said]
 
 
 def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
@@ -92,7 +146,11 @@ def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def match_files(
-    file: Path, wanted: Sequence[str], names: Iterable[str], prefix: str, lines: Sequence[int] = ()
+    file: Path,
+    wanted: Sequence[str],
+    names: Iterable[str],
+    prefix: str,
+    lines: Sequence[int] = (),
 ) -> list[str]:
     """The image that each entry of a table's column of files means, by its name in the source.
 
@@ -108,20 +166,9 @@ def match_files(
         UserError: there is no such image, or several, or two entries mean the same one.
     """
     names = list(names)
-    known = set(names)
-    # By the form that entries have: images, by their names in that form.
-    shorter: dict[tuple[int, bool], dict[str, list[str]]] = {}
-    for form in set(map(_form, wanted)):
-        alike = shorter[form] = {}
-        for name in names:
-            alike.setdefault(_in_form(name, *form), []).append(name)
     found: dict[str, int] = {}
-    for number, entry in zip(lines or range(2, len(wanted) + 2), wanted, strict=True):
-        below = os.path.relpath(entry, file.parent) if os.path.isabs(entry) else entry
-        paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, below))]
-        alike = shorter[_form(entry)]
-        exact = [[path] for path in paths if path in known]
-        images = next(chain(exact, (alike[path] for path in paths if path in alike)), [])
+    numbers = lines or range(2, len(wanted) + 2)
+    for number, entry, images in zip(numbers, wanted, _meant(file, wanted, names, prefix), strict=True):
         if len(images) != 1:
             raise UserError(f"{file}, line {number}: there is no image '{entry}': {_remedy(entry, images, names)}")
         (image,) = images
@@ -131,6 +178,40 @@ def match_files(
             )
         found[image] = number
     return list(found)
+
+
+def images_elsewhere(
+    file: Path, elsewhere: Sequence[str], names: Iterable[str], prefix: str, own: Iterable[str]
+) -> set[str]:
+    """The images that entries of a table's other splits mean, where they are there.
+
+    Args:
+        own: the images of the split that is read.
+
+    Raises:
+        UserError: an image is of two splits.
+    """
+    others = {image for images in _meant(file, elsewhere, list(names), prefix) if len(images) == 1 for image in images}
+    if both := sorted(others & set(own)):
+        raise UserError(f"{file} has lines of two splits for the image '{both[0]}': remove those of one")
+    return others
+
+
+def _meant(file: Path, wanted: Sequence[str], names: list[str], prefix: str) -> Iterator[list[str]]:
+    """The images that each entry may mean."""
+    known = set(names)
+    # By the form that entries have: images, by their names in that form.
+    shorter: dict[tuple[int, bool], dict[str, list[str]]] = {}
+    for form in set(map(_form, wanted)):
+        alike = shorter[form] = {}
+        for name in names:
+            alike.setdefault(_in_form(name, *form), []).append(name)
+    for entry in wanted:
+        below = os.path.relpath(entry, file.parent) if os.path.isabs(entry) else entry
+        paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, below))]
+        alike = shorter[_form(entry)]
+        exact = [[path] for path in paths if path in known]
+        yield next(chain(exact, (alike[path] for path in paths if path in alike)), [])
 
 
 def _form(entry: str) -> tuple[int, bool]:
@@ -160,7 +241,7 @@ def _names(cell: str) -> list[str]:
 
 
 def _of_names(
-    file: Path, named: list[list[str]], classes: tuple[str, ...] | None
+    file: Path, named: list[list[str]], classes: tuple[str, ...] | None, lines: Sequence[int]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     classes = classes or tuple(sorted({name for names in named for name in names}))
     if not classes:
@@ -171,7 +252,7 @@ def _of_names(
         for name in names:
             if name not in position:
                 raise UserError(
-                    f"{file}, line {i + 2}: the label '{name}' is none of the training set's or network's"
+                    f"{file}, line {lines[i]}: the label '{name}' is none of the training set's or network's"
                     f"{did_you_mean(name, classes)}"
                 )
             labels[i, position[name]] = 1
@@ -179,7 +260,12 @@ def _of_names(
 
 
 def _of_columns(
-    file: Path, header: list[str], columns: list[int], rows: list[list[str]], classes: tuple[str, ...] | None
+    file: Path,
+    header: list[str],
+    columns: list[int],
+    rows: list[list[str]],
+    classes: tuple[str, ...] | None,
+    lines: Sequence[int],
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     named = {header[i]: i for i in columns}
     classes = classes or tuple(named)
@@ -194,7 +280,7 @@ def _of_columns(
             value = values.get(row[named[name]].strip())
             if value is None:
                 raise UserError(
-                    f"{file}, line {i + 2}: '{row[named[name]]}' in the column '{name}' is not 0 or 1: mend or remove the "
+                    f"{file}, line {lines[i]}: '{row[named[name]]}' in the column '{name}' is not 0 or 1: mend or remove the "
                     "column, or call one with names between | 'labels'"
                 )
             labels[i, k] = value

@@ -234,7 +234,7 @@ class PipelineOptions:
     threads: int
     batch_size: int
     views: int
-    corrupt_images: CorruptImages
+    corrupt_images: CorruptImages | None
     dtype: torch.dtype
 
 
@@ -270,7 +270,7 @@ def create_image_pipeline(
     shard: Shard,
     batch_size: int,
     views: int,
-    corrupt_images: CorruptImages = "stop",
+    corrupt_images: CorruptImages | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ImagePipeline:
     """Build the image pipeline that the configuration names.

@@ -129,7 +129,7 @@ class NativePipeline:
         config: DataConfig,
         threads: int,
         views: int,
-        corrupt_images: CorruptImages = "stop",
+        corrupt_images: CorruptImages | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         self._index, self._config, self._views, self._corrupt_images = index, config, views, corrupt_images

@@ -32,7 +32,7 @@ class ReferencePipeline:
         index: DatasetIndex,
         config: DataConfig,
         threads: int,
-        corrupt_images: CorruptImages = "stop",
+        corrupt_images: CorruptImages | None = None,
     ):
         self._index, self._config, self._corrupt_images = index, config, corrupt_images
         self._reader = Reader(index)

@@ -15,15 +15,20 @@ from pipeline.errors import LocalUserError
 T = TypeVar("T")
 
 
-def collect(plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptImages) -> tuple[BatchPlan, list[T]]:
+def collect(
+    plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptImages | None
+) -> tuple[BatchPlan, list[T]]:
     """Wait for the (n) results of a plan's images, and replace corrupt ones.
 
     A corrupt image is replaced by the next one of the plan that decodes (after the last comes the first), with that one's
     crop and colours, and with weight 0. This depends on the plan and the files' bytes alone, so that a run that resumes
     skips the same images.
 
+    Args:
+        corrupt_images: None stops at them as "stop" does: they are not for training.
+
     Raises:
-        CorruptImageError: an image is corrupt, and `corrupt_images` is "stop".
+        CorruptImageError: an image is corrupt, and `corrupt_images` is not "skip".
         LocalUserError: all are corrupt; or a file could not be read, which may be temporary, so that it is not replaced.
     """
     results = []
@@ -36,9 +41,9 @@ def collect(plan: BatchPlan, futures: list[Future[T]], corrupt_images: CorruptIm
     if not corrupt:
         return plan, decoded
     first = corrupt[0]
-    if corrupt_images == "stop":
+    if corrupt_images != "skip":
         # Not `first`: in a frame of its own traceback it would keep all of them alive, DALI's threads included.
-        raise CorruptImageError(first.location, first.reason)
+        raise CorruptImageError(first.location, first.reason, training=corrupt_images == "stop")
     if not decoded:
         raise LocalUserError(
             f"no image of a batch decodes, and none can replace {first.location} ({first.reason}): repair or remove it"

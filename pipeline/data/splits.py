@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import DataConfig
+from pipeline.data.label_table import SPLIT_NAMES
 from pipeline.data.sources import find_source
-from pipeline.data.table import SPLIT_NAMES, SUFFIXES
+from pipeline.data.table import SUFFIXES
 from pipeline.errors import UserError
 from pipeline.paths import is_present
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.image_files import is_image_by_name
-from pipeline.data.label_table import FILE_COLUMNS, match_files, read_rows
+from pipeline.data.label_table import (
+    FILE_COLUMNS,
+    OF_SEVERAL_SPLITS,
+    SPLIT_COLUMNS,
+    images_elsewhere,
+    in_split,
+    match_files,
+    read_rows,
+)
 from pipeline.data.parquet import is_table_of_paths
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, PlacedSource, Stream
 from pipeline.errors import UserError, did_you_mean
@@ -22,12 +30,6 @@ from pipeline.errors import UserError, did_you_mean
 SUFFIXES = (".csv", ".tsv")
 PARQUET = ".parquet"  # a table, if it holds paths and no images
 CLASS_COLUMNS = ("label", "class", "labels", "class_name", "category", "target")  # in small letters, as FILE_COLUMNS
-SPLIT_COLUMNS = ("split", "subset", "data set")
-# What a split is called; of several the first one that is there is taken.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "test", "dev", "eval"),
-}
 
 
 @dataclass(frozen=True)
@@ -88,20 +90,27 @@ class TableSource:
     def _list(self) -> Listing:
         table = Path(self.root)
         entries = read_table(table, self.columns)
+        here, splits = [True] * len(entries), [entry.split for entry in entries if entry.split is not None]
+        if splits:
+            here = in_split(table, splits, [entry.line for entry in entries], self.columns.split)
+        own = [entry for entry, taken in zip(entries, here, strict=True) if taken]
+        elsewhere = [entry.file for entry, taken in zip(entries, here, strict=True) if not taken]
         listing = self.images.flat().list()
         members = {member.name: member for member in listing.members}
         prefix = os.path.relpath(table.parent, self.images.root)
-        lines = [entry.line for entry in entries]
-        names = match_files(table, [entry.file for entry in entries], members, prefix, lines)
+        wanted, lines = [entry.file for entry in own], [entry.line for entry in own]
+        names = match_files(table, wanted, members, prefix, lines)
         found = sorted(
-            (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, entries, strict=True)),
+            (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, own, strict=True)),
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
-        named = set(names)
-        if others := [name for name, member in members.items() if member.by_name and name not in named]:
+        if self.columns.split is None and len(set(splits)) > 1:
+            issues.append(ImageIssue(self.root, OF_SEVERAL_SPLITS, "all are taken"))
+        known = {*names, *images_elsewhere(table, elsewhere, members, prefix, names)}
+        if odd := [name for name, member in members.items() if member.by_name and name not in known]:
             issues.append(
-                ImageIssue(self.location(others[0]), f"is not in the table {self.root}", "left out", count=len(others))
+                ImageIssue(self.location(odd[0]), f"is not in the table {self.root}", "left out", count=len(odd))
             )
         return Listing(tuple(found), tuple(issues))
 
@@ -116,7 +125,7 @@ def is_table(path: str | Path) -> bool:
 
 
 def read_table(table: Path, columns: Columns) -> list[Entry]:
-    """The lines of a table that are of the wanted split.
+    """The lines of a table, of all its splits.
 
     Raises:
         UserError: the table cannot be read, or does not say what it ought to; names the line and the column.
@@ -135,7 +144,7 @@ def read_table(table: Path, columns: Columns) -> list[Entry]:
             raise UserError(
                 f"{table}, line {entry.line}: the image '{entry.file}' has no label: give one, or remove it"
             )
-    return _of_split(table, entries, columns.split)
+    return entries
 
 
 def _of_header(table: Path, columns: Columns) -> list[Entry]:
@@ -161,7 +170,7 @@ def _of_header(table: Path, columns: Columns) -> list[Entry]:
     if label == file:
         raise UserError(f"{table}: the column '{header[file]}' cannot be that of files and of labels: set two columns")
     return [
-        Entry(line, row[file].strip(), row[label].strip(), row[split].strip().lower() if split is not None else None)
+        Entry(line, row[file].strip(), row[label].strip(), row[split] if split is not None else None)
         for line, row in enumerate(rows, start=2)
     ]
 
@@ -172,21 +181,6 @@ def _column(table: Path, header: list[str], wanted: str | None, field: str) -> i
     if wanted not in header:
         raise UserError(f"{table} has no column '{wanted}' ({field}){did_you_mean(wanted, header)}")
     return header.index(wanted)
-
-
-def _of_split(table: Path, entries: list[Entry], split: str | None) -> list[Entry]:
-    there = {entry.split for entry in entries if entry.split is not None}
-    if not there or split is None:
-        return entries
-    known = [name for names in SPLIT_NAMES.values() for name in names]
-    for entry in entries:
-        if entry.split not in known:
-            raise UserError(f"{table}, line {entry.line}: '{entry.split}' is no split: give {', '.join(known)}")
-    name = next((name for name in SPLIT_NAMES[split] if name in there), None)
-    if name is None:
-        has = ", ".join(sorted(map(str, there)))
-        raise UserError(f"{table} has no line of the split {split}, but of {has}: set data.{split} to another table")
-    return [entry for entry in entries if entry.split == name]
 
 
 def _known_text(file: Path) -> str | None:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,23 +42,33 @@ def verify(
     Of the images nothing is kept but the validation set's digests and locations.
     """
     locations = {}
-    for location, digest, issues in _examine_all("validation", validation, pixel_format):
+    for location, digest, issues in _examine_all(validation, False, pixel_format):
         yield from issues
-        if digest:
+        if digest and not _stops(issues):
             locations[digest] = location
-    for location, digest, issues in _examine_all("training", training, pixel_format):
+    for location, digest, issues in _examine_all(training, True, pixel_format):
         yield from issues
-        if digest in locations:
+        if digest in locations and not _stops(issues):
             outcome = "counted as right or wrong though the network has trained on it; remove it from training"
             yield ImageIssue(location, DUPLICATE, outcome, locations[digest])
 
 
-def examine(content: np.ndarray, name: str, location: str, pixel_format: PixelFormat = COLORS) -> list[ImageIssue]:
-    """What is odd about an image's bytes, (length) uint8, found with what the index and the loaders use."""
+def _stops(issues: Iterable[ImageIssue]) -> bool:
+    return any(issue.stops for issue in issues)
+
+
+def examine(
+    content: np.ndarray, name: str, location: str, training: bool, pixel_format: PixelFormat = COLORS
+) -> list[ImageIssue]:
+    """What is odd about an image's bytes, (length) uint8, found with what the index and the loaders use.
+
+    Args:
+        training: it is for training, where a corrupt one can be left out.
+    """
     try:
         header = open_image(io.BytesIO(content.data), location)
     except RefusedImageError as error:
-        outcome = f"the index refuses it{f', or it is {SKIP}' * error.corrupt}; {error.remedy}"
+        outcome = f"the index refuses it{f', or it is {SKIP}' * (error.corrupt and training)}; {error.remedy}"
         return [ImageIssue(location, error.fault, outcome, error.detail, stops=True)]
     if refused := refused_depth(deep_mode(header), pixel_format.depth):
         return [ImageIssue(location, refused[0], f"the index refuses it; {refused[1]}", deep_mode(header), stops=True)]
@@ -66,7 +76,7 @@ def examine(content: np.ndarray, name: str, location: str, pixel_format: PixelFo
     try:
         decode(content, location, pixel_format)
     except CorruptImageError as error:
-        outcome = f"stops a run, or is {SKIP}"
+        outcome = f"stops a run, or is {SKIP}" if training else "stops a run; repair or remove it"
         truncated = "truncated" in error.reason.lower()
         fault, detail = ("is truncated", "") if truncated else ("does not decode", error.reason)
         return [ImageIssue(location, fault, outcome, detail, stops=True)]
@@ -89,12 +99,12 @@ def examine(content: np.ndarray, name: str, location: str, pixel_format: PixelFo
 Examined = tuple[str, bytes | None, list[ImageIssue]]
 
 
-def _examine_all(name: str, sources: Sequence[FileSource], pixel_format: PixelFormat) -> Iterator[Examined]:
+def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: PixelFormat) -> Iterator[Examined]:
     """Each image's location, the SHA-256 of its bytes (None if they cannot be read) and what is odd about it, in order.
 
     What is no image comes likewise.
     """
-    groups, total = [], 0
+    name, groups, total = "training" if training else "validation", [], 0
     for source in sources:
         classes, issues = source.groups()
         yield from ((issue.location, None, [issue]) for issue in issues if classes or issue.stops)
@@ -102,12 +112,14 @@ def _examine_all(name: str, sources: Sequence[FileSource], pixel_format: PixelFo
     for _, group in tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False):
         total += len(group.list().members)  # listed once more below: a million need not be kept
     with tqdm(desc=f"verify {name}", total=total, unit=" images", disable=None, leave=False) as bar:
-        for examined in _in_threads(groups, pixel_format):
+        for examined in _in_threads(groups, training, pixel_format):
             bar.update()
             yield examined
 
 
-def _in_threads(groups: list[tuple[FileSource, Group]], pixel_format: PixelFormat) -> Iterator[Examined]:
+def _in_threads(
+    groups: list[tuple[FileSource, Group]], training: bool, pixel_format: PixelFormat
+) -> Iterator[Examined]:
     threads = 2 * available_cores()  # some wait for the disk while others decode
     ahead: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -115,18 +127,18 @@ def _in_threads(groups: list[tuple[FileSource, Group]], pixel_format: PixelForma
             images, issues = images_of(source, group)
             yield from ((issue.location, None, [issue]) for issue in issues)
             for image in images:
-                ahead.append(pool.submit(_examine_file, source, *image, pixel_format))
+                ahead.append(pool.submit(_examine_file, source, *image, training, pixel_format))
                 if len(ahead) > 4 * threads:
                     yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _examine_file(source: FileSource, name: str, member: Member, pixel_format: PixelFormat) -> Examined:
+def _examine_file(source: FileSource, name: str, member: Member, training: bool, pixel_format: PixelFormat) -> Examined:
     location = source.location(name)
     try:
         with source.open(name, member.offset, member.length) as file:
             content = read_all(file, member.length)
     except OSError as error:
         return location, None, [unreadable(location, error)]
-    return location, hashlib.sha256(content.data).digest(), examine(content, name, location, pixel_format)
+    return location, hashlib.sha256(content.data).digest(), examine(content, name, location, training, pixel_format)

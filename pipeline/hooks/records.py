@@ -130,8 +130,9 @@ class Records(Hook):
         }
         trainer.seconds["checkpoint"] = 0.0
         trainer.monitor.scalars(run.done_steps, run.epochs_done, values)
+        few = f" ({counted(score.images, 'image')})" if score.images < run.config.optim.batch_size else ""
         trainer.monitor.say(
-            f"{run.position}: loss {score.loss:.4f}, {score.text()}, lr {result.learning_rate:.4g}, "
+            f"{run.position}: loss {score.loss:.4f}, {score.text()}{few}, lr {result.learning_rate:.4g}, "
             f"{speed:.1f} images/s{each}, {100 * waiting:.0f} % waiting for data, {duration(epoch_left)} to the epoch's end, "
             f"{duration(run_left)} to the run's"
         )

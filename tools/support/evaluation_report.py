@@ -166,7 +166,7 @@ def _add_comparison(
 
 
 def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
-    """One CSV line an image: file, its class, the probability of the first answer, the loss, and the answers in order.
+    """One CSV line an image: file, its class, the loss, the first answer and its probability, and the other answers in order.
 
     Answers that are not finite have no names, and the probability nan. Of several labels an image: `write_label_answers`.
     """
@@ -175,13 +175,13 @@ def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> No
         return
     with open(file, "w", newline="", **ANY_NAME) as stream:
         writer = csv.writer(stream)
-        answers = [f"answer{i + 1}" for i in range(evaluation.top5.shape[1])]
-        writer.writerow(["file", "class", "probability", "loss", *answers])
+        others = [f"answer{i + 1}" for i in range(1, evaluation.top5.shape[1])]
+        writer.writerow(["file", "class", "loss", "answer1", "probability1", *others])
         columns = (index.names, index.labels, evaluation.probability, evaluation.losses, evaluation.top5)
         for name, label, probability, loss, top5 in zip(*columns, strict=True):
             named = [index.classes[k] if k >= 0 else "" for k in top5]
             sure = f"{probability:.6f}" if named[0] else "nan"
-            writer.writerow([name, index.classes[label], sure, f"{loss:.6f}", *named])
+            writer.writerow([name, index.classes[label], f"{loss:.6f}", named[0], sure, *named[1:]])
 
 
 def _origin(r: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,62 @@
+"""How an epoch is cut into batches, and a batch into microbatches, of which each batch-norm statistic sees one."""
+
+from dataclasses import dataclass
+
+from pipeline.data.plan import split, steps_per_epoch
+from pipeline.words import counted
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of an epoch.
+
+    Attributes:
+        images: of the training set.
+        size: images of a batch; the last one may have fewer.
+        microbatches: ranks times gradient accumulation steps.
+        together: so many images stay in one microbatch.
+    """
+
+    images: int
+    size: int
+    microbatches: int
+    together: int = 1
+
+    @property
+    def steps(self) -> int:
+        return steps_per_epoch(self.images, self.size)
+
+    @property
+    def last(self) -> int:
+        """Images of the last batch."""
+        return self.images - (self.steps - 1) * self.size
+
+    @property
+    def statistic_of_last(self) -> tuple[int, int]:
+        """The smallest and the largest number of images in a batch-norm statistic of the last batch."""
+        parts = split(0, self.last, self.microbatches, self.together)
+        sizes = [len(part) or 1 for part in parts]  # one without images gets a replacement
+        return min(sizes), max(sizes)
+
+    def text(self, divided: str) -> str:
+        """Batches and steps in a few words.
+
+        Args:
+            divided: over what a batch is divided, as ``2 ranks x 1 accumulation step``.
+        """
+        sees = "what a batch-norm statistic sees"
+        of_batch, last, sizes = f" ({sees})", "", sizes_text(self.statistic_of_last)
+        if self.images < self.size:
+            of_batch, last = "", f", of all {counted(self.images, 'image')} ({sees}: {sizes})"
+        elif self.last < self.size:
+            last = f", the last one of {counted(self.last, 'image')} ({sizes} in a statistic)"
+        return (
+            f"batch {self.size} = {divided} x {counted(self.size // self.microbatches, 'image')}{of_batch}; "
+            f"{counted(self.steps, 'step')} an epoch{last}"
+        )
+
+
+def sizes_text(sizes: tuple[int, int]) -> str:
+    """The smallest and the largest number as ``5 or 6``; one where they are the same."""
+    smallest, largest = sizes
+    return str(smallest) if smallest == largest else f"{smallest} or {largest}"
