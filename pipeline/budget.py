@@ -6,7 +6,7 @@ budget: `thresholds` chooses that on held-out images, so that a wanted share of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,40 +99,78 @@ def leaves_at(confidence: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def classify(network: MSDNet, images: Tensor, limits: np.ndarray, summed: bool = False) -> tuple[Tensor, Tensor]:
-    """Classify a batch, which shrinks at each exit: of an image that has left nothing more is computed.
+def classify(
+    network: MSDNet, batches: Iterable[Tensor], limits: np.ndarray, together: int = 1, summed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Classify images, of which nothing more is computed when they have left.
 
     Args:
-        images: (n, 3, H, W); channels-last is the fastest on CPU.
+        batches: of images, (n, 3, H, W) each; channels-last is the fastest on CPU.
         limits: (E), as `thresholds` gives them.
+        together: images that stay wait at each exit until so many of them can go on as one batch; so batches do not shrink
+            from exit to exit, which is faster. 1: they go on at once, and the maps of no others are kept.
         summed: by the mean of the softmax of all exits so far.
 
     Returns:
-        Probabilities (n, classes) float32 of each image, and the exit, from 0, at which it left, (n) int64.
+        Probabilities (N, classes) float32 of all images, and the exit, from 0, at which each has left, (N) int64.
     """
-    rows = torch.arange(len(images), device=images.device)
-    maps: Any = images  # what the next block takes
+    waiting: list[list[_Staying]] = [[] for _ in range(network.exits)]
     found: list[Tensor] = []
     left: list[Tensor] = []
-    total: Tensor | float = 0.0
-    for k, (block, classifier) in enumerate(zip(network.blocks, network.classifier, strict=True)):
-        maps = block(maps)
-        probabilities = classifier(maps).float().softmax(dim=1)
+
+    def go_on(k: int, images: _Staying) -> None:
+        maps = network.blocks[k](images.maps)
+        probabilities = network.classifier[k](maps).float().softmax(dim=1)
+        total = probabilities if images.total is None else images.total + probabilities
         if summed:
-            total = total + probabilities
             probabilities = total / (k + 1)
         stays = probabilities.amax(dim=1) < limits[k]
         here, on = (~stays).nonzero()[:, 0], stays.nonzero()[:, 0]
-        if len(here):
-            found.append(probabilities[here])
-            left.append(torch.stack([rows[here], torch.full_like(here, k)]))
-            if not len(on):
-                break
-            rows, maps = rows[on], [_rows(x, on) for x in maps]
-            total = total[on] if isinstance(total, Tensor) else total
+        found.append(probabilities[here])
+        left.append(torch.stack([images.rows[here], torch.full_like(here, k)]))
+        if len(on):
+            staying = _Staying(images.rows[on], [_rows(x, on) for x in maps], total[on])
+            waiting[k + 1].append(staying)
+            if sum(len(part.rows) for part in waiting[k + 1]) >= together:
+                send(k + 1)
+
+    def send(k: int) -> None:
+        parts, waiting[k] = waiting[k], []
+        if parts:
+            go_on(k, _joined(parts))
+
+    images = 0
+    for batch in batches:
+        go_on(0, _Staying(torch.arange(images, images + len(batch), device=batch.device), batch, None))
+        images += len(batch)
+    for k in range(1, network.exits):
+        send(k)
     places, exits = torch.cat(left, dim=1)
     order = places.argsort()
     return torch.cat(found)[order], exits[order]
+
+
+@dataclass(frozen=True)
+class _Staying:
+    """Images that go on to the next block.
+
+    Attributes:
+        rows: (n), their positions among all.
+        maps: what the block takes: (n, 3, H, W), or a list of maps, one a scale.
+        total: (n, classes), sum of the softmax of the exits so far; None before the first.
+    """
+
+    rows: Tensor
+    maps: Any
+    total: Tensor | None
+
+
+def _joined(parts: list[_Staying]) -> _Staying:
+    if len(parts) == 1:
+        return parts[0]
+    maps = [torch.cat(of_scale) for of_scale in zip(*(part.maps for part in parts), strict=True)]
+    totals = [part.total for part in parts if part.total is not None]
+    return _Staying(torch.cat([part.rows for part in parts]), maps, torch.cat(totals))
 
 
 class Budgeted(nn.Module):
@@ -149,7 +187,7 @@ class Budgeted(nn.Module):
         self.network, self._limits = network, limits
 
     def forward(self, x: Tensor) -> Tensor:
-        return classify(self.network, x, self._limits)[0].log()
+        return classify(self.network, [x], self._limits)[0].log()
 
 
 def _rows(maps: Tensor, rows: Tensor) -> Tensor:

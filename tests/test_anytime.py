@@ -128,11 +128,33 @@ def test_a_batch_shrinks_at_each_exit_and_answers_as_if_it_did_not(summed):
     seen = []
     for block in network.blocks:
         block.register_forward_hook(lambda module, given, maps: seen.append([len(x) for x in maps]))
-    answered, left = classify(network, images, limits, summed)
+    answered, left = classify(network, [images], limits, summed=summed)
     assert seen == [[12] * 3, [8] * 2, [4]]  # what has left is computed no further
     assert left.tolist() == at.tolist()
     torch.testing.assert_close(answered, probabilities[at, torch.arange(12)].float(), rtol=1e-6, atol=1e-7)
-    assert len(classify(network, images, np.zeros(3))[0]) == 12 and len(seen) == 4  # all leave at the first exit
+    assert len(classify(network, [images], np.zeros(3))[0]) == 12 and len(seen) == 4  # all leave at the first exit
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_images_that_stay_wait_for_others_and_are_answered_as_by_themselves(summed):
+    torch.manual_seed(2)
+    network = with_random_norms(create_model(NAME, num_classes=5)).double().eval()
+    images = torch.randn(23, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        probabilities = torch.stack([output.float().softmax(1) for output in network(images)])
+        if summed:
+            probabilities = torch.stack([probabilities[: k + 1].mean(0) for k in range(3)])
+    limits = thresholds(probabilities.amax(2).numpy(), shares(1.0, 3))
+    one_by_one = [classify(network, [image], limits, summed=summed) for image in images.split(1)]
+    seen = []
+    for k, block in enumerate(network.blocks):
+        block.register_forward_hook(lambda module, given, maps, k=k: seen.append((k, len(maps[0]))))
+    answered, left = classify(network, images.split(4), limits, together=5, summed=summed)
+    assert left.tolist() == [int(at) for _, at in one_by_one] and len(set(left.tolist())) == 3
+    torch.testing.assert_close(answered, torch.cat([found for found, _ in one_by_one]), rtol=1e-6, atol=1e-7)
+    for k in (1, 2):
+        sizes = [n for block, n in seen if block == k]
+        assert min(sizes[:-1]) >= 5 and sum(sizes) == int((left >= k).sum())  # the last ones go on at the end
 
 
 def test_folded_norms_answer_the_same():

@@ -3,8 +3,8 @@
 WEIGHTS are of an MSDNet, a network with early exits. For each exit: its error, the multiply-accumulates up to it and measured
 time. For budgets: an image leaves at the first exit that is sure enough of it; how sure an exit must be is chosen on held-out
 images (those that the run held out of its training images, or --thresholds), for 39 wanted distributions over the exits;
-reported are the error, the mean cost and the measured images/s when what has left is really computed no further. Images are
-prepared as in the evaluation of the run that trained the weights. No GPU has run it.
+reported are the error, the mean cost and the measured images/s when what has left is really computed no further, and what
+stays waits until it fills a batch again. Images are prepared as in the evaluation of the run that trained the weights. No GPU has run it.
 """
 
 import dataclasses
@@ -271,16 +271,18 @@ def measure(
     alone = [image for batch in batches for image in batch.split(1)][:ALONE]
 
     def run(answer: Callable[[Tensor], object], images: list[Tensor]) -> Callable[[], None]:
+        return finished(lambda: [answer(batch) for batch in images])
+
+    def finished(work: Callable[[], object]) -> Callable[[], None]:
         def once() -> None:
-            for batch in images:
-                answer(batch)
+            work()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
 
         return once
 
-    def by_budget(limits: np.ndarray) -> Callable[[Tensor], object]:
-        return lambda batch: classify(network, batch, limits)
+    def by_budget(limits: np.ndarray) -> Callable[[], object]:
+        return lambda: classify(network, batches, limits, together=options.batch_size)
 
     work: dict[Any, Callable[[], None]] = {}
     for k in range(network.exits):
@@ -288,7 +290,7 @@ def measure(
         work["exit", k] = run(until, batches)
         work["alone", k] = run(until, alone)
     for i, budget in enumerate(result["budgets"]):
-        work["budget", i] = run(by_budget(limits_of(budget)), batches)
+        work["budget", i] = finished(by_budget(limits_of(budget)))
     for i, other in enumerate(others):
         if other.network is not None:
             own = batches if other.data is data else timed_batches(test.take(rows), other.data, world, options)

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,13 @@ def draw_curves(result: dict[str, Any]) -> Figure:
         if axes is by_work:
             summed = [budget["summed"] for budget in result["budgets"]]
             _line(axes, summed, key, scale, ".--", "#009e73", "budgets, summed softmax")
-        beside = [(row, row[key] / scale) for row in result["beside"] if row[key] is not None]
-        for row, x in beside:
-            axes.plot(x, row["top1_error"], "*" if row["measured"] else "^", color="black")
+        for number, row in enumerate(
+            result["beside"], start=1
+        ):  # its number stands where its name would cover the lines
+            if row[key] is not None:
+                name = f"{row['name']}{'' if row['measured'] else ', error as published or given'}"
+                marker = {"marker": f"${number}$", "markersize": 5 + 4 * len(str(number)), "markeredgewidth": 0}
+                axes.plot(row[key] / scale, row["top1_error"], ls="", color="black", label=name, **marker)
         axes.set_ylabel("top-1 error, %")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # also where the axis spans less than a power of ten
@@ -82,15 +85,10 @@ def draw_curves(result: dict[str, Any]) -> Figure:
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         axes.margins(x=0.1, y=0.1)
-        middle = math.prod(axes.get_xlim()) ** 0.5
-        for row, x in beside:  # names point to the middle, so that none leaves the frame
-            place, side = ((5, 5), "left") if x < middle else ((-5, 5), "right")
-            at = (x, row["top1_error"])
-            axes.annotate(row["name"], at, textcoords="offset points", xytext=place, ha=side, fontsize=8)
-        axes.legend()
     by_work.set(xlabel="million multiply-accumulates an image", title=result["model"])
     speed = f"images/s in batches of {result['batch_size']} ({result['device']}, {_threads(result)})"
     by_speed.set(xlabel=speed, title="measured: more to the right is faster")
+    figure.legend(*by_work.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     return figure
 
 
