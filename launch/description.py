@@ -37,7 +37,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
     changed = [f"{key} {value_text(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
         f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
-        f"{len(train.classes)} classes",
+        f"{counted(len(train.classes), 'class', 'classes')}",
         f"batch {optim.batch_size} = {split_text} x {counted(optim.batch_size // parts, 'image')} (what a batch-norm "
         f"statistic sees); {counted(steps_per_epoch(len(train), optim.batch_size), 'step')} an epoch, "
         f"{counted(optim.epochs, 'epoch')}",
