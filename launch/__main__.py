@@ -21,6 +21,7 @@ from typing import Any
 
 from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.description import describe, processes
+from launch.names import refuse_unknown_names
 from launch.records import Job, add_event, find_job, read_events, read_job
 from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import refuse_impossible, script, submit
@@ -78,6 +79,7 @@ def start(arguments: list[str]) -> None:
     if not configs:
         return
     refuse_impossible(cluster, submits=not options.dry_run)
+    refuse_unknown_names(configs)
     with leaving_nothing_if_refused(run_dirs):
         for config in configs:
             _refuse_if_running(Path(config.run_dir))
@@ -291,7 +293,8 @@ def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:
     at_once = cluster.parallel or 1
     for number, (config, job) in enumerate(zip(configs, jobs, strict=True)):
         waits = cluster.kind == "local" and number >= at_once
-        turn = f"; begins when fewer than {at_once} of those before it train (--parallel)" if waits else ""
+        when = "those before it have ended" if at_once == 1 else f"fewer than {at_once} of those before it train"
+        turn = f"; begins when {when} (--parallel)" if waits else ""
         print(f"job {job.id}: {config.run_dir}, logs in {job.folder}{turn}")
 
 

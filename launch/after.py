@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
 from pipeline.preemption import STOP_SIGNALS
 from pipeline.run_dir import is_complete
+from pipeline.words import counted
 
 IDLE_ATTEMPTS = 10  # interruptions in a row without a new checkpoint: something keeps the run from getting anywhere
 EARLY = 60  # seconds by which SLURM may give its warning before it is due
@@ -67,7 +68,7 @@ def decide(
     ends = [*before, (cause, checkpoint)]
     if cause == "failed":
         if _stands_still([end for end in ends if end[0] == "failed"], failures):
-            return "stopped", f"{failures} attempts have come no further than the same checkpoint"
+            return "stopped", f"{counted(failures, 'failure')} in a row without a new checkpoint"
         return "again", f"failed with exit code {code}"
     if cause != "preempted" and _stands_still([end for end in ends if end[0] != "preempted"], IDLE_ATTEMPTS):
         return "stopped", f"{IDLE_ATTEMPTS} attempts were interrupted before they could write a checkpoint"

@@ -38,7 +38,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
     changed = [f"{key} {value_text(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
         f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
-        f"{len(train.classes)} classes",
+        f"{counted(len(train.classes), 'class', 'classes')}",
         f"{Batches(len(train), optim.batch_size, parts, together(config.data)).text(split_text)}, "
         f"{counted(optim.epochs, 'epoch')}",
         f"other than the defaults: {', '.join(changed) or 'nothing'}",

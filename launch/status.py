@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.run_dir import LOG, RECORDS, epochs_done, is_complete, read_progre
 Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
 LOG_LINES = 5
-AUROC_COLUMN = 8  # is shown where a run has one
+SPEED_LINES = 5  # log lines whose median the speed is: a change shows within three, and one odd line does not
 ENDED = ("done", "stopped", "interrupted", "cancelled", "gone")
 # Of SLURM's states; in all others the job may still run, as when it is suspended.
 FINAL_STATES = (
@@ -32,12 +33,44 @@ FINAL_STATES = (
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What validations are judged by: its name in the records, and how the screen has it.
+
+    Attributes:
+        titles: of the columns for the last and for the best epoch.
+    """
+
+    key: str
+    titles: tuple[str, str]
+    form: str
+    more_is_better: bool
+
+
+ERROR = Measure("val/top1_error", ("last top-1 error %", "best (epoch)"), ".2f", more_is_better=False)
+AUROC = Measure(  # from 0 to 1, of images with several labels
+    "val/mean_auroc", ("last mean AUROC", "best AUROC (epoch)"), ".4f", more_is_better=True
+)
+
+
+@dataclass(frozen=True)
+class Validations:
+    """What a run's validations came to, by one measure.
+
+    Attributes:
+        last: of the last epoch that is validated.
+        best: of the best epoch so far, and its number, counted from 1: that of ``best.pt``. None if no value is defined.
+    """
+
+    last: float | None
+    best: tuple[float, int] | None
+
+
+@dataclass(frozen=True)
 class Status:
-    """One run, as `status` shows it: `epoch` of `epochs` and `step` steps are done; errors in percent, times in seconds.
+    """One run, as `status` shows it: `epoch` of `epochs` and `step` steps are done; times in seconds.
 
     There is no job if something else than python -m launch has started the run, as torchrun; `epochs` is None before the
-    configuration is known. Of images with several labels each there is a mean AUROC, from 0 to 1, and no error; of others
-    the reverse.
+    configuration is known. `validations` has what the run has recorded.
     """
 
     run_dir: Path
@@ -48,9 +81,7 @@ class Status:
     epoch: int
     epochs: int | None
     step: int
-    top1_error: float | None
-    top5_error: float | None
-    mean_auroc: float | None
+    validations: dict[Measure, Validations]
     images_per_second: float | None
     remaining: float | None
     reason: str
@@ -101,26 +132,33 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     if state in ENDED and state != "done" and is_complete(run_dir, accepted.optim.epochs if accepted else None):
         reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
         state, nodes, config = "done", "", accepted
-    validation: dict[str, Any] = next((r for r in reversed(records) if "val/loss" in r), {})
-    speeds = [r["speed/images_per_second"] for r in records[-20:] if r.get("speed/images_per_second")]
-    remaining = [r["speed/remaining_seconds"] for r in records[-20:] if "speed/remaining_seconds" in r]
+    validated = [record for record in records if "val/loss" in record]
+    logged = [record for record in records if record.get("speed/images_per_second")][-SPEED_LINES:]
+    speeds = [record["speed/images_per_second"] for record in logged]
+    remaining = [record["speed/remaining_seconds"] for record in logged if "speed/remaining_seconds" in record]
     return Status(
         run_dir=run_dir,
         job=job,
         state=state,
         nodes=nodes or (attempts[-1]["machines"] if attempts else ""),
         attempts=len(attempts) if job else len(attempts_in_log(run_dir)),
-        epoch=int(epochs_done(validation)) if validation else 0,
+        epoch=int(epochs_done(validated[-1])) if validated else 0,
         epochs=config.optim.epochs if config else None,
         # Steps are recorded every few; an interruption leaves its checkpoint in between.
         step=max(records[-1]["step"] if records else 0, progress.get("done_steps", 0)),
-        top1_error=validation.get("val/top1_error"),
-        top5_error=validation.get("val/top5_error"),
-        mean_auroc=validation.get("val/mean_auroc"),
-        images_per_second=sorted(speeds)[len(speeds) // 2] if speeds else None,
+        validations={m: _validations(validated, m) for m in (ERROR, AUROC) if any(m.key in r for r in validated)},
+        images_per_second=statistics.median(speeds) if speeds else None,
         remaining=0.0 if state == "done" else remaining[-1] if remaining else None,
         reason=reason,
     )
+
+
+def _validations(records: list[dict[str, Any]], measure: Measure) -> Validations:
+    """Of the records of a run's epochs; the best one as the run chooses it, of equal ones the first."""
+    values = [(record.get(measure.key), int(epochs_done(record))) for record in records]
+    known = [(value, epoch) for value, epoch in values if value is not None]  # a value that is not finite is null
+    sign = -1 if measure.more_is_better else 1
+    return Validations(values[-1][0], min(known, key=lambda pair: sign * pair[0], default=None))
 
 
 def _config_in(file: Path) -> Config | None:
@@ -141,13 +179,10 @@ def slurm_queue() -> Queue:
 
 def to_text(statuses: list[Status]) -> str:
     """A table, and below it what failing ranks said last."""
-    head = (
-        "run", "job", "state", "attempts", "epochs done", "step", "top-1 error %", "top-5 error %", "mean AUROC", "images/s",
-        "remaining", "nodes",
-    )  # fmt: skip
-    rows = [head, *(_row(status) for status in statuses)]
-    if all(status.mean_auroc is None for status in statuses):
-        rows = [row[:AUROC_COLUMN] + row[AUROC_COLUMN + 1 :] for row in rows]
+    measures = [m for m in (ERROR, AUROC) if any(m in status.validations for status in statuses)] or [ERROR]
+    judged = (title for measure in measures for title in measure.titles)
+    head = ("run", "job", "state", "attempts", "epochs", "step", *judged, "images/s", "remaining", "nodes")
+    rows = [head, *(_row(status, measures) for status in statuses)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for status in statuses:
@@ -189,18 +224,29 @@ def last_words(job: Job) -> list[str]:
     return [f"rank {rank}: {line}" for line in tails.get(rank, [])[-LOG_LINES:]]
 
 
-def _row(status: Status) -> tuple[str, ...]:
+def _row(status: Status, measures: list[Measure]) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
+    judged: list[str] = []
+    for measure in measures:
+        found = status.validations.get(measure, Validations(None, None))
+        best = f"{found.best[0]:{measure.form}} ({found.best[1]})" if found.best else "-"
+        judged += [number(found.last, measure.form), best]
     return (
         str(status.run_dir), status.job.id if status.job else "-", status.state, str(status.attempts),
         f"{status.epoch}/{number(status.epochs, 'd')}",
-        str(status.step), number(status.top1_error, ".2f"), number(status.top5_error, ".2f"),
-        number(status.mean_auroc, ".4f"), number(status.images_per_second, ".1f"),
-        "-" if status.remaining is None else duration(status.remaining),
+        str(status.step), *judged, number(status.images_per_second, ".1f"),
+        _remaining(status),
         status.nodes or "-",
     )  # fmt: skip
+
+
+def _remaining(status: Status) -> str:
+    """The time to the run's end as its last log line had it, which may be a minute ago."""
+    if status.remaining is None:
+        return "-"
+    return "< 1 min" if status.state != "done" and status.remaining < 60 else duration(status.remaining)
 
 
 def _state_of_job(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) -> tuple[str, str, str]:

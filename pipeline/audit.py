@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.batches import sizes_text
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
 from pipeline.measured import Measured
+from pipeline.words import agreed, counted
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
 CIFAR_NETWORKS = {
@@ -198,9 +199,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         spread = "sqrt(2 / fan-out)" if usual else f"{measured.spread:.3g} sqrt(2 / fan-out)"
         compare("initial weights of convolutions: standard deviation", "sqrt(2 / fan-out)", spread)
     if config.model.freeze is not None:
-        last = config.model.freeze
-        blocks = "" if not last else " and block 1" if last == 1 else f" and blocks 1 to {last}"
-        compare("parts that do not train", "none", f"the stem{blocks}")
+        compare("parts that do not train", "none", frozen_text(config.model.freeze))
     compare("dropout", setting.dropout, config.model.dropout, "the paper uses 0.2 where it does not augment")
     if config.model.drop_path:
         compare("stochastic depth", 0.0, config.model.drop_path)
@@ -321,6 +320,11 @@ def origin_text(model: ModelConfig) -> str:
     return f"{model.weights} (SHA-256 {model.weights_sha256})" if model.weights_sha256 else str(model.weights)
 
 
+def frozen_text(freeze: int) -> str:
+    """The parts that ``model.freeze`` keeps as they are."""
+    return f"the stem{'' if not freeze else ' and block 1' if freeze == 1 else f' and blocks 1 to {freeze}'}"
+
+
 def differences(rows: list[AuditRow]) -> list[AuditRow]:
     """The rows in which a run is not the paper's."""
     return [row for row in rows if not row.same]
@@ -335,7 +339,9 @@ def in_one_line(rows: list[AuditRow], paper: str = "the paper") -> str:
 def count_differences(rows: list[AuditRow], paper: str = "the paper") -> str:
     """The verdict, counting what differs."""
     odd = differences(rows)
-    return f"{len(odd)} of {len(rows)} parts differ from {paper}" if odd else f"{paper}'s in every part"
+    if not odd:
+        return f"{paper}'s in every part"
+    return f"{len(odd)} of {len(rows)} parts {agreed(len(odd), 'differs', 'differ')} from {paper}"
 
 
 def is_papers_data(config: Config, classes: int, images: tuple[int, int] | None = None) -> bool:
@@ -432,7 +438,7 @@ def _curve_text(optim: OptimConfig) -> str:
     """A schedule without milestones in a few words."""
     power = f" of power {optim.poly_power}" if optim.schedule == "polynomial" and optim.poly_power != 1 else ""
     floor = f", down to {optim.min_lr}" if optim.schedule != "one_cycle" and optim.min_lr else ""
-    return f"{optim.schedule}{power} over {optim.epochs} epochs{floor}"
+    return f"{optim.schedule}{power} over {counted(optim.epochs, 'epoch')}{floor}"
 
 
 def _mixing_text(data: DataConfig) -> str:

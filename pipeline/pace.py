@@ -1,23 +1,31 @@
 """How fast a run goes, and how long it takes to the end of its epoch and to its own."""
 
 from collections import deque
+from collections.abc import Callable
 
 VALIDATION_SPEED = 3.0  # forward alone, in units of a training step's forward, backward and update
 WINDOWS = 20  # stretches of steps whose pace counts
 
 
 class Pace:
-    """Measures this process's steps and validations.
+    """Measures this process's steps and ends of epochs.
 
     Args:
         images: that an epoch trains on, and that its end validates, over all sets of weights.
+        draws: whether pictures are drawn at the end of an epoch, counted from 0; such ends are measured by themselves.
     """
 
-    def __init__(self, steps_per_epoch: int, epochs: int, images: tuple[int, int]):
-        self._steps_per_epoch, self._epochs, self._images = steps_per_epoch, epochs, images
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        epochs: int,
+        images: tuple[int, int],
+        draws: Callable[[int], bool] = lambda epoch: False,
+    ):
+        self._steps_per_epoch, self._epochs, self._images, self._draws = steps_per_epoch, epochs, images, draws
         self._windows: deque[tuple[int, float]] = deque(maxlen=WINDOWS)
         self._first: tuple[int, float] | None = None  # in it kernels are chosen and caches filled
-        self._validation: float | None = None
+        self._ends: dict[bool, float] = {}  # seconds of the last end of an epoch without pictures, and with them
 
     def steps(self, number: int, seconds: float) -> None:
         """So many steps took so long, with the wait for their images and all that is written."""
@@ -26,23 +34,49 @@ class Pace:
         else:
             self._windows.append((number, seconds))
 
-    def validation(self, seconds: float) -> None:
-        self._validation = seconds
+    def epoch_end(self, epoch: int, seconds: float) -> None:
+        """So long it took from this epoch's last step to the next one's first: validation, pictures and saving."""
+        self._ends[self._draws(epoch)] = seconds
 
     def remaining(self, done_steps: int) -> tuple[float, float]:
-        """Seconds to the end of the present epoch and of the run, validation included, after a step of that epoch.
+        """Seconds to the end of the present epoch and of the run, ends of epochs included, after a step of that epoch.
 
         Args:
             done_steps: of the whole run, at least one.
         """
+        in_epoch, in_run = self._training(done_steps)
+        ends = [self._end(epoch) for epoch in range(self._epoch(done_steps), self._epochs)]
+        return in_epoch + ends[0], in_run + sum(ends)
+
+    def text(self, done_steps: int) -> str:
+        """The same in words. Before such an end of an epoch is measured they tell of training alone: what it takes to begin
+        a validation, to draw and to save, an estimate by images does not know."""
+        if self._draws(self._epoch(done_steps)) in self._ends:
+            in_epoch, in_run = map(duration, self.remaining(done_steps))
+            return f"{in_epoch} to the epoch's end, {in_run} to the run's"
+        in_epoch, in_run = map(duration, self._training(done_steps))
+        return f"{in_epoch} of training left in the epoch, {in_run} in the run"
+
+    def _epoch(self, done_steps: int) -> int:
+        """Of a step that is done, counted from 0."""
+        return (done_steps - 1) // self._steps_per_epoch
+
+    def _training(self, done_steps: int) -> tuple[float, float]:
+        """Seconds of training alone, in the present epoch and in the run."""
+        epoch, step = self._epoch(done_steps), self._a_step()
+        in_epoch = ((epoch + 1) * self._steps_per_epoch - done_steps) * step
+        return in_epoch, in_epoch + (self._epochs - epoch - 1) * self._steps_per_epoch * step
+
+    def _a_step(self) -> float:
         windows = self._windows or [self._first or (1, 0.0)]
-        a_step = sum(seconds for _, seconds in windows) / sum(number for number, _ in windows)
+        return sum(seconds for _, seconds in windows) / sum(number for number, _ in windows)
+
+    def _end(self, epoch: int) -> float:
+        """Of an epoch: as measured, else as the other kind was, else estimated."""
         training, validation = self._images
-        estimated = a_step * self._steps_per_epoch * validation / training / VALIDATION_SPEED
-        check = estimated if self._validation is None else self._validation
-        epoch = (done_steps - 1) // self._steps_per_epoch
-        in_epoch = ((epoch + 1) * self._steps_per_epoch - done_steps) * a_step + check
-        return in_epoch, in_epoch + (self._epochs - epoch - 1) * (self._steps_per_epoch * a_step + check)
+        estimated = self._a_step() * self._steps_per_epoch * validation / training / VALIDATION_SPEED
+        drawn = self._draws(epoch)
+        return self._ends.get(drawn, self._ends.get(not drawn, estimated))
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.machine import available_cores, cpu_name
+from pipeline.words import counted
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy", "pillow")
 
@@ -63,4 +64,4 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     named = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"
-    return f"{cpu_name()}, {available_cores()} cores, {memory:.0f} GiB of memory, {named}"
+    return f"{cpu_name()}, {counted(available_cores(), 'core')}, {memory:.0f} GiB of memory, {named}"

@@ -8,6 +8,8 @@ epochs the epochs after which the learning rate drops.
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.words import counted
+
 RANKS_OF_A_LARGE_RUN = 8  # from so many on, few images a rank are mostly waiting for each other
 SMALL_STATISTIC = 16  # images of a batch-norm statistic below which it is poor
 LARGE_STATISTIC = 32  # what Goyal et al. 2017 gave each GPU
@@ -101,9 +103,10 @@ def poor_split(batch_size: int, ranks: int, grad_accum_steps: int) -> str:
     each = batch_size // (ranks * grad_accum_steps)
     if ranks < RANKS_OF_A_LARGE_RUN or each >= SMALL_STATISTIC:
         return ""
-    steps = f" x {grad_accum_steps} accumulation steps" if grad_accum_steps > 1 else ""
+    steps = f" x {counted(grad_accum_steps, 'accumulation step')}" if grad_accum_steps > 1 else ""
     return (
-        f"batch {batch_size} on {ranks} ranks{steps} leaves {each} images to a batch-norm statistic (the paper: 64), and ranks "
-        f"that mostly wait for each other: --optim.batch_size {ranks * LARGE_STATISTIC} --optim.large_batch gives each "
-        f"{LARGE_STATISTIC} images, with the learning rate and warm-up of Goyal et al. 2017 (another recipe than the paper's)"
+        f"batch {batch_size} on {ranks} ranks{steps} leaves {counted(each, 'image')} to a batch-norm statistic (the paper: 64),"
+        f" and ranks that mostly wait for each other: --optim.batch_size {ranks * LARGE_STATISTIC} --optim.large_batch gives "
+        f"each {LARGE_STATISTIC} images, with the learning rate and warm-up of Goyal et al. 2017 (another recipe than the "
+        "paper's)"
     )

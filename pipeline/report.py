@@ -25,6 +25,7 @@ from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.data.splits import find_splits
 from pipeline.metrics import errors_text, exits_text
+from pipeline.optim import learning_rate
 from pipeline.parsing import flatten, value_text
 from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
@@ -65,6 +66,7 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
     config, lines = run.config, warnings_about(run.train_loader.index, run.val_loader.index, run.config.data)
     lines += [run.assumption] if run.assumption else []
+    lines += [line] if (line := rising_rate(run)) else []
     lines += [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []
     late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]
     if config.optim.schedule == "step" and late:
@@ -74,7 +76,7 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
         )
     if config.optim.warmup_epochs >= config.optim.epochs:
         lines.append(
-            f"the learning rate rises to the end of the run and never falls: of its {config.optim.epochs} epochs "
+            f"the learning rate rises to the end of the run and never falls: of its {counted(config.optim.epochs, 'epoch')} "
             f"{config.optim.warmup_epochs:g} warm up; set optim.warmup_epochs"
         )
     if split := poor_split(config.optim.batch_size, run.world.size, config.optim.grad_accum_steps):
@@ -85,6 +87,27 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
             "more than frequent ones: leave one of them out"
         )
     return lines
+
+
+def rising_rate(run: Run) -> str:
+    """What a change on purpose that has just been made does to the learning rate, in a line; empty if it does not rise by it.
+
+    More epochs stretch a schedule: where it had come to its end, the rate goes back up.
+    """
+    segment, optim, steps = run.history.segments[-1], run.config.optim, run.train_loader.steps_per_epoch
+    if run.is_complete or not segment.changed or segment.step != run.done_steps:
+        return ""
+    names = {field.name for field in dataclasses.fields(optim)}
+    old = {key.removeprefix("optim."): value for key, (value, _) in segment.changed.items() if key.startswith("optim.")}
+    before = dataclasses.replace(optim, **{name: value for name, value in old.items() if name in names})
+    rate = run.learning_rate
+    if rate <= learning_rate(before, run.done_steps, steps):
+        return ""
+    last = learning_rate(before, run.done_steps - 1, steps)
+    return (
+        f"with this change the learning rate rises: {last:.4g} in the last step, {rate:.4g} in the next (schedule "
+        f"{optim.schedule} over {counted(optim.epochs, 'epoch')})"
+    )
 
 
 def summary(run: Run) -> str:

@@ -13,6 +13,7 @@ from pipeline.parsing import flatten
 from pipeline.paths import is_present
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from pipeline.unused import unused_fields
+from pipeline.words import counted
 
 # What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
 # the accumulation because it is compared together with the number of ranks.
@@ -27,8 +28,9 @@ FREE_TO_CHANGE = {
 # Without these a checkpoint is of another network or other data, and a run that changes them is another run.
 NEVER_TO_CHANGE = (
     "model.name", "model.weights", "model.weights_sha256", "data.dataset", "data.labels", "data.loader", "seed",
-    "optim.batch_size", "optim.optimizer",
+    "optim.batch_size", "optim.optimizer", "data.holdout", "data.channels", "data.synthetic_images", "data.synthetic_classes",
 )  # fmt: skip
+OF_THE_DATA = {key for key in NEVER_TO_CHANGE if key.startswith("data.")} - {"data.loader"}
 
 # These may change without being asked for, and the history tells.
 TOLD = ("data.corrupt_images", "train.not_finite")
@@ -93,12 +95,13 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         UserError: names what has changed, with both values.
     """
     if not state.keys() >= {"optimizer", "scaler", "progress", "conditions"}:
-        _refuse(config, "its checkpoint holds a network but no training")
-    _check_names(config)
+        raise _refusal(config, ["its checkpoint holds a network but no training"], "put it back")
     defaults = flatten(dataclasses.asdict(Config()))
     old = defaults | flatten(state["config"])  # an older checkpoint lacks fields that came later
     changed: dict[str, tuple[Any, Any]] = {}
-    refused: dict[str, str] = {}
+    refused: list[str] = []  # in words
+    fixed: list[str] = []  # of these what can never change
+    on_purpose: list[str] = []  # fields that may change with train.change, and have
     new = flatten(dataclasses.asdict(config))
     free = FREE_TO_CHANGE | unused_fields(new)
     for key, value in new.items():
@@ -106,43 +109,83 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
             continue
         if key == "model.weights" and old[key] and value:  # another path: model.weights_sha256 is compared
             continue
-        if key in config.train.change or key in TOLD:
+        if key in NEVER_TO_CHANGE:
+            fixed.append(key)
+        elif key not in TOLD:
+            on_purpose.append(key)
+        if key in TOLD or (key in config.train.change and key not in fixed):
             changed[key] = (old[key], value)
         else:
-            refused[key] = f"{key} was {_text(old[key])} and is now {_text(value)}"
-    if refused:
-        keys = ",".join(key for key in refused if key not in NEVER_TO_CHANGE)
-        on_purpose = f", change it on purpose with --train.change {keys}" if keys else ""
-        _refuse(config, "; ".join(refused.values()), f"put it back{on_purpose}")
+            refused.append(f"{key} was {_text(old[key])} and is now {_text(value)}")
     before = Conditions(**state["conditions"])
-    if before.classes != now.classes:
-        _refuse(config, f"the classes were {_difference(before.classes, now.classes)}")
-    if before.fingerprint != now.fingerprint:
-        _refuse(config, f"the data in {config.data.dir} were {_named(before)} and are now {_named(now)}")
-    if before.loader != now.loader:
-        _refuse(config, f"the loader was {before.loader} and is now {now.loader}")
-    if before.class_weights != now.class_weights and "optim.class_weights" not in changed:
-        _refuse(config, f"the class weights of {config.optim.class_weights} were others")
+    if not set(fixed) & OF_THE_DATA:  # which says it already
+        if before.classes != now.classes:
+            fixed.append("the classes")
+            refused.append(f"the classes were {_difference(before.classes, now.classes)}")
+        elif before.fingerprint != now.fingerprint:
+            fixed.append("the data")
+            refused.append(f"the data in {config.data.dir} were {_named(before)} and are now {_named(now)}")
+        elif before.class_weights != now.class_weights and "optim.class_weights" not in on_purpose:
+            fixed.append("the class weights")
+            refused.append(f"the class weights of {config.optim.class_weights} were others")
+    if before.loader != now.loader and "data.loader" not in fixed:
+        fixed.append("the loader")
+        refused.append(f"the loader was {before.loader} and is now {now.loader}")
     was = batch_split(before.ranks, old["optim.grad_accum_steps"])
     is_now = batch_split(now.ranks, config.optim.grad_accum_steps)
-    if was != is_now and not config.train.allow_world_size_change:
-        _refuse(
-            config,
-            f"a batch was {was} and is now {is_now}",
-            "put it back, allow it with --train.allow_world_size_change",
+    resplit = was != is_now and not config.train.allow_world_size_change
+    if resplit:
+        refused.append(f"a batch was {was} and is now {is_now}")
+    done = state["progress"]["epoch"]
+    if refused:
+        raise _refusal(config, refused, _way_out(fixed, on_purpose, resplit, done, config.optim.epochs))
+    _check_names(config)
+    if changed and done >= config.optim.epochs:
+        raise UserError(
+            f"{config.run_dir} is complete ({counted(done, 'epoch')}), and nothing is left to train with another "
+            f"{', '.join(changed)}: give more optim.epochs (--train.change {_names([*on_purpose, 'optim.epochs'])}), or "
+            "another --run_dir"
         )
     return changed
 
 
+def _way_out(fixed: Sequence[str], on_purpose: Sequence[str], resplit: bool, done: int, epochs: int) -> str:
+    """What to do about all that has changed, so that nothing of it is refused a second time.
+
+    Args:
+        fixed: what can never change.
+        on_purpose: fields that have changed and may.
+        resplit: a batch is divided otherwise.
+        done, epochs: the epochs that the run has, and that it shall have now.
+    """
+    complete = bool(on_purpose) and done >= epochs
+    keys = _names([*on_purpose, "optim.epochs"] if complete else on_purpose)
+    flags = ["--optim.epochs N"] if complete else []
+    flags += [f"--train.change {keys}"] if keys else []
+    flags += ["--train.allow_world_size_change"] if resplit else []
+    if not flags:
+        fields = ", ".join(name for name in fixed if name in NEVER_TO_CHANGE)
+        return f"put it back{f' (a run with another {fields} is another run)' if fields else ''}"
+    words = f"{' '.join(flags)}{f' (N above {done}, the epochs that the run has)' if complete else ''}"
+    if fixed:
+        return f"{' and '.join(fixed)} must be as before; the rest may change with {words}"
+    return f"put it back, {'change it on purpose' if keys else 'allow it'} with {words}"
+
+
+def _names(keys: Sequence[str]) -> str:
+    return ",".join(dict.fromkeys(keys))
+
+
 def _check_names(config: Config) -> None:
     """Refuse names in ``train.change`` whose change makes another run."""
-    for key in config.train.change:
-        if key in NEVER_TO_CHANGE:
-            raise UserError(f"train.change: a run with another {key} is another run: start it with another --run_dir")
+    if wrong := [key for key in config.train.change if key in NEVER_TO_CHANGE]:
+        raise UserError(
+            f"train.change: a run with another {', '.join(wrong)} is another run: start it with another --run_dir"
+        )
 
 
 def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
 
 
 def _named(data: Conditions) -> str:
@@ -156,5 +199,7 @@ def _difference(old: Sequence[str], new: Sequence[str]) -> str:
     return f"{len(old)} with '{was}' in place {place} and are now {len(new)} with '{is_now}'"
 
 
-def _refuse(config: Config, why: str, way_out: str = "put it back") -> None:
-    raise UserError(f"cannot resume {config.run_dir}: {why}; {way_out}, or start anew with another --run_dir")
+def _refusal(config: Config, why: Sequence[str], way_out: str) -> UserError:
+    return UserError(
+        f"cannot resume {config.run_dir}: {'; '.join(why)}; {way_out}, or start anew with another --run_dir"
+    )

@@ -398,11 +398,6 @@ class Run:
                     f"cannot resume {self.dir}: its checkpoint has no '{name}', which this configuration needs"
                 )
             part.load_state_dict(state[name])
-        if self.is_complete and changed:
-            raise UserError(
-                f"{self.dir} is complete ({counted(self.progress.epoch, 'epoch')}), and nothing is left to train with another "
-                f"{', '.join(changed)}: give more optim.epochs (--train.change optim.epochs), or another --run_dir"
-            )
         self.history.begin(self.done_steps, self.progress.epoch, self.config, self.world.size, changed)
 
     def count(self, outcomes: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
@@ -434,8 +429,9 @@ class Run:
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         optim, precision = self.config.optim, self.config.train.precision
         validation = " (validation too)" if precision in AUTOCAST_TYPES else ""
+        classes = counted(len(self.conditions.classes), "class", "classes")
         return (
-            f"{self.config.model.name}: {parameters:,} parameters, {len(self.conditions.classes)} classes, "
+            f"{self.config.model.name}: {parameters:,} parameters, {classes}, "
             f"{precision}{validation} on {self.world.device.type}\n"
             f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
             f"through the {self._named_loader()} loader\n"
@@ -452,7 +448,9 @@ class Run:
     def _large_batch(self) -> str:
         """A further line on what `optim.large_batch` came to; empty without it."""
         optim = self.config.optim
-        warmup = "" if optim.schedule == "one_cycle" else f", which warms up over {optim.warmup_epochs:g} epochs"
+        warmup = (
+            "" if optim.schedule == "one_cycle" else f", which warms up over {counted(optim.warmup_epochs, 'epoch')}"
+        )
         return f"\nlarge batch: learning rate {optim.lr:g}{warmup}" if optim.large_batch else ""
 
     def _about_losses(self) -> str:
@@ -487,7 +485,7 @@ class Run:
         for size in config.data.train_sizes:
             if reason := why_not(copy.deepcopy(network).train(), smallest, size, config.data.channels):
                 raise UserError(
-                    f"{config.model.name} cannot train on {smallest} images of {size} pixels, the smallest part "
+                    f"{config.model.name} cannot train on {counted(smallest, 'image')} of {size} pixels, the smallest part "
                     f"of a batch ({reason}): choose another {field} or optim.batch_size"
                 )
         if config.data.train_crop_size:  # validation has another

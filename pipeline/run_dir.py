@@ -67,6 +67,18 @@ def is_complete(run_dir: Path, epochs: int | None) -> bool:
     return progress.get("complete") is True and (epochs is None or progress.get("epoch", 0) >= epochs)
 
 
+def why_no_best(run_dir: Path) -> str:
+    """Why a run has no best checkpoint, and what to take instead; empty if the folder is no run's."""
+    if not any((run_dir / name).exists() for name in SIGNS_OF_A_RUN | {LOG}):
+        return ""
+    last = run_dir / "checkpoints" / "last.pt"
+    if not last.exists():
+        return f"the run in {run_dir} has saved no checkpoint yet: wait for the end of its first epoch"
+    if read_progress(run_dir).get("epoch"):
+        return f"the run in {run_dir} has lost its checkpoints/best.pt: give {last}, its last checkpoint"
+    return f"no epoch of the run in {run_dir} is validated yet: wait for the end of the first one, or give {last}"
+
+
 def _record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)

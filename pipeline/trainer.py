@@ -29,6 +29,7 @@ from pipeline.run_log import occupied
 from pipeline.start import find_start
 from pipeline.update import update
 from pipeline.watchdog import Watchdog
+from pipeline.words import counted
 
 
 def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
@@ -156,7 +157,7 @@ class Trainer:
             )  # fmt: skip
         if evaluation.not_finite and not self.skipper:
             raise UserError(
-                f"the answers to {evaluation.not_finite} validation images are not finite: "
+                f"the answers to {counted(evaluation.not_finite, 'validation image')} are not finite: "
                 f"{way_on_from_validation(run.config)}"
             )
         return evaluation.score

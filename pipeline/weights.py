@@ -22,18 +22,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.audit import C10, C100, audit, in_one_line, setting_for
+from pipeline.audit import C10, C100, AuditRow, audit, in_one_line, setting_for
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
+from pipeline.measured import Measured
 from pipeline.models import create_model, create_network
 from pipeline.models.parts import first_convolution
 from pipeline.models.zoo import DENSENETS, cifar_densenet
 from pipeline.parsing import value_text
+from pipeline.run_dir import why_no_best
+from pipeline.words import agreed, counted
 
 METADATA = "densenet-pipeline"  # the key of a file's metadata under which ours is, as JSON
 PREPARATION = ("resize_size", "crop_size", "interpolation", "mean", "std")  # fields that say how images are prepared
@@ -79,6 +83,7 @@ class Weights:
         config: the run's; of external weights the model and how images are prepared, all else at its default.
         classes: names of the outputs.
         microbatches: ranks times gradient accumulation steps of the run, None if that is not known.
+        measured: what the run's own audit compares besides the configuration, None if that is not known.
         note: how the names of external weights were understood, or which of a run's two sets of weights these are; else empty.
         averaged: they are the moving average of a run's weights.
         epochs: whole epochs that they were trained for, None if that is not known.
@@ -97,6 +102,7 @@ class Weights:
     epochs: int | None = None
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
+    measured: Measured | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -105,11 +111,15 @@ class Weights:
         return dataclasses.replace(self.config.data, **self.given)
 
     @property
+    def audit_rows(self) -> list[AuditRow] | None:
+        """The training beside the paper's, as in its run's ``audit.md``; None if that is not known."""
+        return None if self.microbatches is None else audit(self.config, self.microbatches, self.measured)
+
+    @property
     def audit(self) -> str | None:
         """How the training differed from the paper's, None if that is not known."""
-        if self.microbatches is None:
-            return None
-        return in_one_line(audit(self.config, self.microbatches), setting_for(self.config).paper)
+        rows = self.audit_rows
+        return None if rows is None else in_one_line(rows, setting_for(self.config).paper)
 
 
 class OwnWeights(NamedTuple):
@@ -124,6 +134,7 @@ class OwnWeights(NamedTuple):
     epochs: int | None = None
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
+    measured: Measured | None = None
 
 
 def read_weights(
@@ -147,7 +158,9 @@ def read_weights(
     if model and model != found.config.model.name:
         raise UserError(f"{path} holds weights of {found.config.model.name}, not of {model}")
     if classes and len(classes) != len(found.classes):
-        raise UserError(f"{path} has {len(found.classes)} outputs, and {len(classes)} names of classes were given")
+        raise UserError(
+            f"{path} has {counted(len(found.classes), 'output')}: give as many class names, not {len(classes)}"
+        )
     network = create_network(found.config.model, len(found.classes), found.config.data.channels)
     load_weights(network, found.state, str(path))
     known = found._asdict() | {"classes": classes or found.classes}
@@ -159,7 +172,7 @@ def weights_file(path: str | Path) -> Path:
     """The file that a path to weights means: of a run's directory its best checkpoint.
 
     Raises:
-        UserError: it is another folder.
+        UserError: it is another folder, or that of a run without a best checkpoint.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -167,6 +180,8 @@ def weights_file(path: str | Path) -> Path:
     for best in (path / "checkpoints" / "best.pt", path / "best.pt"):
         if best.exists():
             return best
+    if reason := why_no_best(path.parent if path.name == "checkpoints" else path):
+        raise UserError(reason)
     raise UserError(f"{path} is a folder without checkpoints/best.pt: give a run's directory, or a file of weights")
 
 
@@ -228,6 +243,7 @@ def _about(weights: Weights) -> str:
         "config": dataclasses.asdict(dataclasses.replace(weights.config, data=weights.data)),
         "classes": weights.classes,
         "microbatches": weights.microbatches,
+        "measured": weights.measured and dataclasses.asdict(weights.measured),
         "epochs": weights.epochs,
         "audit": weights.audit,
         "averaged": weights.averaged,
@@ -317,6 +333,7 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
         averaged,
         epochs=state.get("progress", {}).get("epoch"),
         tuning=state.get("tuning"),
+        measured=_measured(state.get("measured")),
     )
 
 
@@ -356,7 +373,16 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
     config = from_stored(about["config"], str(path))
     note = AVERAGED if averaged else ""
-    return OwnWeights(state, config, classes, microbatches, note, averaged, epochs, assumed=assumed)
+    measured = _measured(about.get("measured"))
+    return OwnWeights(state, config, classes, microbatches, note, averaged, epochs, assumed=assumed, measured=measured)
+
+
+def _measured(state: Any) -> Measured | None:
+    """From what `dataclasses.asdict` gave, also by way of JSON; None of a version that measured something else."""
+    try:
+        return TypeAdapter(Measured).validate_python(state)
+    except ValidationError:
+        return None
 
 
 def _read_torch(path: Path, ema: bool) -> OwnWeights | dict[str, Tensor]:
@@ -411,7 +437,7 @@ def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: 
     if classes is None:
         classes = imagenet_ids() if outputs == 1000 else tuple(map(str, range(outputs)))
     elif len(classes) != outputs:
-        raise UserError(f"{path} has {outputs} outputs, and {len(classes)} names of classes were given")
+        raise UserError(f"{path} has {counted(outputs, 'output')}: give as many class names, not {len(classes)}")
     name = model or recognise(state, outputs)
     if name is None:
         raise UserError(
@@ -610,9 +636,10 @@ def _refuse(wanted: list[str], own: Mapping[str, Tensor], found: Mapping[str, Te
     left_over = [name for name in found if name not in own]
     parts = []
     if lacking:
-        parts.append(f"{len(lacking)} of the network's {len(wanted)} tensors are not there, as '{lacking[0]}'")
+        are = agreed(len(lacking), "is", "are")
+        parts.append(f"{len(lacking)} of the network's {len(wanted)} tensors {are} not there, as '{lacking[0]}'")
     if left_over:
-        parts.append(f"{len(left_over)} are left over, as '{left_over[0]}'")
+        parts.append(f"{len(left_over)} {agreed(len(left_over), 'is', 'are')} left over, as '{left_over[0]}'")
     raise UserError(f"{origin} holds the weights of another architecture: {'; '.join(parts)}")
 
 

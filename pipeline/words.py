@@ -1,6 +1,12 @@
-"""Numbers with their nouns."""
+"""Numbers with their nouns and verbs."""
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """``1 epoch``, ``2 epochs``, ``1,000 images``."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """``1 epoch``, ``0.5 epochs``, ``1,000 images``."""
+    text = f"{number:g}" if isinstance(number, float) else f"{number:,}"
+    return f"{text} {agreed(number, noun, plural or f'{noun}s')}"
+
+
+def agreed(number: float, singular: str, plural: str) -> str:
+    """The word that goes with a number."""
+    return singular if number == 1 else plural

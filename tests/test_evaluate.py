@@ -24,6 +24,7 @@ from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, evaluate
+from pipeline.measured import Measured
 from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.weights import Weights, imagenet_ids, read_weights
@@ -398,8 +399,9 @@ def test_mistakes_show_before_the_work(image_folders, checkpoint, tmp_path, user
     state["model"]["classifier.bias"][0] = float("nan")
     nan = CheckpointFolder(tmp_path)
     nan.save(state, best=False)
+    report = ("--report", tmp_path / "reports" / "a", "--json", tmp_path / "json" / "a.json")
     for words, expected in (
-        ([checkpoint, "none.pt"], "cannot read the weights none.pt"),
+        ([checkpoint, "none.pt", *report], "cannot read the weights none.pt"),
         ([image_folders], f"{image_folders} is a folder without checkpoints/best.pt: give a run's directory"),
         ([checkpoint, "--crop-size", 2, "--resize-size", 2], "cannot take images of 2 x 2 pixels"),
         ([checkpoint, checkpoint, "--predictions", tmp_path / "a.csv"], "--predictions is for one WEIGHTS"),
@@ -407,6 +409,7 @@ def test_mistakes_show_before_the_work(image_folders, checkpoint, tmp_path, user
         ([nan.last], "last.pt: the answers are not finite"),
     ):
         assert re.search(expected, user_error(main, *words, "--data", image_folders, silent=True))
+    assert not (tmp_path / "reports").exists() and not (tmp_path / "json").exists()  # nothing was to be written
 
 
 def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
@@ -578,6 +581,11 @@ def test_the_recipe_is_told_of_the_papers_data_alone(tmp_path):
     assert recipe_of(weights).endswith(f"differ from the paper: {run}/audit.md")
     for change in ({"classes": ("a", "b")}, {"classes": tuple(map(str, range(1000)))}, {"microbatches": None}):
         assert recipe_of(dataclasses.replace(weights, **change)) is None
+    statistics, decayed = ((0, (64, 64)),), (10, 10)
+    whole = Measured((1_281_167, 50_000), 1000, statistics, 143, 1.0, "0.9", (1e-4,), decayed, skipped_steps=2)
+    measured = dataclasses.replace(weights, measured=whole)  # what no configuration says, as the run's audit.md has it
+    assert recipe_of(measured).startswith("3 of ") and "steps left out (2; paper 0)" in measured.audit
+    assert recipe_of(dataclasses.replace(weights, measured=dataclasses.replace(whole, images=(900, 100)))) is None
 
 
 @pytest.mark.parametrize(

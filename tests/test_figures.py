@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torchvision_sets
@@ -10,6 +11,7 @@ from conftest import run_module, small_config
 from PIL import Image
 
 from pipeline import trainer
+from pipeline.checkpoint import load_checkpoint
 from pipeline.models import create_model
 from tools.figures import Run, comparable, draw_curves, draw_imagenet, draw_small_images, main, read_run, runs_in
 from tools.support.facts import multiply_accumulates, on_meta, parameters
@@ -63,18 +65,21 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (runs / "cifar" / "metrics.jsonl").read_text().splitlines()]
     own = parameters(create_model("densenet_bc22_k8", 10)) / 1e6
     panel = points(draw_small_images(found).axes[0])
-    assert panel["ours: cifar"] == [(own, [r for r in lines if "val/loss" in r][-1]["val/top1_error"])]
+    errors = [r["val/top1_error"] for r in lines if "val/loss" in r]
+    best = load_checkpoint(checkpoint)["progress"]  # whose weights tools.evaluate takes of the run
+    assert panel[f"ours: cifar, best epoch ({best['best_epoch'] + 1} of 2)"] == [(own, best["best_top1_error"])]
+    assert best["best_top1_error"] == min(errors)
     assert (0.769162, 4.51) in panel["DenseNet-BC, paper"] and (1.019722, 5.24) in panel["DenseNet, paper"]
 
     axes, by_work = draw_imagenet(found).axes  # among them a run that is called as one of the paper's networks
-    assert points(axes)["ours: densenet121"][0][1] == found[1].error
+    assert points(axes)[found[1].label][0][1] == found[1].error
     curves = points(draw_curves(found).axes[0])
-    assert [y for _, y in curves["cifar"]] == [r["val/top1_error"] for r in lines if "val/loss" in r]
+    assert [y for _, y in curves["cifar"]] == errors
     assert {y for _, y in curves["someone: 5.0 %"]} == {5.0}
     assert (7.978856, 25.02) in points(axes)["DenseNet, paper"]
     work = {error: x for x, error in points(by_work)["DenseNet, paper"]}
     assert work[25.02] == pytest.approx(WORK["densenet121"][1], abs=1e-3)
-    ((own_work, _),) = points(by_work)["ours: densenet121"]  # a small network at its 16 pixels
+    ((own_work, _),) = points(by_work)[found[1].label]  # a small network at its 16 pixels
     assert own_work == pytest.approx(multiply_accumulates(found[1].network(), 16) / 1e9)
     assert points(axes)["ResNet, fb.resnet.torch"][1] == (25.557032, 24.01)
 
@@ -93,7 +98,7 @@ def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch)
     trainer.fit(small_config(tmp_path / "drawn"))
     held, drawn = read_run(tmp_path / "held"), read_run(tmp_path / "drawn")
     assert (held.data, drawn.data) == ("SVHN", "synthetic images")
-    assert held.label == "ours: held, held-out training images"
+    assert re.fullmatch(r"ours: held, best epoch \([12] of 2\), held-out training images", held.label)
     assert "published: 5.0 % (test images)" in points(draw_curves([held]).axes[0])
     panels = {axes.get_title(): points(axes) for axes in draw_small_images([held, drawn]).axes}
     assert panels["SVHN"][held.label][0][1] == held.error == min(r["val/top1_error"] for r in held.epochs)
@@ -108,6 +113,15 @@ def run_of(name: str, errors: list[float], data: dict | None = None, **sections:
         for i, error in enumerate(errors)
     ]
     return Run(name, config, 10, epochs)
+
+
+def test_a_run_is_shown_after_its_best_epoch_and_the_legend_says_so(tmp_path):
+    cifar = {"dataset": "cifar10", "loader": "auto", "train_crop": "random_crop"}
+    for planned, words in ((4, "2 of 4"), (9, "2 of 4 so far, 9 planned")):
+        run = run_of("a", [50.0, 43.33, 43.33, 44.17], cifar, optim={"epochs": planned, "milestones": [2]})
+        (panel,) = draw_small_images([run]).axes
+        ((_, error),) = points(panel)[f"ours: a, best epoch ({words})"]
+        assert run.error == error == 43.33
 
 
 def drawn(figure, tmp_path) -> list:
@@ -161,7 +175,7 @@ def test_panels_are_of_the_users_data_and_hold_every_name(tmp_path):
             for name, box in names.items():
                 assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, name
             assert axes.get_xlim()[0] == 0 and len(axes.get_legend().get_texts()) <= 6
-    assert points(panels[0])["ours: 60 runs, the best r0"][0][1] == 5.0
+    assert points(panels[0])["ours: 60 runs after their best epochs, the best r0"][0][1] == 5.0
     assert comparable(own) == [] and comparable([*own, *runs]) == runs  # one network, and no other to set it beside
     larger = run_of("larger", [9.0], model={"name": "densenet_bc10_k4"})
     assert comparable([*own, larger]) == [*own, larger]
@@ -185,5 +199,11 @@ def test_damaged_records_are_passed_over(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path, user_error):
-    for path, expected in ((tmp_path, "holds no run"), (tmp_path / "none.pt", "cannot read the weights")):
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "begun" / "log.txt").touch()
+    for path, expected in (
+        (tmp_path, "holds no run"),
+        (tmp_path / "none.pt", "cannot read the weights"),
+        (tmp_path / "begun", "has saved no checkpoint yet: wait"),
+    ):
         assert expected in user_error(main, path, "--output", tmp_path / "figures")

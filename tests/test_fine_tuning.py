@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,8 @@ def test_a_warm_up_that_takes_the_whole_run_is_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda state: state.pop("features.norm5.bias"), "1 of the network's [0-9]+ tensors are not there"),
-        (lambda state: state.update(extra=torch.zeros(3)), "1 are left over, as 'extra'"),
+        (lambda state: state.pop("features.norm5.bias"), "1 of the network's [0-9]+ tensors is not there"),
+        (lambda state: state.update(extra=torch.zeros(3)), "1 is left over, as 'extra'"),
         (lambda state: state.update({"features.conv0.weight": torch.zeros(16, 2, 3, 3)}), "has another shape"),
         (lambda state: state.pop("classifier.weight"), "no classifier"),
     ],
@@ -337,6 +338,12 @@ def test_the_record_names_the_file(whole, source, tmp_path, monkeypatch, capsys)
     convert.main()
     text = card.read_text()
     assert f"| begun with    | {source} (SHA-256 {digest}) " in text
+    odd = re.findall(r"^\| (.*?) +\| .* \| DIFFERS \| ", audit, re.M)
+    (training,) = re.findall(r"^\| training +\| (.*?) +\|$", text, re.M)
+    assert len(odd) > 10 and all(f"{part} (" in training for part in odd) and training.count("; paper ") == len(odd)
+    assert training == again.audit and f"Differs from the paper in {len(odd)} of " in audit
+    assert "| outputs       | 3 classes, one label an image" in text
+    assert re.search(r"\| trained on    \| 46 images; validated on 11 others +\|", text)
     assert "mean 0.485, 0.456, 0.406" in text and "centre crop 16 pixels" in text and ", ".join(again.classes) in text
 
 

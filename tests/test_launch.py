@@ -18,11 +18,16 @@ from launch.after import cause_of, decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
 from launch.local import Controller, first_failure
+from launch.names import USUAL, refuse_unknown_names
 from launch.records import Attempt, Job, add_event, config_file, read_events, read_job, write_job, write_submission
 from launch.status import read_status, to_text
 from launch.submission import submit
-from pipeline.config import to_yaml
+from pipeline.config import load_config, to_yaml
+from pipeline.data.loader import IMAGE_PIPELINES
 from pipeline.errors import ArgumentParser, UserError
+from pipeline.models.zoo import DENSENETS, MSDNETS
+from pipeline.objective import OBJECTIVES
+from pipeline.optim import OPTIMIZERS
 from tools.lab.scaling import Machines, step_time
 
 
@@ -293,11 +298,12 @@ def test_status_shows_the_mean_auroc_of_runs_on_several_labels(tmp_path):
         return [dict(zip(head, row, strict=True)) for row in rows]
 
     errors, labels = table(both)
-    assert errors["epochs done"] == labels["epochs done"] == "1/2"
-    assert (errors["top-1 error %"], errors["top-5 error %"], errors["mean AUROC"]) == ("12.50", "1.50", "-")
-    assert (labels["top-1 error %"], labels["top-5 error %"], labels["mean AUROC"]) == ("-", "-", "0.8765")
-    (alone,) = table(both[:1])
-    assert alone == {title: cell for title, cell in errors.items() if title != "mean AUROC"}
+    assert errors["epochs"] == labels["epochs"] == "1/2"
+    judged = ("last top-1 error %", "best (epoch)", "last mean AUROC", "best AUROC (epoch)")
+    assert [errors[title] for title in judged] == ["12.50", "12.50 (1)", "-", "-"]
+    assert [labels[title] for title in judged] == ["-", "-", "0.8765", "0.8765 (1)"]
+    for status, cells, others in zip(both, (errors, labels), (judged[2:], judged[:2]), strict=True):
+        assert table([status]) == [{title: cell for title, cell in cells.items() if title not in others}]
 
 
 @pytest.mark.slow
@@ -319,7 +325,7 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     assert_equal_weights(weights(twin), weights(torchrun))
     assert comparable_records(twin) == comparable_records(torchrun)
     status = run_module("launch", "status", tmp_path).stdout
-    assert " done " in status and "6/6" in status and "top-1 error %" in status
+    assert " done " in status and "6/6" in status and "last top-1 error %" in status
     logs = run_module("launch", "logs", run).stdout
     assert RESUMING.search(logs) and "1: interrupted: rank 1 has lost contact" in logs
 
@@ -369,6 +375,41 @@ def test_a_refused_submission_leaves_nothing_and_changes_nothing(tmp_path, monke
     with pytest.raises(UserError, match="sbatch refuses"):
         submit(configs, Cluster(partition="nowhere"))
     assert [file.name for file in before.parent.iterdir()] == ["submitted.yaml"] and before.read_text() == "as accepted"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        (
+            "--optim.optimizer",
+            "adamv",
+            r"optim.optimizer: there is no 'adamv' \(did you mean 'adamw'\?\); choose sgd, ",
+        ),
+        ("--optim.objective", "entropy", "optim.objective: there is no 'entropy'"),
+        ("--model.name", "densenet123", "model.name: there is no network 'densenet123'"),
+        ("--model.name", "densenet_bc41_k12", "model.name: .* its depth must be 4"),
+        ("--model.dense_block", "fuse", r"model.dense_block: there is no 'fuse' \(did you mean 'fused'\?\)"),
+        ("--data.loader", "nativ", r"data.loader: there is no 'nativ' \(did you mean 'native'\?\)"),
+    ],
+)
+def test_a_name_that_the_job_would_not_know_is_refused_before_it_is_submitted(
+    tmp_path, monkeypatch, flag, value, expected
+):
+    monkeypatch.chdir(REPOSITORY)
+    words = ["configs/demo.yaml", "--cluster", "local", "--run_dir", str(tmp_path / "runs" / "a"), flag, value]
+    with pytest.raises(UserError, match=expected):
+        start(words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_usual_names_are_known_and_need_no_look(monkeypatch):
+    registries = {
+        "model.name": [*DENSENETS, *MSDNETS], "model.dense_block": ["auto", "eager"], "optim.optimizer": OPTIMIZERS,
+        "optim.objective": OBJECTIVES, "data.loader": ["auto", *IMAGE_PIPELINES],
+    }  # fmt: skip
+    assert not [name for key, names in USUAL.items() for name in names if name not in registries[key]]
+    monkeypatch.setattr("launch.names.refuse_what_registries_lack", lambda config: pytest.fail(config.model.name))
+    refuse_unknown_names([load_config(file) for file in sorted(REPOSITORY.glob("configs/*.yaml"))])
 
 
 def test_without_slurm_a_dry_run_shows_the_script_and_a_submission_is_refused(tmp_path, monkeypatch, capsys):

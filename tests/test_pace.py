@@ -30,11 +30,27 @@ def test_the_rest_of_an_epoch_and_of_a_run():
     pace.steps(4, 8.0)
     pace.steps(1, 2.0)
     assert pace.remaining(7) == pytest.approx((3 * 2 + 2, 3 * 2 + 2 + 2 * (20 + 2)))
-    pace.validation(5.0)
+    pace.epoch_end(0, 5.0)
     assert pace.remaining(10) == pytest.approx((5, 5 + 2 * (20 + 5)))  # validation is still to come
     assert pace.remaining(11) == pytest.approx((9 * 2 + 5, 9 * 2 + 5 + 20 + 5))
-    assert pace.remaining(30) == pytest.approx((5, 5))
+    assert pace.remaining(30) == pytest.approx((5, 5)) and pace.text(30) == "5 s to the epoch's end, 5 s to the run's"
     assert [duration(s) for s in (0, 59, 61, 7260, 180000)] == ["0 s", "59 s", "1 min", "2 h 1 min", "2 d 2 h"]
+
+
+def test_an_end_that_is_not_measured_is_not_told_as_no_time():
+    """The end of an epoch is validation, pictures and saving; pictures are drawn here after the first and the last epoch."""
+    pace = Pace(steps_per_epoch=10, epochs=4, images=(300, 1), draws=lambda epoch: epoch in (0, 3))
+    pace.steps(10, 20.0)
+    assert pace.text(10) == "0 s of training left in the epoch, 1 min in the run"
+    pace.epoch_end(0, 8.0)
+    pace.steps(10, 20.0)
+    assert pace.text(20) == "0 s of training left in the epoch, 40 s in the run"
+    pace.epoch_end(1, 3.0)
+    pace.steps(9, 18.0)
+    assert (
+        pace.text(29) == "5 s to the epoch's end, 33 s to the run's"
+        and pace.text(40) == "8 s to the epoch's end, 8 s to the run's"
+    )
 
 
 def test_the_time_of_a_validation_counts_each_set_of_weights(tmp_path):
@@ -67,8 +83,12 @@ def test_a_run_tells_its_time_and_the_log_keeps_what_it_said(tmp_path, capsys, m
     config = small_config(tmp_path, data={"synthetic_images": 71, "threads": 3}, train={"log_every": 1})
     trainer.fit(config, hooks=[Slow()])
     said = capsys.readouterr().out
-    shown = r"images/s, \d+ % waiting for data, \d+ s to the epoch's end, \d+ s to the run's$"
-    assert re.search(rf"^{STAMP}epoch 1/2, step 2/6: loss .* {shown}", said, re.M), said
+    for epoch, left in (
+        (1, r"\d+ s of training left in the epoch, \d+ s in the run"),
+        (2, r"\d+ s to the epoch's end, \d+ s to the run's"),
+    ):
+        shown = rf"images/s, \d+ % waiting for data, {left}$"
+        assert re.search(rf"^{STAMP}epoch {epoch}/2, step 2/6: loss .* {shown}", said, re.M), said
     assert (
         "12 images (what a batch-norm statistic sees); 6 steps an epoch, the last one of 11 images (11 in a sta" in said
     )

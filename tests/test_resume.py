@@ -1,5 +1,6 @@
 """Nothing of a run is lost: damaged or missing checkpoints, changes on purpose, records that are the user's."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -16,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.finite import way_on, way_on_from_validation
 from pipeline.hooks import Hook
+from pipeline.resume import Conditions, check_same_run
 from pipeline.run import Run
 from pipeline.run_dir import STATUS
 
@@ -341,10 +343,85 @@ def test_all_that_has_changed_is_refused_at_once(tmp_path):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
     with pytest.raises(
         UserError,
-        match=r"optim.epochs was 1 and is now 3; optim.lr was 0.1 and is now 0.3; optim.milestones was  and is now 1; "
+        match=r"optim.epochs was 1 and is now 3; optim.lr was 0.1 and is now 0.3; optim.milestones was none and is now 1; "
         r"put it back, change it on purpose with --train.change optim.epochs,optim.lr,optim.milestones",
     ):
         trainer.fit(small_config(tmp_path, optim={"epochs": 3, "lr": 0.3}))
+
+
+def check(tmp_path, now: dict, epoch: int = 1, **conditions) -> dict:
+    """Whether a run of two epochs may resume after so many of them, with other fields and under other conditions."""
+    config, before = small_config(tmp_path), Conditions(["a", "b"], "0" * 64, [46, 11], "synthetic", 1)
+    whole = {"optimizer": {}, "scaler": {}, "progress": {"epoch": epoch}}
+    state = whole | {"config": dataclasses.asdict(config), "conditions": dataclasses.asdict(before)}
+    return check_same_run(state, small_config(tmp_path, **now), dataclasses.replace(before, **conditions))
+
+
+@pytest.mark.parametrize(
+    ("now", "epoch", "conditions", "must_be", "may"),
+    [
+        ({"optim": {"lr": 0.2, "batch_size": 6}}, 1, {}, "optim.batch_size", "--train.change optim.lr"),
+        (
+            {"seed": 2, "optim": {"lr": 0.2, "epochs": 9, "batch_size": 6}, "train": {"change": "optim.epochs"}},
+            1, {}, "seed and optim.batch_size", "--train.change optim.epochs,optim.lr",
+        ),
+        ({"optim": {"lr": 0.2}}, 1, {"fingerprint": "1" * 64}, "the data", "--train.change optim.lr"),
+        ({"optim": {"lr": 0.2}}, 1, {"classes": ["a"]}, "the classes", "--train.change optim.lr"),
+        (
+            {"data": {"holdout": 9}, "optim": {"lr": 0.2}}, 1, {"fingerprint": "1" * 64},
+            "data.holdout", "--train.change optim.lr",
+        ),
+        ({"data": {"holdout": 9}}, 1, {"fingerprint": "1" * 64, "classes": ["a"]}, "", ""),
+        (
+            {"optim": {"lr": 0.2}, "train": {"change": "optim.lr"}}, 1, {"ranks": 2},
+            "", "--train.change optim.lr --train.allow_world_size_change",
+        ),
+        ({"optim": {"lr": 0.2}}, 2, {}, "", "--optim.epochs N --train.change optim.lr,optim.epochs (N above 2, the epochs"),
+        ({"optim": {"epochs": 1}}, 2, {}, "", "--optim.epochs N --train.change optim.epochs,optim.milestones (N above 2"),
+    ],
+)  # fmt: skip
+def test_advice_is_not_refused_when_it_is_followed(tmp_path, now, epoch, conditions, must_be, may):
+    """What can never change is said the first time, and the flags for the rest are all that it needs."""
+    with pytest.raises(UserError) as refusal:
+        check(tmp_path, now, epoch, **conditions)
+    said = str(refusal.value)
+    assert said.endswith(", or start anew with another --run_dir") and "\n" not in said
+    assert (f"; {must_be} must be as before; the rest may change with {may}" in said) == bool(must_be)
+    assert (
+        must_be
+        or (f"; put it back, change it on purpose with {may}" if may else "; put it back (a run with another") in said
+    )
+    if not may:
+        return
+    followed = {
+        name: {**fields} if isinstance(fields, dict) else fields for name, fields in now.items() if name != "seed"
+    }
+    followed.get("optim", {}).pop("batch_size", None)
+    followed.pop("data", None)
+    change = re.search(r"--train.change (\S+)", may)[1]
+    followed["train"] = {"change": change, "allow_world_size_change": "allow_world_size" in may}
+    followed["optim"] = followed.get("optim", {}) | ({"epochs": 5} if "optim.epochs N" in may else {})
+    conditions = {name: value for name, value in conditions.items() if name == "ranks"}
+    assert sorted(check(tmp_path, followed, epoch, **conditions)) == sorted(
+        set(change.split(",")) - {"optim.milestones"}
+    )
+
+
+def test_a_rate_that_rises_again_is_said_once(tmp_path, capsys):
+    """A cosine that has come to its end is stretched by more epochs: 0.1 (1 + cos(3/4 pi)) / 2, and half of 0.1."""
+    cosine = {"schedule": "cosine"}
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1, **cosine}))
+    rates = "0.01464 in the last step, 0.05 in the next"
+    line = f"with this change the learning rate rises: {rates} (schedule cosine over 2 epochs)"
+    assert line not in capsys.readouterr().out
+    more = small_config(tmp_path, optim={"epochs": 2, **cosine}, train={"change": "optim.epochs"})
+    assert f"warning: {line}" in trainer.dry_run(more)
+    trainer.fit(more)
+    assert capsys.readouterr().out.count(line) == 1
+    rates = [record["train/learning_rate"] for record in records(more) if "train/learning_rate" in record]
+    assert rates[1] == pytest.approx(0.01464, abs=1e-5) and rates[2] > rates[1]
+    trainer.fit(more)
+    assert line not in capsys.readouterr().out
 
 
 def test_a_link_to_nowhere_is_not_a_run_that_never_was(finished, tmp_path):

@@ -59,10 +59,39 @@ def test_the_state_of_a_run_that_torchrun_has_started(tmp_path, log, state, atte
     assert runs_below(tmp_path / "runs") == runs_below(run) == [run]
     status = read_status(run, {})
     assert (status.state, status.attempts, status.job) == (state, attempts, None) and status.reason.startswith(reason)
-    assert (status.epoch, status.epochs, status.step, status.top1_error) == (1, 2, 4, 12.5)
+    assert (status.epoch, status.epochs, status.step) == (1, 2, 4)
     _, *cells = re.split("  +", to_text([status]).splitlines()[1])
     remaining = "0 s" if state == "done" else "2 h 2 min"
-    assert cells == ["-", state, str(attempts), "1/2", "4", "12.50", "1.50", "40.0", remaining, "-"]
+    assert cells == ["-", state, str(attempts), "1/2", "4", "12.50", "12.50 (1)", "40.0", remaining, "-"]
+
+
+def test_errors_say_whose_they_are_and_the_speed_is_that_of_the_last_lines(tmp_path):
+    """The best epoch is the first of the least error, as `best.pt` is; AUROC that is not defined (null) is passed over."""
+    run = run_of_torchrun(tmp_path / "a", f"{BEGIN}{TIME}ended\n")
+    speeds = [20.0, 21.0, 22.0, 100.0, 104.0, 90.0, 108.0]
+    records = [{"step": i + 1, "epochs": 0.1, "speed/images_per_second": speed} for i, speed in enumerate(speeds)]
+    errors, aurocs = [50.0, 43.33, 44.17, 43.33, 44.0], [None, 0.6, None, 0.9, None]
+    for epochs, (error, auroc) in enumerate(zip(errors, aurocs, strict=True), start=1):
+        records.append({"step": 9, "epochs": epochs, "val/loss": 1, "val/top1_error": error, "val/mean_auroc": auroc})
+
+    def shown(count: int) -> list[str]:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:count]))
+        head, row = (re.split("  +", line) for line in to_text([read_status(run, {})]).splitlines())
+        titles = ("last top-1 error %", "best (epoch)", "last mean AUROC", "best AUROC (epoch)", "images/s")
+        return [dict(zip(head, row, strict=True)).get(title, "") for title in titles]
+
+    assert shown(6) == ["-", "-", "", "", "90.0"]  # of 21, 22, 90, 100 and 104
+    assert shown(8) == ["50.00", "50.00 (1)", "-", "-", "100.0"]
+    assert shown(12) == ["44.00", "43.33 (2)", "-", "0.9000 (4)", "100.0"]
+    records = records[:4]
+    assert shown(4)[-1] == "21.5"  # of an even number the mean of the two in the middle
+
+
+def test_the_last_minute_is_not_told_to_the_second(tmp_path):
+    """What is left then is validation and saving, and the last log line may be old."""
+    run = run_of_torchrun(tmp_path / "a", BEGIN)
+    (run / "metrics.jsonl").write_text('{"step": 4, "speed/images_per_second": 9, "speed/remaining_seconds": 0.2}\n')
+    assert "  < 1 min  " in to_text([read_status(run, {})])
 
 
 def test_a_run_that_trains_now_is_running(tmp_path):

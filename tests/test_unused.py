@@ -116,7 +116,7 @@ def test_a_run_resumes_without_what_did_nothing(tmp_path):
     """As runs of before may have it; with its part on it counts."""
     now = Conditions(classes=["a"], fingerprint="f", images=[1, 1], loader="native", ranks=1)
     file, odd = file_of(tmp_path, {}), {"optim": {"milestones": (10, 20)}, "data": {"erasing_fill": "noise"}}
-    state = dict.fromkeys(("optimizer", "scaler", "progress")) | {"conditions": dataclasses.asdict(now)}
+    state = {"optimizer": {}, "scaler": {}, "progress": {"epoch": 0}, "conditions": dataclasses.asdict(now)}
 
     def changed(flags):
         config = load_config(file, flags)

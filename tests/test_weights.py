@@ -309,6 +309,26 @@ def test_how_images_are_prepared_is_known_or_said_to_be_assumed(name, outputs, t
         assert f"--crop-size {data.crop_size} --interpolation {data.interpolation} --mean {numbers} --std " in said
 
 
+def test_a_run_without_a_best_checkpoint_says_what_to_take(tmp_path, user_error):
+    run, output = tmp_path / "run", tmp_path / "new" / "out.pth"
+    last = run / "checkpoints" / "last.pt"
+    last.parent.mkdir(parents=True)
+    (run / "log.txt").touch()
+
+    def said() -> str:
+        line = user_error(convert, run, output)
+        assert line == user_error(predict, last.parent, "a.jpg")
+        return line.removeprefix("error: ")
+
+    assert said() == f"the run in {run} has saved no checkpoint yet: wait for the end of its first epoch"
+    last.touch()
+    first = "wait for the end of the first one"
+    assert said() == f"no epoch of the run in {run} is validated yet: {first}, or give {last}"
+    (run / "status.json").write_text('{"epoch": 1}')
+    assert said() == f"the run in {run} has lost its checkpoints/best.pt: give {last}, its last checkpoint"
+    assert not output.parent.exists()
+
+
 def test_a_file_that_does_not_say_how_images_are_prepared_is_told_of_until_flags_say_it(tmp_path, monkeypatch, capsys):
     bare, converted = tmp_path / "bare.pth", tmp_path / "of a blank" / "converted.pth"
     torch.save(create_model("densenet_bc22_k8", 3).state_dict(), bare)
@@ -425,7 +445,7 @@ def test_wrong_files_get_one_line_and_run_no_code(tmp_path, monkeypatch, theirs,
             read_weights(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert not Path("hostile-was-here").exists()
-    with pytest.raises(UserError, match="10 names of classes were given"):
+    with pytest.raises(UserError, match="give as many class names, not 10"):
         read_weights(tmp_path / "whole.pth", classes=tuple("abcdefghij"))
     with pytest.raises(
         UserError, match="another architecture: .* tensors are not there, as 'features.*; .* left over, as"
@@ -452,9 +472,9 @@ def test_wrong_files_get_one_line_and_run_no_code(tmp_path, monkeypatch, theirs,
 def test_an_odd_tensor_is_named_and_the_others_are_known(tmp_path, prefix, odd):
     state = {prefix + name: value for name, value in create_model("densenet_bc40_k12", 5).state_dict().items()}
     torch.save({**state, odd: torch.zeros(3)}, tmp_path / "more.pth")
-    with pytest.raises(UserError, match=f"more.pth .*: 1 are left over, as '{odd}'"):
+    with pytest.raises(UserError, match=f"more.pth .*: 1 is left over, as '{odd}'"):
         read_weights(tmp_path / "more.pth")
     missing = prefix + "features.norm5.weight"
     torch.save({name: value for name, value in state.items() if name != missing}, tmp_path / "less.pth")
-    with pytest.raises(UserError, match="less.pth .*: 1 of the network's .* are not there, as 'features.norm5.weight'"):
+    with pytest.raises(UserError, match="less.pth .*: 1 of the network's .* is not there, as 'features.norm5.weight'"):
         read_weights(tmp_path / "less.pth")

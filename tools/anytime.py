@@ -4,7 +4,8 @@ WEIGHTS are of an MSDNet, a network with early exits. For each exit: its error, 
 time. For budgets: an image leaves at the first exit that is sure enough of it; how sure an exit must be is chosen on held-out
 images (those that the run held out of its training images, or --thresholds), for 39 wanted distributions over the exits;
 reported are the error, the mean cost and the measured images/s when what has left is really computed no further, and what
-stays waits until it fills a batch again. Images are prepared as in the evaluation of the run that trained the weights. No GPU has run it.
+stays waits until it fills a batch again. Images are prepared as in the evaluation of the run that trained the weights. No
+GPU has run it.
 """
 
 import dataclasses

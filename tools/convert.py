@@ -9,9 +9,10 @@ model card too. Where a file does not say how images are prepared, flags say it.
 
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.weights import Weights, write_safetensors, write_torch
+from pipeline.words import counted
 from tools.support.facts import parameters
 from tools.support.model_card import model_card
-from tools.support.outputs import writable_file
+from tools.support.outputs import in_folder, writable_file
 from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
 
 WRITERS = {".safetensors": write_safetensors, ".pth": write_torch}
@@ -32,15 +33,14 @@ def main() -> None:
         raise UserError(f"{options.weights} says how the images of its run were prepared: leave out {flags}")
     WRITERS[output.suffix](weights, output)
     if card:
-        card.write_text(model_card(weights, output))
+        in_folder(card).write_text(model_card(weights, output))
     print(f"{describe(weights)}: {output}")
 
 
 def describe(weights: Weights) -> str:
     note = f" ({weights.note})" if weights.note else ""
-    return (
-        f"{weights.config.model.name}, {parameters(weights.network):,} parameters, {len(weights.classes)} classes{note}"
-    )
+    classes = counted(len(weights.classes), "class", "classes")
+    return f"{weights.config.model.name}, {parameters(weights.network):,} parameters, {classes}{note}"
 
 
 if __name__ == "__main__":

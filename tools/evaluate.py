@@ -28,7 +28,6 @@ import numpy as np
 
 from pipeline.audit import (
     ON_IMAGENET,
-    audit,
     count_differences,
     is_papers_data,
     origin_text,
@@ -57,7 +56,7 @@ from tools.support.facts import multiply_accumulates, network_without_weights, p
 from tools.support.label_files import find_label_file
 from tools.support.label_report import describe_labels
 from tools.support.output_subset import restrict_outputs
-from tools.support.outputs import writable_file, writable_folder
+from tools.support.outputs import in_folder, writable_file, writable_folder
 from tools.support.progress import Progress
 from tools.support.significance import mcnemar, wilson_interval
 from tools.support.weights_arguments import (
@@ -106,7 +105,7 @@ def main() -> None:
             if len(results) > 1:
                 print(comparisons_to_text(summary))
             if options.json:
-                Path(options.json).write_text(json.dumps(summary, indent=2) + "\n")
+                in_folder(Path(options.json)).write_text(json.dumps(summary, indent=2) + "\n")
             if options.report:
                 write_report(Path(options.report), summary, evaluations, indexes)
 
@@ -206,9 +205,9 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
 def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argparse.Namespace) -> None:
     """The files of each image's answers and logits that were asked for."""
     if options.predictions:
-        write_answers(Path(options.predictions), evaluation, candidate.index)
+        write_answers(in_folder(Path(options.predictions)), evaluation, candidate.index)
     if options.report and evaluation.logits is not None:
-        np.save(Path(options.report, f"{candidate.name}.npy"), evaluation.logits)
+        np.save(in_folder(Path(options.report, f"{candidate.name}.npy")), evaluation.logits)
         write_answers(Path(options.report, f"{candidate.name}.csv"), evaluation, candidate.index)
 
 
@@ -439,11 +438,12 @@ def _prepared(data: DataConfig) -> tuple[str, int, int]:
 def recipe_of(weights: Weights) -> str | None:
     """How many parts of the training differed from the paper's, and where they stand; None if its data were others, or if that
     is not known."""
-    if weights.microbatches is None or not is_papers_data(weights.config, len(weights.classes)):
+    rows, images = weights.audit_rows, weights.measured.images if weights.measured else None
+    if rows is None or not is_papers_data(weights.config, len(weights.classes), images):
         return None
     if setting_for(weights.config) in ON_IMAGENET and weights.classes != imagenet_ids():
         return None
-    text = count_differences(audit(weights.config, weights.microbatches), setting_for(weights.config).paper)
+    text = count_differences(rows, setting_for(weights.config).paper)
     file = Path(weights.origin).parent.parent / "audit.md"  # of a run's checkpoint
     return f"{text}: {file}" if file.exists() else text
 

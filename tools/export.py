@@ -21,7 +21,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import single_output
 from pipeline.weights import Weights
-from tools.support.outputs import writable_file
+from tools.support.outputs import in_folder, writable_file
 from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -52,7 +52,7 @@ def main() -> None:
     weights = read_weights_of(options, options.weights)
     weights = dataclasses.replace(weights, network=single_output(weights.network, options.exit, options.weights))
     content, difference = export(weights, output.suffix)
-    output.write_bytes(content)
+    in_folder(output).write_bytes(content)
     note = f" ({weights.note})" if weights.note else ""
     print(
         f"{output}{note}: logits of {' and '.join(map(str, BATCH_SIZES))} images differ from PyTorch's by {difference:.1e}"

@@ -25,11 +25,11 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
-from pipeline.run_dir import epochs_done, read_records
+from pipeline.run_dir import epochs_done, read_records, why_no_best
 from pipeline.weights import read_weights
 from tools.support import published
 from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
-from tools.support.outputs import writable_folder
+from tools.support.outputs import in_folder, writable_folder
 from tools.support.weights_arguments import names_of_files
 
 # Okabe and Ito's colours, which the colour-blind tell apart; each run has a marker of its own beside.
@@ -82,16 +82,17 @@ class Run:
 
     @property
     def error(self) -> float:
-        """Validation top-1 error in percent, chosen as in the paper: the best epoch on ImageNet and SVHN, else the last one."""
-        errors = [record["val/top1_error"] for record in self.epochs]
-        return min(errors) if self.data in ("ImageNet", "SVHN") else errors[-1]
+        """Validation top-1 error in percent after the best epoch, whose weights ``best.pt`` has and our commands take."""
+        return min(record["val/top1_error"] for record in self.epochs)
 
     @property
     def label(self) -> str:
-        """Its name in a legend, and the epoch that it has reached if it has not ended."""
+        """Its name in a legend, and whose error is shown: the best epoch of those that have ended."""
+        best = next(record for record in self.epochs if record["val/top1_error"] == self.error)
         done, planned = len(self.epochs), self.config.optim.epochs
+        of = f"{done}" if done == planned else f"{done} so far, {planned} planned"
         held_out = ", held-out training images" if self.config.data.holdout else ""
-        return f"ours: {self.name}{'' if done == planned else f', epoch {done} of {planned}'}{held_out}"
+        return f"ours: {self.name}, best epoch ({epochs_done(best):.0f} of {of}){held_out}"
 
     def network(self) -> nn.Module:
         """The network without its weights."""
@@ -153,6 +154,8 @@ def runs_in(folder: Path) -> list[Path]:
         UserError: there is none.
     """
     found = [run for run in (folder, *sorted(folder.glob("*/"))) if whole_epochs(run)]
+    if not found and (reason := why_no_best(folder)):
+        raise UserError(reason)
     if not found:
         raise UserError(
             f"{folder} holds no run that has ended an epoch: give a run directory, a folder of runs, or a .pt file"
@@ -342,13 +345,15 @@ def draw_imagenet(runs: list[Run]) -> Figure:
 
 
 def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> None:
-    """A point for each run, named in the legend alone, as runs of one network stand close; of many one series."""
+    """A point for each run after its best epoch, named in the legend alone, as runs of one network stand close; of many one
+    series."""
     errors = [run.error for run in runs]
     if len(runs) > MANY:
         best = runs[errors.index(min(errors))].name
         axes.plot(
-            xs, errors, "*", color="black", markersize=10, zorder=5, label=f"ours: {len(runs)} runs, the best {best}"
-        )
+            xs, errors, "*", color="black", markersize=10, zorder=5,
+            label=f"ours: {len(runs)} runs after their best epochs, the best {best}",
+        )  # fmt: skip
         return
     for number, (run, x) in enumerate(zip(runs, xs, strict=True)):
         look = {"color": COLORS[-1 - number % len(COLORS)], "marker": MARKERS[-1 - number]}
@@ -395,7 +400,7 @@ def millions(count: int) -> float:
 
 
 def save(figure: Figure, file: Path) -> Path:
-    figure.savefig(file, dpi=110)
+    figure.savefig(in_folder(file), dpi=110)
     return file
 
 

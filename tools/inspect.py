@@ -23,6 +23,7 @@ from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseBlock, DenseNet
 from pipeline.models.msdnet import Layer, MSDNet
 from pipeline.models.zoo import cifar_densenet
+from pipeline.words import counted
 from tools.support.facts import ExitCost, exit_costs, multiply_accumulates_by_module, on_meta, parameters
 from tools.support.markdown import table
 
@@ -69,18 +70,18 @@ def main() -> None:
     except (RuntimeError, ValueError, AssertionError) as error:  # what networks raise over images of a wrong size
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{options.model} cannot take {options.batch} images of {size} x {size} pixels: {reason}"
+            f"{options.model} cannot take {counted(options.batch, 'image')} of {size} x {size} pixels: {reason}"
         ) from None
 
     count, work = parameters(network), sum(stage.multiply_accumulates for stage in stages)
-    print(f"{options.model}: {size} x {size} pixels, {classes} classes")
+    print(f"{options.model}: {size} x {size} pixels, {counted(classes, 'class', 'classes')}")
     print(f"{count:,} parameters, {work / 1e9:.3f} billion multiply-accumulates an image\n")
     print("\n".join(stage_table(stages)))
     if isinstance(network, MSDNet):
         print("\nAn answer at each exit, with all before it:\n")
         bare = on_meta(create_model, options.model, classes)
         print("\n".join(exit_table(exit_costs(cast("MSDNet", bare), size))))
-    print(f"\nKept for the backward pass, measured with {options.batch} images:\n")
+    print(f"\nKept for the backward pass, measured with {counted(options.batch, 'image')}:\n")
     print("\n".join(table(["dense_block", "activation_checkpointing", "computed", "MiB an image"], memory, names=3)))
 
 
@@ -114,10 +115,10 @@ def stages_of(network: nn.Module, size: int) -> list[StageCost]:
     else:
         rows = [(name, type(module).__name__, [name]) for name, module in network.named_children()]
     stages: list[StageCost] = []
-    counted: set[nn.Parameter] = set()
+    seen: set[nn.Parameter] = set()
     for title, layers, parts in rows:
-        own = {p for part in parts for p in network.get_submodule(part).parameters()} - counted  # modules may share
-        counted |= own
+        own = {p for part in parts for p in network.get_submodule(part).parameters()} - seen  # modules may share
+        seen |= own
         numbers = sum(p.numel() for p in own), sum(work[part] for part in parts)
         stages.append(StageCost(title, layers, shapes.get(parts[-1], ()), *numbers))
     rest = StageCost(

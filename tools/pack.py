@@ -22,6 +22,7 @@ from tqdm import tqdm
 from pipeline.data.index import DatasetIndex, cache_beside, known_cache, scan_classes
 from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.words import counted
 
 MIB = 2**20
 
@@ -57,7 +58,8 @@ def main() -> None:
         raise UserError(f"{pattern} does not hold what {source} does: the disk or the memory is faulty; pack again")
     size = sum(shard.stat().st_size for shard in shards)
     print(
-        f"{len(packed):,} images of {len(packed.classes):,} classes, {size / MIB:,.0f} MiB in {len(shards):,} shards, in "
+        f"{counted(len(packed), 'image')} of {counted(len(packed.classes), 'class', 'classes')}, {size / MIB:,.0f} MiB in "
+        f"{counted(len(shards), 'shard')}, in "
         f"{time.perf_counter() - start:.0f} s\ntrain on them with --data.dir {out} --data.{options.name} {pattern.name}"
     )
 

@@ -48,8 +48,9 @@ from pipeline.models.folding import folded
 from pipeline.models.msdnet import MSDNet
 from pipeline.precision import set_tf32
 from pipeline.weights import Weights
+from pipeline.words import counted
 from tools.support.budgets import read_budget
-from tools.support.outputs import ANY_NAME, writable_file
+from tools.support.outputs import ANY_NAME, in_folder, writable_file
 from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
@@ -103,7 +104,7 @@ def main() -> None:
         check_image_size(network, data.crop_size, options.weights, data.channels)
         rows = None
         if options.csv:
-            rows = csv.writer(stack.enter_context(open(options.csv, "w", newline="", **ANY_NAME)))
+            rows = csv.writer(stack.enter_context(open(in_folder(Path(options.csv)), "w", newline="", **ANY_NAME)))
             rows.writerow(["file", *(classes if several else _titles(top, bool(names)))])
         bar = stack.enter_context(
             tqdm(total=len(files), unit=" images", leave=False, disable=None if options.csv else True)
@@ -128,9 +129,9 @@ def main() -> None:
                 lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
                 print("\n".join([file, *lines]).encode(errors="surrogateescape").decode(errors="replace"), flush=True)
     if options.csv:
-        print(f"{options.csv}: {len(files):,} images")
+        print(f"{options.csv}: {counted(len(files), 'image')}")
     if options.json:
-        Path(options.json).write_text(json.dumps(answers, indent=2) + "\n")
+        in_folder(Path(options.json)).write_text(json.dumps(answers, indent=2) + "\n")
 
 
 def network_of(weights: Weights, options: Namespace) -> nn.Module:

@@ -33,13 +33,13 @@ class Pictures(Hook):
     def on_batch(self, trainer: Training, batch: Batch) -> None:
         """The first images of an epoch, as the network sees them."""
         run = trainer.run
-        if run.progress.step == 0 and trainer.microbatch == 0 and _due(run, run.progress.epoch):
+        if run.progress.step == 0 and trainer.microbatch == 0 and pictures_due(run, run.progress.epoch):
             picture = draw_grid(_shown(run, batch.images[:SAMPLES]), _classes(run, batch), COLUMNS)
             trainer.monitor.image("images/training_batch", picture, run.done_steps + 1)
 
     def on_epoch(self, trainer: Training, result: EpochResult) -> None:
         run = trainer.run
-        if not _due(run, result.epoch):
+        if not pictures_due(run, result.epoch):
             return
         self._samples = self._samples or _validation_samples(run)
         captions = _answers(run, self._samples)
@@ -52,7 +52,8 @@ class Pictures(Hook):
             trainer.monitor.figure("images/feature_reuse", reuse, run.done_steps)
 
 
-def _due(run: Run, epoch: int) -> bool:
+def pictures_due(run: Run, epoch: int) -> bool:
+    """Whether this rank draws at the end of an epoch, counted from 0."""
     every, done = run.config.train.pictures_every, epoch + 1
     return bool(run.world.is_main and every and (done == 1 or done % every == 0 or done == run.config.optim.epochs))
 

@@ -1,12 +1,14 @@
 """What a run records and says while it trains: what it is, scalars, log lines and a progress bar."""
 
 import time
+from functools import partial
 
 from pipeline.config import to_yaml
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
+from pipeline.hooks.pictures import pictures_due
 from pipeline.monitor import peak_memory
-from pipeline.pace import Pace, duration
-from pipeline.report import about, hyperparameters
+from pipeline.pace import Pace
+from pipeline.report import about, hyperparameters, rising_rate
 from pipeline.run import Run
 from pipeline.words import counted
 
@@ -22,8 +24,9 @@ class Records(Hook):
         self._window_images = self._window_steps = 0
         loader = run.train_loader
         validated = len(run.val_loader.index) * len(run.validated)
-        self._pace = Pace(loader.steps_per_epoch, run.config.optim.epochs, (len(loader.index), validated))
-        self._validation_start: float | None = None
+        images = len(loader.index), validated
+        self._pace = Pace(loader.steps_per_epoch, run.config.optim.epochs, images, partial(pictures_due, run))
+        self._epoch_end: float | None = None  # when the last step of the epoch before was done
         self._waits: list[float] = []  # shares of time that the last two windows waited for images
         self._hinted = False
 
@@ -42,11 +45,15 @@ class Records(Hook):
         monitor.hyperparameters(hyperparameters(run.config))
         for line in run.history.lines():
             monitor.say(line)
+        if line := rising_rate(run):
+            monitor.say(line)
         monitor.say(run.description())
 
     def on_step_start(self, trainer: Training) -> None:
         run = trainer.run
         if self._window_start is None:
+            if self._epoch_end is not None:  # this process has trained the last step of the epoch before
+                self._pace.epoch_end(run.progress.epoch - 1, time.perf_counter() - self._epoch_end)
             self._begin_window(trainer)
         monitor, progress = trainer.monitor, run.progress
         monitor.show_progress(
@@ -65,13 +72,11 @@ class Records(Hook):
             self._log(trainer, result)
             self._begin_window(trainer)
         if result.last:  # what follows is validation
-            self._window_start, self._validation_start = None, time.perf_counter()
+            self._window_start, self._epoch_end = None, time.perf_counter()
             trainer.monitor.hide_progress()
 
     def on_epoch(self, trainer: Training, result: EpochResult) -> None:
         run, train, val = trainer.run, result.train, result.val
-        if self._validation_start is not None:  # this process has trained the epoch's last step
-            self._pace.validation(time.perf_counter() - self._validation_start)
         values = {
             **{f"epoch/train_{name}": value for name, value in train.records().items()},
             "epoch/skipped_images": len(run.train_loader.index) - train.images,
@@ -115,7 +120,6 @@ class Records(Hook):
             return
         waiting = trainer.seconds["data"] / seconds
         self._pace.steps(self._window_steps, seconds)
-        epoch_left, run_left = self._pace.remaining(run.done_steps)
         speed, device = self._window_images / seconds, "GPU" if run.world.device.type == "cuda" else "rank"
         each = f" ({speed / run.world.size:.1f} a {device})" if run.world.size > 1 else ""
         values = {
@@ -123,7 +127,7 @@ class Records(Hook):
             "train/learning_rate": result.learning_rate,
             "train/gradient_norm": result.gradient_norm or 0.0,
             "speed/images_per_second": speed,
-            "speed/remaining_seconds": run_left,
+            "speed/remaining_seconds": self._pace.remaining(run.done_steps)[1],
             "speed/data_wait_fraction": waiting,
             "speed/checkpoint_seconds": trainer.seconds["checkpoint"],
             "memory/peak_gib": peak_memory(run.world.device) / 2**30,
@@ -133,8 +137,8 @@ class Records(Hook):
         few = f" ({counted(score.images, 'image')})" if score.images < run.config.optim.batch_size else ""
         trainer.monitor.say(
             f"{run.position}: loss {score.loss:.4f}, {score.text()}{few}, lr {result.learning_rate:.4g}, "
-            f"{speed:.1f} images/s{each}, {100 * waiting:.0f} % waiting for data, {duration(epoch_left)} to the epoch's end, "
-            f"{duration(run_left)} to the run's"
+            f"{speed:.1f} images/s{each}, {100 * waiting:.0f} % waiting for data, "
+            f"{self._pace.text(run.done_steps)}"
         )
         self._hint(trainer, waiting)
 
@@ -148,6 +152,6 @@ class Records(Hook):
         threads = trainer.run.config.data.threads or trainer.run.world.cores
         trainer.monitor.say(
             f"hint: {100 * waiting:.0f} % of the time goes into waiting for images, so that the loader is the limit: give each "
-            f"rank more cores (this one loads with {threads} threads; data.threads, --cpus-per-task on SLURM), or put the "
-            "images on a faster disk or into shards (python -m tools.pack); python -m tools.lab.loader measures it"
+            f"rank more cores (this one loads with {counted(threads, 'thread')}; data.threads, --cpus-per-task on SLURM), or "
+            "put the images on a faster disk or into shards (python -m tools.pack); python -m tools.lab.loader measures it"
         )

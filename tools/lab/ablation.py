@@ -35,7 +35,7 @@ from pipeline.exits import EXIT_RESUME
 from pipeline.parsing import value_text
 from pipeline.run_dir import epochs_done, read_records
 from tools.support.markdown import table
-from tools.support.outputs import writable_folder
+from tools.support.outputs import made_folder
 from tools.support.significance import paired_interval
 
 CONFIG = "configs/fashion-mnist.yaml"
@@ -84,7 +84,7 @@ def main() -> None:
     names = list(dict.fromkeys(["base", *(name.strip() for name in options.rows.split(",") if name.strip())]))
     for name in names:
         look_up(ROWS, name, "--rows")
-    out = writable_folder(options.run_dir, "--run-dir").absolute()
+    out = made_folder(options.run_dir, "--run-dir").absolute()
     data = out / f"images-{options.images}-{options.held_out}"
     write_images(options.data, data, options.images + options.held_out)
     shared = {

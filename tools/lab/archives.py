@@ -23,7 +23,7 @@ from pipeline.data.reader import Reader
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.lab.imagenet import TRAINING_IMAGES
-from tools.support.outputs import writable_folder
+from tools.support.outputs import made_folder
 
 BATCH_SIZE = 64
 SOURCES = {"folders": "train", "tar of tars": "train.tar"}
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # the loader needs the other cores
     keep_freed_memory()
-    place = options.folder and writable_folder(options.folder, "--folder")
+    place = options.folder and made_folder(options.folder, "--folder")
     with tempfile.TemporaryDirectory(dir=place) as folder:
         root = Path(folder)
         pack(scan_classes(options.photos, progress=True), root, options.classes, options.images)

@@ -46,7 +46,7 @@ from pipeline.models.zoo import DENSENETS
 from pipeline.optim import create_optimizer
 from tools.lab.benchmark_report import BASELINE, COMPILED, plot_growth, plot_implementations, report, summarise
 from tools.lab.machine import describe_machine
-from tools.support.outputs import writable_folder
+from tools.support.outputs import made_folder
 
 # A server imports the libraries, and forks into the processes that measure.
 PROCESSES = get_context("forkserver")
@@ -145,7 +145,7 @@ def main() -> None:
     options = _parser().parse_args()
     workloads = choose_workloads(options)
     names = choose_implementations(options)
-    output = writable_folder(options.output)
+    output = made_folder(options.output)
     results = {
         "task": options.task,
         "machine": describe_machine(["torch", "torchvision", "timm"]),

@@ -36,7 +36,7 @@ from pipeline.config import Config, from_dict, to_yaml
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from tools.lab.images import write_images
-from tools.support.outputs import writable_folder
+from tools.support.outputs import made_folder
 from tools.support.torchrun import torchrun
 
 RANKS = 2
@@ -608,7 +608,7 @@ def main() -> None:
     )
     parser.add_argument("--output", default="runs/chaos", help="folder for the table and the logs [%(default)s]")
     options = parser.parse_args()
-    folder = writable_folder(options.output)
+    folder = made_folder(options.output)
     work = Path(tempfile.mkdtemp(dir=folder, prefix="work"))
     print("the undisturbed run", flush=True)
     testbed = Testbed(work, options.model, options.seed)

@@ -34,7 +34,7 @@ from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores
 from tools.lab.imagenet import TRAINING_IMAGES
 from tools.support.markdown import table
-from tools.support.outputs import writable_folder
+from tools.support.outputs import made_folder
 from tools.support.torchrun import torchrun
 
 CLASSES, SIDE, BATCH, RANKS = 1000, 8, 256, 2
@@ -60,7 +60,7 @@ def main() -> None:
     if options.rank:
         measure(Path(options.rank[0]), Path(options.rank[1]), options.random)
         return
-    place = options.folder and writable_folder(options.folder, "--folder")
+    place = options.folder and made_folder(options.folder, "--folder")
     rows = []
     for kind in options.kinds:
         with tempfile.TemporaryDirectory(dir=place) as folder:

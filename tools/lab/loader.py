@@ -66,7 +66,7 @@ from tools.lab.loader_report import (
 )
 from tools.lab.machine import describe_machine
 from tools.lab.peers import UsualDali, torchvision_evaluation, torchvision_training
-from tools.support.outputs import writable_folder
+from tools.support.outputs import made_folder
 
 SEED = 1
 RESIZES: tuple[Interpolation, ...] = typing.get_args(Interpolation)
@@ -105,7 +105,7 @@ class Workload:
 
 def main() -> None:
     options = _parser().parse_args()
-    output = writable_folder(options.output)
+    output = made_folder(options.output)
     config = load_config(options.config).data if options.config else DataConfig()
     threads = options.threads or config.threads or available_cores()
     config = dataclasses.replace(config, interpolation=options.interpolation or config.interpolation, threads=threads)

@@ -18,7 +18,7 @@ from pipeline.data.reader import Reader
 from pipeline.words import counted
 from tools.support.budgets import limits_of
 from tools.support.markdown import table
-from tools.support.outputs import ANY_NAME
+from tools.support.outputs import ANY_NAME, in_folder
 from tools.support.report_page import Page, Thumbnails
 
 Table = tuple[list[str], list[list[str]]]
@@ -40,7 +40,7 @@ def write_report(folder: Path, result: dict[str, Any], answers: Answers, index: 
     Args:
         answers: of each exit by itself, to the images of `index`.
     """
-    (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    in_folder(folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     pictures = {"error.png": ("Error against cost", draw_curves(result))}
     shown: Shown = []
     budget = next((b for b in result["budgets"] if b["q"] == EVEN), None)
@@ -104,7 +104,7 @@ def easy_and_hard(at: np.ndarray, right: np.ndarray, labels: np.ndarray) -> Show
         found = np.flatnonzero(right & (at == exit))
         found = found[np.argsort(labels[found], kind="stable")]  # so that all classes are shown
         chosen = found[np.linspace(0, len(found) - 1, min(SHOWN, len(found))).astype(np.int64)]
-        shown.append((f"answered right at the {words} exit ({len(found):,} images)", chosen.tolist()))
+        shown.append((f"answered right at the {words} exit ({counted(len(found), 'image')})", chosen.tolist()))
     return shown
 
 

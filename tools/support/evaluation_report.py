@@ -14,7 +14,7 @@ from pipeline.parsing import value_text
 from pipeline.words import counted
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
-from tools.support.outputs import ANY_NAME
+from tools.support.outputs import ANY_NAME, in_folder
 from tools.support.report_page import (
     Page,
     Thumbnails,
@@ -42,7 +42,7 @@ def write_report(
     folder: Path, summary: dict[str, Any], evaluations: list[Evaluation], indexes: list[DatasetIndex]
 ) -> None:
     """Write report.json, report.md and report.html."""
-    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    in_folder(folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     summary, indexes = in_english(summary, indexes)
     (folder / "report.md").write_text(to_markdown(summary), **ANY_NAME)
     (folder / "report.html").write_text(to_html(summary, evaluations, indexes), **ANY_NAME)
@@ -97,7 +97,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
     lines = [
         "# Evaluation",
         "",
-        f"{first['images']:,} images of {first['data']}.",
+        f"{counted(first['images'], 'image')} of {first['data']}.",
         "",
         *(f"- {name}: {text}" for name, text in summary["about"].items()),
         "",
@@ -122,7 +122,7 @@ def to_html(summary: dict[str, Any], evaluations: list[Evaluation], indexes: lis
     """One HTML page with its pictures embedded."""
     results, first = summary["evaluations"], summary["evaluations"][0]
     page, thumbnails = Page("Evaluation"), Thumbnails(indexes[0])
-    page.facts({"data": f"{first['images']:,} images of {first['data']}"})
+    page.facts({"data": f"{counted(first['images'], 'image')} of {first['data']}"})
     page.table(_overview(results), names=2)
     page.facts(summary["about"])
     for row in summary["comparisons"]:
@@ -161,7 +161,7 @@ def _add_comparison(
     page.heading(2, f"{row['a']} and {row['b']}")
     page.lines([_comparison(row)])
     for wrong, right, number in ((a, b, row["only_a_wrong"]), (b, a, row["only_b_wrong"])):
-        page.heading(3, f"Only {wrong[0]} is wrong: {number:,} images")
+        page.heading(3, f"Only {wrong[0]} is wrong: {counted(number, 'image')}")
         page.gallery(only_wrong(wrong, right, thumbnails))
 
 
@@ -210,8 +210,8 @@ def _lines(r: dict[str, Any]) -> list[str]:
     lines += label_lines(r) if _several_labels(r) else _error_lines(r)
     if r["not_finite"]:
         lines.append(
-            f"the answers to {r['not_finite']} images are not finite and count as wrong (the first: {r['first_not_finite']}): "
-            "damaged weights, or numbers too large for --precision"
+            f"the answers to {counted(r['not_finite'], 'image')} are not finite and count as wrong (the first: "
+            f"{r['first_not_finite']}): damaged weights, or numbers too large for --precision"
         )
     if r["begun_with"]:
         lines.append(f"begun with {r['begun_with']}")
@@ -235,7 +235,8 @@ def _error_lines(r: dict[str, Any]) -> list[str]:
         ),
     ]
     if r["real"]:
-        lines.append(f"top-1 error {r['real']['top1_error']:.2f} % by the ReaL labels of {r['real']['images']} images")
+        images = counted(r["real"]["images"], "image")
+        lines.append(f"top-1 error {r['real']['top1_error']:.2f} % by the ReaL labels of {images}")
     if other := r["other_outputs"]:
         top5 = "" if other["top5_error"] is None else f", top-5 error {other['top5_error']:.2f} %"
         lines.append(
@@ -258,8 +259,9 @@ def _outputs(result: dict[str, Any]) -> str:
 
 def _comparison(row: dict[str, Any]) -> str:
     return (
-        f"{row['a']} and {row['b']}: {row['only_a_wrong']} images that only the first gets wrong, {row['only_b_wrong']} that "
-        f"only the second does; p = {row['p']:.2g} that equally good networks differ so much (McNemar)"
+        f"{row['a']} and {row['b']}: {counted(row['only_a_wrong'], 'image')} that only the first gets wrong, "
+        f"{row['only_b_wrong']} that only the second does; p = {row['p']:.2g} that equally good networks differ so much "
+        "(McNemar)"
     )
 
 

@@ -11,6 +11,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
 from pipeline.metrics import LabelScore
 from pipeline.ranking import mean_average_precision_interval, no_interval_text
+from pipeline.words import counted
 from tools.support.outputs import ANY_NAME
 
 
@@ -58,7 +59,8 @@ def label_lines(r: dict[str, Any]) -> list[str]:
     lines = [
         f"mean AUROC {with_interval(r['mean_auroc'], r['mean_auroc_interval'])}{words}{of}",
         f"mean average precision {with_interval(r['mean_average_precision'], r['mean_average_precision_interval'])}",
-        f"label error {r['label_error']:.2f} % (at probability 0.5) of {r['images']} images x {r['classes']} labels",
+        f"label error {r['label_error']:.2f} % (at probability 0.5) of {counted(r['images'], 'image')} x "
+        f"{counted(r['classes'], 'label')}",
     ]
     lines += [f"{p['source']}: mean AUROC {p['auroc']}" for p in r["published"]]
     return lines

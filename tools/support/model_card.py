@@ -3,8 +3,9 @@
 import shlex
 from pathlib import Path
 
-from pipeline.audit import origin_text
+from pipeline.audit import frozen_text, origin_text
 from pipeline.weights import Weights
+from pipeline.words import counted
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
 from tools.support.markdown import table
 
@@ -28,16 +29,18 @@ def model_card(weights: Weights, file: Path) -> str:
         ["normalisation", f"mean {_numbers(data.mean)}, standard deviation {_numbers(data.std)}"],
         [
             "outputs",
-            f"{len(weights.classes)}, {'one label' if data.labels == 'single' else 'any number of labels'} an image",
+            f"{counted(len(weights.classes), 'class', 'classes')}, "
+            f"{'one label' if data.labels == 'single' else 'any number of labels'} an image",
         ],
         ["classes", ", ".join(weights.classes[:FEW]) + (", ..." if len(weights.classes) > FEW else "")],
+        ["trained on", _images_text(weights)],
         ["begun with", origin_text(config.model) if config.model.weights else "drawn weights"],
         ["training", weights.audit or "not known"],
     ]
     if weights.audit is None and not config.model.weights:
         rows[-2][1] = "not known"
     if config.model.freeze is not None:
-        rows.append(["did not train", f"the stem and {config.model.freeze} blocks"])
+        rows.append(["did not train", frozen_text(config.model.freeze)])
     if weights.assumed:
         rows.append(["assumed", f"{', '.join(weights.assumed)}: the file that the weights come from does not say it"])
     lines = [f"# {file.name}", "", *table(["", "what"], rows, names=2), ""]
@@ -45,6 +48,16 @@ def model_card(weights: Weights, file: Path) -> str:
         f"`python -m tools.evaluate {shlex.quote(str(file))} --data DIR --report REPORT` measures its error on your images."
     )
     return "\n".join([*lines, ""])
+
+
+def _images_text(weights: Weights) -> str:
+    """How many images the weights were trained on, and how many judged them."""
+    if weights.measured is None:
+        return "not known"
+    training, validation = weights.measured.images
+    if weights.config.data.holdout:
+        return f"{counted(training, 'image')}; {validation:,} more of the training set were held out to validate on"
+    return f"{counted(training, 'image')}; validated on {validation:,} others"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

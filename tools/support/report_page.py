@@ -16,6 +16,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.evaluation import Evaluation
 from pipeline.pictures import percent_text
+from pipeline.words import counted
 from tools.support.confusion import between_groups, confusion_matrix, group_classes
 
 WORST = 24  # mistakes shown as pictures
@@ -271,7 +272,7 @@ def _matrix_picture(counts: np.ndarray, names: list[str]) -> str:
             share = rates[r, c] if r == c or not worst else rates[r, c] / worst
             color = _mixed((36, 92, 160) if r == c else (190, 40, 40), share)
             x, y = left + cell * c, top + cell * r
-            words = f"true {names[r]}, predicted {names[c]}: {counts[r, c]} images, {100 * rates[r, c]:.1f} %"
+            words = f"true {names[r]}, predicted {names[c]}: {counted(int(counts[r, c]), 'image')}, {100 * rates[r, c]:.1f} %"
             title = f"<title>{html.escape(words)}</title>"
             parts.append(f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="{color}">{title}</rect>')
             if counts[r, c]:
@@ -303,7 +304,7 @@ def _reliability_picture(figures: dict[str, Any]) -> str:
         x, width = left + side * b["low"], side * (b["high"] - b["low"]) - 1
         tall, many = side * b["accuracy"], max(low * b["images"] / most, 0.5)
         words = (
-            f"{100 * b['low']:.0f} to {100 * b['high']:.0f} %: {b['images']} images, mean probability "
+            f"{100 * b['low']:.0f} to {100 * b['high']:.0f} %: {counted(b['images'], 'image')}, mean probability "
             f"{100 * b['probability']:.1f} %, {100 * b['accuracy']:.1f} % right"
         )
         title = f"<title>{words}</title>"
