@@ -9,10 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.batches import sizes_text
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
 from pipeline.measured import Measured
-from pipeline.words import agreed, counted
+from pipeline.words import agreed, counted, sizes_text
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
 CIFAR_NETWORKS = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.data.plan import split, steps_per_epoch
-from pipeline.words import counted
+from pipeline.words import counted, sizes_text
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,3 @@ class Batches:
             f"batch {self.size} = {divided} x {counted(self.size // self.microbatches, 'image')}{of_batch}; "
             f"{counted(self.steps, 'step')} an epoch{last}"
         )
-
-
-def sizes_text(sizes: tuple[int, int]) -> str:
-    """The smallest and the largest number as ``5 or 6``; one where they are the same."""
-    smallest, largest = sizes
-    return str(smallest) if smallest == largest else f"{smallest} or {largest}"

@@ -19,7 +19,6 @@ from pipeline.audit import (
     statistics_text,
     to_markdown,
 )
-from pipeline.batches import sizes_text
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
@@ -33,7 +32,7 @@ from pipeline.resume import FREE_TO_CHANGE
 from pipeline.run import Progress, Run
 from pipeline.run_dir import RECORDS, now, replace_text
 from pipeline.unused import unused_fields
-from pipeline.words import counted
+from pipeline.words import counted, sizes_text
 
 
 def write_description(run: Run, found: Found | None) -> None:

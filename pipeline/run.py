@@ -5,7 +5,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -24,7 +23,7 @@ from pipeline.batches import Batches
 from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import compile_network
 from pipeline.config import Config
-from pipeline.data.dataset import open_datasets
+from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
@@ -246,7 +245,7 @@ class Run:
         self.objective = create_objective(config, None if weights is None else weights.to(world.device))
         self.conditions = Conditions(
             classes=list(train_index.classes),
-            fingerprint=hashlib.sha256((train_index.fingerprint + val_index.fingerprint).encode()).hexdigest(),
+            fingerprint=fingerprint_of(train_index, val_index),
             images=[len(train_index), len(val_index)],
             loader=loader,
             ranks=world.size,

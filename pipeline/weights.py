@@ -89,6 +89,7 @@ class Weights:
         epochs: whole epochs that they were trained for, None if that is not known.
         tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
         assumed: fields of `PREPARATION` that the file does not say, and nobody has given.
+        fingerprint: of the run's images (`dataset.fingerprint_of`), None if it is not known.
         given: fields of `PREPARATION` that were given in place of those in `config`.
     """
 
@@ -103,6 +104,7 @@ class Weights:
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
+    fingerprint: str | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -135,6 +137,7 @@ class OwnWeights(NamedTuple):
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
+    fingerprint: str | None = None
 
 
 def read_weights(
@@ -244,6 +247,7 @@ def _about(weights: Weights) -> str:
         "classes": weights.classes,
         "microbatches": weights.microbatches,
         "measured": weights.measured and dataclasses.asdict(weights.measured),
+        "fingerprint": weights.fingerprint,
         "epochs": weights.epochs,
         "audit": weights.audit,
         "averaged": weights.averaged,
@@ -316,7 +320,8 @@ def _leaf(name: str) -> str | None:
 
 def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnWeights:
     config = from_stored(state["config"], origin)
-    ranks = state.get("conditions", {}).get("ranks")
+    conditions = state.get("conditions", {})
+    ranks = conditions.get("ranks")
     microbatches = ranks and ranks * config.optim.grad_accum_steps
     both = "ema" in state
     if ema and not both:
@@ -334,6 +339,7 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
         epochs=state.get("progress", {}).get("epoch"),
         tuning=state.get("tuning"),
         measured=_measured(state.get("measured")),
+        fingerprint=conditions.get("fingerprint"),
     )
 
 
@@ -374,7 +380,8 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
     config = from_stored(about["config"], str(path))
     note = AVERAGED if averaged else ""
     measured = _measured(about.get("measured"))
-    return OwnWeights(state, config, classes, microbatches, note, averaged, epochs, assumed=assumed, measured=measured)
+    known = {"assumed": assumed, "measured": measured, "fingerprint": about.get("fingerprint")}
+    return OwnWeights(state, config, classes, microbatches, note, averaged, epochs, **known)
 
 
 def _measured(state: Any) -> Measured | None:

@@ -10,3 +10,9 @@ def counted(number: float, noun: str, plural: str = "") -> str:
 def agreed(number: float, singular: str, plural: str) -> str:
     """The word that goes with a number."""
     return singular if number == 1 else plural
+
+
+def sizes_text(sizes: tuple[int, int]) -> str:
+    """The smallest and the largest number as ``5 or 6``; one where they are the same."""
+    smallest, largest = sizes
+    return str(smallest) if smallest == largest else f"{smallest} or {largest}"

@@ -12,7 +12,7 @@ from conftest import small_config, with_random_norms, write_class_folders
 
 from pipeline.budget import BUDGETS, answers_of, classify, leaves_at, shares, thresholds
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.data.dataset import open_datasets
+from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
@@ -46,7 +46,8 @@ def checkpoint(data, tmp_path_factory):
     config = small_config("unused", model={"name": NAME}, data=section)
     folder = CheckpointFolder(tmp_path_factory.mktemp("checkpoint"))
     state = {"model": network.state_dict(), "config": dataclasses.asdict(config), "classes": list(CLASSES)}
-    folder.save(state, best=True)
+    conditions = {"fingerprint": fingerprint_of(*open_datasets(config.data, None, progress=False)), "ranks": 1}
+    folder.save({**state, "conditions": conditions}, best=True)
     return folder.best
 
 

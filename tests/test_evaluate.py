@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from PIL import Image
 from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
 from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.config import Config, DataConfig, from_dict, load_config
+from pipeline.config import Config, DataConfig, from_dict, from_stored, load_config
+from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.index import scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import World
@@ -461,29 +463,45 @@ def test_a_runs_directory_stands_for_its_best_checkpoint(image_folders, checkpoi
 def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     image_folders, checkpoint, tmp_path, monkeypatch, capfd, user_error
 ):
-    def said(file, *words: object) -> tuple[str, str]:
-        monkeypatch.setattr("sys.argv", ["evaluate", str(file), "--data", *map(str, words)])
+    data = tmp_path / "data"
+    shutil.copytree(image_folders / "train", data / "training")  # a name that a run finds by itself
+
+    def said(*words: object) -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["evaluate", *map(str, words)])
         main()
         return capfd.readouterr()
 
-    def saved(name: str, **data: object) -> Path:
+    def saved(name: str, **fields: object) -> Path:
         state = load_checkpoint(checkpoint)
-        state["config"]["data"] |= {"dir": str(image_folders), "loader": "reference", **data}
+        state["config"]["data"] |= {"dir": str(data), "loader": "reference", **fields}
+        if fields.get("holdout"):
+            parts = open_datasets(from_stored(state["config"], name).data, None, progress=False)
+            state["conditions"] = {"fingerprint": fingerprint_of(*parts), "ranks": 1}
         (tmp_path / name).mkdir()
         folder = CheckpointFolder(tmp_path / name)
         folder.save(state, best=True)
         return folder.best
 
     plain, holding = saved("plain"), saved("holding", holdout=7)
-    warned = f"was trained on the images in {image_folders}/train"
-    assert f"{warned}: of new images the error" in said(plain, image_folders / "train").err
-    assert "trained on" not in said(plain, image_folders).err
-    assert f"{warned} (but for 7; --held-out evaluates those alone)" in said(holding, image_folders / "train").err
-    out, err = said(holding, image_folders, "--held-out")
+    shutil.copytree(image_folders / "val", data / "val")
+    warned = f"was trained on the images in {data}/training"
+    capfd.readouterr()
+    assert f"{warned}: of new images the error" in said(plain, "--data", data / "training").err
+    assert "trained on" not in said(plain, "--data", data).err
+    assert f"{warned} (but for 7; --data {data} --held-out" in said(holding, "--data", data / "training").err
+    out, err = said(holding, "--data", data, "--held-out")
     assert "of 7 wrong" in out and "trained on" not in err
-    assert re.search(
-        r"held no training images out \(data.holdout\)", user_error(main, plain, "--data", image_folders, "--held-out")
-    )
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    assert "of 7 wrong" in said(holding, "--data", moved, "--held-out").out
+    shutil.copyfile(next((moved / "training" / "class0").iterdir()), moved / "training" / "class0" / "new.jpg")
+    complaint = "moved/training does not hold the images that the run of .* had, so that it may have trained on"
+    with pytest.raises(UserError, match=complaint):
+        said(holding, "--data", moved, "--held-out")
+    other = saved("other", holdout=7, train="val", val="training")
+    with pytest.raises(UserError, match="are not for the same images"):
+        said(holding, other, "--data", data, "--held-out")
+    complaint = r"held no training images out \(data.holdout\)"
+    assert re.search(complaint, user_error(main, plain, "--data", data, "--held-out"))
 
 
 def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint, tmp_path, evaluated):

@@ -34,6 +34,7 @@ LAYERS = [
     },
     {
         "pipeline.autotune",
+        "pipeline.batches",
         "pipeline.ema",
         "pipeline.evaluation",
         "pipeline.feature_reuse",

@@ -1,6 +1,7 @@
 """Tables of several labels an image: what they may say, and what is refused in one line."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,17 +138,39 @@ def test_one_table_of_both_splits(images, kind, capfd):
         )
         rows.append(",".join([f"image{i:03d}", *of, "valid" if i % 4 == 0 else "train"]))
     header = ["file", *(COLOURS if kind == "columns" else ["labels"]), "split"]
-    (images / "both.csv").write_text("\n".join([",".join(header), *rows]))
-    config = DataConfig(dir=str(images), labels="multi", train="both.csv", val="both.csv")
-    train, val = open_datasets(config, None, progress=True)
+    (images / f"{kind}.csv").write_text("\n".join([",".join(header), *rows]))
+    config = DataConfig(dir=str(images), labels="multi", train=f"{kind}.csv", val=f"{kind}.csv")
+    for _ in range(3):
+        train, val = open_datasets(config, images / "cache", progress=True)
+    assert (
+        len((images / f".{kind}.csv.index.jsonl").read_text().split()) == 2
+    )  # a line for each split, of which none replaces the other
     assert (len(train), len(val)) == (45, 15) and set(train.classes) == set(val.classes) == set(COLOURS)
     assert not {name[-7:-4] for name in train.names} & {f"{i:03d}" for i in range(0, 60, 4)}
     assert "left out" not in capfd.readouterr().err
-    whole = scan_label_table(images, images / "both.csv")
-    assert len(whole) == 60 and "both.csv has lines of several splits: all are taken" in capfd.readouterr().err
-    (images / "both.csv").write_text("\n".join([",".join(header), *rows, "image001" + rows[0][8:]]))
+    whole = scan_label_table(images, images / f"{kind}.csv")
+    assert len(whole) == 60 and f"{kind}.csv has lines of several splits: all are taken" in capfd.readouterr().err
+    (images / f"{kind}.csv").write_text("\n".join([",".join(header), *rows, "image001" + rows[0][8:]]))
     with pytest.raises(UserError, match="has lines of two splits for the image 'folder1/image001"):
         open_datasets(config, None, progress=False)
+    rows = [row.replace("valid", "te").replace("train", "tr") for row in rows]
+    (images / f"{kind}.csv").write_text("\n".join([",".join(header), *rows]))
+    with pytest.raises(
+        UserError, match=f"{kind}.csv, line 2: 'te' is no split: give train, .*, or call the column other"
+    ):
+        open_datasets(config, None, progress=False)
+
+
+def test_files_whose_names_say_nothing_are_counted_right(images, tmp_path, capfd):
+    shutil.copytree(images / "folder0", tmp_path / "folder0")
+    for file in (tmp_path / "folder0").iterdir():
+        file.rename(file.with_suffix("") if file.stem < "image010" else file)
+    names = sorted(file.name for file in (tmp_path / "folder0").iterdir())
+    rows = [f"{name},{i % 2}" for i, name in enumerate(names[:6])]
+    (tmp_path / "some.csv").write_text("\n".join(["file,blue", *rows]))
+    scan_label_table(tmp_path, tmp_path / "some.csv", progress=True)
+    by_name = sum("." in name for name in names[6:])
+    assert f"{by_name} images below" in capfd.readouterr().err
 
 
 def test_a_table_without_anything_to_learn_is_refused(images, capfd):

@@ -102,8 +102,10 @@ def test_lines_of_other_splits_are_neither_lacking_nor_taken(images, image_folde
     told = capfd.readouterr().err
     assert f"{table} has lines of several splits: all are taken" in told
     assert f"{rows[0][0]} is not in the table {table}: left out" in told
+    write_table(table, ("file", "label", "split"), *rows, (rows[-1][0], "class1", "test"))
+    open_datasets(config, None, progress=False)  # an image for validation and for a later test: of neither for training
     write_table(table, ("file", "label", "split"), *rows, (rows[0][0], "class1", "val"))
-    with pytest.raises(UserError, match=f"all.csv has lines of two splits for the image '{rows[0][0]}': remove"):
+    with pytest.raises(UserError, match=f"all.csv has lines of two splits for the image '{rows[0][0]}', one of them"):
         open_datasets(config, None, progress=False)
     write_table(table, ("file", "label", "split"), *rows[:37])
     with pytest.raises(UserError, match="all.csv has no line of split val, but of train"):
@@ -165,7 +167,7 @@ def test_the_training_classes_hold_for_a_validation_table(images, image_folders)
         ("file,label\nx,\n", {}, "line 2: the image 'x' has no label"),
         ("file,label\nx,1\n", {"label": "lable"}, r"no column 'lable' \(data.label_column\).*did you mean 'label'"),
         ("file,label\nx,1\n", {"file": "label", "label": "label"}, "cannot be that of files and of labels"),
-        ("file,label,split\nx,1,train\nx,1,odd\n", {"split": "val"}, "line 3: 'odd' is no split"),
+        ("file,label,split\nx,1,train\nx,1,Odd\n", {"split": "val"}, "line 3: 'Odd' is no split"),
         ("file,label,split\nx,1,train\n", {"split": "val"}, r"no line of split val, but of train: give .*\(data.val\)"),
         ("file,label\nx,1,2\n", {}, "line 2 has 3 columns"),
         ("file,label\ntrain/class0/image0000.jpg,1\nx,1\n", {}, "line 3: there is no image 'x'"),
@@ -176,6 +178,21 @@ def test_what_a_table_may_not_say(images, text, columns, expected):
     with pytest.raises(UserError, match=expected):
         source = TableSource(str(images / "t.csv"), TableSource.at(str(images / "t.csv")).images, Columns(**columns))
         scan_classes(source)
+
+
+def test_another_table_is_evaluated_by_the_columns_that_it_has(images, image_folders):
+    """By the run's, where it has them, or by the usual names; parts of another kind are no matter where no split is wanted."""
+    rows = [(f"val/{file}", "x", name) for file, name in files_of(image_folders / "val")]
+    config, expected = DataConfig(file_column="picture", label_column="kind"), scan_classes(image_folders / "val")
+    for header in (("picture", "place", "kind"), ("file", "place", "label")):
+        table = write_table(images / "other.csv", header, *rows)
+        assert_same_images(scan_classes(to_evaluate(table, config)), expected, "val/")
+    table = write_table(
+        images / "parts.csv", ("subset", "path", "label"), *(("AB"[i % 2], *row[::2]) for i, row in enumerate(rows))
+    )
+    assert_same_images(scan_classes(table), expected, "val/")
+    write_table(images / "nameless.csv", ("split", "where", "label"), *(("val", *row[::2]) for row in rows))
+    assert_same_images(scan_classes(images / "nameless.csv"), expected, "val/")
 
 
 def test_columns_are_for_tables(images):

@@ -40,6 +40,7 @@ from tools.support import published
 from tools.support.anytime_report import result_to_text, write_report
 from tools.support.budgets import limits_of
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights, on_meta, parameters
+from tools.support.held_out import open_held_out
 from tools.support.outputs import writable_folder
 from tools.support.progress import Progress
 from tools.support.significance import wilson_interval
@@ -117,17 +118,16 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
     """The test images, and the images on which thresholds are chosen: of --thresholds, or held out as in training.
 
     Raises:
-        UserError: images are missing, or of other classes.
+        UserError: images are missing, of other classes, or not the run's.
     """
-    cache, classes = Path("runs", "index"), weights.classes
+    classes = weights.classes
     if thresholds_from:
         folder = dataclasses.replace(data, dir=thresholds_from)
         return Images(open_images(data, None, classes), open_images(folder, None, classes))
     if not data.holdout:
         return Images(open_images(data, None, classes), None)
-    _, test = open_datasets(dataclasses.replace(data, holdout=0), cache, progress=True)
-    _, held_out = open_datasets(data, cache, progress=True)
-    return Images(test.with_classes(classes), held_out.with_classes(classes))
+    _, test = open_datasets(dataclasses.replace(data, holdout=0), None, progress=True)
+    return Images(test.with_classes(classes), open_held_out(data, weights))
 
 
 def loader_of(index: DatasetIndex, data: DataConfig, world: World, options: Namespace) -> EvaluationLoader:

@@ -12,6 +12,7 @@ which of them all else is of.
 import argparse
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import re
 import sys
 import time
 import typing
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,10 +38,11 @@ from pipeline.audit import (
 )
 from pipeline.autotune import for_evaluation
 from pipeline.config import DataConfig, Precision, from_dict
-from pipeline.data.dataset import DATASETS, open_datasets, to_evaluate
+from pipeline.data.dataset import DATASETS, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
+from pipeline.data.splits import find_splits
 from pipeline.data.table import TableSource
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
@@ -53,6 +56,7 @@ from tools.support import published
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
+from tools.support.held_out import open_held_out
 from tools.support.label_files import find_label_file
 from tools.support.label_report import describe_labels
 from tools.support.output_subset import restrict_outputs
@@ -130,7 +134,12 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         weights = read_weights_of(options, file)
         data = data_config(weights, options)
         same = [c for c in candidates if _same_images(c.data, data) and c.index.classes == weights.classes]
-        index = same[0].index if same else open_images(data, options.labels, weights.classes, options.held_out)
+        if options.held_out:
+            if options.labels:
+                raise UserError("--held-out takes the labels that the run had: leave out --labels")
+            index = open_held_out(data, weights)
+        else:
+            index = same[0].index if same else open_images(data, options.labels, weights.classes)
         if candidates and index.names != candidates[0].index.names:
             raise UserError(f"{file} and {candidates[0].file} are not for the same images: evaluate them one by one")
         check_image_size(weights.network, data.crop_size, name, data.channels)
@@ -138,25 +147,28 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         work = multiply_accumulates(bare, data.crop_size, data.channels)
         candidates.append(Candidate(file, name, weights, data, index, work))
         if not options.held_out and is_trained_on(candidates[-1]):
-            but = f" (but for {data.holdout:,}; --held-out evaluates those alone)" if data.holdout else ""
+            of = weights.config.data
+            but = f" (but for {of.holdout:,}; --data {of.dir} --held-out evaluates those alone)" if of.holdout else ""
             warn = f"warning: {name} was trained on the images in {index.root}{but}: of new images the error will be higher"
             print(warn, file=sys.stderr, flush=True)
     return candidates
 
 
 def _same_images(a: DataConfig, b: DataConfig) -> bool:
-    fields = ("dataset", "depth", "exif_orientation", "file_column", "label_column", "holdout")
+    fields = ("dataset", "depth", "exif_orientation", "labels", "file_column", "label_column")
     return all(getattr(a, field) == getattr(b, field) for field in fields)
 
 
 def is_trained_on(candidate: Candidate) -> bool:
-    """Whether the images lie where the network's training images lay; of tables it is not known."""
+    """Whether the images lie where the network's training images lay; of tables and several labels it is not known."""
     run, source = candidate.weights.config.data, candidate.index.source
     if run.dataset != "images" or candidate.data.dataset != "images" or candidate.index.several_labels:
         return False
-    return not isinstance(source, TableSource) and os.path.realpath(source.root) == os.path.realpath(
-        os.path.join(run.dir, run.train)
-    )
+    if isinstance(source, TableSource):
+        return False
+    with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
+        run = find_splits(run)
+    return os.path.realpath(source.root) == os.path.realpath(os.path.join(run.dir, run.train))
 
 
 def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World) -> tuple[dict[str, Any], Evaluation]:
@@ -211,24 +223,10 @@ def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argp
         write_answers(Path(options.report, f"{candidate.name}.csv"), evaluation, candidate.index)
 
 
-def open_images(
-    data: DataConfig, labels_file: str | None, classes: tuple[str, ...], held_out: bool = False
-) -> DatasetIndex:
+def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
     """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with classes under val/, or flat with a label file; or
-    the test images of one of torchvision's data sets.
-
-    Args:
-        held_out: take of the training images in `data.dir` those that the run held out.
-    """
+    the test images of one of torchvision's data sets."""
     folder, read_as = Path(data.dir), pixel_format(data)
-    if held_out:
-        if not data.holdout:
-            raise UserError(
-                "--held-out: the run of these weights held no training images out (data.holdout): leave it out"
-            )
-        if labels_file:
-            raise UserError("--held-out takes the labels that the run had: leave out --labels")
-        return open_datasets(data, Path("runs", "index"), progress=True)[1].with_classes(classes)
     labels_file = find_label_file(labels_file, folder)
     if data.dataset != "images":
         if labels_file:
@@ -285,7 +283,9 @@ def describe(
     }
     if index.several_labels:
         own = config.published
-        published_auroc = [] if own.auroc is None else [{"source": own.source or "published", "auroc": own.auroc}]
+        published_auroc = (
+            [] if own.auroc is None or options.held_out else [{"source": own.source or "published", "auroc": own.auroc}]
+        )
         return about | describe_labels(evaluation, index) | {"published": published_auroc}
     score, other_score = evaluation.score, other and other.score
     assert isinstance(score, Score) and not isinstance(other_score, LabelScore)

@@ -1,5 +1,6 @@
 """The training and the validation set that a configuration names."""
 
+import hashlib
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
 from pipeline.data.splits import Split, find_splits
 from pipeline.data.synthetic import synthetic_index
-from pipeline.data.table import Columns, TableSource, is_table
+from pipeline.data.table import Columns, TableSource, columns_of, is_table
 from pipeline.errors import UserError, look_up
 
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
@@ -68,8 +69,12 @@ def to_evaluate(root: str | Path, config: DataConfig) -> FileSource:
     """
     if not is_table(root):
         return open_source(root)
-    columns = Columns(config.file_column, config.label_column, "val")
-    return TableSource(str(root), open_source(os.path.dirname(root) or os.curdir), columns)
+    return TableSource(str(root), open_source(os.path.dirname(root) or os.curdir), columns_of(root, config, "val"))
+
+
+def fingerprint_of(train: DatasetIndex, val: DatasetIndex) -> str:
+    """SHA-256 of what the two sets of a run hold; see `DatasetIndex.fingerprint`."""
+    return hashlib.sha256((train.fingerprint + val.fingerprint).encode()).hexdigest()
 
 
 def _open_files(

@@ -256,17 +256,18 @@ def scan_label_table(
     members = {member.name: member for member in listing.members}
     prefix = os.path.relpath(table.parent, root)
     names = match_files(table, read.files, members, prefix, read.lines)
-    elsewhere = images_elsewhere(table, read.elsewhere, members, prefix, names)
+    elsewhere = images_elsewhere(table, read.elsewhere, members, prefix, names if split == "train" else ())
     order = sorted(range(len(names)), key=names.__getitem__)
     listed = Listing(tuple(members[names[i]] for i in order), tuple(issue for issue in listing.issues if issue.stops))
-    group = Group("", lambda: listed)
+    group = Group("", lambda: listed, key=split or "" if read.elsewhere else "")  # both splits have one cache file
     (row,) = _scan(source, [group], [], cache, progress, pixel_format, corrupt_images=corrupt_images)
     there = set(row.names)
     odd = [names[i] for i in order if names[i] not in there]
     if odd and corrupt_images != "skip":
         raise UserError(f"{table} names {source.location(odd[0])}, which is no image: remove the line")
     order = [i for i in order if names[i] in there]
-    others = sum(member.by_name for member in listing.members) - len(names) - len(elsewhere)
+    known = {*names, *elsewhere}
+    others = sum(member.by_name and member.name not in known for member in listing.members)
     if others and progress:
         print(f"{others:,} images below {root} are not in {table}: left out", file=sys.stderr, flush=True)
     return _index(source, [group], [row], read.labels[order], read.classes, pixel_format)

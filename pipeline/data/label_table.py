@@ -19,6 +19,7 @@ from pipeline.errors import UserError, did_you_mean
 LABEL_COLUMNS = ("labels", "label", "tags", "classes", "finding labels")
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "images", "path", "image index", "image_id", "id", "name")
 NO_LABEL = ("", "no finding")  # in small letters: ChestX-ray14 writes the latter
+VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # of a column that is a class
 SPLIT_COLUMNS = ("split", "subset", "data set")  # in small letters
 # What a split is called; of several the first one that is there is taken.
 SPLIT_NAMES = {
@@ -30,14 +31,14 @@ OF_SEVERAL_SPLITS = "has lines of several splits"
 
 @dataclass(frozen=True)
 class LabelTable:
-    """N rows of a CSV file, of one split.
+    """N rows of a CSV file: those of one split, or all.
 
     Attributes:
         files: as they stand there.
-        lines: their numbers in the file, from 1.
-        elsewhere: the files of the other splits.
         labels: (N, K) uint8, 0 or 1.
         classes: names of the K classes: of labels between | sorted, of columns in their order.
+        lines: their numbers in the file, from 1.
+        elsewhere: the files of other splits' rows.
     """
 
     files: tuple[str, ...]
@@ -65,21 +66,20 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
     """
     header, rows = read_rows(file)
     small = [name.lower() for name in header]
-    of_files = next((small.index(name) for name in FILE_COLUMNS if name in small), 0)
     of_labels = next((small.index(name) for name in LABEL_COLUMNS if name in small), None)
     of_split = next((small.index(name) for name in SPLIT_COLUMNS if name in small), None)
-    if of_split is not None and not any(_is_split(row[of_split]) for row in rows):
+    if of_split is not None and of_labels is None and all(row[of_split].strip() in VALUES for row in rows):
         of_split = None  # a class of this name
-    every = range(2, len(rows) + 2)
-    taken = [True] * len(rows)
+    of_files = file_column(small, of_split)
+    every, here = range(2, len(rows) + 2), [True] * len(rows)
     if of_split is not None:
         splits = [row[of_split] for row in rows]
-        taken = in_split(file, splits, every, split)
-        if split is None and len(set(splits)) > 1:
-            print(f"{file} {OF_SEVERAL_SPLITS}: all are taken", file=sys.stderr, flush=True)
-    lines = [line for line, here in zip(every, taken, strict=True) if here]
-    elsewhere = tuple(row[of_files].strip() for row, here in zip(rows, taken, strict=True) if not here)
-    rows = [row for row, here in zip(rows, taken, strict=True) if here]
+        here = in_split(file, splits, every, split)
+        if split is None and are_several(splits):
+            print(f"warning: {file} {OF_SEVERAL_SPLITS}: all are taken", file=sys.stderr, flush=True)
+    lines = [line for line, taken in zip(every, here, strict=True) if taken]
+    elsewhere = tuple(row[of_files].strip() for row, taken in zip(rows, here, strict=True) if not taken)
+    rows = [row for row, taken in zip(rows, here, strict=True) if taken]
     files = tuple(row[of_files].strip() for row in rows)
     if of_labels is not None and of_labels != of_files:
         named = [_names(row[of_labels]) for row in rows]
@@ -88,8 +88,15 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
     return LabelTable(files, *_of_columns(file, header, columns, rows, classes, lines), tuple(lines), elsewhere)
 
 
-def _is_split(cell: str) -> bool:
-    return any(cell.strip().lower() in names for names in SPLIT_NAMES.values())
+def file_column(small: Sequence[str], of_split: int | None) -> int:
+    """The column of files of a header in small letters: the one that is called so, else the first that is not of splits."""
+    known = [small.index(name) for name in FILE_COLUMNS if name in small]
+    return [*known, *(i for i in range(len(small)) if i != of_split)][0]
+
+
+def are_several(splits: Iterable[str]) -> bool:
+    """Whether rows are of several splits, by what they say of theirs."""
+    return len({cell.strip().lower() for cell in splits}) > 1
 
 
 def in_split(file: Path, splits: Sequence[str], lines: Sequence[int], split: str | None) -> list[bool]:
@@ -98,14 +105,16 @@ def in_split(file: Path, splits: Sequence[str], lines: Sequence[int], split: str
     Raises:
         UserError: no row is of it, or one names a split that is none; names the line.
     """
-    said = [cell.strip().lower() for cell in splits]
-    there = sorted(set(said))
-    for line, cell in zip(lines, said, strict=True):
-        if not _is_split(cell):
-            known = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
-            raise UserError(f"{file}, line {line}: '{cell}' is no split: give {known}")
     if split is None:
-        return [True] * len(said)
+        return [True] * len(splits)
+    said = [cell.strip().lower() for cell in splits]
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    for line, cell, small in zip(lines, splits, said, strict=True):
+        if small not in known:
+            raise UserError(
+                f"{file}, line {line}: '{cell}' is no split: give {', '.join(known)}, or call the column otherwise"
+            )
+    there = sorted(set(said))
     name = next((name for name in SPLIT_NAMES[split] if name in there), None)
     if name is None:
         raise UserError(
@@ -146,11 +155,7 @@ def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def match_files(
-    file: Path,
-    wanted: Sequence[str],
-    names: Iterable[str],
-    prefix: str,
-    lines: Sequence[int] = (),
+    file: Path, wanted: Sequence[str], names: Iterable[str], prefix: str, lines: Sequence[int] = ()
 ) -> list[str]:
     """The image that each entry of a table's column of files means, by its name in the source.
 
@@ -181,19 +186,21 @@ def match_files(
 
 
 def images_elsewhere(
-    file: Path, elsewhere: Sequence[str], names: Iterable[str], prefix: str, own: Iterable[str]
+    file: Path, elsewhere: Sequence[str], names: Iterable[str], prefix: str, trained_on: Iterable[str]
 ) -> set[str]:
     """The images that entries of a table's other splits mean, where they are there.
 
     Args:
-        own: the images of the split that is read.
+        trained_on: the images of the training split, which may be of no other.
 
     Raises:
-        UserError: an image is of two splits.
+        UserError: an image is trained on, and of another split too.
     """
     others = {image for images in _meant(file, elsewhere, list(names), prefix) if len(images) == 1 for image in images}
-    if both := sorted(others & set(own)):
-        raise UserError(f"{file} has lines of two splits for the image '{both[0]}': remove those of one")
+    if both := sorted(others & set(trained_on)):
+        raise UserError(
+            f"{file} has lines of two splits for the image '{both[0]}', one of them for training: remove those of one"
+        )
     return others
 
 
@@ -273,11 +280,10 @@ def _of_columns(
         lacking, odd = sorted(set(classes) - set(named)), sorted(set(named) - set(classes))
         what = f"has no column '{lacking[0]}'" if lacking else f"has the column '{odd[0]}'"
         raise UserError(f"{file} {what}, and the training set or network has other classes: give the same columns")
-    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
     labels = np.zeros((len(rows), len(classes)), np.uint8)
     for i, row in enumerate(rows):
         for k, name in enumerate(classes):
-            value = values.get(row[named[name]].strip())
+            value = VALUES.get(row[named[name]].strip())
             if value is None:
                 raise UserError(
                     f"{file}, line {lines[i]}: '{row[named[name]]}' in the column '{name}' is not 0 or 1: mend or remove the "

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import DataConfig
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import (
-    FILE_COLUMNS,
     OF_SEVERAL_SPLITS,
     SPLIT_COLUMNS,
+    are_several,
+    file_column,
     images_elsewhere,
     in_split,
     match_files,
@@ -105,9 +107,12 @@ class TableSource:
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
-        if self.columns.split is None and len(set(splits)) > 1:
+        if self.columns.split is None and are_several(splits):
             issues.append(ImageIssue(self.root, OF_SEVERAL_SPLITS, "all are taken"))
-        known = {*names, *images_elsewhere(table, elsewhere, members, prefix, names)}
+        known = {
+            *names,
+            *images_elsewhere(table, elsewhere, members, prefix, names if self.columns.split == "train" else ()),
+        }
         if odd := [name for name, member in members.items() if member.by_name and name not in known]:
             issues.append(
                 ImageIssue(self.location(odd[0]), f"is not in the table {self.root}", "left out", count=len(odd))
@@ -154,10 +159,10 @@ def _of_header(table: Path, columns: Columns) -> list[Entry]:
     small = [name.lower() for name in header]
     if small == ["imageid", "predictionstring"] and not (columns.file or columns.label):  # Kaggle's: class and boxes
         return [Entry(line, row[0], (row[1].split() or [""])[0]) for line, row in enumerate(rows, start=2)]
+    split = next((small.index(name) for name in SPLIT_COLUMNS if name in small), None)
     file = _column(table, header, columns.file, "data.file_column")
     if file is None:
-        file = next((small.index(name) for name in FILE_COLUMNS if name in small), 0)
-    split = next((small.index(name) for name in SPLIT_COLUMNS if name in small), None)
+        file = file_column(small, split)
     label = _column(table, header, columns.label, "data.label_column")
     if label is None:
         others = [i for i in range(len(header)) if i not in (file, split)]
@@ -173,6 +178,14 @@ def _of_header(table: Path, columns: Columns) -> list[Entry]:
         Entry(line, row[file].strip(), row[label].strip(), row[split] if split is not None else None)
         for line, row in enumerate(rows, start=2)
     ]
+
+
+def columns_of(table: str | Path, config: DataConfig, split: str) -> Columns:
+    """The columns of a table that is not the configuration's own: the configuration's where the table has them."""
+    has_header = Path(table).suffix.lower() in (*SUFFIXES, PARQUET)
+    header = read_rows(Path(table))[0] if has_header else []
+    file, label = (name if name in header else None for name in (config.file_column, config.label_column))
+    return Columns(file, label, split)
 
 
 def _column(table: Path, header: list[str], wanted: str | None, field: str) -> int | None:
