@@ -49,10 +49,10 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
         sizes, speed = (len(train), len(val)), images_per_second * ranks
         time_ = estimate(sizes, optim.epochs, speed, cluster.seconds, cluster.warning_seconds)
         end = datetime.now() + timedelta(seconds=time_.run)
+        fit = f"{time_.epochs_per_attempt:.1f} epochs an attempt of {cluster.time}, " if time_.attempts > 1 else ""
         lines.append(
-            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {time_.epochs_per_attempt:.1f} epochs an attempt "
-            f"of {cluster.time}, {counted(time_.attempts, 'attempt')}, {duration(time_.run)} in all, "
-            f"not before {end:%Y-%m-%d %H:%M}"
+            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {fit}{counted(time_.attempts, 'attempt')}, "
+            f"{duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
         )
     return "\n".join(lines)
 

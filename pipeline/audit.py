@@ -223,7 +223,14 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         last = (measured.images[0] - 1) % optim.batch_size + 1
         kept = "kept" if measured.last_batch == last else f"{measured.last_batch} of its {last} images"
         compare("last, smaller batch of an epoch", "kept", kept)
-    compare("learning rate", 0.1, optim.lr)
+    changed = (
+        {text.split()[0] for text in measured.changed} if measured else set()
+    )  # the configuration has the last values
+    at_the_end = " at the end; changed on the way, see below"
+    if "optim.lr" in changed:
+        compare("learning rate", 0.1, f"{_text(optim.lr)}{at_the_end}", same=False)
+    else:
+        compare("learning rate", 0.1, optim.lr)
     if optim.head_lr is not None:
         compare("learning rate of the classifier", 0.1, optim.head_lr)
     if optim.layer_decay != 1:
@@ -231,11 +238,12 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     paper_drops = _text(tuple(round(drop * setting.epochs) for drop in setting.drops))
     own_drops = tuple(sorted(milestone / optim.epochs for milestone in optim.milestones))
     by_steps = f"times {optim.lr_gamma} after epochs {_text(optim.milestones)} of {optim.epochs}"
+    otherwise = bool(changed & {"optim.epochs", "optim.milestones", "optim.schedule", "optim.lr_gamma", "optim.min_lr"})
     compare(
         "learning-rate schedule",
         f"times 0.1 after epochs {paper_drops} of {setting.epochs}",
-        by_steps if optim.schedule == "step" else _curve_text(optim),
-        same=optim.schedule == "step" and optim.lr_gamma == 0.1 and _near(setting.drops, own_drops),
+        (by_steps if optim.schedule == "step" else _curve_text(optim)) + at_the_end * otherwise,
+        same=optim.schedule == "step" and optim.lr_gamma == 0.1 and _near(setting.drops, own_drops) and not otherwise,
     )
     compare("warm-up epochs", 0.0, optim.warmup_epochs)
     configured = f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}"
@@ -308,7 +316,9 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         box = f"area {_text(data.erasing_scale)}, aspect ratio {_text(data.erasing_ratio)}, filled with {data.erasing_fill}"
         compare("random erasing", "none", f"probability {data.random_erasing:g}, {box}")
     if measured:
-        compare("fields changed on the way", "none", ", ".join(measured.changed) or "none", "see the notes below")
+        compare(
+            "fields changed on the way", "none", ", ".join(measured.changed) or "none", "another recipe from there on"
+        )
         compare("steps left out", 0, measured.skipped_steps, "their loss or gradient was not finite")
     compare("corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images")
     return rows

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from pipeline.parsing import (
     Schema,
     flatten,
 )
-from pipeline.recipe import following_fields, resize_with
+from pipeline.recipe import fields_of_run, following_fields, resize_with
 from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 from pipeline.words import counted
 
@@ -388,7 +389,7 @@ class OptimConfig:
     """Exponent of the polynomial schedule; 1: a straight line."""
     milestones: tuple[Milestone, ...] = (30, 60)
     """Epochs after which the step schedule drops the learning rate, or fractions of all epochs (1/3, 0.5). Where epochs
-    changes alone they keep their fractions."""
+    changes alone they keep their fractions; a run that resumes with more keeps them as they are."""
     lr_gamma: PositiveFloat = 0.1
     """Factor of each drop of the step schedule."""
     warmup_epochs: NonNegativeFloat = 0.0
@@ -547,6 +548,7 @@ class Config:
         return self
 
 
+STORED = "config.yaml"  # the configuration in a run's directory
 SCHEMA = Schema(
     Config,
     flag=lambda key: f"--{key}",
@@ -598,13 +600,23 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
+    folder = Path(str(overrides.get("run_dir") or tree.get("run_dir") or f"runs/{Path(path).stem}")).expanduser()
     followed = following_fields(defaults, (file, overrides), held)
+    if held:
+        followed |= fields_of_run(_stored_fields(folder / STORED), overrides, held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
     own = {key: value for key, value in overrides.items() if key not in shared}
     if unused := unused_field(defaults, file, own, flatten(dataclasses.asdict(config))):
         key, needs = unused
         raise _does_nothing(f"--{key}" if key in own else f"{path}: '{key}'", key, needs)
     return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
+
+
+def _stored_fields(file: Path) -> dict[str, Any]:
+    """The fields that a run has written, by key; none if there is no run, or its checkpoint alone can tell what is wrong."""
+    with suppress(UserError):
+        return flatten(renamed.upgrade(SCHEMA.read(file)))
+    return {}
 
 
 def refuse_flags_without_use(flags: Collection[str], configs: Sequence[Config]) -> None:

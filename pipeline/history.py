@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.parsing import value_text
 from pipeline.words import counted
 
 
@@ -62,6 +63,14 @@ class History:
         new = Segment(step, epoch, ranks, config.optim.grad_accum_steps, changed)
         if changed or new.batch_split != self.segments[-1].batch_split:
             self.segments.append(new)
+
+    def changes(self) -> tuple[str, ...]:
+        """The fields that were changed on the way, in the words of an audit."""
+        return tuple(
+            f"{key} from {value_text(old)} to {value_text(new)} after {counted(segment.step, 'step')}"
+            for segment in self.segments
+            for key, (old, new) in segment.changed.items()
+        )
 
     def lines(self) -> list[str]:
         """What changed on the way, a line for each change; empty if the whole run was trained alike."""

@@ -22,7 +22,7 @@ class Measured:
         momentum: the optimiser's, as `momentum_text` puts it.
         weight_decay: its factors, one unless groups of parameters differ.
         decayed: parameters to which weight decay applies, and all.
-        changed: fields that were changed on the way.
+        changed: what was changed on the way, each a field and more words.
         skipped_steps: steps that were left out, as their loss or gradient was not finite.
     """
 

@@ -13,6 +13,12 @@ from pipeline.words import counted
 RANKS_OF_A_LARGE_RUN = 8  # from so many on, few images a rank are mostly waiting for each other
 SMALL_STATISTIC = 16  # images of a batch-norm statistic below which it is poor
 LARGE_STATISTIC = 32  # what Goyal et al. 2017 gave each GPU
+# What follows which field.
+FOLLOWERS = {
+    "data.resize_size": "data.crop_size",
+    "optim.milestones": "optim.epochs",
+    "optim.warmup_epochs": "optim.epochs",
+}
 WARMUP_EPOCHS = 5.0  # of Goyal et al. 2017, for 90 epochs
 
 
@@ -24,16 +30,17 @@ def following_fields(
     Args:
         defaults: all fields.
         layers: fields as a file or a command line gives them, not checked yet; a later one wins.
-        held: fields that are changed on purpose in a run that resumes, and take no other along.
+        held: fields that are changed on purpose in a run that resumes: they take another along if that is held too; else the
+            run keeps it (`fields_of_run`).
     """
     state, followed = dict(defaults), dict[str, Any]()
     merged = {**defaults, **{key: value for layer in layers for key, value in layer.items()}}
     large_batch = str(merged["optim.large_batch"]).lower() in ("true", "yes", "on", "1")
     for layer in layers:
         new: dict[str, Any] = {}
-        if "data.crop_size" not in held:
+        if "data.crop_size" not in held or "data.resize_size" in held:
             new |= _resize_size(state, layer)
-        if "optim.epochs" not in held and merged["optim.schedule"] == "step":
+        if ("optim.epochs" not in held or "optim.milestones" in held) and merged["optim.schedule"] == "step":
             new |= _milestones(state, layer)
         if large_batch and "optim.batch_size" not in held:
             new |= _learning_rate(state, layer)
@@ -44,6 +51,21 @@ def following_fields(
         epochs = _number(merged["optim.epochs"])
         followed["optim.warmup_epochs"] = min(WARMUP_EPOCHS, (epochs or WARMUP_EPOCHS) / 2)
     return followed
+
+
+def fields_of_run(run: Mapping[str, Any], given: Mapping[str, Any], held: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that a run keeps which resumes with another field that they follow in a new run.
+
+    Args:
+        run: all fields of the run as it was.
+        given: those of the command line, which it does not keep.
+        held: as of `following_fields`.
+    """
+    return {
+        key: run[key]
+        for key, leader in FOLLOWERS.items()
+        if leader in held and key not in held and key not in given and key in run
+    }
 
 
 def _resize_size(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, int]:

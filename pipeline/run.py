@@ -281,7 +281,7 @@ class Run:
             momentum=momentum_text(self.optimizer),
             weight_decay=weight_decay_factors(self.optimizer),
             decayed=decayed_parameters(self.optimizer),
-            changed=tuple(key for segment in self.history.segments for key in segment.changed),
+            changed=self.history.changes(),
             skipped_steps=self.progress.skipped_steps,
         )
 

@@ -119,7 +119,7 @@ MEASURED = Measured(
         ),
         ({"last_batch": 0}, "last, smaller batch of an epoch", "0 of its 143 images"),
         ({"spread": 0.7}, "initial weights of convolutions: standard deviation", "0.7 sqrt(2 / fan-out)"),
-        ({"changed": ("optim.lr",)}, "fields changed on the way", "optim.lr"),
+        ({"changed": ("optim.clip from 1 to 2",)}, "fields changed on the way", "optim.clip from 1 to 2"),
         ({"skipped_steps": 2}, "steps left out", "2"),
         ({"momentum": "0.9"}, "momentum", "0.9"),
         ({"weight_decay": (1e-4, 5e-4)}, "weight decay", "0.0001, 0.0005"),
@@ -131,6 +131,24 @@ def test_what_really_trains_is_audited(change, part, here):
     assert differences(audit(config, 4, MEASURED)) == []
     (only,) = differences(audit(config, 4, dataclasses.replace(MEASURED, **change)))
     assert (only.part, only.here) == (part, here)
+
+
+@pytest.mark.parametrize(
+    ("changed", "part", "here"),
+    [
+        (("optim.lr from 0.5 to 0.1 after 3 steps",), "learning rate", "0.1 at the end; changed on the way, see below"),
+        (
+            ("optim.milestones from 10, 20 to 30, 60 after 3 steps", "optim.epochs from 30 to 90 after 3 steps"),
+            "learning-rate schedule",
+            "times 0.1 after epochs 30, 60 of 90 at the end; changed on the way, see below",
+        ),
+    ],
+)
+def test_a_schedule_that_was_changed_on_the_way_is_not_the_papers(changed, part, here):
+    """Though the last values, which the configuration has, are."""
+    audited = audit(load_config(DENSENET121), 4, dataclasses.replace(MEASURED, changed=changed))
+    found = {row.part: row.here for row in differences(audited)}
+    assert found == {part: here, "fields changed on the way": ", ".join(changed)}
 
 
 def test_measured_is_what_trains():

@@ -177,7 +177,7 @@ def test_the_command_prints_the_table():
         (["densenet_bc101_k12"], "there is no network"),
         (["timm:resnet5"], "did you mean 'resnet50'"),
         (["densenet121", "--size", "16"], "cannot take 2 images of 16 x 16 pixels: "),
-        (["densenet_bc22_k6", "--size", "4", "--batch", "1"], "cannot take 1 images of 4 x 4 pixels: "),
+        (["densenet_bc22_k6", "--size", "4", "--batch", "1"], "cannot take 1 image of 4 x 4 pixels: "),
         (["densenet121", "--size", "0"], "a positive number is needed"),
     ],
 )

@@ -162,7 +162,7 @@ def test_the_page_has_what_is_known_and_nothing_from_elsewhere(images):
         pairs = collections.Counter(
             (images.classes[a], images.classes[b]) for a, b in zip(images.labels, answers, strict=True) if b >= 0
         )
-        said = re.compile(r"true (.*), predicted (.*): (\d+) images, ([\d.]+) %")
+        said = re.compile(r"true (.*), predicted (.*): (\d+) images?, ([\d.]+) %")
         cells = [found.groups() for title in page.texts("title") if (found := said.fullmatch(title))][16 * number :][
             :16
         ]

@@ -7,12 +7,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import override_flags, run_module, small_config
+from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, last_state, records, weights
 from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder
+from pipeline.config import load_config, to_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.finite import way_on, way_on_from_validation
@@ -405,6 +406,40 @@ def test_advice_is_not_refused_when_it_is_followed(tmp_path, now, epoch, conditi
     assert sorted(check(tmp_path, followed, epoch, **conditions)) == sorted(
         set(change.split(",")) - {"optim.milestones"}
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "drops"),
+    [
+        ({"train.change": "optim.epochs"}, (6, 9)),  # as the run has them, whatever the file says
+        ({"train.change": "optim.epochs,optim.milestones"}, (12, 18)),  # as a new run has them
+        ({"train.change": "optim.epochs", "optim.milestones": (5, 20)}, (5, 20)),
+        ({}, (12, 18)),  # to be refused with what the second advises
+    ],
+)
+def test_a_run_that_is_extended_keeps_its_drops_unless_they_are_changed_too(tmp_path, words, drops):
+    file, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text("data: {loader: synthetic}\noptim: {epochs: 8, milestones: [4, 6]}\n")
+    first = load_config(file, {"run_dir": str(run), "optim.epochs": 12})
+    assert first.optim.milestones == (6, 9)
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(first))
+    again = load_config(file, {"run_dir": str(run), "optim.epochs": 24, **words})
+    assert (again.optim.epochs, again.optim.milestones) == (24, drops)
+    (run / "config.yaml").write_text("[")  # what is wrong with the run its checkpoint says
+    assert load_config(file, {"run_dir": str(run), "optim.epochs": 24, **words}).optim.epochs == 24
+
+
+def test_the_resize_size_stays_too(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        to_yaml(load_config(REPOSITORY / "configs/densenet121.yaml", {"data.crop_size": 192}))
+    )
+    words = {"run_dir": str(tmp_path), "data.crop_size": 160}
+    sizes = [
+        load_config(REPOSITORY / "configs/densenet121.yaml", {**words, "train.change": change}).data.resize_size
+        for change in ("data.crop_size", "data.crop_size,data.resize_size")
+    ]
+    assert sizes == [219, 183]
 
 
 def test_a_rate_that_rises_again_is_said_once(tmp_path, capsys):

@@ -268,7 +268,7 @@ def describe(
         "epochs_planned": config.optim.epochs,
         "parameters": parameters(weights.network),
         "multiply_accumulates": candidate.multiply_accumulates,
-        "data": index.root,
+        "data": where(index),
         "images": len(index),
         "classes": len(index.classes),
         "not_finite": evaluation.not_finite,
@@ -309,6 +309,12 @@ def describe(
         "published_note": published_note,
         **by_class(evaluation, index),
     }
+
+
+def where(index: DatasetIndex) -> str:
+    """Where the images are; of a table with splits also which of them is taken."""
+    of_split = isinstance(index.source, TableSource) and index.source.columns.split
+    return f"{index.root}, its validation split" if of_split else index.root
 
 
 def checksum(file: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import DataConfig
+from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import SPLIT_NAMES
 from pipeline.data.sources import find_source
 from pipeline.data.table import SUFFIXES
@@ -131,6 +132,8 @@ def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
         )
     if folder.name == name:
         remedy = f"data.dir is the folder above: set it to {folder.parent}"
+    elif split == "train" and config.holdout and name == "train" and _holds_classes(folder):
+        remedy = f"if {folder} holds the classes, set data.dir {folder.parent} and data.train {folder.name}"
     elif len(offered) == 1:
         quoted = f"'{offered[0]}'" if "*" in offered[0] else offered[0]
         remedy = f"there is {quoted}: set {field} {quoted}{instead}"
@@ -138,6 +141,12 @@ def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
         found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
         remedy = f"set data.dir, or {field}{instead}{found}"
     raise UserError(f"the data folder {folder / name} does not exist: {remedy}")
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether the first folder in it holds images."""
+    first = next((entry for entry in _entries(folder) if (folder / entry).is_dir()), None)
+    return first is not None and any(map(is_image_by_name, _entries(folder / first)))
 
 
 def _entries(folder: Path) -> list[str]:

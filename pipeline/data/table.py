@@ -181,11 +181,13 @@ def _of_header(table: Path, columns: Columns) -> list[Entry]:
 
 
 def columns_of(table: str | Path, config: DataConfig, split: str) -> Columns:
-    """The columns of a table that is not the configuration's own: the configuration's where the table has them."""
+    """The columns of a table that is not the configuration's own: the configuration's where the table has them, and the split
+    where it has splits."""
     has_header = Path(table).suffix.lower() in (*SUFFIXES, PARQUET)
     header = read_rows(Path(table))[0] if has_header else []
     file, label = (name if name in header else None for name in (config.file_column, config.label_column))
-    return Columns(file, label, split)
+    has_splits = _known_text(Path(table)) == "cub" or any(name.lower() in SPLIT_COLUMNS for name in header)
+    return Columns(file, label, split if has_splits else None)
 
 
 def _column(table: Path, header: list[str], wanted: str | None, field: str) -> int | None:

@@ -102,3 +102,8 @@ def _operations(module: nn.Module, given: Any, output: Any) -> tuple[int, int]:
     if isinstance(module, nn.MaxPool2d):
         return 0, output.numel() * cast("int", module.kernel_size) ** 2
     return 0, given.numel() if isinstance(module, nn.AdaptiveAvgPool2d) else 0
+
+
+def billions(work: int) -> str:
+    """``2.87``, and of little ``0.0035``."""
+    return f"{work / 1e9:.2f}" if work >= 1e8 else f"{work / 1e9:.2g}"

@@ -35,10 +35,11 @@ def model_card(weights: Weights, file: Path) -> str:
         ["classes", ", ".join(weights.classes[:FEW]) + (", ..." if len(weights.classes) > FEW else "")],
         ["trained on", _images_text(weights)],
         ["begun with", origin_text(config.model) if config.model.weights else "drawn weights"],
+        ["trained for", _epochs_text(weights)],
         ["training", weights.audit or "not known"],
     ]
     if weights.audit is None and not config.model.weights:
-        rows[-2][1] = "not known"
+        rows[-3][1] = "not known"
     if config.model.freeze is not None:
         rows.append(["did not train", frozen_text(config.model.freeze)])
     if weights.assumed:
@@ -58,6 +59,13 @@ def _images_text(weights: Weights) -> str:
     if weights.config.data.holdout:
         return f"{counted(training, 'image')}; {validation:,} more of the training set were held out to validate on"
     return f"{counted(training, 'image')}; validated on {validation:,} others"
+
+
+def _epochs_text(weights: Weights) -> str:
+    """How long these weights were trained, of which the audit has the plan."""
+    if weights.epochs is None:
+        return "not known"
+    return f"{counted(weights.epochs, 'whole epoch')} of {weights.config.optim.epochs} planned"
 
 
 def _numbers(values: tuple[float, ...]) -> str:
