@@ -49,9 +49,9 @@ class Pace:
         return in_epoch + ends[0], in_run + sum(ends)
 
     def text(self, done_steps: int) -> str:
-        """The same in words. Before such an end of an epoch is measured they tell of training alone: what it takes to begin
+        """The same in words. Before an end of an epoch is measured they tell of training alone: what it takes to begin
         a validation, to draw and to save, an estimate by images does not know."""
-        if self._draws(self._epoch(done_steps)) in self._ends:
+        if self._ends:
             in_epoch, in_run = map(duration, self.remaining(done_steps))
             return f"{in_epoch} to the epoch's end, {in_run} to the run's"
         in_epoch, in_run = map(duration, self._training(done_steps))

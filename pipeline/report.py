@@ -132,7 +132,8 @@ def summary(run: Run) -> str:
     if run.config.model.weights:
         lines.append(f"begun with {origin_text(run.config.model)}")
     statistic, batches = statistics_text(measured.statistics), run.batches
-    if batches.steps > 1 and batches.last < batches.size:
+    split_alike = len({segment.microbatches for segment in run.history.segments}) == 1
+    if batches.steps > 1 and batches.last < batches.size and split_alike:
         sizes = sizes_text(batches.statistic_of_last)
         statistic += f" ({sizes} in an epoch's last batch, of {counted(batches.last, 'image')})"
     lines.append(f"images in a batch-norm statistic: {statistic}")

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.history import batch_split
 from pipeline.parsing import flatten
 from pipeline.paths import is_present
+from pipeline.recipe import FOLLOWERS
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from pipeline.unused import unused_fields
 from pipeline.words import counted
@@ -167,6 +168,10 @@ def _way_out(fixed: Sequence[str], on_purpose: Sequence[str], resplit: bool, don
         fields = ", ".join(name for name in fixed if name in NEVER_TO_CHANGE)
         return f"put it back{f' (a run with another {fields} is another run)' if fields else ''}"
     words = f"{' '.join(flags)}{f' (N above {done}, the epochs that the run has)' if complete else ''}"
+    keeping = [key for key in on_purpose if key not in FOLLOWERS or FOLLOWERS[key] not in on_purpose]
+    if len(keeping) < len(on_purpose) and not complete:
+        kept = " and ".join(key for key in on_purpose if key not in keeping)
+        words += f" ({kept} not named: stays as the run has it)"
     if fixed:
         return f"{' and '.join(fixed)} must be as before; the rest may change with {words}"
     return f"put it back, {'change it on purpose' if keys else 'allow it'} with {words}"
