@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from launch.estimate import estimate
+from launch.resumption import epochs_done
 from pipeline.batches import Batches
 from pipeline.config import Config, changed_fields
 from pipeline.data.dataset import open_datasets
@@ -24,7 +25,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
         writes: what is found about the images is kept; a dry run leaves nothing behind.
 
     Raises:
-        UserError: the data are not there, or the batch cannot be split over the ranks.
+        UserError: the data are not there, the batch cannot be split over the ranks, or the run that is there may not resume so.
     """
     optim, ranks = config.optim, cluster.ranks
     parts = ranks * optim.grad_accum_steps
@@ -35,6 +36,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
             f"{split_text}: choose a multiple of {parts}"
         )
     train, val = open_datasets(config.data, Path(config.run_dir) / "index" if writes else None, progress=True)
+    done = epochs_done(config, cluster, train, val)
     changed = [f"{key} {value_text(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
         f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
@@ -43,11 +45,13 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
         f"{counted(optim.epochs, 'epoch')}",
         f"other than the defaults: {', '.join(changed) or 'nothing'}",
     ]
+    if done:
+        lines.append(f"resumes after {done:.4g} of {counted(optim.epochs, 'epoch')}")
     if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
         lines.append(f"warning: {split}")
     if images_per_second:
         sizes, speed = (len(train), len(val)), images_per_second * ranks
-        time_ = estimate(sizes, optim.epochs, speed, cluster.seconds, cluster.warning_seconds)
+        time_ = estimate(sizes, max(optim.epochs - done, 0.0), speed, cluster.seconds, cluster.warning_seconds)
         end = datetime.now() + timedelta(seconds=time_.run)
         fit = f"{time_.epochs_per_attempt:.1f} epochs an attempt of {cluster.time}, " if time_.attempts > 1 else ""
         lines.append(

@@ -16,11 +16,14 @@ class Estimate:
     attempts: int
 
 
-def estimate(images: tuple[int, int], epochs: int, images_per_second: float, limit: float, warning: float) -> Estimate:
+def estimate(
+    images: tuple[int, int], epochs: float, images_per_second: float, limit: float, warning: float
+) -> Estimate:
     """Estimate a run from the speed of all ranks together.
 
     Args:
         images: in the training and in the validation set.
+        epochs: that are left to train.
         limit: seconds of one attempt, of which the last `warning` are not trained in.
     """
     epoch = (images[0] + images[1] / VALIDATION_SPEED) / images_per_second

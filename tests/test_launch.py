@@ -22,12 +22,14 @@ from launch.names import USUAL, refuse_unknown_names
 from launch.records import Attempt, Job, add_event, config_file, read_events, read_job, write_job, write_submission
 from launch.status import read_status, to_text
 from launch.submission import submit
+from pipeline import trainer
 from pipeline.config import load_config, to_yaml
 from pipeline.data.loader import IMAGE_PIPELINES
 from pipeline.errors import ArgumentParser, UserError
 from pipeline.models.zoo import DENSENETS, MSDNETS
 from pipeline.objective import OBJECTIVES
 from pipeline.optim import OPTIMIZERS
+from pipeline.pace import VALIDATION_SPEED, duration
 from tools.lab.scaling import Machines, step_time
 
 
@@ -503,6 +505,24 @@ def test_a_grid_makes_a_run_of_each_combination(tmp_path, monkeypatch):
     both = ["configs/demo.yaml", "--nodes", "1", "configs/densenet169.yaml", "--run_dir", str(tmp_path / "both")]
     start(["--optim.lr", "0.3", *both, "--dry-run"])
     assert [(Path(c.run_dir).name, c.optim.lr) for c in configs[4:]] == [("demo", 0.3), ("densenet169", 0.3)]
+
+
+def test_a_submission_is_of_what_is_left_and_refused_before_it_waits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    config = small_config(tmp_path / "run", optim={"epochs": 1, "milestones": []})
+    trainer.fit(config)
+    longer = small_config(
+        tmp_path / "run", optim={"epochs": 3, "milestones": []}, train={"allow_world_size_change": True}
+    )
+    dry = ["--dry-run", "--images-per-second", "0.01"]
+    with pytest.raises(UserError, match="optim.epochs was 1 and is now 3; .*--train.change optim.epochs"):
+        start(local_words(longer, *dry))
+    capsys.readouterr()
+    start(local_words(longer, *dry, "--train.change", "optim.epochs"))
+    text = capsys.readouterr().out
+    assert "resumes after 1 of 3 epochs\n" in text
+    seconds = 2 * (46 + 11 / VALIDATION_SPEED) / 0.02
+    assert f" {duration(seconds)} in all" in text
 
 
 def test_a_flag_must_do_something_in_one_of_the_runs(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def _epochs_text(weights: Weights) -> str:
     """How long these weights were trained, of which the audit has the plan."""
     if weights.epochs is None:
         return "not known"
-    return f"{counted(weights.epochs, 'whole epoch')} of {weights.config.optim.epochs} planned"
+    return f"{counted(weights.epochs, 'whole epoch')} of {weights.config.optim.epochs} planned when they were saved"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

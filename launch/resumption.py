@@ -1,0 +1,37 @@
+"""What a submission would resume: checked before a job waits in a queue."""
+
+import dataclasses
+from pathlib import Path
+
+from launch.cluster import Cluster
+from pipeline.config import Config
+from pipeline.data.dataset import fingerprint_of
+from pipeline.data.index import DatasetIndex
+
+
+def epochs_done(config: Config, cluster: Cluster, train: DatasetIndex, val: DatasetIndex) -> float:
+    """How many epochs the run has that the job would resume, of which the last may be a part; 0 for a new run.
+
+    Raises:
+        UserError: the run may not resume so; what `resume.check_same_run` says. The loader and class weights are not looked at.
+    """
+    if not Path(config.run_dir, "checkpoints").is_dir():
+        return 0.0
+    from pipeline.resume import Conditions, check_same_run  # takes seconds to import, as torch does
+    from pipeline.start import find_start
+
+    start = find_start(config)
+    if start.checkpoint is None:
+        return 0.0
+    state = start.checkpoint.state
+    before = Conditions(**state["conditions"])
+    now = dataclasses.replace(
+        before,
+        classes=list(train.classes),
+        fingerprint=fingerprint_of(train, val),
+        images=[len(train), len(val)],
+        ranks=cluster.ranks,
+    )
+    check_same_run(state, start.config, now)
+    steps = -(-len(train) // config.optim.batch_size)
+    return state["progress"]["epoch"] + state["progress"]["step"] / steps
