@@ -7,6 +7,7 @@ from launch.cluster import Cluster
 from pipeline.config import Config
 from pipeline.data.dataset import fingerprint_of
 from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import steps_per_epoch
 
 
 def epochs_done(config: Config, cluster: Cluster, train: DatasetIndex, val: DatasetIndex) -> float:
@@ -33,5 +34,5 @@ def epochs_done(config: Config, cluster: Cluster, train: DatasetIndex, val: Data
         ranks=cluster.ranks,
     )
     check_same_run(state, start.config, now)
-    steps = -(-len(train) // config.optim.batch_size)
+    steps = steps_per_epoch(len(train), config.optim.batch_size)
     return state["progress"]["epoch"] + state["progress"]["step"] / steps

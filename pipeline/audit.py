@@ -223,9 +223,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         last = (measured.images[0] - 1) % optim.batch_size + 1
         kept = "kept" if measured.last_batch == last else f"{measured.last_batch} of its {last} images"
         compare("last, smaller batch of an epoch", "kept", kept)
-    changed = (
-        {text.split()[0] for text in measured.changed} if measured else set()
-    )  # the configuration has the last values
+    # Fields of which the configuration has the last value alone.
+    changed = {text.split()[0] for text in measured.changed} if measured else set()
     at_the_end = " at the end; changed on the way, see below"
     if "optim.lr" in changed:
         compare("learning rate", 0.1, f"{_text(optim.lr)}{at_the_end}", same=False)

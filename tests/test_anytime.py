@@ -113,15 +113,19 @@ def test_equal_confidences_leave_together_and_the_rest_need_not_suffice():
     assert thresholds(held_out, np.array([0.1, 0.1, 0.8])).tolist() == [math.inf, math.inf, 0]
 
 
+@torch.inference_mode()
+def of_each_exit(network, images, summed: bool) -> torch.Tensor:
+    """(3, n, classes): what each of three exits says of all images, or the mean of all up to it."""
+    probabilities = torch.stack([output.float().softmax(1) for output in network(images)])
+    return torch.stack([probabilities[: k + 1].mean(0) for k in range(3)]) if summed else probabilities
+
+
 @pytest.mark.parametrize("summed", [False, True])
 def test_a_batch_shrinks_at_each_exit_and_answers_as_if_it_did_not(summed):
     torch.manual_seed(1)
     network = with_random_norms(create_model(NAME, num_classes=5)).double().eval()
     images = torch.randn(12, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        probabilities = torch.stack([output.float().softmax(1) for output in network(images)])  # 3 exits
-        if summed:
-            probabilities = torch.stack([probabilities[: k + 1].mean(0) for k in range(3)])
+    probabilities = of_each_exit(network, images, summed)
     confidence = probabilities.amax(2).numpy()
     limits = thresholds(confidence, shares(1.0, 3))
     at = leaves_at(confidence, limits)
@@ -141,11 +145,7 @@ def test_images_that_stay_wait_for_others_and_are_answered_as_by_themselves(summ
     torch.manual_seed(2)
     network = with_random_norms(create_model(NAME, num_classes=5)).double().eval()
     images = torch.randn(23, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        probabilities = torch.stack([output.float().softmax(1) for output in network(images)])
-        if summed:
-            probabilities = torch.stack([probabilities[: k + 1].mean(0) for k in range(3)])
-    limits = thresholds(probabilities.amax(2).numpy(), shares(1.0, 3))
+    limits = thresholds(of_each_exit(network, images, summed).amax(2).numpy(), shares(1.0, 3))
     one_by_one = [classify(network, [image], limits, summed=summed) for image in images.split(1)]
     seen = []
     for k, block in enumerate(network.blocks):

@@ -420,8 +420,11 @@ def test_another_number_of_parts_is_allowed_on_request(tmp_path, capsys):
     trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
     config = small_config(tmp_path, optim={"epochs": 1, "grad_accum_steps": 2}, train={"allow_world_size_change": True})
     assert trainer.fit(config).epoch == 1
+    whole = "images in a batch-norm statistic: 12 (10 in an epoch's last batch, of 10 images)\n"
     said = "from epoch 2 on (after 4 steps of the run), a batch is 1 rank x 2 accumulation steps; before, 1 rank x 1"
-    assert said in capsys.readouterr().out
+    text = capsys.readouterr().out
+    _, after = text.split(whole)
+    assert said in after and "images in a batch-norm statistic: 12, 6 from epoch 2 on\n" in after
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
