@@ -184,7 +184,8 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _implementation(row: Row) -> str:
-    return row["implementation"] + ("" if row["compile"] == "none" else f", compiled ({row['compile']})")
+    how = {"none": "", "graphs": ", CUDA graphs"}.get(row["compile"], f", compiled ({row['compile']})")
+    return row["implementation"] + how
 
 
 def _parser() -> ArgumentParser:

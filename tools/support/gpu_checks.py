@@ -494,6 +494,7 @@ def a_run(setting: Setting, name: str, hooks: tuple[Any, ...] = (), **sections: 
             "device": setting.device.type,
             "pictures_every": 0,
             "memory_format": "channels_last",
+            "compile": "none",
         },
     }  # fmt: skip
     for section, fields in sections.items():
@@ -802,6 +803,50 @@ def compiled(setting: Setting) -> Found:
             require(1 <= now <= 3 and now == (graphs or now), f"{mode}: {graphs} graphs, then {now} were compiled")
             graphs = now
     return Found(f"gradients {far:.1e} from the modules'" + ("" if setting.on_gpu else "; traced, not compiled"))
+
+
+def cuda_graphs(setting: Setting) -> Found:
+    """Steps replayed as CUDA graphs have the bits of steps that are not, on all that a run may do between them."""
+    if not setting.on_gpu:
+        raise Skipped("there are none on CPU")
+    sides = (160, 160, 160, 160, 128, 128, 128, 160)
+    cases = [("eager", "fp32"), ("eager", "bf16"), *[("triton", p) for p in ("fp32", "bf16")]]
+    if triton_block.refusal(setting.device):
+        cases = cases[:2]
+    for dense_block, precision in cases:
+        found = []
+        for mode in ("none", "graphs"):
+            generator = torch.Generator().manual_seed(3)
+            dropout = 0.2 if dense_block == "eager" else 0.0
+            bare = own_network(setting, dense_block, dropout=dropout).to(memory_format=torch.channels_last)
+            network = compile_network(bare, mode, 8, 1)
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+            scaler, seen = create_scaler(precision, setting.device), list[Tensor]()
+            for i, side in enumerate(sides):
+                images = torch.randn(7 if i == 3 else 8, 3, side, side, generator=generator).to(setting.device)
+                labels = torch.randint(10, (len(images),), generator=generator).to(setting.device)
+                torch.cuda.manual_seed(i)
+                with deterministic_cudnn():
+                    with autocast(precision, setting.device):
+                        logits = network(images.contiguous(memory_format=torch.channels_last))
+                    scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    seen += [logits.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
+                    optimizer.zero_grad()
+                    seen.append(answers(bare, images, precision))
+                bare.train()
+            seen += [tensor.clone() for tensor in bare.state_dict().values()]
+            found.append(seen)
+            if mode == "graphs":
+                require(len(network._graphs) == 2, f"{len(network._graphs)} sizes of images were captured")  # type: ignore
+        require(all(map(torch.equal, *found)), f"{dense_block} in {precision}: other bits than without graphs")
+    states = []
+    for mode in ("none", "graphs"):
+        run = a_run(setting, f"graphs-{mode}", train={"compile": mode, "deterministic": True})
+        states.append((run.epoch, run.last_top1_error))
+    require(states[0] == states[1], f"`fit` ends with {states[1]} in graphs, without with {states[0]}")
+    return Found(f"the same bits in {len(sides)} steps, of {', '.join(f'{b} in {p}' for b, p in cases)}; and in a run")
 
 
 # G7
@@ -1121,6 +1166,7 @@ CHECKS = [
     Check("G5", "process groups", process_groups),
     Check("G5", "two ranks on one device", two_ranks),
     Check("G5", "a killed rank", lost_rank),
+    Check("G6", "CUDA graphs", cuda_graphs, ("pydantic",)),
     Check("G6", "torch.compile", compiled),
     Check("G7", "DALI's pixels", dali_pixels, ("pydantic", "nvidia.dali")),
     Check("G7", "DALI and odd images", dali_odd, ("pydantic", "nvidia.dali")),
