@@ -502,7 +502,7 @@ def a_run(setting: Setting, name: str, hooks: tuple[Any, ...] = (), **sections: 
     return fit(from_dict(tree, name), hooks)
 
 
-def resumed(setting: Setting) -> Found:
+def resumed(setting: Setting, name: str = "synthetic", **sections: dict[str, Any]) -> Found:
     """SIGTERM ends a run so that its command ends with 75; resumed, it has the bits of a run that was not cut."""
     from pipeline.errors import InterruptedRunError
     from pipeline.hooks import Hook
@@ -521,16 +521,16 @@ def resumed(setting: Setting) -> Found:
             self.state = {name: t.cpu().clone() for name, t in trainer.run.network.state_dict().items()}
 
     whole, cut, rest = Keep(), Keep(cut=True), Keep()
-    options = {"train": {"deterministic": setting.on_gpu}}
-    a_run(setting, "whole", (whole,), **options)
+    options = {"train": {"deterministic": setting.on_gpu}, **sections}
+    a_run(setting, f"{name}-whole", (whole,), **options)
     code = None
     with redirect_stderr(io.StringIO()):
         try:
-            a_run(setting, "cut", (cut,), **options)
+            a_run(setting, f"{name}-cut", (cut,), **options)
         except InterruptedRunError as error:
             code = ended_with(error)
     require(code == 75, f"SIGTERM ends a run with {code}")
-    a_run(setting, "cut", (rest,), **options)
+    a_run(setting, f"{name}-cut", (rest,), **options)
     differing = [name for name, tensor in whole.state.items() if not torch.equal(tensor, rest.state[name])]
     require(not differing, f"a resumed run has other bits in {', '.join(differing[:3])}")
     require(any(not torch.equal(t, cut.state[name]) for name, t in whole.state.items()), "the run was not cut")
@@ -852,14 +852,14 @@ def cuda_graphs(setting: Setting) -> Found:
 # G7
 
 
-def photos(folder: Path, count: int) -> Any:
+def photos(folder: Path, count: int, seed: int = 1) -> Any:
     """An index of smooth random JPEG images of odd sizes."""
     import numpy as np
     from PIL import Image
 
     from pipeline.data.index import scan_classes
 
-    generator = np.random.default_rng(1)
+    generator = np.random.default_rng(seed)
     for i in range(count):
         path = folder / f"class{i % 2}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -997,6 +997,15 @@ def dali_corrupt(setting: Setting) -> Found:
         (batch,) = loader.batches(0)
     require(batch.weights.sum().item() == 7, f"{batch.weights.sum().item():.0f} of 8 images count")
     return Found("7 of 8 images count")
+
+
+def dali_resumed(setting: Setting) -> Found:
+    """A run that DALI feeds with JPEG files, cut and resumed."""
+    folder = setting.folder / "files"
+    photos(folder / "train", 40)
+    photos(folder / "val", 10, seed=2)
+    data = {"loader": "dali", "dir": str(folder), "crop_size": 32, "resize_size": 40}
+    return resumed(setting, "files", data=data)
 
 
 def dali_memory(setting: Setting) -> Found:
@@ -1171,6 +1180,7 @@ CHECKS = [
     Check("G7", "DALI's pixels", dali_pixels, ("pydantic", "nvidia.dali")),
     Check("G7", "DALI and odd images", dali_odd, ("pydantic", "nvidia.dali")),
     Check("G7", "DALI and a corrupt image", dali_corrupt, ("pydantic", "nvidia.dali")),
+    Check("G7", "DALI, cut and resumed", dali_resumed, ("pydantic", "nvidia.dali")),
     Check("G7", "DALI's memory", dali_memory, ("pydantic", "nvidia.dali")),
     Check("G8", "Triton kernels", triton_kernels, ("triton",)),
     Check("G8", "compute-sanitizer", sanitizer, ("triton",)),
