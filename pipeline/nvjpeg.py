@@ -1,0 +1,73 @@
+"""Which nvJPEG DALI decodes with on a GPU: the one of requirements.txt, whatever else the process or the machine brings.
+
+nvImageCodec, DALI's decoder, asks the dynamic linker for NAME. It gets the first library of this soname that the process has
+loaded, and only without one are paths searched. torchvision's wheel has an nvJPEG of that soname and an older version.
+"""
+
+import ctypes
+import functools
+import importlib.metadata
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+NAME = "libnvjpeg.so.13"  # of CUDA 13, for which requirements.txt has DALI
+
+
+class _Symbol(ctypes.Structure):
+    """Dl_info of dlfcn.h."""
+
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def load_nvjpeg() -> None:
+    """Load the wheel's nvJPEG, before something else brings an older one."""
+    with suppress(OSError):  # what DALI then gets is told by `check_nvjpeg`
+        ctypes.CDLL(installed_nvjpeg() or NAME)
+
+
+@functools.cache
+def check_nvjpeg() -> None:
+    """Say in one line if DALI gets no nvJPEG, or another than the wheel's."""
+    load_nvjpeg()
+    installed, found = installed_nvjpeg(), nvjpeg_of_process()
+    if found is None:
+        trouble = "no nvJPEG loads: JPEG images are decoded on the CPU; pip install -r requirements.txt brings one"
+    elif installed and found[0] != installed:
+        trouble = (
+            f"JPEG images are decoded with nvJPEG {found[1]} ({found[0]}), which was loaded before {installed}: pixels may "
+            f"differ in their last bits; start with LD_PRELOAD={installed}"
+        )
+    else:
+        return
+    print(f"warning: {trouble}", file=sys.stderr, flush=True)
+
+
+def installed_nvjpeg() -> str | None:
+    """The library in the wheel nvidia-nvjpeg; None if that is not installed."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("nvidia-nvjpeg") or []:
+            if file.name == NAME:
+                return str(Path(str(file.locate())).resolve())
+    return None
+
+
+def nvjpeg_of_process() -> tuple[str, str] | None:
+    """File and version of the nvJPEG that nvImageCodec gets in this process; None if none loads."""
+    try:
+        get_property = ctypes.CDLL(NAME).nvjpegGetProperty
+    except (OSError, AttributeError):
+        return None
+    version, value, symbol = [], ctypes.c_int(), _Symbol()
+    for part in range(3):  # MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL of library_types.h
+        if get_property(part, ctypes.byref(value)):
+            return None
+        version.append(str(value.value))
+    ctypes.CDLL(None).dladdr(ctypes.cast(get_property, ctypes.c_void_p), ctypes.byref(symbol))
+    return str(Path((symbol.file or b"").decode()).resolve()), ".".join(version)
