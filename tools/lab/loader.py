@@ -267,11 +267,13 @@ def measure_fidelity(workload: Workload) -> list[dict[str, Any]]:
 def against_reference(
     operator: str, workload: Workload, plans: list[BatchPlan], resize: Interpolation, colored: bool
 ) -> list[dict[str, Any]]:
-    rows = []
-    for name in [*fast_pipelines(), TORCHVISION]:
-        expected = images(workload, REFERENCE, plans, resize, colored)
-        rows.append(row(operator, name, images(workload, name, plans, resize, colored), expected, plans))
-    return rows
+    """Rows of all image pipelines, which go through the plans together, so that the reference, the slowest, does so once."""
+    found = {name: Differences() for name in [*fast_pipelines(), TORCHVISION]}
+    batches = [images(workload, name, plans, resize, colored) for name in [REFERENCE, *found]]
+    for plan, (expected, *actual) in zip(plans, zip(*batches, strict=True), strict=True):
+        for differences, ours in zip(found.values(), actual, strict=True):
+            differences.add(ours, expected, frame_widths(plan))
+    return [{"operator": operator, "image_pipeline": name, **found[name].result()} for name in found]
 
 
 def row(
