@@ -194,10 +194,12 @@ class DaliPlans:
         return define()
 
     def _decoded(self, content: DataNode, start: DataNode, shape: DataNode) -> DataNode:
-        region = {"start": start, "shape": shape, "axes": [0, 1]}
         if self._decodes_regions:
-            return fn.decoders.image_slice(content, device=self._decoder, **region, **self._decoding)
-        return fn.slice(fn.decoders.image(content, device=self._decoder, **self._decoding), **region)
+            return fn.decoders.image_slice(
+                content, start=start, shape=shape, axes=[0, 1], device=self._decoder, **self._decoding
+            )
+        whole = fn.decoders.image(content, device=self._decoder, **self._decoding)
+        return fn.slice(whole, start=start, shape=shape, axes=[0, 1])
 
     def _resized(self, images: DataNode, size: DataNode, roi_start: DataNode, roi_end: DataNode) -> DataNode:
         interpolation, antialias, dtype = RESIZES[self._resize]
