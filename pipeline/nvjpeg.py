@@ -6,12 +6,14 @@ loaded, and only without one are paths searched. torchvision's wheel has an nvJP
 
 import ctypes
 import functools
-import importlib.metadata
+import importlib.util
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-NAME = "libnvjpeg.so.13"  # of CUDA 13, for which requirements.txt has DALI
+# Of CUDA 13, for which requirements.txt has DALI.
+NAME = "libnvjpeg.so.13"
+FOLDER = Path("cu13/lib")  # in the package nvidia, to which NVIDIA's wheels add
 
 
 class _Symbol(ctypes.Structure):
@@ -38,7 +40,9 @@ def check_nvjpeg() -> None:
     load_nvjpeg()
     installed, found = installed_nvjpeg(), nvjpeg_of_process()
     if found is None:
-        trouble = "no nvJPEG loads: JPEG images are decoded on the CPU; pip install -r requirements.txt brings one"
+        trouble = (
+            "no nvJPEG is found, without which DALI decodes JPEG images on the CPU: pip install -r requirements.txt"
+        )
     elif installed and found[0] != installed:
         trouble = (
             f"JPEG images are decoded with nvJPEG {found[1]} ({found[0]}), which was loaded before {installed}: pixels may "
@@ -50,12 +54,10 @@ def check_nvjpeg() -> None:
 
 
 def installed_nvjpeg() -> str | None:
-    """The library in the wheel nvidia-nvjpeg; None if that is not installed."""
-    with suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.files("nvidia-nvjpeg") or []:
-            if file.name == NAME:
-                return str(Path(str(file.locate())).resolve())
-    return None
+    """The library of the wheel nvidia-nvjpeg; None if that is not installed."""
+    package = importlib.util.find_spec("nvidia")
+    places = [Path(folder) / FOLDER / NAME for folder in package.submodule_search_locations or ()] if package else []
+    return next((str(place.resolve()) for place in places if place.is_file()), None)
 
 
 def nvjpeg_of_process() -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.metadata
 import itertools
 import struct
 import subprocess
@@ -63,13 +64,14 @@ def test_a_machine_without_nvjpeg_is_told_that_the_cpu_decodes(monkeypatch, caps
     monkeypatch.setattr(nvjpeg, "installed_nvjpeg", lambda: None)
     nvjpeg.check_nvjpeg.__wrapped__()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: no nvJPEG loads: JPEG images are decoded on the CPU")
+    assert line.startswith("warning: no nvJPEG is found, without which DALI decodes JPEG images on the CPU")
 
 
 def test_the_nvjpeg_of_the_requirements_loads(monkeypatch):
     """Loading it and asking for its version needs no GPU."""
     path = nvjpeg.installed_nvjpeg()
-    assert path
+    files = importlib.metadata.files("nvidia-nvjpeg")
+    assert path and path in [str(file.locate().resolve()) for file in files]
     monkeypatch.setattr(nvjpeg, "NAME", path)  # whatever else this process has loaded
     assert nvjpeg.nvjpeg_of_process() == (path, "13.3.2")
 

@@ -960,21 +960,22 @@ def dali_corrupt(setting: Setting) -> Found:
     return Found("7 of 8 images count")
 
 
-WARM, EPOCHS = 5, 15
+WARM, EPOCHS = 5, 20
 """Epochs in which the pools of DALI and torch may still grow, and all of them."""
-GROWN = 16.0  # MiB that may come after: torch's and DALI's pools grow by 2 and by 64
+GROWN = (
+    100.0  # MiB that may come after: a block of DALI's pool has 64, a batch 11.5, of which one lost an epoch makes 172
+)
 
 
 def dali_memory(setting: Setting) -> Found:
-    """After some epochs more batches take no more of the GPU's memory."""
+    """The memory of the GPU that is taken grows no more after some epochs."""
     if not setting.on_gpu:
         raise Skipped("of a GPU's memory; on CPU python -m tools.lab.endurance looks")
     from pipeline.config import DataConfig
     from pipeline.data.loader import Shard, TrainingLoader
 
-    index = photos(setting.folder / "memory", 40)
-    config = DataConfig(loader="dali", crop_size=32, resize_size=40)
-    loader = TrainingLoader(index, config, Shard(0, 1, setting.device, 2), seed=1, batch_size=2, accumulation=1)
+    index, config = photos(setting.folder / "memory", 60), DataConfig(loader="dali")
+    loader = TrainingLoader(index, config, Shard(0, 1, setting.device, 2), seed=1, batch_size=20, accumulation=1)
     taken = []
     for epoch in range(EPOCHS):
         for _ in loader.batches(epoch):
