@@ -109,7 +109,6 @@ def main() -> None:
     config = load_config(options.config).data if options.config else DataConfig()
     threads = options.threads or config.threads or available_cores()
     config = dataclasses.replace(config, interpolation=options.interpolation or config.interpolation, threads=threads)
-    torch.set_num_threads(max(1, available_cores() - threads))  # more would only take the loader's cores from it
     keep_freed_memory()  # as training on CPU does
     workload = Workload(open_images(Path(options.dir), options.images, output), config, threads, options.batch_size)
 
@@ -117,6 +116,7 @@ def main() -> None:
     fidelity = measure_fidelity(workload)
     contact_sheet(workload, output / "contact-sheet.png")
     print(f"timing the loaders: {options.repeats} repetitions after one that warms up", flush=True)
+    torch.set_num_threads(max(1, available_cores() - threads))  # more would only take the loader's cores from it
     speed, stages = measure_speed(workload, options.repeats)
 
     dali = [package.name for package in importlib.metadata.distributions() if package.name.startswith("nvidia-dali")]
