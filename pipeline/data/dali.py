@@ -2,7 +2,8 @@
 
 Images that DALI refuses, or may see otherwise than Pillow does, go into it decoded by Pillow (decoding.py).
 
-The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has not been run on a GPU yet.
+The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has run on a GPU before it decoded whole images, and
+not since.
 """
 
 from collections import deque
