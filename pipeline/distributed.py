@@ -31,7 +31,6 @@ from pipeline.machine import (
     present_gpus,
     usable_cores,
 )
-from pipeline.nvjpeg import load_nvjpeg
 
 PATIENCE = timedelta(hours=1)  # for another rank: rank 0 may be indexing a large data set for the first time
 
@@ -174,7 +173,6 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
         ask_for_signal_when_parent_dies(signal.SIGTERM)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        load_nvjpeg()
     if size > 1:
         world = dataclasses.replace(world, **_meet(world))
         mine = socket.gethostname(), usable_cores()

@@ -6,13 +6,16 @@ import importlib.metadata
 import itertools
 import struct
 import subprocess
+import sys
 import threading
 import types
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import index_of, photo
+from conftest import REPOSITORY, index_of, photo
 
 from pipeline import evaluation, nvjpeg
 from pipeline.config import DataConfig
@@ -57,6 +60,19 @@ def test_an_nvjpeg_that_another_package_loaded_first_is_the_one_that_decodes(mon
     else:
         (line,) = said.splitlines()
         assert f"nvJPEG 13.0.1 ({theirs})" in line and line.endswith(f"start with LD_PRELOAD={ours}")
+
+
+def test_this_package_loads_the_right_nvjpeg_before_it_imports_anything_else():
+    """As seen in a process of its own, which loads torchvision's as `import torchvision` does."""
+    theirs = next(Path(find_spec("torchvision").origin).parents[1].glob("torchvision.libs/libnvjpeg*"), None)
+    if theirs is None:
+        pytest.skip("this torchvision has none")
+    script = (
+        f"import pipeline, ctypes; ctypes.CDLL({str(theirs)!r}); from pipeline import nvjpeg; nvjpeg.check_nvjpeg(); "
+        "print(nvjpeg.nvjpeg_of_process()[0] == nvjpeg.installed_nvjpeg())"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
 def test_a_machine_without_nvjpeg_is_told_that_the_cpu_decodes(monkeypatch, capsys):
