@@ -130,7 +130,9 @@ def run_apart(group: str, setting: Setting) -> list[Row]:
 def run_alone(group: str, setting: Setting, notes: Path) -> None:
     """`run_group` in a group of processes of its own, all of which can be ended at once."""
     os.setsid()
-    warnings.filterwarnings("ignore", module="torch")  # of the profiler, the compiler and so on, which a user cannot act on
+    warnings.filterwarnings(
+        "ignore", module="torch"
+    )  # of the profiler, the compiler and so on, which a user cannot act on
     run_group(group, setting, notes)
 
 

@@ -298,13 +298,17 @@ def product_error(device: str) -> float:
 
 
 def nvjpeg(setting: Setting) -> Found:
-    """The nvJPEG that DALI gets decodes regions of JPEG images on the GPU."""
-    from pipeline.data.nvjpeg import LIBRARY, NEEDED, installed_nvjpeg, nvjpeg_version
+    """DALI gets the nvJPEG of requirements.txt, though torchvision brings another."""
+    from pipeline.nvjpeg import installed_nvjpeg, load_nvjpeg, nvjpeg_of_process
 
-    path = installed_nvjpeg() or LIBRARY
-    version = nvjpeg_version(path)
-    require(version[:2] >= NEEDED, f"nvJPEG {version or 'none'} at {path} is older than {NEEDED}")
-    return Found(f"nvJPEG {'.'.join(map(str, version))}")
+    load_nvjpeg()
+    import torchvision  # noqa: F401 - after it
+
+    found, installed = nvjpeg_of_process(), installed_nvjpeg()
+    require(found is not None, "none loads")
+    path, version = found or ("", "")
+    require(installed in (None, path), f"nvJPEG {version} ({path}) would decode, not {installed}")
+    return Found(f"nvJPEG {version} ({path})")
 
 
 # G1
@@ -952,18 +956,20 @@ def dali_pixels(setting: Setting) -> Found:
     """DALI's graphs: near to Pillow's pixels, the same bits in each run and in whatever batch an image comes."""
     index = photos(setting.folder / "photos", 12)
     cpu = torch.device("cpu")
-    far, graphs = 0.0, 0
+    far, graphs, wrong = 0.0, 0, []
     for name in INTERPOLATIONS if setting.on_gpu else INTERPOLATIONS[:1]:
-        for cut in CUTS if setting.on_gpu else ("10 crops", "random_crop"):
+        for cut in CUTS if setting.on_gpu else ("10 crops", "random_resized_crop", "random_crop"):
             first, again, other = (pixels(index, setting.device, name, cut, size) for size in (4, 4, 5))
-            require(all(torch.equal(first[row], again[row]) for row in first), f"{name}, {cut}: two runs differ")
-            require(
-                all(torch.equal(first[row], other[row]) for row in first), f"{name}, {cut}: pixels depend on the batch"
-            )
             expected = pixels(index, cpu, name, cut, 4, "reference")
-            far = max(far, *((first[row] - expected[row]).abs().mean().item() for row in first))
-            require(far < NEAR, f"{name}, {cut}: pixels are {far:.3f} standard deviations from Pillow's in the mean")
-            graphs += 1
+            mean = max((first[row] - expected[row]).abs().mean().item() for row in first)
+            for what, images in (("in a second run", again), ("in other batches", other)):
+                apart = [(first[row] - images[row]).abs().max().item() for row in first]
+                if count := sum(value != 0 for value in apart):  # a NaN, too
+                    wrong.append(f"{name}, {cut}: {count} of {len(apart)} {what}, by {max(apart):.1e}")
+            if not mean < NEAR:
+                wrong.append(f"{name}, {cut}: {mean:.3f} from Pillow's in the mean")
+            far, graphs = max(far, mean), graphs + 1
+    require(not wrong, f"images differ, in standard deviations: {'; '.join(wrong)}")
     return Found(f"{graphs} graphs, at most {far:.1e} standard deviations from Pillow's in the mean of an image")
 
 
@@ -1008,25 +1014,32 @@ def dali_resumed(setting: Setting) -> Found:
     return resumed(setting, "files", data=data)
 
 
+WARM, EPOCHS = 5, 20
+"""Epochs in which the pools of DALI and torch may still grow, and all of them."""
+GROWN = (
+    100.0  # MiB that may come after: a block of DALI's pool has 64, a batch 11.5, of which one lost an epoch makes 172
+)
+
+
 def dali_memory(setting: Setting) -> Found:
-    """200 batches take no more memory of the GPU than the first 20."""
+    """The memory of the GPU that is taken grows no more after some epochs."""
     if not setting.on_gpu:
         raise Skipped("of a GPU's memory; on CPU python -m tools.lab.endurance looks")
     from pipeline.config import DataConfig
     from pipeline.data.loader import Shard, TrainingLoader
 
-    index = photos(setting.folder / "memory", 40)
-    config = DataConfig(loader="dali", crop_size=32, resize_size=40)
-    loader = TrainingLoader(index, config, Shard(0, 1, setting.device, 2), seed=1, batch_size=2, accumulation=1)
-    free = []
-    for epoch in range(11):
+    index, config = photos(setting.folder / "memory", 60), DataConfig(loader="dali")
+    loader = TrainingLoader(index, config, Shard(0, 1, setting.device, 2), seed=1, batch_size=20, accumulation=1)
+    taken = []
+    for epoch in range(EPOCHS):
         for _ in loader.batches(epoch):
             pass
         torch.cuda.synchronize()
-        free.append(torch.cuda.mem_get_info(setting.device)[0])
-    grown = (free[0] - free[-1]) / 2**20
-    require(grown < 64, f"{grown:.0f} MiB more after 200 further batches")
-    return Found(f"{grown:.0f} MiB more after 200 further batches")
+        free, total = torch.cuda.mem_get_info(setting.device)
+        taken.append((total - free) / 2**20)
+    text = f"MiB more than after the first epoch: {', '.join(f'{value - taken[0]:.0f}' for value in taken[1:])}"
+    require(taken[-1] - taken[WARM] < GROWN, text)
+    return Found(text, {"MiB": taken})
 
 
 # G8
