@@ -61,7 +61,7 @@ def launches(step: Step) -> list[Launch]:
 
     def record(launch: Launch) -> None:
         signature, constants, aligned = _specialisation(launch)
-        key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, launch.warps, launch.stages
+        key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, *launch[4:]
         found.setdefault(key, launch)
 
     run_step(step, record)
@@ -78,7 +78,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

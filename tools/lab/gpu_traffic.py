@@ -84,6 +84,15 @@ TRAFFIC = {
         f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
         "dz:pixels*channels partial:2*tiles*channels",
     ),
+    "bottleneck_backward_data": (
+        f"dz:pixels*features b:pixels*features coefficients:3*features weight:channels*features x:pixels*channels "
+        f"G:pixels*channels {_NORM}",
+        f"dz:pixels*features G:pixels*channels partial:2*tiles*channels",
+    ),
+    "bottleneck_backward_weights": (
+        f"db:pixels*features x:pixels*channels {_NORM}",
+        "partial:ranges*channels*features",
+    ),
     "conv3x3_backward_weights": (
         f"b:pixels*channels gradient:pixels*features {_NORM}",
         "partial:ranges*9*features*channels",

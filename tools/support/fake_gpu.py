@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Step(NamedTuple):
@@ -55,9 +56,10 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
     """
 
     def record(
-        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
-    ) -> None:
-        on_launch(Launch(kernel, grid, arguments, constants, warps, stages))
+        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1,
+        registers: int | None = None, **constants: Any,
+    ) -> None:  # fmt: skip
+        on_launch(Launch(kernel, grid, arguments, constants, warps, stages, registers))
 
     with (
         FakeTensorMode(),
