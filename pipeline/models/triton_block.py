@@ -484,11 +484,7 @@ class _Launches:
             kernel, (partials, blocks), gradient, weight, b, *norm, dz, partial, *size,
             BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=block_k, **self._product(tile),
         )  # fmt: skip
-        launch(
-            "reduce_own_norm", (_blocks(width, SUMS["BLOCK_C"]),),
-            partial, partials, self.pixels, width, norm.mean, norm.variance, norm.gamma, norm.eps, dgamma, dbeta,
-            coefficients, **SUMS,
-        )  # fmt: skip
+        self._reduce_own_norm(partial, norm, dgamma, dbeta, coefficients)
 
     def conv3x3_backward_weights(self, gradient: Tensor, b: Tensor, norm: _Norm, dweight: Tensor) -> None:
         tile, (growth, width, *_) = self.tiles.conv3x3_backward_weights, dweight.shape
@@ -574,6 +570,16 @@ class _Launches:
         launch(
             "reduce_shared_norm", (_blocks(channels, SUMS["BLOCK_C"]),),
             partial, tiles, channels, norm.variance, norm.gamma, norm.eps, dgamma, dbeta, *sums, FIRST=first, **SUMS,
+        )  # fmt: skip
+
+    def _reduce_own_norm(
+        self, partial: Tensor, norm: _Norm, dgamma: Tensor, dbeta: Tensor, coefficients: Tensor
+    ) -> None:
+        tiles, _, channels = partial.shape
+        launch(
+            "reduce_own_norm", (_blocks(channels, SUMS["BLOCK_C"]),),
+            partial, tiles, self.pixels, channels, norm.mean, norm.variance, norm.gamma, norm.eps, dgamma, dbeta,
+            coefficients, **SUMS,
         )  # fmt: skip
 
     def _reduce_weights(self, partial: Tensor, out: Tensor) -> None:

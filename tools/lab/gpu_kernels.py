@@ -60,7 +60,7 @@ def launches(step: Step) -> list[Launch]:
     found: dict[Any, Launch] = {}
 
     def record(launch: Launch) -> None:
-        signature, constants, aligned = _specialisation(launch)
+        signature, constants, aligned = specialisation(launch)
         key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, *launch[4:]
         found.setdefault(key, launch)
 
@@ -71,7 +71,7 @@ def launches(step: Step) -> list[Launch]:
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """Compile a kernel for the arguments of a launch, as Triton would at the launch."""
     kernel = getattr(triton_kernels, launch.kernel)
-    signature, constants, aligned = _specialisation(launch)
+    signature, constants, aligned = specialisation(launch)
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -83,8 +83,8 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", file.name)
+        usage = run_binary("cuobjdump", "--dump-resource-usage", file.name)
+        code = run_binary("nvdisasm", file.name)
     ptx = compiled.asm["ptx"]
     products = {name: len(re.findall(re.escape(name), ptx)) for name in PRODUCTS.values()}
     return Compiled(
@@ -98,7 +98,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     )
 
 
-def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
     """The types of a kernel's arguments, the values of constants, and which arguments are multiples of 16.
 
     Triton finds them at each launch in the same way, and compiles a kernel once for each combination.
@@ -124,7 +124,7 @@ def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tup
     return signature, constants, tuple(aligned)
 
 
-def _run(program: str, *arguments: str) -> str:
+def run_binary(program: str, *arguments: str) -> str:
     return subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
