@@ -249,7 +249,7 @@ class _Stage(Function):
         maps = run.maps(run.pixels, -(-channels_out // ROW) * ROW)
         # Mean and variance of the block's maps, then of each layer's bottleneck.
         moments = run.floats(2, channels_out + len(stage.layers) * width)
-        weights = _packed(parameters, run.dtype)
+        weights = _packed(parameters, run.dtype, run.precision)
 
         def measured(first: int, count: int) -> Tensor | None:
             return moments[:, first : first + count] if training else None
@@ -318,7 +318,8 @@ class _Stage(Function):
                 run.bottleneck_forward(maps, channels, norm1, weight1, bottleneck, None)
             new = slice(channels, channels + growth)
             run.finish_gradient(
-                map_gradient[:, new], maps[:, new], maps.stride(0), moments[:, new], eps, sums[:, new], new_gradient
+                map_gradient[:, new], maps[:, new], maps.stride(0), moments[:, new], eps, sums[:, new], new_gradient,
+                factor=True,
             )  # fmt: skip
             run.conv3x3_backward_data(new_gradient, weight2, bottleneck, norm2, dz, dgamma2, dbeta2, coefficients)
             run.conv3x3_backward_weights(new_gradient, bottleneck, norm2, dweight2)
@@ -457,13 +458,16 @@ class _Launches:
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=True)
 
     def finish_gradient(
-        self, map_gradient: Tensor, x: Tensor, ldx: int, moments: Tensor, eps: float, sums: Tensor, out: Tensor
-    ) -> None:
+        self, map_gradient: Tensor, x: Tensor, ldx: int, moments: Tensor, eps: float, sums: Tensor, out: Tensor,
+        factor: bool = False,
+    ) -> None:  # fmt: skip
+        """`factor`: the kernels multiply it."""
         channels = sums.shape[1]
         grid, tile = _point(self.pixels, channels)
         launch(
             "finish_gradient", grid,
-            map_gradient, x, ldx, *moments, eps, *sums, out, channels, self.pixels, channels, **tile,
+            map_gradient, x, ldx, *moments, eps, *sums, out, channels, self.pixels, channels,
+            PRECISION=self.precision if factor else None, **tile,
         )  # fmt: skip
 
     def conv3x3_backward_data(
@@ -605,22 +609,28 @@ def _fitting(most: int, size: int) -> int:
     return max(16, min(most, 1 << (size - 1).bit_length()))
 
 
-def _packed(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def _packed(parameters: Sequence[Tensor], dtype: torch.dtype, precision: str) -> list[tuple[Tensor, Tensor]]:
     """Each layer's weights in the maps' dtype, once for both passes: 1x1 as (out, in), 3x3 as (out, 3, 3, in).
 
-    Float32 weights that lie so already, as those of channels-last networks do, are not copied.
+    Float32 weights that lie so already, as those of channels-last networks do, are not copied. For TF32 they are rounded to
+    it, as the kernels' `_factor` does.
     """
+    rounds = precision == "tf32" and dtype is torch.float32
     own = [
         weight
         for i in range(0, len(parameters) - 2, 6)
         for weight in (parameters[i + 2].flatten(1), parameters[i + 5].permute(0, 2, 3, 1))
     ]
-    if dtype is not torch.float32 or not all(weight.is_contiguous() for weight in own):
+    if rounds or dtype is not torch.float32 or not all(weight.is_contiguous() for weight in own):
         sizes = [_blocks(weight.numel(), ROW) * ROW for weight in own]
         buffer = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
         pieces = buffer.split(sizes)
         packed = [piece[: weight.numel()].view(weight.shape) for piece, weight in zip(pieces, own, strict=True)]
         torch._foreach_copy_(packed, own)
+        if rounds:
+            bits = buffer.view(torch.int32)
+            rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
+            torch.where(buffer == buffer, rounded, buffer, out=buffer)
         own = packed
     return list(zip(own[::2], own[1::2], strict=True))
 

@@ -39,6 +39,16 @@ def _relu(z):
 
 
 @triton.jit
+def _factor(x, PRECISION: tl.constexpr):
+    """x as a factor of a product. Tensor cores cut float32 off to TF32; rounding it to the nearest first leaves no bias."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # the bits of NaN may run over
+    return x
+
+
+@triton.jit
 def _store_moments(partial, tile, values, p, pixels, c, channels, BLOCK_P: tl.constexpr):
     """A tile's sum, and its sum of squares about its own mean: partial [tile][2][channels]."""
     _store_moments_of(partial, tile, values, p < pixels, pixels, c, channels, BLOCK_P)
@@ -196,7 +206,7 @@ def bottleneck_forward(
         c = start + tl.arange(0, BLOCK_K)
         scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
         v = tl.load(row + c[None, :], mask=(p < pixels)[:, None] & (c < channels)[None, :], other=0.0)
-        a = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype)
+        a = _factor(_relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype), PRECISION)
         present = (n < features)[None, :] & (c < channels)[:, None]
         w = tl.load(weight + n[None, :] * channels + c[:, None], mask=present, other=0.0)
         total = tl.dot(a, w, total, input_precision=PRECISION)
@@ -229,7 +239,7 @@ def conv3x3_forward(
             at = b + (p + y * width + x)[:, None].to(tl.int64) * channels + c[None, :]
             v = tl.load(at, mask=inside[:, None] & (c < channels)[None, :], other=0.0)
             d = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
-            d = tl.where(inside[:, None], d, 0.0).to(v.dtype)
+            d = _factor(tl.where(inside[:, None], d, 0.0).to(v.dtype), PRECISION)
             at = weight + (n[None, :] * 9 + tap) * channels + c[:, None]
             w = tl.load(at, mask=(n < features)[None, :] & (c < channels)[:, None], other=0.0)
             total = tl.dot(d, w, total, input_precision=PRECISION)
@@ -291,9 +301,9 @@ def stem_forward(
 @jit
 def finish_gradient(
     G, x, ldx, mean, variance, eps, map_sum, map_centred_sum, out, ldout, pixels, channels,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of maps whose consumers are all done; `out` may be G."""
+    """The gradient of maps whose consumers are all done; `out` may be G. PRECISION is None where it is no factor."""
     p, c = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     present = c < channels
     inside, row = (p < pixels)[:, None] & present[None, :], p[:, None].to(tl.int64)
@@ -304,7 +314,7 @@ def finish_gradient(
     v = tl.load(x + row * ldx + c[None, :], mask=inside, other=0.0).to(tl.float32)
     centred = v - tl.load(mean + c, mask=present, other=0.0)[None, :]
     dx = g * inverse[None, :] - s[None, :] - centred * q[None, :]
-    tl.store(out + row * ldout + c[None, :], dx.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * ldout + c[None, :], _factor(dx.to(out.dtype.element_ty), PRECISION), mask=inside)
 
 
 @jit
@@ -402,7 +412,7 @@ def conv3x3_backward_weights(
         i, j = p // width % height - y, p % width
         inside = (p < pixels)[:, None] & (c < channels)[None, :]
         v = tl.load(b + p[:, None].to(tl.int64) * channels + c[None, :], mask=inside, other=0.0)
-        d = tl.trans(_relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype))
+        d = tl.trans(_factor(_relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype), PRECISION))
         at, rows = (
             gradient + (p - y * width)[:, None].to(tl.int64) * features + n[None, :],
             (p < pixels) & (i >= 0) & (i < height),
@@ -451,7 +461,7 @@ def bottleneck_backward(
         at = row * features + n[None, :]
         db = tl.load(dz + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
         db += tl.load(b + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
-        db = tl.where(pixel, db, 0.0).to(w.dtype)
+        db = _factor(tl.where(pixel, db, 0.0).to(w.dtype), PRECISION)
         da = tl.dot(db, w, input_precision=PRECISION)
         at, inside = row * ldx + c[None, :], pixel & channel
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -459,7 +469,8 @@ def bottleneck_backward(
         own_s, own_q = _add_to_map_gradient(da, v, z, mean, gamma, G, at, c, channels, inside, False)
         s += own_s
         q += own_q
-        total = tl.dot(tl.trans(db), _relu(z).to(w.dtype), total, input_precision=PRECISION)
+        a = _factor(_relu(z).to(w.dtype), PRECISION)
+        total = tl.dot(tl.trans(db), a, total, input_precision=PRECISION)
     at = weight_partial + (part * features + n)[:, None] * channels + c[None, :]
     tl.store(at, total, mask=feature[:, None] & channel)
     _store_two(partial, part, s, q, c, channels)
@@ -488,7 +499,7 @@ def conv3x3_forward_rows(
         at = b + (p + y * width)[:, None].to(tl.int64) * channels + c[None, :]
         v = tl.load(at, mask=inside & (c < channels)[None, :], other=0.0)
         d = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
-        d = tl.where(inside, d, 0.0).to(v.dtype)
+        d = _factor(tl.where(inside, d, 0.0).to(v.dtype), PRECISION)
         at, present = (
             weight + (n[None, :] * 9 + (y + 1) * 3) * channels + c[:, None],
             (n < features)[None, :] & (c < channels)[:, None],
@@ -577,20 +588,21 @@ def bottleneck_backward_ahead(
         at = row * features + n[None, :]
         db = tl.load(dz + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
         db += tl.load(b + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
-        db = tl.where(pixel, db, 0.0).to(w.dtype)
+        db = _factor(tl.where(pixel, db, 0.0).to(w.dtype), PRECISION)
         at, inside = row * ldx + c[None, :], pixel & channel
         following = (p + BLOCK_P < pixels)[:, None] & channel
         ahead = tl.load(G + (row + BLOCK_P) * ldx + c[None, :], mask=following, other=0.0)
+        gain = tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
+        centre = tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
         da = tl.dot(db, w, input_precision=PRECISION)
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         z = v * scale[None, :] + shift[None, :]
         dz1 = tl.where(inside & (z > 0), da, 0.0)
-        gain = tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
-        centre = tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
         tl.store(G + at, (dz1 * gain + g.to(tl.float32)).to(G.dtype.element_ty), mask=inside)
         s += tl.sum(dz1, 0)
         q += tl.sum(dz1 * (v - centre), 0)
-        total = tl.dot(tl.trans(db), _relu(z).to(w.dtype), total, input_precision=PRECISION)
+        a = _factor(_relu(z).to(w.dtype), PRECISION)
+        total = tl.dot(tl.trans(db), a, total, input_precision=PRECISION)
     at = weight_partial + (part * features + n)[:, None] * channels + c[None, :]
     tl.store(at, total, mask=feature[:, None] & channel)
     _store_two(partial, part, s, q, c, channels)
@@ -614,7 +626,7 @@ def bottleneck_backward_data(
     k2 = tl.load(coefficients + 2 * features + n, mask=feature, other=0.0)[None, :]
     db = tl.load(dz + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
     db += tl.load(b + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
-    db = tl.where(pixel, db, 0.0).to(dz.dtype.element_ty)
+    db = _factor(tl.where(pixel, db, 0.0).to(dz.dtype.element_ty), PRECISION)
     tl.store(dz + at, db, mask=pixel & feature[None, :])
     c = tl.arange(0, BLOCK_C)
     x_rows, G_rows = x + row * ldx, G + row * ldx
@@ -634,8 +646,7 @@ def bottleneck_backward_data(
         inside = pixel & (c < channels)[None, :]
         dz1 = tl.where(inside & (v * scale[None, :] + shift[None, :] > 0), da, 0.0)
         tl.store(G_rows + c[None, :], (g + dz1 * gain[None, :]).to(G.dtype.element_ty), mask=inside)
-        centred = v - tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
-        _store_two(partial, tile, tl.sum(dz1, 0), tl.sum(dz1 * centred, 0), c, channels)
+        _store_two(partial, tile, tl.sum(dz1, 0), tl.sum(dz1 * (v - centre[None, :]), 0), c, channels)
 
 
 @jit
@@ -655,7 +666,7 @@ def bottleneck_backward_weights(
         p = (part * tiles + t) * BLOCK_P + tl.arange(0, BLOCK_P)
         pixel, row = (p < pixels)[:, None], p[:, None].to(tl.int64)
         v = tl.load(x + row * ldx + c[None, :], mask=pixel & (c < channels)[None, :], other=0.0)
-        a = tl.trans(_relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype))
+        a = tl.trans(_factor(_relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype), PRECISION))
         own = tl.load(db + row * features + n[None, :], mask=pixel & (n < features)[None, :], other=0.0)
         total = tl.dot(a, own, total, input_precision=PRECISION)
     at = partial + (part * features + n[None, :]) * channels + c[:, None]
