@@ -629,23 +629,25 @@ def bottleneck_backward_data(
     db = _factor(tl.where(pixel, db, 0.0).to(dz.dtype.element_ty), PRECISION)
     tl.store(dz + at, db, mask=pixel & feature[None, :])
     c = tl.arange(0, BLOCK_C)
-    x_rows, G_rows = x + row * ldx, G + row * ldx
+    x_rows, gradient_rows = x + row * ldx, G + row * ldx
     x_ahead = tl.load(x_rows + c[None, :], mask=pixel & (c < channels)[None, :], other=0.0)
-    G_ahead = tl.load(G_rows + c[None, :], mask=pixel & (c < channels)[None, :], other=0.0)
+    gradient_ahead = tl.load(gradient_rows + c[None, :], mask=pixel & (c < channels)[None, :], other=0.0)
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        v, g, following = x_ahead.to(tl.float32), G_ahead.to(tl.float32), c + BLOCK_C
+        v, g, following = x_ahead.to(tl.float32), gradient_ahead.to(tl.float32), c + BLOCK_C
         x_ahead = tl.load(x_rows + following[None, :], mask=pixel & (following < channels)[None, :], other=0.0)
-        G_ahead = tl.load(G_rows + following[None, :], mask=pixel & (following < channels)[None, :], other=0.0)
-        w = tl.load(
-            weight + n[:, None] * channels + c[None, :], mask=feature[:, None] & (c < channels)[None, :], other=0.0
+        gradient_ahead = tl.load(
+            gradient_rows + following[None, :], mask=pixel & (following < channels)[None, :], other=0.0
         )
-        da = tl.dot(db, w, input_precision=PRECISION)
         scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
         gain = tl.load(gamma + c, mask=c < channels, other=0.0)
+        centre = tl.load(mean + c, mask=c < channels, other=0.0)
+        present = feature[:, None] & (c < channels)[None, :]
+        w = tl.load(weight + n[:, None] * channels + c[None, :], mask=present, other=0.0)
+        da = tl.dot(db, w, input_precision=PRECISION)
         inside = pixel & (c < channels)[None, :]
         dz1 = tl.where(inside & (v * scale[None, :] + shift[None, :] > 0), da, 0.0)
-        tl.store(G_rows + c[None, :], (g + dz1 * gain[None, :]).to(G.dtype.element_ty), mask=inside)
+        tl.store(gradient_rows + c[None, :], (g + dz1 * gain[None, :]).to(G.dtype.element_ty), mask=inside)
         _store_two(partial, tile, tl.sum(dz1, 0), tl.sum(dz1 * (v - centre[None, :]), 0), c, channels)
 
 

@@ -13,6 +13,7 @@ reached are named, and the file has all that was measured.
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -23,14 +24,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -45,15 +46,19 @@ from tools.support.markdown import table
 
 SHARED_MEMORY = 227 * 1024  # bytes a program may have
 TOLERANCE = 0.01  # relative; in bfloat16 a rounding is 0.004 of a number, and 0.001 of a matrix
-CALLS, REPLAYS = 3, 4  # of a CUDA graph, so that the host's part is not timed
+SPLIT = {"bottleneck_backward_weights": Tile(64, 128, 128, stages=3, programs=2)}
+MEASUREMENTS, RUNS = 3, 3
+WAIT = 2_000_000  # cycles, about a millisecond
+HOPELESS = 2.0  # a candidate that takes so many times the best one's time for a call is timed no further
 PRODUCTS = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "ieee"}
 
 
-class Candidate(NamedTuple):
+@dataclass(frozen=True)
+class Candidate:
     """Values that take the place of present ones: of a `Tiles`' fields, or of constants of triton_block.py."""
 
-    tiles: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
+    tiles: dict[str, Any] = field(default_factory=dict, hash=False)
+    constants: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return "; ".join(f"{name}={_text(value)}" for name, value in (self.tiles | self.constants).items())
@@ -99,7 +104,6 @@ def _tiles(name: str, kernel: str, *tiles: tuple[Any, ...], **fixed: Any) -> Ite
 def tasks() -> dict[str, Task]:
     """By name; what takes the most of a step's time first."""
     data, weights = "bottleneck_backward", "bottleneck_backward_weights"
-    split = {weights: Tile(64, 128, 128, stages=3, programs=2)}
     rows, ahead = "conv3x3_forward_rows", "conv3x3_backward_data_ahead"
     found = {
         data: [
@@ -111,7 +115,7 @@ def tasks() -> dict[str, Task]:
                     (64, 128, 32, 3, 1, 4), (64, 128, 32, 3), (64, 128, 32, 4, 1, 4), (128, 128, 32, 3), (128, 128, 32, 4),
                     (128, 128, 64, 3), (128, 128, 64, 2), (64, 128, 128, 3), (128, 128, 32, 3, 1, 8, 128),
                     (64, 128, 64, 3, 1, 8, 128), (64, 128, 64, 3, 1, 4, 168), (128, 128, 16, 4), (64, 128, 16, 4, 1, 4),
-                    **split),
+                    **SPLIT),
         ],
         "conv3x3_forward": [
             *_tiles("conv3x3_forward", "", (128, 32, 64, 3), (128, 32, 64, 2, 1, 4), (128, 32, 128, 2), (256, 32, 64, 2),
@@ -174,35 +178,44 @@ def tasks() -> dict[str, Task]:
             "finish_gradient", "copy_and_measure", "pool_forward", "pool_backward", "stem_forward", "stem_backward"
         ),
     }  # fmt: skip
-    present = {weights: Candidate(split)}
+    present = {weights: Candidate(SPLIT)}
     return {
         name: Task(methods.get(name, (name,)), present.get(name, Candidate()), candidates)
         for name, candidates in found.items()
     }
 
 
-def calls(task: Task, step: Step) -> list[Call]:
-    """Of a task's methods in a step. Of more than two kinds of calls for images of one size two stand for all."""
-    found: dict[Any, list[Call]] = defaultdict(list)
+@functools.cache
+def recorded(step: Step) -> list[Call]:
+    """All calls of the timed methods in a step, those of a kernel by itself for the bottleneck's weights among them."""
+    found: list[Call] = []
 
     def recording(method: str) -> Callable[..., None]:
         run = getattr(_Launches, method)
 
         def record(self: _Launches, *arguments: Any, **others: Any) -> None:
             images = self.images, self.channels, self.height, self.width
-            if not any(argument is None for argument in arguments[:1]):
-                found[method, self.images, self.height, self.width].append(
-                    Call(method, images, (arguments, others), 1.0)
-                )
+            if arguments[0] is not None:  # else there are no sums
+                found.append(Call(method, images, (arguments, others), 1.0))
             run(self, *arguments, **others)
 
         return record
 
     with ExitStack() as stack:
-        for method in task.methods:
+        for method in {method for task in tasks().values() for method in task.methods}:
             stack.enter_context(mock.patch.object(_Launches, method, recording(method)))
-        stack.enter_context(_with(task.present, step.precision, step.architecture))
+        stack.enter_context(_with(Candidate(SPLIT), step.precision, step.architecture))
         run_step(step, lambda launch: None)
+    return found
+
+
+def calls(task: Task, step: Step) -> list[Call]:
+    """Of a task's methods in a step. Of more than two kinds of calls for images of one size two stand for all."""
+    found: dict[Any, list[Call]] = defaultdict(list)
+    for call in recorded(step):
+        if call.method in task.methods:
+            images, _, *size = call.images
+            found[call.method, images, *size].append(call)
     chosen = []
     for group in found.values():
         kinds: dict[Any, list[Call]] = defaultdict(list)
@@ -243,14 +256,14 @@ def _run(call: Call, arguments: Any, device: torch.device, dtype: torch.dtype) -
 def needed(call: Call, candidate: Candidate, step: Step) -> list[Launch]:
     """The launches of a call with a candidate."""
     found: list[Launch] = []
+    mode = next(leaf.fake_mode for leaf in tree_leaves(call.arguments) if isinstance(leaf, FakeTensor))
     with (
-        FakeTensorMode(),
+        mode,
         _with(candidate, step.precision, step.architecture),
         mock.patch.object(triton_block, "launch", recorder(found.append)),
         mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
     ):
-        arguments = tree_map(_memory, call.arguments)
-        _run(call, arguments, torch.device("cuda"), _dtype(step))
+        _run(call, call.arguments, torch.device("cuda"), _dtype(step))
     return found
 
 
@@ -312,7 +325,9 @@ def job(launch: Launch, architecture: int) -> Job:
         for a in launch.arguments
     )
     options = dict(num_warps=launch.warps, num_stages=launch.stages) | launch.constants
-    return Job(launch.kernel, arguments, options | (dict(maxnreg=launch.registers) if launch.registers else {}), architecture)
+    return Job(
+        launch.kernel, arguments, options | (dict(maxnreg=launch.registers) if launch.registers else {}), architecture
+    )
 
 
 def compile_job(job: Job) -> dict[str, int]:
@@ -337,19 +352,18 @@ def compile_job(job: Job) -> dict[str, int]:
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Milliseconds of a run: of CUDA graphs, so that the host's part does not count; the median of several."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            run()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
-    graph.replay()
+    """Milliseconds of a run, the median of several measurements. The device waits until the host has queued all runs of one,
+    so that the host's part does not count.
+    """
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(MEASUREMENTS)]
     for begin, end in events:
+        torch.cuda._sleep(WAIT)
         begin.record()
-        graph.replay()
+        for _ in range(RUNS):
+            run()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) / CALLS
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / RUNS
 
 
 class Inputs:
@@ -399,11 +413,15 @@ def main() -> None:
         prog="python -m tools.lab.gpu_tiles", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", default="densenet121", help="of the zoo [densenet121]")
-    parser.add_argument("--batch-sizes", type=positive_integer, nargs="+", metavar="N", default=[256, 32], help="[256 32]")
+    parser.add_argument(
+        "--batch-sizes", type=positive_integer, nargs="+", metavar="N", default=[256, 32], help="[256 32]"
+    )
     parser.add_argument("--size", type=positive_integer, metavar="PIXELS", default=224, help="side of an image [224]")
     parser.add_argument("--precision", choices=PRODUCTS, default="bf16", help="[bf16]")
     parser.add_argument("--tasks", nargs="+", choices=list(tasks()), default=list(tasks()), help="[all]")
-    parser.add_argument("--seconds", type=positive_integer, metavar="N", default=600, help="start nothing after these [600]")
+    parser.add_argument(
+        "--seconds", type=positive_integer, metavar="N", default=600, help="start nothing after these [600]"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file, after each table")
     parser.add_argument(
         "--compile", type=int, metavar="ARCHITECTURE", choices=sorted({key[0] for key in TILES}),
@@ -434,13 +452,18 @@ class Sweep:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context)
         try:
+            for _ in range(os.cpu_count() or 1):
+                pool.submit(os.getpid)  # the processes import what they need while this one looks at the step
+            wanted = {
+                (name, str(candidate)): [
+                    self._submit(pool, launch)
+                    for call in calls(task, steps[0])  # other batch sizes need the same
+                    for launch in needed(call, candidate, steps[0])
+                ]
+                for name, task in self.tasks.items()
+                for candidate in (task.present, *task.candidates)
+            }
             plan = [(step, name, task, calls(task, step)) for step in steps for name, task in self.tasks.items()]
-            wanted = {}
-            for step, name, task, own in plan:
-                for candidate in (task.present, *task.candidates):
-                    wanted[step, name, str(candidate)] = [
-                        self._submit(pool, launch) for call in own for launch in needed(call, candidate, step)
-                    ]
             print(f"{len(self.jobs)} kernels to compile, {time.monotonic() - self.begin:.0f} s", flush=True)
             missing = []
             for step, name, task, own in plan:
@@ -450,7 +473,7 @@ class Sweep:
                 usages = {}
                 for candidate in (task.present, *task.candidates):
                     try:
-                        usages[str(candidate)] = [future.result() for future in wanted[step, name, str(candidate)]]
+                        usages[str(candidate)] = [future.result() for future in wanted[name, str(candidate)]]
                     except Exception as error:  # a candidate that does not compile is left out, and said to be
                         usages[str(candidate)] = f"{type(error).__name__}: {error}"[-300:]
                 self._task(step, name, task, own, usages)
@@ -493,7 +516,7 @@ class Sweep:
             self.options.json.write_text(json.dumps(self.records, indent=1))
 
     def _time(self, step: Step, call: Call, fitting: list[tuple[Candidate, dict[str, Any]]]) -> None:
-        device, inputs = torch.device("cuda"), Inputs(call)
+        device, inputs, best = torch.device("cuda"), Inputs(call), math.inf
         for candidate, record in fitting:
             if "refused" in record:
                 continue
@@ -519,6 +542,9 @@ class Sweep:
                 dict(method=call.method, images=call.images, sizes=sizes, weight=call.weight, ms=milliseconds)
             )
             record["ms"] = sum(own["weight"] * own["ms"] for own in record["calls"])
+            best = min(best, milliseconds)
+            if milliseconds > HOPELESS * best and not record["present"]:
+                record["refused"] = f"took {milliseconds / best:.1f} times the best one's time"
 
     def _print(self, step: Step, name: str) -> None:
         own = [record for record in self.records if (record["task"], record["batch_size"]) == (name, step.batch_size)]
@@ -534,7 +560,10 @@ class Sweep:
             for record in own
         ]  # fmt: skip
         print(f"\n{name}, batch {step.batch_size}, after {time.monotonic() - self.begin:.0f} s\n")
-        print("\n".join(table(["candidate", "ms", "registers", "shared KiB", "error", "refused"], rows, names=1)), flush=True)
+        print(
+            "\n".join(table(["candidate", "ms", "registers", "shared KiB", "error", "refused"], rows, names=1)),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

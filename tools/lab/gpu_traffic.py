@@ -85,9 +85,9 @@ TRAFFIC = {
         "dz:pixels*channels partial:2*tiles*channels",
     ),
     "bottleneck_backward_data": (
-        f"dz:pixels*features b:pixels*features coefficients:3*features weight:channels*features x:pixels*channels "
+        "dz:pixels*features b:pixels*features coefficients:3*features weight:channels*features x:pixels*channels "
         f"G:pixels*channels {_NORM}",
-        f"dz:pixels*features G:pixels*channels partial:2*tiles*channels",
+        "dz:pixels*features G:pixels*channels partial:2*tiles*channels",
     ),
     "bottleneck_backward_weights": (
         f"db:pixels*features x:pixels*channels {_NORM}",
