@@ -424,14 +424,20 @@ class _Launches:
 
     def conv3x3_forward(self, b: Tensor, norm: _Norm, weight: Tensor, out: Tensor, moments: Tensor | None) -> None:
         tile, (growth, *_, width) = self.tiles.conv3x3_forward, weight.shape
-        rows = tile.block_p - 2 if tile.kernel else tile.block_p
+        kernel, _, apart = (tile.kernel or "conv3x3_forward").partition("+")
+        if apart:
+            grid, point = _point(self.pixels, width)
+            d = torch.empty_like(b)
+            launch("normalise", grid, b, *norm, d, self.pixels, width, PRECISION=self.precision, **point)
+            b = d
+        rows = tile.block_p - 2 if "rows" in kernel else tile.block_p
         tiles, block_n = _blocks(self.pixels, rows), _fitting(tile.block_n, growth)
         partial = None if moments is None else self.floats(tiles, 2, growth)
         launch(
-            tile.kernel or "conv3x3_forward", (tiles, _blocks(growth, block_n)),
+            kernel, (tiles, _blocks(growth, block_n)),
             b, *norm, weight, out, out.stride(0), partial, self.pixels, self.height, self.width, width, growth,
-            MEASURE=moments is not None, BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=_fitting(tile.block_k, width),
-            **self._product(tile),
+            MEASURE=moments is not None, NORM=not apart, BLOCK_P=tile.block_p, BLOCK_N=block_n,
+            BLOCK_K=_fitting(tile.block_k, width), **self._product(tile),
         )  # fmt: skip
         self._reduce_moments(partial, rows, moments)
 
@@ -478,15 +484,16 @@ class _Launches:
         size = self.pixels, self.height, self.width, width, growth
         block_n, block_k = _fitting(tile.block_n, width), _fitting(tile.block_k, growth)
         partials, blocks = _blocks(self.pixels, tile.block_p), _blocks(width, block_n)
-        if tile.kernel and growth <= block_k:
+        own: dict[str, Any] = {}
+        if tile.kernel == "conv3x3_backward_data_ahead" and growth <= block_k:
             kernel, (partials, tiles) = tile.kernel, self._ranges(tile, blocks)
             size = *size, tiles
         else:
-            kernel = "conv3x3_backward_data"
+            kernel, own = "conv3x3_backward_data", dict(EARLY=tile.kernel == "early")
         partial = self.floats(partials, 2, width)
         launch(
             kernel, (partials, blocks), gradient, weight, b, *norm, dz, partial, *size,
-            BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=block_k, **self._product(tile),
+            **own, BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=block_k, **self._product(tile),
         )  # fmt: skip
         self._reduce_own_norm(partial, norm, dgamma, dbeta, coefficients)
 

@@ -220,7 +220,8 @@ def bottleneck_forward(
 @jit
 def conv3x3_forward(
     b, mean, variance, gamma, beta, eps, weight, out, ldout, partial, pixels, height, width, channels, features,
-    MEASURE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    MEASURE: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [pixels][features] = conv3x3(relu(norm2(b))), with weight [features][9][channels]; partial moments of out.
 
@@ -232,14 +233,16 @@ def conv3x3_forward(
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, channels, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
+        if NORM:
+            scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
         for tap in range(9):
             y, x = tap // 3 - 1, tap % 3 - 1
             inside = (p < pixels) & (i + y >= 0) & (i + y < height) & (j + x >= 0) & (j + x < width)
             at = b + (p + y * width + x)[:, None].to(tl.int64) * channels + c[None, :]
-            v = tl.load(at, mask=inside[:, None] & (c < channels)[None, :], other=0.0)
-            d = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
-            d = _factor(tl.where(inside[:, None], d, 0.0).to(v.dtype), PRECISION)
+            d = tl.load(at, mask=inside[:, None] & (c < channels)[None, :], other=0.0)
+            if NORM:
+                z = tl.where(inside[:, None], _relu(d.to(tl.float32) * scale[None, :] + shift[None, :]), 0.0)
+                d = _factor(z.to(d.dtype), PRECISION)
             at = weight + (n[None, :] * 9 + tap) * channels + c[:, None]
             w = tl.load(at, mask=(n < features)[None, :] & (c < channels)[:, None], other=0.0)
             total = tl.dot(d, w, total, input_precision=PRECISION)
@@ -365,12 +368,18 @@ def stem_backward(
 @jit
 def conv3x3_backward_data(
     gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz [pixels][channels] = the gradient of norm2(b), and its partial sums; gradient [pixels][features]."""
+    """dz [pixels][channels] = the gradient of norm2(b), and its partial sums; gradient [pixels][features].
+
+    EARLY: b is loaded before the products.
+    """
     tile = tl.program_id(0)
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     i, j = p // width % height, p % width
+    own, here = (p < pixels)[:, None] & (n < channels)[None, :], p[:, None].to(tl.int64) * channels + n[None, :]
+    if EARLY:
+        v = tl.load(b + here, mask=own, other=0.0)
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, features, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -382,11 +391,12 @@ def conv3x3_backward_data(
             at = weight + (k[:, None] * 9 + tap) * channels + n[None, :]
             w = tl.load(at, mask=(n < channels)[None, :] & (k < features)[:, None], other=0.0)
             total = tl.dot(g, w, total, input_precision=PRECISION)
-    inside, at = (p < pixels)[:, None] & (n < channels)[None, :], p[:, None].to(tl.int64) * channels + n[None, :]
     scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
-    v = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
-    masked = tl.where(inside & (v * scale[None, :] + shift[None, :] > 0), total, 0.0).to(dz.dtype.element_ty)
-    tl.store(dz + at, masked, mask=inside)
+    if not EARLY:
+        v = tl.load(b + here, mask=own, other=0.0)
+    v = v.to(tl.float32)
+    masked = tl.where(own & (v * scale[None, :] + shift[None, :] > 0), total, 0.0).to(dz.dtype.element_ty)
+    tl.store(dz + here, masked, mask=own)
     masked, centre = masked.to(tl.float32), tl.load(mean + n, mask=n < channels, other=0.0)
     _store_two(partial, tile, tl.sum(masked, 0), tl.sum(masked * (v - centre[None, :]), 0), n, channels)
 
@@ -479,7 +489,8 @@ def bottleneck_backward(
 @jit
 def conv3x3_forward_rows(
     b, mean, variance, gamma, beta, eps, weight, out, ldout, partial, pixels, height, width, channels, features,
-    MEASURE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    MEASURE: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As conv3x3_forward, but norm and ReLU are computed 3 times, not 9: pixels are read once for each row of the 3x3.
 
@@ -494,12 +505,13 @@ def conv3x3_forward_rows(
     right = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for step in range(0, 3 * tl.cdiv(channels, BLOCK_K)):
         y, c = step % 3 - 1, step // 3 * BLOCK_K + tl.arange(0, BLOCK_K)
-        scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
         inside = ((p >= 0) & (p < pixels) & (i + y >= 0) & (i + y < height))[:, None]
         at = b + (p + y * width)[:, None].to(tl.int64) * channels + c[None, :]
-        v = tl.load(at, mask=inside & (c < channels)[None, :], other=0.0)
-        d = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
-        d = _factor(tl.where(inside, d, 0.0).to(v.dtype), PRECISION)
+        d = tl.load(at, mask=inside & (c < channels)[None, :], other=0.0)
+        if NORM:
+            scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
+            z = tl.where(inside, _relu(d.to(tl.float32) * scale[None, :] + shift[None, :]), 0.0)
+            d = _factor(z.to(d.dtype), PRECISION)
         at, present = (
             weight + (n[None, :] * 9 + (y + 1) * 3) * channels + c[:, None],
             (n < features)[None, :] & (c < channels)[:, None],
@@ -517,6 +529,20 @@ def conv3x3_forward_rows(
     tl.store(at, new, mask=whole[:, None] & (n < features)[None, :])
     if MEASURE:
         _store_moments_of(partial, tile, new.to(tl.float32), whole, pixels, n, features, BLOCK_P - 2)
+
+
+@jit
+def normalise(
+    b, mean, variance, gamma, beta, eps, out, pixels, channels,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = relu(norm(b))."""
+    p, c = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside, at = (p < pixels)[:, None] & (c < channels)[None, :], p[:, None].to(tl.int64) * channels + c[None, :]
+    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
+    v = tl.load(b + at, mask=inside, other=0.0)
+    a = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
+    tl.store(out + at, _factor(a.to(v.dtype), PRECISION), mask=inside)
 
 
 @jit

@@ -45,6 +45,7 @@ from tools.support.fake_gpu import Launch, Step, recorder, run_step
 from tools.support.markdown import table
 
 SHARED_MEMORY = 227 * 1024  # bytes a program may have
+DEVICE = torch.device("cuda")
 TOLERANCE = 0.01  # relative; in bfloat16 a rounding is 0.004 of a number, and 0.001 of a matrix
 SPLIT = {"bottleneck_backward_weights": Tile(64, 128, 128, stages=3, programs=2)}
 MEASUREMENTS, RUNS = 3, 3
@@ -118,20 +119,25 @@ def tasks() -> dict[str, Task]:
                     **SPLIT),
         ],
         "conv3x3_forward": [
-            *_tiles("conv3x3_forward", "", (128, 32, 64, 3), (128, 32, 64, 2, 1, 4), (128, 32, 128, 2), (256, 32, 64, 2),
-                    (64, 32, 128, 3, 1, 4), (128, 32, 32, 3), (128, 32, 64, 3, 1, 8, 128)),
+            *_tiles("conv3x3_forward", "", (128, 32, 64, 3), (128, 32, 64, 3, 1, 8, 128), (256, 32, 64, 2), (128, 32, 32, 3)),
             *_tiles("conv3x3_forward", rows, (128, 32, 64, 2), (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 128, 2),
-                    (128, 32, 128, 3), (128, 32, 64, 2, 1, 4), (128, 32, 64, 3, 1, 4), (64, 32, 64, 3, 1, 4),
-                    (64, 32, 128, 2, 1, 4), (64, 32, 128, 3, 1, 4), (256, 32, 64, 2), (256, 32, 64, 3), (256, 32, 32, 3),
+                    (128, 32, 64, 3, 1, 4), (64, 32, 64, 3, 1, 4), (64, 32, 128, 2, 1, 4), (256, 32, 64, 2), (256, 32, 32, 3),
                     (128, 32, 32, 3), (128, 32, 32, 4), (128, 32, 64, 3, 1, 8, 128), (64, 32, 32, 4, 1, 4)),
+            *_tiles("conv3x3_forward", rows + "+d", (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 128, 2), (256, 32, 64, 3),
+                    (256, 32, 64, 2), (128, 32, 64, 3, 1, 4), (64, 32, 128, 2, 1, 4), (64, 32, 64, 3, 1, 4),
+                    (128, 32, 32, 4), (256, 32, 32, 4)),
+            *_tiles("conv3x3_forward", "conv3x3_forward+d", (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 128, 3),
+                    (256, 32, 64, 3), (128, 32, 64, 4, 1, 4), (64, 32, 128, 3, 1, 4), (64, 32, 64, 4, 1, 4)),
         ],
         "conv3x3_backward_data": [
-            *_tiles("conv3x3_backward_data", "", (64, 128, 32, 3, 1, 8, 128), (128, 128, 32, 3), (64, 128, 32, 4),
-                    (64, 128, 32, 3, 1, 4), (128, 128, 32, 4), (64, 64, 32, 3, 1, 4), (128, 64, 32, 3, 1, 4),
-                    (128, 64, 32, 3), (128, 128, 32, 3, 1, 8, 128), (256, 64, 32, 3), (64, 64, 32, 4, 1, 4)),
-            *_tiles("conv3x3_backward_data", ahead, (64, 128, 32, 2), (64, 128, 32, 3), (32, 128, 32, 2, 1, 4),
-                    (64, 64, 32, 2, 1, 4), (64, 64, 32, 2, 2, 4), (64, 64, 32, 2, 1, 8), (128, 64, 32, 2), (64, 32, 32, 2, 2, 4),
-                    (64, 64, 32, 3, 1, 4), (128, 64, 32, 2, 1, 4), (64, 64, 32, 2, 2, 4, 168), (128, 32, 32, 2, 2, 4)),
+            *_tiles("conv3x3_backward_data", "", (64, 128, 32, 3, 1, 8, 128), (64, 128, 32, 4), (64, 128, 32, 3, 1, 4),
+                    (64, 64, 32, 3, 1, 4), (128, 64, 32, 3, 1, 4), (128, 64, 32, 3), (256, 64, 32, 3), (64, 64, 32, 4, 1, 4),
+                    (128, 64, 32, 3, 1, 8, 128)),
+            *_tiles("conv3x3_backward_data", "early", (64, 128, 32, 3), (64, 128, 32, 3, 1, 4), (64, 64, 32, 3, 1, 4),
+                    (128, 64, 32, 3), (128, 64, 32, 3, 1, 4), (64, 64, 32, 4, 1, 4), (64, 64, 32, 3, 1, 4, 128)),
+            *_tiles("conv3x3_backward_data", ahead, (64, 128, 32, 2), (64, 128, 32, 3), (32, 128, 32, 2, 2, 4),
+                    (64, 64, 32, 2, 1, 4), (64, 64, 32, 2, 1, 8), (128, 64, 32, 2), (64, 32, 32, 2, 2, 4),
+                    (64, 64, 32, 3, 1, 4)),
         ],
         "bottleneck_forward": list(
             _tiles("bottleneck_forward", "", (128, 128, 32, 3, 1, 8, 128), (128, 128, 32, 4), (128, 128, 32, 5),
@@ -247,8 +253,8 @@ def _with(candidate: Candidate, precision: str, architecture: int) -> Iterator[N
         yield
 
 
-def _run(call: Call, arguments: Any, device: torch.device, dtype: torch.dtype) -> None:
-    images = torch.empty((), dtype=dtype, device=device).expand(call.images)
+def _run(call: Call, arguments: Any, dtype: torch.dtype) -> None:
+    images = torch.empty((), dtype=dtype, device=DEVICE).expand(call.images)
     positional, named = arguments
     getattr(_Launches(images), call.method)(*positional, **named)
 
@@ -263,7 +269,7 @@ def needed(call: Call, candidate: Candidate, step: Step) -> list[Launch]:
         mock.patch.object(triton_block, "launch", recorder(found.append)),
         mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
     ):
-        _run(call, call.arguments, torch.device("cuda"), _dtype(step))
+        _run(call, call.arguments, _dtype(step))
     return found
 
 
@@ -272,7 +278,7 @@ def _memory(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     last = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
-    memory = torch.empty(int(leaf.storage_offset()) + last + 1, dtype=leaf.dtype, device="cuda")
+    memory = torch.empty(int(leaf.storage_offset()) + last + 1, dtype=leaf.dtype, device=DEVICE)
     return memory.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
 
 
@@ -396,8 +402,8 @@ class Inputs:
         }
 
     def reset(self) -> None:
-        for i in self.expected or range(len(self.tensors)):
-            self.tensors[i].copy_(self.first[i])
+        for tensor, first in zip(self.tensors, self.first, strict=True):
+            tensor.copy_(first)
 
     def error(self) -> float:
         """The largest relative distance of a result from the present tile's."""
@@ -436,7 +442,7 @@ def main() -> None:
 class Sweep:
     def __init__(self, options: argparse.Namespace):
         self.options, self.begin = options, time.monotonic()
-        self.architecture = options.compile or triton_block.architecture(torch.device("cuda"))
+        self.architecture = options.compile or triton_block.architecture(DEVICE)
         self.records: list[dict[str, Any]] = []
         self.tasks = {name: task for name, task in tasks().items() if name in options.tasks}
         self.jobs: dict[Any, Future[dict[str, int]]] = {}
@@ -516,13 +522,13 @@ class Sweep:
             self.options.json.write_text(json.dumps(self.records, indent=1))
 
     def _time(self, step: Step, call: Call, fitting: list[tuple[Candidate, dict[str, Any]]]) -> None:
-        device, inputs, best = torch.device("cuda"), Inputs(call), math.inf
+        inputs, best = Inputs(call), math.inf
         for candidate, record in fitting:
             if "refused" in record:
                 continue
             try:
                 with _with(candidate, step.precision, self.architecture):
-                    run = functools.partial(_run, call, inputs.arguments, device, _dtype(step))
+                    run = functools.partial(_run, call, inputs.arguments, _dtype(step))
                     inputs.reset()
                     run()
                     if not inputs.expected:

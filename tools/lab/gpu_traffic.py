@@ -59,6 +59,7 @@ TRAFFIC = {
         f"x:pixels*channels weight:features*channels {_NORM}",
         "out:pixels*features partial:2*tiles*features",
     ),
+    "normalise": (f"b:pixels*channels {_NORM}", "out:pixels*channels"),
     "conv3x3_forward": (
         f"b:pixels*channels weight:9*features*channels {_NORM}",
         "out:pixels*features partial:2*tiles*features",
