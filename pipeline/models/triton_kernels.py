@@ -64,6 +64,12 @@ def _store_moments_of(partial, tile, values, inside, pixels, c, channels, ROWS: 
 
 
 @triton.jit
+def _sum_two(first, second):
+    """Both sums over pixels at once, which waits for all warps once."""
+    return tl.split(tl.sum(tl.join(first, second), 0))
+
+
+@triton.jit
 def _store_two(partial, tile, first, second, c, channels):
     tl.store(partial + 2 * tile * channels + c, first, mask=c < channels)
     tl.store(partial + (2 * tile + 1) * channels + c, second, mask=c < channels)
@@ -585,8 +591,9 @@ def conv3x3_backward_data_ahead(
         masked = tl.where(inside & (v * scale[None, :] + shift[None, :] > 0), total, 0.0).to(dz.dtype.element_ty)
         tl.store(dz + at, masked, mask=inside)
         masked = masked.to(tl.float32)
-        s += tl.sum(masked, 0)
-        q += tl.sum(masked * (v - centre[None, :]), 0)
+        own_s, own_q = _sum_two(masked, masked * (v - centre[None, :]))
+        s += own_s
+        q += own_q
     _store_two(partial, part, s, q, n, channels)
 
 
@@ -625,8 +632,9 @@ def bottleneck_backward_ahead(
         z = v * scale[None, :] + shift[None, :]
         dz1 = tl.where(inside & (z > 0), da, 0.0)
         tl.store(G + at, (dz1 * gain + g.to(tl.float32)).to(G.dtype.element_ty), mask=inside)
-        s += tl.sum(dz1, 0)
-        q += tl.sum(dz1 * (v - centre), 0)
+        own_s, own_q = _sum_two(dz1, dz1 * (v - centre))
+        s += own_s
+        q += own_q
         a = _factor(_relu(z).to(w.dtype), PRECISION)
         total = tl.dot(tl.trans(db), a, total, input_precision=PRECISION)
     at = weight_partial + (part * features + n)[:, None] * channels + c[None, :]
@@ -674,7 +682,8 @@ def bottleneck_backward_data(
         inside = pixel & (c < channels)[None, :]
         dz1 = tl.where(inside & (v * scale[None, :] + shift[None, :] > 0), da, 0.0)
         tl.store(gradient_rows + c[None, :], (g + dz1 * gain[None, :]).to(G.dtype.element_ty), mask=inside)
-        _store_two(partial, tile, tl.sum(dz1, 0), tl.sum(dz1 * (v - centre[None, :]), 0), c, channels)
+        sum_dz, centred_sum = _sum_two(dz1, dz1 * (v - centre[None, :]))
+        _store_two(partial, tile, sum_dz, centred_sum, c, channels)
 
 
 @jit
