@@ -3,9 +3,12 @@
 The networks are tiny, and their sizes fit no tile. In bfloat16 the interpreter's product is wrong, so float16 stands for both.
 """
 
+import argparse
 import copy
 import functools
+import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,7 +22,7 @@ from triton.runtime import interpreter
 from pipeline.errors import UserError
 from pipeline.models import backends, triton_block
 from pipeline.models.densenet import DenseNet
-from tools.lab import gpu_traffic
+from tools.lab import gpu_tiles, gpu_traffic
 from tools.support import gpu_checks
 from tools.support.fake_gpu import Launch
 from tools.support.gpu_checks import Setting
@@ -327,3 +330,39 @@ def test_a_device_of_another_kind_is_refused_in_one_line(monkeypatch):
         UserError, match=r"^model.dense_block: 'triton' cannot run here: its kernels are for CUDA devices"
     ):
         backends.refuse_elsewhere("triton", torch.device("cpu"))
+
+
+class Compiler:
+    """Stands for the processes that compile for a GPU."""
+
+    def __init__(self, *_, **__) -> None:
+        pass
+
+    def submit(self, *_) -> Future:
+        done: Future = Future()
+        done.set_result(dict(registers=32, spilled=0, shared=0))
+        return done
+
+    def shutdown(self, **_) -> None:
+        pass
+
+
+def test_tiles_are_timed_where_their_results_agree_with_the_present_ones(tmp_path, monkeypatch, capsys):
+    """`tools.lab.gpu_tiles` runs on GPUs alone. Here a candidate that leaves what fills no block out is refused."""
+    candidates = [
+        gpu_tiles.Candidate(constants={"NUMBERS": dict(BLOCK_T=2, BLOCK=64)}),
+        gpu_tiles.Candidate(constants={"_blocks": lambda size, block: max(1, size // block)}),
+    ]
+    task = gpu_tiles.tasks()["numbers"]._replace(candidates=candidates)
+    monkeypatch.setattr(gpu_tiles, "tasks", lambda: {"numbers": task})
+    monkeypatch.setattr(gpu_tiles, "ProcessPoolExecutor", Compiler)
+    monkeypatch.setattr(gpu_tiles, "timed", lambda run: 2.0)
+    monkeypatch.setattr(gpu_tiles, "DEVICE", torch.device("cpu"))
+    file = tmp_path / "tiles.json"
+    options = dict(model="densenet_bc22_k6", batch_sizes=[1], size=8, precision="fp32", tasks=["numbers"], seconds=60)
+    gpu_tiles.Sweep(argparse.Namespace(**options, json=file, compile=None)).run()
+    present, right, wrong = json.loads(file.read_text())
+    assert present["present"] and present["ms"] == right["ms"] == 2.0 * 18  # of 9 layers, each with two weights
+    assert "refused" not in right and right["error"] <= 1e-6
+    assert "off the present tile's" in wrong["refused"]
+    assert "present: present" in capsys.readouterr().out

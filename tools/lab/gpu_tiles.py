@@ -1,9 +1,9 @@
 """Times tiles of the Triton kernels on a GPU, with the shapes of a network's training step.
 
-``python -m tools.lab.gpu_tiles [MODEL] [--batch-sizes 256 32] [--precision bf16] [--kernels NAME ...] [--seconds N]
-[--json FILE]`` prints a table for each kernel: milliseconds that all its launches in a step take with each candidate tile,
-the present tile among them. What adds up a kernel's partial sums is timed with it. Of a block's layers two are timed, at a
-quarter and at three quarters of its depth, and stand for half of the layers each.
+``python -m tools.lab.gpu_tiles [MODEL] [--batch-sizes 256 32] [--precision bf16] [--tasks NAME ...] [--seconds N]
+[--json FILE]`` prints a table for each task, which is a kernel or several alike: milliseconds that all its launches in a step
+take with each candidate tile, the present tile among them. What adds up a kernel's partial sums is timed with it. Of a
+block's layers two are timed, at a quarter and at three quarters of its depth, and stand for half of the layers each.
 
 Candidates are compiled in parallel processes first; those that need more registers or shared memory than there are drop out.
 Each must give the present tile's results. The most valuable kernels come first: where the time is over, those that were not
@@ -114,9 +114,9 @@ def tasks() -> dict[str, Task]:
             *_tiles(data, "bottleneck_backward_ahead", (64, 128, 64, 2), (64, 128, 64, 3), (64, 128, 64, 4),
                     (32, 128, 64, 3, 2, 4), (64, 128, 32, 3)),
             *_tiles(data, "", (64, 128, 64, 3, 1, 4), (64, 128, 64, 3), (64, 128, 64, 2, 1, 4), (64, 128, 64, 4),
-                    (64, 128, 32, 3, 1, 4), (64, 128, 32, 3, 1, 4, 128), (64, 128, 32, 3), (64, 128, 32, 4, 1, 4), (128, 128, 32, 3), (128, 128, 32, 4),
-                    (128, 128, 64, 3), (128, 128, 64, 2), (64, 128, 128, 3), (128, 128, 32, 3, 1, 8, 128),
-                    (64, 128, 64, 3, 1, 8, 128), (128, 128, 16, 4), (64, 128, 16, 4, 1, 4),
+                    (64, 128, 32, 3, 1, 4), (64, 128, 32, 3, 1, 4, 128), (64, 128, 32, 3), (64, 128, 32, 4, 1, 4),
+                    (128, 128, 32, 3), (128, 128, 32, 4), (128, 128, 64, 3), (128, 128, 64, 2), (64, 128, 128, 3),
+                    (128, 128, 32, 3, 1, 8, 128), (64, 128, 64, 3, 1, 8, 128), (128, 128, 16, 4), (64, 128, 16, 4, 1, 4),
                     **SPLIT),
         ],
         "conv3x3_forward": [
