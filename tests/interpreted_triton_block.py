@@ -3,9 +3,12 @@
 The networks are tiny, and their sizes fit no tile. In bfloat16 the interpreter's product is wrong, so float16 stands for both.
 """
 
+import argparse
 import copy
 import functools
+import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,7 +22,7 @@ from triton.runtime import interpreter
 from pipeline.errors import UserError
 from pipeline.models import backends, triton_block
 from pipeline.models.densenet import DenseNet
-from tools.lab import gpu_traffic
+from tools.lab import gpu_tiles, gpu_traffic
 from tools.support import gpu_checks
 from tools.support.fake_gpu import Launch
 from tools.support.gpu_checks import Setting
@@ -45,6 +48,7 @@ def multiprocessors() -> int:
 def few_multiprocessors(monkeypatch, multiprocessors) -> None:
     torch.manual_seed(0)
     monkeypatch.setitem(triton_block.MULTIPROCESSORS, 80, multiprocessors)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def networks(create, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
@@ -113,6 +117,43 @@ def test_a_step_in_float32_is_as_near_to_float64_as_eager_and_the_same_with_reco
         again.activation_checkpointing = "all"
         with new_memory_full_of_nan():
             assert equal(step(again, *data), found["triton"])  # so nothing is read before it is written, either
+
+
+def nearest_tf32(x: Tensor) -> Tensor:
+    """By arithmetic in float64: 11 significant bits."""
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def test_products_in_tf32_are_of_numbers_rounded_to_the_nearest(monkeypatch):
+    """Tensor cores cut float32 off, which makes every product smaller; the interpreter multiplies what it is given."""
+    dot, products = interpreter.InterpreterBuilder.create_dot, 0
+
+    def checked(self, a, b, *others):
+        nonlocal products
+        products += 1
+        for factor in (a.data, b.data):
+            assert not (factor.view(np.int32) & 0x1FFF).any()
+        return dot(self, a, b, *others)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", checked)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    step(networks(IMAGENET)["triton"], *batch(SMALL))
+    assert products
+
+    x, weight = torch.randn(2, 40, 5, 7).contiguous(memory_format=torch.channels_last), torch.randn(24, 40)
+    maps, out, ones = x.permute(0, 2, 3, 1).reshape(70, 40), torch.empty(70, 24), torch.ones(40)
+    norm = triton_block._Norm(0 * ones, ones, ones, 0 * ones, 0.0)
+    parameters = [torch.empty(0)] * 2 + [weight[:, :, None, None]] + [torch.empty(0)] * 2 + [torch.randn(4, 24, 3, 3)]
+    ((packed, _),) = triton_block._packed([*parameters, torch.empty(0), torch.empty(0)], torch.float32, "tf32")
+    triton_block._Launches(x).bottleneck_forward(maps, 40, norm, packed, out, None)
+    expected = nearest_tf32(maps.relu()) @ nearest_tf32(weight).T
+    assert errors([out], [expected])[0] <= 1e-6
+    assert errors([maps.relu().double() @ weight.double().T], [expected])[0] > 1e-4  # so the tolerance means something
+    infinite = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 3, 1, 1)
+    parameters[2] = infinite
+    ((packed, _),) = triton_block._packed([*parameters, torch.empty(0), torch.empty(0)], torch.float32, "tf32")
+    assert torch.allclose(packed, infinite.flatten(1), equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +285,7 @@ def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_
     """On a GPU a wrong address would be a crash or a wrong number; the interpreter by itself does not notice it."""
     run, kernels = triton_block.launch, set()
 
-    def launch(kernel, grid, *arguments, warps=4, stages=1, **constants):
+    def launch(kernel, grid, *arguments, warps=4, stages=1, registers=None, **constants):
         touched.loaded, touched.stored = [], []
         run(kernel, grid, *arguments, warps=warps, stages=stages, **constants)
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
@@ -266,7 +307,8 @@ def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_
     network = networks(create)["triton"]
     network.activation_checkpointing = "all"
     step(network, *batch(size))
-    assert kernels == {name for name in gpu_traffic.TRAFFIC if create is IMAGENET or "stem" not in name}
+    others = {"normalise", "bottleneck_backward_data", "bottleneck_backward_weights"}  # of other architectures
+    assert kernels == {name for name in gpu_traffic.TRAFFIC if create is IMAGENET or "stem" not in name} - others
 
 
 def test_the_check_of_a_gpu_sees_what_is_wrong_in_evaluation_alone(tmp_path, monkeypatch):
@@ -288,3 +330,39 @@ def test_a_device_of_another_kind_is_refused_in_one_line(monkeypatch):
         UserError, match=r"^model.dense_block: 'triton' cannot run here: its kernels are for CUDA devices"
     ):
         backends.refuse_elsewhere("triton", torch.device("cpu"))
+
+
+class Compiler:
+    """Stands for the processes that compile for a GPU."""
+
+    def __init__(self, *_, **__) -> None:
+        pass
+
+    def submit(self, *_) -> Future:
+        done: Future = Future()
+        done.set_result(dict(registers=32, spilled=0, shared=0))
+        return done
+
+    def shutdown(self, **_) -> None:
+        pass
+
+
+def test_tiles_are_timed_where_their_results_agree_with_the_present_ones(tmp_path, monkeypatch, capsys):
+    """`tools.lab.gpu_tiles` runs on GPUs alone. Here a candidate that leaves what fills no block out is refused."""
+    candidates = [
+        gpu_tiles.Candidate(constants={"NUMBERS": dict(BLOCK_T=2, BLOCK=64)}),
+        gpu_tiles.Candidate(constants={"_blocks": lambda size, block: max(1, size // block)}),
+    ]
+    task = gpu_tiles.tasks()["numbers"]._replace(candidates=candidates)
+    monkeypatch.setattr(gpu_tiles, "tasks", lambda: {"numbers": task})
+    monkeypatch.setattr(gpu_tiles, "ProcessPoolExecutor", Compiler)
+    monkeypatch.setattr(gpu_tiles, "timed", lambda run: 2.0)
+    monkeypatch.setattr(gpu_tiles, "DEVICE", torch.device("cpu"))
+    file = tmp_path / "tiles.json"
+    options = dict(model="densenet_bc22_k6", batch_sizes=[1], size=8, precision="fp32", tasks=["numbers"], seconds=60)
+    gpu_tiles.Sweep(argparse.Namespace(**options, json=file, compile=None)).run()
+    present, right, wrong = json.loads(file.read_text())
+    assert present["present"] and present["ms"] == right["ms"] == 2.0 * 18  # of 9 layers, each with two weights
+    assert "refused" not in right and right["error"] <= 1e-6
+    assert "off the present tile's" in wrong["refused"]
+    assert "present: present" in capsys.readouterr().out

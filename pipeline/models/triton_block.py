@@ -46,6 +46,9 @@ class Tile(NamedTuple):
         block_k: channels that are summed over at most; of the backward passes to weights, input channels.
         stages: in how many copies of shared memory loads run ahead.
         programs: of a kernel that splits the pixels, so many for a multiprocessor, as its registers allow.
+        warps: of 32 threads, in a program.
+        registers: of a thread at most; None leaves it to the compiler.
+        kernel: another kernel for the same task.
     """
 
     block_p: int
@@ -53,6 +56,9 @@ class Tile(NamedTuple):
     block_k: int
     stages: int
     programs: int = 1
+    warps: int = 8
+    registers: int | None = None
+    kernel: str = ""
 
 
 class Tiles(NamedTuple):
@@ -63,9 +69,9 @@ class Tiles(NamedTuple):
     conv3x3_backward_data: Tile
     conv3x3_backward_weights: Tile
     bottleneck_backward: Tile
+    bottleneck_backward_weights: Tile | None = None  # where that is a kernel of its own
 
 
-WARPS = 8  # 256 threads, of kernels with products
 MULTIPROCESSORS = {
     80: 108,
     90: 132,
@@ -109,9 +115,10 @@ TILES = {
         bottleneck_backward=Tile(64, 128, 32, stages=1, programs=2),
     ),
 }
-POINT = 64  # pixels and channels of a tile of what has no product
+POINT = 4096  # numbers of a tile of what has no product
+POINT_CHANNELS = 64  # of such a tile at most
 SUMS = dict(BLOCK_T=512, BLOCK_C=8, warps=8)  # tiles and channels of a program that adds up partial sums
-NUMBERS = 1024  # of a program that adds up the weights' gradients
+NUMBERS = dict(BLOCK_T=8, BLOCK=256)  # of a program that adds up the weights' gradients
 
 
 def refusal(device: torch.device) -> str:
@@ -169,11 +176,13 @@ def stage(x: Tensor, stage: Stage) -> Tensor:
 
 
 def launch(
-    kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
-) -> None:
+    kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, registers: int | None = None,
+    **constants: Any,
+) -> None:  # fmt: skip
     """Start a kernel of triton_kernels.py. What counts or compiles launches puts itself in the place of this function."""
+    options = dict(num_warps=warps, num_stages=stages) | (dict(maxnreg=registers) if registers else {})
     with torch.cuda.device_of(arguments[0]):  # Triton starts kernels on the current device
-        getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
+        getattr(_kernels(), kernel)[grid](*arguments, **options, **constants)
 
 
 def architecture(device: torch.device) -> int:
@@ -240,7 +249,7 @@ class _Stage(Function):
         maps = run.maps(run.pixels, -(-channels_out // ROW) * ROW)
         # Mean and variance of the block's maps, then of each layer's bottleneck.
         moments = run.floats(2, channels_out + len(stage.layers) * width)
-        weights = _packed(parameters, run.dtype)
+        weights = _packed(parameters, run.dtype, run.precision)
 
         def measured(first: int, count: int) -> Tensor | None:
             return moments[:, first : first + count] if training else None
@@ -309,11 +318,11 @@ class _Stage(Function):
                 run.bottleneck_forward(maps, channels, norm1, weight1, bottleneck, None)
             new = slice(channels, channels + growth)
             run.finish_gradient(
-                map_gradient[:, new], maps[:, new], maps.stride(0), moments[:, new], eps, sums[:, new], new_gradient
+                map_gradient[:, new], maps[:, new], maps.stride(0), moments[:, new], eps, sums[:, new], new_gradient,
+                factor=True,
             )  # fmt: skip
-            run.conv3x3_backward(
-                new_gradient, weight2, bottleneck, norm2, dz, dweight2, dgamma2, dbeta2, coefficients
-            )  # fmt: skip
+            run.conv3x3_backward_data(new_gradient, weight2, bottleneck, norm2, dz, dgamma2, dbeta2, coefficients)
+            run.conv3x3_backward_weights(new_gradient, bottleneck, norm2, dweight2)
             run.bottleneck_backward(
                 dz, bottleneck, coefficients, maps, map_gradient, channels, norm1, weight1, dweight1, dgamma1, dbeta1,
                 sums,
@@ -372,32 +381,31 @@ class _Launches:
         return self.maps(self.images, height, width, channels).permute(0, 3, 1, 2)
 
     def copy_and_measure(self, x: Tensor, out: Tensor | None, moments: Tensor | None) -> None:
-        tiles = _blocks(self.pixels, POINT)
-        partial = None if moments is None else self.floats(tiles, 2, self.channels)
+        grid, tile = _point(self.pixels, self.channels)
+        partial = None if moments is None else self.floats(grid[0], 2, self.channels)
         launch(
-            "copy_and_measure", (tiles, _blocks(self.channels, POINT)),
+            "copy_and_measure", grid,
             x, out, 0 if out is None else out.stride(0), partial, self.pixels, self.channels,
-            COPY=out is not None, MEASURE=moments is not None, BLOCK_P=POINT, BLOCK_C=POINT,
+            COPY=out is not None, MEASURE=moments is not None, **tile,
         )  # fmt: skip
-        self._reduce_moments(partial, POINT, moments)
+        self._reduce_moments(partial, tile["BLOCK_P"], moments)
 
     def stem_forward(self, y: Tensor, norm: _Norm, out: Tensor, argmax: Tensor) -> None:
         _, channels, *size = out.shape
         pixels = self.images * size[0] * size[1]
-        launch(
-            "stem_forward", (_blocks(pixels, POINT), _blocks(channels, POINT)),
-            y, *norm, out, argmax, pixels, self.height, self.width, *size, channels, BLOCK_P=POINT, BLOCK_C=POINT,
-        )  # fmt: skip
+        grid, tile = _point(pixels, channels)
+        launch("stem_forward", grid, y, *norm, out, argmax, pixels, self.height, self.width, *size, channels, **tile)
 
     def stem_backward(
         self, y: Tensor, norm: _Norm, gradient: Tensor, argmax: Tensor, out: Tensor, dgamma: Tensor, dbeta: Tensor,
         sums: Tensor,
     ) -> None:  # fmt: skip
-        partial = self.floats(_blocks(self.pixels, POINT), 2, self.channels)
+        grid, tile = _point(self.pixels, self.channels)
+        partial = self.floats(grid[0], 2, self.channels)
         launch(
-            "stem_backward", (len(partial), _blocks(self.channels, POINT)),
+            "stem_backward", grid,
             y, *norm, gradient, argmax, out, partial, self.pixels, self.height, self.width, *gradient.shape[2:],
-            self.channels, BLOCK_P=POINT, BLOCK_C=POINT,
+            self.channels, **tile,
         )  # fmt: skip
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=True)
 
@@ -416,74 +424,88 @@ class _Launches:
 
     def conv3x3_forward(self, b: Tensor, norm: _Norm, weight: Tensor, out: Tensor, moments: Tensor | None) -> None:
         tile, (growth, *_, width) = self.tiles.conv3x3_forward, weight.shape
-        tiles, block_n = _blocks(self.pixels, tile.block_p), _fitting(tile.block_n, growth)
+        kernel, _, apart = (tile.kernel or "conv3x3_forward").partition("+")
+        if apart:
+            grid, point = _point(self.pixels, width)
+            d = torch.empty_like(b)
+            launch("normalise", grid, b, *norm, d, self.pixels, width, PRECISION=self.precision, **point)
+            b = d
+        rows = tile.block_p - 2 if "rows" in kernel else tile.block_p
+        tiles, block_n = _blocks(self.pixels, rows), _fitting(tile.block_n, growth)
         partial = None if moments is None else self.floats(tiles, 2, growth)
         launch(
-            "conv3x3_forward", (tiles, _blocks(growth, block_n)),
+            kernel, (tiles, _blocks(growth, block_n)),
             b, *norm, weight, out, out.stride(0), partial, self.pixels, self.height, self.width, width, growth,
-            MEASURE=moments is not None, BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=_fitting(tile.block_k, width),
-            **self._product(tile),
+            MEASURE=moments is not None, NORM=not apart, BLOCK_P=tile.block_p, BLOCK_N=block_n,
+            BLOCK_K=_fitting(tile.block_k, width), **self._product(tile),
         )  # fmt: skip
-        self._reduce_moments(partial, tile.block_p, moments)
+        self._reduce_moments(partial, rows, moments)
 
     def pool_forward(self, maps: Tensor, norm: _Norm, pool: tuple[int, int], out: Tensor) -> None:
         _, channels, *size = out.shape
         pixels = self.images * size[0] * size[1]
+        grid, tile = _point(pixels, channels)
         launch(
-            "pool_forward", (_blocks(pixels, POINT), _blocks(channels, POINT)),
-            maps, maps.stride(0), *norm, out, pixels, self.height, self.width, *size, *pool, channels,
-            BLOCK_P=POINT, BLOCK_C=POINT,
+            "pool_forward", grid,
+            maps, maps.stride(0), *norm, out, pixels, self.height, self.width, *size, *pool, channels, **tile,
         )  # fmt: skip
 
     def pool_backward(
         self, maps: Tensor, channels: int, norm: _Norm, pool: tuple[int, int], gradient: Tensor, map_gradient: Tensor,
         dgamma: Tensor, dbeta: Tensor, sums: Tensor,
     ) -> None:  # fmt: skip
-        partial = self.floats(_blocks(self.pixels, POINT), 2, channels)
+        grid, tile = _point(self.pixels, channels)
+        partial = self.floats(grid[0], 2, channels)
         launch(
-            "pool_backward", (len(partial), _blocks(channels, POINT)),
+            "pool_backward", grid,
             maps, maps.stride(0), *norm, gradient, map_gradient, partial, self.pixels, self.height, self.width,
-            *gradient.shape[2:], *pool, channels, BLOCK_P=POINT, BLOCK_C=POINT,
+            *gradient.shape[2:], *pool, channels, **tile,
         )  # fmt: skip
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=True)
 
     def finish_gradient(
-        self, map_gradient: Tensor, x: Tensor, ldx: int, moments: Tensor, eps: float, sums: Tensor, out: Tensor
-    ) -> None:
+        self, map_gradient: Tensor, x: Tensor, ldx: int, moments: Tensor, eps: float, sums: Tensor, out: Tensor,
+        factor: bool = False,
+    ) -> None:  # fmt: skip
+        """`factor`: the kernels multiply it."""
         channels = sums.shape[1]
+        grid, tile = _point(self.pixels, channels)
         launch(
-            "finish_gradient", (_blocks(self.pixels, POINT), _blocks(channels, POINT)),
+            "finish_gradient", grid,
             map_gradient, x, ldx, *moments, eps, *sums, out, channels, self.pixels, channels,
-            BLOCK_P=POINT, BLOCK_C=POINT,
+            PRECISION=self.precision if factor else None, **tile,
         )  # fmt: skip
 
-    def conv3x3_backward(
-        self, gradient: Tensor, weight: Tensor, b: Tensor, norm: _Norm, dz: Tensor, dweight: Tensor, dgamma: Tensor,
-        dbeta: Tensor, coefficients: Tensor,
+    def conv3x3_backward_data(
+        self, gradient: Tensor, weight: Tensor, b: Tensor, norm: _Norm, dz: Tensor, dgamma: Tensor, dbeta: Tensor,
+        coefficients: Tensor,
     ) -> None:  # fmt: skip
-        growth, *_, width = weight.shape
+        tile, (growth, *_, width) = self.tiles.conv3x3_backward_data, weight.shape
         size = self.pixels, self.height, self.width, width, growth
-        tile = self.tiles.conv3x3_backward_data
-        tiles, block_n = _blocks(self.pixels, tile.block_p), _fitting(tile.block_n, width)
-        partial = self.floats(tiles, 2, width)
+        block_n, block_k = _fitting(tile.block_n, width), _fitting(tile.block_k, growth)
+        partials, blocks = _blocks(self.pixels, tile.block_p), _blocks(width, block_n)
+        own: dict[str, Any] = {}
+        if tile.kernel == "conv3x3_backward_data_ahead" and growth <= block_k:
+            kernel, (partials, tiles) = tile.kernel, self._ranges(tile, blocks)
+            size = *size, tiles
+        else:
+            kernel, own = "conv3x3_backward_data", dict(EARLY=tile.kernel == "early")
+        partial = self.floats(partials, 2, width)
         launch(
-            "conv3x3_backward_data", (tiles, _blocks(width, block_n)),
-            gradient, weight, b, *norm, dz, partial, *size,
-            BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=_fitting(tile.block_k, growth), **self._product(tile),
+            kernel, (partials, blocks), gradient, weight, b, *norm, dz, partial, *size,
+            **own, BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=block_k, **self._product(tile),
         )  # fmt: skip
-        launch(
-            "reduce_own_norm", (_blocks(width, SUMS["BLOCK_C"]),),
-            partial, tiles, self.pixels, width, norm.mean, norm.variance, norm.gamma, norm.eps, dgamma, dbeta,
-            coefficients, **SUMS,
-        )  # fmt: skip
-        tile = self.tiles.conv3x3_backward_weights
+        self._reduce_own_norm(partial, norm, dgamma, dbeta, coefficients)
+
+    def conv3x3_backward_weights(self, gradient: Tensor, b: Tensor, norm: _Norm, dweight: Tensor) -> None:
+        tile, (growth, width, *_) = self.tiles.conv3x3_backward_weights, dweight.shape
         block_c, block_n = _fitting(tile.block_k, width), _fitting(tile.block_n, growth)
         blocks = 3 * _blocks(growth, block_n), _blocks(width, block_c)
         ranges, tiles = self._ranges(tile, blocks[0] * blocks[1])
         partial = self.floats(ranges, growth, 9, width)
         launch(
             "conv3x3_backward_weights", (blocks[0], ranges, blocks[1]),
-            b, *norm, gradient, partial, *size, tiles,
+            b, *norm, gradient, partial, self.pixels, self.height, self.width, width, growth, tiles,
             BLOCK_P=tile.block_p, BLOCK_C=block_c, BLOCK_N=block_n, **self._product(tile),
         )  # fmt: skip
         self._reduce_weights(partial, dweight)
@@ -493,13 +515,25 @@ class _Launches:
         weight: Tensor, dweight: Tensor, dgamma: Tensor, dbeta: Tensor, sums: Tensor,
     ) -> None:  # fmt: skip
         tile, width = self.tiles.bottleneck_backward, b.shape[1]
+        if self.tiles.bottleneck_backward_weights is not None and width <= tile.block_n:
+            block_c = _fitting(tile.block_k, channels)
+            tiles = _blocks(self.pixels, tile.block_p)
+            partial = self.floats(tiles, 2, channels)
+            launch(
+                "bottleneck_backward_data", (tiles,),
+                dz, b, coefficients, maps, map_gradient, maps.stride(0), *norm, weight, partial, self.pixels, channels,
+                width, BLOCK_P=tile.block_p, BLOCK_N=_fitting(tile.block_n, width), BLOCK_C=block_c, **self._product(tile),
+            )  # fmt: skip
+            self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)
+            self.bottleneck_backward_weights(dz, maps, channels, norm, dweight)
+            return
         block_c, block_n = _fitting(tile.block_k, channels), _fitting(tile.block_n, width)
         blocks, parts = _blocks(channels, block_c), _blocks(width, block_n)
         ranges, tiles = self._ranges(tile, blocks)
         weight_partial, partial = self.floats(ranges, width, channels), self.floats(parts * ranges, 2, channels)
         for part in range(parts):  # the gradient of a wide bottleneck's input adds up over parts of it
             launch(
-                "bottleneck_backward", (blocks, ranges),
+                tile.kernel or "bottleneck_backward", (blocks, ranges),
                 dz, b, coefficients, maps, map_gradient, maps.stride(0), *norm, weight, weight_partial,
                 partial[part * ranges :], self.pixels, channels, width, part * block_n, tiles,
                 BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, **self._product(tile),
@@ -507,8 +541,24 @@ class _Launches:
         self._reduce_weights(weight_partial, dweight)
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)
 
+    def bottleneck_backward_weights(
+        self, db: Tensor, maps: Tensor, channels: int, norm: _Norm, dweight: Tensor
+    ) -> None:
+        tile, width = self.tiles.bottleneck_backward_weights, db.shape[1]
+        assert tile is not None
+        block_c, block_n = _fitting(tile.block_k, channels), _fitting(tile.block_n, width)
+        blocks, parts = _blocks(channels, block_c), _blocks(width, block_n)
+        ranges, tiles = self._ranges(tile, blocks * parts)
+        partial = self.floats(ranges, width, channels)
+        launch(
+            "bottleneck_backward_weights", (blocks, ranges, parts),
+            db, maps, maps.stride(0), *norm, partial, self.pixels, channels, width, tiles,
+            BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, **self._product(tile),
+        )  # fmt: skip
+        self._reduce_weights(partial, dweight)
+
     def _product(self, tile: Tile) -> dict[str, Any]:
-        return dict(PRECISION=self.precision, warps=WARPS, stages=tile.stages)
+        return dict(PRECISION=self.precision, warps=tile.warps, stages=tile.stages, registers=tile.registers)
 
     def _ranges(self, tile: Tile, blocks: int) -> tuple[int, int]:
         """Into how many ranges a kernel with so many blocks of channels splits the pixels; the tiles of a range."""
@@ -533,10 +583,20 @@ class _Launches:
             partial, tiles, channels, norm.variance, norm.gamma, norm.eps, dgamma, dbeta, *sums, FIRST=first, **SUMS,
         )  # fmt: skip
 
+    def _reduce_own_norm(
+        self, partial: Tensor, norm: _Norm, dgamma: Tensor, dbeta: Tensor, coefficients: Tensor
+    ) -> None:
+        tiles, _, channels = partial.shape
+        launch(
+            "reduce_own_norm", (_blocks(channels, SUMS["BLOCK_C"]),),
+            partial, tiles, self.pixels, channels, norm.mean, norm.variance, norm.gamma, norm.eps, dgamma, dbeta,
+            coefficients, **SUMS,
+        )  # fmt: skip
+
     def _reduce_weights(self, partial: Tensor, out: Tensor) -> None:
         numbers = out.numel()
         launch(
-            "reduce_weights", (_blocks(numbers, NUMBERS),), partial, out, len(partial), numbers, BLOCK=NUMBERS
+            "reduce_weights", (_blocks(numbers, NUMBERS["BLOCK"]),), partial, out, len(partial), numbers, **NUMBERS
         )  # fmt: skip
 
 
@@ -544,27 +604,40 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def _point(pixels: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid and the tile of a kernel without products."""
+    block_c = _fitting(POINT_CHANNELS, channels)
+    block_p = POINT // block_c
+    return (_blocks(pixels, block_p), _blocks(channels, block_c)), dict(BLOCK_P=block_p, BLOCK_C=block_c)
+
+
 def _fitting(most: int, size: int) -> int:
     """The side of a tile: a power of two from 16, which the tensor cores need, to `most`, not far above `size`."""
     return max(16, min(most, 1 << (size - 1).bit_length()))
 
 
-def _packed(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def _packed(parameters: Sequence[Tensor], dtype: torch.dtype, precision: str) -> list[tuple[Tensor, Tensor]]:
     """Each layer's weights in the maps' dtype, once for both passes: 1x1 as (out, in), 3x3 as (out, 3, 3, in).
 
-    Float32 weights that lie so already, as those of channels-last networks do, are not copied.
+    Float32 weights that lie so already, as those of channels-last networks do, are not copied. For TF32 they are rounded to
+    it, as the kernels' `_factor` does.
     """
+    rounds = precision == "tf32" and dtype is torch.float32
     own = [
         weight
         for i in range(0, len(parameters) - 2, 6)
         for weight in (parameters[i + 2].flatten(1), parameters[i + 5].permute(0, 2, 3, 1))
     ]
-    if dtype is not torch.float32 or not all(weight.is_contiguous() for weight in own):
+    if rounds or dtype is not torch.float32 or not all(weight.is_contiguous() for weight in own):
         sizes = [_blocks(weight.numel(), ROW) * ROW for weight in own]
         buffer = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
         pieces = buffer.split(sizes)
         packed = [piece[: weight.numel()].view(weight.shape) for piece, weight in zip(pieces, own, strict=True)]
         torch._foreach_copy_(packed, own)
+        if rounds:
+            bits = buffer.view(torch.int32)
+            rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
+            torch.where(buffer == buffer, rounded, buffer, out=buffer)
         own = packed
     return list(zip(own[::2], own[1::2], strict=True))
 

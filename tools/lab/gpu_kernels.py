@@ -60,8 +60,8 @@ def launches(step: Step) -> list[Launch]:
     found: dict[Any, Launch] = {}
 
     def record(launch: Launch) -> None:
-        signature, constants, aligned = _specialisation(launch)
-        key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, launch.warps, launch.stages
+        signature, constants, aligned = specialisation(launch)
+        key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, *launch[4:]
         found.setdefault(key, launch)
 
     run_step(step, record)
@@ -71,20 +71,20 @@ def launches(step: Step) -> list[Launch]:
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """Compile a kernel for the arguments of a launch, as Triton would at the launch."""
     kernel = getattr(triton_kernels, launch.kernel)
-    signature, constants, aligned = _specialisation(launch)
+    signature, constants, aligned = specialisation(launch)
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", file.name)
+        usage = run_binary("cuobjdump", "--dump-resource-usage", file.name)
+        code = run_binary("nvdisasm", file.name)
     ptx = compiled.asm["ptx"]
     products = {name: len(re.findall(re.escape(name), ptx)) for name in PRODUCTS.values()}
     return Compiled(
@@ -98,7 +98,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     )
 
 
-def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
     """The types of a kernel's arguments, the values of constants, and which arguments are multiples of 16.
 
     Triton finds them at each launch in the same way, and compiles a kernel once for each combination.
@@ -124,7 +124,7 @@ def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tup
     return signature, constants, tuple(aligned)
 
 
-def _run(program: str, *arguments: str) -> str:
+def run_binary(program: str, *arguments: str) -> str:
     return subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True).stdout
 
 

@@ -59,6 +59,7 @@ TRAFFIC = {
         f"x:pixels*channels weight:features*channels {_NORM}",
         "out:pixels*features partial:2*tiles*features",
     ),
+    "normalise": (f"b:pixels*channels {_NORM}", "out:pixels*channels"),
     "conv3x3_forward": (
         f"b:pixels*channels weight:9*features*channels {_NORM}",
         "out:pixels*features partial:2*tiles*features",
@@ -83,6 +84,15 @@ TRAFFIC = {
     "conv3x3_backward_data": (
         f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
         "dz:pixels*channels partial:2*tiles*channels",
+    ),
+    "bottleneck_backward_data": (
+        "dz:pixels*features b:pixels*features coefficients:3*features weight:channels*features x:pixels*channels "
+        f"G:pixels*channels {_NORM}",
+        "dz:pixels*features G:pixels*channels partial:2*tiles*channels",
+    ),
+    "bottleneck_backward_weights": (
+        f"db:pixels*features x:pixels*channels {_NORM}",
+        "partial:ranges*channels*features",
     ),
     "conv3x3_backward_weights": (
         f"b:pixels*channels gradient:pixels*features {_NORM}",

@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Step(NamedTuple):
@@ -46,6 +47,18 @@ class Step(NamedTuple):
     architecture: int = 90
 
 
+def recorder(on_launch: Callable[[Launch], None]) -> Callable[..., None]:
+    """What takes the place of `triton_block.launch` and starts nothing."""
+
+    def record(
+        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1,
+        registers: int | None = None, **constants: Any,
+    ) -> None:  # fmt: skip
+        on_launch(Launch(kernel, grid, arguments, constants, warps, stages, registers))
+
+    return record
+
+
 def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) -> None:
     """Forward and backward pass of a network from its first convolution to the loss, on a fake GPU.
 
@@ -54,14 +67,9 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
         mode: a dispatch mode that sees torch's own operators.
     """
 
-    def record(
-        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
-    ) -> None:
-        on_launch(Launch(kernel, grid, arguments, constants, warps, stages))
-
     with (
         FakeTensorMode(),
-        mock.patch.object(triton_block, "launch", record),
+        mock.patch.object(triton_block, "launch", recorder(on_launch)),
         mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
         mock.patch.object(torch.autograd, "grad", gradients),
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
