@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 # Whole batches of a size that are computed before one is captured. Kernels are compiled, chosen and loaded in them, which
 # they cannot be in a capture.
@@ -65,7 +66,7 @@ class ReplayedNetwork(nn.Module):
                 self._seen[kind] += 1
                 return self.network(x)
             self._graphs[kind] = self._capture(x)
-        return _Replay.apply(self._graphs[kind], x, *_trained(self.network))
+        return _Replay.apply(self._graphs[kind], x, *_trained(self.network).values())
 
     def _capture(self, x: Tensor) -> _Graphs:
         """Capture a pass forward and backward over images like these; nothing is computed."""
@@ -73,6 +74,8 @@ class ReplayedNetwork(nn.Module):
             self._pool = torch.cuda.graph_pool_handle()  # for all sizes: no two of them are in use at once
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         images = x.detach().clone()
+        # In the parameters' place, of which DDP keeps what belongs to another stream than that of the capture.
+        parameters = {name: p.detach().requires_grad_() for name, p in _trained(self.network).items()}
         # Other threads, which load images, may allocate memory meanwhile. Weights that autocast has cast before would not be
         # cast again in a replay.
         how: dict[str, Any] = dict(pool=self._pool, capture_error_mode="thread_local")
@@ -80,10 +83,10 @@ class ReplayedNetwork(nn.Module):
         enabled = torch.is_autocast_enabled(device)
         torch.clear_autocast_cache()
         with torch.cuda.graph(forward, **how), torch.autocast(device, kind, enabled=enabled, cache_enabled=False):
-            logits = self.network(images)
+            logits = functional_call(self.network, parameters, (images,))
         gradient = torch.empty_like(logits)
         with torch.cuda.graph(backward, **how):
-            gradients = torch.autograd.grad(logits, _trained(self.network), gradient)
+            gradients = torch.autograd.grad(logits, [*parameters.values()], gradient)
         return _Graphs(forward, backward, images, logits.detach(), gradient, list(gradients))
 
 
@@ -104,5 +107,5 @@ class _Replay(Function):
         return None, None, *(tensor.detach() for tensor in graphs.gradients)
 
 
-def _trained(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, index_of, photo
 
 from pipeline import evaluation, nvjpeg
 from pipeline.config import DataConfig
-from pipeline.data import ahead, dali, decoding
+from pipeline.data import ahead, color, dali, decoding
 from pipeline.data.ahead import on_own_stream, prepare_ahead
 from pipeline.data.color import apply_colors, to_device
 from pipeline.data.dali import CHECKED, UNTREATED, DaliPipeline, Fed
@@ -295,6 +295,17 @@ def test_colours_are_mapped_in_float32_whatever_autocast_is_entered():
     expected = apply_colors(pixels, plan, CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(apply_colors(pixels, plan, CPU), expected)
+
+
+@pytest.mark.parametrize("side", [8, 17])
+def test_colours_as_a_gpu_computes_them_are_the_cpus(side, monkeypatch):
+    """Its way of computing is taken here on CPU, by a device that only says that it is a GPU."""
+    monkeypatch.setattr(color, "to_device", lambda source, device: torch.as_tensor(source))
+    for plan in plans_of(4):
+        assert plan.mean_color.any()
+        pixels = torch.rand(1, 2, side, side, 3) * 255
+        expected, found = (color._mapped(pixels, plan, device) for device in (CPU, types.SimpleNamespace(type="cuda")))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_copied_to_a_gpu_is_pinned_first(monkeypatch):

@@ -7,6 +7,7 @@ It imports within what its own packages need (`Check.needs`), so that the others
 import functools
 import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.compilation import compile_network
@@ -405,29 +407,45 @@ def low_precision(setting: Setting) -> Found:
 
 
 def colours(setting: Setting) -> Found:
-    """Training batches with all augmentation are the CPU's."""
+    """Training batches with all augmentation are the CPU's, and an image has the same pixels in each batch."""
     from pipeline.config import DataConfig
+
+    config = DataConfig(loader="synthetic", crop_size=17, resize_size=17)
+    own, cpus = (generated(22, config, device, 8) for device in (setting.device, torch.device("cpu")))
+    far = max((image - cpus[row][0]).abs().max().item() for row, (image, _) in own.items())
+    require(far < 1e-4, f"pixels differ from the CPU's by {far:.1e}")
+    require(all(label == cpus[row][1] for row, (_, label) in own.items()), "labels differ from the CPU's")
+    require_same_in_other_batches(own, 22, config, setting.device)
+    return Found(f"22 images, at most {far:.1e} from the CPU's, the same in other batches")
+
+
+def generated(images: int, config: Any, device: torch.device, batch_size: int) -> dict[int, tuple[Tensor, int]]:
+    """An epoch's generated images as they are trained on, and their labels, by their row in the index."""
     from pipeline.data.loader import Shard, TrainingLoader
     from pipeline.data.synthetic import synthetic_index
 
-    config = DataConfig(loader="synthetic", crop_size=16, resize_size=16)
-    batches = []
-    for device in (setting.device, torch.device("cpu")):
-        index, shard = synthetic_index(22, 3, 16, "train"), Shard(0, 1, device, 1)
-        loader = TrainingLoader(index, config, shard, seed=1, batch_size=8, accumulation=1)
-        batches.append([(batch.images.cpu().clone(), batch.labels.cpu()) for batch in loader.batches(0)])
-    far = max((a - b).abs().max().item() for (a, _), (b, _) in zip(*batches, strict=True))
-    require(far < 1e-4, f"pixels differ from the CPU's by {far:.1e}")
-    require(all(torch.equal(a, b) for (_, a), (_, b) in zip(*batches, strict=True)), "labels differ from the CPU's")
-    return Found(f"three batches, at most {far:.1e} from the CPU's")
+    index, shard = synthetic_index(images, 3, config.crop_size, "train"), Shard(0, 1, device, 1)
+    loader = TrainingLoader(index, config, shard, seed=1, batch_size=batch_size, accumulation=1)
+    return {
+        int(row): (image.cpu(), int(label))
+        for batch in loader.batches(0)
+        for row, image, label in zip(batch.ids, batch.images.clone(), batch.labels, strict=True)
+    }
+
+
+def require_same_in_other_batches(
+    found: dict[int, tuple[Tensor, int]], images: int, config: Any, device: torch.device
+) -> None:
+    for batch_size in (5, images):
+        other = generated(images, config, device, batch_size)
+        differing = sum(not torch.equal(image, other[row][0]) for row, (image, _) in found.items())
+        require(not differing, f"{differing} of {images} images are others in batches of {batch_size}")
 
 
 def augmentation(setting: Setting) -> Found:
     """Batches with all operations of RandAugment and TrivialAugment, cutout, and erasing with noise are nearly the CPU's."""
     from pipeline.config import DataConfig
-    from pipeline.data.loader import Shard, TrainingLoader
     from pipeline.data.policies import SPACES
-    from pipeline.data.synthetic import synthetic_index
 
     far = 0.0
     for space in SPACES:
@@ -442,14 +460,12 @@ def augmentation(setting: Setting) -> Found:
             random_erasing=0.5,
             erasing_fill="noise",
         )
-        found = []
-        for device in (setting.device, torch.device("cpu")):
-            index, shard = synthetic_index(64, 3, 32, "train"), Shard(0, 1, device, 1)
-            loader = TrainingLoader(index, config, shard, seed=1, batch_size=64, accumulation=1)
-            found.append(torch.cat([batch.images.cpu() for batch in loader.batches(0)]))
-        far = max(far, (found[0] - found[1]).abs().mean().item())
+        own, cpus = (generated(64, config, device, 64) for device in (setting.device, torch.device("cpu")))
+        apart = [(image - cpus[row][0]).abs().mean() for row, (image, _) in own.items()]
+        far = max(far, torch.stack(apart).mean().item())
         require(far < 2e-3, f"{space}: pixels differ from the CPU's by {far:.1e} in the mean")
-    return Found(f"{len(SPACES)} spaces, at most {far:.1e} from the CPU's in the mean")
+        require_same_in_other_batches(own, 64, config, setting.device)
+    return Found(f"{len(SPACES)} spaces, at most {far:.1e} from the CPU's in the mean, the same in other batches")
 
 
 def evaluation(setting: Setting) -> Found:
@@ -814,16 +830,18 @@ def cuda_graphs(setting: Setting) -> Found:
     if not setting.on_gpu:
         raise Skipped("there are none on CPU")
     sides = (160, 160, 160, 160, 128, 128, 128, 160)
-    cases = [("eager", "fp32"), ("eager", "bf16"), *[("triton", p) for p in ("fp32", "bf16")]]
-    if triton_block.refusal(setting.device):
-        cases = cases[:2]
-    for dense_block, precision in cases:
+    blocks = ["eager", *([] if triton_block.refusal(setting.device) else ["triton"])]
+    for dense_block, precision, parallel in itertools.product(blocks, ("fp32", "bf16"), (False, True)):
         found = []
+        if parallel:
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=setting.device)
         for mode in ("none", "graphs"):
             generator = torch.Generator().manual_seed(3)
             dropout = 0.2 if dense_block == "eager" else 0.0
             bare = own_network(setting, dense_block, dropout=dropout).to(memory_format=torch.channels_last)
-            network = compile_network(bare, mode, 8, 1)
+            replayed = network = compile_network(bare, mode, 8, 1)
+            if parallel:
+                network = DistributedDataParallel(network, [setting.device], gradient_as_bucket_view=True)
             optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
             scaler, seen = create_scaler(precision, setting.device), list[Tensor]()
             for i, side in enumerate(sides):
@@ -843,14 +861,20 @@ def cuda_graphs(setting: Setting) -> Found:
             seen += [tensor.clone() for tensor in bare.state_dict().values()]
             found.append(seen)
             if mode == "graphs":
-                require(len(network._graphs) == 2, f"{len(network._graphs)} sizes of images were captured")  # type: ignore
-        require(all(map(torch.equal, *found)), f"{dense_block} in {precision}: other bits than without graphs")
+                require(len(replayed._graphs) == 2, f"{len(replayed._graphs)} sizes were captured")  # type: ignore
+        if parallel:
+            dist.destroy_process_group()
+        differing = sum(not torch.equal(*pair) for pair in zip(*found, strict=True))
+        name = f"{dense_block} in {precision}{' with DDP' if parallel else ''}"
+        require(not differing, f"{name}: {differing} of {len(found[0])} tensors have other bits than without graphs")
     states = []
     for mode in ("none", "graphs"):
         run = a_run(setting, f"graphs-{mode}", train={"compile": mode, "deterministic": True})
         states.append((run.epoch, run.last_top1_error))
     require(states[0] == states[1], f"`fit` ends with {states[1]} in graphs, without with {states[0]}")
-    return Found(f"the same bits in {len(sides)} steps, of {', '.join(f'{b} in {p}' for b, p in cases)}; and in a run")
+    return Found(
+        f"the same bits in {len(sides)} steps of {', '.join(blocks)} in fp32 and bf16, with DDP too; and in a run"
+    )
 
 
 # G7
