@@ -29,7 +29,8 @@ from pipeline.evaluation import Evaluation, evaluate
 from pipeline.measured import Measured
 from pipeline.metrics import Score
 from pipeline.models import create_model
-from pipeline.weights import Weights, imagenet_ids, read_weights
+from pipeline.run import Progress
+from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors, write_torch
 from tools.evaluate import main, published_errors, real_labels_score, recipe_of
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import write_answers, write_report
@@ -424,7 +425,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
     evaluation = Evaluation(Score(2, 0, 2, 0.0), np.array([[1, 0], [1, 0]]), zeros, zeros, None, 0)
     row = {"class": "x&y|z", "images": 2, "top1_error": 100, "top5_error": 0}
     result = {
-        "name": "n", "weights": "w", "sha256": "0" * 64, "epochs": 1, "epochs_planned": 2, "note": "", "model": "m",
+        "name": "n", "weights": "w", "sha256": "0" * 64, "trained": "", "note": "", "model": "m",
         "parameters": 1, "multiply_accumulates": 1, "data": "d",
         "images": 2, "classes": 2, "classes_present": 1, "other_outputs": None, "not_finite": 0,
         "crops": 1, "average": "logits", "precision": "fp32",
@@ -458,6 +459,43 @@ def test_a_runs_directory_stands_for_its_best_checkpoint(image_folders, checkpoi
     summary = evaluated(run.parent, "--data", image_folders, "--crop-size", 16, "--json", tmp_path / "found.json")
     (found,) = json.loads((tmp_path / "found.json").read_text())["evaluations"]
     assert found["weights"] == str(run / "best.pt") and "resize to 18, crop 16" in summary  # 32 of 36 pixels in the run
+    assert (found["epochs"], found["trained"]) == (None, "") and summary.startswith("densenet_bc40_k12, 1 crop, ")
+
+
+def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, evaluated):
+    """Of a run of four epochs, the second of them the best, after the first, second and third, and after a step of the fourth;
+    also by the files that they are converted into."""
+    progress, run = Progress(), tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    told = []
+    for correct in (3, 7, 5):
+        state = load_checkpoint(checkpoint)
+        state["config"]["optim"] |= {"epochs": 4}
+        progress.finish_epoch(Score(11, correct, None, 1.0))
+        best = progress.best_epoch + 1 == progress.epoch
+        CheckpointFolder(run).save(state | {"progress": progress.state_dict()}, best=best)
+        weights = read_weights(run / "last.pt")
+        told.append(weights.trained)
+        for write, file in ((write_safetensors, tmp_path / "w.safetensors"), (write_torch, tmp_path / "w.pth")):
+            write(weights, file)
+            assert read_weights(file).trained == weights.trained
+    progress.step = 1
+    CheckpointFolder(run).save(state | {"progress": progress.state_dict()}, best=False)
+    out = evaluated(
+        run.parent, run / "last.pt", "--data", image_folders, "--crop-size", 16, "--json", tmp_path / "json"
+    )
+    part = "epoch 3 of 4 and 1 step of the next (the best so far: 2)"
+    assert f"run-best:\n{run}/best.pt: epoch 2 of 4, the best so far\n" in out and f"{run}/last.pt: {part}\n" in out
+    assert told == [
+        "epoch 1 of 4, the best so far",
+        "epoch 2 of 4, the best so far",
+        "epoch 3 of 4 (the best so far: 2)",
+    ]
+    results = json.loads((tmp_path / "json").read_text())["evaluations"]
+    assert [(r["epochs"], r["epochs_planned"], r["step"], r["best_epoch"]) for r in results] == [
+        (2, 4, 0, 2),
+        (3, 4, 1, 2),
+    ]
 
 
 def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
