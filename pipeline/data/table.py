@@ -18,12 +18,12 @@ from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import (
     OF_SEVERAL_SPLITS,
     SPLIT_COLUMNS,
-    are_several,
     file_column,
     images_elsewhere,
     in_split,
     match_files,
     read_rows,
+    several_splits,
 )
 from pipeline.data.parquet import is_table_of_paths
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, PlacedSource, Stream
@@ -107,8 +107,8 @@ class TableSource:
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
-        if self.columns.split is None and are_several(splits):
-            issues.append(ImageIssue(self.root, OF_SEVERAL_SPLITS, "all are taken"))
+        if self.columns.split is None and (counts := several_splits(splits)):
+            issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
         known = {
             *names,
             *images_elsewhere(table, elsewhere, members, prefix, names if self.columns.split == "train" else ()),
