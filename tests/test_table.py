@@ -10,6 +10,7 @@ from conftest import small_config
 from test_zip_archive import zip_folder
 
 from pipeline.config import DataConfig
+from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, to_evaluate
 from pipeline.data.image_files import COLORS
 from pipeline.data.index import scan_classes
@@ -103,6 +104,28 @@ def test_several_splits_are_no_odd_image(images, image_folders, capsys):
         f"{images}/{rows[-1][0]} is not in the table {table}: left out",
         f"         1  is not in the table {table}: left out",
     ]
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_validation_lines_beside_held_out_images_are_told(images, image_folders, labels):
+    rows = [(f"{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
+    table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
+    write_table(images / "train.csv", ("file", "label"), *(row[:2] for row in rows[:37]))
+
+    def told(**fields: object) -> list[str]:
+        config = DataConfig(dir=str(images), labels=labels, **fields)
+        return warnings_about(*open_datasets(config, None, progress=False), config)
+
+    assert told(train="all.csv", holdout=9) == [
+        f"of {table} the 11 lines of other splits are not read, as 9 training images are held out to validate on: to validate "
+        "on those set data.val all.csv and leave out data.holdout"
+    ]
+    assert told(train="all.csv", val="all.csv", holdout=9) == told(train="all.csv", holdout=9)
+    assert told(train="train.csv", val="all.csv", holdout=9) == [
+        "data.val all.csv is not read, as 9 training images are held out to validate on: to validate on it leave out "
+        "data.holdout"
+    ]
+    assert told(train="train.csv", holdout=9) == [] == told(train="all.csv", val="all.csv")
 
 
 def test_lines_of_other_splits_are_neither_lacking_nor_taken(images, image_folders, capfd):

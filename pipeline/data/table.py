@@ -22,6 +22,7 @@ from pipeline.data.label_table import (
     images_elsewhere,
     in_split,
     match_files,
+    read_label_table,
     read_rows,
     several_splits,
 )
@@ -188,6 +189,19 @@ def columns_of(table: str | Path, config: DataConfig, split: str) -> Columns:
     file, label = (name if name in header else None for name in (config.file_column, config.label_column))
     has_splits = _known_text(Path(table)) == "cub" or any(name.lower() in SPLIT_COLUMNS for name in header)
     return Columns(file, label, split if has_splits else None)
+
+
+def lines_of_other_splits(table: Path, config: DataConfig) -> int:
+    """How many lines of the table that a configuration trains on are for another split.
+
+    Raises:
+        UserError: as of `read_table` and `read_label_table`.
+    """
+    if config.labels == "multi":
+        return len(read_label_table(table, split="train").elsewhere)
+    entries = read_table(table, Columns(config.file_column, config.label_column))
+    splits = [entry.split for entry in entries if entry.split is not None]
+    return in_split(table, splits, [entry.line for entry in entries], "train").count(False) if splits else 0
 
 
 def _column(table: Path, header: list[str], wanted: str | None, field: str) -> int | None:
