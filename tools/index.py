@@ -92,9 +92,9 @@ def list_odd_images(training: list[Path], validation: list[Path], read_as: Pixel
     """
     kinds: Counter[tuple[str, str]] = Counter()
     stops = 0
-    sets = [list(map(open_source, places)) for places in (training, validation)]
-    whole = {source.root for sources in sets for source in sources}
-    for issue in verify(*sets, read_as):
+    trained, validated = list(map(open_source, training)), list(map(open_source, validation))
+    whole = {source.root for source in (*trained, *validated)}
+    for issue in verify(trained, validated, read_as):
         tqdm.write(str(issue))
         if issue.location in whole and not issue.stops:
             continue
