@@ -1,10 +1,12 @@
 """Where the training and the validation set are, where the configuration does not name them itself."""
 
 import dataclasses
+import io
 import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +61,21 @@ def find_splits(config: DataConfig) -> DataConfig:
     if labels and not os.path.exists(labels):
         raise UserError(f"the label file {labels} does not exist: set data.val_labels (relative to data.dir)")
     return config
+
+
+def find_validation(config: DataConfig) -> str:
+    """The validation set that a run with this configuration would take in data.dir, relative to that; empty if there is none.
+
+    What data.val names counts where it is there; left at its default, another usual name counts only beside a training set, as
+    data.dir may be a folder of classes.
+    """
+    if not os.path.isdir(config.dir):
+        return ""
+    with redirect_stderr(io.StringIO()), suppress(UserError):
+        if config.val == "val":
+            _find(config, "train")
+        return _find(config, "val")
+    return ""
 
 
 def _above_train(config: DataConfig) -> DataConfig:
