@@ -529,7 +529,7 @@ def test_the_folder_in_place_of_the_table_that_a_run_validated_on(table_data, ca
     capfd.readouterr()
     index = open_images(data, None, classes)
     assert index.names == expected.names and len(index) == 11 and (index.labels == expected.labels).all()
-    assert f"of {table_data} {taken} is taken, as by the run (data.val)\n" in capfd.readouterr().err
+    assert f"of {table_data} {taken} is taken (data.val)\n" in capfd.readouterr().err
     alone = open_images(dataclasses.replace(data, dir=str(table_data / "val.csv"), labels="single"), None, classes)
     assert sorted(index.names) == sorted(alone.names)  # several labels have no order of classes
 

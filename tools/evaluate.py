@@ -251,7 +251,7 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
     if not labels_file and (own := own_validation_set(data, classes)):
         place = folder / own
         if own != "val":
-            print(f"of {folder} {own} is taken, as by the run (data.val)", file=sys.stderr, flush=True)
+            print(f"of {folder} {own} is taken (data.val)", file=sys.stderr, flush=True)
         labels = place if data.labels == "multi" else folder / data.val_labels if data.val_labels else None
         labels_file = str(labels) if labels and labels.exists() else None
     if data.labels == "multi":
