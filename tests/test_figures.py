@@ -172,7 +172,9 @@ def test_runs_on_other_images_stand_apart_and_no_colour_is_there_twice():
     ]
     words = ["11 images of a/val", "5 images of a/val", "9 of the 37 training", "9 of the 29 training"]
     for axes, on in zip(panels, words, strict=True):
-        assert axes.get_title().startswith(f"Validation (solid, filled) and training (dashed, hollow)\non {on}")
+        assert axes.get_title().startswith(
+            f"Validation (solid, filled) and training (dashed, hollow)\nvalidated on {on}"
+        )
     colors = [line.get_color() for lines in own for line in lines]
     assert len(set(colors)) == len(colors) == 7
     ten = [

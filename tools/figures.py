@@ -270,7 +270,7 @@ def draw_curves(runs: list[Run]) -> Figure:
         axes.set(xlabel="epoch", ylabel=measure.title, xlim=(1 - min(1, margin), longest + margin))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        on = [in_lines(f"on {validation}")] if validation else []
+        on = [in_lines(f"validated on {validation}")] if validation else []
         best = f"Validation: the {BEST} best of {len(own)} runs after their last epoch, the others gray"
         title = best if many else "Validation (solid, filled) and training (dashed, hollow)"
         axes.set_title("\n".join([title, *on]), fontsize=10)
