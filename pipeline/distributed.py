@@ -1,6 +1,6 @@
 """Who this process is among the ranks of a run, and what ranks say to each other.
 
-The CUDA and NCCL branches have not been run on a GPU yet; CPU with gloo is what the tests exercise.
+CPU with gloo is what the tests exercise. NCCL has been run with one rank, not between GPUs.
 """
 
 import dataclasses

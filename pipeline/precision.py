@@ -1,5 +1,4 @@
-"""The precisions that training and evaluation compute in, and torch's choice of kernels. CUDA's have not been run on a GPU
-yet."""
+"""The precisions that training and evaluation compute in, and torch's choice of kernels."""
 
 import os
 from typing import TYPE_CHECKING, Any

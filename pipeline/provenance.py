@@ -60,7 +60,7 @@ def versions() -> str:
 
 
 def hardware() -> str:
-    """The processor with the cores that this process may use, the memory, and the GPUs. No GPU has been here yet."""
+    """The processor with the cores that this process may use, the memory, and the GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     named = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"

@@ -1,7 +1,7 @@
 """The training loop: from the first step, or from where the run directory's checkpoint stands, to the last.
 
 run.py says what a run is and what is saved of it, objective.py what a step minimises, hooks/ what happens beside training.
-Mixed precision, NCCL and CUDA have not been run on a GPU yet; the tests train on CPU with gloo.
+The tests train on CPU with gloo, `python -m tools.gpu` on one GPU; NCCL between GPUs has not been run yet.
 """
 
 import time

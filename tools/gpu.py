@@ -6,8 +6,6 @@ network is needed, nor DALI, pydantic or submitit: what needs them is skipped. W
 `--device cpu` the same checks run on tiny networks: that shows that they work, and nothing of a GPU.
 FILE has all figures, for `python -m tools.lab.scaling --measured FILE`; a Markdown table goes to FILE with .md in its end's
 place. The exit code is 1 if a check failed.
-
-No GPU has run this command yet.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Batches that a thread prepares while the device computes, on a CUDA stream of their own.
-
-The thread and its end are tested; the CUDA part has not been run on a GPU yet.
-"""
+"""Batches that a thread prepares while the device computes, on a CUDA stream of their own."""
 
 import functools
 import queue

@@ -3,7 +3,7 @@
 Four executors do all of them: an affine warp, a look-up table for each image and colour, a blend with the pixel's gray, a
 blend with the smoothed image. They compute on bytes and round as Pillow does, so that the tables and blends give its bytes,
 and so does the warp with `nearest`; with `bilinear` it differs from Pillow's by at most 1 (it computes in float32). An image's
-pixels do not depend on the others of its batch. The CUDA path has not been run on a GPU yet.
+pixels do not depend on the others of its batch.
 """
 
 from collections.abc import Callable

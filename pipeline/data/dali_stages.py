@@ -1,5 +1,5 @@
 """The DALI pipeline of dali.py cut short after one of its stages, for measuring what each stage costs on CPU, and how exact
-a GPU decodes (not run on a GPU yet)."""
+a GPU decodes."""
 
 from collections.abc import Iterable, Iterator
 

@@ -1,6 +1,6 @@
 """Cutout and random erasing of a ready batch: the boxes that the plan has drawn become the mean colour, or noise.
 
-One implementation for all loaders, on the device where the batch is. The CUDA path has not been run on a GPU yet.
+One implementation for all loaders, on the device where the batch is.
 """
 
 import numpy as np

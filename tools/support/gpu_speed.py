@@ -1,4 +1,4 @@
-"""How fast training steps are on a GPU: `python -m tools.gpu`'s measurement. No GPU has run it; the tests run it on CPU."""
+"""How fast training steps are on a GPU: `python -m tools.gpu`'s measurement."""
 
 import gc
 import importlib.util
