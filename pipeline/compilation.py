@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.errors import UserError
-from pipeline.models.early_exits import exits_of
 
 if TYPE_CHECKING:
     from pipeline.config import Compile
@@ -49,8 +48,11 @@ def refuse_graphs(mode: "Compile", accumulation: int) -> None:
         )
 
 
-def refuse_graphs_elsewhere(mode: "Compile", network: nn.Module, device: torch.device) -> None:
+def refuse_graphs_elsewhere(mode: "Compile", exits: int, device: torch.device) -> None:
     """Stop a run that asks for graphs of what cannot be captured.
+
+    Args:
+        exits: how many answers the network gives to an image.
 
     Raises:
         UserError: the network has several answers to an image, or there is no GPU.
@@ -59,7 +61,7 @@ def refuse_graphs_elsewhere(mode: "Compile", network: nn.Module, device: torch.d
         raise UserError(
             f"train.compile graphs: CUDA graphs need a GPU, and this run is on '{device.type}'; choose auto"
         )
-    if mode == "graphs" and exits_of(network) > 1:
+    if mode == "graphs" and exits > 1:
         raise UserError("train.compile graphs: a network with several exits cannot be captured; choose auto")
 
 

@@ -187,7 +187,7 @@ class Run:
         torch.manual_seed(config.seed)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
         network = create_network(config.model, len(self.conditions.classes), config.data.channels)
-        refuse_graphs_elsewhere(config.train.compile, network, world.device)
+        refuse_graphs_elsewhere(config.train.compile, exits_of(network), world.device)
         self._check_image_size(network)
         self.objective = for_all_exits(self.objective, network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)

@@ -16,7 +16,7 @@ LAYERS = [
     {"pipeline.recipe"},
     {"pipeline.parsing"},
     {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking", "pipeline.run_dir"},
-    {"pipeline.run_log"},
+    {"pipeline.cuda_graphs", "pipeline.run_log"},
     {
         "pipeline.data",
         "pipeline.models",
