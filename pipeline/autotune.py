@@ -343,6 +343,7 @@ def _shallow(network: DenseNet) -> DenseNet:
         return DenseNet(
             last_convolution.out_channels, (2,) * network.block_count, stem, width, bottleneck=hasattr(layer, "conv2"),
             num_classes=network.classifier.out_features, in_channels=stem_convolution.in_channels,
+            dropout=float(any(isinstance(module, nn.Dropout) for module in network.modules())),  # `_Work` sets it to 0
         )  # fmt: skip
 
 
@@ -365,6 +366,8 @@ class _Work:
         for module in self._network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0  # so that one batch is enough for an evaluation; else numbers outgrow float16
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # who keeps dropout's modules has its kernels; but chance would part all results
         self._device = self._network.classifier.weight.device
         self._precision = config.train.precision
         self._layout = memory_format(candidate.memory_format, self._precision, self._device)

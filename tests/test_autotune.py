@@ -72,6 +72,17 @@ def test_what_is_wrong_or_fails_costs_a_line(network, tmp_path, monkeypatch, pre
     assert len(wrong) == 1 and (failed in others) == (precision != "fp16")  # in which another stands in for it
 
 
+def test_dropout_parts_no_candidates_by_chance(tmp_path):
+    """Who computes blocks without their modules is no candidate: the run would have the modules in its place."""
+    network = create_model("densenet_bc22_k8", num_classes=3, dropout=0.5)
+    for precision in ("fp32", "bf16"):
+        config = small_config(tmp_path, train={"memory_format": "channels_last", "precision": precision})
+        tuning = measure(network, config, CPU, 8)
+        assert "8 images: eager channels_last" in tuning.text and "left out" not in tuning.text
+        assert "fused" not in tuning.text and tuning.chosen.dense_block == "eager"
+    assert {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
+
+
 def loses_statistics(monkeypatch):
     monkeypatch.setattr(memory_efficient, "blend_running_statistics", lambda *_: None)
 
