@@ -102,6 +102,23 @@ def what_is_asked(config: Config, device: torch.device, images: int) -> dict[str
     }  # fmt: skip
 
 
+def is_still_asked(kept: Tuning, asked: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's choice was made for what is asked now. Graphs change no bit: they may come and go."""
+    alike = ("none", "graphs", "auto")
+    modes = kept.asked.get("compile"), asked["compile"]
+    return {**kept.asked, "compile": ""} == {**asked, "compile": ""} and (
+        modes[0] == modes[1] or all(mode in alike for mode in modes)
+    )
+
+
+def as_chosen(chosen: Implementation, config: Config) -> Implementation:
+    """What a run computes with by a choice that may have been made when graphs were asked for, or could be used, otherwise."""
+    mode = config.train.compile
+    if mode == "auto":
+        mode = chosen.compile if config.optim.grad_accum_steps == 1 else "none"
+    return chosen if mode in BY_TORCH else dataclasses.replace(chosen, compile=mode)
+
+
 def leaves_a_choice(config: Config, device: torch.device, network: nn.Module) -> bool:
     """Whether a run of this configuration is one to measure for; one with frozen norms leaves its blocks to the modules."""
     train = config.train

@@ -193,7 +193,7 @@ class Run:
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         whole_batch = config.optim.batch_size // self.microbatches
         self.tuning = self._tune(network, whole_batch, start.checkpoint if start else None)
-        how = self.tuning.chosen if self.tuning else autotune.as_configured(config)
+        how = autotune.as_chosen(self.tuning.chosen, config) if self.tuning else autotune.as_configured(config)
         if isinstance(network, DenseNet):
             network.dense_block = how.dense_block
         self.memory_format = memory_format(how.memory_format, config.train.precision, world.device)
@@ -232,7 +232,7 @@ class Run:
         if found is not None:
             kept = Tuning.from_state(found.state["tuning"]) if found.state.get("tuning") else None
             # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
-            if not kept or kept.asked != autotune.what_is_asked(config, device, images):
+            if not kept or not autotune.is_still_asked(kept, autotune.what_is_asked(config, device, images)):
                 return None
         classes, cards = len(self.conditions.classes), self.world.gather(autotune.card_name(device))
         return self.world.broadcast_from_rank0(lambda: autotune.choose(config, classes, device, images, cards, kept))
@@ -449,8 +449,16 @@ class Run:
             f"through the {self._named_loader()} loader\n"
             f"{self.batches.text(batch_split(self.world.size, optim.grad_accum_steps))}, {counted(optim.epochs, 'epoch')}"
             f"{self._large_batch()}{self._about_losses()}{self._fine_tuning()}"
-            + (f"\n{self.tuning.text}" if self.tuning and self.tuning.text else "")
+            f"{self._implementation()}"
         )
+
+    def _implementation(self) -> str:
+        """Further lines on what was measured, and on what has changed since; empty where nothing was."""
+        if not self.tuning:
+            return ""
+        now = autotune.as_chosen(self.tuning.chosen, self.config)
+        others = [f"computes now with {now}"] if now != self.tuning.chosen else []
+        return "".join(f"\n{line}" for line in [*self.tuning.text.splitlines(), *others])
 
     def _named_loader(self) -> str:
         """The loader, and why it is not the first choice where it was left to choose."""

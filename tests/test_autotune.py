@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small_config
 
-from pipeline import api, autotune, distributed, trainer
+from pipeline import api, autotune, compilation, distributed, trainer
 from pipeline.autotune import Implementation, Tuning, candidates, measure, measure_apart
 from pipeline.errors import UserError
 from pipeline.hooks import Hook
@@ -366,12 +366,48 @@ def test_a_resumed_run_keeps_its_choice(tmp_path, monkeypatch, capsys):
         start = trainer.find_start(cut)
         run = Run(cut, world, start)
         assert run.network.dense_block == "memory_efficient" and run.memory_format is torch.contiguous_format
+        start.checkpoint.state["tuning"]["asked"]["compile"] = "none"  # as of a version before auto
+        assert "computes now with" not in run.description()
+        start.checkpoint.state["tuning"]["chosen"]["compile"] = "graphs"
+        without = Run(small_config(tmp_path / "cut", train={"compile": "none"}), world, start)
+        assert without.network.dense_block == "memory_efficient" and without.compiled is without.network
+        assert "\ncomputes now with memory_efficient contiguous" in without.description()
+        start.checkpoint.state["tuning"]["chosen"]["compile"] = "none"
         asks_otherwise = small_config(tmp_path / "cut", train={"memory_format": "channels_last"})
         run = Run(asks_otherwise, world, start)
         assert run.network.dense_block == "auto" and run.memory_format is torch.channels_last
         start.checkpoint.state.pop("tuning")  # as of a version before
         assert Run(cut, world, start).network.dense_block == "auto"
     assert calls == [(3, 12)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "now", "accumulation", "expected"),
+    [
+        ("auto", "graphs", "auto", 1, "graphs"),
+        ("auto", "graphs", "auto", 2, "none"),  # which is another split of the same batches
+        ("auto", "graphs", "none", 1, "none"),
+        ("auto", "none", "graphs", 1, "graphs"),
+        ("none", "none", "auto", 1, "none"),  # of a version whose default that was
+        ("default", "none", "default", 1, "none"),
+        ("default", "default", "auto", 1, None),
+        ("auto", "graphs", "default", 1, None),
+    ],
+)
+def test_graphs_come_and_go_and_the_choice_is_kept(tmp_path, asked, chosen, now, accumulation, expected):
+    then = small_config(tmp_path, train={"compile": asked})
+    kept = Tuning(Implementation("triton", "channels_last", chosen), autotune.what_is_asked(then, GPU, 12), "", "a")
+    config = small_config(tmp_path, train={"compile": now}, optim={"grad_accum_steps": accumulation})
+    still = autotune.is_still_asked(kept, autotune.what_is_asked(config, GPU, 12))
+    assert still == (expected is not None)
+    if still:
+        found = autotune.as_chosen(kept.chosen, config)
+        assert found == Implementation("triton", "channels_last", expected)
+        compilation.compile_network(
+            torch.nn.Linear(1, 1), found.compile, 12, accumulation
+        )  # which refuses what it cannot
+    other = small_config(tmp_path, train={"compile": now, "precision": "bf16"})
+    assert not autotune.is_still_asked(kept, autotune.what_is_asked(other, GPU, 12))
 
 
 def test_on_a_cpu_nothing_is_measured(tmp_path, monkeypatch):
