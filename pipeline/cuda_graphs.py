@@ -15,6 +15,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from pipeline.errors import LocalUserError, is_out_of_memory
+
 # Whole batches of a size that are computed before one is captured. Kernels are compiled, chosen and loaded in them, which
 # they cannot be in a capture.
 BEFORE_CAPTURE = 2
@@ -39,6 +41,8 @@ class ReplayedNetwork(nn.Module):
     images, and the first whole batches of each image size. What Python does in the network's forward pass is not done again
     in a replay: nothing may change the network's modules, nor where its parameters lie.
 
+    What else a pass depends on, that are grad mode, autocast, and whether gradients of the images are wanted, is looked at.
+
     The gradients of a replay lie where those of the one before lay: they must be used before the next backward pass, and
     cannot be accumulated.
 
@@ -58,14 +62,20 @@ class ReplayedNetwork(nn.Module):
         self._pool: Any = None
 
     def forward(self, x: Tensor) -> Any:
-        if not (self.enabled and self.network.training and torch.is_grad_enabled()) or len(x) != self._images:
+        trains = self.network.training and torch.is_grad_enabled() and not x.requires_grad
+        if not (self.enabled and trains) or len(x) != self._images:
             return self.network(x)
-        kind = tuple(x.shape), x.dtype, x.stride()
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        kind = tuple(x.shape), x.dtype, x.stride(), autocast
         if kind not in self._graphs:
             if self._seen[kind] < BEFORE_CAPTURE:
                 self._seen[kind] += 1
                 return self.network(x)
-            self._graphs[kind] = self._capture(x)
+            try:
+                self._graphs[kind] = self._capture(x)
+            except Exception as error:
+                raise _refusal(error) from None
         return _Replay.apply(self._graphs[kind], x, *_trained(self.network).values())
 
     def _capture(self, x: Tensor) -> _Graphs:
@@ -82,11 +92,14 @@ class ReplayedNetwork(nn.Module):
         device, kind = x.device.type, torch.get_autocast_dtype(x.device.type)
         enabled = torch.is_autocast_enabled(device)
         torch.clear_autocast_cache()
-        with torch.cuda.graph(forward, **how), torch.autocast(device, kind, enabled=enabled, cache_enabled=False):
-            logits = functional_call(self.network, parameters, (images,))
-        gradient = torch.empty_like(logits)
-        with torch.cuda.graph(backward, **how):
-            gradients = torch.autograd.grad(logits, [*parameters.values()], gradient)
+        with torch.cuda.stream(
+            torch.cuda.current_stream(x.device)
+        ):  # to which torch does not return from a failed capture
+            with torch.cuda.graph(forward, **how), torch.autocast(device, kind, enabled=enabled, cache_enabled=False):
+                logits = functional_call(self.network, parameters, (images,))
+            gradient = torch.empty_like(logits)
+            with torch.cuda.graph(backward, **how):
+                gradients = torch.autograd.grad(logits, [*parameters.values()], gradient)
         return _Graphs(forward, backward, images, logits.detach(), gradient, list(gradients))
 
 
@@ -105,6 +118,24 @@ class _Replay(Function):
         graphs.logits_gradient.copy_(gradient)
         graphs.backward.replay()
         return None, None, *(tensor.detach() for tensor in graphs.gradients)
+
+
+def _refusal(error: Exception) -> Exception:
+    """What to raise for a capture that has failed: the lack of memory itself, or a line with the reason and what to do.
+
+    The process cannot go on without graphs: torch takes the capture for unfinished, and would keep memory for it.
+    """
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:  # the end of a failed capture fails, too
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, Exception) and is_out_of_memory(cause):
+            return cause
+    reason = (str(causes[-1]).strip() or repr(causes[-1])).splitlines()[0]
+    return LocalUserError(
+        f"a training step could not be captured as a CUDA graph ({reason}): start the same command again with "
+        "--train.compile none"
+    )
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -322,6 +322,42 @@ def test_whole_training_batches_are_replayed(monkeypatch):
     assert torch.equal(replayed(x), reference(x)) and network.calls == calls + 1
 
 
+def test_what_a_graph_would_not_see_is_not_replayed(monkeypatch):
+    captured = []
+    monkeypatch.setattr(cuda_graphs.ReplayedNetwork, "_capture", lambda self, x: captured.append(1) or capture(self, x))
+    network, x = Counting(), torch.ones(4, 2)
+    replayed = compile_network(network, "graphs", images=4, accumulation=1)
+    for _ in range(cuda_graphs.BEFORE_CAPTURE + 1):
+        replayed(x)
+    asks = x.clone().requires_grad_()
+    replayed(asks).sum().backward()
+    assert torch.equal(asks.grad, network.linear.weight.detach().sum(0).expand(4, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert replayed(x).dtype is torch.bfloat16
+    assert replayed(x).dtype is torch.float32 and captured == [1]
+
+
+@pytest.mark.parametrize(("first", "expected"), [
+    (RuntimeError("an operation is\nnot permitted"), (UserError, r"captured as a CUDA graph \(an operation is\): .*none$")),
+    (torch.OutOfMemoryError("CUDA out of memory"), (torch.OutOfMemoryError, "CUDA out of memory")),
+])  # fmt: skip
+def test_a_capture_that_fails_is_told_by_its_cause(monkeypatch, first, expected):
+    """What torch says at the end of it is another thing."""
+
+    def fail(self, x):
+        try:
+            raise first
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(cuda_graphs.ReplayedNetwork, "_capture", fail)
+    replayed = compile_network(Counting(), "graphs", images=4, accumulation=1)
+    for _ in range(cuda_graphs.BEFORE_CAPTURE):
+        replayed(torch.ones(4, 2))
+    with pytest.raises(expected[0], match=expected[1]):
+        replayed(torch.ones(4, 2))
+
+
 def test_the_first_step_of_a_start_may_compile_for_longer_than_a_step_may_take(monkeypatch, tmp_path):
     compiling = []
     monkeypatch.setattr(
