@@ -164,6 +164,35 @@ def test_a_reference_that_does_not_fit_is_of_fewer_images(network, tmp_path, mon
     assert "eager channels_last compiled (default) " in tuning.text  # which is checked on the shallow network alone
 
 
+def test_graphs_must_leave_memory_to_an_epochs_last_batch(network, tmp_path, monkeypatch):
+    """Whole batches are computed twice before they are captured, and then in the graphs' memory; others never are."""
+    taken = {}
+
+    class Replayed(torch.nn.Module):
+        def __init__(self, network, images):
+            super().__init__()
+            self.network, self.images = network, images
+
+        def forward(self, x):
+            if len(x) == self.images:
+                taken[id(self)] = self.images
+            elif taken.get(id(self), 0) + len(x) > room:
+                raise RuntimeError("CUDA out of memory")
+            return self.network(x)
+
+    monkeypatch.setattr(
+        autotune,
+        "compile_network",
+        lambda network, mode, images, _: Replayed(network, images) if mode == "graphs" else network,
+    )
+    both = [Implementation("eager", "channels_last", mode) for mode in ("none", "graphs")]
+    monkeypatch.setattr(autotune, "candidates", lambda *_: both)
+    for room in (16, 15, 14):
+        tuning = measure(network, config_of(tmp_path), CPU, 8)
+        left_out = "left out eager channels_last in CUDA graphs: out of memory" in tuning.text
+        assert left_out == (room < 15) and "8 images: eager" in tuning.text
+
+
 def test_candidates_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     fp32 = candidates(small_config(tmp_path), GPU)
