@@ -125,6 +125,7 @@ def one(title: str) -> Check:
         ("out of memory", gpu_checks, "is_out_of_memory", lambda error: False),
         ("two ranks on one device", gpu_checks, "half_of", lambda setting, _: gpu_checks.some_images(setting)),
         ("waits of the host", Run, "count", lambda self, outcomes: outcomes[0][2].sum().item()),
+        ("CUDA graphs in runs", Run, "seed_dropout", lambda self, microbatch: torch.seed()),
         ("DALI and odd images", gpu_checks, "NEAR", 1e-9),
     ],
 )  # fmt: skip
