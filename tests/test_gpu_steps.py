@@ -1,5 +1,6 @@
 """Steps without work for the host: what is launched, copied and waited for, counted on CPU and under fake tensors."""
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -320,6 +321,39 @@ def test_whole_training_batches_are_replayed(monkeypatch):
     assert captured == [(4, 2), (4, 5, 2)]
     replayed.enabled, calls = False, network.calls
     assert torch.equal(replayed(x), reference(x)) and network.calls == calls + 1
+
+
+@pytest.mark.parametrize("dense_block", ["eager", "memory_efficient"])
+def test_a_capture_differentiates_by_aliases_and_leaves_the_network(monkeypatch, dense_block):
+    """With contexts that do nothing in the place of torch's for a GPU, so that it computes."""
+    cached = []
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    for name in ("CUDAGraph", "graph_pool_handle", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: object())
+    monkeypatch.setattr(torch, "empty_like", torch.ones_like)  # of the gradient that a replay fills
+    networks = [create_model("densenet_bc22_k8", num_classes=3, dense_block=dense_block) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    network, reference = networks
+    for n in networks:
+        n.features.conv0.weight.requires_grad_(False)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:  # as DDP looks at them
+        parameter.register_hook(lambda _: pytest.fail("the parameters' own graph is captured"))
+    forward = network.forward
+    network.forward = lambda x: cached.append(torch.is_autocast_cache_enabled()) or forward(x)
+    before, x = [*network.parameters()], torch.randn(4, 3, 16, 16)
+    with network.selection_held(), torch.autocast("cpu", torch.bfloat16):
+        found = compile_network(network, "graphs", 4, 1)._capture(x)
+        expected = reference(x)
+    assert network.selection.method == dense_block and cached == [False]
+    assert torch.equal(found.logits, expected) and found.logits.dtype is torch.bfloat16
+    gradients = torch.autograd.grad(
+        expected, [p for p in reference.parameters() if p.requires_grad], found.logits_gradient
+    )
+    assert all(torch.equal(*pair) for pair in zip(found.gradients, gradients, strict=True))
+    assert all(a is b for a, b in zip(before, network.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), reference.buffers(), strict=True))
 
 
 def test_what_a_graph_would_not_see_is_not_replayed(monkeypatch):

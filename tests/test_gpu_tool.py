@@ -224,8 +224,21 @@ def test_each_group_has_a_share_of_the_time_and_what_is_left_of_it_goes_on():
 
 def test_a_check_begins_without_what_others_have_set(setting, monkeypatch):
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    outcome = Check("G1", "a", lambda _: Found(f"{torch.backends.cudnn.allow_tf32} {torch.backends.cudnn.benchmark}"))
-    assert outcome.run(setting)["text"] == "False False"
+    torch._C._set_deterministic_algorithms(True)  # without the compiler that torch's own function imports
+
+    def look(_):
+        flags = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+        return Found(f"{flags} {torch.are_deterministic_algorithms_enabled()}")
+
+    assert Check("G1", "a", look).run(setting)["text"] == "(False, False) False"
+
+
+def test_steps_that_are_compared_with_graphs_are_the_same_each_time(setting, monkeypatch):
+    """Without graphs, of which there are none here."""
+    monkeypatch.setattr(gpu_checks, "SIDES", (32, 40))
+    for dense_block in ("eager", "memory_efficient"):
+        first, again = (gpu_checks.graph_steps(setting, dense_block, "bf16", False, None, "none") for _ in range(2))
+        assert len(first) > 100 and all(map(torch.equal, first, again))
 
 
 def test_the_sanitizer_looks_at_each_tensor_by_itself_and_at_kernels_alone(monkeypatch, setting):
