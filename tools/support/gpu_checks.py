@@ -1256,7 +1256,7 @@ def choice_of_auto(setting: Setting) -> Found:
 CHECKS = [
     Check("G0", "versions", versions),
     Check("G0", "TF32 flags", tf32_flags),
-    Check("G0", "nvJPEG", nvjpeg, ("nvidia.dali",)),
+    Check("G0", "nvJPEG", nvjpeg, ("nvidia.dali", "torchvision")),
     Check("G1", "float64 as torchvision", float64_as_torchvision, ("torchvision",)),
     Check("G1", "activation checkpointing", checkpointing),
     Check("G1", "precisions against float64", low_precision),
