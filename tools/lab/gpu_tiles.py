@@ -100,7 +100,7 @@ def _text(value: Any) -> str:
 def _tiles(name: str, kernel: str, *tiles: tuple[Any, ...], **fixed: Any) -> Iterator[Candidate]:
     """Of (block_p, block_n, block_k, stages, programs, warps, registers), the last three as far as they are given."""
     for tile in tiles:
-        yield Candidate({name: Tile(*tile, kernel=kernel), **fixed})
+        yield Candidate({name: Tile(*tile)._replace(kernel=kernel), **fixed})
 
 
 def tasks() -> dict[str, Task]:
@@ -477,7 +477,7 @@ class Sweep:
                 if self.late:
                     missing.append(f"{name} at batch {step.batch_size}")
                     continue
-                usages = {}
+                usages: dict[str, Any] = {}
                 for candidate in (task.present, *task.candidates):
                     try:
                         usages[str(candidate)] = [future.result() for future in wanted[name, str(candidate)]]
@@ -500,7 +500,9 @@ class Sweep:
         fitting = []
         for candidate in (task.present, *task.candidates):
             usage = usages[str(candidate)]
-            record = dict(task=name, batch_size=step.batch_size, candidate=str(candidate) or "present", calls=[])
+            record: dict[str, Any] = dict(
+                task=name, batch_size=step.batch_size, candidate=str(candidate) or "present", calls=[]
+            )
             record["present"] = candidate is task.present
             if isinstance(usage, str):
                 record["refused"] = usage
@@ -536,10 +538,10 @@ class Sweep:
                         inputs.keep_results()
                     error = inputs.error()
                     milliseconds = timed(run)
-            except Exception as error:
-                if "CUDA error" in str(error):
+            except Exception as fault:
+                if "CUDA error" in str(fault):
                     raise
-                record["refused"] = f"{type(error).__name__}: {error}"[:300]
+                record["refused"] = f"{type(fault).__name__}: {fault}"[:300]
                 continue
             record["error"] = max(record.get("error", 0.0), error)
             if not error <= TOLERANCE:
