@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.compilation import compile_network, refuse_graphs
+from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs
 from pipeline.config import Compile, Config, MemoryFormat, from_dict
+from pipeline.cuda_graphs import BEFORE_CAPTURE, ReplayedNetwork
 from pipeline.distributed import is_usable
 from pipeline.errors import is_out_of_memory
 from pipeline.machine import ask_for_signal_when_parent_dies
@@ -47,7 +48,7 @@ TIMES_EAGER, ROUNDING = 2.0, 1e-2  # of a distance, relative
 CHANCE = 0.1  # in place of ROUNDING for gradients in bf16 and fp16: a ReLU that rounding turns off changes them by more than it
 FARTHEST = 0.9  # what is all zeros is 1 away, whatever rounding does to the modules
 FEW, WIDEST = 4, 512  # images, and maps into the first block, of the shallow network, to which less memory is enough
-WARM_UP, TIMED = 3, 5  # steps
+WARM_UP, TIMED = BEFORE_CAPTURE + 1, 5  # steps
 SCALE = 2.0**10  # of the loss in fp16, whose gradients would vanish
 PATIENCE = 600, 2400  # seconds, the second if something is compiled; other ranks wait an hour (distributed.PATIENCE)
 # Of the GPU's memory. A run has more than its steps there: momentum, the buckets of gradients, batches that are made ahead.
@@ -63,8 +64,8 @@ class Implementation:
     compile: Compile
 
     def __str__(self) -> str:
-        compiled = "" if self.compile == "none" else f" compiled ({self.compile})"
-        return f"{self.dense_block} {self.memory_format}{compiled}"
+        how = {"none": "", "graphs": " in CUDA graphs"}.get(self.compile, f" compiled ({self.compile})")
+        return f"{self.dense_block} {self.memory_format}{how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Tuning:
 
 def as_configured(config: Config) -> Implementation:
     """What a run computes with where nothing is measured."""
-    return Implementation(config.model.dense_block, config.train.memory_format, config.train.compile)
+    mode = config.train.compile
+    return Implementation(config.model.dense_block, config.train.memory_format, "none" if mode == "auto" else mode)
 
 
 def what_is_asked(config: Config, device: torch.device, images: int) -> dict[str, Any]:
@@ -102,8 +104,9 @@ def what_is_asked(config: Config, device: torch.device, images: int) -> dict[str
 
 def leaves_a_choice(config: Config, device: torch.device, network: nn.Module) -> bool:
     """Whether a run of this configuration is one to measure for; one with frozen norms leaves its blocks to the modules."""
-    free = config.model.dense_block == "auto" or (
-        config.train.memory_format == "auto" and config.train.precision == "fp32"
+    train = config.train
+    free = "auto" in (config.model.dense_block, train.compile) or (
+        train.memory_format == "auto" and train.precision == "fp32"
     )
     frozen = config.model.freeze is not None
     return free and not frozen and device.type in MEASURED_ON and isinstance(network, DenseNet)
@@ -114,7 +117,8 @@ def card_name(device: torch.device) -> str:
 
 
 def candidates(config: Config, device: torch.device) -> list[Implementation]:
-    """What may be the fastest: the modules, each backend that can run here, both memory formats in fp32, compiled if asked.
+    """What may be the fastest: the modules, each backend that can run here, both memory formats in fp32; each as CUDA graphs,
+    too, or compiled if asked.
 
     From the best known to the least: what ends the process ends it for what comes after, too.
     """
@@ -127,8 +131,11 @@ def candidates(config: Config, device: torch.device) -> list[Implementation]:
     blocks = [config.model.dense_block]
     if config.model.dense_block == "auto":
         blocks = ["eager", *(name for name, backend in reversed(BACKENDS.items()) if not backend.refusal(device))]
-    found = [Implementation(block, layout, "none") for block in blocks for layout in formats]
-    if train.compile != "none":  # which traces the modules, whatever computes the blocks elsewhere
+    modes: list[Compile] = ["graphs"] if train.compile == "graphs" else ["none"]
+    if train.compile == "auto" and config.optim.grad_accum_steps == 1 and device.type == "cuda":
+        modes.append("graphs")
+    found = [Implementation(block, layout, mode) for block in blocks for mode in modes for layout in formats]
+    if train.compile in BY_TORCH:  # which traces the modules, whatever computes the blocks elsewhere
         found[len(formats) : len(formats)] = [Implementation("eager", layout, train.compile) for layout in formats]
     return found
 
@@ -186,7 +193,7 @@ def measure_apart(
     }  # fmt: skip
     here = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
-    patience = PATIENCE[config.train.compile != "none"]
+    patience = PATIENCE[config.train.compile in BY_TORCH]
     printed: str | bytes | None = None
     try:
         outcome = subprocess.run(
@@ -309,7 +316,7 @@ def measure(
                 continue
             check(results, exact_few, nearest_few, " of a shallow network")
             work = _Work(network, candidate, config, images)
-            if candidate.compile == "none" or checked == images:  # compiled for so many
+            if candidate.compile == "none" or checked == images:  # else it is compiled or captured for so many
                 check(work.results(x[:checked], labels[:checked], False), exact, nearest, "")
             times[candidate] = work.seconds(x, labels)
         except Exception as error:
@@ -380,6 +387,8 @@ class _Work:
             gradients: else it is only seen to that these are finite.
         """
         x = x.contiguous(memory_format=self._layout)
+        for _ in range(BEFORE_CAPTURE if isinstance(self._call, ReplayedNetwork) else 0):
+            self.step(x, labels)
         found = {"logits": [self.step(x, labels).clone()]}
         self.selected = self._network.selection.method if self._network.selection else ""
         norms = {id(p) for m in self._network.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}

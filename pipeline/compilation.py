@@ -1,6 +1,6 @@
-"""torch.compile of a training network: whole batches are compiled, the last and smaller one of an epoch is not.
+"""How a training network's passes over whole batches are started: as they are, compiled by torch.compile, or as CUDA graphs.
 
-CUDA graphs (reduce-overhead, max-autotune) have not been run on a GPU yet; the tests compile on CPU.
+The last and smaller batch of an epoch is always computed as it is.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,42 +8,59 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.errors import UserError
+from pipeline.models.early_exits import exits_of
 
 if TYPE_CHECKING:
     from pipeline.config import Compile
 
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+BY_TORCH = ("default", "reduce-overhead", "max-autotune")  # modes of torch.compile
+CUDA_GRAPHS = ("graphs", "reduce-overhead", "max-autotune")
 
 
 def compile_network(network: nn.Module, mode: "Compile", images: int, accumulation: int) -> nn.Module:
-    """Return the network, compiled unless `mode` is "none"; parameters and buffers are shared.
+    """Return the network as it is trained; parameters and buffers are shared.
 
     Args:
-        mode: torch.compile's.
+        mode: "none" and "auto" change nothing; "graphs" replays it as CUDA graphs; others are torch.compile's.
         images: of a whole batch, the only number that is compiled for.
         accumulation: gradient accumulation steps.
 
     Raises:
-        UserError: gradients are accumulated in CUDA graphs, each of which would overwrite the gradients of the one before.
+        UserError: as `refuse_graphs`.
     """
-    if mode == "none":
+    if mode in ("none", "auto"):
         return network
     refuse_graphs(mode, accumulation)
-    return WholeBatchesCompiled(network, mode, images)
+    return ReplayedNetwork(network, images) if mode == "graphs" else WholeBatchesCompiled(network, mode, images)
 
 
 def refuse_graphs(mode: "Compile", accumulation: int) -> None:
-    """Stop a run whose gradients cannot be accumulated as it is compiled.
+    """Stop a run that CUDA graphs cannot train.
 
     Raises:
-        UserError: as `compile_network`.
+        UserError: gradients are accumulated, and each graph would overwrite the gradients of the one before.
     """
     if mode in CUDA_GRAPHS and accumulation > 1:
         raise UserError(
             f"train.compile {mode} uses CUDA graphs, which cannot accumulate gradients over {accumulation} passes: "
-            "choose optim.grad_accum_steps 1 or train.compile default"
+            "choose optim.grad_accum_steps 1, train.compile default or none"
         )
+
+
+def refuse_graphs_elsewhere(mode: "Compile", network: nn.Module, device: torch.device) -> None:
+    """Stop a run that asks for graphs of what cannot be captured.
+
+    Raises:
+        UserError: the network has several answers to an image, or there is no GPU.
+    """
+    if mode == "graphs" and device.type != "cuda":
+        raise UserError(
+            f"train.compile graphs: CUDA graphs need a GPU, and this run is on '{device.type}'; choose auto"
+        )
+    if mode == "graphs" and exits_of(network) > 1:
+        raise UserError("train.compile graphs: a network with several exits cannot be captured; choose auto")
 
 
 class WholeBatchesCompiled(nn.Module):

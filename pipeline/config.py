@@ -48,7 +48,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
 ActivationCheckpointing = Literal["none", "first", "all"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
-Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
+Compile = Literal["auto", "none", "graphs", "default", "reduce-overhead", "max-autotune"]
 
 # Fields of the data section that belong to weights, in groups that are given or taken over together.
 OF_WEIGHTS = (("channels",), ("crop_size", "resize_size"), ("interpolation",), ("mean", "std"))
@@ -448,9 +448,11 @@ class TrainConfig:
     memory_format: MemoryFormat = "auto"
     """Order of feature maps in memory. channels_last: NHWC; contiguous: NCHW; auto: channels_last; on CUDA in fp32 the faster
     as measured at the start of a new run, or contiguous, cuDNN's order without tensor cores, where nothing is measured."""
-    compile: Compile = "none"
-    """Compile the network for whole batches with torch.compile in this mode; the two last ones use CUDA graphs on a GPU.
-    An epoch's last batch, if it is smaller, and validation are not compiled."""
+    compile: Compile = "auto"
+    """How training passes over whole batches are started. none: kernel by kernel; graphs: as CUDA graphs, the same kernels with
+    the same results; auto: the faster of the two on a GPU, as measured at the start of a new run, else none; the others are
+    torch.compile's modes, of which the two last use CUDA graphs, too. An epoch's last batch, if it is smaller, and validation
+    are computed as they are."""
     cudnn_benchmark: bool = True
     """Let cuDNN time its kernels for each new shape and take the fastest; not with train.deterministic."""
     deterministic: bool = False

@@ -162,6 +162,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1)
 
 
+def rates_of_parts(optimizer: torch.optim.Optimizer, config: OptimConfig, rate: float) -> dict[str, float]:
+    """Learning rates of parts whose rate is another than `rate`, by the part's name: the classifier's, and with
+    optim.layer_decay that of the first part that trains. Empty where all have the same."""
+    rates = {}
+    if config.head_lr is not None:
+        rates["classifier"] = rate * config.head_lr / config.lr
+    if config.layer_decay != 1:
+        trained = (group for group in optimizer.param_groups if any(p.requires_grad for p in group["params"]))
+        rates["first trained part"] = rate * next(trained)["lr_scale"]  # groups are in the network's order
+    return {part: own for part, own in rates.items() if own != rate}
+
+
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of the optimiser step `step`, counted from 0 over the whole run."""
     epoch = step / steps_per_epoch

@@ -41,31 +41,23 @@ class Pace:
     def remaining(self, done_steps: int) -> tuple[float, float]:
         """Seconds to the end of the present epoch and of the run, ends of epochs included, after a step of that epoch.
 
+        Until an end is measured it is estimated by the images that are validated.
+
         Args:
             done_steps: of the whole run, at least one.
         """
-        in_epoch, in_run = self._training(done_steps)
-        ends = [self._end(epoch) for epoch in range(self._epoch(done_steps), self._epochs)]
-        return in_epoch + ends[0], in_run + sum(ends)
+        epoch, step = (done_steps - 1) // self._steps_per_epoch, self._a_step()  # the epoch of a step that is done
+        in_epoch = ((epoch + 1) * self._steps_per_epoch - done_steps) * step
+        later = (self._epochs - epoch - 1) * self._steps_per_epoch * step
+        ends = [self._end(other) for other in range(epoch, self._epochs)]
+        return in_epoch + ends[0], in_epoch + later + sum(ends)
 
     def text(self, done_steps: int) -> str:
-        """The same in words. Before an end of an epoch is measured they tell of training alone: what it takes to begin
-        a validation, to draw and to save, an estimate by images does not know."""
-        if self._ends:
-            in_epoch, in_run = map(duration, self.remaining(done_steps))
-            return f"{in_epoch} to the epoch's end, {in_run} to the run's"
-        in_epoch, in_run = map(duration, self._training(done_steps))
-        return f"{in_epoch} of training left in the epoch, {in_run} in the run"
-
-    def _epoch(self, done_steps: int) -> int:
-        """Of a step that is done, counted from 0."""
-        return (done_steps - 1) // self._steps_per_epoch
-
-    def _training(self, done_steps: int) -> tuple[float, float]:
-        """Seconds of training alone, in the present epoch and in the run."""
-        epoch, step = self._epoch(done_steps), self._a_step()
-        in_epoch = ((epoch + 1) * self._steps_per_epoch - done_steps) * step
-        return in_epoch, in_epoch + (self._epochs - epoch - 1) * self._steps_per_epoch * step
+        """The same in words, and that no end of an epoch is measured as long as that is so: what it takes to begin a
+        validation, to draw and to save, an estimate by images does not know."""
+        in_epoch, in_run = map(duration, self.remaining(done_steps))
+        left = f"{in_epoch} to the epoch's end, {in_run} to the run's"
+        return left if self._ends else f"{left} (validation not measured yet)"
 
     def _a_step(self) -> float:
         windows = self._windows or [self._first or (1, 0.0)]

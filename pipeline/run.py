@@ -6,6 +6,7 @@
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from pipeline.audit import origin_text
 from pipeline.autotune import Tuning
 from pipeline.batches import Batches
 from pipeline.checkpoint import Found, load_weights
-from pipeline.compilation import compile_network
+from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
 from pipeline.config import Config
+from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.plan import together
@@ -157,7 +159,9 @@ class Run:
         dir: the run's directory.
         microbatches: into how many parts a global batch is cut: ranks times gradient accumulation steps.
         network: the bare network, which is saved and evaluated.
-        training_network: the same, compiled if asked for and averaging gradients over the ranks.
+        compiled: the same, as its training passes are started (compilation.py).
+        compiles: torch.compile compiles it in a step to come.
+        training_network: the same, averaging gradients over the ranks.
         ema: the moving average of its weights, None without ``train.ema_decay``.
         assumption: what was assumed of how its initial weights' images are prepared, as `weights.assumption` puts it.
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
@@ -183,6 +187,7 @@ class Run:
         torch.manual_seed(config.seed)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
         network = create_network(config.model, len(self.conditions.classes), config.data.channels)
+        refuse_graphs_elsewhere(config.train.compile, network, world.device)
         self._check_image_size(network)
         self.objective = for_all_exits(self.objective, network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
@@ -193,8 +198,9 @@ class Run:
             network.dense_block = how.dense_block
         self.memory_format = memory_format(how.memory_format, config.train.precision, world.device)
         self.network: nn.Module = network.to(device=world.device).to(memory_format=self.memory_format)
-        compiled = compile_network(network, how.compile, whole_batch, config.optim.grad_accum_steps)
-        self.training_network = data_parallel(compiled, world)
+        self.compiled = compile_network(network, how.compile, whole_batch, config.optim.grad_accum_steps)
+        self.compiles = how.compile in BY_TORCH
+        self.training_network = data_parallel(self.compiled, world)
         self.optimizer = create_optimizer(self.network, config.optim, config.model.name)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
@@ -321,7 +327,7 @@ class Run:
     def recompiles(self) -> bool:
         """Whether the next epoch begins with a step that is compiled, for another image size than this one's."""
         data, epoch = self.config.data, self.progress.epoch
-        return self.config.train.compile != "none" and data.of_epoch(epoch) != data.of_epoch(epoch + 1)
+        return self.compiles and data.of_epoch(epoch) != data.of_epoch(epoch + 1)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.config.train.precision, self.world.device)
@@ -343,7 +349,14 @@ class Run:
         return dict(sorted(networks.items(), key=lambda item: item[0] != self.config.train.best_by))
 
     def selection_held(self, hooks_change_network: bool) -> AbstractContextManager[Any]:
-        """While it is entered, and no hook changes the network's modules, its backend is not selected for each batch."""
+        """While it is entered, and no hook changes the network's modules, its backend is not selected for each batch.
+
+        A network that a hook may change is not replayed, as a replay would not see the change.
+        """
+        if isinstance(self.compiled, ReplayedNetwork) and hooks_change_network:
+            self.compiled.enabled = False
+            if self.world.is_main:
+                print("warning: a hook may change the network: no CUDA graphs are used", file=sys.stderr, flush=True)
         stack = ExitStack()
         for network in self.validated.values():
             if isinstance(network, DenseNet) and not hooks_change_network:

@@ -79,7 +79,7 @@ class Trainer:
         self.skipper = (
             StepSkipper(run.network, run.world, run.config) if run.config.train.not_finite == "skip" else None
         )
-        self.compiles, self.microbatch = run.config.train.compile != "none", 0
+        self.compiles, self.microbatch = run.compiles, 0
         self.seconds: dict[str, float] = defaultdict(float)
 
     def fit(self, found: Found | None) -> None:

@@ -87,6 +87,8 @@ class Weights:
         note: how the names of external weights were understood, or which of a run's two sets of weights these are; else empty.
         averaged: they are the moving average of a run's weights.
         epochs: whole epochs that they were trained for, None if that is not known.
+        step: steps of the next epoch that they were trained for besides.
+        best_epoch: the run's best when they were saved, counted from 1; None if there is none, or if that is not known.
         tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
         assumed: fields of `PREPARATION` that the file does not say, and nobody has given.
         fingerprint: of the run's images (`dataset.fingerprint_of`), None if it is not known.
@@ -101,6 +103,8 @@ class Weights:
     note: str = ""
     averaged: bool = False
     epochs: int | None = None
+    step: int = 0
+    best_epoch: int | None = None
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
@@ -123,6 +127,19 @@ class Weights:
         rows = self.audit_rows
         return None if rows is None else in_one_line(rows, setting_for(self.config).paper)
 
+    @property
+    def trained(self) -> str:
+        """Which epoch the weights are of, of those planned when they were saved, and the run's best one then; empty if they do
+        not say it."""
+        if self.epochs is None:
+            return ""
+        text = f"epoch {self.epochs} of {self.config.optim.epochs}"
+        text += f" and {counted(self.step, 'step')} of the next" if self.step else ""
+        if self.best_epoch is None:
+            return text
+        is_best = self.best_epoch == self.epochs and not self.step
+        return f"{text}, the best so far" if is_best else f"{text} (the best so far: {self.best_epoch})"
+
 
 class OwnWeights(NamedTuple):
     """What a checkpoint or a safetensors file of this project holds; see `Weights`."""
@@ -134,6 +151,8 @@ class OwnWeights(NamedTuple):
     note: str = ""
     averaged: bool = False
     epochs: int | None = None
+    step: int = 0
+    best_epoch: int | None = None
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
@@ -249,6 +268,8 @@ def _about(weights: Weights) -> str:
         "measured": weights.measured and dataclasses.asdict(weights.measured),
         "fingerprint": weights.fingerprint,
         "epochs": weights.epochs,
+        "step": weights.step,
+        "best_epoch": weights.best_epoch,
         "audit": weights.audit,
         "averaged": weights.averaged,
         "assumed": weights.assumed,
@@ -327,6 +348,7 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
     if ema and not both:
         _refuse_choice(origin, ema)
     averaged = both and (config.train.best_by == "ema" if ema is None else ema)
+    progress = state.get("progress", {})
     note = f"{AVERAGED} (--no-ema: the raw ones)" if averaged else "raw weights (--ema: their average)" if both else ""
     weights = state["ema"]["model"] if averaged else state["model"]
     return OwnWeights(
@@ -336,7 +358,9 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
         microbatches,
         note,
         averaged,
-        epochs=state.get("progress", {}).get("epoch"),
+        epochs=progress.get("epoch"),
+        step=progress.get("step", 0),
+        best_epoch=progress.get("best_epoch", -1) + 1 or None,  # there from 0, and -1 for none
         tuning=state.get("tuning"),
         measured=_measured(state.get("measured")),
         fingerprint=conditions.get("fingerprint"),
@@ -365,12 +389,12 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
         about = json.loads(text)
         microbatches, classes = about.get("microbatches", about.get("passes")), tuple(map(str, about["classes"]))
         averaged = about.get("averaged") is True  # files of before do not say
-        epochs = about.get("epochs")
+        trained = {"epochs": about.get("epochs"), "step": about.get("step", 0), "best_epoch": about.get("best_epoch")}
         if not isinstance(about["config"], dict) or not (
             microbatches is None or (isinstance(microbatches, int) and microbatches > 0)
         ):
             raise ValueError("config or microbatches")
-        if not (epochs is None or isinstance(epochs, int)):
+        if not all(number is None or isinstance(number, int) for number in trained.values()):
             raise ValueError("epochs")
         assumed = tuple(about.get("assumed", ()))
         if not set(assumed) <= set(PREPARATION):
@@ -381,7 +405,7 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
     note = AVERAGED if averaged else ""
     measured = _measured(about.get("measured"))
     known = {"assumed": assumed, "measured": measured, "fingerprint": about.get("fingerprint")}
-    return OwnWeights(state, config, classes, microbatches, note, averaged, epochs, **known)
+    return OwnWeights(state, config, classes, microbatches, note, averaged, **trained, **known)
 
 
 def _measured(state: Any) -> Measured | None:

@@ -156,16 +156,23 @@ def test_a_reference_that_does_not_fit_is_of_fewer_images(network, tmp_path, mon
 def test_candidates_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     fp32 = candidates(small_config(tmp_path), GPU)
-    assert {(c.dense_block, c.memory_format) for c in fp32} == {
-        (block, layout)
+    assert {*fp32} == {
+        Implementation(block, layout, mode)
         for block in ("eager", "memory_efficient", "fused", "triton")
         for layout in ("contiguous", "channels_last")
+        for mode in ("none", "graphs")
     }
+    assert [(c.dense_block, c.compile) for c in fp32[:3:2]] == [("eager", "none"), ("eager", "graphs")]
     assert fp32[-1].dense_block == "triton"  # last: it is the least known
+    accumulates = candidates(small_config(tmp_path, optim={"grad_accum_steps": 2}), GPU)
+    assert {c.compile for c in accumulates} == {"none"}
+    for mode in ("none", "graphs"):
+        assert {c.compile for c in candidates(small_config(tmp_path, train={"compile": mode}), GPU)} == {mode}
     bf16 = candidates(small_config(tmp_path, train={"precision": "bf16", "compile": "default"}), GPU)
     assert {c.memory_format for c in bf16} == {"channels_last"}
     assert bf16[1] == Implementation("eager", "channels_last", "default") and len(bf16) == 5  # after what it comes from
-    named = candidates(small_config(tmp_path, model={"dense_block": "eager"}), GPU)
+    one = small_config(tmp_path, model={"dense_block": "eager"}, train={"compile": "none"})
+    named = candidates(one, GPU)
     assert [(c.dense_block, c.memory_format) for c in named] == [("eager", "contiguous"), ("eager", "channels_last")]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "triton" not in {c.dense_block for c in candidates(small_config(tmp_path), GPU)}
@@ -178,7 +185,10 @@ def test_a_run_measures_where_it_has_a_choice_on_a_gpu(network, tmp_path):
     named = {"model": {"dense_block": "eager"}}
     assert autotune.leaves_a_choice(small_config(tmp_path, **named), GPU, network)  # of the memory format
     for train in ({"memory_format": "contiguous"}, {"precision": "bf16"}):
-        assert not autotune.leaves_a_choice(small_config(tmp_path, train=train, **named), GPU, network)
+        how = small_config(tmp_path, train=train, **named)
+        assert autotune.leaves_a_choice(how, GPU, network)  # of CUDA graphs
+        how = small_config(tmp_path, train={**train, "compile": "none"}, **named)
+        assert not autotune.leaves_a_choice(how, GPU, network)
     assert not autotune.leaves_a_choice(small_config(tmp_path, model={"freeze": 1}), GPU, network)
 
 

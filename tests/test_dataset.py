@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,60 @@ def test_a_missing_training_set(root):
         open_all(root / "nowhere")
     with pytest.raises(UserError, match="no.txt does not exist: set data.val_labels"):
         open_all(root, train="Training", val_labels="no.txt")
+
+
+def pack(archive: Path, folder: Path, mode: str = "w") -> None:
+    with tarfile.open(archive, mode) as tar:
+        tar.add(folder, ".")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("class folders", "train/class1 holds class1.tar and no images: unpack the archive in each class folder$"),
+        ("val class folder", "val/class1 holds class1.tar and no images: unpack the archive in each class folder$"),
+        ("a tar a class", r"train holds class0.tar \(and 2 more\) and no class folders: if each is a class, unpack it into "
+         r"a folder of its name, or put all into one archive \(tar -cf .*train.tar -C .*train \.\) and give it$"),
+        ("train.tar in train", "train holds train.tar and no class folders: give .*train/train.tar itself, which is read in "),
+        ("train.tar.gz in train", "train holds train.tar.gz and no class folders: unpack it$"),
+        ("train.tar.gz", "train does not exist: there is train.tar.gz, of which no image can be read by itself: unpack it$"),
+        ("ILSVRC2012_img_train.tar", r"are read as they are: set data.train ILSVRC2012_img_train.tar \(for validation add "
+         r"ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or data.holdout to validate on training images\)$"),
+        ("ILSVRC2012_img_val.tar", "val does not exist: ImageNet's archives are read as they are: set data.val ILSVRC2012_img_"
+         "val.tar, data.val_labels ILSVRC2012_devkit_t12.tar.gz$"),
+        ("train.tar alone", "val does not exist: set data.dir, or data.val, or data.holdout .*holds train.tar"),
+        ("train.tar as data.dir", "data.dir is a file: set data.dir .*/data and data.train train.tar$"),
+    ],
+)  # fmt: skip
+def test_archives_as_they_are_downloaded_are_answered_with_the_next_step(root, capfd, given, expected):
+    folder = root
+    if given.endswith("class folder") or given == "class folders":
+        of_class = root / ("val" if given.startswith("val") else "train") / "class1"
+        pack(root / "class1.tar", of_class)
+        shutil.rmtree(of_class)
+        of_class.mkdir()
+        (root / "class1.tar").rename(of_class / "class1.tar")
+    elif given == "a tar a class":
+        for of_class in list((root / "train").iterdir()):
+            pack(of_class.with_suffix(".tar"), of_class)
+            shutil.rmtree(of_class)
+    elif given == "ILSVRC2012_img_val.tar":
+        shutil.rmtree(root / "val")
+        for name in (given, "ILSVRC2012_devkit_t12.tar.gz"):
+            (root / name).touch()
+    else:
+        name = given.split()[0]
+        pack(root / name, root / "train", "w:gz" if name.endswith("gz") else "w")
+        shutil.rmtree(root / "train")
+        if given.endswith(" in train"):
+            (root / "train").mkdir()
+            (root / name).rename(root / "train" / name)
+        elif given.endswith("alone"):
+            shutil.rmtree(root / "val")
+        folder = root / name if given.endswith("data.dir") else root
+    with pytest.raises(UserError, match=expected):
+        open_all(folder)
+    assert "warning" not in capfd.readouterr().err
 
 
 def test_parts_of_a_data_set_are_no_classes(root):

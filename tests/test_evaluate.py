@@ -29,8 +29,9 @@ from pipeline.evaluation import Evaluation, evaluate
 from pipeline.measured import Measured
 from pipeline.metrics import Score
 from pipeline.models import create_model
-from pipeline.weights import Weights, imagenet_ids, read_weights
-from tools.evaluate import main, published_errors, real_labels_score, recipe_of
+from pipeline.run import Progress
+from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors, write_torch
+from tools.evaluate import main, open_images, published_errors, real_labels_score, recipe_of
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
@@ -424,7 +425,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
     evaluation = Evaluation(Score(2, 0, 2, 0.0), np.array([[1, 0], [1, 0]]), zeros, zeros, None, 0)
     row = {"class": "x&y|z", "images": 2, "top1_error": 100, "top5_error": 0}
     result = {
-        "name": "n", "weights": "w", "sha256": "0" * 64, "epochs": 1, "epochs_planned": 2, "note": "", "model": "m",
+        "name": "n", "weights": "w", "sha256": "0" * 64, "trained": "", "note": "", "model": "m",
         "parameters": 1, "multiply_accumulates": 1, "data": "d",
         "images": 2, "classes": 2, "classes_present": 1, "other_outputs": None, "not_finite": 0,
         "crops": 1, "average": "logits", "precision": "fp32",
@@ -458,6 +459,108 @@ def test_a_runs_directory_stands_for_its_best_checkpoint(image_folders, checkpoi
     summary = evaluated(run.parent, "--data", image_folders, "--crop-size", 16, "--json", tmp_path / "found.json")
     (found,) = json.loads((tmp_path / "found.json").read_text())["evaluations"]
     assert found["weights"] == str(run / "best.pt") and "resize to 18, crop 16" in summary  # 32 of 36 pixels in the run
+    assert (found["epochs"], found["trained"]) == (None, "") and summary.startswith("densenet_bc40_k12, 1 crop, ")
+
+
+def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, evaluated):
+    """Of a run of four epochs, the second of them the best, after the first, second and third, and after a step of the fourth;
+    also by the files that they are converted into."""
+    progress, run = Progress(), tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    told = []
+    for correct in (3, 7, 5):
+        state = load_checkpoint(checkpoint)
+        state["config"]["optim"] |= {"epochs": 4}
+        progress.finish_epoch(Score(11, correct, None, 1.0))
+        best = progress.best_epoch + 1 == progress.epoch
+        CheckpointFolder(run).save(state | {"progress": progress.state_dict()}, best=best)
+        weights = read_weights(run / "last.pt")
+        told.append(weights.trained)
+        for write, file in ((write_safetensors, tmp_path / "w.safetensors"), (write_torch, tmp_path / "w.pth")):
+            write(weights, file)
+            assert read_weights(file).trained == weights.trained
+    progress.step = 1
+    CheckpointFolder(run).save(state | {"progress": progress.state_dict()}, best=False)
+    out = evaluated(
+        run.parent, run / "last.pt", "--data", image_folders, "--crop-size", 16, "--json", tmp_path / "json"
+    )
+    part = "epoch 3 of 4 and 1 step of the next (the best so far: 2)"
+    assert f"run-best:\n{run}/best.pt: epoch 2 of 4, the best so far\n" in out and f"{run}/last.pt: {part}\n" in out
+    assert told == [
+        "epoch 1 of 4, the best so far",
+        "epoch 2 of 4, the best so far",
+        "epoch 3 of 4 (the best so far: 2)",
+    ]
+    results = json.loads((tmp_path / "json").read_text())["evaluations"]
+    assert [(r["epochs"], r["epochs_planned"], r["step"], r["best_epoch"]) for r in results] == [
+        (2, 4, 0, 2),
+        (3, 4, 1, 2),
+    ]
+
+
+@pytest.fixture
+def table_data(image_folders, tmp_path) -> Path:
+    """A data set whose images lie in one folder, and which tables cut into two sets."""
+    rows = {"train": ["file,label"], "val": ["file,label"]}
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    for split, lines in rows.items():
+        for file in sorted((image_folders / split).rglob("*.jpg")):
+            name = f"pictures/{split}-{file.name}"
+            shutil.copyfile(file, tmp_path / "data" / name)
+            lines.append(f"{name},{file.parent.name}")
+        (tmp_path / "data" / f"{split}.csv").write_text("\n".join(lines))
+    both = [f"{line},{split}" for split, lines in rows.items() for line in lines[1:]]
+    (tmp_path / "data" / "all.csv").write_text("\n".join(["file,label,split", *both]))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"),
+    [
+        ({"train": "train.csv", "val": "val.csv"}, "val.csv"),
+        ({}, "val.csv"),  # as a run finds it
+        ({"train": "all.csv", "val": "all.csv"}, "all.csv"),
+        ({"train": "all.csv", "val": "all.csv", "labels": "multi"}, "all.csv"),
+    ],
+)
+def test_the_folder_in_place_of_the_table_that_a_run_validated_on(table_data, capfd, fields, taken):
+    data, classes = DataConfig(dir=str(table_data), loader="reference", **fields), ("class0", "class1", "class2")
+    _, expected = open_datasets(data, None, progress=False)
+    capfd.readouterr()
+    index = open_images(data, None, classes)
+    assert index.names == expected.names and len(index) == 11 and (index.labels == expected.labels).all()
+    assert f"of {table_data} {taken} is taken (data.val)\n" in capfd.readouterr().err
+    alone = open_images(dataclasses.replace(data, dir=str(table_data / "val.csv"), labels="single"), None, classes)
+    assert sorted(index.names) == sorted(alone.names)  # several labels have no order of classes
+
+
+def test_other_sets_that_a_run_validated_on_are_found_in_the_folder_and_no_other_is_taken(
+    image_folders, table_data, tmp_path, capfd
+):
+    root, classes = tmp_path / "folders", ("class0", "class1", "class2")
+    for split, name in (("train", "train"), ("val", "images/val")):
+        shutil.copytree(image_folders / split, root / name)
+
+    def names(folder: Path, labels: str | None = None, **fields: object) -> list[str]:
+        return list(open_images(DataConfig(dir=str(folder), **fields), labels, classes).names)
+
+    of_val = names(image_folders / "val")
+    assert names(root, val="images/val") == of_val and "images/val is taken" in capfd.readouterr().err
+    shutil.move(root / "images" / "val", root / "valid")
+    assert names(root) == of_val and "valid is taken" in capfd.readouterr().err
+    for val in ("valid", str(root / "valid"), "../valid", "val.csv", str(table_data / "val.csv")):
+        assert names(root / "train", val=val) == names(image_folders / "train")  # class folders, as they were given
+    assert "taken" not in capfd.readouterr().err
+    shutil.move(root / "valid", root / "val")
+    assert names(root) == of_val and "taken" not in capfd.readouterr().err
+    (table_data / "val.txt").write_text("".join(f"class{i % 3}\n" for i in range(48)))
+    assert len(names(table_data, val="pictures", val_labels="val.txt")) == 48  # flat, with its labels
+    (table_data / "val.csv").unlink()
+    why = "the class 'pictures' .*; the run had its images from the table val.csv, which is not in .*/data: give that table,"
+    with pytest.raises(UserError, match=why):
+        names(table_data, train="train.csv", val="val.csv")
+    with pytest.raises(UserError, match="from the table train.csv: give .*/data/train.csv as --data$"):
+        names(table_data, train="train.csv", holdout=9)
 
 
 def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(

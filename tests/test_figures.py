@@ -12,8 +12,20 @@ from PIL import Image
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
+from pipeline.config import DataConfig
 from pipeline.models import create_model
-from tools.figures import Run, comparable, draw_curves, draw_imagenet, draw_small_images, main, read_run, runs_in
+from tools.figures import (
+    Run,
+    called_alike,
+    comparable,
+    draw_curves,
+    draw_imagenet,
+    draw_small_images,
+    main,
+    read_run,
+    runs_in,
+    validation_of,
+)
 from tools.support.facts import multiply_accumulates, on_meta, parameters
 
 # Billions of multiply-accumulates of convolutions and linear layers at 224 and at 32 pixels.
@@ -67,7 +79,8 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     panel = points(draw_small_images(found).axes[0])
     errors = [r["val/top1_error"] for r in lines if "val/loss" in r]
     best = load_checkpoint(checkpoint)["progress"]  # whose weights tools.evaluate takes of the run
-    assert panel[f"ours: cifar, best epoch ({best['best_epoch'] + 1} of 2)"] == [(own, best["best_top1_error"])]
+    label = f"ours: cifar, best epoch ({best['best_epoch'] + 1} of 2), 11 images of the test set of cifar10"  # not its 10,000
+    assert panel[label] == [(own, best["best_top1_error"])]
     assert best["best_top1_error"] == min(errors)
     assert (0.769162, 4.51) in panel["DenseNet-BC, paper"] and (1.019722, 5.24) in panel["DenseNet, paper"]
 
@@ -98,11 +111,13 @@ def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch)
     trainer.fit(small_config(tmp_path / "drawn"))
     held, drawn = read_run(tmp_path / "held"), read_run(tmp_path / "drawn")
     assert (held.data, drawn.data) == ("SVHN", "synthetic images")
-    assert re.fullmatch(r"ours: held, best epoch \([12] of 2\), held-out training images", held.label)
+    assert re.fullmatch(
+        r"ours: held, best epoch \([12] of 2\), 4 of the 46 training images of svhn, held out", held.label
+    )
     assert "published: 5.0 % (test images)" in points(draw_curves([held]).axes[0])
     panels = {axes.get_title(): points(axes) for axes in draw_small_images([held, drawn]).axes}
     assert panels["SVHN"][held.label][0][1] == held.error == min(r["val/top1_error"] for r in held.epochs)
-    assert drawn.label in panels["synthetic images"]
+    assert drawn.label in panels["synthetic images\n11 synthetic images"]
 
 
 def run_of(name: str, errors: list[float], data: dict | None = None, **sections: dict) -> Run:
@@ -122,6 +137,65 @@ def test_a_run_is_shown_after_its_best_epoch_and_the_legend_says_so(tmp_path):
         (panel,) = draw_small_images([run]).axes
         ((_, error),) = points(panel)[f"ours: a, best epoch ({words})"]
         assert run.error == error == 43.33
+
+
+def test_runs_on_other_images_stand_apart_and_no_colour_is_there_twice():
+    """Two runs on the same images that lie in two places, one on a part of them, three that hold out; and ten together."""
+    data = DataConfig(dir="a", loader="reference")
+    assert validation_of(data, [37, 11]) == "11 images of a/val"
+    held_out = dataclasses.replace(data, holdout=9)
+    assert validation_of(held_out, [28, 9]) == "9 of the 37 training images of a/train, held out"
+    moved = dataclasses.replace(data, dir="b")
+    runs = [
+        dataclasses.replace(
+            run_of(f"run{i}", [40.0 - i], {"holdout": of.holdout}),
+            validation=validation_of(of, images),
+            fingerprint=content,
+        )
+        for i, (of, images, content) in enumerate(
+            [
+                (data, [37, 11], "1"),
+                (moved, [37, 11], "1"),
+                (data, [37, 5], "2"),
+                *[(held_out, [28, 9], "3")] * 3,
+                (held_out, [20, 9], "4"),
+            ]
+        )
+    ]
+    panels = draw_curves(called_alike(runs)).axes
+    own = [[line for line in axes.lines if not line.get_label().startswith("_")] for axes in panels]
+    assert [[line.get_label() for line in lines] for lines in own] == [
+        ["run0", "run1"],
+        ["run2"],
+        ["run3", "run4", "run5"],
+        ["run6"],
+    ]
+    words = ["11 images of a/val", "5 images of a/val", "9 of the 37 training", "9 of the 29 training"]
+    for axes, on in zip(panels, words, strict=True):
+        assert axes.get_title().startswith(
+            f"Validation (solid, filled) and training (dashed, hollow)\nvalidated on {on}"
+        )
+    colors = [line.get_color() for lines in own for line in lines]
+    assert len(set(colors)) == len(colors) == 7
+    ten = [
+        run_of(f"r{i}", [9.0 + i], {"dataset": "cifar10", "loader": "auto", "train_crop": "random_crop"})
+        for i in range(10)
+    ]
+    (curves,), (sizes,) = draw_curves(ten).axes, draw_small_images(ten).axes
+    assert len({line.get_color() for line in curves.lines}) == 10
+    looks = [line.get_color() for line in sizes.lines if line.get_label()[0] != "_"]
+    assert (
+        len(set(looks)) == len(looks) == 4
+    )  # three series of the paper's leave room for seven runs: these are one series
+    held = dataclasses.replace(ten[3], validation="5 of the 9 training images of cifar10, held out")
+    for runs, on in ((ten, ""), ([held, *ten], ", on different images"), ([held] * 10, f", {held.validation}")):
+        labels = [line.get_label() for line in draw_small_images(runs).axes[0].lines]
+        assert any(
+            re.fullmatch(rf"ours: \d+ runs after their best epochs, the best r\d{on}", label) for label in labels
+        )
+    seven = draw_small_images(ten[:7]).axes[0]
+    looks = [line.get_color() for line in seven.lines if line.get_label()[0] != "_"]
+    assert len(set(looks)) == len(looks) == 10
 
 
 def drawn(figure, tmp_path) -> list:

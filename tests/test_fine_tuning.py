@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.metrics import LabelScore
 from pipeline.models import create_model
 from pipeline.models.parts import classifier_of, freeze, parts_of
-from pipeline.optim import create_optimizer, load_state
+from pipeline.optim import create_optimizer, load_state, rates_of_parts
 from pipeline.report import summary, warnings_of
 from pipeline.run import Run
 from pipeline.weights import read_weights, write_safetensors, write_torch
@@ -365,6 +365,23 @@ def test_each_part_has_its_learning_rate_and_other_groups_resume():
     for parameter in network.parameters():
         assert torch.equal(optimizer.state[parameter]["momentum_buffer"], plain.state[parameter]["momentum_buffer"])
     assert len(optimizer.param_groups) > 1 and optimizer.param_groups[-1]["lr_scale"] == 5
+
+
+def test_the_log_names_the_rates_that_differ(whole):
+    """Of a cosine schedule, with a frozen stem and first block: of the parts that train the first is two before the last."""
+    text = (Path(whole.run_dir) / "log.txt").read_text()
+    found = re.findall(r", lr ([\d.e-]+) \(classifier ([\d.e-]+), first trained part ([\d.e-]+)\), ", text)
+    assert len(found) == len(re.findall(r": loss .*, lr ", text)) > 1
+    for rate, head, first in ((float(word) for word in words) for words in found):
+        assert head == pytest.approx(5 * rate, rel=1e-3) and first == pytest.approx(rate / 4, rel=1e-3)
+    network = create_model(MODEL, 3)
+    for config, named in (
+        (OptimConfig(), {}),
+        (OptimConfig(lr=0.2, head_lr=0.2), {}),
+        (OptimConfig(lr=0.2, head_lr=1.0), {"classifier": 0.05}),
+        (OptimConfig(lr=0.2, layer_decay=0.5), {"first trained part": 0.01 / 16}),
+    ):
+        assert rates_of_parts(create_optimizer(network, config), config, 0.01) == pytest.approx(named)
 
 
 def test_parts_may_thaw_on_purpose(whole, source, tmp_path):

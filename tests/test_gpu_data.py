@@ -1,19 +1,25 @@
 """The way of images onto a GPU, as far as a machine without one shows: DALI's graphs, nvJPEG's version, a thread's batches."""
 
+import ctypes
+import functools
+import importlib.metadata
 import itertools
 import struct
 import subprocess
+import sys
 import threading
 import types
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import index_of, photo
+from conftest import REPOSITORY, index_of, photo
 
-from pipeline import evaluation
+from pipeline import evaluation, nvjpeg
 from pipeline.config import DataConfig
-from pipeline.data import ahead, dali, decoding, nvjpeg
+from pipeline.data import ahead, color, dali, decoding
 from pipeline.data.ahead import on_own_stream, prepare_ahead
 from pipeline.data.color import apply_colors, to_device
 from pipeline.data.dali import CHECKED, UNTREATED, DaliPipeline, Fed
@@ -25,33 +31,65 @@ from pipeline.errors import is_out_of_memory
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def a_library(folder, version: tuple[int, int, int]) -> str:
+def a_library(path, soname: str, version: tuple[int, int, int]) -> str:
     """A shared library that calls itself nvJPEG of this version."""
     source = (
         "int nvjpegGetProperty(int part, int *value) { static int v[] = {%d, %d, %d}; *value = v[part]; return 0; }"
     )
-    (folder / "nvjpeg.c").write_text(source % version)
-    library = folder / "libnvjpeg.so.12"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, folder / "nvjpeg.c"], check=True)
-    return str(library)
+    path.with_suffix(".c").write_text(source % version)
+    options = ["-shared", "-fPIC", f"-Wl,-soname,{soname}"]
+    subprocess.run(["cc", *options, "-o", path, path.with_suffix(".c")], check=True)
+    return str(path)
 
 
-@pytest.mark.parametrize("version", [(12, 4, 0), (13, 1, 9), None])
-def test_an_nvjpeg_that_would_leave_decoding_to_the_cpu_is_named(monkeypatch, tmp_path, capsys, version):
-    path = a_library(tmp_path, version) if version else str(tmp_path / "none.so")
-    monkeypatch.setattr(nvjpeg, "installed_nvjpeg", lambda: path)
-    nvjpeg.load_nvjpeg.__wrapped__()
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_an_nvjpeg_that_another_package_loaded_first_is_the_one_that_decodes(monkeypatch, tmp_path, capsys, ours_first):
+    """torchvision's file has a name of its own, and the soname for which nvImageCodec asks."""
+    soname = f"libnvjpeg.so.test-{ours_first}"  # one that this process does not know
+    ours = a_library(tmp_path / "libours.so", soname, (13, 3, 2))
+    theirs = a_library(tmp_path / "libtheirs.36e11081.so", soname, (13, 0, 1))
+    monkeypatch.setattr(nvjpeg, "NAME", soname)
+    monkeypatch.setattr(nvjpeg, "installed_nvjpeg", lambda: ours)
+    for load in [nvjpeg.load_nvjpeg.__wrapped__, lambda: ctypes.CDLL(theirs)][:: 1 if ours_first else -1]:
+        load()
+    nvjpeg.check_nvjpeg.__wrapped__()
+    said = capsys.readouterr().err
+    assert nvjpeg.nvjpeg_of_process() == ((ours, "13.3.2") if ours_first else (theirs, "13.0.1"))
+    if ours_first:
+        assert not said
+    else:
+        (line,) = said.splitlines()
+        assert f"nvJPEG 13.0.1 ({theirs})" in line and line.endswith(f"start with LD_PRELOAD={ours}")
+
+
+def test_this_package_loads_the_right_nvjpeg_before_it_imports_anything_else():
+    """As seen in a process of its own, which loads torchvision's as `import torchvision` does."""
+    theirs = next(Path(find_spec("torchvision").origin).parents[1].glob("torchvision.libs/libnvjpeg*"), None)
+    if theirs is None:
+        pytest.skip("this torchvision has none")
+    script = (
+        f"import pipeline, ctypes; ctypes.CDLL({str(theirs)!r}); from pipeline import nvjpeg; nvjpeg.check_nvjpeg(); "
+        "print(nvjpeg.nvjpeg_of_process()[0] == nvjpeg.installed_nvjpeg())"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
+
+
+def test_a_machine_without_nvjpeg_is_told_that_the_cpu_decodes(monkeypatch, capsys):
+    monkeypatch.setattr(nvjpeg, "NAME", "libnvjpeg.so.none")
+    monkeypatch.setattr(nvjpeg, "installed_nvjpeg", lambda: None)
+    nvjpeg.check_nvjpeg.__wrapped__()
     (line,) = capsys.readouterr().err.splitlines()
-    found = f"nvJPEG {'.'.join(map(str, version))} ({path}) is too old" if version else f"nvJPEG ({path}) does not load"
-    assert line.startswith(f"warning: {found}: JPEG images are decoded on the CPU") and "nvidia-nvjpeg>=13.2" in line
+    assert line.startswith("warning: no nvJPEG is found, without which DALI decodes JPEG images on the CPU")
 
 
-def test_the_nvjpeg_of_the_requirements_decodes_on_the_gpu(capsys):
+def test_the_nvjpeg_of_the_requirements_loads(monkeypatch):
     """Loading it and asking for its version needs no GPU."""
     path = nvjpeg.installed_nvjpeg()
-    assert path and nvjpeg.nvjpeg_version(path) >= nvjpeg.NEEDED
-    nvjpeg.load_nvjpeg.__wrapped__()
-    assert not capsys.readouterr().err
+    files = importlib.metadata.files("nvidia-nvjpeg")
+    assert path and path in [str(file.locate().resolve()) for file in files]
+    monkeypatch.setattr(nvjpeg, "NAME", path)  # whatever else this process has loaded
+    assert nvjpeg.nvjpeg_of_process() == (path, "13.3.2")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
@@ -65,6 +103,25 @@ def test_the_graph_for_a_gpu_decodes_as_asked(interpolation, views, share):
     graph = pipeline._define().serialize()
     assert b"hw_decoder_load\x12\x05float\x1d" + struct.pack("<f", share) in graph
     assert b"\x05mixed" in graph
+    assert b"decoders__Image\x12" in graph  # whole
+
+
+@pytest.mark.parametrize("padding", [0, 8])
+def test_a_region_of_a_whole_image_is_the_region(tmp_path, padding):
+    """On GPU images are decoded whole, then cut; the same graph on CPU gives the same pixels as decoding regions."""
+    (tmp_path / "a").mkdir()
+    for i in range(6):
+        photo(i, 70 + 9 * i, 90 - 7 * i).save(tmp_path / "a" / f"{i}.jpg")
+    crop = {"train_crop": "random_crop", "padding": padding} if padding else {}
+    index, config = scan_classes(tmp_path), DataConfig(crop_size=24, resize_size=28, **crop)
+    options = dict(seed=1, epoch=0, first_step=0, batch_size=6, rank=0, ranks=1, accumulation=1)
+    plans = list(training_plans(index, config, **options))
+    found = []
+    for regions in (True, False):
+        pipeline = DaliPipeline(index, config, 1, CPU, 6, 1)
+        pipeline._decodes_regions = regions
+        found.append(torch.cat([pixels.clone() for _, pixels in pipeline.run(plans)]))
+    assert torch.equal(*found)
 
 
 def test_a_corrupt_image_changes_no_other_images_decoder(monkeypatch, tmp_path):
@@ -210,7 +267,8 @@ def test_the_callers_stream_waits_for_a_batch_and_its_memory_for_the_caller(monk
         def wait_event(self, event):
             notes.append(("waits", self))
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "own")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: notes.append("stream") or "own")
+    monkeypatch.setattr(ahead, "stream_for_batches", functools.cache(ahead.stream_for_batches.__wrapped__))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", Context)
     monkeypatch.setattr(torch.cuda, "stream", Context)
@@ -227,6 +285,8 @@ def test_the_callers_stream_waits_for_a_batch_and_its_memory_for_the_caller(monk
     assert notes.count(("made on", GPU, "own")) == 2 == notes.count(("waits", "training"))
     assert notes.index(("made on", GPU, "own")) < notes.index(("recorded", "own")) < notes.index(("waits", "training"))
     assert notes[-1] == ("kept for", "training")
+    list(on_own_stream(items(), lambda item: [item], GPU))
+    assert notes.count("stream") == 1  # a pool keeps memory for each
 
 
 def test_colours_are_mapped_in_float32_whatever_autocast_is_entered():
@@ -235,6 +295,17 @@ def test_colours_are_mapped_in_float32_whatever_autocast_is_entered():
     expected = apply_colors(pixels, plan, CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(apply_colors(pixels, plan, CPU), expected)
+
+
+@pytest.mark.parametrize("side", [8, 17])
+def test_colours_as_a_gpu_computes_them_are_the_cpus(side, monkeypatch):
+    """Its way of computing is taken here on CPU, by a device that only says that it is a GPU."""
+    monkeypatch.setattr(color, "to_device", lambda source, device: torch.as_tensor(source))
+    for plan in plans_of(4):
+        assert plan.mean_color.any()
+        pixels = torch.rand(1, 2, side, side, 3) * 255
+        expected, found = (color._mapped(pixels, plan, device) for device in (CPU, types.SimpleNamespace(type="cuda")))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_copied_to_a_gpu_is_pinned_first(monkeypatch):

@@ -13,8 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import compilation, optim, trainer, watchdog
-from pipeline.compilation import compile_network
+from pipeline import compilation, cuda_graphs, optim, trainer, watchdog
+from pipeline.compilation import compile_network, refuse_graphs_elsewhere
 from pipeline.config import OptimConfig
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -30,7 +30,7 @@ from pipeline.watchdog import Watchdog
 
 pytestmark = pytest.mark.slow
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = World(0, 0, 1, 1, CPU)
 WAITS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
 
@@ -249,8 +249,78 @@ def test_whole_batches_are_compiled_and_the_last_is_not(monkeypatch, mode):
 def test_what_cuda_graphs_cannot_do_is_refused():
     network = Counting()
     assert compile_network(network, "none", 4, 2) is network
-    with pytest.raises(UserError, match=r"reduce-overhead uses CUDA graphs.*choose optim.grad_accum_steps 1"):
-        compile_network(network, "reduce-overhead", 4, 2)
+    for mode in ("reduce-overhead", "graphs"):
+        with pytest.raises(UserError, match=rf"{mode} uses CUDA graphs.*choose optim.grad_accum_steps 1"):
+            compile_network(network, mode, 4, 2)
+    refuse_graphs_elsewhere("graphs", network, GPU)
+    with pytest.raises(UserError, match=r"train.compile graphs: CUDA graphs need a GPU, .* on 'cpu'; choose auto"):
+        refuse_graphs_elsewhere("graphs", network, CPU)
+    network.exits = 3
+    with pytest.raises(UserError, match=r"train.compile graphs: a network with several exits cannot be captured"):
+        refuse_graphs_elsewhere("graphs", network, GPU)
+
+
+class Pass:
+    """In place of a CUDA graph: computes again what was captured, from and into the same tensors."""
+
+    def __init__(self, compute, *outputs):
+        self.compute, self.outputs = compute, outputs
+
+    def replay(self):
+        for output, new in zip(self.outputs, self.compute(), strict=True):
+            output.copy_(new)
+
+
+def capture(replayed, x):
+    """`ReplayedNetwork._capture` for CPU."""
+    network, parameters, images = replayed.network, [*replayed.network.parameters()], x.clone()
+    logits = torch.full_like(network(images).detach(), math.nan)
+    gradient, gradients = logits.clone(), [torch.full_like(p, math.nan) for p in parameters]
+    forward = Pass(lambda: [network(images).detach()], logits)
+
+    @torch.enable_grad()
+    def differentiate():
+        return torch.autograd.grad(network(images), parameters, gradient)
+
+    backward = Pass(differentiate, *gradients)
+    return cuda_graphs._Graphs(forward, backward, images, logits, gradient, gradients)
+
+
+def test_whole_training_batches_are_replayed(monkeypatch):
+    """Of the capture itself only a GPU can tell (`python -m tools.gpu --groups G6`)."""
+    captured = []
+    monkeypatch.setattr(
+        cuda_graphs.ReplayedNetwork, "_capture", lambda self, x: captured.append(x.shape) or capture(self, x)
+    )
+    network, reference = Counting(), Counting()
+    reference.load_state_dict(network.state_dict())
+    replayed = compile_network(network, "graphs", images=4, accumulation=1)
+    assert [*replayed.parameters()] == [*network.parameters()]
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.1, momentum=0.9) for n in (replayed, reference)]
+    sizes = [(4, 2), (4, 2), (4, 2), (3, 2), (4, 2), (4, 5, 2), (4, 5, 2), (4, 5, 2), (4, 2)]
+    for i, size in enumerate(sizes):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(i))
+        outputs = []
+        for n in (replayed, reference):
+            output = n(x.clone())
+            output.square().sum().backward()
+            outputs.append(output)
+        assert torch.equal(*outputs)
+        assert all(
+            torch.equal(a.grad, b.grad) for a, b in zip(network.parameters(), reference.parameters(), strict=True)
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        calls = network.calls
+        replayed.eval()
+        assert torch.equal(replayed(x), reference(x)) and network.calls == calls + 1
+        replayed.train()
+        with torch.no_grad():
+            assert torch.equal(replayed(x), reference(x)) and network.calls == calls + 2
+    assert captured == [(4, 2), (4, 5, 2)]
+    replayed.enabled, calls = False, network.calls
+    assert torch.equal(replayed(x), reference(x)) and network.calls == calls + 1
 
 
 def test_the_first_step_of_a_start_may_compile_for_longer_than_a_step_may_take(monkeypatch, tmp_path):

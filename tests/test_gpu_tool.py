@@ -54,7 +54,14 @@ def test_all_checks_run_on_the_cpu_or_say_why_they_cannot(measured):
     found = {(row["group"], row["check"]): row for row in outcomes["checks"]}
     assert list(found) == [(check.group, check.title) for check in CHECKS]
     skipped = {title for (_, title), row in found.items() if row["status"] == "skipped" and row["text"]}
-    of_a_gpu = {"launches of a step", "a killed rank", "DALI's memory", "Triton kernels", "compute-sanitizer"}
+    of_a_gpu = {
+        "launches of a step",
+        "a killed rank",
+        "CUDA graphs",
+        "DALI's memory",
+        "Triton kernels",
+        "compute-sanitizer",
+    }
     without_packages = {title for (_, title), row in found.items() if "is not installed" in row["text"]}
     assert skipped == of_a_gpu | without_packages
     assert {title for (_, title), row in found.items() if row["status"] != "ok"} == skipped
@@ -266,8 +273,8 @@ def test_what_is_measured_on_a_gpu_and_what_ends_it(monkeypatch):
     all_cases = list(gpu_speed.cases(torch.device("cuda")))
     assert len(set(all_cases)) == len(all_cases)
     assert {case.precision for case in all_cases} == {"fp32", "tf32", "bf16", "fp16"}
-    compiled = [case for case in all_cases if case.compile != "none"]
-    assert {case.compile for case in compiled} == {"reduce-overhead", "default"}
+    compiled = [case for case in all_cases if case.compile not in ("none", "graphs")]
+    assert {case.compile for case in compiled} == {"reduce-overhead"}
 
     def measure(case, device, deadline):
         if case.implementation == "triton":

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 LAYERS = [
-    {"pipeline.class_names", "pipeline.cpp", "pipeline.exits", "pipeline.machine", "pipeline.paths"},
+    {"pipeline.class_names", "pipeline.cpp", "pipeline.exits", "pipeline.machine", "pipeline.nvjpeg", "pipeline.paths"},
     {"pipeline.preemption"},
     {"pipeline.errors"},
     {"pipeline.renamed", "pipeline.unused", "pipeline.words"},

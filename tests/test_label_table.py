@@ -149,7 +149,8 @@ def test_one_table_of_both_splits(images, kind, capfd):
     assert not {name[-7:-4] for name in train.names} & {f"{i:03d}" for i in range(0, 60, 4)}
     assert "left out" not in capfd.readouterr().err
     whole = scan_label_table(images, images / f"{kind}.csv")
-    assert len(whole) == 60 and f"{kind}.csv has lines of several splits: all are taken" in capfd.readouterr().err
+    told = f"{kind}.csv has lines of several splits (45 of train, 15 of valid): all are taken"
+    assert len(whole) == 60 and told in capfd.readouterr().err
     (images / f"{kind}.csv").write_text("\n".join([",".join(header), *rows, "image001" + rows[0][8:]]))
     with pytest.raises(UserError, match="has lines of two splits for the image 'folder1/image001"):
         open_datasets(config, None, progress=False)

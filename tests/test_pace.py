@@ -37,11 +37,11 @@ def test_the_rest_of_an_epoch_and_of_a_run():
     assert [duration(s) for s in (0, 59, 61, 7260, 180000)] == ["0 s", "59 s", "1 min", "2 h 1 min", "2 d 2 h"]
 
 
-def test_an_end_that_is_not_measured_is_not_told_as_no_time():
+def test_an_end_that_is_not_measured_is_said():
     """The end of an epoch is validation, pictures and saving; pictures are drawn here after the first and the last epoch."""
     pace = Pace(steps_per_epoch=10, epochs=4, images=(300, 1), draws=lambda epoch: epoch in (0, 3))
     pace.steps(10, 20.0)
-    assert pace.text(10) == "0 s of training left in the epoch, 1 min in the run"
+    assert pace.text(10) == "0 s to the epoch's end, 1 min to the run's (validation not measured yet)"
     pace.epoch_end(0, 8.0)
     pace.steps(10, 20.0)
     assert pace.text(20) == "8 s to the epoch's end, 1 min to the run's"  # by the end that is measured, with pictures
@@ -84,7 +84,7 @@ def test_a_run_tells_its_time_and_the_log_keeps_what_it_said(tmp_path, capsys, m
     trainer.fit(config, hooks=[Slow()])
     said = capsys.readouterr().out
     for epoch, left in (
-        (1, r"\d+ s of training left in the epoch, \d+ s in the run"),
+        (1, r"\d+ s to the epoch's end, \d+ s to the run's \(validation not measured yet\)"),
         (2, r"\d+ s to the epoch's end, \d+ s to the run's"),
     ):
         shown = rf"images/s, \d+ % waiting for data, {left}$"
@@ -102,6 +102,8 @@ def test_a_run_tells_its_time_and_the_log_keeps_what_it_said(tmp_path, capsys, m
     records = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
     left = [r["speed/remaining_seconds"] for r in records if "speed/remaining_seconds" in r]
     assert left[0] > 0.05 * 11 and left[-1] < left[0]
+    told = re.findall(r"(\S+ (?:s|min)) to the run's", said)  # one estimate for the log, TensorBoard and status
+    assert told == list(map(duration, left))
     log = (tmp_path / "log.txt").read_text()
     assert re.match(rf"{STAMP}started: .* \(process \d+ on \S+, 1 rank\)\n", log)
     assert re.search(rf"\n{STAMP}ended\n$", log) and said in log  # the summary too

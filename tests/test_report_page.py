@@ -123,7 +123,7 @@ def evaluated(index: DatasetIndex, seed: int, name: str) -> tuple[dict, Evaluati
     score = Score(len(index), int(correct[:, 0].sum()), int(correct.any(axis=1).sum()), 1.0)
     evaluation = Evaluation(score, top5, probability, np.ones(len(index), np.float32), None, 1)
     result = {
-        "name": name, "weights": f"{name}.pt", "sha256": "ab" * 32, "epochs": 3, "epochs_planned": 8, "note": "",
+        "name": name, "weights": f"{name}.pt", "sha256": "ab" * 32, "trained": "epoch 3 of 8", "note": "",
         "model": "m", "parameters": 1234567, "multiply_accumulates": 10**9, "data": index.root, "images": len(index),
         "classes": 4, "classes_present": 4, "other_outputs": None, "not_finite": 1, "first_not_finite": "x", "crops": 1,
         "average": "logits", "precision": "fp32", "interpolation": "pil-bicubic", "resize_size": 9, "crop_size": 9,
@@ -153,7 +153,7 @@ def test_the_page_has_what_is_known_and_nothing_from_elsewhere(images):
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=False))
     assert facts["data"] == f"40 images of {images.root}"
     assert (facts["command"], facts["date"], facts["hardware"]) == ("python -m x <y>", "2026-01-02", "a machine")
-    assert "net0.pt (SHA-256 abababababababab...)" in page.texts("dd") and "3 whole epochs of 8" in page.texts("dd")
+    assert "net0.pt (SHA-256 abababababababab...)" in page.texts("dd") and "epoch 3 of 8" in page.texts("dd")
     assert "ReaL error, %" not in page.texts("th")  # of which there is none here
     assert "mean 0.4,0.5,0.6, std 0.2," in text and "assumed, as the file does not say it: mean, std" in text
 

@@ -194,7 +194,8 @@ def test_labels_are_looked_for_in_the_working_directory_and_with_the_images(imag
 
 
 def test_evaluation_needs_the_table(run, images, user_error):
-    line = user_error(evaluate.main, Path(run.run_dir, "checkpoints", "last.pt"), "--data", images)
+    """That of the run is taken where it lies in the folder."""
+    line = user_error(evaluate.main, Path(run.run_dir, "checkpoints", "last.pt"), "--data", images / "folder0")
     assert "give the CSV file of them as --labels" in line
     with pytest.raises(UserError, match="gives multi labels an image"):
         api.evaluate(Path(run.run_dir, "checkpoints", "last.pt"), images)

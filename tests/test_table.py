@@ -10,11 +10,14 @@ from conftest import small_config
 from test_zip_archive import zip_folder
 
 from pipeline.config import DataConfig
+from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, to_evaluate
+from pipeline.data.image_files import COLORS
 from pipeline.data.index import scan_classes
 from pipeline.data.table import Columns, TableSource, is_table, read_table
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
+from tools.index import list_odd_images
 
 
 def write_table(file: Path, *rows: tuple[str, ...], delimiter: str = ",") -> Path:
@@ -88,6 +91,43 @@ def test_columns_by_name_by_option_and_a_column_of_splits(images, image_folders,
     assert len(read) == 48 and {entry.label for entry in read} == {"old"}
 
 
+def test_several_splits_are_no_odd_image(images, image_folders, capsys):
+    rows = [(f"{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
+    table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
+    told = f"{table} has lines of several splits (37 of train, 11 of val): all are taken"
+    list_odd_images([table], [], COLORS)
+    assert capsys.readouterr().out.splitlines() == [told, "no image is odd"]
+    write_table(table, ("file", "label", "split"), *rows[:-1])
+    list_odd_images([table], [], COLORS)
+    assert capsys.readouterr().out.splitlines() == [
+        told.replace("11", "10"),
+        f"{images}/{rows[-1][0]} is not in the table {table}: left out",
+        f"         1  is not in the table {table}: left out",
+    ]
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_validation_lines_beside_held_out_images_are_told(images, image_folders, labels):
+    rows = [(f"{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
+    table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
+    write_table(images / "train.csv", ("file", "label"), *(row[:2] for row in rows[:37]))
+
+    def told(**fields: object) -> list[str]:
+        config = DataConfig(dir=str(images), labels=labels, **fields)
+        return warnings_about(*open_datasets(config, None, progress=False), config)
+
+    assert told(train="all.csv", holdout=9) == [
+        f"of {table} the 11 lines of other splits are not read, as 9 training images are held out to validate on: to validate "
+        "on those set data.val all.csv and leave out data.holdout"
+    ]
+    assert told(train="all.csv", val="all.csv", holdout=9) == told(train="all.csv", holdout=9)
+    assert told(train="train.csv", val="all.csv", holdout=9) == [
+        "data.val all.csv is not read, as 9 training images are held out to validate on: to validate on it leave out "
+        "data.holdout"
+    ]
+    assert told(train="train.csv", holdout=9) == [] == told(train="all.csv", val="all.csv")
+
+
 def test_lines_of_other_splits_are_neither_lacking_nor_taken(images, image_folders, capfd):
     """Those that are not evaluated may name files that are not there; an image is of one split."""
     rows = [(f"{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
@@ -100,7 +140,7 @@ def test_lines_of_other_splits_are_neither_lacking_nor_taken(images, image_folde
     write_table(table, ("file", "label", "split"), *rows[1:])
     assert len(scan_classes(table)) == 47
     told = capfd.readouterr().err
-    assert f"{table} has lines of several splits: all are taken" in told
+    assert f"{table} has lines of several splits (36 of train, 11 of val): all are taken" in told
     assert f"{rows[0][0]} is not in the table {table}: left out" in told
     write_table(table, ("file", "label", "split"), *rows, (rows[-1][0], "class1", "test"))
     open_datasets(config, None, progress=False)  # an image for validation and for a later test: of neither for training

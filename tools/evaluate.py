@@ -42,8 +42,8 @@ from pipeline.data.dataset import DATASETS, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
-from pipeline.data.splits import find_splits
-from pipeline.data.table import TableSource
+from pipeline.data.splits import find_splits, find_validation
+from pipeline.data.table import PARQUET, SUFFIXES, TableSource
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
@@ -155,7 +155,17 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
 
 
 def _same_images(a: DataConfig, b: DataConfig) -> bool:
-    fields = ("dataset", "depth", "exif_orientation", "labels", "file_column", "label_column")
+    fields = (
+        "dataset",
+        "train",
+        "val",
+        "val_labels",
+        "depth",
+        "exif_orientation",
+        "labels",
+        "file_column",
+        "label_column",
+    )
     return all(getattr(a, field) == getattr(b, field) for field in fields)
 
 
@@ -224,8 +234,11 @@ def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argp
 
 
 def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
-    """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with classes under val/, or flat with a label file; or
-    the test images of one of torchvision's data sets."""
+    """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with a validation set in it, or flat with a label file;
+    or the test images of one of torchvision's data sets.
+
+    The validation set in a folder is what the run has as data.val, or would find there; it is reported if it is not ``val``.
+    """
     folder, read_as = Path(data.dir), pixel_format(data)
     labels_file = find_label_file(labels_file, folder)
     if data.dataset != "images":
@@ -234,19 +247,47 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
                 f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
             )
         return DATASETS[data.dataset](data, "val", classes, folder, True).with_classes(classes)
+    place = folder
+    if not labels_file and (own := own_validation_set(data, classes)):
+        place = folder / own
+        if own != "val":
+            print(f"of {folder} {own} is taken (data.val)", file=sys.stderr, flush=True)
+        labels = place if data.labels == "multi" else folder / data.val_labels if data.val_labels else None
+        labels_file = str(labels) if labels and labels.exists() else None
     if data.labels == "multi":
         if not labels_file:
             raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
         cache = known_cache(Path(labels_file))
         return scan_label_table(folder, labels_file, classes, cache, True, read_as, split="val")
-    if (folder / "val").is_dir() and "val" not in classes and not labels_file:
-        folder = folder / "val"
-    cache = known_cache(folder)
+    cache = known_cache(place)
     if labels_file:
-        return scan_flat(folder, labels_file, classes, cache, True, read_as)
-    source = to_evaluate(folder, data)
-    index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
-    return index.with_classes(classes)
+        return scan_flat(place, labels_file, classes, cache, True, read_as)
+    source = to_evaluate(place, data, folder if place != folder else None)
+    try:
+        index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
+        return index.with_classes(classes)
+    except UserError as error:
+        tables = [name for name in (data.val, data.train) if Path(name).suffix.lower() in (*SUFFIXES, PARQUET)]
+        if tables and place == folder and folder.is_dir():
+            there = (folder / tables[0]).exists()
+            why = f"the run had its images from the table {tables[0]}" + (
+                "" if there else f", which is not in {folder}"
+            )
+            given = folder / tables[0] if there else "that table, or another,"
+            raise UserError(f"{error}; {why}: give {given} as --data") from None
+        raise
+
+
+def own_validation_set(data: DataConfig, classes: tuple[str, ...]) -> str:
+    """What in the folder `data.dir` is evaluated, relative to it; empty if all of it is."""
+    own = find_validation(data)
+    if os.path.isabs(own) or os.pardir in Path(own).parts:  # not in it, whatever is given as --data
+        own = ""
+    if data.labels == "multi":
+        return own if own and (Path(data.dir) / own).is_file() else ""
+    if not own and (Path(data.dir) / "val").is_dir():
+        own = "val"
+    return "" if own.split(os.sep)[0] in classes else own
 
 
 def describe(
@@ -264,8 +305,11 @@ def describe(
         "model": config.model.name,
         "note": weights.note,
         "sha256": checksum(candidate.file),
+        "trained": weights.trained,
         "epochs": weights.epochs,
         "epochs_planned": config.optim.epochs,
+        "step": weights.step,
+        "best_epoch": weights.best_epoch,
         "parameters": parameters(weights.network),
         "multiply_accumulates": candidate.multiply_accumulates,
         "data": where(index),
@@ -490,7 +534,10 @@ def _parser() -> ArgumentParser:
     add_weights_arguments(parser, several=True)
     add_preparation_arguments(parser)
     parser.add_argument(
-        "--data", metavar="DIR", required=True, help="folder of class folders, or a data set with val/ in it"
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="folder of class folders, a table, an archive or shards; or a data set with val/, or the run's data.val, in it",
     )
     parser.add_argument(
         "--held-out",

@@ -3,10 +3,13 @@
 For the given runs: training curves, error against parameters (the paper's Figure 4) and, for runs on ImageNet, error against
 parameters and multiply-accumulates (Figure 3), beside what the paper reports. For each run and each file of weights: the
 reuse of features (Figure 5). Of data sets without a run nothing is drawn, nor error against parameters where all networks
-are the same.
+are the same. Runs that were validated on different images stand in different panels.
 """
 
+import dataclasses
 import math
+import os
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +23,7 @@ from torch import nn
 
 from pipeline.audit import setting_for
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import Config, ModelConfig, from_stored
+from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
@@ -32,12 +35,14 @@ from tools.support.facts import multiply_accumulates, network_without_weights, o
 from tools.support.outputs import in_folder, writable_folder
 from tools.support.weights_arguments import names_of_files
 
-# Okabe and Ito's colours, which the colour-blind tell apart; each run has a marker of its own beside.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe and Ito's colours, which the colour-blind tell apart, and three of Tol's; each run has a marker of its own beside.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#999933", "#332288")
 MARKERS = "osD^vPX<>*"
 NAME_PLACES = ((6, 5, "left"), (6, -11, "left"), (6, 16, "left"), (-6, -11, "right"), (6, -22, "left"))  # in points
-MANY = len(MARKERS)  # more runs than that have not each a line in the legend
-BEST = len(COLORS)  # runs of many that have
+MANY = len(COLORS)  # more runs than that in a panel have not each a line in the legend
+IMAGENET = "ImageNet"
+BEST = 7  # runs of many that have
+TITLE = 70  # characters of a line of a panel's title
 
 Points = list[tuple[str, tuple[float, float]]]  # names, which may be alike, with x and error
 
@@ -57,12 +62,21 @@ AUROC = Measure("mean_auroc", "mean AUROC", True)  # where images have several l
 
 @dataclass(frozen=True)
 class Run:
-    """A run's directory: its name, configuration, number of classes, and its records of whole epochs."""
+    """A run's directory.
+
+    Attributes:
+        classes: how many.
+        epochs: the records of whole epochs.
+        validation: which images its error is on, in words that no other images have; empty if that is not known.
+        fingerprint: of its training and validation images (`dataset.fingerprint_of`), None if it is not known.
+    """
 
     name: str
     config: Config
     classes: int
     epochs: list[dict]
+    validation: str = ""
+    fingerprint: str | None = None
 
     @property
     def measure(self) -> Measure:
@@ -91,8 +105,23 @@ class Run:
         best = next(record for record in self.epochs if record["val/top1_error"] == self.error)
         done, planned = len(self.epochs), self.config.optim.epochs
         of = f"{done}" if done == planned else f"{done} so far, {planned} planned"
-        held_out = ", held-out training images" if self.config.data.holdout else ""
-        return f"ours: {self.name}, best epoch ({epochs_done(best):.0f} of {of}){held_out}"
+        return f"ours: {self.name}, best epoch ({epochs_done(best):.0f} of {of}){self.other_images}"
+
+    @property
+    def other_images(self) -> str:
+        """Beside the paper's points, which images its error is on, if they are others; empty if that is not known."""
+        if self.data not in (*published.COLUMNS, IMAGENET) or not self.validation:
+            return ""
+        tested = published.TEST_IMAGES["imagenet" if self.data == IMAGENET else self.config.data.dataset]
+        on_test_set = not self.config.data.holdout and self.validation.startswith(f"{tested:,} ")
+        return "" if on_test_set else f", {self.validation}"
+
+    @property
+    def panel(self) -> str:
+        """Title of its panel of error against parameters: the paper's data set, or its own with the images."""
+        if self.data in (*published.COLUMNS, IMAGENET) or not self.validation:
+            return self.data
+        return f"{self.data}\n{in_lines(self.validation)}"
 
     def network(self) -> nn.Module:
         """The network without its weights."""
@@ -105,7 +134,7 @@ class Run:
         if config.loader == "synthetic":
             return "synthetic images"
         if config.dataset == "images":
-            return "ImageNet" if self.classes == 1000 else f"images in {Path(config.dir).name}"
+            return IMAGENET if self.classes == 1000 else f"images in {Path(config.dir).name}"
         return config.dataset if config.dataset == "fashion-mnist" else setting_for(self.config).name
 
 
@@ -131,13 +160,13 @@ def main() -> None:
     weights += [path for path in options.paths if not Path(path).is_dir()]
 
     written = []
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+    runs = called_alike([read_run(run_dir) for run_dir in run_dirs])
     if runs:
         written.append(save(draw_curves(runs), output / "curves.png"))
         with_errors = [run for run in runs if run.measure is ERROR]
-        if small := comparable([run for run in with_errors if run.data != "ImageNet"]):
+        if small := comparable([run for run in with_errors if run.data != IMAGENET]):
             written.append(save(draw_small_images(small), output / "parameters.png"))
-        if large := [run for run in with_errors if run.data == "ImageNet"]:
+        if large := [run for run in with_errors if run.data == IMAGENET]:
             written.append(save(draw_imagenet(large), output / "imagenet.png"))
     for name, path in zip(names_of_files(weights), weights, strict=True):
         network = read_weights(path).network
@@ -172,37 +201,79 @@ def read_run(run_dir: Path) -> Run:
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
     config = from_stored(checkpoint["config"], str(run_dir))
     epochs = whole_epochs(run_dir)
-    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs)
+    conditions = checkpoint.get("conditions", {})
+    validation = validation_of(config.data, conditions.get("images"))
+    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, conditions.get("fingerprint"))
+
+
+def validation_of(data: DataConfig, images: list[int] | None) -> str:
+    """In words, which images a run was validated on.
+
+    Args:
+        images: how many it was trained and validated on; None if that is not known.
+    """
+    train, val = images or (0, 0)
+    many, all_training = (f"{val:,} ", f"the {train + val:,} ") if images else ("", "")
+    if data.loader == "synthetic":
+        return f"{many}synthetic images"
+    if data.holdout:
+        place = os.path.join(data.dir, data.train) if data.dataset == "images" else data.dataset
+        return f"{many}of {all_training}training images of {place}, held out"
+    place = os.path.join(data.dir, data.val) if data.dataset == "images" else f"the test set of {data.dataset}"
+    return f"{many}images of {place}"
+
+
+def called_alike(runs: list[Run]) -> list[Run]:
+    """The runs, of which those that had the same images say so in the same words, wherever they lay."""
+    words: dict[str, str] = {}
+    return [
+        dataclasses.replace(run, validation=words.setdefault(run.fingerprint, run.validation))
+        if run.fingerprint
+        else run
+        for run in runs
+    ]
+
+
+def in_lines(text: str) -> str:
+    return textwrap.fill(text, TITLE)
 
 
 def draw_curves(runs: list[Run]) -> Figure:
-    """Validation (solid) and training (dashed) by epoch, with what is published as a dotted line; a panel for each measure.
+    """Validation (solid) and training (dashed) by epoch, with what is published as a dotted line; a panel for each measure and
+    for each set of images that runs were validated on.
 
-    Of many runs the best have colours, and only their validation is drawn.
+    Of many runs in a panel the best have colours, and only their validation is drawn.
     """
-    measures = [measure for measure in (ERROR, AUROC) if any(run.measure is measure for run in runs)]
-    figure = Figure(figsize=(8, 5 * len(measures)), layout="constrained")
-    for measure, axes in zip(measures, figure.subplots(len(measures), squeeze=False)[:, 0], strict=True):
-        own = [run for run in runs if run.measure is measure]
+    panels: dict[tuple[Measure, str], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.measure is AUROC):
+        panels.setdefault((run.measure, run.validation), []).append(run)
+    looks = [run for own in panels.values() for run in own]  # in all panels a run's own, as long as there are so many
+    figure = Figure(figsize=(8, 5 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for ((measure, validation), own), axes in zip(panels.items(), grid, strict=True):
         many = len(own) > MANY
         shown = ranked(own)[:BEST] if many else own
         for run in own if many else []:
             if run not in shown:
                 draw_curve(axes, run, "val/", "_others", color="lightgray", linewidth=0.8, markersize=0, zorder=1)
-        for number, run in enumerate(shown):
-            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number]}
+        numbered = shown if len(looks) > MANY else looks
+        for run in shown:
+            number = numbered.index(run)
+            look = {"color": COLORS[number], "marker": MARKERS[number]}
             draw_curve(axes, run, "val/", run.name, **look)
             if not many:
                 style = {**look, "linestyle": "--", "markerfacecolor": "white"}
                 draw_curve(axes, run, "epoch/train_", f"_{run.name}, training", **style)
-        draw_published(axes, shown)
+        draw_published(axes, shown, [COLORS[numbered.index(run)] for run in shown])
         longest = max(epochs_done(run.epochs[-1]) for run in own)
         margin = max(0.5, 0.03 * longest)
         axes.set(xlabel="epoch", ylabel=measure.title, xlim=(1 - min(1, margin), longest + margin))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        best = f"the {BEST} best of {len(own)} runs after their last epoch, the others gray"
-        axes.set_title(f"Validation: {best}" if many else "Validation (solid, filled) and training (dashed, hollow)")
+        on = [in_lines(f"validated on {validation}")] if validation else []
+        best = f"Validation: the {BEST} best of {len(own)} runs after their last epoch, the others gray"
+        title = best if many else "Validation (solid, filled) and training (dashed, hollow)"
+        axes.set_title("\n".join([title, *on]), fontsize=10)
         axes.legend(fontsize=9)
     return figure
 
@@ -221,16 +292,16 @@ def draw_curve(axes: Axes, run: Run, beginning: str, label: str, **style: object
         axes.plot(epochs, values, **(look | style))  # type: ignore[arg-type]
 
 
-def draw_published(axes: Axes, runs: list[Run]) -> None:
+def draw_published(axes: Axes, runs: list[Run], colors: list[str]) -> None:
     """A line for each published figure of these runs, of which several may have the same."""
     lines: dict[str, tuple[float, str]] = {}
-    for number, run in enumerate(runs):
+    for run, color in zip(runs, colors, strict=True):
         published = run.config.published
         value = published.top1 if run.measure is ERROR else published.auroc
         if value is not None:
             unit = " %" if run.measure is ERROR else ""
             label = f"{published.source or 'published'}: {value}{unit}{on_test_images(run)}"
-            lines.setdefault(label, (value, COLORS[number % len(COLORS)]))
+            lines.setdefault(label, (value, color))
     for label, (value, color) in lines.items():
         axes.axhline(value, linestyle=":", color=color, label=label)
 
@@ -241,16 +312,17 @@ def on_test_images(run: Run) -> str:
 
 
 def comparable(runs: list[Run]) -> list[Run]:
-    """The runs on data sets of which networks of two sizes or more are known: a single size says nothing about sizes."""
+    """The runs in panels in which networks of two sizes or more are known: a single size says nothing about sizes."""
     sizes: dict[str, set[str]] = {}
     for run in runs:
-        sizes.setdefault(run.data, set()).add(run.config.model.name)
-    return [run for run in runs if run.data in published.COLUMNS or len(sizes[run.data]) > 1]
+        sizes.setdefault(run.panel, set()).add(run.config.model.name)
+    return [run for run in runs if run.panel in published.COLUMNS or len(sizes[run.panel]) > 1]
 
 
 def draw_small_images(runs: list[Run]) -> Figure:
-    """Error against parameters: a panel for each data set on which there are runs."""
-    panels = list(dict.fromkeys(run.data for run in runs))
+    """Error against parameters: a panel for each data set on which there are runs, and, but for the paper's, each set of
+    images."""
+    panels = list(dict.fromkeys(run.panel for run in runs))
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6 * columns, 6 * rows), layout="constrained")
@@ -260,12 +332,13 @@ def draw_small_images(runs: list[Run]) -> Figure:
     named: list[tuple[Axes, Points]] = []
     for title, axes in zip(panels, figure.axes, strict=False):
         points = draw_papers_points(axes, title) if title in published.COLUMNS else []
-        own = [run for run in runs if run.data == title]
+        own = [run for run in runs if run.panel == title]
         sizes = [millions(parameters(run.network())) for run in own]
-        draw_own(axes, own, sizes)
         if title not in published.COLUMNS:
             points += draw_their_published(axes, own, sizes)
-        axes.set(xlabel="million parameters", ylabel="top-1 error, %", title=title)
+        draw_own(axes, own, sizes)
+        axes.set(xlabel="million parameters", ylabel="top-1 error, %")
+        axes.set_title(title, fontsize=10)
         named.append((axes, points))
     finish(figure, named)
     return figure
@@ -347,26 +420,33 @@ def draw_imagenet(runs: list[Run]) -> Figure:
 def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> None:
     """A point for each run after its best epoch, named in the legend alone, as runs of one network stand close; of many one
     series."""
-    errors = [run.error for run in runs]
-    if len(runs) > MANY:
+    errors, colors = [run.error for run in runs], unused_colors(axes)
+    if len(runs) > len(colors):
         best = runs[errors.index(min(errors))].name
+        on = {run.other_images for run in runs}
+        images = next(iter(on)) if len(on) == 1 else ", on different images"
         axes.plot(
             xs, errors, "*", color="black", markersize=10, zorder=5,
-            label=f"ours: {len(runs)} runs after their best epochs, the best {best}",
+            label=f"ours: {len(runs)} runs after their best epochs, the best {best}{images}",
         )  # fmt: skip
         return
     for number, (run, x) in enumerate(zip(runs, xs, strict=True)):
-        look = {"color": COLORS[-1 - number % len(COLORS)], "marker": MARKERS[-1 - number]}
+        look = {"color": colors[-1 - number], "marker": MARKERS[-1 - number]}
         axes.plot([x], [run.error], linestyle="", markersize=10, zorder=5, label=run.label, **look)  # type: ignore[arg-type]
 
 
 def draw_points(axes: Axes, points: Points, marker: str, label: str) -> Points:
     """Points of others, of which several are joined; returns them to be named."""
     ordered = sorted(point for _, point in points)
-    color = COLORS[len(axes.lines) // 2 % len(COLORS)]
+    color = next(iter(unused_colors(axes)), "dimgray")
     axes.plot(*zip(*ordered, strict=True), color=color, marker=marker, markersize=6, label=label)
     axes.plot(*zip(*ordered, strict=True), marker, color=color, markersize=6, zorder=4, label="_")  # above the names
     return points
+
+
+def unused_colors(axes: Axes) -> list[str]:
+    used = {line.get_color() for line in axes.lines}
+    return [color for color in COLORS if color not in used]
 
 
 def finish(figure: Figure, panels: list[tuple[Axes, Points]]) -> None:

@@ -3,6 +3,7 @@
 The thread and its end are tested; the CUDA part has not been run on a GPU yet.
 """
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -61,13 +62,20 @@ def prepare_ahead(items: Iterator[T], depth: int = DEPTH) -> Iterator[T]:
         thread.join()
 
 
+@functools.cache
+def stream_for_batches(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all loaders of a device: torch's and DALI's pools keep what is freed for the stream that it was freed on,
+    so that each new stream would take a batch's memory anew."""
+    return torch.cuda.Stream(device)
+
+
 def on_own_stream(items: Iterator[T], tensors_of: Callable[[T], list[Tensor]], device: torch.device) -> Iterator[T]:
     """Yield the same items, which a thread has queued on a CUDA stream of their own; no host waits for the device.
 
     Args:
         tensors_of: the tensors of an item, for which the caller's stream is to wait.
     """
-    stream = torch.cuda.Stream(device)
+    stream = stream_for_batches(device)
 
     def queued() -> Iterator[tuple[T, torch.cuda.Event]]:
         while True:

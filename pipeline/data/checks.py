@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -11,8 +12,9 @@ from pipeline.data.archive import TarSource
 from pipeline.data.folder import FolderSource
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import read_all
-from pipeline.data.table import TableSource
+from pipeline.data.table import TableSource, is_table, lines_of_other_splits
 from pipeline.data.zip_archive import ZipSource
+from pipeline.words import agreed, counted
 
 COMPARED = 32  # validation images that are compared byte by byte with training images of the same length
 CANDIDATES = 4  # training images that one of them is compared with
@@ -26,12 +28,13 @@ def warnings_about(train: DatasetIndex, val: DatasetIndex | None, config: DataCo
 
     Args:
         val: None where only one set is looked at.
+        config: with the training set that was found (`find_splits`).
     """
     lines = [] if train.several_labels else [*_about_classes(train), *_about_folders(train)]
     if val is not None and not config.holdout:
         lines += _about_both(train, val)
-    elif val is not None and not train.several_labels:
-        lines += _about_held_out(train, val)
+    elif val is not None:
+        lines += [*([] if train.several_labels else _about_held_out(train, val)), *_about_unread(val, config)]
     return lines
 
 
@@ -49,6 +52,22 @@ def _about_held_out(train: DatasetIndex, val: DatasetIndex) -> list[str]:
         f"{untaught.sum():,} of the {len(val):,} held-out images are of classes of which no image is left to train on (as "
         f"'{example}'), so that every answer to them will be wrong: lower data.holdout, or set data.val"
     ]
+
+
+def _about_unread(val: DatasetIndex, config: DataConfig) -> list[str]:
+    """Validation images that a table or data.val names beside those that are held out; without data.holdout a folder's `val` is
+    what nobody has named."""
+    table = Path(config.dir, config.train)
+    lines = lines_of_other_splits(table, config) if is_table(table) else 0
+    if lines:
+        unread = f"of {table} the {counted(lines, 'line')} of other splits {agreed(lines, 'is', 'are')} not read"
+        instead = f"to validate on those set data.val {config.train} and leave out data.holdout"
+    elif config.val != "val":
+        unread, instead = f"data.val {config.val} is not read", "to validate on it leave out data.holdout"
+    else:
+        return []
+    held_out = f"{counted(len(val), 'training image')} {agreed(len(val), 'is', 'are')} held out to validate on"
+    return [f"{unread}, as {held_out}: {instead}"]
 
 
 def _about_classes(train: DatasetIndex) -> list[str]:

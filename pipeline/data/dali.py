@@ -2,7 +2,8 @@
 
 Images that DALI refuses, or may see otherwise than Pillow does, go into it decoded by Pillow (decoding.py).
 
-The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has not been run on a GPU yet.
+The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has run on a GPU before it decoded whole images, and
+not since.
 """
 
 from collections import deque
@@ -25,11 +26,11 @@ from pipeline.config import CorruptImages, DataConfig
 from pipeline.data.decoding import as_ppm, if_decodable, readable_by_dali
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
-from pipeline.data.nvjpeg import load_nvjpeg
 from pipeline.data.plan import BatchPlan, surround
 from pipeline.data.reader import Reader
 from pipeline.data.replacements import collect
 from pipeline.errors import is_out_of_memory
+from pipeline.nvjpeg import check_nvjpeg
 
 PREFETCH = 2  # batches that DALI prepares ahead
 
@@ -114,8 +115,11 @@ class DaliPlans:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._decoder = "mixed" if self._on_gpu else "cpu"
+        # On GPU images are decoded whole. Regions had other pixels in other batches there, and nvJPEG before 13.2 leaves them
+        # to the CPU; to undo the entropy coding is most of the work, and a region asks for no less of that.
+        self._decodes_regions = not self._on_gpu
         if self._on_gpu:
-            load_nvjpeg()
+            check_nvjpeg()
         # adjust_orientation: a plan's crop_boxes are in stored pixels, as Pillow and the Torch code see them.
         # jpeg_fancy_upsampling: on GPU too, as libjpeg-turbo does on CPU.
         self._decoding = DecoderOptions(
@@ -191,9 +195,12 @@ class DaliPlans:
         return define()
 
     def _decoded(self, content: DataNode, start: DataNode, shape: DataNode) -> DataNode:
-        return fn.decoders.image_slice(
-            content, start=start, shape=shape, axes=[0, 1], device=self._decoder, **self._decoding
-        )
+        if self._decodes_regions:
+            return fn.decoders.image_slice(
+                content, start=start, shape=shape, axes=[0, 1], device=self._decoder, **self._decoding
+            )
+        whole = fn.decoders.image(content, device=self._decoder, **self._decoding)
+        return fn.slice(whole, start=start, shape=shape, axes=[0, 1])
 
     def _resized(self, images: DataNode, size: DataNode, roi_start: DataNode, roi_end: DataNode) -> DataNode:
         interpolation, antialias, dtype = RESIZES[self._resize]

@@ -60,16 +60,20 @@ def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tup
     return train, opener(config, "val", train.classes, cache, progress)
 
 
-def to_evaluate(root: str | Path, config: DataConfig) -> FileSource:
+def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None) -> FileSource:
     """The images at a path that is not the configuration's, to be evaluated: of a table with splits those of its validation
     split, by the configuration's columns.
+
+    Args:
+        images: where those of a table lie; None: beside it.
 
     Raises:
         UserError: as `open_source`.
     """
     if not is_table(root):
         return open_source(root)
-    return TableSource(str(root), open_source(os.path.dirname(root) or os.curdir), columns_of(root, config, "val"))
+    source = open_source(images or os.path.dirname(root) or os.curdir)
+    return TableSource(str(root), source, columns_of(root, config, "val"))
 
 
 def fingerprint_of(train: DatasetIndex, val: DatasetIndex) -> str:

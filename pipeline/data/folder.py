@@ -16,6 +16,9 @@ from pipeline.data.image_files import (
 )
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # of which no image can be read by itself
+ARCHIVES = (".tar", ".zip", *COMPRESSED_TARS)
+
 
 @dataclass(frozen=True)
 class FolderSource:
@@ -45,6 +48,17 @@ class FolderSource:
 
     def location(self, name: str) -> str:
         return os.path.join(self.root, name)
+
+
+def archives_in(folder: str) -> list[str]:
+    """The archives in a folder that holds neither folders nor images beside them, sorted; none if it holds some, or is none."""
+    if not os.path.isdir(folder):
+        return []
+    folders, files, _ = _look_into(folder)
+    names = sorted(os.path.basename(path) for path, _ in files)
+    if folders or any(map(is_image_by_name, names)):
+        return []
+    return [name for name in names if name.lower().endswith(ARCHIVES)]
 
 
 def _list(root: str) -> Listing:

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.config import CorruptImages
+from pipeline.data.folder import archives_in
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
     COLORS,
@@ -183,6 +184,7 @@ def scan_classes(
     root = source.root
     groups, beside = source.groups()
     if not groups and not any(issue.stops for issue in beside):
+        _refuse_archives(root)
         raise UserError(
             f"{root} holds no class folders with images: expected CLASS/IMAGE.jpg (or CLASS.tar in an archive)"
             + (f"; {labels_needed(Path(root), labels_field)}" if labels_field else "")
@@ -359,6 +361,8 @@ def _scan(
                 leave=False,
             )
             for group, (row, new, of_group) in zip(groups, bar, strict=True):
+                if group.name and not group.labelled and not row.names:
+                    _refuse_archives(source.location(group.name), of_class=True)
                 whole = not any(issue.stops for issue in of_group)
                 of_group = [_outcome_of_corrupt(issue, corrupt_images) for issue in of_group]
                 stops = any(issue.stops for issue in of_group)
@@ -447,6 +451,25 @@ def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
             f"{len(stops):,} things stop the index of {source.root}: {named}{others} "
             f"(python -m tools.index {source.root} --verify lists all)"
         )
+
+
+def _refuse_archives(folder: str, of_class: bool = False) -> None:
+    """Refuse a folder that holds archives where images, or folders of classes, are expected."""
+    archives = archives_in(folder)
+    if not archives:
+        return
+    more = f" (and {len(archives) - 1:,} more)" if len(archives) > 1 else ""
+    first = os.path.join(folder, archives[0])
+    if of_class:
+        remedy = "unpack the archive in each class folder"
+    elif more:
+        packed = f"tar -cf {folder.rstrip(os.sep)}.tar -C {folder} ."
+        remedy = f"if each is a class, unpack it into a folder of its name, or put all into one archive ({packed}) and give it"
+    elif archives[0].lower().endswith((".tar", ".zip")):
+        remedy = f"give {first} itself, which is read in place"
+    else:
+        remedy = "unpack it"
+    raise UserError(f"{folder} holds {archives[0]}{more} and no {'images' if of_class else 'class folders'}: {remedy}")
 
 
 def _refuse_nested(source: FileSource, groups: list[Group], rows: list["_Found"]) -> None:

@@ -75,8 +75,8 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
     if of_split is not None:
         splits = [row[of_split] for row in rows]
         here = in_split(file, splits, every, split)
-        if split is None and are_several(splits):
-            print(f"warning: {file} {OF_SEVERAL_SPLITS}: all are taken", file=sys.stderr, flush=True)
+        if split is None and (counts := several_splits(splits)):
+            print(f"warning: {file} {OF_SEVERAL_SPLITS} ({counts}): all are taken", file=sys.stderr, flush=True)
     lines = [line for line, taken in zip(every, here, strict=True) if taken]
     elsewhere = tuple(row[of_files].strip() for row, taken in zip(rows, here, strict=True) if not taken)
     rows = [row for row, taken in zip(rows, here, strict=True) if taken]
@@ -94,9 +94,10 @@ def file_column(small: Sequence[str], of_split: int | None) -> int:
     return [*known, *(i for i in range(len(small)) if i != of_split)][0]
 
 
-def are_several(splits: Iterable[str]) -> bool:
-    """Whether rows are of several splits, by what they say of theirs."""
-    return len({cell.strip().lower() for cell in splits}) > 1
+def several_splits(splits: Iterable[str]) -> str:
+    """How many rows are of which split, by what they say of theirs; empty if all are of one."""
+    counts = Counter(cell.strip().lower() for cell in splits)
+    return ", ".join(f"{counts[name]:,} of {name}" for name in sorted(counts)) if len(counts) > 1 else ""
 
 
 def in_split(file: Path, splits: Sequence[str], lines: Sequence[int], split: str | None) -> list[bool]:

@@ -1,14 +1,17 @@
 """Where the training and the validation set are, where the configuration does not name them itself."""
 
 import dataclasses
+import io
 import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config import DataConfig
+from pipeline.data.folder import COMPRESSED_TARS
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import SPLIT_NAMES
 from pipeline.data.sources import find_source
@@ -28,6 +31,12 @@ KNOWN_TABLES: dict[Split, Sequence[tuple[str, str]]] = {
         ("LOC_val_solution.csv", "val"),
         ("val/val_annotations.txt", ""),
     ],
+}
+# ImageNet's, as they are downloaded, by the fields that take them.
+IMAGENETS_ARCHIVES = {
+    "data.train": "ILSVRC2012_img_train.tar",
+    "data.val": "ILSVRC2012_img_val.tar",
+    "data.val_labels": "ILSVRC2012_devkit_t12.tar.gz",
 }
 FILES = {*SUFFIXES, ".tar", ".zip", ".parquet"}  # that may be a split
 INSTEAD = ", or data.holdout to validate on training images"
@@ -52,6 +61,21 @@ def find_splits(config: DataConfig) -> DataConfig:
     if labels and not os.path.exists(labels):
         raise UserError(f"the label file {labels} does not exist: set data.val_labels (relative to data.dir)")
     return config
+
+
+def find_validation(config: DataConfig) -> str:
+    """The validation set that a run with this configuration would take in data.dir, relative to that; empty if there is none.
+
+    What data.val names counts where it is there; left at its default, another usual name counts only beside a training set, as
+    data.dir may be a folder of classes.
+    """
+    if not os.path.isdir(config.dir):
+        return ""
+    with redirect_stderr(io.StringIO()), suppress(UserError):
+        if config.val == "val":
+            _find(config, "train")
+        return _find(config, "val")
+    return ""
 
 
 def _above_train(config: DataConfig) -> DataConfig:
@@ -84,7 +108,7 @@ def _find(config: DataConfig, split: Split) -> str:
         found = next(tables, "")
     wanted = folder / name
     if not found:
-        unreadable = not _may_list(folder) and is_present(folder)
+        unreadable = not _may_list(folder) and is_present(folder) and (several or not folder.is_file())
         if os.path.lexists(wanted) or unreadable or (not several and find_source(wanted)):
             return name  # what is wrong with it, the scan says
         offered = _offered(folder, SPLIT_NAMES[split], tables_only=several)
@@ -130,17 +154,31 @@ def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
         raise UserError(
             f"the table {folder / name} does not exist: with data.labels multi, set {field}{some if tables else none}{instead}"
         )
-    if folder.name == name:
+    if folder.is_file():
+        remedy = f"data.dir is a file: set data.dir {folder.parent} and {field} {folder.name}"
+    elif IMAGENETS_ARCHIVES[field] in there:
+        remedy = f"ImageNet's archives are read as they are: set {_imagenets_archives(split, there)}"
+    elif folder.name == name:
         remedy = f"data.dir is the folder above: set it to {folder.parent}"
     elif split == "train" and config.holdout and name == "train" and _holds_classes(folder):
         remedy = f"if {folder} holds the classes, set data.dir {folder.parent} and data.train {folder.name}"
     elif len(offered) == 1:
         quoted = f"'{offered[0]}'" if "*" in offered[0] else offered[0]
         remedy = f"there is {quoted}: set {field} {quoted}{instead}"
+    elif packed := [e for e in there if _offer(e)[0] in SPLIT_NAMES[split] and e.lower().endswith(COMPRESSED_TARS)]:
+        remedy = f"there is {packed[0]}, of which no image can be read by itself: unpack it"
     else:
         found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
         remedy = f"set data.dir, or {field}{instead}{found}"
     raise UserError(f"the data folder {folder / name} does not exist: {remedy}")
+
+
+def _imagenets_archives(split: Split, there: list[str]) -> str:
+    """The fields to set for those that are there, from this split on, and which are not there."""
+    wanted = {field: name for field, name in IMAGENETS_ARCHIVES.items() if split == "train" or field != "data.train"}
+    fields = ", ".join(f"{field} {name}" for field, name in wanted.items() if name in there)
+    lacking = " and ".join(name for name in wanted.values() if name not in there)
+    return f"{fields} (for validation add {lacking}{INSTEAD})" if lacking else fields
 
 
 def _holds_classes(folder: Path) -> bool:

@@ -18,12 +18,13 @@ from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import (
     OF_SEVERAL_SPLITS,
     SPLIT_COLUMNS,
-    are_several,
     file_column,
     images_elsewhere,
     in_split,
     match_files,
+    read_label_table,
     read_rows,
+    several_splits,
 )
 from pipeline.data.parquet import is_table_of_paths
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, PlacedSource, Stream
@@ -107,8 +108,8 @@ class TableSource:
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
-        if self.columns.split is None and are_several(splits):
-            issues.append(ImageIssue(self.root, OF_SEVERAL_SPLITS, "all are taken"))
+        if self.columns.split is None and (counts := several_splits(splits)):
+            issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
         known = {
             *names,
             *images_elsewhere(table, elsewhere, members, prefix, names if self.columns.split == "train" else ()),
@@ -188,6 +189,19 @@ def columns_of(table: str | Path, config: DataConfig, split: str) -> Columns:
     file, label = (name if name in header else None for name in (config.file_column, config.label_column))
     has_splits = _known_text(Path(table)) == "cub" or any(name.lower() in SPLIT_COLUMNS for name in header)
     return Columns(file, label, split if has_splits else None)
+
+
+def lines_of_other_splits(table: Path, config: DataConfig) -> int:
+    """How many lines of the table that a configuration trains on are for another split.
+
+    Raises:
+        UserError: as of `read_table` and `read_label_table`.
+    """
+    if config.labels == "multi":
+        return len(read_label_table(table, split="train").elsewhere)
+    entries = read_table(table, Columns(config.file_column, config.label_column))
+    splits = [entry.split for entry in entries if entry.split is not None]
+    return in_split(table, splits, [entry.line for entry in entries], "train").count(False) if splits else 0
 
 
 def _column(table: Path, header: list[str], wanted: str | None, field: str) -> int | None:

@@ -7,6 +7,7 @@ from pipeline.config import to_yaml
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.hooks.pictures import pictures_due
 from pipeline.monitor import peak_memory
+from pipeline.optim import rates_of_parts
 from pipeline.pace import Pace
 from pipeline.report import about, hyperparameters, rising_rate
 from pipeline.run import Run
@@ -134,9 +135,11 @@ class Records(Hook):
         }
         trainer.seconds["checkpoint"] = 0.0
         trainer.monitor.scalars(run.done_steps, run.epochs_done, values)
+        own_rates = rates_of_parts(run.optimizer, run.config.optim, result.learning_rate)
+        parts = f" ({', '.join(f'{part} {rate:.4g}' for part, rate in own_rates.items())})" if own_rates else ""
         few = f" ({counted(score.images, 'image')})" if score.images < run.config.optim.batch_size else ""
         trainer.monitor.say(
-            f"{run.position}: loss {score.loss:.4f}, {score.text()}{few}, lr {result.learning_rate:.4g}, "
+            f"{run.position}: loss {score.loss:.4f}, {score.text()}{few}, lr {result.learning_rate:.4g}{parts}, "
             f"{speed:.1f} images/s{each}, {100 * waiting:.0f} % waiting for data, "
             f"{self._pace.text(run.done_steps)}"
         )

@@ -109,7 +109,6 @@ def main() -> None:
     config = load_config(options.config).data if options.config else DataConfig()
     threads = options.threads or config.threads or available_cores()
     config = dataclasses.replace(config, interpolation=options.interpolation or config.interpolation, threads=threads)
-    torch.set_num_threads(max(1, available_cores() - threads))  # more would only take the loader's cores from it
     keep_freed_memory()  # as training on CPU does
     workload = Workload(open_images(Path(options.dir), options.images, output), config, threads, options.batch_size)
 
@@ -117,6 +116,7 @@ def main() -> None:
     fidelity = measure_fidelity(workload)
     contact_sheet(workload, output / "contact-sheet.png")
     print(f"timing the loaders: {options.repeats} repetitions after one that warms up", flush=True)
+    torch.set_num_threads(max(1, available_cores() - threads))  # more would only take the loader's cores from it
     speed, stages = measure_speed(workload, options.repeats)
 
     dali = [package.name for package in importlib.metadata.distributions() if package.name.startswith("nvidia-dali")]
@@ -267,11 +267,13 @@ def measure_fidelity(workload: Workload) -> list[dict[str, Any]]:
 def against_reference(
     operator: str, workload: Workload, plans: list[BatchPlan], resize: Interpolation, colored: bool
 ) -> list[dict[str, Any]]:
-    rows = []
-    for name in [*fast_pipelines(), TORCHVISION]:
-        expected = images(workload, REFERENCE, plans, resize, colored)
-        rows.append(row(operator, name, images(workload, name, plans, resize, colored), expected, plans))
-    return rows
+    """Rows of all image pipelines, which go through the plans together, so that the reference, the slowest, does so once."""
+    found = {name: Differences() for name in [*fast_pipelines(), TORCHVISION]}
+    batches = [images(workload, name, plans, resize, colored) for name in [REFERENCE, *found]]
+    for plan, (expected, *actual) in zip(plans, zip(*batches, strict=True), strict=True):
+        for differences, ours in zip(found.values(), actual, strict=True):
+            differences.add(ours, expected, frame_widths(plan))
+    return [{"operator": operator, "image_pipeline": name, **found[name].result()} for name in found]
 
 
 def row(

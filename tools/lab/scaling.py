@@ -235,7 +235,8 @@ def _line(rows: list[dict[str, Any]]) -> Line | None:
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, ...]:
-    compiled = () if row["compile"] == "none" else (f"compiled ({row['compile']})",)
+    how = {"none": "", "graphs": "CUDA graphs"}.get(row["compile"], f"compiled ({row['compile']})")
+    compiled = (how,) if how else ()
     return row["implementation"], row["memory_format"], *compiled
 
 

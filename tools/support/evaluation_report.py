@@ -31,7 +31,8 @@ from tools.support.report_page import (
 def result_to_text(result: dict[str, Any], named: bool = False) -> str:
     """What the command prints about one network; `named` where it is one of several."""
     name = [f"{result['name']}:"] if named else []
-    return "\n".join([*name, *_lines(result)])
+    which = ", ".join(filter(None, (result["trained"], result["note"])))
+    return "\n".join([*name, *([f"{result['weights']}: {which}"] if which else []), *_lines(result)])
 
 
 def comparisons_to_text(summary: dict[str, Any]) -> str:
@@ -187,11 +188,11 @@ def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> No
 
 def _origin(r: dict[str, Any]) -> dict[str, str]:
     """Where a network's weights come from."""
-    done, planned = r["epochs"], r["epochs_planned"]
     return {
         "file": f"{r['weights']} (SHA-256 {r['sha256'][:16]}...)",
         "model": f"{r['model']}, {r['parameters']:,} parameters",
-        "trained for": "not recorded in the file" if done is None else f"{counted(done, 'whole epoch')} of {planned}",
+        "trained up to": r["trained"] or "not recorded in the file",
+        **({"weights": r["note"]} if r["note"] else {}),
     }
 
 
@@ -218,7 +219,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
         lines.append(f"begun with {r['begun_with']}")
     if r["training"]:
         lines.append(f"recipe: {r['training']}")
-    return [f"{r['weights']}: {r['note']}", *lines] if r["note"] else lines
+    return lines
 
 
 def _of_colors(numbers: Sequence[float]) -> str:

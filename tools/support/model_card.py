@@ -35,7 +35,7 @@ def model_card(weights: Weights, file: Path) -> str:
         ["classes", ", ".join(weights.classes[:FEW]) + (", ..." if len(weights.classes) > FEW else "")],
         ["trained on", _images_text(weights)],
         ["begun with", origin_text(config.model) if config.model.weights else "drawn weights"],
-        ["trained for", _epochs_text(weights)],
+        ["trained up to", weights.trained or "not known"],
         ["training", weights.audit or "not known"],
     ]
     if weights.audit is None and not config.model.weights:
@@ -59,13 +59,6 @@ def _images_text(weights: Weights) -> str:
     if weights.config.data.holdout:
         return f"{counted(training, 'image')}; {validation:,} more of the training set were held out to validate on"
     return f"{counted(training, 'image')}; validated on {validation:,} others"
-
-
-def _epochs_text(weights: Weights) -> str:
-    """How long these weights were trained, of which the audit has the plan."""
-    if weights.epochs is None:
-        return "not known"
-    return f"{counted(weights.epochs, 'whole epoch')} of {weights.config.optim.epochs} planned when they were saved"
 
 
 def _numbers(values: tuple[float, ...]) -> str:
