@@ -125,6 +125,7 @@ TILES = {
     ),
 }
 BOTTLENECK_BACKWARD = "one"  # or "split": norm2's gradient by a kernel of its own
+CONV3X3_BACKWARD_DATA = "persistent"  # or "pipelined"
 POINT = 4096  # numbers of a tile of what has no product
 POINT_CHANNELS = 32  # of such a tile at most
 SUMS = dict(BLOCK_T=1024, BLOCK_C=2, warps=8)  # tiles and channels of a program that adds up partial sums
@@ -492,8 +493,10 @@ class _Launches:
     ) -> None:  # fmt: skip
         persistent, (growth, *_, width) = self.tiles.conv3x3_backward_data_persistent, weight.shape
         sizes: tuple[int, ...] = (self.pixels, self.height, self.width, width, growth)
+        own: dict[str, Any] = {}
         if persistent is not None and growth <= persistent.block_k:
-            tile, kernel = persistent, "conv3x3_backward_data_persistent"
+            tile, kernel = persistent, f"conv3x3_backward_data_{CONV3X3_BACKWARD_DATA}"
+            own = dict(STAGES=tile.stages) if CONV3X3_BACKWARD_DATA == "pipelined" else {}
             blocks = _blocks(width, _fitting(tile.block_n, width))
             partials, tiles = self._ranges(tile, blocks)
             grid, sizes = (blocks, partials), (*sizes, tiles)
@@ -505,7 +508,7 @@ class _Launches:
         partial = self.floats(partials, 2, width)
         launch(
             kernel, grid, gradient, weight, b, *norm, dz, partial, *sizes, BLOCK_P=tile.block_p,
-            BLOCK_N=_fitting(tile.block_n, width), BLOCK_K=_fitting(tile.block_k, growth), **self._product(tile),
+            BLOCK_N=_fitting(tile.block_n, width), BLOCK_K=_fitting(tile.block_k, growth), **own, **self._product(tile),
         )  # fmt: skip
         self._reduce_own_norm(partial, norm, dgamma, dbeta, coefficients)
 

@@ -460,6 +460,48 @@ def conv3x3_backward_data_persistent(
 
 
 @jit
+def conv3x3_backward_data_pipelined(
+    gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
+    tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As conv3x3_backward_data, for features that fit BLOCK_K.
+
+    A program takes a range of `tiles` tiles; its weights stay in shared memory. Sums are kept for each pixel of a tile, and
+    added up in the end: so the warps do not wait for each other.
+    """
+    n, part, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1), tl.arange(0, BLOCK_K)
+    present, w = (n < channels)[None, :], ()
+    for tap in tl.static_range(9):
+        taps = weight + (k[:, None] * 9 + tap) * channels + n[None, :]
+        w += (tl.load(taps, mask=present & (k < features)[:, None], other=0.0),)  # type: ignore[assignment]
+    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
+    centre = tl.load(mean + n, mask=n < channels, other=0.0)
+    s, q = tl.zeros((BLOCK_P, BLOCK_N), tl.float32), tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    own = tl.arange(0, BLOCK_P)
+    at, near = own[:, None] * channels + n[None, :], own[:, None] * features + k[None, :]
+    for t in tl.range(0, tiles, num_stages=STAGES):  # so that b is loaded ahead, too, though no product takes it
+        start = (part * tiles + t) * BLOCK_P
+        p, row = start + own, start.to(tl.int64)
+        i, j = p // width % height, p % width
+        total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+        for tap in tl.static_range(9):
+            y, x = 1 - tap // 3, 1 - tap % 3
+            inside = (p < pixels) & (i + y >= 0) & (i + y < height) & (j + x >= 0) & (j + x < width)
+            mask = inside[:, None] & (k < features)[None, :]
+            g = tl.load(gradient + (row + y * width + x) * features + near, mask=mask, other=0.0)
+            total = tl.dot(g, w[tap], total, input_precision=PRECISION)
+        inside = (p < pixels)[:, None] & present
+        v = tl.load(b + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = tl.where(v * scale[None, :] + shift[None, :] > 0, total, 0.0).to(dz.dtype.element_ty)
+        tl.store(dz + row * channels + at, rounded, mask=inside)
+        s += rounded.to(tl.float32)
+        q += rounded.to(tl.float32) * (v - centre[None, :])
+    sum_dz, centred_sum = _sum_two(s, q)
+    _store_two(partial, part, sum_dz, centred_sum, n, channels)
+
+
+@jit
 def conv3x3_backward_weights(
     b, mean, variance, gamma, beta, eps, gradient, partial, pixels, height, width, channels, features, tiles,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,

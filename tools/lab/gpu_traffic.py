@@ -85,6 +85,10 @@ TRAFFIC = {
         f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
         "dz:pixels*channels partial:2*tiles*channels",
     ),
+    "conv3x3_backward_data_pipelined": (
+        f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
+        "dz:pixels*channels partial:2*ranges*channels",
+    ),
     "conv3x3_backward_data_persistent": (
         f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
         "dz:pixels*channels partial:2*ranges*channels",
