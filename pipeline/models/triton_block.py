@@ -125,6 +125,8 @@ TILES = {
     ),
 }
 BOTTLENECK_BACKWARD = "one"  # or "split": norm2's gradient by a kernel of its own
+BOTTLENECK_FORWARD = "one"  # or "folded": norm1 as scale and shift by a kernel of its own
+FOLDED = 128  # channels of a program of it
 CONV3X3_BACKWARD_DATA = "persistent"  # or "pipelined"
 POINT = 4096  # numbers of a tile of what has no product
 POINT_CHANNELS = 32  # of such a tile at most
@@ -427,6 +429,17 @@ class _Launches:
         tile, width = self.tiles.bottleneck_forward, out.shape[1]
         tiles, block_n = _blocks(self.pixels, tile.block_p), _fitting(tile.block_n, width)
         partial = None if moments is None else self.floats(tiles, 2, width)
+        if BOTTLENECK_FORWARD == "folded":
+            scale, shift = self.floats(2, channels)
+            launch("fold_norm", (_blocks(channels, FOLDED),), *norm, scale, shift, channels, BLOCK_C=FOLDED)
+            launch(
+                "bottleneck_forward_folded", (tiles, _blocks(width, block_n)),
+                maps, maps.stride(0), scale, shift, weight, out, partial, self.pixels, channels, width,
+                MEASURE=moments is not None,
+                BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=tile.block_k, **self._product(tile),
+            )  # fmt: skip
+            self._reduce_moments(partial, tile.block_p, moments)
+            return
         launch(
             "bottleneck_forward", (tiles, _blocks(width, block_n)),
             maps, maps.stride(0), *norm, weight, out, partial, self.pixels, channels, width, MEASURE=moments is not None,

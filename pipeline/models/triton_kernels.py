@@ -228,6 +228,43 @@ def bottleneck_forward(
 
 
 @jit
+def fold_norm(mean, variance, gamma, beta, eps, scale, shift, channels, BLOCK_C: tl.constexpr):
+    """A batch norm as x * scale + shift, for kernels that loop over channels. A program takes BLOCK_C of them."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    gain, offset = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
+    tl.store(scale + c, gain, mask=c < channels)
+    tl.store(shift + c, offset, mask=c < channels)
+
+
+@jit
+def bottleneck_forward_folded(
+    x, ldx, scale, shift, weight, out, partial, pixels, channels, features,
+    MEASURE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [pixels][features] = relu(x scale + shift) weight', with weight [features][channels]; partial moments of out."""
+    tile = tl.program_id(0)
+    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = x + p[:, None].to(tl.int64) * ldx
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(0, channels, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        gain, offset = (
+            tl.load(scale + c, mask=c < channels, other=0.0),
+            tl.load(shift + c, mask=c < channels, other=0.0),
+        )
+        v = tl.load(row + c[None, :], mask=(p < pixels)[:, None] & (c < channels)[None, :], other=0.0)
+        a = _factor(_relu(v.to(tl.float32) * gain[None, :] + offset[None, :]).to(v.dtype), PRECISION)
+        present = (n < features)[None, :] & (c < channels)[:, None]
+        w = tl.load(weight + n[None, :] * channels + c[:, None], mask=present, other=0.0)
+        total = tl.dot(a, w, total, input_precision=PRECISION)
+    b = total.to(out.dtype.element_ty)
+    at = out + p[:, None].to(tl.int64) * features + n[None, :]
+    tl.store(at, b, mask=(p < pixels)[:, None] & (n < features)[None, :])
+    if MEASURE:
+        _store_moments(partial, tile, b.to(tl.float32), p < pixels, pixels, n, features, BLOCK_P)
+
+
+@jit
 def norm_forward(
     b, mean, variance, gamma, beta, eps, out, pixels, channels,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -55,6 +55,11 @@ TRAFFIC = {
         "dgamma:channels dbeta:channels coefficients:3*channels",
     ),
     "reduce_weights": ("partial:splits*numbers", "out:numbers"),
+    "fold_norm": (_NORM, "scale:channels shift:channels"),
+    "bottleneck_forward_folded": (
+        "x:pixels*channels weight:features*channels scale:channels shift:channels",
+        "out:pixels*features partial:2*tiles*features",
+    ),
     "bottleneck_forward": (
         f"x:pixels*channels weight:features*channels {_NORM}",
         "out:pixels*features partial:2*tiles*features",
