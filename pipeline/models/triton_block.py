@@ -1,7 +1,7 @@
 """The fused dense block for CUDA: Triton kernels that compute batch norm and ReLU inside the convolutions.
 
-No GPU has run it: neither its results nor its speed on one are known. Triton's interpreter has run every kernel on CPU, and
-Triton has compiled them for the architectures of `TILES` (tests/test_triton_block.py).
+It ran on an H200 (2026-11-26): right in fp32, tf32, bf16 and fp16 (`tools.gpu`). Triton's interpreter has run every kernel
+on CPU, and Triton has compiled them for the architectures of `TILES` (tests/test_triton_block.py).
 
 In float32, or with maps and their gradients in bfloat16 or float16, as under torch's autocast. Products add up in float32;
 parameters, their gradients and statistics are float32. A product of float32 uses TF32 where torch's own convolutions do.
@@ -30,7 +30,7 @@ from pipeline.models.stage import (
     update_running_statistics,
 )
 
-AUTOMATIC = False  # nobody has measured it on a GPU
+AUTOMATIC = False  # its speed beside the others' has not been measured on a GPU
 
 HALVES = torch.bfloat16, torch.float16
 LOWEST_CAPABILITY = 8, 0  # bfloat16 and TF32
@@ -48,7 +48,6 @@ class Tile(NamedTuple):
         programs: of a kernel that splits the pixels, so many for a multiprocessor, as its registers allow.
         warps: of 32 threads, in a program.
         registers: of a thread at most; None leaves it to the compiler.
-        kernel: another kernel for the same task.
     """
 
     block_p: int
@@ -58,7 +57,6 @@ class Tile(NamedTuple):
     programs: int = 1
     warps: int = 8
     registers: int | None = None
-    kernel: str = ""
 
 
 class Tiles(NamedTuple):
@@ -69,7 +67,7 @@ class Tiles(NamedTuple):
     conv3x3_backward_data: Tile
     conv3x3_backward_weights: Tile
     bottleneck_backward: Tile
-    bottleneck_backward_weights: Tile | None = None  # where that is a kernel of its own
+    conv3x3_backward_data_persistent: Tile | None = None  # for as many features as its block_k; None: never
 
 
 MULTIPROCESSORS = {
@@ -80,7 +78,7 @@ MULTIPROCESSORS = {
 _IEEE = Tiles(
     bottleneck_forward=Tile(64, 64, 32, stages=2),
     conv3x3_forward=Tile(128, 32, 32, stages=2),
-    conv3x3_backward_data=Tile(64, 64, 32, stages=2),
+    conv3x3_backward_data=Tile(64, 64, 16, stages=2),
     conv3x3_backward_weights=Tile(32, 32, 64, stages=2, programs=2),
     bottleneck_backward=Tile(32, 64, 32, stages=1),
 )
@@ -93,32 +91,47 @@ _TF32 = Tiles(
 )
 _HALF = Tiles(
     bottleneck_forward=Tile(128, 128, 32, stages=3),
-    conv3x3_forward=Tile(128, 32, 64, stages=2),
-    conv3x3_backward_data=Tile(64, 128, 32, stages=3),
+    conv3x3_forward=Tile(128, 32, 64, stages=3),
+    conv3x3_backward_data=Tile(64, 64, 32, stages=3, warps=4),
     conv3x3_backward_weights=Tile(64, 32, 128, stages=3, programs=2),
     bottleneck_backward=Tile(64, 128, 32, stages=2),
 )
-# By architecture and by how float32 or halves are multiplied. Chosen by what they compile to (tools/lab/gpu_kernels.py): no
-# spills, and where possible two programs a multiprocessor. No GPU has timed them.
+# By architecture and by how float32 or halves are multiplied. Those of 9.0 for halves are the fastest of a sweep on an H200
+# in bfloat16 (tools/lab/gpu_tiles.py, 2026-11-26). The others are chosen by what they compile to (tools/lab/gpu_kernels.py):
+# no spills, and where possible two programs a multiprocessor; no GPU has timed them.
 TILES = {
     (80, "ieee"): _IEEE,
     (80, "tf32"): _TF32,
     (80, "half"): _HALF,
     (90, "ieee"): _IEEE,
     (90, "tf32"): _TF32._replace(bottleneck_backward=Tile(64, 128, 32, stages=1)),
-    (90, "half"): _HALF._replace(bottleneck_backward=Tile(64, 128, 64, stages=2)),
+    (90, "half"): Tiles(
+        bottleneck_forward=Tile(128, 128, 32, stages=3, warps=4),
+        conv3x3_forward=Tile(128, 32, 64, stages=3),
+        conv3x3_backward_data=Tile(64, 128, 32, stages=3, warps=4),
+        conv3x3_backward_data_persistent=Tile(32, 128, 32, stages=2, programs=2, warps=4),
+        conv3x3_backward_weights=Tile(64, 32, 128, stages=3, programs=2),
+        bottleneck_backward=Tile(32, 128, 128, stages=3),
+    ),
     (100, "ieee"): _IEEE._replace(conv3x3_forward=Tile(128, 32, 16, stages=2)),
-    (100, "tf32"): _TF32._replace(conv3x3_forward=Tile(128, 32, 16, stages=2)),
+    (100, "tf32"): _TF32._replace(
+        conv3x3_forward=Tile(128, 32, 16, stages=2),
+        conv3x3_backward_weights=Tile(32, 32, 128, stages=1, programs=2),  # Triton 3.6 does not compile it with more
+    ),
     (100, "half"): _HALF._replace(
         bottleneck_forward=Tile(64, 128, 64, stages=2),  # with 32 channels float16's spills
-        conv3x3_forward=Tile(128, 32, 32, stages=2),
+        conv3x3_backward_weights=Tile(64, 32, 128, stages=1, programs=2),  # as for tf32
         bottleneck_backward=Tile(64, 128, 32, stages=1, programs=2),
     ),
 }
+BOTTLENECK_BACKWARD = "one"  # or "split": norm2's gradient by a kernel of its own
+BOTTLENECK_FORWARD = "one"  # or "folded": norm1 as scale and shift by a kernel of its own
+FOLDED = 128  # channels of a program of it
+CONV3X3_BACKWARD_DATA = "persistent"  # or "pipelined"
 POINT = 4096  # numbers of a tile of what has no product
-POINT_CHANNELS = 64  # of such a tile at most
-SUMS = dict(BLOCK_T=512, BLOCK_C=8, warps=8)  # tiles and channels of a program that adds up partial sums
-NUMBERS = dict(BLOCK_T=8, BLOCK=256)  # of a program that adds up the weights' gradients
+POINT_CHANNELS = 32  # of such a tile at most
+SUMS = dict(BLOCK_T=1024, BLOCK_C=2, warps=8)  # tiles and channels of a program that adds up partial sums
+NUMBERS = dict(BLOCK_T=16, BLOCK=256)  # of a program that adds up the weights' gradients
 
 
 def refusal(device: torch.device) -> str:
@@ -256,6 +269,7 @@ class _Stage(Function):
 
         run.copy_and_measure(x, maps, measured(0, channels))
         bottlenecks: list[Tensor] = []
+        d = run.maps(run.pixels, width)  # of one layer after the other; the backward pass computes it again
         for i, (layer, (weight1, weight2)) in enumerate(zip(stage.layers, weights, strict=True)):
             gamma1, beta1, _, gamma2, beta2, _ = parameters[6 * i : 6 * i + 6]
             if keep or not bottlenecks:
@@ -265,7 +279,7 @@ class _Stage(Function):
             run.bottleneck_forward(
                 maps, channels, norm1, weight1, bottleneck, measured(channels_out + i * width, width)
             )
-            run.conv3x3_forward(bottleneck, norm2, weight2, maps[:, channels:], measured(channels, growth))
+            run.conv3x3_forward(bottleneck, norm2, weight2, d, maps[:, channels:], measured(channels, growth))
             channels += growth
         out = run.images_of(channels, run.height // stage.pool[0], run.width // stage.pool[1])
         run.pool_forward(maps, _norm(stage.norm, moments, *parameters[-2:]), stage.pool, out)
@@ -415,6 +429,17 @@ class _Launches:
         tile, width = self.tiles.bottleneck_forward, out.shape[1]
         tiles, block_n = _blocks(self.pixels, tile.block_p), _fitting(tile.block_n, width)
         partial = None if moments is None else self.floats(tiles, 2, width)
+        if BOTTLENECK_FORWARD == "folded":
+            scale, shift = self.floats(2, channels)
+            launch("fold_norm", (_blocks(channels, FOLDED),), *norm, scale, shift, channels, BLOCK_C=FOLDED)
+            launch(
+                "bottleneck_forward_folded", (tiles, _blocks(width, block_n)),
+                maps, maps.stride(0), scale, shift, weight, out, partial, self.pixels, channels, width,
+                MEASURE=moments is not None,
+                BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=tile.block_k, **self._product(tile),
+            )  # fmt: skip
+            self._reduce_moments(partial, tile.block_p, moments)
+            return
         launch(
             "bottleneck_forward", (tiles, _blocks(width, block_n)),
             maps, maps.stride(0), *norm, weight, out, partial, self.pixels, channels, width, MEASURE=moments is not None,
@@ -422,22 +447,21 @@ class _Launches:
         )  # fmt: skip
         self._reduce_moments(partial, tile.block_p, moments)
 
-    def conv3x3_forward(self, b: Tensor, norm: _Norm, weight: Tensor, out: Tensor, moments: Tensor | None) -> None:
+    def conv3x3_forward(
+        self, b: Tensor, norm: _Norm, weight: Tensor, d: Tensor, out: Tensor, moments: Tensor | None
+    ) -> None:
+        """`d` is memory for relu(norm(b))."""
         tile, (growth, *_, width) = self.tiles.conv3x3_forward, weight.shape
-        kernel, _, apart = (tile.kernel or "conv3x3_forward").partition("+")
-        if apart:
-            grid, point = _point(self.pixels, width)
-            d = torch.empty_like(b)
-            launch("normalise", grid, b, *norm, d, self.pixels, width, PRECISION=self.precision, **point)
-            b = d
-        rows = tile.block_p - 2 if "rows" in kernel else tile.block_p
-        tiles, block_n = _blocks(self.pixels, rows), _fitting(tile.block_n, growth)
+        grid, point = _point(self.pixels, width)
+        launch("norm_forward", grid, b, *norm, d, self.pixels, width, PRECISION=self.precision, **point)
+        rows, block_n = tile.block_p - 2, _fitting(tile.block_n, growth)
+        tiles = _blocks(self.pixels, rows)
         partial = None if moments is None else self.floats(tiles, 2, growth)
         launch(
-            kernel, (tiles, _blocks(growth, block_n)),
-            b, *norm, weight, out, out.stride(0), partial, self.pixels, self.height, self.width, width, growth,
-            MEASURE=moments is not None, NORM=not apart, BLOCK_P=tile.block_p, BLOCK_N=block_n,
-            BLOCK_K=_fitting(tile.block_k, width), **self._product(tile),
+            "conv3x3_forward", (tiles, _blocks(growth, block_n)),
+            d, weight, out, out.stride(0), partial, self.pixels, self.height, self.width, width, growth,
+            MEASURE=moments is not None, BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=_fitting(tile.block_k, width),
+            **self._product(tile),
         )  # fmt: skip
         self._reduce_moments(partial, rows, moments)
 
@@ -480,20 +504,24 @@ class _Launches:
         self, gradient: Tensor, weight: Tensor, b: Tensor, norm: _Norm, dz: Tensor, dgamma: Tensor, dbeta: Tensor,
         coefficients: Tensor,
     ) -> None:  # fmt: skip
-        tile, (growth, *_, width) = self.tiles.conv3x3_backward_data, weight.shape
-        size = self.pixels, self.height, self.width, width, growth
-        block_n, block_k = _fitting(tile.block_n, width), _fitting(tile.block_k, growth)
-        partials, blocks = _blocks(self.pixels, tile.block_p), _blocks(width, block_n)
+        persistent, (growth, *_, width) = self.tiles.conv3x3_backward_data_persistent, weight.shape
+        sizes: tuple[int, ...] = (self.pixels, self.height, self.width, width, growth)
         own: dict[str, Any] = {}
-        if tile.kernel == "conv3x3_backward_data_ahead" and growth <= block_k:
-            kernel, (partials, tiles) = tile.kernel, self._ranges(tile, blocks)
-            size = *size, tiles
+        if persistent is not None and growth <= persistent.block_k:
+            tile, kernel = persistent, f"conv3x3_backward_data_{CONV3X3_BACKWARD_DATA}"
+            own = dict(STAGES=tile.stages) if CONV3X3_BACKWARD_DATA == "pipelined" else {}
+            blocks = _blocks(width, _fitting(tile.block_n, width))
+            partials, tiles = self._ranges(tile, blocks)
+            grid, sizes = (blocks, partials), (*sizes, tiles)
         else:
-            kernel, own = "conv3x3_backward_data", dict(EARLY=tile.kernel == "early")
+            tile, kernel = self.tiles.conv3x3_backward_data, "conv3x3_backward_data"
+            blocks = _blocks(width, _fitting(tile.block_n, width))
+            partials = _blocks(self.pixels, tile.block_p)
+            grid = partials, blocks
         partial = self.floats(partials, 2, width)
         launch(
-            kernel, (partials, blocks), gradient, weight, b, *norm, dz, partial, *size,
-            **own, BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=block_k, **self._product(tile),
+            kernel, grid, gradient, weight, b, *norm, dz, partial, *sizes, BLOCK_P=tile.block_p,
+            BLOCK_N=_fitting(tile.block_n, width), BLOCK_K=_fitting(tile.block_k, growth), **own, **self._product(tile),
         )  # fmt: skip
         self._reduce_own_norm(partial, norm, dgamma, dbeta, coefficients)
 
@@ -515,47 +543,33 @@ class _Launches:
         weight: Tensor, dweight: Tensor, dgamma: Tensor, dbeta: Tensor, sums: Tensor,
     ) -> None:  # fmt: skip
         tile, width = self.tiles.bottleneck_backward, b.shape[1]
-        if self.tiles.bottleneck_backward_weights is not None and width <= tile.block_n:
-            block_c = _fitting(tile.block_k, channels)
-            tiles = _blocks(self.pixels, tile.block_p)
-            partial = self.floats(tiles, 2, channels)
-            launch(
-                "bottleneck_backward_data", (tiles,),
-                dz, b, coefficients, maps, map_gradient, maps.stride(0), *norm, weight, partial, self.pixels, channels,
-                width, BLOCK_P=tile.block_p, BLOCK_N=_fitting(tile.block_n, width), BLOCK_C=block_c, **self._product(tile),
-            )  # fmt: skip
-            self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)
-            self.bottleneck_backward_weights(dz, maps, channels, norm, dweight)
-            return
         block_c, block_n = _fitting(tile.block_k, channels), _fitting(tile.block_n, width)
         blocks, parts = _blocks(channels, block_c), _blocks(width, block_n)
         ranges, tiles = self._ranges(tile, blocks)
         weight_partial, partial = self.floats(ranges, width, channels), self.floats(parts * ranges, 2, channels)
+        if BOTTLENECK_BACKWARD == "split":
+            grid, point = _point(self.pixels, width)
+            launch(
+                "norm_backward", grid, dz, b, coefficients, self.pixels, width, PRECISION=self.precision, **point
+            )  # fmt: skip
+            for part in range(parts):
+                launch(
+                    "bottleneck_backward_split", (blocks, ranges),
+                    dz, maps, map_gradient, maps.stride(0), *norm, weight, weight_partial, partial[part * ranges :],
+                    self.pixels, channels, width, part * block_n, tiles,
+                    BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, STAGES=tile.stages,
+                    **self._product(tile),
+                )  # fmt: skip
+            parts = 0
         for part in range(parts):  # the gradient of a wide bottleneck's input adds up over parts of it
             launch(
-                tile.kernel or "bottleneck_backward", (blocks, ranges),
+                "bottleneck_backward", (blocks, ranges),
                 dz, b, coefficients, maps, map_gradient, maps.stride(0), *norm, weight, weight_partial,
                 partial[part * ranges :], self.pixels, channels, width, part * block_n, tiles,
                 BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, **self._product(tile),
             )  # fmt: skip
         self._reduce_weights(weight_partial, dweight)
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)
-
-    def bottleneck_backward_weights(
-        self, db: Tensor, maps: Tensor, channels: int, norm: _Norm, dweight: Tensor
-    ) -> None:
-        tile, width = self.tiles.bottleneck_backward_weights, db.shape[1]
-        assert tile is not None
-        block_c, block_n = _fitting(tile.block_k, channels), _fitting(tile.block_n, width)
-        blocks, parts = _blocks(channels, block_c), _blocks(width, block_n)
-        ranges, tiles = self._ranges(tile, blocks * parts)
-        partial = self.floats(ranges, width, channels)
-        launch(
-            "bottleneck_backward_weights", (blocks, ranges, parts),
-            db, maps, maps.stride(0), *norm, partial, self.pixels, channels, width, tiles,
-            BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, **self._product(tile),
-        )  # fmt: skip
-        self._reduce_weights(partial, dweight)
 
     def _product(self, tile: Tile) -> dict[str, Any]:
         return dict(PRECISION=self.precision, warps=tile.warps, stages=tile.stages, registers=tile.registers)

@@ -1,6 +1,6 @@
 """The Triton kernels of triton_block.py. The formulas and names are those of kernels/ALGEBRA.md.
 
-No GPU has run them. Triton's interpreter has, and Triton compiles them for compute capabilities 8.0, 9.0 and 10.0.
+Triton's interpreter runs them on CPU, and Triton compiles them for compute capabilities 8.0, 9.0 and 10.0.
 
 All activations are matrices [pixels][channels] in the dtype of the maps; a row starts every `ldx` elements, where a kernel
 has an `ldx`, else every `channels`. Products add up in float32. Statistics, gamma and beta are float32.
@@ -49,14 +49,11 @@ def _factor(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_moments(partial, tile, values, p, pixels, c, channels, BLOCK_P: tl.constexpr):
-    """A tile's sum, and its sum of squares about its own mean: partial [tile][2][channels]."""
-    _store_moments_of(partial, tile, values, p < pixels, pixels, c, channels, BLOCK_P)
+def _store_moments(partial, tile, values, inside, pixels, c, channels, ROWS: tl.constexpr):
+    """The sum of a tile's rows that are inside, and of their squares about its own mean: partial [tile][2][channels].
 
-
-@triton.jit
-def _store_moments_of(partial, tile, values, inside, pixels, c, channels, ROWS: tl.constexpr):
-    """Of the rows that are inside. A tile has ROWS of them, the last one fewer."""
+    A tile has ROWS such rows, the last one fewer.
+    """
     total = tl.sum(tl.where(inside[:, None], values, 0.0), 0)
     rows = tl.minimum(pixels - tile * ROWS, ROWS).to(tl.float32)
     centred = tl.where(inside[:, None], values - (total / rows)[None, :], 0.0)
@@ -65,7 +62,7 @@ def _store_moments_of(partial, tile, values, inside, pixels, c, channels, ROWS: 
 
 @triton.jit
 def _sum_two(first, second):
-    """Both sums over pixels at once, which waits for all warps once."""
+    """Both sums over pixels; as one they wait for all warps once."""
     return tl.split(tl.sum(tl.join(first, second), 0))
 
 
@@ -73,6 +70,16 @@ def _sum_two(first, second):
 def _store_two(partial, tile, first, second, c, channels):
     tl.store(partial + 2 * tile * channels + c, first, mask=c < channels)
     tl.store(partial + (2 * tile + 1) * channels + c, second, mask=c < channels)
+
+
+@triton.jit
+def _store_dz(da, x, scale, shift, centre, out, at, inside):
+    """out = dz = da where norm(x) > 0; gives its sums, of the rounded numbers, and of it times x - mean."""
+    x = x.to(tl.float32)
+    dz = tl.where(inside & (x * scale[None, :] + shift[None, :] > 0), da, 0.0).to(out.dtype.element_ty)
+    tl.store(out + at, dz, mask=inside)
+    dz = dz.to(tl.float32)
+    return _sum_two(dz, dz * (x - centre[None, :]))
 
 
 @triton.jit
@@ -97,15 +104,12 @@ def _store_norm_gradients(sum_dz, centred_sum, variance, eps, dgamma, dbeta, c, 
 
 
 @triton.jit
-def _add_to_map_gradient(da, x, z, mean, gamma, G, at, c, channels, inside, FIRST: tl.constexpr):
-    """G += gamma dz, with dz = da where z > 0; gives the tile's sums of dz and of dz (x - mean)."""
+def _store_map_gradient(da, x, z, mean, gamma, G, at, c, channels, inside):
+    """G = gamma dz, with dz = da where z > 0; gives the tile's sums of dz and of dz (x - mean)."""
     dz = tl.where(inside & (z > 0), da, 0.0)
-    total = dz * tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
-    if not FIRST:
-        total += tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(G + at, total.to(G.dtype.element_ty), mask=inside)
-    centred = x - tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
-    return tl.sum(dz, 0), tl.sum(dz * centred, 0)
+    gain = tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
+    tl.store(G + at, (dz * gain).to(G.dtype.element_ty), mask=inside)
+    return _sum_two(dz, dz * (x - tl.load(mean + c, mask=c < channels, other=0.0)[None, :]))
 
 
 # Sums of partial sums. A program takes BLOCK_C channels, or BLOCK numbers.
@@ -195,7 +199,7 @@ def copy_and_measure(
     if COPY:
         tl.store(out + row * ldout + c[None, :], values, mask=inside)
     if MEASURE:
-        _store_moments(partial, tile, values.to(tl.float32), p, pixels, c, channels, BLOCK_P)
+        _store_moments(partial, tile, values.to(tl.float32), p < pixels, pixels, c, channels, BLOCK_P)
 
 
 @jit
@@ -220,43 +224,95 @@ def bottleneck_forward(
     at = out + p[:, None].to(tl.int64) * features + n[None, :]
     tl.store(at, b, mask=(p < pixels)[:, None] & (n < features)[None, :])
     if MEASURE:
-        _store_moments(partial, tile, b.to(tl.float32), p, pixels, n, features, BLOCK_P)
+        _store_moments(partial, tile, b.to(tl.float32), p < pixels, pixels, n, features, BLOCK_P)
+
+
+@jit
+def fold_norm(mean, variance, gamma, beta, eps, scale, shift, channels, BLOCK_C: tl.constexpr):
+    """A batch norm as x * scale + shift, for kernels that loop over channels. A program takes BLOCK_C of them."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    gain, offset = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
+    tl.store(scale + c, gain, mask=c < channels)
+    tl.store(shift + c, offset, mask=c < channels)
+
+
+@jit
+def bottleneck_forward_folded(
+    x, ldx, scale, shift, weight, out, partial, pixels, channels, features,
+    MEASURE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [pixels][features] = relu(x scale + shift) weight', with weight [features][channels]; partial moments of out."""
+    tile = tl.program_id(0)
+    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = x + p[:, None].to(tl.int64) * ldx
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(0, channels, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        gain, offset = (
+            tl.load(scale + c, mask=c < channels, other=0.0),
+            tl.load(shift + c, mask=c < channels, other=0.0),
+        )
+        v = tl.load(row + c[None, :], mask=(p < pixels)[:, None] & (c < channels)[None, :], other=0.0)
+        a = _factor(_relu(v.to(tl.float32) * gain[None, :] + offset[None, :]).to(v.dtype), PRECISION)
+        present = (n < features)[None, :] & (c < channels)[:, None]
+        w = tl.load(weight + n[None, :] * channels + c[:, None], mask=present, other=0.0)
+        total = tl.dot(a, w, total, input_precision=PRECISION)
+    b = total.to(out.dtype.element_ty)
+    at = out + p[:, None].to(tl.int64) * features + n[None, :]
+    tl.store(at, b, mask=(p < pixels)[:, None] & (n < features)[None, :])
+    if MEASURE:
+        _store_moments(partial, tile, b.to(tl.float32), p < pixels, pixels, n, features, BLOCK_P)
+
+
+@jit
+def norm_forward(
+    b, mean, variance, gamma, beta, eps, out, pixels, channels,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = relu(norm(b)), as a factor of a product."""
+    p, c = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside, at = (p < pixels)[:, None] & (c < channels)[None, :], p[:, None].to(tl.int64) * channels + c[None, :]
+    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
+    v = tl.load(b + at, mask=inside, other=0.0)
+    a = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
+    tl.store(out + at, _factor(a.to(v.dtype), PRECISION), mask=inside)
 
 
 @jit
 def conv3x3_forward(
-    b, mean, variance, gamma, beta, eps, weight, out, ldout, partial, pixels, height, width, channels, features,
-    MEASURE: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    d, weight, out, ldout, partial, pixels, height, width, channels, features,
+    MEASURE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [pixels][features] = conv3x3(relu(norm2(b))), with weight [features][9][channels]; partial moments of out.
+    """out [pixels][features] = conv3x3(d), with weight [features][9][channels]; partial moments of out.
 
-    The padding is zeros of relu(norm2(b)).
+    d is loaded three times, not nine: the products with the three taps of a row of the 3x3 add up apart, and are shifted
+    against each other in the end. So a tile's first and last pixel are there for their neighbours, and BLOCK_P - 2 are its
+    own.
     """
-    tile = tl.program_id(0)
-    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, own = tl.program_id(0), tl.arange(0, BLOCK_P)
+    p, n = tile * (BLOCK_P - 2) - 1 + own, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     i, j = p // width % height, p % width
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, channels, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        if NORM:
-            scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-        for tap in range(9):
-            y, x = tap // 3 - 1, tap % 3 - 1
-            inside = (p < pixels) & (i + y >= 0) & (i + y < height) & (j + x >= 0) & (j + x < width)
-            at = b + (p + y * width + x)[:, None].to(tl.int64) * channels + c[None, :]
-            d = tl.load(at, mask=inside[:, None] & (c < channels)[None, :], other=0.0)
-            if NORM:
-                z = tl.where(inside[:, None], _relu(d.to(tl.float32) * scale[None, :] + shift[None, :]), 0.0)
-                d = _factor(z.to(d.dtype), PRECISION)
-            at = weight + (n[None, :] * 9 + tap) * channels + c[:, None]
-            w = tl.load(at, mask=(n < features)[None, :] & (c < channels)[:, None], other=0.0)
-            total = tl.dot(d, w, total, input_precision=PRECISION)
-    new = total.to(out.dtype.element_ty)
+    left, middle = tl.zeros((BLOCK_P, BLOCK_N), tl.float32), tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    right = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for step in range(0, 3 * tl.cdiv(channels, BLOCK_K)):
+        y, c = step % 3 - 1, step // 3 * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = (p >= 0) & (p < pixels) & (i + y >= 0) & (i + y < height)
+        at = d + (p + y * width)[:, None].to(tl.int64) * channels + c[None, :]
+        row = tl.load(at, mask=inside[:, None] & (c < channels)[None, :], other=0.0)
+        at = weight + (n[None, :] * 9 + (y + 1) * 3) * channels + c[:, None]
+        present = (n < features)[None, :] & (c < channels)[:, None]
+        left = tl.dot(row, tl.load(at, mask=present, other=0.0), left, input_precision=PRECISION)
+        middle = tl.dot(row, tl.load(at + channels, mask=present, other=0.0), middle, input_precision=PRECISION)
+        right = tl.dot(row, tl.load(at + 2 * channels, mask=present, other=0.0), right, input_precision=PRECISION)
+    before = tl.broadcast_to(tl.maximum(own - 1, 0)[:, None], (BLOCK_P, BLOCK_N))
+    behind = tl.broadcast_to(tl.minimum(own + 1, BLOCK_P - 1)[:, None], (BLOCK_P, BLOCK_N))
+    total = middle + tl.where((j >= 1)[:, None], tl.gather(left, before, 0), 0.0)
+    total += tl.where((j + 1 < width)[:, None], tl.gather(right, behind, 0), 0.0)
+    new, whole = total.to(out.dtype.element_ty), (own >= 1) & (own < BLOCK_P - 1) & (p < pixels)
     at = out + p[:, None].to(tl.int64) * ldout + n[None, :]
-    tl.store(at, new, mask=(p < pixels)[:, None] & (n < features)[None, :])
+    tl.store(at, new, mask=whole[:, None] & (n < features)[None, :])
     if MEASURE:
-        _store_moments(partial, tile, new.to(tl.float32), p, pixels, n, features, BLOCK_P)
+        _store_moments(partial, tile, new.to(tl.float32), whole, pixels, n, features, BLOCK_P - 2)
 
 
 @jit
@@ -342,7 +398,7 @@ def pool_backward(
     pooled = inside & ((i < out_height) & (j < out_width))[:, None]
     da = tl.load(gradient + o, mask=pooled, other=0.0).to(tl.float32) / (pool_height * pool_width)
     z = v * scale[None, :] + shift[None, :]
-    s, q = _add_to_map_gradient(da, v, z, mean, gamma, G, at, c, channels, inside, True)
+    s, q = _store_map_gradient(da, v, z, mean, gamma, G, at, c, channels, inside)
     _store_two(partial, tile, s, q, c, channels)
 
 
@@ -367,25 +423,21 @@ def stem_backward(
     scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
     v = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     z = v * scale[None, :] + shift[None, :]
-    s, q = _add_to_map_gradient(da, v, z, mean, gamma, G, at, c, channels, inside, True)
+    s, q = _store_map_gradient(da, v, z, mean, gamma, G, at, c, channels, inside)
     _store_two(partial, tile, s, q, c, channels)
 
 
 @jit
 def conv3x3_backward_data(
     gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
-    EARLY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz [pixels][channels] = the gradient of norm2(b), and its partial sums; gradient [pixels][features].
-
-    EARLY: b is loaded before the products.
-    """
+    """dz [pixels][channels] = the gradient of norm2(b), and its partial sums; gradient [pixels][features]."""
     tile = tl.program_id(0)
     p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     i, j = p // width % height, p % width
     own, here = (p < pixels)[:, None] & (n < channels)[None, :], p[:, None].to(tl.int64) * channels + n[None, :]
-    if EARLY:
-        v = tl.load(b + here, mask=own, other=0.0)
+    v = tl.load(b + here, mask=own, other=0.0)  # before the products, for which it need not wait
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, features, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -398,13 +450,92 @@ def conv3x3_backward_data(
             w = tl.load(at, mask=(n < channels)[None, :] & (k < features)[:, None], other=0.0)
             total = tl.dot(g, w, total, input_precision=PRECISION)
     scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
-    if not EARLY:
-        v = tl.load(b + here, mask=own, other=0.0)
-    v = v.to(tl.float32)
-    masked = tl.where(own & (v * scale[None, :] + shift[None, :] > 0), total, 0.0).to(dz.dtype.element_ty)
-    tl.store(dz + here, masked, mask=own)
-    masked, centre = masked.to(tl.float32), tl.load(mean + n, mask=n < channels, other=0.0)
-    _store_two(partial, tile, tl.sum(masked, 0), tl.sum(masked * (v - centre[None, :]), 0), n, channels)
+    centre = tl.load(mean + n, mask=n < channels, other=0.0)
+    sum_dz, centred_sum = _store_dz(total, v, scale, shift, centre, dz, here, own)
+    _store_two(partial, tile, sum_dz, centred_sum, n, channels)
+
+
+@jit
+def conv3x3_backward_data_persistent(
+    gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
+    tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As conv3x3_backward_data, for features that fit BLOCK_K.
+
+    A program takes a range of `tiles` tiles: its weights stay in shared memory, and b is loaded a tile ahead.
+    """
+    n, part, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1), tl.arange(0, BLOCK_K)
+    present, w = (n < channels)[None, :], ()
+    for tap in tl.static_range(9):
+        taps = weight + (k[:, None] * 9 + tap) * channels + n[None, :]
+        w += (tl.load(taps, mask=present & (k < features)[:, None], other=0.0),)  # type: ignore[assignment]
+    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
+    centre = tl.load(mean + n, mask=n < channels, other=0.0)
+    s, q = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    first = part * tiles * BLOCK_P
+    p = first + tl.arange(0, BLOCK_P)
+    own = (p < pixels)[:, None] & present
+    ahead = tl.load(b + p[:, None].to(tl.int64) * channels + n[None, :], mask=own, other=0.0)
+    for t in range(0, tiles):
+        p = first + t * BLOCK_P + tl.arange(0, BLOCK_P)
+        i, j, v = p // width % height, p % width, ahead
+        following = p + BLOCK_P
+        own = (following < pixels)[:, None] & present
+        ahead = tl.load(b + following[:, None].to(tl.int64) * channels + n[None, :], mask=own, other=0.0)
+        total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+        for tap in tl.static_range(9):
+            y, x = 1 - tap // 3, 1 - tap % 3
+            inside = (p < pixels) & (i + y >= 0) & (i + y < height) & (j + x >= 0) & (j + x < width)
+            near = gradient + (p + y * width + x)[:, None].to(tl.int64) * features + k[None, :]
+            g = tl.load(near, mask=inside[:, None] & (k < features)[None, :], other=0.0)
+            total = tl.dot(g, w[tap], total, input_precision=PRECISION)
+        own, at = (p < pixels)[:, None] & present, p[:, None].to(tl.int64) * channels + n[None, :]
+        own_s, own_q = _store_dz(total, v, scale, shift, centre, dz, at, own)
+        s += own_s
+        q += own_q
+    _store_two(partial, part, s, q, n, channels)
+
+
+@jit
+def conv3x3_backward_data_pipelined(
+    gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
+    tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As conv3x3_backward_data, for features that fit BLOCK_K.
+
+    A program takes a range of `tiles` tiles; its weights stay in shared memory. Sums are kept for each pixel of a tile, and
+    added up in the end: so the warps do not wait for each other.
+    """
+    n, part, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1), tl.arange(0, BLOCK_K)
+    present, w = (n < channels)[None, :], ()
+    for tap in tl.static_range(9):
+        taps = weight + (k[:, None] * 9 + tap) * channels + n[None, :]
+        w += (tl.load(taps, mask=present & (k < features)[:, None], other=0.0),)  # type: ignore[assignment]
+    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
+    centre = tl.load(mean + n, mask=n < channels, other=0.0)
+    s, q = tl.zeros((BLOCK_P, BLOCK_N), tl.float32), tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    own = tl.arange(0, BLOCK_P)
+    at, near = own[:, None] * channels + n[None, :], own[:, None] * features + k[None, :]
+    for t in tl.range(0, tiles, num_stages=STAGES):  # so that b is loaded ahead, too, though no product takes it
+        start = (part * tiles + t) * BLOCK_P
+        p, row = start + own, start.to(tl.int64)
+        i, j = p // width % height, p % width
+        total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+        for tap in tl.static_range(9):
+            y, x = 1 - tap // 3, 1 - tap % 3
+            inside = (p < pixels) & (i + y >= 0) & (i + y < height) & (j + x >= 0) & (j + x < width)
+            mask = inside[:, None] & (k < features)[None, :]
+            g = tl.load(gradient + (row + y * width + x) * features + near, mask=mask, other=0.0)
+            total = tl.dot(g, w[tap], total, input_precision=PRECISION)
+        inside = (p < pixels)[:, None] & present
+        v = tl.load(b + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = tl.where(v * scale[None, :] + shift[None, :] > 0, total, 0.0).to(dz.dtype.element_ty)
+        tl.store(dz + row * channels + at, rounded, mask=inside)
+        s += rounded.to(tl.float32)
+        q += rounded.to(tl.float32) * (v - centre[None, :])
+    sum_dz, centred_sum = _sum_two(s, q)
+    _store_two(partial, part, sum_dz, centred_sum, n, channels)
 
 
 @jit
@@ -456,182 +587,34 @@ def bottleneck_backward(
     db = k0 dz + k1 b + k2; da = db weight; G += gamma dz1 and its partial sums; weight_partial [range][features][channels]
     = db' a. All but the weight's gradient add up over launches with other features, as the mask of the ReLU is the same.
 
-    A program takes a range of `tiles` tiles, and BLOCK_C channels. Programs with the same range are neighbours, so that
-    dz and b come from the cache.
+    A program takes a range of `tiles` tiles, and BLOCK_C channels. Programs with the same range
+    are neighbours, so that dz and b come from the cache.
     """
     c, part, n = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), first + tl.arange(0, BLOCK_N)
     channel, feature = (c < channels)[None, :], n < features
     scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-    k0 = tl.load(coefficients + n, mask=feature, other=0.0)[None, :]
-    k1 = tl.load(coefficients + features + n, mask=feature, other=0.0)[None, :]
-    k2 = tl.load(coefficients + 2 * features + n, mask=feature, other=0.0)[None, :]
-    w = tl.load(weight + n[:, None] * channels + c[None, :], mask=feature[:, None] & channel, other=0.0)
-    total, s, q = (
-        tl.zeros((BLOCK_N, BLOCK_C), tl.float32),
-        tl.zeros((BLOCK_C,), tl.float32),
-        tl.zeros((BLOCK_C,), tl.float32),
-    )
-    for t in range(0, tiles):
-        p = (part * tiles + t) * BLOCK_P + tl.arange(0, BLOCK_P)
-        pixel, row = (p < pixels)[:, None], p[:, None].to(tl.int64)
-        at = row * features + n[None, :]
-        db = tl.load(dz + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
-        db += tl.load(b + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
-        db = _factor(tl.where(pixel, db, 0.0).to(w.dtype), PRECISION)
-        da = tl.dot(db, w, input_precision=PRECISION)
-        at, inside = row * ldx + c[None, :], pixel & channel
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        z = v * scale[None, :] + shift[None, :]
-        own_s, own_q = _add_to_map_gradient(da, v, z, mean, gamma, G, at, c, channels, inside, False)
-        s += own_s
-        q += own_q
-        a = _factor(_relu(z).to(w.dtype), PRECISION)
-        total = tl.dot(tl.trans(db), a, total, input_precision=PRECISION)
-    at = weight_partial + (part * features + n)[:, None] * channels + c[None, :]
-    tl.store(at, total, mask=feature[:, None] & channel)
-    _store_two(partial, part, s, q, c, channels)
-
-
-@jit
-def conv3x3_forward_rows(
-    b, mean, variance, gamma, beta, eps, weight, out, ldout, partial, pixels, height, width, channels, features,
-    MEASURE: tl.constexpr, NORM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As conv3x3_forward, but norm and ReLU are computed 3 times, not 9: pixels are read once for each row of the 3x3.
-
-    The products with a row's three taps add up apart, and are shifted against each other in the end. So a tile's first and
-    last pixel are there for their neighbours, and a tile has BLOCK_P - 2 pixels of its own.
-    """
-    tile = tl.program_id(0)
-    own = tl.arange(0, BLOCK_P)
-    p, n = tile * (BLOCK_P - 2) - 1 + own, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    i, j = p // width % height, p % width
-    left, middle = tl.zeros((BLOCK_P, BLOCK_N), tl.float32), tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    right = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for step in range(0, 3 * tl.cdiv(channels, BLOCK_K)):
-        y, c = step % 3 - 1, step // 3 * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = ((p >= 0) & (p < pixels) & (i + y >= 0) & (i + y < height))[:, None]
-        at = b + (p + y * width)[:, None].to(tl.int64) * channels + c[None, :]
-        d = tl.load(at, mask=inside & (c < channels)[None, :], other=0.0)
-        if NORM:
-            scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-            z = tl.where(inside, _relu(d.to(tl.float32) * scale[None, :] + shift[None, :]), 0.0)
-            d = _factor(z.to(d.dtype), PRECISION)
-        at, present = (
-            weight + (n[None, :] * 9 + (y + 1) * 3) * channels + c[:, None],
-            (n < features)[None, :] & (c < channels)[:, None],
-        )
-        left = tl.dot(d, tl.load(at, mask=present, other=0.0), left, input_precision=PRECISION)
-        middle = tl.dot(d, tl.load(at + channels, mask=present, other=0.0), middle, input_precision=PRECISION)
-        right = tl.dot(d, tl.load(at + 2 * channels, mask=present, other=0.0), right, input_precision=PRECISION)
-    before = tl.broadcast_to(tl.maximum(own - 1, 0)[:, None], (BLOCK_P, BLOCK_N))
-    behind = tl.broadcast_to(tl.minimum(own + 1, BLOCK_P - 1)[:, None], (BLOCK_P, BLOCK_N))
-    total = middle + tl.where((j >= 1)[:, None], tl.gather(left, before, 0), 0.0)
-    total += tl.where((j + 1 < width)[:, None], tl.gather(right, behind, 0), 0.0)
-    new = total.to(out.dtype.element_ty)
-    whole = (own >= 1) & (own < BLOCK_P - 1) & (p < pixels)
-    at = out + p[:, None].to(tl.int64) * ldout + n[None, :]
-    tl.store(at, new, mask=whole[:, None] & (n < features)[None, :])
-    if MEASURE:
-        _store_moments_of(partial, tile, new.to(tl.float32), whole, pixels, n, features, BLOCK_P - 2)
-
-
-@jit
-def normalise(
-    b, mean, variance, gamma, beta, eps, out, pixels, channels,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """out = relu(norm(b))."""
-    p, c = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside, at = (p < pixels)[:, None] & (c < channels)[None, :], p[:, None].to(tl.int64) * channels + c[None, :]
-    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-    v = tl.load(b + at, mask=inside, other=0.0)
-    a = _relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
-    tl.store(out + at, _factor(a.to(v.dtype), PRECISION), mask=inside)
-
-
-@jit
-def conv3x3_backward_data_ahead(
-    gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
-    tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As conv3x3_backward_data, for features that fit BLOCK_K. A program takes a range of `tiles` tiles; the weights stay
-    in shared memory, and b is loaded a tile ahead.
-    """
-    part, n, k = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    present = (n < channels)[None, :]
-    w = ()
-    for tap in tl.static_range(9):
-        taps = weight + (k[:, None] * 9 + tap) * channels + n[None, :]
-        w = w + (tl.load(taps, mask=present & (k < features)[:, None], other=0.0),)
-    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
-    centre = tl.load(mean + n, mask=n < channels, other=0.0)
-    s, q = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    first = part * tiles * BLOCK_P
-    p = first + tl.arange(0, BLOCK_P)
-    ahead = tl.load(
-        b + p[:, None].to(tl.int64) * channels + n[None, :], mask=(p < pixels)[:, None] & present, other=0.0
-    )
-    for t in range(0, tiles):
-        p = first + t * BLOCK_P + tl.arange(0, BLOCK_P)
-        i, j, v = p // width % height, p % width, ahead
-        following = p + BLOCK_P
-        own = (following < pixels)[:, None] & present
-        ahead = tl.load(b + following[:, None].to(tl.int64) * channels + n[None, :], mask=own, other=0.0)
-        total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-        for tap in tl.static_range(9):
-            y, x = 1 - tap // 3, 1 - tap % 3
-            inside = (p < pixels) & (i + y >= 0) & (i + y < height) & (j + x >= 0) & (j + x < width)
-            near = gradient + (p + y * width + x)[:, None].to(tl.int64) * features + k[None, :]
-            g = tl.load(near, mask=inside[:, None] & (k < features)[None, :], other=0.0)
-            total = tl.dot(g, w[tap], total, input_precision=PRECISION)
-        inside, at = (p < pixels)[:, None] & present, p[:, None].to(tl.int64) * channels + n[None, :]
-        v = v.to(tl.float32)
-        masked = tl.where(inside & (v * scale[None, :] + shift[None, :] > 0), total, 0.0).to(dz.dtype.element_ty)
-        tl.store(dz + at, masked, mask=inside)
-        masked = masked.to(tl.float32)
-        own_s, own_q = _sum_two(masked, masked * (v - centre[None, :]))
-        s += own_s
-        q += own_q
-    _store_two(partial, part, s, q, n, channels)
-
-
-@jit
-def bottleneck_backward_ahead(
-    dz, b, coefficients, x, G, ldx, mean, variance, gamma, beta, eps, weight, weight_partial, partial, pixels, channels,
-    features, first, tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As bottleneck_backward. G is loaded a tile ahead."""
-    c, part, n = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), first + tl.arange(0, BLOCK_N)
-    channel, feature = (c < channels)[None, :], n < features
-    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
+    gain = tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
+    centre = tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
     k0 = tl.load(coefficients + n, mask=feature, other=0.0)[None, :]
     k1 = tl.load(coefficients + features + n, mask=feature, other=0.0)[None, :]
     k2 = tl.load(coefficients + 2 * features + n, mask=feature, other=0.0)[None, :]
     w = tl.load(weight + n[:, None] * channels + c[None, :], mask=feature[:, None] & channel, other=0.0)
     total, s = tl.zeros((BLOCK_N, BLOCK_C), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     q = tl.zeros((BLOCK_C,), tl.float32)
-    begin = part * tiles * BLOCK_P
-    p = begin + tl.arange(0, BLOCK_P)
-    ahead = tl.load(G + p[:, None].to(tl.int64) * ldx + c[None, :], mask=(p < pixels)[:, None] & channel, other=0.0)
+    own = tl.arange(0, BLOCK_P)
+    at, db_at = own[:, None] * ldx + c[None, :], own[:, None] * features + n[None, :]
     for t in range(0, tiles):
-        p = begin + t * BLOCK_P + tl.arange(0, BLOCK_P)
-        pixel, row, g = (p < pixels)[:, None], p[:, None].to(tl.int64), ahead
-        at = row * features + n[None, :]
-        db = tl.load(dz + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
-        db += tl.load(b + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
+        start = (part * tiles + t) * BLOCK_P
+        pixel, row = (own < pixels - start)[:, None], start.to(tl.int64)
+        db = tl.load(dz + row * features + db_at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
+        db += tl.load(b + row * features + db_at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
         db = _factor(tl.where(pixel, db, 0.0).to(w.dtype), PRECISION)
-        at, inside = row * ldx + c[None, :], pixel & channel
-        following = (p + BLOCK_P < pixels)[:, None] & channel
-        ahead = tl.load(G + (row + BLOCK_P) * ldx + c[None, :], mask=following, other=0.0)
-        gain = tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
-        centre = tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
-        da = tl.dot(db, w, input_precision=PRECISION)
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        da = tl.dot(db, w, input_precision=PRECISION)  # 0 where there is no pixel or channel
+        v = tl.load(x + row * ldx + at, mask=pixel & channel, other=0.0).to(tl.float32)
         z = v * scale[None, :] + shift[None, :]
-        dz1 = tl.where(inside & (z > 0), da, 0.0)
-        tl.store(G + at, (dz1 * gain + g.to(tl.float32)).to(G.dtype.element_ty), mask=inside)
+        dz1 = tl.where(z > 0, da, 0.0)
+        g = tl.load(G + row * ldx + at, mask=pixel & channel, other=0.0).to(tl.float32)
+        tl.store(G + row * ldx + at, (dz1 * gain + g).to(G.dtype.element_ty), mask=pixel & channel)
         own_s, own_q = _sum_two(dz1, dz1 * (v - centre))
         s += own_s
         q += own_q
@@ -643,68 +626,60 @@ def bottleneck_backward_ahead(
 
 
 @jit
-def bottleneck_backward_data(
-    dz, b, coefficients, x, G, ldx, mean, variance, gamma, beta, eps, weight, partial, pixels, channels, features,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+def norm_backward(
+    dz, b, coefficients, pixels, channels, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Through norm2, the 1x1 convolution and norm1, but for the weight's gradient.
-
-    db = k0 dz + k1 b + k2, which takes the place of dz; da = db weight; G += gamma dz1 and its partial sums. A program takes
-    all channels of BLOCK_P pixels, BLOCK_C at a time. x and G are loaded a block ahead.
-    """
-    tile, n = tl.program_id(0), tl.arange(0, BLOCK_N)
-    p, feature = tile * BLOCK_P + tl.arange(0, BLOCK_P), n < features
-    pixel, row, at = (p < pixels)[:, None], p[:, None].to(tl.int64), p[:, None].to(tl.int64) * features + n[None, :]
-    k0 = tl.load(coefficients + n, mask=feature, other=0.0)[None, :]
-    k1 = tl.load(coefficients + features + n, mask=feature, other=0.0)[None, :]
-    k2 = tl.load(coefficients + 2 * features + n, mask=feature, other=0.0)[None, :]
-    db = tl.load(dz + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
-    db += tl.load(b + at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
-    db = _factor(tl.where(pixel, db, 0.0).to(dz.dtype.element_ty), PRECISION)
-    tl.store(dz + at, db, mask=pixel & feature[None, :])
-    c = tl.arange(0, BLOCK_C)
-    x_rows, gradient_rows = x + row * ldx, G + row * ldx
-    x_ahead = tl.load(x_rows + c[None, :], mask=pixel & (c < channels)[None, :], other=0.0)
-    gradient_ahead = tl.load(gradient_rows + c[None, :], mask=pixel & (c < channels)[None, :], other=0.0)
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        v, g, following = x_ahead.to(tl.float32), gradient_ahead.to(tl.float32), c + BLOCK_C
-        x_ahead = tl.load(x_rows + following[None, :], mask=pixel & (following < channels)[None, :], other=0.0)
-        gradient_ahead = tl.load(
-            gradient_rows + following[None, :], mask=pixel & (following < channels)[None, :], other=0.0
-        )
-        scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-        gain = tl.load(gamma + c, mask=c < channels, other=0.0)
-        centre = tl.load(mean + c, mask=c < channels, other=0.0)
-        present = feature[:, None] & (c < channels)[None, :]
-        w = tl.load(weight + n[:, None] * channels + c[None, :], mask=present, other=0.0)
-        da = tl.dot(db, w, input_precision=PRECISION)
-        inside = pixel & (c < channels)[None, :]
-        dz1 = tl.where(inside & (v * scale[None, :] + shift[None, :] > 0), da, 0.0)
-        tl.store(gradient_rows + c[None, :], (g + dz1 * gain[None, :]).to(G.dtype.element_ty), mask=inside)
-        sum_dz, centred_sum = _sum_two(dz1, dz1 * (v - centre[None, :]))
-        _store_two(partial, tile, sum_dz, centred_sum, c, channels)
+    """db = k0 dz + k1 b + k2, as a factor of a product; it takes the place of dz."""
+    p, c = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside, at = (p < pixels)[:, None] & (c < channels)[None, :], p[:, None].to(tl.int64) * channels + c[None, :]
+    k0 = tl.load(coefficients + c, mask=c < channels, other=0.0)[None, :]
+    k1 = tl.load(coefficients + channels + c, mask=c < channels, other=0.0)[None, :]
+    k2 = tl.load(coefficients + 2 * channels + c, mask=c < channels, other=0.0)[None, :]
+    db = tl.load(dz + at, mask=inside, other=0.0).to(tl.float32) * k0 + k2
+    db += tl.load(b + at, mask=inside, other=0.0).to(tl.float32) * k1
+    tl.store(dz + at, _factor(db.to(dz.dtype.element_ty), PRECISION), mask=inside)
 
 
 @jit
-def bottleneck_backward_weights(
-    db, x, ldx, mean, variance, gamma, beta, eps, partial, pixels, channels, features, tiles,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+def bottleneck_backward_split(
+    db, x, G, ldx, mean, variance, gamma, beta, eps, weight, weight_partial, partial, pixels, channels, features, first,
+    tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial [range][features][channels] = db' relu(norm1(x)): the weight's gradient from one range of pixels.
+    """Through the 1x1 convolution and norm1, for the bottleneck's features `first` to `first` + BLOCK_N.
 
-    A program takes a range of `tiles` tiles, BLOCK_C channels and BLOCK_N features.
+    da = db weight; G += gamma dz1 and its partial sums; weight_partial [range][features][channels] = db' a. All but the
+    weight's gradient add up over launches with other features, as the mask of the ReLU is the same.
+
+    A program takes a range of `tiles` tiles, and BLOCK_C channels. Programs with the same range are neighbours, so that db
+    comes from the cache. Sums are kept for each pixel of a tile, and added up in the end: so the warps do not wait for each
+    other.
     """
-    c, part = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1)
-    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c, part, n = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), first + tl.arange(0, BLOCK_N)
+    channel, feature = (c < channels)[None, :], (n < features)[None, :]
     scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-    total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    for t in range(0, tiles):
-        p = (part * tiles + t) * BLOCK_P + tl.arange(0, BLOCK_P)
-        pixel, row = (p < pixels)[:, None], p[:, None].to(tl.int64)
-        v = tl.load(x + row * ldx + c[None, :], mask=pixel & (c < channels)[None, :], other=0.0)
-        a = tl.trans(_factor(_relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype), PRECISION))
-        own = tl.load(db + row * features + n[None, :], mask=pixel & (n < features)[None, :], other=0.0)
-        total = tl.dot(a, own, total, input_precision=PRECISION)
-    at = partial + (part * features + n[None, :]) * channels + c[:, None]
-    tl.store(at, total, mask=(c < channels)[:, None] & (n < features)[None, :])
+    gain = tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
+    centre = tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
+    w = tl.load(weight + n[:, None] * channels + c[None, :], mask=(n < features)[:, None] & channel, other=0.0)
+    total, s = tl.zeros((BLOCK_N, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    q = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    own = tl.arange(0, BLOCK_P)
+    at, db_at = own[:, None] * ldx + c[None, :], own[:, None] * features + n[None, :]
+    for t in tl.range(0, tiles, num_stages=STAGES):  # so that G is loaded ahead, too, though no product takes it
+        start = (part * tiles + t) * BLOCK_P
+        pixel, row = (own < pixels - start)[:, None], start.to(tl.int64)
+        factor = tl.load(db + row * features + db_at, mask=pixel & feature, other=0.0)
+        v = tl.load(x + row * ldx + at, mask=pixel & channel, other=0.0).to(tl.float32)
+        g = tl.load(G + row * ldx + at, mask=pixel & channel, other=0.0).to(tl.float32)
+        da = tl.dot(factor, w, input_precision=PRECISION)  # 0 where there is no pixel or channel
+        z = v * scale[None, :] + shift[None, :]
+        dz1 = tl.where(z > 0, da, 0.0)
+        tl.store(G + row * ldx + at, (dz1 * gain + g).to(G.dtype.element_ty), mask=pixel & channel)
+        s += dz1
+        q += dz1 * (v - centre)
+        a = _factor(_relu(z).to(w.dtype), PRECISION)
+        total = tl.dot(tl.trans(factor), a, total, input_precision=PRECISION)
+    at = weight_partial + (part * features + n)[:, None] * channels + c[None, :]
+    tl.store(at, total, mask=(n < features)[:, None] & channel)
+    sum_dz, centred_sum = _sum_two(s, q)
+    _store_two(partial, part, sum_dz, centred_sum, c, channels)

@@ -48,7 +48,6 @@ SHARED_MEMORY = 227 * 1024  # bytes a program may have
 DEVICE = torch.device("cuda")
 SPILLED = 96  # bytes of a thread's registers; a few that are used outside the loops cost little
 TOLERANCE = 0.01  # relative; in bfloat16 a rounding is 0.004 of a number, and 0.001 of a matrix
-SPLIT = {"bottleneck_backward_weights": Tile(64, 128, 128, stages=3, programs=2)}
 MEASUREMENTS, RUNS = 3, 3
 WAIT = 2_000_000  # cycles, about a millisecond
 HOPELESS = 2.0  # a candidate that takes so many times the best one's time for a call is timed no further
@@ -66,11 +65,13 @@ class Candidate:
         return "; ".join(f"{name}={_text(value)}" for name, value in (self.tiles | self.constants).items())
 
 
+PRESENT = Candidate()
+
+
 class Task(NamedTuple):
     """Methods of `_Launches` that are timed together, and candidates for them."""
 
     methods: tuple[str, ...]
-    present: Candidate
     candidates: list[Candidate]
 
 
@@ -91,91 +92,80 @@ class Call(NamedTuple):
 def _text(value: Any) -> str:
     if not isinstance(value, Tile):
         return str(value)
-    kernel = f" {value.kernel}" if value.kernel else ""
     registers = f", at most {value.registers} registers" if value.registers else ""
     sides, rest = value[:3], f"stages {value.stages}, warps {value.warps}, programs {value.programs}{registers}"
-    return f"{'x'.join(map(str, sides))}, {rest}{kernel}"
+    return f"{'x'.join(map(str, sides))}, {rest}"
 
 
-def _tiles(name: str, kernel: str, *tiles: tuple[Any, ...], **fixed: Any) -> Iterator[Candidate]:
+def _tiles(name: str, *tiles: tuple[Any, ...], **others: None) -> list[Candidate]:
     """Of (block_p, block_n, block_k, stages, programs, warps, registers), the last three as far as they are given."""
-    for tile in tiles:
-        yield Candidate({name: Tile(*tile, kernel=kernel), **fixed})
+    return [Candidate({name: Tile(*tile), **others}) for tile in tiles]
 
 
 def tasks() -> dict[str, Task]:
     """By name; what takes the most of a step's time first."""
-    data, weights = "bottleneck_backward", "bottleneck_backward_weights"
-    rows, ahead = "conv3x3_forward_rows", "conv3x3_backward_data_ahead"
     found = {
-        data: [
-            *_tiles(data, "", (64, 128, 64, 3), (64, 128, 64, 4), (64, 128, 32, 3), (64, 128, 32, 3, 2, 4),
-                    (32, 128, 64, 3, 2, 4), (32, 128, 64, 4, 2, 4), (32, 128, 128, 3), (64, 128, 64, 3, 2, 8, 128)),
-            *_tiles(data, "bottleneck_backward_ahead", (64, 128, 64, 2), (64, 128, 64, 3), (64, 128, 64, 4),
-                    (32, 128, 64, 3, 2, 4), (64, 128, 32, 3)),
-            *_tiles(data, "", (64, 128, 64, 3, 1, 4), (64, 128, 64, 3), (64, 128, 64, 2, 1, 4), (64, 128, 64, 4),
-                    (64, 128, 32, 3, 1, 4), (64, 128, 32, 3, 1, 4, 128), (64, 128, 32, 3), (64, 128, 32, 4, 1, 4),
-                    (128, 128, 32, 3), (128, 128, 32, 4), (128, 128, 64, 3), (128, 128, 64, 2), (64, 128, 128, 3),
-                    (128, 128, 32, 3, 1, 8, 128), (64, 128, 64, 3, 1, 8, 128), (128, 128, 16, 4), (64, 128, 16, 4, 1, 4),
-                    **SPLIT),
+        "bottleneck_backward": [
+            Candidate(candidate.tiles, {"BOTTLENECK_BACKWARD": kind})
+            for kind, candidates in {
+                "split": _tiles(
+                    "bottleneck_backward", (64, 128, 64, 3), (64, 128, 64, 3, 1, 16), (32, 128, 64, 3, 2, 4),
+                    (32, 128, 128, 3), (64, 128, 32, 3, 2, 8), (64, 128, 32, 3, 2, 4), (32, 128, 64, 3, 2, 8, 128),
+                    (32, 128, 128, 3, 1, 16), (64, 128, 64, 2), (64, 128, 64, 4), (64, 128, 64, 4, 1, 16),
+                ),
+                "one": _tiles("bottleneck_backward", (32, 128, 64, 2, 2, 4), (32, 128, 64, 3, 2, 4), (32, 128, 64, 4, 2, 4)),
+            }.items()
+            for candidate in candidates
         ],
-        "conv3x3_forward": [
-            *_tiles("conv3x3_forward", "", (128, 32, 64, 3), (128, 32, 64, 3, 1, 8, 128), (256, 32, 64, 2), (128, 32, 32, 3)),
-            *_tiles("conv3x3_forward", rows, (128, 32, 64, 2), (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 128, 2),
-                    (128, 32, 64, 3, 1, 4), (64, 32, 64, 3, 1, 4), (64, 32, 128, 2, 1, 4), (256, 32, 64, 2), (256, 32, 32, 3),
-                    (128, 32, 32, 3), (128, 32, 32, 4), (128, 32, 64, 3, 1, 8, 128), (64, 32, 32, 4, 1, 4)),
-            *_tiles("conv3x3_forward", rows + "+d", (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 128, 2), (256, 32, 64, 3),
-                    (256, 32, 64, 2), (128, 32, 64, 3, 1, 4), (64, 32, 128, 2, 1, 4), (64, 32, 64, 3, 1, 4),
-                    (128, 32, 32, 4), (256, 32, 32, 4)),
-            *_tiles("conv3x3_forward", "conv3x3_forward+d", (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 128, 3),
-                    (256, 32, 64, 3), (128, 32, 64, 4, 1, 4), (64, 32, 128, 3, 1, 4), (64, 32, 64, 4, 1, 4)),
+        "bottleneck_forward": [
+            Candidate(candidate.tiles, {"BOTTLENECK_FORWARD": kind})
+            for kind, candidates in {
+                "folded": _tiles(
+                    "bottleneck_forward", (128, 128, 32, 3, 1, 8), (128, 128, 32, 3, 1, 4), (128, 128, 32, 4, 1, 8),
+                    (128, 128, 64, 3, 1, 8, 128), (64, 128, 64, 3, 1, 4), (64, 128, 32, 4, 1, 4), (128, 128, 64, 3, 1, 8),
+                    (256, 128, 32, 3), (128, 128, 32, 4, 1, 4), (64, 128, 64, 4, 1, 4), (128, 128, 32, 5, 1, 8),
+                ),
+                "one": _tiles("bottleneck_forward", (64, 128, 64, 3, 1, 4)),
+            }.items()
+            for candidate in candidates
         ],
+        "conv3x3_forward": _tiles(
+            "conv3x3_forward", (128, 32, 64, 2), (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 64, 3, 1, 4),
+            (128, 32, 128, 2), (64, 32, 64, 3, 1, 4), (64, 32, 128, 2, 1, 4), (256, 32, 64, 3), (256, 32, 32, 4),
+        ),
         "conv3x3_backward_data": [
-            *_tiles("conv3x3_backward_data", "", (64, 128, 32, 3, 1, 8, 128), (64, 128, 32, 4), (64, 128, 32, 3, 1, 4),
-                    (64, 64, 32, 3, 1, 4), (128, 64, 32, 3, 1, 4), (128, 64, 32, 3), (256, 64, 32, 3), (64, 64, 32, 4, 1, 4),
-                    (128, 64, 32, 3, 1, 8, 128)),
-            *_tiles("conv3x3_backward_data", "early", (64, 128, 32, 3), (64, 128, 32, 3, 1, 4), (64, 64, 32, 3, 1, 4),
-                    (128, 64, 32, 3), (128, 64, 32, 3, 1, 4), (64, 64, 32, 4, 1, 4), (64, 64, 32, 3, 1, 4, 128)),
-            *_tiles("conv3x3_backward_data", ahead, (64, 128, 32, 2), (64, 128, 32, 3), (32, 128, 32, 2, 2, 4),
-                    (64, 64, 32, 2, 1, 4), (64, 64, 32, 2, 1, 8), (128, 64, 32, 2), (64, 32, 32, 2, 2, 4),
-                    (64, 64, 32, 3, 1, 4)),
+            *_tiles(
+                "conv3x3_backward_data_persistent", (32, 128, 32, 2, 2, 4), (32, 128, 32, 3, 2, 4), (16, 128, 32, 2, 2, 4),
+                (64, 32, 32, 2, 2, 4), (64, 64, 32, 3, 1, 4), (128, 64, 32, 2),
+            ),
+            *(
+                Candidate(candidate.tiles, {"CONV3X3_BACKWARD_DATA": "pipelined"})
+                for candidate in _tiles(
+                    "conv3x3_backward_data_persistent", (32, 128, 32, 2, 2, 8), (32, 64, 32, 2, 3, 4), (64, 64, 32, 2, 1, 8),
+                    (64, 128, 32, 2, 1, 8), (32, 128, 32, 3, 1, 8), (64, 64, 32, 3, 1, 8), (32, 64, 32, 3, 3, 4),
+                )
+            ),
+            *_tiles(
+                "conv3x3_backward_data", (64, 128, 32, 3, 1, 4), (64, 64, 32, 4, 1, 4), (128, 64, 32, 3, 1, 4),
+                conv3x3_backward_data_persistent=None,
+            ),
         ],
-        "bottleneck_forward": list(
-            _tiles("bottleneck_forward", "", (128, 128, 32, 3, 1, 8, 128), (128, 128, 32, 4), (128, 128, 32, 5),
-                   (128, 128, 64, 3), (128, 128, 64, 4), (128, 128, 32, 4, 1, 8, 128), (128, 128, 64, 3, 1, 8, 128),
-                   (64, 128, 32, 3, 1, 4), (64, 128, 32, 4, 1, 4), (64, 128, 64, 3, 1, 4), (64, 128, 64, 4, 1, 4),
-                   (64, 128, 32, 3), (64, 128, 64, 3), (64, 128, 64, 4), (64, 128, 32, 5, 1, 4), (256, 128, 32, 3),
-                   (128, 64, 32, 4, 1, 4), (128, 128, 32, 3, 1, 4), (64, 128, 64, 3, 1, 4, 128), (256, 128, 32, 4),
-                   (64, 128, 32, 4, 1, 4, 128), (64, 128, 128, 3, 1, 4), (64, 128, 128, 3))
+        "conv3x3_backward_weights": _tiles(
+            "conv3x3_backward_weights", (64, 32, 128, 3, 1), (64, 32, 128, 3, 2), (64, 32, 128, 4, 2), (64, 32, 64, 3, 2, 4),
+            (64, 32, 64, 3, 4, 4), (128, 32, 64, 3, 2, 4), (128, 32, 64, 3, 2), (128, 32, 128, 3, 1), (32, 32, 128, 4, 2),
         ),
-        "conv3x3_backward_weights": list(
-            _tiles("conv3x3_backward_weights", "", (64, 32, 128, 3, 1), (64, 32, 128, 4, 2), (128, 32, 128, 3, 1),
-                   (64, 32, 64, 3, 2, 4), (64, 32, 64, 3, 4, 4), (128, 32, 64, 3, 2, 4), (64, 32, 64, 4, 3, 4),
-                   (64, 32, 128, 3, 4), (64, 32, 64, 3, 3), (128, 32, 128, 2, 2), (128, 32, 64, 3, 2), (32, 32, 128, 4, 2),
-                   (32, 32, 64, 4, 4, 4), (64, 32, 128, 4, 1), (64, 32, 128, 3, 2, 4), (128, 32, 64, 4, 2, 4))
-        ),
-        weights: [
-            Candidate({weights: Tile(*tile)}) for tile in (
-                (64, 128, 128, 3, 2), (64, 128, 128, 4, 2), (128, 128, 128, 3, 1), (64, 128, 64, 3, 2, 4),
-                (64, 128, 64, 3, 3, 4), (64, 128, 64, 4, 2, 4), (64, 128, 128, 3, 1), (64, 128, 128, 4, 1),
-                (32, 128, 128, 4, 2), (128, 128, 64, 3, 2, 4), (128, 128, 64, 3, 2), (64, 64, 128, 3, 4, 4),
-                (64, 128, 64, 3, 4, 4), (64, 128, 128, 5, 1), (128, 128, 64, 4, 1), (32, 128, 64, 5, 4, 4),
-                (64, 128, 128, 3, 4), (64, 128, 128, 3, 2, 4), (64, 128, 256, 3, 1),
-            )
-        ],
         "sums": [
-            Candidate(constants={"SUMS": dict(BLOCK_T=rows_, BLOCK_C=channels, warps=warps)}) for rows_, channels, warps in (
-                (1024, 8, 16), (2048, 8, 32), (1024, 8, 32), (512, 4, 8), (1024, 4, 16), (2048, 4, 32), (2048, 4, 16),
-                (4096, 4, 32), (512, 8, 16), (256, 8, 8), (256, 4, 8), (1024, 2, 8),
+            Candidate(constants={"SUMS": dict(BLOCK_T=rows, BLOCK_C=channels, warps=warps)}) for rows, channels, warps in (
+                (512, 2, 4), (512, 4, 8), (1024, 2, 8), (1024, 4, 16), (2048, 2, 16), (2048, 4, 16), (1024, 1, 4),
             )
         ],
         "numbers": [
-            Candidate(constants={"NUMBERS": dict(BLOCK_T=rows_, BLOCK=numbers)})
-            for rows_, numbers in ((1, 1024), (16, 256), (8, 512), (16, 128), (32, 128), (4, 256), (8, 128), (4, 512))
+            Candidate(constants={"NUMBERS": dict(BLOCK_T=rows, BLOCK=numbers)})
+            for rows, numbers in ((4, 512), (8, 256), (8, 512), (16, 128), (16, 256), (32, 128), (64, 64))
         ],
         "points": [
             Candidate(constants={"POINT": numbers, "POINT_CHANNELS": channels})
-            for numbers, channels in ((4096, 32), (4096, 128), (2048, 64), (2048, 32), (8192, 64), (2048, 128), (1024, 64))
+            for numbers, channels in ((2048, 32), (4096, 32), (4096, 64), (4096, 128), (8192, 32), (8192, 64))
         ],
     }  # fmt: skip
     methods = {
@@ -185,16 +175,12 @@ def tasks() -> dict[str, Task]:
             "finish_gradient", "copy_and_measure", "pool_forward", "pool_backward", "stem_forward", "stem_backward"
         ),
     }  # fmt: skip
-    present = {weights: Candidate(SPLIT)}
-    return {
-        name: Task(methods.get(name, (name,)), present.get(name, Candidate()), candidates)
-        for name, candidates in found.items()
-    }
+    return {name: Task(methods.get(name, (name,)), candidates) for name, candidates in found.items()}
 
 
 @functools.cache
 def recorded(step: Step) -> list[Call]:
-    """All calls of the timed methods in a step, those of a kernel by itself for the bottleneck's weights among them."""
+    """All calls of the timed methods in a step."""
     found: list[Call] = []
 
     def recording(method: str) -> Callable[..., None]:
@@ -211,7 +197,6 @@ def recorded(step: Step) -> list[Call]:
     with ExitStack() as stack:
         for method in {method for task in tasks().values() for method in task.methods}:
             stack.enter_context(mock.patch.object(_Launches, method, recording(method)))
-        stack.enter_context(_with(Candidate(SPLIT), step.precision, step.architecture))
         run_step(step, lambda launch: None)
     return found
 
@@ -468,7 +453,7 @@ class Sweep:
                     for launch in needed(call, candidate, steps[0])
                 ]
                 for name, task in self.tasks.items()
-                for candidate in (task.present, *task.candidates)
+                for candidate in (PRESENT, *task.candidates)
             }
             plan = [(step, name, task, calls(task, step)) for step in steps for name, task in self.tasks.items()]
             print(f"{len(self.jobs)} kernels to compile, {time.monotonic() - self.begin:.0f} s", flush=True)
@@ -477,8 +462,8 @@ class Sweep:
                 if self.late:
                     missing.append(f"{name} at batch {step.batch_size}")
                     continue
-                usages = {}
-                for candidate in (task.present, *task.candidates):
+                usages: dict[str, Any] = {}
+                for candidate in (PRESENT, *task.candidates):
                     try:
                         usages[str(candidate)] = [future.result() for future in wanted[name, str(candidate)]]
                     except Exception as error:  # a candidate that does not compile is left out, and said to be
@@ -498,15 +483,17 @@ class Sweep:
 
     def _task(self, step: Step, name: str, task: Task, own: list[Call], usages: dict[str, Any]) -> None:
         fitting = []
-        for candidate in (task.present, *task.candidates):
+        for candidate in (PRESENT, *task.candidates):
             usage = usages[str(candidate)]
-            record = dict(task=name, batch_size=step.batch_size, candidate=str(candidate) or "present", calls=[])
-            record["present"] = candidate is task.present
+            record: dict[str, Any] = dict(
+                task=name, batch_size=step.batch_size, candidate=str(candidate) or "present", calls=[]
+            )
+            record["present"] = candidate is PRESENT
             if isinstance(usage, str):
                 record["refused"] = usage
             else:
                 record |= {key: max(own[key] for own in usage) for key in usage[0]}
-                if record["spilled"] > SPILLED and candidate is not task.present:
+                if record["spilled"] > SPILLED and candidate is not PRESENT:
                     record["refused"] = f"{record['spilled']} bytes of registers spill"
                 elif record["shared"] > SHARED_MEMORY:
                     record["refused"] = f"{record['shared']} bytes of shared memory"
@@ -536,10 +523,10 @@ class Sweep:
                         inputs.keep_results()
                     error = inputs.error()
                     milliseconds = timed(run)
-            except Exception as error:
-                if "CUDA error" in str(error):
+            except Exception as fault:
+                if "CUDA error" in str(fault):
                     raise
-                record["refused"] = f"{type(error).__name__}: {error}"[:300]
+                record["refused"] = f"{type(fault).__name__}: {fault}"[:300]
                 continue
             record["error"] = max(record.get("error", 0.0), error)
             if not error <= TOLERANCE:

@@ -55,13 +55,18 @@ TRAFFIC = {
         "dgamma:channels dbeta:channels coefficients:3*channels",
     ),
     "reduce_weights": ("partial:splits*numbers", "out:numbers"),
+    "fold_norm": (_NORM, "scale:channels shift:channels"),
+    "bottleneck_forward_folded": (
+        "x:pixels*channels weight:features*channels scale:channels shift:channels",
+        "out:pixels*features partial:2*tiles*features",
+    ),
     "bottleneck_forward": (
         f"x:pixels*channels weight:features*channels {_NORM}",
         "out:pixels*features partial:2*tiles*features",
     ),
-    "normalise": (f"b:pixels*channels {_NORM}", "out:pixels*channels"),
+    "norm_forward": (f"b:pixels*channels {_NORM}", "out:pixels*channels"),
     "conv3x3_forward": (
-        f"b:pixels*channels weight:9*features*channels {_NORM}",
+        "d:pixels*channels weight:9*features*channels",
         "out:pixels*features partial:2*tiles*features",
     ),
     "pool_forward": (f"x:out_pixels*pool_height*pool_width*channels {_NORM}", "out:out_pixels*channels"),
@@ -85,18 +90,22 @@ TRAFFIC = {
         f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
         "dz:pixels*channels partial:2*tiles*channels",
     ),
-    "bottleneck_backward_data": (
-        "dz:pixels*features b:pixels*features coefficients:3*features weight:channels*features x:pixels*channels "
-        f"G:pixels*channels {_NORM}",
-        "dz:pixels*features G:pixels*channels partial:2*tiles*channels",
+    "conv3x3_backward_data_pipelined": (
+        f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
+        "dz:pixels*channels partial:2*ranges*channels",
     ),
-    "bottleneck_backward_weights": (
-        f"db:pixels*features x:pixels*channels {_NORM}",
-        "partial:ranges*channels*features",
+    "conv3x3_backward_data_persistent": (
+        f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
+        "dz:pixels*channels partial:2*ranges*channels",
     ),
     "conv3x3_backward_weights": (
         f"b:pixels*channels gradient:pixels*features {_NORM}",
         "partial:ranges*9*features*channels",
+    ),
+    "norm_backward": ("dz:pixels*channels b:pixels*channels coefficients:3*channels", "dz:pixels*channels"),
+    "bottleneck_backward_split": (
+        f"db:pixels*{_PART} weight:channels*{_PART} x:pixels*channels G:pixels*channels {_NORM}",
+        f"G:pixels*channels weight_partial:ranges*channels*{_PART} partial:2*ranges*channels",
     ),
     "bottleneck_backward": (
         f"dz:pixels*{_PART} b:pixels*{_PART} coefficients:3*{_PART} weight:channels*{_PART} x:pixels*channels "
