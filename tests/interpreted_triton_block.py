@@ -312,13 +312,7 @@ def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_
     network = networks(create)["triton"]
     network.activation_checkpointing = "all"
     step(network, *batch(size))
-    persistent = {"conv3x3_backward_data_persistent", "conv3x3_backward_data_pipelined"}
-    chosen = f"conv3x3_backward_data_{triton_block.CONV3X3_BACKWARD_DATA}"
-    others = {"conv3x3_backward_data"} | persistent - {chosen} if create is IMAGENET else persistent | {*STEM}
-    split = {"norm_backward", "bottleneck_backward_split"}
-    others |= split if triton_block.BOTTLENECK_BACKWARD == "one" else {"bottleneck_backward"}
-    folded = {"fold_norm", "bottleneck_forward_folded"}
-    others |= folded if triton_block.BOTTLENECK_FORWARD == "one" else {"bottleneck_forward"}
+    others = {"conv3x3_backward_data"} if create is IMAGENET else {"conv3x3_backward_data_persistent", *STEM}
     assert kernels == gpu_traffic.TRAFFIC.keys() - others
 
 

@@ -59,4 +59,4 @@ def test_the_fused_block_moves_less_in_fewer_launches():
     }
     moved = {name: count.read + count.written for name, count in found.items()}
     assert 1.9 * moved["triton"] < moved["eager"] < moved["memory_efficient"]
-    assert found["triton"].launches < 0.8 * found["eager"].launches < 0.8 * found["memory_efficient"].launches
+    assert found["triton"].launches < 0.85 * found["eager"].launches < 0.85 * found["memory_efficient"].launches

@@ -106,12 +106,12 @@ TILES = {
     (90, "ieee"): _IEEE,
     (90, "tf32"): _TF32._replace(bottleneck_backward=Tile(64, 128, 32, stages=1)),
     (90, "half"): Tiles(
-        bottleneck_forward=Tile(128, 128, 32, stages=3, warps=4),
+        bottleneck_forward=Tile(128, 128, 32, stages=3),
         conv3x3_forward=Tile(128, 32, 64, stages=3),
         conv3x3_backward_data=Tile(64, 128, 32, stages=3, warps=4),
-        conv3x3_backward_data_persistent=Tile(32, 128, 32, stages=2, programs=2, warps=4),
+        conv3x3_backward_data_persistent=Tile(32, 128, 32, stages=2, programs=2),
         conv3x3_backward_weights=Tile(64, 32, 128, stages=3, programs=2),
-        bottleneck_backward=Tile(32, 128, 128, stages=3),
+        bottleneck_backward=Tile(64, 128, 64, stages=3),
     ),
     (100, "ieee"): _IEEE._replace(conv3x3_forward=Tile(128, 32, 16, stages=2)),
     (100, "tf32"): _TF32._replace(
@@ -119,15 +119,12 @@ TILES = {
         conv3x3_backward_weights=Tile(32, 32, 128, stages=1, programs=2),  # Triton 3.6 does not compile it with more
     ),
     (100, "half"): _HALF._replace(
-        bottleneck_forward=Tile(64, 128, 64, stages=2),  # with 32 channels float16's spills
+        bottleneck_forward=Tile(64, 128, 32, stages=3),
         conv3x3_backward_weights=Tile(64, 32, 128, stages=1, programs=2),  # as for tf32
         bottleneck_backward=Tile(64, 128, 32, stages=1, programs=2),
     ),
 }
-BOTTLENECK_BACKWARD = "one"  # or "split": norm2's gradient by a kernel of its own
-BOTTLENECK_FORWARD = "one"  # or "folded": norm1 as scale and shift by a kernel of its own
-FOLDED = 128  # channels of a program of it
-CONV3X3_BACKWARD_DATA = "persistent"  # or "pipelined"
+FOLDED = 128  # channels of a program that folds a norm into scale and shift
 POINT = 4096  # numbers of a tile of what has no product
 POINT_CHANNELS = 32  # of such a tile at most
 SUMS = dict(BLOCK_T=1024, BLOCK_C=2, warps=8)  # tiles and channels of a program that adds up partial sums
@@ -429,21 +426,13 @@ class _Launches:
         tile, width = self.tiles.bottleneck_forward, out.shape[1]
         tiles, block_n = _blocks(self.pixels, tile.block_p), _fitting(tile.block_n, width)
         partial = None if moments is None else self.floats(tiles, 2, width)
-        if BOTTLENECK_FORWARD == "folded":
-            scale, shift = self.floats(2, channels)
-            launch("fold_norm", (_blocks(channels, FOLDED),), *norm, scale, shift, channels, BLOCK_C=FOLDED)
-            launch(
-                "bottleneck_forward_folded", (tiles, _blocks(width, block_n)),
-                maps, maps.stride(0), scale, shift, weight, out, partial, self.pixels, channels, width,
-                MEASURE=moments is not None,
-                BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=tile.block_k, **self._product(tile),
-            )  # fmt: skip
-            self._reduce_moments(partial, tile.block_p, moments)
-            return
+        scale, shift = self.floats(2, channels)
+        launch("fold_norm", (_blocks(channels, FOLDED),), *norm, scale, shift, channels, BLOCK_C=FOLDED)
         launch(
             "bottleneck_forward", (tiles, _blocks(width, block_n)),
-            maps, maps.stride(0), *norm, weight, out, partial, self.pixels, channels, width, MEASURE=moments is not None,
-            BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=tile.block_k, **self._product(tile),
+            maps, maps.stride(0), scale, shift, weight, out, partial, self.pixels, channels, width,
+            MEASURE=moments is not None, BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+            **self._product(tile),
         )  # fmt: skip
         self._reduce_moments(partial, tile.block_p, moments)
 
@@ -508,8 +497,7 @@ class _Launches:
         sizes: tuple[int, ...] = (self.pixels, self.height, self.width, width, growth)
         own: dict[str, Any] = {}
         if persistent is not None and growth <= persistent.block_k:
-            tile, kernel = persistent, f"conv3x3_backward_data_{CONV3X3_BACKWARD_DATA}"
-            own = dict(STAGES=tile.stages) if CONV3X3_BACKWARD_DATA == "pipelined" else {}
+            tile, kernel, own = persistent, "conv3x3_backward_data_persistent", dict(STAGES=persistent.stages)
             blocks = _blocks(width, _fitting(tile.block_n, width))
             partials, tiles = self._ranges(tile, blocks)
             grid, sizes = (blocks, partials), (*sizes, tiles)
@@ -542,31 +530,20 @@ class _Launches:
         self, dz: Tensor, b: Tensor, coefficients: Tensor, maps: Tensor, map_gradient: Tensor, channels: int, norm: _Norm,
         weight: Tensor, dweight: Tensor, dgamma: Tensor, dbeta: Tensor, sums: Tensor,
     ) -> None:  # fmt: skip
+        """The gradient of b takes the place of dz."""
         tile, width = self.tiles.bottleneck_backward, b.shape[1]
         block_c, block_n = _fitting(tile.block_k, channels), _fitting(tile.block_n, width)
         blocks, parts = _blocks(channels, block_c), _blocks(width, block_n)
         ranges, tiles = self._ranges(tile, blocks)
         weight_partial, partial = self.floats(ranges, width, channels), self.floats(parts * ranges, 2, channels)
-        if BOTTLENECK_BACKWARD == "split":
-            grid, point = _point(self.pixels, width)
-            launch(
-                "norm_backward", grid, dz, b, coefficients, self.pixels, width, PRECISION=self.precision, **point
-            )  # fmt: skip
-            for part in range(parts):
-                launch(
-                    "bottleneck_backward_split", (blocks, ranges),
-                    dz, maps, map_gradient, maps.stride(0), *norm, weight, weight_partial, partial[part * ranges :],
-                    self.pixels, channels, width, part * block_n, tiles,
-                    BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, STAGES=tile.stages,
-                    **self._product(tile),
-                )  # fmt: skip
-            parts = 0
+        grid, point = _point(self.pixels, width)
+        launch("norm_backward", grid, dz, b, coefficients, self.pixels, width, PRECISION=self.precision, **point)
         for part in range(parts):  # the gradient of a wide bottleneck's input adds up over parts of it
             launch(
                 "bottleneck_backward", (blocks, ranges),
-                dz, b, coefficients, maps, map_gradient, maps.stride(0), *norm, weight, weight_partial,
-                partial[part * ranges :], self.pixels, channels, width, part * block_n, tiles,
-                BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, **self._product(tile),
+                dz, maps, map_gradient, maps.stride(0), *norm, weight, weight_partial, partial[part * ranges :],
+                self.pixels, channels, width, part * block_n, tiles,
+                BLOCK_P=tile.block_p, BLOCK_N=block_n, BLOCK_C=block_c, STAGES=tile.stages, **self._product(tile),
             )  # fmt: skip
         self._reduce_weights(weight_partial, dweight)
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)

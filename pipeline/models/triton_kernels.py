@@ -73,16 +73,6 @@ def _store_two(partial, tile, first, second, c, channels):
 
 
 @triton.jit
-def _store_dz(da, x, scale, shift, centre, out, at, inside):
-    """out = dz = da where norm(x) > 0; gives its sums, of the rounded numbers, and of it times x - mean."""
-    x = x.to(tl.float32)
-    dz = tl.where(inside & (x * scale[None, :] + shift[None, :] > 0), da, 0.0).to(out.dtype.element_ty)
-    tl.store(out + at, dz, mask=inside)
-    dz = dz.to(tl.float32)
-    return _sum_two(dz, dz * (x - centre[None, :]))
-
-
-@triton.jit
 def _add_up_two(partial, tiles, c, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """The sums over all tiles of what `_store_two` wrote, in float64."""
     first, second = tl.zeros((BLOCK_C,), tl.float64), tl.zeros((BLOCK_C,), tl.float64)
@@ -203,31 +193,6 @@ def copy_and_measure(
 
 
 @jit
-def bottleneck_forward(
-    x, ldx, mean, variance, gamma, beta, eps, weight, out, partial, pixels, channels, features,
-    MEASURE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out [pixels][features] = relu(norm1(x)) weight', with weight [features][channels]; partial moments of out."""
-    tile = tl.program_id(0)
-    p, n = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = x + p[:, None].to(tl.int64) * ldx
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, channels, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-        v = tl.load(row + c[None, :], mask=(p < pixels)[:, None] & (c < channels)[None, :], other=0.0)
-        a = _factor(_relu(v.to(tl.float32) * scale[None, :] + shift[None, :]).to(v.dtype), PRECISION)
-        present = (n < features)[None, :] & (c < channels)[:, None]
-        w = tl.load(weight + n[None, :] * channels + c[:, None], mask=present, other=0.0)
-        total = tl.dot(a, w, total, input_precision=PRECISION)
-    b = total.to(out.dtype.element_ty)
-    at = out + p[:, None].to(tl.int64) * features + n[None, :]
-    tl.store(at, b, mask=(p < pixels)[:, None] & (n < features)[None, :])
-    if MEASURE:
-        _store_moments(partial, tile, b.to(tl.float32), p < pixels, pixels, n, features, BLOCK_P)
-
-
-@jit
 def fold_norm(mean, variance, gamma, beta, eps, scale, shift, channels, BLOCK_C: tl.constexpr):
     """A batch norm as x * scale + shift, for kernels that loop over channels. A program takes BLOCK_C of them."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -237,7 +202,7 @@ def fold_norm(mean, variance, gamma, beta, eps, scale, shift, channels, BLOCK_C:
 
 
 @jit
-def bottleneck_forward_folded(
+def bottleneck_forward(
     x, ldx, scale, shift, weight, out, partial, pixels, channels, features,
     MEASURE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -248,10 +213,8 @@ def bottleneck_forward_folded(
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, channels, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        gain, offset = (
-            tl.load(scale + c, mask=c < channels, other=0.0),
-            tl.load(shift + c, mask=c < channels, other=0.0),
-        )
+        gain = tl.load(scale + c, mask=c < channels, other=0.0)
+        offset = tl.load(shift + c, mask=c < channels, other=0.0)
         v = tl.load(row + c[None, :], mask=(p < pixels)[:, None] & (c < channels)[None, :], other=0.0)
         a = _factor(_relu(v.to(tl.float32) * gain[None, :] + offset[None, :]).to(v.dtype), PRECISION)
         present = (n < features)[None, :] & (c < channels)[:, None]
@@ -451,53 +414,15 @@ def conv3x3_backward_data(
             total = tl.dot(g, w, total, input_precision=PRECISION)
     scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
     centre = tl.load(mean + n, mask=n < channels, other=0.0)
-    sum_dz, centred_sum = _store_dz(total, v, scale, shift, centre, dz, here, own)
-    _store_two(partial, tile, sum_dz, centred_sum, n, channels)
+    v = v.to(tl.float32)
+    rounded = tl.where(v * scale[None, :] + shift[None, :] > 0, total, 0.0).to(dz.dtype.element_ty)
+    tl.store(dz + here, rounded, mask=own)
+    s, q = _sum_two(rounded.to(tl.float32), rounded.to(tl.float32) * (v - centre[None, :]))
+    _store_two(partial, tile, s, q, n, channels)
 
 
 @jit
 def conv3x3_backward_data_persistent(
-    gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
-    tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As conv3x3_backward_data, for features that fit BLOCK_K.
-
-    A program takes a range of `tiles` tiles: its weights stay in shared memory, and b is loaded a tile ahead.
-    """
-    n, part, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1), tl.arange(0, BLOCK_K)
-    present, w = (n < channels)[None, :], ()
-    for tap in tl.static_range(9):
-        taps = weight + (k[:, None] * 9 + tap) * channels + n[None, :]
-        w += (tl.load(taps, mask=present & (k < features)[:, None], other=0.0),)  # type: ignore[assignment]
-    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, n, n < channels)
-    centre = tl.load(mean + n, mask=n < channels, other=0.0)
-    s, q = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    first = part * tiles * BLOCK_P
-    p = first + tl.arange(0, BLOCK_P)
-    own = (p < pixels)[:, None] & present
-    ahead = tl.load(b + p[:, None].to(tl.int64) * channels + n[None, :], mask=own, other=0.0)
-    for t in range(0, tiles):
-        p = first + t * BLOCK_P + tl.arange(0, BLOCK_P)
-        i, j, v = p // width % height, p % width, ahead
-        following = p + BLOCK_P
-        own = (following < pixels)[:, None] & present
-        ahead = tl.load(b + following[:, None].to(tl.int64) * channels + n[None, :], mask=own, other=0.0)
-        total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-        for tap in tl.static_range(9):
-            y, x = 1 - tap // 3, 1 - tap % 3
-            inside = (p < pixels) & (i + y >= 0) & (i + y < height) & (j + x >= 0) & (j + x < width)
-            near = gradient + (p + y * width + x)[:, None].to(tl.int64) * features + k[None, :]
-            g = tl.load(near, mask=inside[:, None] & (k < features)[None, :], other=0.0)
-            total = tl.dot(g, w[tap], total, input_precision=PRECISION)
-        own, at = (p < pixels)[:, None] & present, p[:, None].to(tl.int64) * channels + n[None, :]
-        own_s, own_q = _store_dz(total, v, scale, shift, centre, dz, at, own)
-        s += own_s
-        q += own_q
-    _store_two(partial, part, s, q, n, channels)
-
-
-@jit
-def conv3x3_backward_data_pipelined(
     gradient, weight, b, mean, variance, gamma, beta, eps, dz, partial, pixels, height, width, channels, features,
     tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -578,54 +503,6 @@ def conv3x3_backward_weights(
 
 
 @jit
-def bottleneck_backward(
-    dz, b, coefficients, x, G, ldx, mean, variance, gamma, beta, eps, weight, weight_partial, partial, pixels, channels,
-    features, first, tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Through norm2, the 1x1 convolution and norm1, for the bottleneck's features `first` to `first` + BLOCK_N.
-
-    db = k0 dz + k1 b + k2; da = db weight; G += gamma dz1 and its partial sums; weight_partial [range][features][channels]
-    = db' a. All but the weight's gradient add up over launches with other features, as the mask of the ReLU is the same.
-
-    A program takes a range of `tiles` tiles, and BLOCK_C channels. Programs with the same range
-    are neighbours, so that dz and b come from the cache.
-    """
-    c, part, n = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), first + tl.arange(0, BLOCK_N)
-    channel, feature = (c < channels)[None, :], n < features
-    scale, shift = _scale_and_shift(mean, variance, gamma, beta, eps, c, c < channels)
-    gain = tl.load(gamma + c, mask=c < channels, other=0.0)[None, :]
-    centre = tl.load(mean + c, mask=c < channels, other=0.0)[None, :]
-    k0 = tl.load(coefficients + n, mask=feature, other=0.0)[None, :]
-    k1 = tl.load(coefficients + features + n, mask=feature, other=0.0)[None, :]
-    k2 = tl.load(coefficients + 2 * features + n, mask=feature, other=0.0)[None, :]
-    w = tl.load(weight + n[:, None] * channels + c[None, :], mask=feature[:, None] & channel, other=0.0)
-    total, s = tl.zeros((BLOCK_N, BLOCK_C), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    q = tl.zeros((BLOCK_C,), tl.float32)
-    own = tl.arange(0, BLOCK_P)
-    at, db_at = own[:, None] * ldx + c[None, :], own[:, None] * features + n[None, :]
-    for t in range(0, tiles):
-        start = (part * tiles + t) * BLOCK_P
-        pixel, row = (own < pixels - start)[:, None], start.to(tl.int64)
-        db = tl.load(dz + row * features + db_at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k0 + k2
-        db += tl.load(b + row * features + db_at, mask=pixel & feature[None, :], other=0.0).to(tl.float32) * k1
-        db = _factor(tl.where(pixel, db, 0.0).to(w.dtype), PRECISION)
-        da = tl.dot(db, w, input_precision=PRECISION)  # 0 where there is no pixel or channel
-        v = tl.load(x + row * ldx + at, mask=pixel & channel, other=0.0).to(tl.float32)
-        z = v * scale[None, :] + shift[None, :]
-        dz1 = tl.where(z > 0, da, 0.0)
-        g = tl.load(G + row * ldx + at, mask=pixel & channel, other=0.0).to(tl.float32)
-        tl.store(G + row * ldx + at, (dz1 * gain + g).to(G.dtype.element_ty), mask=pixel & channel)
-        own_s, own_q = _sum_two(dz1, dz1 * (v - centre))
-        s += own_s
-        q += own_q
-        a = _factor(_relu(z).to(w.dtype), PRECISION)
-        total = tl.dot(tl.trans(db), a, total, input_precision=PRECISION)
-    at = weight_partial + (part * features + n)[:, None] * channels + c[None, :]
-    tl.store(at, total, mask=feature[:, None] & channel)
-    _store_two(partial, part, s, q, c, channels)
-
-
-@jit
 def norm_backward(
     dz, b, coefficients, pixels, channels, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
@@ -641,7 +518,7 @@ def norm_backward(
 
 
 @jit
-def bottleneck_backward_split(
+def bottleneck_backward(
     db, x, G, ldx, mean, variance, gamma, beta, eps, weight, weight_partial, partial, pixels, channels, features, first,
     tiles, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,

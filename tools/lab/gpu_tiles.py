@@ -105,45 +105,24 @@ def _tiles(name: str, *tiles: tuple[Any, ...], **others: None) -> list[Candidate
 def tasks() -> dict[str, Task]:
     """By name; what takes the most of a step's time first."""
     found = {
-        "bottleneck_backward": [
-            Candidate(candidate.tiles, {"BOTTLENECK_BACKWARD": kind})
-            for kind, candidates in {
-                "split": _tiles(
-                    "bottleneck_backward", (64, 128, 64, 3), (64, 128, 64, 3, 1, 16), (32, 128, 64, 3, 2, 4),
-                    (32, 128, 128, 3), (64, 128, 32, 3, 2, 8), (64, 128, 32, 3, 2, 4), (32, 128, 64, 3, 2, 8, 128),
-                    (32, 128, 128, 3, 1, 16), (64, 128, 64, 2), (64, 128, 64, 4), (64, 128, 64, 4, 1, 16),
-                ),
-                "one": _tiles("bottleneck_backward", (32, 128, 64, 2, 2, 4), (32, 128, 64, 3, 2, 4), (32, 128, 64, 4, 2, 4)),
-            }.items()
-            for candidate in candidates
-        ],
-        "bottleneck_forward": [
-            Candidate(candidate.tiles, {"BOTTLENECK_FORWARD": kind})
-            for kind, candidates in {
-                "folded": _tiles(
-                    "bottleneck_forward", (128, 128, 32, 3, 1, 8), (128, 128, 32, 3, 1, 4), (128, 128, 32, 4, 1, 8),
-                    (128, 128, 64, 3, 1, 8, 128), (64, 128, 64, 3, 1, 4), (64, 128, 32, 4, 1, 4), (128, 128, 64, 3, 1, 8),
-                    (256, 128, 32, 3), (128, 128, 32, 4, 1, 4), (64, 128, 64, 4, 1, 4), (128, 128, 32, 5, 1, 8),
-                ),
-                "one": _tiles("bottleneck_forward", (64, 128, 64, 3, 1, 4)),
-            }.items()
-            for candidate in candidates
-        ],
+        "bottleneck_backward": _tiles(
+            "bottleneck_backward", (64, 128, 64, 2), (64, 128, 64, 3), (64, 128, 64, 4), (64, 128, 64, 3, 1, 16),
+            (32, 128, 64, 3, 2, 4), (32, 128, 64, 3, 2, 8, 128), (64, 128, 32, 3, 2, 8), (64, 128, 32, 3, 2, 4),
+            (32, 128, 128, 3), (32, 128, 128, 3, 1, 16),
+        ),
+        "bottleneck_forward": _tiles(
+            "bottleneck_forward", (128, 128, 32, 3), (128, 128, 32, 4), (128, 128, 32, 5), (128, 128, 32, 3, 1, 4),
+            (128, 128, 32, 4, 1, 4), (128, 128, 64, 3), (128, 128, 64, 3, 1, 8, 128), (64, 128, 64, 3, 1, 4),
+            (64, 128, 64, 4, 1, 4), (64, 128, 32, 4, 1, 4), (256, 128, 32, 3),
+        ),
         "conv3x3_forward": _tiles(
             "conv3x3_forward", (128, 32, 64, 2), (128, 32, 64, 3), (128, 32, 64, 4), (128, 32, 64, 3, 1, 4),
             (128, 32, 128, 2), (64, 32, 64, 3, 1, 4), (64, 32, 128, 2, 1, 4), (256, 32, 64, 3), (256, 32, 32, 4),
         ),
         "conv3x3_backward_data": [
             *_tiles(
-                "conv3x3_backward_data_persistent", (32, 128, 32, 2, 2, 4), (32, 128, 32, 3, 2, 4), (16, 128, 32, 2, 2, 4),
-                (64, 32, 32, 2, 2, 4), (64, 64, 32, 3, 1, 4), (128, 64, 32, 2),
-            ),
-            *(
-                Candidate(candidate.tiles, {"CONV3X3_BACKWARD_DATA": "pipelined"})
-                for candidate in _tiles(
-                    "conv3x3_backward_data_persistent", (32, 128, 32, 2, 2, 8), (32, 64, 32, 2, 3, 4), (64, 64, 32, 2, 1, 8),
-                    (64, 128, 32, 2, 1, 8), (32, 128, 32, 3, 1, 8), (64, 64, 32, 3, 1, 8), (32, 64, 32, 3, 3, 4),
-                )
+                "conv3x3_backward_data_persistent", (32, 128, 32, 2, 2, 8), (32, 128, 32, 2, 2, 4), (32, 128, 32, 3, 1, 8),
+                (32, 64, 32, 2, 3, 4), (32, 64, 32, 3, 3, 4), (64, 64, 32, 2, 1, 8), (64, 64, 32, 3, 1, 8),
             ),
             *_tiles(
                 "conv3x3_backward_data", (64, 128, 32, 3, 1, 4), (64, 64, 32, 4, 1, 4), (128, 64, 32, 3, 1, 4),

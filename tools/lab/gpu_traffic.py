@@ -56,12 +56,8 @@ TRAFFIC = {
     ),
     "reduce_weights": ("partial:splits*numbers", "out:numbers"),
     "fold_norm": (_NORM, "scale:channels shift:channels"),
-    "bottleneck_forward_folded": (
-        "x:pixels*channels weight:features*channels scale:channels shift:channels",
-        "out:pixels*features partial:2*tiles*features",
-    ),
     "bottleneck_forward": (
-        f"x:pixels*channels weight:features*channels {_NORM}",
+        "x:pixels*channels weight:features*channels scale:channels shift:channels",
         "out:pixels*features partial:2*tiles*features",
     ),
     "norm_forward": (f"b:pixels*channels {_NORM}", "out:pixels*channels"),
@@ -90,10 +86,6 @@ TRAFFIC = {
         f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
         "dz:pixels*channels partial:2*tiles*channels",
     ),
-    "conv3x3_backward_data_pipelined": (
-        f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
-        "dz:pixels*channels partial:2*ranges*channels",
-    ),
     "conv3x3_backward_data_persistent": (
         f"gradient:pixels*features weight:9*features*channels b:pixels*channels {_NORM}",
         "dz:pixels*channels partial:2*ranges*channels",
@@ -103,13 +95,8 @@ TRAFFIC = {
         "partial:ranges*9*features*channels",
     ),
     "norm_backward": ("dz:pixels*channels b:pixels*channels coefficients:3*channels", "dz:pixels*channels"),
-    "bottleneck_backward_split": (
-        f"db:pixels*{_PART} weight:channels*{_PART} x:pixels*channels G:pixels*channels {_NORM}",
-        f"G:pixels*channels weight_partial:ranges*channels*{_PART} partial:2*ranges*channels",
-    ),
     "bottleneck_backward": (
-        f"dz:pixels*{_PART} b:pixels*{_PART} coefficients:3*{_PART} weight:channels*{_PART} x:pixels*channels "
-        f"G:pixels*channels {_NORM}",
+        f"db:pixels*{_PART} weight:channels*{_PART} x:pixels*channels G:pixels*channels {_NORM}",
         f"G:pixels*channels weight_partial:ranges*channels*{_PART} partial:2*ranges*channels",
     ),
 }
