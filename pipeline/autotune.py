@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs
 from pipeline.config import Compile, Config, MemoryFormat, from_dict
-from pipeline.cuda_graphs import BEFORE_CAPTURE, ReplayedNetwork
+from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.distributed import is_usable
 from pipeline.errors import is_out_of_memory
 from pipeline.machine import ask_for_signal_when_parent_dies
@@ -48,7 +48,7 @@ TIMES_EAGER, ROUNDING = 2.0, 1e-2  # of a distance, relative
 CHANCE = 0.1  # in place of ROUNDING for gradients in bf16 and fp16: a ReLU that rounding turns off changes them by more than it
 FARTHEST = 0.9  # what is all zeros is 1 away, whatever rounding does to the modules
 FEW, WIDEST = 4, 512  # images, and maps into the first block, of the shallow network, to which less memory is enough
-WARM_UP, TIMED = BEFORE_CAPTURE + 1, 5  # steps
+WARM_UP, TIMED = 3, 5  # steps
 SCALE = 2.0**10  # of the loss in fp16, whose gradients would vanish
 PATIENCE = 600, 2400  # seconds, the second if something is compiled; other ranks wait an hour (distributed.PATIENCE)
 # Of the GPU's memory. A step must find room there, and beside CUDA graphs a second one; a run has more than its steps:
@@ -404,6 +404,11 @@ class _Work:
         (self._scale * F.cross_entropy(logits.float(), labels)).backward()
         return logits.detach()
 
+    def _capture(self, x: Tensor) -> None:
+        if isinstance(self._call, ReplayedNetwork):
+            with autocast(self._precision, self._device):
+                self._call.capture(x)
+
     def step_beside_graphs(self, x: Tensor, labels: Tensor) -> None:
         """A step of a smaller batch, which an epoch may end with: it finds no room in the memory that graphs hold.
 
@@ -423,8 +428,7 @@ class _Work:
             gradients: else it is only seen to that these are finite.
         """
         x = x.contiguous(memory_format=self._layout)
-        for _ in range(BEFORE_CAPTURE if isinstance(self._call, ReplayedNetwork) else 0):
-            self.step(x, labels)
+        self._capture(x)
         found = {"logits": [self.step(x, labels).clone()]}
         self.selected = self._network.selection.method if self._network.selection else ""
         norms = {id(p) for m in self._network.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
@@ -445,6 +449,7 @@ class _Work:
     def seconds(self, x: Tensor, labels: Tensor) -> float:
         """Of a forward and a backward pass, the median of a few."""
         x, found = x.contiguous(memory_format=self._layout), []
+        self._capture(x)
         for _ in range(WARM_UP + TIMED):
             _wait(self._device)
             start = time.perf_counter()

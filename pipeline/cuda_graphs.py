@@ -5,7 +5,6 @@ both are then replayed with the same kernels in the same order, and so to the sa
 optimiser stay outside.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch.func import functional_call
 
 from pipeline.errors import LocalUserError, is_out_of_memory
 
-# Whole batches of a size that are computed before one is captured. Kernels are compiled, chosen and loaded in them, which
-# they cannot be in a capture.
+# Passes that are computed before one is captured. Kernels are compiled, chosen and loaded in them, which they cannot be in a
+# capture.
 BEFORE_CAPTURE = 2
 
 
@@ -38,8 +37,8 @@ class ReplayedNetwork(nn.Module):
     """A network whose training passes over whole batches are replayed as CUDA graphs. Shape: that of the network.
 
     Parameters and buffers are the network's. All else calls the network itself: evaluation, batches of another number of
-    images, and the first whole batches of each image size. What Python does in the network's forward pass is not done again
-    in a replay: nothing may change the network's modules, nor where its parameters lie.
+    images, and of a size that was not captured. What Python does in the network's forward pass is not done again in a replay:
+    nothing may change the network's modules, nor where its parameters lie.
 
     What else a pass depends on, that are grad mode, autocast, and whether gradients of the images are wanted, is looked at.
 
@@ -57,45 +56,58 @@ class ReplayedNetwork(nn.Module):
         """
         super().__init__()
         self.network, self.enabled = network, True
-        self._images = images
-        self._seen, self._graphs = Counter[Any](), dict[Any, _Graphs]()
+        self._images, self._graphs = images, dict[Any, _Graphs]()
         self._pool: Any = None
 
     def forward(self, x: Tensor) -> Any:
         trains = self.network.training and torch.is_grad_enabled() and not x.requires_grad
-        if not (self.enabled and trains) or len(x) != self._images:
+        graphs = self._graphs.get(_kind(x)) if self.enabled and trains else None
+        if graphs is None:
             return self.network(x)
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        kind = tuple(x.shape), x.dtype, x.stride(), autocast
-        if kind not in self._graphs:
-            if self._seen[kind] < BEFORE_CAPTURE:
-                self._seen[kind] += 1
-                return self.network(x)
-            try:
-                self._graphs[kind] = self._capture(x)
-            except Exception as error:
-                raise _refusal(error) from None
-        return _Replay.apply(self._graphs[kind], x, *_trained(self.network).values())
+        return _Replay.apply(graphs, x, *_trained(self.network).values())
 
-    def _capture(self, x: Tensor) -> _Graphs:
-        """Capture a pass forward and backward over images like these; nothing is computed."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()  # for all sizes: no two of them are in use at once
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    def capture(self, x: Tensor) -> None:
+        """Capture training passes over batches like this one, whose numbers do not matter, if they are whole ones.
+
+        The network is left as it is. Meanwhile no other thread may use the GPU: DALI's ended a capture on an H200.
+
+        Raises:
+            LocalUserError: the passes cannot be captured.
+        """
+        if not self.enabled or len(x) != self._images or _kind(x) in self._graphs:
+            return
         images = x.detach().clone()
         # In the parameters' place, of which DDP keeps what belongs to another stream than that of the capture.
         parameters = {name: p.detach().requires_grad_() for name, p in _trained(self.network).items()}
-        # Other threads, which load images, may allocate memory meanwhile. Weights that autocast has cast before would not be
-        # cast again in a replay.
+        self._compute(images, parameters)
+        try:
+            self._graphs[_kind(x)] = self._captured(images, parameters)
+        except Exception as error:
+            raise _refusal(error) from None
+
+    def _compute(self, images: Tensor, parameters: dict[str, Tensor]) -> None:
+        """Some passes, of which nothing stays."""
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+            for _ in range(BEFORE_CAPTURE):
+                logits = functional_call(self.network, parameters, (images,))
+                torch.autograd.grad(logits, [*parameters.values()], torch.zeros_like(logits))
+        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _captured(self, images: Tensor, parameters: dict[str, Tensor]) -> _Graphs:
+        """A pass forward and backward over images like these; nothing is computed."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # for all sizes: no two of them are in use at once
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads, as NCCL's, may go on meanwhile. Weights that autocast has cast before would not be cast again in a
+        # replay.
         how: dict[str, Any] = dict(pool=self._pool, capture_error_mode="thread_local")
-        device, kind = x.device.type, torch.get_autocast_dtype(x.device.type)
-        enabled = torch.is_autocast_enabled(device)
+        device, stream = images.device.type, torch.cuda.current_stream(images.device)
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         torch.clear_autocast_cache()
-        with torch.cuda.stream(
-            torch.cuda.current_stream(x.device)
-        ):  # to which torch does not return from a failed capture
-            with torch.cuda.graph(forward, **how), torch.autocast(device, kind, enabled=enabled, cache_enabled=False):
+        with torch.cuda.stream(stream):  # to which torch does not return from a failed capture
+            with torch.cuda.graph(forward, **how), torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
                 logits = functional_call(self.network, parameters, (images,))
             gradient = torch.empty_like(logits)
             with torch.cuda.graph(backward, **how):
@@ -136,6 +148,13 @@ def _refusal(error: Exception) -> Exception:
         f"a training step could not be captured as a CUDA graph ({reason}): start the same command again with "
         "--train.compile none"
     )
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What passes over two batches must have in common."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return tuple(x.shape), x.dtype, x.stride(), autocast
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -338,6 +338,19 @@ class Run:
         for module in self._frozen:
             module.eval()
 
+    def capture(self) -> None:
+        """Capture the epoch's training step as CUDA graphs, if it is replayed. No thread may be loading images yet."""
+        loader, config, device = self.train_loader, self.config, self.world.device
+        whole = config.optim.batch_size // self.microbatches
+        if not isinstance(self.compiled, ReplayedNetwork) or loader.global_batch(0) < config.optim.batch_size:
+            return
+        size = config.data.of_epoch(self.progress.epoch).crop_size
+        shape, generator = (whole, config.data.channels, size, size), torch.Generator(device).manual_seed(0)
+        images = torch.randn(shape, generator=generator, device=device, dtype=self._image_dtype())
+        torch.cuda.synchronize(device)
+        with self.autocast():
+            self.compiled.capture(images.contiguous(memory_format=self.memory_format))
+
     def without_reduction(self, skip: bool) -> AbstractContextManager[None]:
         """While it is entered, gradients add up on this rank and are not averaged over the ranks."""
         return self.training_network.no_sync() if skip and self.world.size > 1 else nullcontext()  # type: ignore[operator]

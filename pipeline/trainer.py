@@ -107,8 +107,9 @@ class Trainer:
         if run.progress.step == steps:  # the run was interrupted while it validated
             return
         self._between_batches()
-        batches = self._timed(run.train_loader.batches(run.progress.epoch, run.progress.step))
         run.set_training_mode()
+        run.capture()
+        batches = self._timed(run.train_loader.batches(run.progress.epoch, run.progress.step))
         while run.progress.step < steps:
             self.watchdog.beat(run.position, self.compiles)
             self._call("on_step_start")

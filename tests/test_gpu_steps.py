@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline import compilation, cuda_graphs, optim, trainer, watchdog
 from pipeline.compilation import compile_network, refuse_graphs_elsewhere
 from pipeline.config import OptimConfig
+from pipeline.data.loader import TrainingLoader
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.finite import all_finite
@@ -271,18 +272,22 @@ class Pass:
             output.copy_(new)
 
 
-def capture(replayed, x):
-    """`ReplayedNetwork._capture` for CPU."""
-    network, parameters, images = replayed.network, [*replayed.network.parameters()], x.clone()
-    logits = torch.full_like(network(images).detach(), math.nan)
-    gradient, gradients = logits.clone(), [torch.full_like(p, math.nan) for p in parameters]
-    forward = Pass(lambda: [network(images).detach()], logits)
+def captured_on_cpu(replayed, images, aliases):
+    """`ReplayedNetwork._captured` for CPU."""
+    network, parameters = replayed.network, [*replayed.network.parameters()]
 
     @torch.enable_grad()
-    def differentiate():
-        return torch.autograd.grad(network(images), parameters, gradient)
+    def without_effect():
+        buffers = [buffer.clone() for buffer in network.buffers()]
+        logits = network(images)
+        for buffer, before in zip(network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        return logits
 
-    backward = Pass(differentiate, *gradients)
+    logits = torch.full_like(without_effect().detach(), math.nan)
+    gradient, gradients = logits.clone(), [torch.full_like(p, math.nan) for p in parameters]
+    forward = Pass(lambda: [network(images).detach()], logits)
+    backward = Pass(lambda: torch.autograd.grad(without_effect(), parameters, gradient), *gradients)
     return cuda_graphs._Graphs(forward, backward, images, logits, gradient, gradients)
 
 
@@ -290,7 +295,7 @@ def test_whole_training_batches_are_replayed(monkeypatch):
     """Of the capture itself only a GPU can tell (`python -m tools.gpu --groups G6`)."""
     captured = []
     monkeypatch.setattr(
-        cuda_graphs.ReplayedNetwork, "_capture", lambda self, x: captured.append(x.shape) or capture(self, x)
+        cuda_graphs.ReplayedNetwork, "_captured", lambda *args: captured.append(args[1].shape) or captured_on_cpu(*args)
     )
     network, reference = Counting(), Counting()
     reference.load_state_dict(network.state_dict())
@@ -300,6 +305,8 @@ def test_whole_training_batches_are_replayed(monkeypatch):
     sizes = [(4, 2), (4, 2), (4, 2), (3, 2), (4, 2), (4, 5, 2), (4, 5, 2), (4, 5, 2), (4, 2)]
     for i, size in enumerate(sizes):
         x = torch.randn(size, generator=torch.Generator().manual_seed(i))
+        if i:
+            replayed.capture(torch.randn(size))
         outputs = []
         for n in (replayed, reference):
             output = n(x.clone())
@@ -344,9 +351,13 @@ def test_a_capture_differentiates_by_aliases_and_leaves_the_network(monkeypatch,
     network.forward = lambda x: cached.append(torch.is_autocast_cache_enabled()) or forward(x)
     before, x = [*network.parameters()], torch.randn(4, 3, 16, 16)
     with network.selection_held(), torch.autocast("cpu", torch.bfloat16):
-        found = compile_network(network, "graphs", 4, 1)._capture(x)
+        state = torch.random.get_rng_state()
+        replayed = compile_network(network, "graphs", 4, 1)
+        replayed.capture(x)
+        (found,) = replayed._graphs.values()
+        assert torch.equal(torch.random.get_rng_state(), state)
         expected = reference(x)
-    assert network.selection.method == dense_block and cached == [False]
+    assert network.selection.method == dense_block and cached == [True, True, False]
     assert torch.equal(found.logits, expected) and found.logits.dtype is torch.bfloat16
     gradients = torch.autograd.grad(
         expected, [p for p in reference.parameters() if p.requires_grad], found.logits_gradient
@@ -357,18 +368,18 @@ def test_a_capture_differentiates_by_aliases_and_leaves_the_network(monkeypatch,
 
 
 def test_what_a_graph_would_not_see_is_not_replayed(monkeypatch):
-    captured = []
-    monkeypatch.setattr(cuda_graphs.ReplayedNetwork, "_capture", lambda self, x: captured.append(1) or capture(self, x))
+    monkeypatch.setattr(cuda_graphs.ReplayedNetwork, "_captured", captured_on_cpu)
     network, x = Counting(), torch.ones(4, 2)
     replayed = compile_network(network, "graphs", images=4, accumulation=1)
-    for _ in range(cuda_graphs.BEFORE_CAPTURE + 1):
-        replayed(x)
+    replayed.capture(x)
+    replayed(x)
     asks = x.clone().requires_grad_()
     replayed(asks).sum().backward()
     assert torch.equal(asks.grad, network.linear.weight.detach().sum(0).expand(4, 2))
     with torch.autocast("cpu", torch.bfloat16):
         assert replayed(x).dtype is torch.bfloat16
-    assert replayed(x).dtype is torch.float32 and captured == [1]
+    calls = network.calls
+    assert replayed(x).dtype is torch.float32 and network.calls == calls + 1 and len(replayed._graphs) == 1
 
 
 @pytest.mark.parametrize(("first", "expected"), [
@@ -378,18 +389,47 @@ def test_what_a_graph_would_not_see_is_not_replayed(monkeypatch):
 def test_a_capture_that_fails_is_told_by_its_cause(monkeypatch, first, expected):
     """What torch says at the end of it is another thing."""
 
-    def fail(self, x):
+    def fail(*_):
         try:
             raise first
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(cuda_graphs.ReplayedNetwork, "_capture", fail)
+    monkeypatch.setattr(cuda_graphs.ReplayedNetwork, "_captured", fail)
     replayed = compile_network(Counting(), "graphs", images=4, accumulation=1)
-    for _ in range(cuda_graphs.BEFORE_CAPTURE):
-        replayed(torch.ones(4, 2))
+    replayed.capture(torch.ones(3, 2))  # no whole batch
     with pytest.raises(expected[0], match=expected[1]):
-        replayed(torch.ones(4, 2))
+        replayed.capture(torch.ones(4, 2))
+
+
+class Keeps(Hook):
+    changes_network, state = False, None
+
+    def on_end(self, trainer):
+        Keeps.state = {name: tensor.clone() for name, tensor in trainer.run.network.state_dict().items()}
+
+
+def test_a_run_captures_before_its_images_are_loaded(tmp_path, monkeypatch):
+    """DALI's threads end a capture. Each size is captured when its first epoch begins."""
+    notes, load = [], TrainingLoader.batches
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr("pipeline.run.compile_network", lambda network, *_: cuda_graphs.ReplayedNetwork(network, 8))
+    monkeypatch.setattr(
+        cuda_graphs.ReplayedNetwork, "_captured", lambda *args: notes.append(args[1].shape) or captured_on_cpu(*args)
+    )
+    monkeypatch.setattr(TrainingLoader, "batches", lambda self, *args: notes.append("loads") or load(self, *args))
+    sizes = {"crop_size": 16, "resize_size": 16, "train_crop_size": [12, 16], "train_crop_milestones": [1]}
+    weights = []
+    for compiled in (True, False):
+        config = small_config(tmp_path / str(compiled), data=sizes, optim={"epochs": 3, "batch_size": 8})
+        Keeps.state = None
+        if not compiled:
+            monkeypatch.undo()
+        trainer.fit(config, [Keeps()])
+        weights.append(Keeps.state)
+    small, large = torch.Size((8, 3, 12, 12)), torch.Size((8, 3, 16, 16))
+    assert notes == [small, "loads", large, "loads", "loads"]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_the_first_step_of_a_start_may_compile_for_longer_than_a_step_may_take(monkeypatch, tmp_path):

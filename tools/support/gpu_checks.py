@@ -878,11 +878,15 @@ def graph_steps(
         for i, side in enumerate(SIDES):
             images = torch.randn(7 if i == 3 else 8, 3, side, side, generator=generator).to(setting.device)
             labels = torch.randint(10, (len(images),), generator=generator).to(setting.device)
-            torch.manual_seed(i)
+            images = images.contiguous(memory_format=torch.channels_last)
             bare.train()
             with deterministic_cudnn():
+                if mode == "graphs":
+                    with autocast(precision, setting.device):
+                        compiled.capture(images)  # type: ignore[operator]
+                torch.manual_seed(i)
                 with autocast(precision, setting.device):
-                    logits = network(images.contiguous(memory_format=torch.channels_last))
+                    logits = network(images)
                 scaler.scale(F.cross_entropy(logits.float(), labels)).backward()
                 scaler.step(optimizer)
                 scaler.update()
@@ -1090,12 +1094,13 @@ def dali_corrupt(setting: Setting) -> Found:
 
 
 def dali_resumed(setting: Setting) -> Found:
-    """A run that DALI feeds with JPEG files, cut and resumed."""
+    """A run that DALI feeds with JPEG files, cut and resumed; on a GPU in CUDA graphs."""
     folder = setting.folder / "files"
     photos(folder / "train", 40)
     photos(folder / "val", 10, seed=2)
     data = {"loader": "dali", "dir": str(folder), "crop_size": 32, "resize_size": 40}
-    return resumed(setting, "files", data=data)
+    train = {"deterministic": setting.on_gpu, "compile": "graphs" if setting.on_gpu else "none"}
+    return resumed(setting, "files", data=data, train=train)
 
 
 WARM, EPOCHS = 5, 20

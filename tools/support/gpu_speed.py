@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.compilation import BY_TORCH, compile_network
+from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.distributed import is_usable
 from pipeline.errors import UserError, is_out_of_memory
 from pipeline.models import create_model, triton_block
@@ -152,6 +153,9 @@ def training_step(case: Case, device: torch.device) -> Callable[[], None]:
     scaler = create_scaler(case.precision, device)
     images = torch.randn(case.batch_size, 3, case.size, case.size).to(device).contiguous(memory_format=layout)
     labels = torch.zeros(case.batch_size, dtype=torch.long, device=device)
+    if isinstance(network, ReplayedNetwork):
+        with autocast(case.precision, device):
+            network.capture(images)
 
     def step() -> None:
         optimizer.zero_grad()
