@@ -11,7 +11,7 @@ process that can use its GPU no more. That process says before each candidate wh
 the run no more than the candidates from there on.
 The choice is kept in the checkpoint, and rank 0 makes it for all. On CPU nothing is measured.
 
-No GPU has run this; the tests run it on CPU.
+An H200 has run it in bf16; the tests run it on CPU.
 """
 
 import copy

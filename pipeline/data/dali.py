@@ -2,8 +2,7 @@
 
 Images that DALI refuses, or may see otherwise than Pillow does, go into it decoded by Pillow (decoding.py).
 
-The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has run on a GPU before it decoded whole images, and
-not since.
+The GPU path (JPEG decoding with nvJPEG, everything after it on the device) has run on an H200.
 """
 
 from collections import deque
