@@ -16,6 +16,7 @@ import torchvision
 from conftest import REPOSITORY, index_of, run_module, small_config, with_random_norms
 from PIL import Image
 
+from pipeline import api
 from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
 from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
@@ -31,6 +32,7 @@ from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.run import Progress
 from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors, write_torch
+from tools import predict
 from tools.evaluate import main, open_images, published_errors, real_labels_score, recipe_of
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import write_answers, write_report
@@ -605,6 +607,30 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
         said(holding, other, "--data", data, "--held-out")
     complaint = r"held no training images out \(data.holdout\)"
     assert re.search(complaint, user_error(main, plain, "--data", data, "--held-out"))
+
+
+def test_mirror_images_that_a_network_was_not_trained_on_are_told(
+    image_folders, checkpoint, tmp_path, monkeypatch, capfd
+):
+    state = load_checkpoint(checkpoint)
+    state["config"]["data"]["hflip"] = False
+    CheckpointFolder(tmp_path).save(state, best=True)
+    without, few = tmp_path / "best.pt", tmp_path / "few"
+    (few / "class0").mkdir(parents=True)
+    picture = shutil.copy(next((image_folders / "val" / "class0").iterdir()), few / "class0")
+    line = f"{without} was trained without mirror images .data.hflip false.*: %s takes the centre crop alone"
+
+    def said(command, *words: object) -> str:
+        monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+        command()
+        return capfd.readouterr().err
+
+    for command, rest in ((main, ["--data", few]), (predict.main, [picture])):
+        assert len(re.findall(line % "--crops 1", said(command, without, *rest, "--crops", 10))) == 1
+        assert "mirror" not in said(command, without, *rest) + said(command, checkpoint, *rest, "--crops", 10)
+    with pytest.warns(UserWarning, match=line % "crops=1"):
+        of_ten = api.evaluate(without, few, crops=10)
+    assert of_ten.losses == api.evaluate(checkpoint, few, crops=10).losses  # a warning alone
 
 
 def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint, tmp_path, evaluated):
