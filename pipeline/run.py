@@ -257,6 +257,7 @@ class Run:
             loader=loader,
             ranks=world.size,
             class_weights=None if weights is None else weights.tolist(),
+            val_fingerprint=val_index.fingerprint,
         )
         self.train_loader = TrainingLoader(
             train_index,
