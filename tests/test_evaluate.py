@@ -33,7 +33,15 @@ from pipeline.models import create_model
 from pipeline.run import Progress
 from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors, write_torch
 from tools import predict
-from tools.evaluate import main, open_images, published_errors, real_labels_score, recipe_of
+from tools.evaluate import (
+    Candidate,
+    main,
+    open_images,
+    published_errors,
+    real_labels_score,
+    recipe_of,
+    trained_on,
+)
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
@@ -607,6 +615,44 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
         said(holding, other, "--data", data, "--held-out")
     complaint = r"held no training images out \(data.holdout\)"
     assert re.search(complaint, user_error(main, plain, "--data", data, "--held-out"))
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_images_that_were_trained_on_are_found_by_what_they_hold(
+    image_folders, checkpoint, table_data, tmp_path, labels
+):
+    """In tables, as a copy under other names, and whatever the run's table says of splits; not what was held out."""
+    weights = read_weights(checkpoint)
+
+    def run(**fields: object) -> Weights:
+        data = dataclasses.replace(weights.config.data, dir=str(table_data), labels=labels, **fields)
+        open_datasets(data, tmp_path / "run" / "index", progress=False)  # which keeps the index
+        objective = {"single": "cross_entropy", "multi": "binary_cross_entropy"}[labels]
+        optim = dataclasses.replace(weights.config.optim, objective=objective)
+        config = dataclasses.replace(weights.config, data=data, optim=optim)
+        return dataclasses.replace(weights, origin=str(tmp_path / "run" / "checkpoints" / "best.pt"), config=config)
+
+    def told(of: Weights, images: Path) -> str:
+        folder, table = (table_data, str(images)) if labels == "multi" else (images, None)
+        data = dataclasses.replace(of.data, dir=str(folder))
+        return trained_on(Candidate("", "", of, data, open_images(data, table, of.classes), 0))
+
+    apart = run(train="train.csv", val="val.csv")
+    for of in (apart, run(train="all.csv", val="all.csv")):
+        seen = r"images in .*, 32 of the few that were compared, as (.*/train-image\d+.jpg) is \1"
+        assert re.fullmatch(seen, told(of, table_data / "train.csv"))
+        assert (
+            told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""
+        )  # of that its validation lines
+    if labels == "multi":
+        return
+    copy = Path(shutil.copytree(image_folders / "train", tmp_path / "copy"))
+    for number, file in enumerate(sorted(copy.rglob("*.jpg"))):
+        file.rename(file.with_name(f"{number}.jpg"))
+    assert told(apart, copy).startswith(f"images in {copy}, ")
+    assert " 1 of the few" in told(run(train="train.csv", holdout=36), table_data / "train.csv")  # of 37
+    (table_data / ".train.csv.index.jsonl").unlink()
+    assert told(apart, copy) == ""  # to index them anew could take an hour
 
 
 def test_mirror_images_that_a_network_was_not_trained_on_are_told(

@@ -126,15 +126,21 @@ def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
             f"training and validation images are the same ({val.root}): the error will be that of images that the network has "
             "seen; set data.val, or data.holdout"
         ]
+    if not (same := same_images(train, val)):
+        return []
+    return [
+        f"validation images are training images too, {same}: they make the error too low; remove them from one of the sets "
+        "(python -m tools.index --verify lists all)"
+    ]
+
+
+def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
+    """How many of a few images that are compared byte by byte are in both sets, with an example; empty if none is."""
     same = [(j, i) for j, i in _alike(train, val) if _bytes(train, i) == _bytes(val, j)]
     if not same:
-        return []
+        return ""
     found, (j, i) = len({j for j, _ in same}), same[0]
-    return [
-        f"validation images are training images too, {found:,} of the few that were compared, as {val.location(j)} is "
-        f"{train.location(i)}: they make the error too low; remove them from one of the sets (python -m tools.index --verify "
-        "lists all)"
-    ]
+    return f"{found:,} of the few that were compared, as {val.location(j)} is {train.location(i)}"
 
 
 def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:
