@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 VALIDATION_SPEED = 3.0  # forward alone, in units of a training step's forward, backward and update
-WINDOWS = 20  # stretches of steps whose pace counts
+WINDOWS = 5  # log lines whose steps tell the present pace: after a change of load the estimate is right that soon
 
 
 class Pace:
