@@ -61,6 +61,21 @@ def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tup
     return train, opener(config, "val", train.classes, cache, progress)
 
 
+def source_of(config: DataConfig, split: Split) -> FileSource:
+    """The images of a set, of which nothing is read yet; of a table with splits its own.
+
+    Args:
+        config: with the sets that were found (`find_splits`).
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    root = Path(config.dir, config.train if split == "train" else config.val)
+    if not is_table(root):
+        return open_source(root)
+    return TableSource(str(root), open_source(config.dir), Columns(config.file_column, config.label_column, split))
+
+
 def known_training_images(config: DataConfig, cache: Path) -> DatasetIndex | None:
     """The images that a run has trained on, where it is cheap to tell: their index is kept, and has `CHEAP` bytes at most.
 
