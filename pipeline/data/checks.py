@@ -93,7 +93,10 @@ def _other_classes(train: DatasetIndex, of_folders: str) -> str:
 
 
 def _about_folders(train: DatasetIndex) -> list[str]:
-    """All classes have several folders of images and no image of their own, so that those may be the classes."""
+    """All classes have several folders of images and no image of their own, so that those may be the classes; not where a table
+    or a shard says of each image which class it has."""
+    if not isinstance(train.source, FolderSource | TarSource | ZipSource):
+        return []
     _, first = np.unique(train.labels, return_index=True)
     if len(train.classes) == 1 or not all(_is_below(train, i) for i in first.tolist()):
         return []
