@@ -86,7 +86,11 @@ def test_the_validation_set_is_found_under_another_usual_name(root, capfd, there
             "val does not exist: there are val.csv, val.zip: set data.val to one of them, or data.holdout",
         ),
         (("test", "test.csv"), "val", "there are test, test.csv: set data.val to one of them, or data.holdout to"),
-        (("a/test", "data/test", "test.zip", "test.tar"), "odd", "are test.tar, test.zip, data/test: set data.val to one"),
+        (
+            ("a/test", "data/test", "test.zip", "test.tar"),
+            "odd",
+            "are test.tar, test.zip, data/test: set data.val to one",
+        ),
         ((), "val", r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train\)"),
     ],
 )

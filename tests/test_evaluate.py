@@ -253,7 +253,8 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
     assert page.count("<img src=") == sum(map(sum, wrong)) + only_first + only_second
     assert "<b>predicted</b> class0 (67\u00a0%)</span><span><b>true</b> class1</span>" in page
-    assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar)" in printed
+    assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar's exact test)" in printed
+    assert "; Wilson's 95 % interval 35.38 to 84.83)" in printed
     assert "\nfixed-last:\n" in printed and printed.count("top-5") == page.count("top-5") == 1  # the published one
 
 
