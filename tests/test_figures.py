@@ -142,6 +142,15 @@ def test_a_run_is_shown_after_its_best_epoch_and_the_legend_says_so(tmp_path):
         assert run.error == error == 43.33
 
 
+def test_of_a_run_that_averages_its_weights_the_legends_say_whose_error_it_is():
+    for best_by in ("ema", "raw"):
+        run = run_of("a", [40.0, 30.0], train={"ema_decay": 0.9, "best_by": best_by})
+        assert f"a ({best_by} weights)" in points(draw_curves([run]).axes[0])
+        assert f"ours: a ({best_by} weights), best epoch (2 of 2)" in points(draw_small_images([run]).axes[0])
+        (many,) = [name for name in points(draw_small_images([run] * 11).axes[0]) if name.startswith("ours: 11")]
+        assert many.endswith(f"the best a ({best_by} weights)")
+
+
 def test_runs_on_other_images_stand_apart_and_no_colour_is_there_twice():
     """Two runs on the same images that lie in two places, one on a part of them, three that hold out; and ten together."""
     data = DataConfig(dir="a", loader="reference")

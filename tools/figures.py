@@ -109,7 +109,13 @@ class Run:
         best = next(record for record in self.epochs if record["val/top1_error"] == self.error)
         done, planned = len(self.epochs), self.config.optim.epochs
         of = f"{done}" if done == planned else f"{done} so far, {planned} planned"
-        return f"ours: {self.name}, best epoch ({epochs_done(best):.0f} of {of}){self.other_images}"
+        return f"ours: {self.called}, best epoch ({epochs_done(best):.0f} of {of}){self.other_images}"
+
+    @property
+    def called(self) -> str:
+        """Its name, and where it averages its weights which of the two sets its validation is of."""
+        train = self.config.train
+        return f"{self.name} ({train.best_by} weights)" if train.ema_decay else self.name
 
     @property
     def other_images(self) -> str:
@@ -273,7 +279,7 @@ def draw_curves(runs: list[Run]) -> Figure:
         for run in shown:
             number = numbered.index(run)
             look = {"color": COLORS[number], "marker": MARKERS[number]}
-            draw_curve(axes, run, "val/", run.name, **look)
+            draw_curve(axes, run, "val/", run.called, **look)
             if not many:
                 style = {**look, "linestyle": "--", "markerfacecolor": "white"}
                 draw_curve(axes, run, "epoch/train_", f"_{run.name}, training", **style)
@@ -435,7 +441,7 @@ def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> None:
     series."""
     errors, colors = [run.error for run in runs], unused_colors(axes)
     if len(runs) > len(colors):
-        best = runs[errors.index(min(errors))].name
+        best = runs[errors.index(min(errors))].called
         on = {run.other_images for run in runs}
         images = next(iter(on)) if len(on) == 1 else ", on different images"
         axes.plot(
