@@ -17,13 +17,12 @@ from launch.log import attempts_in_log, exists, is_held_here, state_by_log
 from launch.records import Job, find_job, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
-from pipeline.pace import duration
+from pipeline.pace import WINDOWS, duration
 from pipeline.run_dir import LOG, RECORDS, epochs_done, is_complete, read_progress, read_records
 
 Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
 LOG_LINES = 5
-SPEED_LINES = 5  # log lines whose median the speed is: a change shows within three, and one odd line does not
 ENDED = ("done", "stopped", "interrupted", "cancelled", "gone")
 # Of SLURM's states; in all others the job may still run, as when it is suspended.
 FINAL_STATES = (
@@ -133,7 +132,8 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
         state, nodes, config = "done", "", accepted
     validated = [record for record in records if "val/loss" in record]
-    logged = [record for record in records if record.get("speed/images_per_second")][-SPEED_LINES:]
+    logged = [record for record in records if record.get("speed/images_per_second")][-WINDOWS:]
+    # The median: a change shows within three lines, and one odd line does not.
     speeds = [record["speed/images_per_second"] for record in logged]
     remaining = [record["speed/remaining_seconds"] for record in logged if "speed/remaining_seconds" in record]
     return Status(

@@ -21,7 +21,7 @@ from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.models import create_model
 from pipeline.precision import memory_format, set_tf32
 from pipeline.trainer import fit
-from pipeline.weights import assumption, read_weights
+from pipeline.weights import assumption, mirrored_views, read_weights
 
 __all__ = ["create_model", "evaluate", "fit", "load_config"]
 
@@ -42,7 +42,7 @@ def evaluate(
             `weights.read_weights`.
         folder: its classes are the network's, or a part of them. Of a table that says which split each line is for, the
             validation split is taken, also of `labels`.
-        crops: 1 or 10.
+        crops: 1, or 10: five and their mirror images, of which a warning tells where the run had ``data.hflip`` false.
         batch_size: images at once.
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
         labels: CSV file with the labels of the images in the folder, for a network that gives several labels an image.
@@ -56,6 +56,8 @@ def evaluate(
     found = read_weights(weights, ema=ema)
     data = found.data
     if text := assumption(str(weights), found.config, found.assumed):
+        warnings.warn(text, stacklevel=2)
+    if text := mirrored_views(str(weights), found.config, crops, "crops=1"):
         warnings.warn(text, stacklevel=2)
     if (data.labels == "multi") != (labels is not None):
         raise UserError(

@@ -6,11 +6,13 @@ an MSDNet are compared with the MSDNet paper (Huang et al. 2018) and its Torch c
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
 from pipeline.measured import Measured
+from pipeline.parsing import flatten
+from pipeline.unused import IN_MEMORY, unused_fields
 from pipeline.words import agreed, counted, sizes_text
 
 IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
@@ -32,6 +34,20 @@ TOP1_ON_IMAGENET = {
 BATCH_NORM_IMAGES = 64  # 256 on four GPUs, or 64 on one
 SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's
 UNKNOWN = "effect not measured here"
+# What nothing reads where images are generated: they have the size of a crop, and no crop is cut from them.
+NOT_OF_SYNTHETIC = {
+    f"data.{field}"
+    for field in (
+        "dataset",
+        "train_crop",
+        "padding",
+        "scale",
+        "ratio",
+        "resize_size",
+        "interpolation",
+        "corrupt_images",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -173,13 +189,14 @@ def _msdnet_setting(config: Config) -> PaperSetting:
 
 
 def audit(config: Config, microbatches: int, measured: Measured | None = None) -> list[AuditRow]:
-    """Compare a run with the paper.
+    """Compare a run with the paper, in the parts that do something in the run: of one that is off there is no row.
 
     Args:
         microbatches: ranks times gradient accumulation steps, into which a batch is cut; a batch-norm statistic sees one.
         measured: of the objects that train; without it only what the configuration says is compared.
     """
     setting, optim, data = setting_for(config), config.optim, config.data
+    off = unused_fields(flatten(asdict(config))) | (NOT_OF_SYNTHETIC if data.loader == "synthetic" else set())
     rows: list[AuditRow] = []
 
     def compare(part: str, paper: Any, here: Any, effect: str = UNKNOWN, same: bool | None = None) -> None:
@@ -210,17 +227,18 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     each = optim.batch_size // microbatches
     statistics = measured.statistics if measured else ((0, (each, each)),)
     fewer = statistics[-1][1][0] < BATCH_NORM_IMAGES
-    compare(
-        "images in a batch-norm statistic",
-        BATCH_NORM_IMAGES,
-        statistics_text(statistics),
-        "noisier statistics: use fewer ranks or fewer optim.grad_accum_steps"
-        if fewer
-        else "use more ranks or more optim.grad_accum_steps",
-        same=all(sizes == (BATCH_NORM_IMAGES, BATCH_NORM_IMAGES) for _, sizes in statistics),
-    )
-    if measured:
-        last = (measured.images[0] - 1) % optim.batch_size + 1
+    if not measured or measured.batch_norms:
+        compare(
+            "images in a batch-norm statistic",
+            BATCH_NORM_IMAGES,
+            statistics_text(statistics),
+            "noisier statistics: use fewer ranks or fewer optim.grad_accum_steps"
+            if fewer
+            else "use more ranks or more optim.grad_accum_steps",
+            same=all(sizes == (BATCH_NORM_IMAGES, BATCH_NORM_IMAGES) for _, sizes in statistics),
+        )
+    last = (measured.images[0] - 1) % optim.batch_size + 1 if measured else 0
+    if measured and (last, measured.last_batch) != (optim.batch_size, optim.batch_size):
         kept = "kept" if measured.last_batch == last else f"{measured.last_batch} of its {last} images"
         compare("last, smaller batch of an epoch", "kept", kept)
     # Fields of which the configuration has the last value alone.
@@ -244,7 +262,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         (by_steps if optim.schedule == "step" else _curve_text(optim)) + at_the_end * otherwise,
         same=optim.schedule == "step" and optim.lr_gamma == 0.1 and _near(setting.drops, own_drops) and not otherwise,
     )
-    compare("warm-up epochs", 0.0, optim.warmup_epochs)
+    if optim.schedule != "one_cycle":  # which has a warm-up of its own
+        compare("warm-up epochs", 0.0, optim.warmup_epochs)
     configured = f"{optim.momentum}{', Nesterov' if optim.nesterov else ''}"
     if optim.optimizer != "sgd":
         configured = f"as timm's {optim.optimizer} has it"
@@ -298,8 +317,9 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare("images that EXIF data say to turn", "as stored", "turned")
     for field, paper in setting.data.items():
         here = getattr(data, field)
-        compare(_LABELS[field], paper, here, same=_near(paper, here))
-    if setting in ON_IMAGENET:
+        if f"data.{field}" not in off:
+            compare(_LABELS[field], paper, here, same=_near(paper, here))
+    if setting in ON_IMAGENET and "data.interpolation" not in off:
         # DALI repeats the edge of a crop that it enlarges where Torch7 extrapolates: tools.lab.loader shows by how little.
         compare("resize filter, training and evaluation", INTERPOLATION, data.interpolation, RESIZE_EFFECT)
     if data.train_crop_size:
@@ -319,7 +339,10 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
             "fields changed on the way", "none", ", ".join(measured.changed) or "none", "another recipe from there on"
         )
         compare("steps left out", 0, measured.skipped_steps, "their loss or gradient was not finite")
-    compare("corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images")
+    if data.dataset not in IN_MEMORY and "data.corrupt_images" not in off:
+        compare(
+            "corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images"
+        )
     return rows
 
 

@@ -24,6 +24,7 @@ class Measured:
         decayed: parameters to which weight decay applies, and all.
         changed: what was changed on the way, each a field and more words.
         skipped_steps: steps that were left out, as their loss or gradient was not finite.
+        batch_norms: whether the network has any.
     """
 
     images: tuple[int, int]
@@ -36,6 +37,7 @@ class Measured:
     decayed: tuple[int, int]
     changed: tuple[str, ...] = ()
     skipped_steps: int = 0
+    batch_norms: bool = True
 
 
 def statistic_images(batch: int, microbatches: int) -> tuple[int, int]:
@@ -52,6 +54,11 @@ def initial_spread(network: nn.Module) -> float:
             squares += float(module.weight.detach().double().square().sum()) * fan_out / 2
             count += module.weight.numel()
     return math.sqrt(squares / count) if count else math.nan
+
+
+def has_batch_norms(network: nn.Module) -> bool:
+    """Whether it has layers that take statistics of a batch; timm's batch norms are torch's, too."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def momentum_text(optimizer: torch.optim.Optimizer) -> str:

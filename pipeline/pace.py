@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 VALIDATION_SPEED = 3.0  # forward alone, in units of a training step's forward, backward and update
-WINDOWS = 20  # stretches of steps whose pace counts
+WINDOWS = 5  # log lines whose steps tell the present pace: after a change of load the estimate is right that soon
 
 
 class Pace:
@@ -72,10 +72,10 @@ class Pace:
 
 
 def duration(seconds: float) -> str:
-    """Days and hours, hours and minutes, minutes, or seconds."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes >= 1440:
-        return f"{minutes // 1440} d {minutes % 1440 // 60} h"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    """Days and hours, hours and minutes, minutes, or seconds, rounded to the last unit shown."""
+    whole, minutes, hours = round(seconds), round(seconds / 60), round(seconds / 3600)
+    if whole < 60:
+        return f"{whole} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 1440 else f"{hours // 24} d {hours % 24} h"

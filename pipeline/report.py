@@ -20,7 +20,7 @@ from pipeline.audit import (
     to_markdown,
 )
 from pipeline.checkpoint import CheckpointFolder, Found
-from pipeline.config import STORED, Config, DataConfig, changed_fields, to_yaml
+from pipeline.config import STORED, Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.data.splits import find_splits
 from pipeline.metrics import errors_text, exits_text
@@ -47,29 +47,32 @@ def write_description(run: Run, found: Found | None) -> None:
             print(f"warning: {line}", file=sys.stderr, flush=True)
     setting = setting_for(run.config)
     title = f"{run.config.model.name} beside {setting.paper}'s {setting.name} setting"
-    replace_text(run.dir / STORED, to_yaml(run.config))
+    replace_text(run.dir / STORED, to_yaml(with_sets_found(run.config)))
     replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines(), setting.paper))
 
 
 def configuration_text(run: Run) -> str:
     """The configuration as YAML, without the fields that do nothing in this run, and with the sets that were found."""
-    config = dataclasses.replace(run.config, data=_with_sets_found(run.config.data))
+    config = with_sets_found(run.config)
     unused = unused_fields(flatten(dataclasses.asdict(config)))
     return to_yaml(config, unused | ({"data.val"} if config.data.holdout else set()))
 
 
-def _with_sets_found(data: DataConfig) -> DataConfig:
-    """With the sets that the run has found."""
-    if data.dataset != "images" or data.loader == "synthetic":
-        return data
+def with_sets_found(config: Config) -> Config:
+    """The configuration with the sets that its run has found, where it names none (``data.val: test``).
+
+    A run resumes with either: which images they are is compared, and not where they lie.
+    """
+    if config.data.dataset != "images" or config.data.loader == "synthetic":
+        return config
     with redirect_stderr(io.StringIO()):  # it was said when they were opened
-        return find_splits(data)
+        return dataclasses.replace(config, data=find_splits(config.data))
 
 
 def warnings_of(run: Run, found: Found | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
-    config, data = run.config, _with_sets_found(run.config.data)
-    lines = warnings_about(run.train_loader.index, run.val_loader.index, data)
+    config = run.config
+    lines = warnings_about(run.train_loader.index, run.val_loader.index, with_sets_found(config).data)
     lines += [run.assumption] if run.assumption else []
     lines += [line] if (line := rising_rate(run)) else []
     lines += [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []

@@ -48,6 +48,7 @@ class Conditions:
         loader: a name in `loader.IMAGE_PIPELINES`.
         ranks: number of ranks.
         class_weights: of the classes in the loss, None for equal ones.
+        val_fingerprint: of the validation images alone, by which runs are comparable; None in checkpoints of before.
     """
 
     classes: list[str]
@@ -56,6 +57,7 @@ class Conditions:
     loader: str
     ranks: int
     class_weights: list[float] | None = None
+    val_fingerprint: str | None = None
 
 
 def find_checkpoint(run_dir: Path) -> Found | None:

@@ -39,6 +39,7 @@ from pipeline.joint_objective import for_all_exits
 from pipeline.measured import (
     Measured,
     decayed_parameters,
+    has_batch_norms,
     initial_spread,
     momentum_text,
     statistic_images,
@@ -256,6 +257,7 @@ class Run:
             loader=loader,
             ranks=world.size,
             class_weights=None if weights is None else weights.tolist(),
+            val_fingerprint=val_index.fingerprint,
         )
         self.train_loader = TrainingLoader(
             train_index,
@@ -289,6 +291,7 @@ class Run:
             decayed=decayed_parameters(self.optimizer),
             changed=self.history.changes(),
             skipped_steps=self.progress.skipped_steps,
+            batch_norms=has_batch_norms(self.network),
         )
 
     @property

@@ -207,6 +207,23 @@ def weights_file(path: str | Path) -> Path:
     raise UserError(f"{path} is a folder without checkpoints/best.pt: give a run's directory, or a file of weights")
 
 
+def mirrored_views(origin: str, config: Config, crops: int, remedy: str) -> str:
+    """A line where views are mirror images for a network whose run has mirrored none; empty where that is not so.
+
+    Args:
+        origin: the file of the weights.
+        config: the run's.
+        crops: views of an image.
+        remedy: how the caller is asked for one crop.
+    """
+    if crops == 1 or config.data.hflip:
+        return ""
+    return (
+        f"{origin} was trained without mirror images (data.hflip false), and ten crops are five crops and their mirror "
+        f"images: {remedy} takes the centre crop alone"
+    )
+
+
 def assumption(origin: str, config: Config, assumed: Collection[str], prefix: str = "") -> str:
     """A line on what is assumed of how images are prepared, as the flags that say otherwise; empty if nothing is.
 

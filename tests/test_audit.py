@@ -4,12 +4,14 @@ import pytest
 import torch
 import torchvision
 from conftest import REPOSITORY
+from torch import nn
 
 from pipeline.audit import CIFAR_NETWORKS, IMAGENET_NETWORKS, audit, differences, in_one_line, to_markdown
 from pipeline.config import from_dict, load_config
 from pipeline.measured import (
     Measured,
     decayed_parameters,
+    has_batch_norms,
     initial_spread,
     momentum_text,
     statistic_images,
@@ -131,6 +133,53 @@ def test_what_really_trains_is_audited(change, part, here):
     assert differences(audit(config, 4, MEASURED)) == []
     (only,) = differences(audit(config, 4, dataclasses.replace(MEASURED, **change)))
     assert (only.part, only.here) == (part, here)
+
+
+C10 = REPOSITORY / "configs/table2/densenet_bc100_k12_c10+.yaml"
+PADDING, CROP = "training crop: pixels of padding", "training crop"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "gone"),
+    [
+        (C10, {"data.train_crop": "random_resized_crop"}, {PADDING}),
+        (
+            DENSENET121,
+            {"data.train_crop": "random_crop"},
+            {"training crop: scale (area)", "training crop: aspect ratio"},
+        ),
+        (
+            DENSENET121,
+            {"data.loader": "synthetic"},
+            {
+                "data set", CROP, "training crop: scale (area)", "training crop: aspect ratio", "evaluation: short side",
+                "resize filter, training and evaluation", "corrupt training images",
+            },
+        ),
+        (DENSENET121, {"optim.schedule": "one_cycle"}, {"warm-up epochs"}),
+        (DENSENET121, {"data.dataset": "cifar10", "model.name": "densenet40_k12"}, {"corrupt training images"}),
+    ],
+)  # fmt: skip
+def test_a_part_that_is_off_has_no_row_and_counts_as_nothing(file, change, gone):
+    """What nothing reads is not the same as the paper's, whatever the configuration says of it."""
+    before, after = (audit(load_config(file, fields), 4) for fields in ({}, change))
+    assert gone.isdisjoint(row.part for row in after)
+    assert gone <= {row.part for row in before}
+    assert differences(after)  # what switched it off is still told
+
+
+def test_what_no_layer_and_no_step_has_is_no_part():
+    config = load_config(DENSENET121)
+    for without, part in (
+        ({"batch_norms": False}, "images in a batch-norm statistic"),
+        ({"images": (256 * 5000, 50_000), "last_batch": 256}, "last, smaller batch of an epoch"),
+    ):
+        rows = [audit(config, 4, dataclasses.replace(MEASURED, **values)) for values in ({}, without)]
+        assert [part in {row.part for row in found} for found in rows] == [True, False]
+    assert [has_batch_norms(network) for network in (nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.ReLU()))] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,13 @@ def test_the_validation_set_is_found_under_another_usual_name(root, capfd, there
         (
             ("val.csv", "val.zip"),
             "val",
-            r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train, val.csv, val.zip\)",
+            "val does not exist: there are val.csv, val.zip: set data.val to one of them, or data.holdout",
+        ),
+        (("test", "test.csv"), "val", "there are test, test.csv: set data.val to one of them, or data.holdout to"),
+        (
+            ("a/test", "data/test", "test.zip", "test.tar"),
+            "odd",
+            "are test.tar, test.zip, data/test: set data.val to one",
         ),
         ((), "val", r"set data.dir, or data.val, or data.holdout .*\(data.dir holds train\)"),
     ],
@@ -282,6 +288,10 @@ def test_sets_that_can_hardly_be_meant(tmp_path):
         write_class_folders(tmp_path / "c" / kind, 2, 6)
     nested = warnings_about(scan_classes(tmp_path / "c"), None, config)
     assert len(nested) == 1 and "holds folders of images (4 in all)" in nested[0]
+    files = sorted(file.relative_to(tmp_path) for file in (tmp_path / "c").rglob("*.jpg"))
+    lines = [f"{file},{file.parts[1]}" for file in files]
+    (tmp_path / "kinds.csv").write_text("\n".join(["file,label", *lines]))  # a table says itself which the classes are
+    assert warnings_about(scan_classes(tmp_path / "kinds.csv"), None, config) == []
     for kind in ("n01", "n02"):  # as Tiny-ImageNet has it
         write_class_folders(tmp_path / "d" / kind, 1, 3)
     assert warnings_about(scan_classes(tmp_path / "d"), None, config) == []

@@ -16,6 +16,7 @@ import torchvision
 from conftest import REPOSITORY, index_of, run_module, small_config, with_random_norms
 from PIL import Image
 
+from pipeline import api
 from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
 from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
@@ -31,7 +32,16 @@ from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.run import Progress
 from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors, write_torch
-from tools.evaluate import main, open_images, published_errors, real_labels_score, recipe_of
+from tools import predict
+from tools.evaluate import (
+    Candidate,
+    main,
+    open_images,
+    published_errors,
+    real_labels_score,
+    recipe_of,
+    trained_on,
+)
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
@@ -243,7 +253,8 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     assert "63.64 (35.38 to 84.83)" in text and "|   someone" in text
     assert page.count("<img src=") == sum(map(sum, wrong)) + only_first + only_second
     assert "<b>predicted</b> class0 (67\u00a0%)</span><span><b>true</b> class1</span>" in page
-    assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar)" in printed
+    assert "someone: top-1 error 12.5 %, top-5 error 1.5 %" in printed and "(McNemar's exact test)" in printed
+    assert "; Wilson's 95 % interval 35.38 to 84.83)" in printed
     assert "\nfixed-last:\n" in printed and printed.count("top-5") == page.count("top-5") == 1  # the published one
 
 
@@ -605,6 +616,68 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
         said(holding, other, "--data", data, "--held-out")
     complaint = r"held no training images out \(data.holdout\)"
     assert re.search(complaint, user_error(main, plain, "--data", data, "--held-out"))
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_images_that_were_trained_on_are_found_by_what_they_hold(
+    image_folders, checkpoint, table_data, tmp_path, labels
+):
+    """In tables, as a copy under other names, and whatever the run's table says of splits; not what was held out."""
+    weights = read_weights(checkpoint)
+
+    def run(**fields: object) -> Weights:
+        data = dataclasses.replace(weights.config.data, dir=str(table_data), labels=labels, **fields)
+        open_datasets(data, tmp_path / "run" / "index", progress=False)  # which keeps the index
+        objective = {"single": "cross_entropy", "multi": "binary_cross_entropy"}[labels]
+        optim = dataclasses.replace(weights.config.optim, objective=objective)
+        config = dataclasses.replace(weights.config, data=data, optim=optim)
+        return dataclasses.replace(weights, origin=str(tmp_path / "run" / "checkpoints" / "best.pt"), config=config)
+
+    def told(of: Weights, images: Path) -> str:
+        folder, table = (table_data, str(images)) if labels == "multi" else (images, None)
+        data = dataclasses.replace(of.data, dir=str(folder))
+        return trained_on(Candidate("", "", of, data, open_images(data, table, of.classes), 0))
+
+    apart = run(train="train.csv", val="val.csv")
+    for of in (apart, run(train="all.csv", val="all.csv")):
+        seen = r"images in .*, 32 of the few that were compared, as (.*/train-image\d+.jpg) is \1"
+        assert re.fullmatch(seen, told(of, table_data / "train.csv"))
+        assert (
+            told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""
+        )  # of that its validation lines
+    if labels == "multi":
+        return
+    copy = Path(shutil.copytree(image_folders / "train", tmp_path / "copy"))
+    for number, file in enumerate(sorted(copy.rglob("*.jpg"))):
+        file.rename(file.with_name(f"{number}.jpg"))
+    assert told(apart, copy).startswith(f"images in {copy}, ")
+    assert " 1 of the few" in told(run(train="train.csv", holdout=36), table_data / "train.csv")  # of 37
+    (table_data / ".train.csv.index.jsonl").unlink()
+    assert told(apart, copy) == ""  # to index them anew could take an hour
+
+
+def test_mirror_images_that_a_network_was_not_trained_on_are_told(
+    image_folders, checkpoint, tmp_path, monkeypatch, capfd
+):
+    state = load_checkpoint(checkpoint)
+    state["config"]["data"]["hflip"] = False
+    CheckpointFolder(tmp_path).save(state, best=True)
+    without, few = tmp_path / "best.pt", tmp_path / "few"
+    (few / "class0").mkdir(parents=True)
+    picture = shutil.copy(next((image_folders / "val" / "class0").iterdir()), few / "class0")
+    line = f"{without} was trained without mirror images .data.hflip false.*: %s takes the centre crop alone"
+
+    def said(command, *words: object) -> str:
+        monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+        command()
+        return capfd.readouterr().err
+
+    for command, rest in ((main, ["--data", few]), (predict.main, [picture])):
+        assert len(re.findall(line % "--crops 1", said(command, without, *rest, "--crops", 10))) == 1
+        assert "mirror" not in said(command, without, *rest) + said(command, checkpoint, *rest, "--crops", 10)
+    with pytest.warns(UserWarning, match=line % "crops=1"):
+        of_ten = api.evaluate(without, few, crops=10)
+    assert of_ten.losses == api.evaluate(checkpoint, few, crops=10).losses  # a warning alone
 
 
 def test_images_and_precision_as_the_command_line_says(image_folders, checkpoint, tmp_path, evaluated):

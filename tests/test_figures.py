@@ -4,19 +4,21 @@ import dataclasses
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torchvision_sets
-from conftest import run_module, small_config
+from conftest import run_module, small_config, write_class_folders
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, load_stored_config
+from pipeline.data.index import scan_classes
 from pipeline.models import create_model
 from tools.figures import (
     Run,
-    called_alike,
     comparable,
     draw_curves,
     draw_imagenet,
@@ -24,6 +26,7 @@ from tools.figures import (
     main,
     read_run,
     runs_in,
+    told_apart,
     validation_of,
 )
 from tools.support.facts import multiply_accumulates, on_meta, parameters
@@ -139,6 +142,15 @@ def test_a_run_is_shown_after_its_best_epoch_and_the_legend_says_so(tmp_path):
         assert run.error == error == 43.33
 
 
+def test_of_a_run_that_averages_its_weights_the_legends_say_whose_error_it_is():
+    for best_by in ("ema", "raw"):
+        run = run_of("a", [40.0, 30.0], train={"ema_decay": 0.9, "best_by": best_by})
+        assert f"a ({best_by} weights)" in points(draw_curves([run]).axes[0])
+        assert f"ours: a ({best_by} weights), best epoch (2 of 2)" in points(draw_small_images([run]).axes[0])
+        (many,) = [name for name in points(draw_small_images([run] * 11).axes[0]) if name.startswith("ours: 11")]
+        assert many.endswith(f"the best a ({best_by} weights)")
+
+
 def test_runs_on_other_images_stand_apart_and_no_colour_is_there_twice():
     """Two runs on the same images that lie in two places, one on a part of them, three that hold out; and ten together."""
     data = DataConfig(dir="a", loader="reference")
@@ -162,7 +174,7 @@ def test_runs_on_other_images_stand_apart_and_no_colour_is_there_twice():
             ]
         )
     ]
-    panels = draw_curves(called_alike(runs)).axes
+    panels = draw_curves(told_apart(runs)).axes
     own = [[line for line in axes.lines if not line.get_label().startswith("_")] for axes in panels]
     assert [[line.get_label() for line in lines] for lines in own] == [
         ["run0", "run1"],
@@ -196,6 +208,41 @@ def test_runs_on_other_images_stand_apart_and_no_colour_is_there_twice():
     seven = draw_small_images(ten[:7]).axes[0]
     looks = [line.get_color() for line in seven.lines if line.get_label()[0] != "_"]
     assert len(set(looks)) == len(looks) == 10
+
+
+def test_sets_of_images_are_told_apart_by_what_they_hold_and_named_as_they_were_found(tmp_path):
+    """Four runs of folders with train and test: two on the same test images, one on others in their place, one moved."""
+    folders = [tmp_path / name / "data" for name in "abc"]
+    for seed, folder in enumerate(folders):
+        write_class_folders(folder / "train", 2, 4 + 2 * seed, size=(16, 16), seed=100 * seed)
+        write_class_folders(folder / "test", 2, 3, size=(16, 16), seed=7 if seed < 2 else 8)
+    once = {"optim": {"epochs": 1, "milestones": [], "batch_size": 4}}
+    configs = [
+        small_config(tmp_path / "runs" / folder.parent.name, data={"dir": str(folder), "loader": "native"}, **once)
+        for folder in folders
+    ]
+    for config in configs:
+        trainer.fit(config)
+    stored = load_stored_config(tmp_path / "runs" / "a" / "config.yaml")
+    assert stored == dataclasses.replace(configs[0], data=dataclasses.replace(configs[0].data, val="test"))
+    (text,) = EventAccumulator(configs[0].run_dir).Reload().Tensors("config/text_summary")
+    assert b"val: test" in text.tensor_proto.string_val[0]
+    trainer.fit(stored)  # resumes: it is complete
+
+    a, b, c = (read_run(Path(config.run_dir)) for config in configs)
+    assert a.validation == f"3 images of {folders[0]}/test" and a.fingerprint != b.fingerprint  # trained on others
+    assert a.val_fingerprint == scan_classes(folders[1] / "test").fingerprint
+    same = a.validation
+    c = dataclasses.replace(c, validation=same)  # other images that took the place of those
+    before = [dataclasses.replace(run, name=f"before-{run.name}", val_fingerprint=None) for run in (b, c)]
+    runs = told_apart([a, b, c, *before])
+    of_ab, of_c = (f"{same} (content {run.val_fingerprint[:8]})" for run in (a, c))
+    assert [run.validation for run in runs] == [of_ab, of_ab, of_c, of_ab, of_c]
+    assert [run.validation for run in told_apart([a, b])] == [same, same]
+    alone = told_apart([before[0], c])  # nothing says that they are of one set
+    assert len({run.validation for run in alone}) == 2
+    titles = [axes.get_title().replace("\n", " ") for axes in draw_curves(runs).axes]
+    assert [title.split("(content ")[1] for title in titles] == [of[-9:] for of in (of_ab, of_c)]
 
 
 def drawn(figure, tmp_path) -> list:

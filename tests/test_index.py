@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from conftest import photo, write_class_folders
@@ -5,6 +7,7 @@ from PIL import Image
 
 from pipeline.data.index import scan_classes, scan_flat
 from pipeline.errors import UserError
+from tools.index import main
 
 
 def test_class_folders_give_sorted_classes_paths_labels_and_sizes(image_folders):
@@ -106,6 +109,32 @@ def test_a_scan_that_was_broken_off_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(index) == 12 and len(opened) == 6  # classes 2 and 3
     scan_classes(root, cache)
     assert len(opened) == 6
+
+
+def test_the_command_takes_both_sets_of_a_folder_as_training_finds_them(image_folders, tmp_path, monkeypatch, capfd):
+    def printed(folder, *flags: str):
+        monkeypatch.setattr("sys.argv", ["index", str(folder), *flags])
+        main()
+        return capfd.readouterr()
+
+    data, table = tmp_path / "data", tmp_path / "table"
+    shutil.copytree(image_folders / "train", data / "training")
+    shutil.copytree(image_folders / "val", data / "test")
+    same = shutil.copyfile(data / "training/class0/image0000.jpg", data / "test/class0/same.jpg")
+    shutil.copytree(data / "training", table / "pictures")
+    lines = [f"{file.relative_to(table)},{file.parent.name}" for file in sorted((table / "pictures").rglob("*.jpg"))]
+    rows = [f"{line},{'test' if i % 4 == 0 else 'train'}" for i, line in enumerate(lines)]
+    for name in ("train", "val"):  # two names of one table, of which each set takes its lines
+        (table / f"{name}.csv").write_text("\n".join(["file,label,split", *rows]))
+
+    said = printed(data, "--verify")
+    assert f"images     37 in {data}/training\n" in said.out and f"images     12 in {data}/test\n" in said.out
+    assert f"{data}/training/class0/image0000.jpg is a validation image too ({same})" in said.out
+    assert said.err.count("data.val is test, as") == 1
+    assert f"images     37 in {data}/training\n" in printed(data / "training").out  # of one set nothing else is taken
+    out = printed(table, "--verify").out
+    assert f"images     27 in {table}/train.csv" in out and f"images     10 in {table}/val.csv" in out
+    assert "validation image too" not in out
 
 
 def test_labels_can_count_in_a_larger_set_of_classes(image_folders):

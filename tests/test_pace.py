@@ -37,6 +37,34 @@ def test_the_rest_of_an_epoch_and_of_a_run():
     assert [duration(s) for s in (0, 59, 61, 7260, 180000)] == ["0 s", "59 s", "1 min", "2 h 1 min", "2 d 2 h"]
 
 
+def test_the_estimate_follows_the_load_within_five_log_lines():
+    pace = Pace(steps_per_epoch=1000, epochs=1, images=(1000, 0))
+    pace.epoch_end(0, 0.0)
+    for _ in range(30):
+        pace.steps(10, 10.0)
+    left = []
+    for _ in range(6):  # another job comes: half as fast from here on
+        pace.steps(10, 20.0)
+        left.append(pace.remaining(400)[1] / 600)
+    assert left == pytest.approx([1.2, 1.4, 1.6, 1.8, 2.0, 2.0])  # seconds a step
+
+
+def test_a_duration_is_rounded_to_the_unit_that_it_shows():
+    minute, hour, day = 60, 3600, 86400
+    for seconds, text in (
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (59 * minute + 29, "59 min"),
+        (59 * minute + 59, "1 h 0 min"),
+        (23 * hour + 59.4 * minute, "23 h 59 min"),
+        (23 * hour + 59.6 * minute, "1 d 0 h"),
+        (27 * hour + 29 * minute, "1 d 3 h"),
+        (27 * hour + 58 * minute, "1 d 4 h"),
+        (2 * day - 1, "2 d 0 h"),
+    ):
+        assert duration(seconds) == text
+
+
 def test_an_end_that_is_not_measured_is_said():
     """The end of an epoch is validation, pictures and saving; pictures are drawn here after the first and the last epoch."""
     pace = Pace(steps_per_epoch=10, epochs=4, images=(300, 1), draws=lambda epoch: epoch in (0, 3))

@@ -38,7 +38,8 @@ from pipeline.audit import (
 )
 from pipeline.autotune import for_evaluation
 from pipeline.config import DataConfig, Precision, from_dict
-from pipeline.data.dataset import DATASETS, to_evaluate
+from pipeline.data.checks import same_images
+from pipeline.data.dataset import DATASETS, known_training_images, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
@@ -146,10 +147,8 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         bare = network_without_weights(weights.config.model, len(weights.classes), data.channels)
         work = multiply_accumulates(bare, data.crop_size, data.channels)
         candidates.append(Candidate(file, name, weights, data, index, work))
-        if not options.held_out and is_trained_on(candidates[-1]):
-            of = weights.config.data
-            but = f" (but for {of.holdout:,}; --data {of.dir} --held-out evaluates those alone)" if of.holdout else ""
-            warn = f"warning: {name} was trained on the images in {index.root}{but}: of new images the error will be higher"
+        if not options.held_out and (seen := trained_on(candidates[-1])):
+            warn = f"warning: {name} was trained on {seen}: of new images the error will be higher"
             print(warn, file=sys.stderr, flush=True)
     return candidates
 
@@ -169,16 +168,27 @@ def _same_images(a: DataConfig, b: DataConfig) -> bool:
     return all(getattr(a, field) == getattr(b, field) for field in fields)
 
 
-def is_trained_on(candidate: Candidate) -> bool:
-    """Whether the images lie where the network's training images lay; of tables and several labels it is not known."""
-    run, source = candidate.weights.config.data, candidate.index.source
-    if run.dataset != "images" or candidate.data.dataset != "images" or candidate.index.several_labels:
-        return False
-    if isinstance(source, TableSource):
-        return False
+def trained_on(candidate: Candidate) -> str:
+    """Which of the images the network was trained on, in words; empty if none of those that are looked at.
+
+    They are all of them where they lie where the run's training images lay; else a few are compared with those, as long as
+    these are there and it is cheap (`known_training_images`).
+    """
+    weights, index = candidate.weights, candidate.index
+    run, same = weights.config.data, ""
+    if run.dataset != "images" or run.loader == "synthetic" or candidate.data.dataset != "images":
+        return ""
     with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
         run = find_splits(run)
-    return os.path.realpath(source.root) == os.path.realpath(os.path.join(run.dir, run.train))
+        listed = isinstance(index.source, TableSource) or index.several_labels  # perhaps the lines of another split
+        if not listed and os.path.realpath(index.root) == os.path.realpath(os.path.join(run.dir, run.train)):
+            held = (
+                f" (but for {run.holdout:,}; --data {run.dir} --held-out evaluates those alone)" if run.holdout else ""
+            )
+            return f"the images in {index.root}{held}"
+        train = known_training_images(run, Path(weights.origin).parent.parent / "index")
+        same = same_images(train, index) if train else ""
+    return same and f"images in {index.root}, {same}"
 
 
 def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World) -> tuple[dict[str, Any], Evaluation]:

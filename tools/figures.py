@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import nn
 
 from pipeline.audit import setting_for
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import Config, DataConfig, ModelConfig, from_stored
+from pipeline.config import STORED, Config, DataConfig, ModelConfig, from_stored, load_stored_config
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
@@ -67,8 +68,10 @@ class Run:
     Attributes:
         classes: how many.
         epochs: the records of whole epochs.
-        validation: which images its error is on, in words that no other images have; empty if that is not known.
+        validation: which images its error is on, in words that no other images have after `told_apart`; empty if that is not
+            known.
         fingerprint: of its training and validation images (`dataset.fingerprint_of`), None if it is not known.
+        val_fingerprint: of its validation images alone; None if it is not known, as of runs of before.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Run:
     epochs: list[dict]
     validation: str = ""
     fingerprint: str | None = None
+    val_fingerprint: str | None = None
 
     @property
     def measure(self) -> Measure:
@@ -105,7 +109,13 @@ class Run:
         best = next(record for record in self.epochs if record["val/top1_error"] == self.error)
         done, planned = len(self.epochs), self.config.optim.epochs
         of = f"{done}" if done == planned else f"{done} so far, {planned} planned"
-        return f"ours: {self.name}, best epoch ({epochs_done(best):.0f} of {of}){self.other_images}"
+        return f"ours: {self.called}, best epoch ({epochs_done(best):.0f} of {of}){self.other_images}"
+
+    @property
+    def called(self) -> str:
+        """Its name, and where it averages its weights which of the two sets its validation is of."""
+        train = self.config.train
+        return f"{self.name} ({train.best_by} weights)" if train.ema_decay else self.name
 
     @property
     def other_images(self) -> str:
@@ -160,7 +170,7 @@ def main() -> None:
     weights += [path for path in options.paths if not Path(path).is_dir()]
 
     written = []
-    runs = called_alike([read_run(run_dir) for run_dir in run_dirs])
+    runs = told_apart([read_run(run_dir) for run_dir in run_dirs])
     if runs:
         written.append(save(draw_curves(runs), output / "curves.png"))
         with_errors = [run for run in runs if run.measure is ERROR]
@@ -199,11 +209,14 @@ def whole_epochs(run_dir: Path) -> list[dict]:
 
 def read_run(run_dir: Path) -> Run:
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
-    config = from_stored(checkpoint["config"], str(run_dir))
+    # The configuration in the directory has the sets that the run has found.
+    stored = run_dir / STORED
+    config = load_stored_config(stored) if stored.exists() else from_stored(checkpoint["config"], str(run_dir))
     epochs = whole_epochs(run_dir)
     conditions = checkpoint.get("conditions", {})
     validation = validation_of(config.data, conditions.get("images"))
-    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, conditions.get("fingerprint"))
+    fingerprints = conditions.get("fingerprint"), conditions.get("val_fingerprint")
+    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, *fingerprints)
 
 
 def validation_of(data: DataConfig, images: list[int] | None) -> str:
@@ -223,15 +236,21 @@ def validation_of(data: DataConfig, images: list[int] | None) -> str:
     return f"{many}images of {place}"
 
 
-def called_alike(runs: list[Run]) -> list[Run]:
-    """The runs, of which those that had the same images say so in the same words, wherever they lay."""
-    words: dict[str, str] = {}
-    return [
-        dataclasses.replace(run, validation=words.setdefault(run.fingerprint, run.validation))
-        if run.fingerprint
-        else run
-        for run in runs
-    ]
+def told_apart(runs: list[Run]) -> list[Run]:
+    """The runs, of which those that were validated on the same images say so in the same words, wherever they lay, and no
+    others in these.
+
+    Of a run of before only its training and validation images together are known: its validation images are those of a run
+    of today with the same ones, else another set.
+    """
+    known = {run.fingerprint: run.val_fingerprint for run in runs if run.val_fingerprint}
+    sets = [known.get(run.fingerprint, run.fingerprint) for run in runs]
+    words: dict[str | None, str] = {}
+    for of, run in zip(sets, runs, strict=True):
+        words.setdefault(of, run.validation)
+    shared = Counter(words[of] for of in words if of)
+    names = {of: f"{text} (content {of[:8]})" if of and shared[text] > 1 else text for of, text in words.items()}
+    return [dataclasses.replace(run, validation=names[of]) if of else run for of, run in zip(sets, runs, strict=True)]
 
 
 def in_lines(text: str) -> str:
@@ -260,7 +279,7 @@ def draw_curves(runs: list[Run]) -> Figure:
         for run in shown:
             number = numbered.index(run)
             look = {"color": COLORS[number], "marker": MARKERS[number]}
-            draw_curve(axes, run, "val/", run.name, **look)
+            draw_curve(axes, run, "val/", run.called, **look)
             if not many:
                 style = {**look, "linestyle": "--", "markerfacecolor": "white"}
                 draw_curve(axes, run, "epoch/train_", f"_{run.name}, training", **style)
@@ -422,7 +441,7 @@ def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> None:
     series."""
     errors, colors = [run.error for run in runs], unused_colors(axes)
     if len(runs) > len(colors):
-        best = runs[errors.index(min(errors))].name
+        best = runs[errors.index(min(errors))].called
         on = {run.other_images for run in runs}
         images = next(iter(on)) if len(on) == 1 else ", on different images"
         axes.plot(

@@ -1,16 +1,19 @@
 """Index a data set and say what is there: ``python -m tools.index DIR``.
 
 DIR is a folder of classes, a tar archive or zip file of classes, a tar of tars such as ILSVRC2012_img_train.tar, a table,
-shards, or (with --labels) a flat folder or archive; or a folder that holds both `train` and `val`. What is found is cached
-beside the images, where training looks for it too.
+shards, or (with --labels) a flat folder or archive; or a folder that training takes as data.dir, which holds both sets, as
+`train` and `test`. What is found is cached beside the images, where training looks for it too.
 
 With --verify every image is first read and decoded, and what is odd or left out is listed with what comes of it. The exit
 code is 2 if the index or a run with the default configuration would stop at one, else 0.
 """
 
+import io
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,12 @@ from tqdm import tqdm
 
 from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
-from pipeline.data.dataset import open_datasets
+from pipeline.data.dataset import open_datasets, source_of
 from pipeline.data.image_files import PixelFormat, pixel_format
 from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
+from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
+from pipeline.data.splits import find_splits
 from pipeline.data.verify import verify
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from tools.support.label_files import find_label_file
@@ -46,26 +51,26 @@ def main() -> None:
     options = parser.parse_args()
     root, fallback = Path(options.data), Path(options.cache)
     labels = find_label_file(options.labels, root)
-    config = DataConfig(
-        dir=str(root),
-        val_labels=labels and str(Path(labels).absolute()),
-        channels=3 if options.depth == 8 else 1,
-        depth=options.depth,
-        exif_orientation=options.exif_orientation,
+    config, both = both_sets(
+        DataConfig(
+            dir=str(root),
+            val_labels=labels and str(Path(labels).absolute()),
+            channels=3 if options.depth == 8 else 1,
+            depth=options.depth,
+            exif_orientation=options.exif_orientation,
+        )
     )
     read_as = pixel_format(config)
-    training, validation = root / config.train, root / config.val
-    both = training.exists() and validation.exists()
     if labels and not options.classes and not both:
         parser.error("--labels needs --classes, the folder or archive of the training set")
     if options.against and (both or labels or not options.verify):
-        parser.error(
-            f"--against needs --verify, no --labels, and a DIR other than a folder that holds {config.train} and {config.val}"
-        )
+        parser.error("--against needs --verify, no --labels, and a DIR other than a folder that holds both sets")
     start = time.perf_counter()
-    if options.verify:
-        validated = [validation] if both else [root] if labels else [Path(options.against)] if options.against else []
-        list_odd_images([training] if both else [] if labels else [root], validated, read_as)
+    if options.verify and both:
+        list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
+    elif options.verify:
+        validated = [root] if labels else [Path(options.against)] if options.against else []
+        list_odd_images([] if labels else [root], validated, read_as)
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
     elif labels:
@@ -83,7 +88,20 @@ def main() -> None:
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
-def list_odd_images(training: list[Path], validation: list[Path], read_as: PixelFormat) -> None:
+def both_sets(config: DataConfig) -> tuple[DataConfig, bool]:
+    """The configuration with both sets, where its folder holds them as a run finds them, which is reported; else as it is."""
+    said, found = io.StringIO(), None
+    with suppress(UserError), redirect_stderr(said):
+        found = find_splits(config)
+    if found is None or found.dir != config.dir:  # nor where the training set itself was given
+        return config, False
+    print(said.getvalue(), end="", file=sys.stderr, flush=True)
+    return found, True
+
+
+def list_odd_images(
+    training: Sequence[Path | FileSource], validation: Sequence[Path | FileSource], read_as: PixelFormat
+) -> None:
     """Print a line for each issue that `verify` finds, and how many there are of each kind. What is to be said of the whole
     place, as that a table has several splits, counts as no odd image.
 
@@ -92,7 +110,9 @@ def list_odd_images(training: list[Path], validation: list[Path], read_as: Pixel
     """
     kinds: Counter[tuple[str, str]] = Counter()
     stops = 0
-    trained, validated = list(map(open_source, training)), list(map(open_source, validation))
+    trained, validated = (
+        [open_source(one) if isinstance(one, Path) else one for one in several] for several in (training, validation)
+    )
     whole = {source.root for source in (*trained, *validated)}
     for issue in verify(trained, validated, read_as):
         tqdm.write(str(issue))

@@ -93,7 +93,10 @@ def _other_classes(train: DatasetIndex, of_folders: str) -> str:
 
 
 def _about_folders(train: DatasetIndex) -> list[str]:
-    """All classes have several folders of images and no image of their own, so that those may be the classes."""
+    """All classes have several folders of images and no image of their own, so that those may be the classes; not where a table
+    or a shard says of each image which class it has."""
+    if not isinstance(train.source, FolderSource | TarSource | ZipSource):
+        return []
     _, first = np.unique(train.labels, return_index=True)
     if len(train.classes) == 1 or not all(_is_below(train, i) for i in first.tolist()):
         return []
@@ -126,15 +129,21 @@ def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
             f"training and validation images are the same ({val.root}): the error will be that of images that the network has "
             "seen; set data.val, or data.holdout"
         ]
+    if not (same := same_images(train, val)):
+        return []
+    return [
+        f"validation images are training images too, {same}: they make the error too low; remove them from one of the sets "
+        "(python -m tools.index --verify lists all)"
+    ]
+
+
+def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
+    """How many of a few images that are compared byte by byte are in both sets, with an example; empty if none is."""
     same = [(j, i) for j, i in _alike(train, val) if _bytes(train, i) == _bytes(val, j)]
     if not same:
-        return []
+        return ""
     found, (j, i) = len({j for j, _ in same}), same[0]
-    return [
-        f"validation images are training images too, {found:,} of the few that were compared, as {val.location(j)} is "
-        f"{train.location(i)}: they make the error too low; remove them from one of the sets (python -m tools.index --verify "
-        "lists all)"
-    ]
+    return f"{found:,} of the few that were compared, as {val.location(j)} is {train.location(i)}"
 
 
 def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from pipeline.data.synthetic import synthetic_index
 from pipeline.data.table import Columns, TableSource, columns_of, is_table
 from pipeline.errors import UserError, look_up
 
+CHEAP = 32 << 20  # bytes of a kept index, of some 300,000 images
 HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the same images
 
 Opener = Callable[[DataConfig, Split, tuple[str, ...], Path | None, bool], DatasetIndex]
@@ -58,6 +59,38 @@ def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tup
             )
         return parts
     return train, opener(config, "val", train.classes, cache, progress)
+
+
+def source_of(config: DataConfig, split: Split) -> FileSource:
+    """The images of a set, of which nothing is read yet; of a table with splits its own.
+
+    Args:
+        config: with the sets that were found (`find_splits`).
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    root = Path(config.dir, config.train if split == "train" else config.val)
+    if not is_table(root):
+        return open_source(root)
+    return TableSource(str(root), open_source(config.dir), Columns(config.file_column, config.label_column, split))
+
+
+def known_training_images(config: DataConfig, cache: Path) -> DatasetIndex | None:
+    """The images that a run has trained on, where it is cheap to tell: their index is kept, and has `CHEAP` bytes at most.
+
+    Args:
+        config: with the training set that was found (`find_splits`).
+        cache: folder where the run has kept it, where that cannot be beside the images.
+
+    Raises:
+        UserError: as `open_datasets`.
+    """
+    kept = cache_beside(Path(config.dir, config.train), cache)
+    if not kept.is_file() or kept.stat().st_size > CHEAP:
+        return None
+    train = _open_files(config, "train", (), cache, False)
+    return _hold_out(train, config.holdout)[0] if config.holdout else train
 
 
 def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None) -> FileSource:

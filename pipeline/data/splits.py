@@ -39,6 +39,7 @@ IMAGENETS_ARCHIVES = {
     "data.val_labels": "ILSVRC2012_devkit_t12.tar.gz",
 }
 FILES = {*SUFFIXES, ".tar", ".zip", ".parquet"}  # that may be a split
+NAMED = 4  # of what is there, in a message
 INSTEAD = ", or data.holdout to validate on training images"
 
 
@@ -165,10 +166,13 @@ def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
     elif len(offered) == 1:
         quoted = f"'{offered[0]}'" if "*" in offered[0] else offered[0]
         remedy = f"there is {quoted}: set {field} {quoted}{instead}"
+    elif len(offered) > 1:
+        several = f"{', '.join(offered[:NAMED])}{', ...' if len(offered) > NAMED else ''}"
+        remedy = f"there are {several}: set {field} to one of them{instead}"
     elif packed := [e for e in there if _offer(e)[0] in SPLIT_NAMES[split] and e.lower().endswith(COMPRESSED_TARS)]:
         remedy = f"there is {packed[0]}, of which no image can be read by itself: unpack it"
     else:
-        found = f" (data.dir holds {', '.join(there[:4])}{', ...' if len(there) > 4 else ''})" if there else ""
+        found = f" (data.dir holds {', '.join(there[:NAMED])}{', ...' if len(there) > NAMED else ''})" if there else ""
         remedy = f"set data.dir, or {field}{instead}{found}"
     raise UserError(f"the data folder {folder / name} does not exist: {remedy}")
 

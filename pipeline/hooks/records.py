@@ -9,7 +9,7 @@ from pipeline.hooks.pictures import pictures_due
 from pipeline.monitor import peak_memory
 from pipeline.optim import rates_of_parts
 from pipeline.pace import Pace
-from pipeline.report import about, hyperparameters, rising_rate
+from pipeline.report import about, hyperparameters, rising_rate, with_sets_found
 from pipeline.run import Run
 from pipeline.words import counted
 
@@ -42,7 +42,7 @@ class Records(Hook):
             monitor.say(f"resuming at {run.position} of {run.dir}")
         # At each start, with the step that comes next: a start that gets to no checkpoint is forgotten with it.
         monitor.text("about", about(run), run.done_steps + 1)
-        monitor.text("config", f"```yaml\n{to_yaml(run.config)}```", run.done_steps + 1)
+        monitor.text("config", f"```yaml\n{to_yaml(with_sets_found(run.config))}```", run.done_steps + 1)
         monitor.hyperparameters(hyperparameters(run.config))
         for line in run.history.lines():
             monitor.say(line)

@@ -231,7 +231,7 @@ def _error_lines(r: dict[str, Any]) -> list[str]:
     lines = [
         *(
             f"top-{k} error {r[f'top{k}_error']:.2f} %  (accuracy {100 - r[f'top{k}_error']:.2f} %; {r[f'top{k}_wrong']} of "
-            f"{r['images']} wrong; 95 % interval {r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
+            f"{r['images']} wrong; Wilson's 95 % interval {r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
             for k in (1, 5)
             if r[f"top{k}_error"] is not None
         ),
@@ -263,7 +263,7 @@ def _comparison(row: dict[str, Any]) -> str:
     return (
         f"{row['a']} and {row['b']}: {counted(row['only_a_wrong'], 'image')} that only the first gets wrong, "
         f"{row['only_b_wrong']} that only the second does; p = {row['p']:.2g} that equally good networks differ so much "
-        "(McNemar)"
+        "(McNemar's exact test)"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config import Interpolation, from_dict
 from pipeline.errors import ArgumentParser, UserError
 from pipeline.recipe import resize_with
-from pipeline.weights import PREPARATION, Weights, assumption, read_weights
+from pipeline.weights import PREPARATION, Weights, assumption, mirrored_views, read_weights
 
 
 def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None:
@@ -60,7 +60,8 @@ def add_preparation_arguments(parser: ArgumentParser) -> None:
 
 
 def read_weights_of(options: Namespace, file: str) -> Weights:
-    """Read one of the files that the command line names, and report what is assumed of how its images are prepared."""
+    """Read one of the files that the command line names, and report what is assumed of how its images are prepared, and
+    views that its network does not know."""
     names = None
     if options.classes:
         try:
@@ -72,6 +73,8 @@ def read_weights_of(options: Namespace, file: str) -> Weights:
             raise UserError(f"--classes {options.classes} has '{twice}' twice: give each output a name of its own")
     weights = _prepared_as_given(read_weights(file, options.model, names, options.ema), options)
     warn_of_assumption(file, weights, "--" if hasattr(options, "mean") else "")
+    if text := mirrored_views(file, weights.config, getattr(options, "crops", 1), "--crops 1"):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
     return weights
 
 
