@@ -1237,7 +1237,8 @@ def choice_of_auto(setting: Setting) -> Found:
     from pipeline.models import create_model
 
     model, images, side = ("densenet121", 32, 224) if setting.on_gpu else ("densenet_bc10_k3", 4, 16)
-    texts, begin = [], time.monotonic()
+    texts: list[str] = []
+    begin = time.monotonic()
     for precision in ("bf16", "fp32"):  # which has twice the candidates, for its two memory formats
         if texts and setting.on_gpu and setting.deadline - time.monotonic() < 3 * (time.monotonic() - begin):
             texts.append(f"{precision}: no time was left, give more --minutes")
