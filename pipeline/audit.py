@@ -226,15 +226,12 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     )
     each = optim.batch_size // microbatches
     statistics = measured.statistics if measured else ((0, (each, each)),)
-    fewer = statistics[-1][1][0] < BATCH_NORM_IMAGES
     if not measured or measured.batch_norms:
         compare(
             "images in a batch-norm statistic",
             BATCH_NORM_IMAGES,
             statistics_text(statistics),
-            "noisier statistics: use fewer ranks or fewer optim.grad_accum_steps"
-            if fewer
-            else "use more ranks or more optim.grad_accum_steps",
+            _statistics_advice(statistics[-1][1][0], optim.batch_size),
             same=all(sizes == (BATCH_NORM_IMAGES, BATCH_NORM_IMAGES) for _, sizes in statistics),
         )
     last = (measured.images[0] - 1) % optim.batch_size + 1 if measured else 0
@@ -245,7 +242,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     changed = {text.split()[0] for text in measured.changed} if measured else set()
     at_the_end = " at the end; changed on the way, see below"
     if "optim.lr" in changed:
-        compare("learning rate", 0.1, f"{_text(optim.lr)}{at_the_end}", same=False)
+        compare("learning rate", 0.1, f"{_text(optim.lr)} (optim.lr, before its drops){at_the_end}", same=False)
     else:
         compare("learning rate", 0.1, optim.lr)
     if optim.head_lr is not None:
@@ -284,9 +281,13 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare("norm to which gradients are clipped", "none", optim.clip_grad_norm)
     compare("label smoothing", 0.0, optim.label_smoothing)
     if decay := config.train.ema_decay:
-        compare(
-            "moving average of the weights", "none", f"decay {decay}, best epoch by the {config.train.best_by} weights"
+        most = (
+            f" (at most {measured.greatest_decay:.2g} in the run's steps)"
+            if measured and measured.greatest_decay
+            else ""
         )
+        by = f"best epoch by the {config.train.best_by} weights"
+        compare("moving average of the weights", "none", f"decay {decay}{most}, {by}")
     if data.labels != "single":
         compare(
             "labels of an image", "one", "any number, binary cross-entropy", "another task: errors cannot be compared"
@@ -444,7 +445,7 @@ def _sizes_text(data: DataConfig) -> str:
     """The sizes of the training crops, and from which epoch on."""
     first, *others = data.train_sizes
     return ", ".join(
-        [str(first), *(f"{s} from epoch {e} on" for s, e in zip(others, data.train_crop_milestones, strict=True))]
+        [str(first), *(f"{s} from epoch {e + 1} on" for s, e in zip(others, data.train_crop_milestones, strict=True))]
     )
 
 
@@ -485,6 +486,15 @@ def _text(value: Any, exact: bool = False) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) and not exact else str(value)
+
+
+def _statistics_advice(images: int, batch_size: int) -> str:
+    """What to do about so many images in a batch-norm statistic."""
+    if images >= BATCH_NORM_IMAGES:
+        return "use more ranks or more optim.grad_accum_steps"
+    if images == batch_size:  # which nothing divides
+        return "noisier statistics: use a larger optim.batch_size"
+    return "noisier statistics: use fewer ranks or fewer optim.grad_accum_steps"
 
 
 def statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:

@@ -15,6 +15,11 @@ from torch import nn
 from pipeline.checkpoint import load_weights
 
 
+def decay_after(updates: int, decay: float) -> float:
+    """What the decay has grown to."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
 class ModelEma:
     """The average of one network, a part of a run's state.
 
@@ -36,7 +41,7 @@ class ModelEma:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the network's present weights."""
-        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        decay = decay_after(self.updates, self._decay)
         self.updates += 1
         averages, values = self._averaged
         torch._foreach_lerp_(averages, values, 1 - decay)

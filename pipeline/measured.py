@@ -25,6 +25,7 @@ class Measured:
         changed: what was changed on the way, each a field and more words.
         skipped_steps: steps that were left out, as their loss or gradient was not finite.
         batch_norms: whether the network has any.
+        greatest_decay: of the moving average of the weights, where the run has too few steps to reach the one asked for.
     """
 
     images: tuple[int, int]
@@ -38,6 +39,7 @@ class Measured:
     changed: tuple[str, ...] = ()
     skipped_steps: int = 0
     batch_norms: bool = True
+    greatest_decay: float | None = None
 
 
 def statistic_images(batch: int, microbatches: int) -> tuple[int, int]:

@@ -141,9 +141,10 @@ def summary(run: Run) -> str:
     if run.config.model.weights:
         lines.append(f"begun with {origin_text(run.config.model)}")
     statistic, batches = statistics_text(measured.statistics), run.batches
-    split_alike = len({segment.microbatches for segment in run.history.segments}) == 1
-    if batches.steps > 1 and batches.last < batches.size and split_alike:
-        sizes = sizes_text(batches.statistic_of_last)
+    if batches.steps > 1 and batches.last < batches.size:
+        divided = dict.fromkeys(segment.microbatches for segment in run.history.segments)
+        parts = (dataclasses.replace(batches, microbatches=number).statistic_of_last for number in divided)
+        sizes = ", then ".join(map(sizes_text, parts))
         statistic += f" ({sizes} in an epoch's last batch, of {counted(batches.last, 'image')})"
     lines.append(f"images in a batch-norm statistic: {statistic}")
     if run.progress.skipped_steps:

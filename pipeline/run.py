@@ -30,7 +30,7 @@ from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose
 from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import World, data_parallel
-from pipeline.ema import ModelEma
+from pipeline.ema import ModelEma, decay_after
 from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size, why_not
 from pipeline.finite import FiniteGuard
@@ -292,7 +292,13 @@ class Run:
             changed=self.history.changes(),
             skipped_steps=self.progress.skipped_steps,
             batch_norms=has_batch_norms(self.network),
+            greatest_decay=self._greatest_decay(),
         )
+
+    def _greatest_decay(self) -> float | None:
+        decay = self.config.train.ema_decay
+        reached = decay_after(self.config.optim.epochs * self.train_loader.steps_per_epoch - 1, decay)
+        return reached if reached < decay else None
 
     @property
     def batches(self) -> Batches:

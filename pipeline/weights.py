@@ -137,8 +137,10 @@ class Weights:
         text += f" and {counted(self.step, 'step')} of the next" if self.step else ""
         if self.best_epoch is None:
             return text
+        train = self.config.train
+        best = f"the best so far by the {train.best_by} weights" if train.ema_decay else "the best so far"
         is_best = self.best_epoch == self.epochs and not self.step
-        return f"{text}, the best so far" if is_best else f"{text} (the best so far: {self.best_epoch})"
+        return f"{text}, {best}" if is_best else f"{text} ({best}: {self.best_epoch})"
 
 
 class OwnWeights(NamedTuple):

@@ -185,7 +185,11 @@ def test_what_no_layer_and_no_step_has_is_no_part():
 @pytest.mark.parametrize(
     ("changed", "part", "here"),
     [
-        (("optim.lr from 0.5 to 0.1 after 3 steps",), "learning rate", "0.1 at the end; changed on the way, see below"),
+        (
+            ("optim.lr from 0.5 to 0.1 after 3 steps",),
+            "learning rate",
+            "0.1 (optim.lr, before its drops) at the end; changed on the way, see below",
+        ),
         (
             ("optim.milestones from 10, 20 to 30, 60 after 3 steps", "optim.epochs from 30 to 90 after 3 steps"),
             "learning-rate schedule",
@@ -198,6 +202,24 @@ def test_a_schedule_that_was_changed_on_the_way_is_not_the_papers(changed, part,
     audited = audit(load_config(DENSENET121), 4, dataclasses.replace(MEASURED, changed=changed))
     found = {row.part: row.here for row in differences(audited)}
     assert found == {part: here, "fields changed on the way": ", ".join(changed)}
+
+
+def test_rows_say_what_comes_true_in_the_run():
+    """Epochs count from 1; an average's decay grows to what is asked for only with the steps; one rank has no fewer to take."""
+    config = load_config(DENSENET121)
+    sizes = dataclasses.replace(config.data, train_crop_size=(128, 160, 192), train_crop_milestones=(30, 60))
+    config = dataclasses.replace(
+        config, data=sizes, train=dataclasses.replace(config.train, ema_decay=0.99),
+        optim=dataclasses.replace(config.optim, batch_size=32),
+    )  # fmt: skip
+    measured = dataclasses.replace(MEASURED, greatest_decay=0.9189, statistics=((0, (32, 32)),))
+    found = {row.part: row for row in audit(config, 1, measured)}
+    assert found["training crop size"].here == "128, 160 from epoch 31 on, 192 from epoch 61 on"
+    assert found["moving average of the weights"].here.startswith("decay 0.99 (at most 0.92 in the run's steps), best")
+    assert found["images in a batch-norm statistic"].effect == "noisier statistics: use a larger optim.batch_size"
+    halves = {row.part: row for row in audit(config, 2, dataclasses.replace(MEASURED, statistics=((0, (16, 16)),)))}
+    assert halves["images in a batch-norm statistic"].effect.endswith("use fewer ranks or fewer optim.grad_accum_steps")
+    assert "at most" not in halves["moving average of the weights"].here
 
 
 def test_measured_is_what_trains():

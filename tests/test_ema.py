@@ -16,6 +16,7 @@ from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, ModelConfig
 from pipeline.data.loader import EvaluationLoader
+from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
 from pipeline.hooks import Hook
 from pipeline.report import summary
@@ -26,6 +27,16 @@ from pipeline.weights import read_weights, write_safetensors, write_torch
 pytestmark = pytest.mark.slow
 
 DECAY = 0.28  # above that of the first three updates: 0.1, 2 / 11, 3 / 12
+
+
+@pytest.mark.parametrize(("decay", "greatest"), [(0.0, None), (0.4, None), (0.9, 8 / 17)])
+def test_the_greatest_decay_of_a_short_run_is_told(tmp_path, decay, greatest):
+    """Eight updates: the last one's is 8 / 17."""
+    config = small_config(tmp_path, train={"ema_decay": decay}, optim={"epochs": 2})
+    with init_distributed("cpu") as world:
+        assert Run(config, world).measured.greatest_decay == greatest
+
+
 SKIPPED = 2  # a step whose gradient is made NaN
 
 

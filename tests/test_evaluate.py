@@ -495,6 +495,9 @@ def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, e
     out = evaluated(
         run.parent, run / "last.pt", "--data", image_folders, "--crop-size", 16, "--json", tmp_path / "json"
     )
+    train = dataclasses.replace(weights.config.train, ema_decay=0.9, best_by="raw")
+    averaged = dataclasses.replace(weights, config=dataclasses.replace(weights.config, train=train))
+    assert averaged.trained == "epoch 3 of 4 (the best so far by the raw weights: 2)"
     part = "epoch 3 of 4 and 1 step of the next (the best so far: 2)"
     assert f"run-best:\n{run}/best.pt: epoch 2 of 4, the best so far\n" in out and f"{run}/last.pt: {part}\n" in out
     assert told == [

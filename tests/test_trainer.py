@@ -424,7 +424,8 @@ def test_another_number_of_parts_is_allowed_on_request(tmp_path, capsys):
     said = "from epoch 2 on (after 4 steps of the run), a batch is 1 rank x 2 accumulation steps; before, 1 rank x 1"
     text = capsys.readouterr().out
     _, after = text.split(whole)
-    assert said in after and "images in a batch-norm statistic: 12, 6 from epoch 2 on\n" in after
+    parts = "12, 6 from epoch 2 on (10, then 5 in an epoch's last batch, of 10 images)"
+    assert said in after and f"images in a batch-norm statistic: {parts}\n" in after
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
