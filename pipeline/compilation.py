@@ -22,14 +22,15 @@ def compile_network(network: nn.Module, mode: "Compile", images: int, accumulati
     """Return the network as it is trained; parameters and buffers are shared.
 
     Args:
-        mode: "none" and "auto" change nothing; "graphs" replays it as CUDA graphs; others are torch.compile's.
+        mode: "none" changes nothing; "graphs" replays it as CUDA graphs; others are torch.compile's. What "auto" means is known
+            by now (autotune.py).
         images: of a whole batch, the only number that is compiled for.
         accumulation: gradient accumulation steps.
 
     Raises:
         UserError: as `refuse_graphs`.
     """
-    if mode in ("none", "auto"):
+    if mode == "none":
         return network
     refuse_graphs(mode, accumulation)
     return ReplayedNetwork(network, images) if mode == "graphs" else WholeBatchesCompiled(network, mode, images)

@@ -154,7 +154,8 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
     """What passes over two batches must have in common."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return tuple(x.shape), x.dtype, x.stride(), autocast
+    steps = tuple(step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1)  # else it means nothing
+    return tuple(x.shape), x.dtype, steps, autocast
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:

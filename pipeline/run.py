@@ -354,11 +354,11 @@ class Run:
         if not isinstance(self.compiled, ReplayedNetwork) or loader.global_batch(0) < config.optim.batch_size:
             return
         size = config.data.of_epoch(self.progress.epoch).crop_size
-        shape, generator = (whole, config.data.channels, size, size), torch.Generator(device).manual_seed(0)
+        shape, generator = (whole, size, size, config.data.channels), torch.Generator(device).manual_seed(0)
         images = torch.randn(shape, generator=generator, device=device, dtype=self._image_dtype())
         torch.cuda.synchronize(device)
         with self.autocast():
-            self.compiled.capture(images.contiguous(memory_format=self.memory_format))
+            self.compiled.capture(images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format))
 
     def without_reduction(self, skip: bool) -> AbstractContextManager[None]:
         """While it is entered, gradients add up on this rank and are not averaged over the ranks."""

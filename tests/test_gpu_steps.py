@@ -409,9 +409,12 @@ class Keeps(Hook):
         Keeps.state = {name: tensor.clone() for name, tensor in trainer.run.network.state_dict().items()}
 
 
-def test_a_run_captures_before_its_images_are_loaded(tmp_path, monkeypatch):
-    """DALI's threads end a capture. Each size is captured when its first epoch begins."""
-    notes, load = [], TrainingLoader.batches
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
+def test_a_run_captures_before_its_images_are_loaded_and_replays(tmp_path, monkeypatch, channels, memory_format):
+    """DALI's threads end a capture. Each size is captured when its first epoch begins; all whole batches are replayed."""
+    notes, load, replays, replay = [], TrainingLoader.batches, [], Pass.replay
+    monkeypatch.setattr(Pass, "replay", lambda self: replays.append(1) or replay(self))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr("pipeline.run.compile_network", lambda network, *_: cuda_graphs.ReplayedNetwork(network, 8))
     monkeypatch.setattr(
@@ -419,16 +422,22 @@ def test_a_run_captures_before_its_images_are_loaded(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(TrainingLoader, "batches", lambda self, *args: notes.append("loads") or load(self, *args))
     sizes = {"crop_size": 16, "resize_size": 16, "train_crop_size": [12, 16], "train_crop_milestones": [1]}
+    images = {"channels": channels, **({"color_jitter": 0, "pca_noise": 0} if channels == 1 else {})}
     weights = []
     for compiled in (True, False):
-        config = small_config(tmp_path / str(compiled), data=sizes, optim={"epochs": 3, "batch_size": 8})
+        config = small_config(
+            tmp_path / str(compiled), data=sizes | images, optim={"epochs": 3, "batch_size": 8},
+            train={"memory_format": memory_format},
+        )  # fmt: skip
         Keeps.state = None
         if not compiled:
             monkeypatch.undo()
         trainer.fit(config, [Keeps()])
         weights.append(Keeps.state)
-    small, large = torch.Size((8, 3, 12, 12)), torch.Size((8, 3, 16, 16))
+    small, large = torch.Size((8, channels, 12, 12)), torch.Size((8, channels, 16, 16))
     assert notes == [small, "loads", large, "loads", "loads"]
+    whole = config.data.synthetic_images // 8
+    assert whole > 1 and len(replays) == 3 * whole * 2  # passes
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 

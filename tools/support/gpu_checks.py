@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -930,12 +931,23 @@ def runs_in_graphs(setting: Setting) -> Found:
         "optim": {"epochs": 2, "clip_grad_norm": 1.0, "class_weights": "balanced"},
         "train": {**plain["train"], "precision": "fp16", "not_finite": "skip", "ema_decay": 0.9},
     }  # fmt: skip
+    replays, replay = Counter[str](), torch.cuda.CUDAGraph.replay
     for name, sections, sizes in (("plain", plain, 1), ("everything", everything, 2)):
         without, replayed = Keep(), Keep()
+
+        def counted(graph: Any, name: str = name) -> None:
+            replays[name] += 1
+            replay(graph)
+
         for folder, mode, keep in (("without", "none", without), ("replayed", setting.on_gpu and "graphs", replayed)):
             train = {**sections["train"], "compile": mode or "none"}
-            a_run(setting, f"{name}-{folder}", (keep,), **{**sections, "train": train})
+            with mock.patch.object(torch.cuda.CUDAGraph, "replay", counted):
+                a_run(setting, f"{name}-{folder}", (keep,), **{**sections, "train": train})
         require(not setting.on_gpu or replayed.graphs == sizes, f"{name}: {replayed.graphs} sizes were captured")
+        passes = 2 * sizes * (images // 8)  # each size has an epoch
+        require(
+            not setting.on_gpu or replays[name] == passes, f"{name}: {replays[name]} of {passes} passes were replayed"
+        )
         differing = [key for key, tensor in without.state.items() if not torch.equal(tensor, replayed.state[key])]
         require(not differing, f"{name}: other bits in {', '.join(differing[:3])}")
     return Found("the same bits" + ("" if setting.on_gpu else "; without graphs, of which there are none on CPU"))
