@@ -14,6 +14,7 @@ from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, to_evaluate
 from pipeline.data.image_files import COLORS
 from pipeline.data.index import scan_classes
+from pipeline.data.sources import open_source
 from pipeline.data.table import Columns, TableSource, is_table, read_table
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
@@ -95,10 +96,10 @@ def test_several_splits_are_no_odd_image(images, image_folders, capsys):
     rows = [(f"{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
     table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
     told = f"{table} has lines of several splits (37 of train, 11 of val): all are taken"
-    list_odd_images([table], [], COLORS)
+    list_odd_images([open_source(table)], [], COLORS)
     assert capsys.readouterr().out.splitlines() == [told, "no image is odd"]
     write_table(table, ("file", "label", "split"), *rows[:-1])
-    list_odd_images([table], [], COLORS)
+    list_odd_images([open_source(table)], [], COLORS)
     assert capsys.readouterr().out.splitlines() == [
         told.replace("11", "10"),
         f"{images}/{rows[-1][0]} is not in the table {table}: left out",
