@@ -70,6 +70,7 @@ class Run:
         epochs: the records of whole epochs.
         validation: which images its error is on, in words that no other images have after `told_apart`; empty if that is not
             known.
+        images: how many it was trained and validated on; None if that is not known.
         fingerprint: of its training and validation images (`dataset.fingerprint_of`), None if it is not known.
         val_fingerprint: of its validation images alone; None if it is not known, as of runs of before.
     """
@@ -79,6 +80,7 @@ class Run:
     classes: int
     epochs: list[dict]
     validation: str = ""
+    images: list[int] | None = None
     fingerprint: str | None = None
     val_fingerprint: str | None = None
 
@@ -123,7 +125,7 @@ class Run:
         if self.data not in (*published.COLUMNS, IMAGENET) or not self.validation:
             return ""
         tested = published.TEST_IMAGES["imagenet" if self.data == IMAGENET else self.config.data.dataset]
-        on_test_set = not self.config.data.holdout and self.validation.startswith(f"{tested:,} ")
+        on_test_set = not self.config.data.holdout and self.images is not None and self.images[1] == tested
         return "" if on_test_set else f", {self.validation}"
 
     @property
@@ -214,9 +216,10 @@ def read_run(run_dir: Path) -> Run:
     config = load_stored_config(stored) if stored.exists() else from_stored(checkpoint["config"], str(run_dir))
     epochs = whole_epochs(run_dir)
     conditions = checkpoint.get("conditions", {})
-    validation = validation_of(config.data, conditions.get("images"))
+    images = conditions.get("images")
+    validation = validation_of(config.data, images)
     fingerprints = conditions.get("fingerprint"), conditions.get("val_fingerprint")
-    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, *fingerprints)
+    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, images, *fingerprints)
 
 
 def validation_of(data: DataConfig, images: list[int] | None) -> str:
