@@ -346,7 +346,7 @@ def test_all_that_has_changed_is_refused_at_once(tmp_path):
         UserError,
         match=r"optim.epochs was 1 and is now 3; optim.lr was 0.1 and is now 0.3; optim.milestones was none and is now 1; "
         r"put it back, change it on purpose with --train.change optim.epochs,optim.lr,optim.milestones "
-        r"\(optim.milestones not named: stays as the run has it\)",
+        r"\(optim.milestones neither named nor given: stays as the run has it\)",
     ):
         trainer.fit(small_config(tmp_path, optim={"epochs": 3, "lr": 0.3}))
 
