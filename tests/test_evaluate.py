@@ -548,6 +548,22 @@ def test_the_folder_in_place_of_the_table_that_a_run_validated_on(table_data, ca
     assert sorted(index.names) == sorted(alone.names)  # several labels have no order of classes
 
 
+def test_networks_that_were_validated_on_two_tables_of_a_folder_are_not_compared(
+    table_data, checkpoint, tmp_path, evaluated
+):
+    *few, _ = (table_data / "val.csv").read_text().splitlines()
+    (table_data / "few.csv").write_text("\n".join(few))
+    state, files = load_checkpoint(checkpoint), []
+    for table in ("val.csv", "few.csv"):
+        folder = CheckpointFolder(tmp_path / table / "checkpoints")
+        folder.last.parent.mkdir(parents=True)
+        state["config"]["data"] |= {"train": "train.csv", "val": table}
+        folder.save(state, best=False)
+        files.append(folder.last)
+    with pytest.raises(UserError, match=f"{files[1]} and {files[0]} are not for the same images"):
+        evaluated(*files, "--data", table_data, "--crop-size", 16)
+
+
 def test_other_sets_that_a_run_validated_on_are_found_in_the_folder_and_no_other_is_taken(
     image_folders, table_data, tmp_path, capfd
 ):
