@@ -172,7 +172,9 @@ def _way_out(fixed: Sequence[str], on_purpose: Sequence[str], resplit: bool, don
     words = f"{' '.join(flags)}{f' (N above {done}, the epochs that the run has)' if complete else ''}"
     kept = [key for key in on_purpose if FOLLOWERS.get(key) in on_purpose]
     if kept and not complete:
-        words += f" ({' and '.join(kept)} neither named nor given: {agreed(len(kept), 'stays', 'stay')} as the run has it)"
+        words += (
+            f" ({' and '.join(kept)} neither named nor given: {agreed(len(kept), 'stays', 'stay')} as the run has it)"
+        )
     if fixed:
         return f"{' and '.join(fixed)} must be as before; the rest may change with {words}"
     return f"put it back, {'change it on purpose' if keys else 'allow it'} with {words}"
