@@ -32,6 +32,7 @@ from pipeline.parsing import (
     flatten,
 )
 from pipeline.recipe import fields_of_run, following_fields, resize_with
+from pipeline.run_dir import CONFIG
 from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 from pipeline.words import counted
 
@@ -550,7 +551,6 @@ class Config:
         return self
 
 
-STORED = "config.yaml"  # the configuration in a run's directory
 SCHEMA = Schema(
     Config,
     flag=lambda key: f"--{key}",
@@ -606,7 +606,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     followed = following_fields(defaults, (file, overrides), held)
     if held:
         folder = Path(str(overrides.get("run_dir") or tree.get("run_dir") or own_dir)).expanduser()
-        followed |= fields_of_run(_stored_fields(folder / STORED), overrides, held)
+        followed |= fields_of_run(_stored_fields(folder / CONFIG), overrides, held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
     own = {key: value for key, value in overrides.items() if key not in shared}
     if unused := unused_field(defaults, file, own, flatten(dataclasses.asdict(config))):

@@ -24,12 +24,12 @@ from torch import nn
 
 from pipeline.audit import setting_for
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import STORED, Config, DataConfig, ModelConfig, from_stored, load_stored_config
+from pipeline.config import Config, DataConfig, ModelConfig, from_stored, load_stored_config
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
-from pipeline.run_dir import epochs_done, read_records, why_no_best
+from pipeline.run_dir import CONFIG, epochs_done, read_records, why_no_best
 from pipeline.weights import read_weights
 from tools.support import published
 from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
@@ -212,7 +212,7 @@ def whole_epochs(run_dir: Path) -> list[dict]:
 def read_run(run_dir: Path) -> Run:
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
     # The configuration in the directory has the sets that the run has found.
-    stored = run_dir / STORED
+    stored = run_dir / CONFIG
     config = load_stored_config(stored) if stored.exists() else from_stored(checkpoint["config"], str(run_dir))
     epochs = whole_epochs(run_dir)
     conditions = checkpoint.get("conditions", {})
