@@ -27,7 +27,7 @@ from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_
 from launch.submission import refuse_impossible, script, submit
 from pipeline.config import SCHEMA, Config, load_config, load_stored_config, refuse_flags_without_use
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
-from pipeline.run_dir import Before, is_complete
+from pipeline.run_dir import CONFIG, Before, is_complete
 from pipeline.words import counted
 
 VERBS = ("status", "logs", "cancel", "resume")
@@ -271,7 +271,7 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     if asked is None:
         raise UserError(f"{run} was never submitted: start it with python -m launch CONFIG.yaml")
     # What the training accepted; what was submitted last, it may have refused.
-    accepted = run / "config.yaml"
+    accepted = run / CONFIG
     config = load_stored_config(accepted if accepted.exists() else run / "submitted.yaml")
     return config, Cluster(**asked["cluster"])
 

@@ -1,6 +1,5 @@
 """What a submission would resume: checked before a job waits in a queue."""
 
-import dataclasses
 from pathlib import Path
 
 from launch.cluster import Cluster
@@ -18,20 +17,20 @@ def epochs_done(config: Config, cluster: Cluster, train: DatasetIndex, val: Data
     """
     if not Path(config.run_dir, "checkpoints").is_dir():
         return 0.0
-    from pipeline.resume import Conditions, check_same_run  # takes seconds to import, as torch does
+    from pipeline.resume import Conditions, check_same_run, loader_of  # takes seconds to import, as torch does
     from pipeline.start import find_start
 
     start = find_start(config)
     if start.checkpoint is None:
         return 0.0
     state = start.checkpoint.state
-    before = Conditions(**state["conditions"])
-    now = dataclasses.replace(
-        before,
+    now = Conditions(
         classes=list(train.classes),
         fingerprint=fingerprint_of(train, val),
         images=[len(train), len(val)],
+        loader=loader_of(start.checkpoint) or "",
         ranks=cluster.ranks,
+        class_weights=state.get("conditions", {}).get("class_weights"),
     )
     check_same_run(state, start.config, now)
     steps = steps_per_epoch(len(train), config.optim.batch_size)

@@ -18,7 +18,7 @@ from launch.records import Job, find_job, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
-from pipeline.run_dir import LOG, RECORDS, epochs_done, is_complete, read_progress, read_records
+from pipeline.run_dir import CONFIG, LOG, RECORDS, epochs_done, is_complete, read_progress, read_records
 
 Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
 
@@ -121,7 +121,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     """
     job, records, progress = find_job(run_dir), read_records(run_dir), read_progress(run_dir)
     # What was submitted last, the training may have refused.
-    accepted = _config_in(run_dir / "config.yaml")
+    accepted = _config_in(run_dir / CONFIG)
     config = _config_in(run_dir / "submitted.yaml") or accepted
     events = read_events(run_dir) if job else []
     attempts = [event for event in events if event["event"] == "start"]

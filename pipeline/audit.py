@@ -34,7 +34,7 @@ TOP1_ON_IMAGENET = {
 BATCH_NORM_IMAGES = 64  # 256 on four GPUs, or 64 on one
 SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's
 UNKNOWN = "effect not measured here"
-# What nothing reads where images are generated: they have the size of a crop, and no crop is cut from them.
+# What no image shows where images are generated: they have the size of a crop, and no crop is cut from them.
 NOT_OF_SYNTHETIC = {
     f"data.{field}"
     for field in (
@@ -234,10 +234,11 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
             _statistics_advice(statistics[-1][1][0], optim.batch_size),
             same=all(sizes == (BATCH_NORM_IMAGES, BATCH_NORM_IMAGES) for _, sizes in statistics),
         )
-    last = (measured.images[0] - 1) % optim.batch_size + 1 if measured else 0
-    if measured and (last, measured.last_batch) != (optim.batch_size, optim.batch_size):
+    if measured:
+        last = (measured.images[0] - 1) % optim.batch_size + 1
         kept = "kept" if measured.last_batch == last else f"{measured.last_batch} of its {last} images"
-        compare("last, smaller batch of an epoch", "kept", kept)
+        if not last == measured.last_batch == optim.batch_size:
+            compare("last, smaller batch of an epoch", "kept", kept)
     # Fields of which the configuration has the last value alone.
     changed = {text.split()[0] for text in measured.changed} if measured else set()
     at_the_end = " at the end; changed on the way, see below"

@@ -32,6 +32,7 @@ from pipeline.parsing import (
     flatten,
 )
 from pipeline.recipe import fields_of_run, following_fields, resize_with
+from pipeline.run_dir import CONFIG
 from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 from pipeline.words import counted
 
@@ -550,7 +551,6 @@ class Config:
         return self
 
 
-STORED = "config.yaml"  # the configuration in a run's directory
 SCHEMA = Schema(
     Config,
     flag=lambda key: f"--{key}",
@@ -602,16 +602,17 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
-    folder = Path(str(overrides.get("run_dir") or tree.get("run_dir") or f"runs/{Path(path).stem}")).expanduser()
+    own_dir = f"runs/{Path(path).stem}"
     followed = following_fields(defaults, (file, overrides), held)
     if held:
-        followed |= fields_of_run(_stored_fields(folder / STORED), overrides, held)
+        folder = Path(str(overrides.get("run_dir") or tree.get("run_dir") or own_dir)).expanduser()
+        followed |= fields_of_run(_stored_fields(folder / CONFIG), overrides, held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
     own = {key: value for key, value in overrides.items() if key not in shared}
     if unused := unused_field(defaults, file, own, flatten(dataclasses.asdict(config))):
         key, needs = unused
         raise _does_nothing(f"--{key}" if key in own else f"{path}: '{key}'", key, needs)
-    return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{Path(path).stem}")
+    return config if config.run_dir else dataclasses.replace(config, run_dir=own_dir)
 
 
 def _stored_fields(file: Path) -> dict[str, Any]:

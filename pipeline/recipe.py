@@ -38,9 +38,9 @@ def following_fields(
     large_batch = str(merged["optim.large_batch"]).lower() in ("true", "yes", "on", "1")
     for layer in layers:
         new: dict[str, Any] = {}
-        if "data.crop_size" not in held or "data.resize_size" in held:
+        if _follows("data.resize_size", held):
             new |= _resize_size(state, layer)
-        if ("optim.epochs" not in held or "optim.milestones" in held) and merged["optim.schedule"] == "step":
+        if _follows("optim.milestones", held) and merged["optim.schedule"] == "step":
             new |= _milestones(state, layer)
         if large_batch and "optim.batch_size" not in held:
             new |= _learning_rate(state, layer)
@@ -61,11 +61,11 @@ def fields_of_run(run: Mapping[str, Any], given: Mapping[str, Any], held: tuple[
         given: those of the command line, which it does not keep.
         held: as of `following_fields`.
     """
-    return {
-        key: run[key]
-        for key, leader in FOLLOWERS.items()
-        if leader in held and key not in held and key not in given and key in run
-    }
+    return {key: run[key] for key in FOLLOWERS if not _follows(key, held) and key not in given and key in run}
+
+
+def _follows(key: str, held: tuple[str, ...]) -> bool:
+    return FOLLOWERS[key] not in held or key in held
 
 
 def _resize_size(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, int]:

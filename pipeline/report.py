@@ -20,7 +20,7 @@ from pipeline.audit import (
     to_markdown,
 )
 from pipeline.checkpoint import CheckpointFolder, Found
-from pipeline.config import STORED, Config, changed_fields, to_yaml
+from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
 from pipeline.data.splits import find_splits
 from pipeline.metrics import errors_text, exits_text
@@ -30,7 +30,7 @@ from pipeline.provenance import provenance
 from pipeline.recipe import poor_split
 from pipeline.resume import FREE_TO_CHANGE
 from pipeline.run import Progress, Run
-from pipeline.run_dir import RECORDS, now, replace_text
+from pipeline.run_dir import CONFIG, RECORDS, now, replace_text
 from pipeline.unused import unused_fields
 from pipeline.words import counted, sizes_text
 
@@ -47,7 +47,7 @@ def write_description(run: Run, found: Found | None) -> None:
             print(f"warning: {line}", file=sys.stderr, flush=True)
     setting = setting_for(run.config)
     title = f"{run.config.model.name} beside {setting.paper}'s {setting.name} setting"
-    replace_text(run.dir / STORED, to_yaml(with_sets_found(run.config)))
+    replace_text(run.dir / CONFIG, to_yaml(with_sets_found(run.config)))
     replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines(), setting.paper))
 
 

@@ -14,7 +14,7 @@ from pipeline.paths import is_present
 from pipeline.recipe import FOLLOWERS
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from pipeline.unused import unused_fields
-from pipeline.words import counted
+from pipeline.words import agreed, counted
 
 # What may change between two starts of a run. Where the data lie is free because its fingerprint is compared, and
 # the accumulation because it is compared together with the number of ranks.
@@ -170,10 +170,11 @@ def _way_out(fixed: Sequence[str], on_purpose: Sequence[str], resplit: bool, don
         fields = ", ".join(name for name in fixed if name in NEVER_TO_CHANGE)
         return f"put it back{f' (a run with another {fields} is another run)' if fields else ''}"
     words = f"{' '.join(flags)}{f' (N above {done}, the epochs that the run has)' if complete else ''}"
-    keeping = [key for key in on_purpose if key not in FOLLOWERS or FOLLOWERS[key] not in on_purpose]
-    if len(keeping) < len(on_purpose) and not complete:
-        kept = " and ".join(key for key in on_purpose if key not in keeping)
-        words += f" ({kept} not named: stays as the run has it)"
+    kept = [key for key in on_purpose if FOLLOWERS.get(key) in on_purpose]
+    if kept and not complete:
+        words += (
+            f" ({' and '.join(kept)} neither named nor given: {agreed(len(kept), 'stays', 'stay')} as the run has it)"
+        )
     if fixed:
         return f"{' and '.join(fixed)} must be as before; the rest may change with {words}"
     return f"put it back, {'change it on purpose' if keys else 'allow it'} with {words}"

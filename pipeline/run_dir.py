@@ -14,12 +14,13 @@ from typing import Any
 
 from pipeline.errors import UserError
 
+CONFIG = "config.yaml"  # as the run was started last
 RECORDS = "metrics.jsonl"
 STATUS = "status.json"  # how far the run is, written with each checkpoint
 LOG = "log.txt"  # what rank 0 has printed; see run_log.py
 # What a start makes before there is a run, and what tells that there is one, or that a job of it was submitted.
 PREPARATIONS = ("lock", LOG, "index", "checkpoints")
-SIGNS_OF_A_RUN = {"config.yaml", RECORDS, "starts.jsonl"}
+SIGNS_OF_A_RUN = {CONFIG, RECORDS, "starts.jsonl"}
 STARTED, ENDED = "started:", ("ended", "error:", "interrupted:")  # after the time, in an attempt's first and last line
 
 

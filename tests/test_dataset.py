@@ -124,6 +124,10 @@ def test_a_missing_training_set(root):
         open_all(root / "nowhere")
     with pytest.raises(UserError, match="no.txt does not exist: set data.val_labels"):
         open_all(root, train="Training", val_labels="no.txt")
+    with pytest.raises(UserError, match=f"if {root}/val holds the classes, set data.dir {root} and data.train val$"):
+        open_all(root / "val", holdout=3)
+    with pytest.raises(UserError, match="there is Training: set data.train Training$"):
+        open_all(root, train="trainings", holdout=3)
 
 
 def pack(archive: Path, folder: Path, mode: str = "w") -> None:

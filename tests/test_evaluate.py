@@ -21,6 +21,7 @@ from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_erro
 from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, DataConfig, from_dict, from_stored, load_config
+from pipeline.data import dataset
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.index import scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard
@@ -479,17 +480,22 @@ def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, e
     progress, run = Progress(), tmp_path / "run" / "checkpoints"
     run.mkdir(parents=True)
     told = []
+
+    def of_last() -> Weights:
+        weights = read_weights(run / "last.pt")
+        for write, file in ((write_safetensors, tmp_path / "w.safetensors"), (write_torch, tmp_path / "w.pth")):
+            write(weights, file)
+            assert read_weights(file).trained == weights.trained
+        return weights
+
     for correct in (3, 7, 5):
         state = load_checkpoint(checkpoint)
         state["config"]["optim"] |= {"epochs": 4}
         progress.finish_epoch(Score(11, correct, None, 1.0))
         best = progress.best_epoch + 1 == progress.epoch
         CheckpointFolder(run).save(state | {"progress": progress.state_dict()}, best=best)
-        weights = read_weights(run / "last.pt")
+        weights = of_last()
         told.append(weights.trained)
-        for write, file in ((write_safetensors, tmp_path / "w.safetensors"), (write_torch, tmp_path / "w.pth")):
-            write(weights, file)
-            assert read_weights(file).trained == weights.trained
     progress.step = 1
     CheckpointFolder(run).save(state | {"progress": progress.state_dict()}, best=False)
     out = evaluated(
@@ -499,6 +505,7 @@ def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, e
     averaged = dataclasses.replace(weights, config=dataclasses.replace(weights.config, train=train))
     assert averaged.trained == "epoch 3 of 4 (the best so far by the raw weights: 2)"
     part = "epoch 3 of 4 and 1 step of the next (the best so far: 2)"
+    assert of_last().trained == part
     assert f"run-best:\n{run}/best.pt: epoch 2 of 4, the best so far\n" in out and f"{run}/last.pt: {part}\n" in out
     assert told == [
         "epoch 1 of 4, the best so far",
@@ -546,6 +553,22 @@ def test_the_folder_in_place_of_the_table_that_a_run_validated_on(table_data, ca
     assert f"of {table_data} {taken} is taken (data.val)\n" in capfd.readouterr().err
     alone = open_images(dataclasses.replace(data, dir=str(table_data / "val.csv"), labels="single"), None, classes)
     assert sorted(index.names) == sorted(alone.names)  # several labels have no order of classes
+
+
+def test_networks_that_were_validated_on_two_tables_of_a_folder_are_not_compared(
+    table_data, checkpoint, tmp_path, evaluated
+):
+    *few, _ = (table_data / "val.csv").read_text().splitlines()
+    (table_data / "few.csv").write_text("\n".join(few))
+    state, files = load_checkpoint(checkpoint), []
+    for table in ("val.csv", "few.csv"):
+        folder = CheckpointFolder(tmp_path / table / "checkpoints")
+        folder.last.parent.mkdir(parents=True)
+        state["config"]["data"] |= {"train": "train.csv", "val": table}
+        folder.save(state, best=False)
+        files.append(folder.last)
+    with pytest.raises(UserError, match=f"{files[1]} and {files[0]} are not for the same images"):
+        evaluated(*files, "--data", table_data, "--crop-size", 16)
 
 
 def test_other_sets_that_a_run_validated_on_are_found_in_the_folder_and_no_other_is_taken(
@@ -623,7 +646,7 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
 
 @pytest.mark.parametrize("labels", ["single", "multi"])
 def test_images_that_were_trained_on_are_found_by_what_they_hold(
-    image_folders, checkpoint, table_data, tmp_path, labels
+    image_folders, checkpoint, table_data, tmp_path, monkeypatch, labels
 ):
     """In tables, as a copy under other names, and whatever the run's table says of splits; not what was held out."""
     weights = read_weights(checkpoint)
@@ -655,6 +678,9 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
         file.rename(file.with_name(f"{number}.jpg"))
     assert told(apart, copy).startswith(f"images in {copy}, ")
     assert " 1 of the few" in told(run(train="train.csv", holdout=36), table_data / "train.csv")  # of 37
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "CHEAP", 99)
+        assert told(apart, copy) == ""  # to read so long an index takes longer than the warning is worth
     (table_data / ".train.csv.index.jsonl").unlink()
     assert told(apart, copy) == ""  # to index them anew could take an hour
 

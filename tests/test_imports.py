@@ -12,10 +12,10 @@ LAYERS = [
     {"pipeline.class_names", "pipeline.cpp", "pipeline.exits", "pipeline.machine", "pipeline.nvjpeg", "pipeline.paths"},
     {"pipeline.preemption"},
     {"pipeline.errors"},
-    {"pipeline.renamed", "pipeline.unused", "pipeline.words"},
+    {"pipeline.renamed", "pipeline.run_dir", "pipeline.unused", "pipeline.words"},
     {"pipeline.recipe"},
     {"pipeline.parsing"},
-    {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking", "pipeline.run_dir"},
+    {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking"},
     {"pipeline.cuda_graphs", "pipeline.run_log"},
     {
         "pipeline.data",

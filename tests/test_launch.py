@@ -23,6 +23,7 @@ from launch.records import Attempt, Job, add_event, config_file, read_events, re
 from launch.status import read_status, to_text
 from launch.submission import submit
 from pipeline import trainer
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import load_config, to_yaml
 from pipeline.data.loader import IMAGE_PIPELINES
 from pipeline.errors import ArgumentParser, UserError
@@ -523,6 +524,15 @@ def test_a_submission_is_of_what_is_left_and_refused_before_it_waits(tmp_path, m
     assert "resumes after 1 of 3 epochs\n" in text
     seconds = 2 * (46 + 11 / VALIDATION_SPEED) / 0.02
     assert f" {duration(seconds)} in all" in text
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    state = load_checkpoint(folder.last)
+    state["progress"] |= {"step": 2}  # of four
+    folder.save(state, best=False)
+    start(local_words(longer, *dry, "--train.change", "optim.epochs"))
+    assert "resumes after 1.5 of 3 epochs\n" in capsys.readouterr().out
+    folder.save({key: value for key, value in state.items() if key != "conditions"}, best=False)
+    with pytest.raises(UserError, match="its checkpoint holds a network but no training; put it back"):
+        start(local_words(longer, *dry))
 
 
 def test_a_flag_must_do_something_in_one_of_the_runs(tmp_path, monkeypatch):

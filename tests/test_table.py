@@ -14,9 +14,13 @@ from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, to_evaluate
 from pipeline.data.image_files import COLORS
 from pipeline.data.index import scan_classes
+from pipeline.data.sources import open_source
 from pipeline.data.table import Columns, TableSource, is_table, read_table
 from pipeline.data.verify import verify
+from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
+from pipeline.report import warnings_of
+from pipeline.run import Run
 from tools.index import list_odd_images
 
 
@@ -95,10 +99,10 @@ def test_several_splits_are_no_odd_image(images, image_folders, capsys):
     rows = [(f"{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
     table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
     told = f"{table} has lines of several splits (37 of train, 11 of val): all are taken"
-    list_odd_images([table], [], COLORS)
+    list_odd_images([open_source(table)], [], COLORS)
     assert capsys.readouterr().out.splitlines() == [told, "no image is odd"]
     write_table(table, ("file", "label", "split"), *rows[:-1])
-    list_odd_images([table], [], COLORS)
+    list_odd_images([open_source(table)], [], COLORS)
     assert capsys.readouterr().out.splitlines() == [
         told.replace("11", "10"),
         f"{images}/{rows[-1][0]} is not in the table {table}: left out",
@@ -126,6 +130,16 @@ def test_validation_lines_beside_held_out_images_are_told(images, image_folders,
         "data.holdout"
     ]
     assert told(train="train.csv", holdout=9) == [] == told(train="all.csv", val="all.csv")
+
+
+def test_a_run_warns_of_lines_of_the_table_that_it_has_found(image_folders, tmp_path):
+    rows = [(f"pictures/{s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(image_folders / s)]
+    table = write_table(tmp_path / "train.csv", ("file", "label", "split"), *rows)
+    (tmp_path / "pictures").symlink_to(image_folders)
+    config = small_config(tmp_path / "run", data={"dir": str(tmp_path), "loader": "reference", "holdout": 9})
+    with init_distributed("cpu") as world:
+        told = warnings_of(Run(config, world), None)
+    assert [line for line in told if line.startswith(f"of {table} the 11 lines of other splits are not read")]
 
 
 def test_lines_of_other_splits_are_neither_lacking_nor_taken(images, image_folders, capfd):

@@ -24,12 +24,12 @@ from torch import nn
 
 from pipeline.audit import setting_for
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import STORED, Config, DataConfig, ModelConfig, from_stored, load_stored_config
+from pipeline.config import Config, DataConfig, ModelConfig, from_stored, load_stored_config
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
-from pipeline.run_dir import epochs_done, read_records, why_no_best
+from pipeline.run_dir import CONFIG, epochs_done, read_records, why_no_best
 from pipeline.weights import read_weights
 from tools.support import published
 from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
@@ -70,6 +70,7 @@ class Run:
         epochs: the records of whole epochs.
         validation: which images its error is on, in words that no other images have after `told_apart`; empty if that is not
             known.
+        images: how many it was trained and validated on; None if that is not known.
         fingerprint: of its training and validation images (`dataset.fingerprint_of`), None if it is not known.
         val_fingerprint: of its validation images alone; None if it is not known, as of runs of before.
     """
@@ -79,6 +80,7 @@ class Run:
     classes: int
     epochs: list[dict]
     validation: str = ""
+    images: list[int] | None = None
     fingerprint: str | None = None
     val_fingerprint: str | None = None
 
@@ -123,7 +125,7 @@ class Run:
         if self.data not in (*published.COLUMNS, IMAGENET) or not self.validation:
             return ""
         tested = published.TEST_IMAGES["imagenet" if self.data == IMAGENET else self.config.data.dataset]
-        on_test_set = not self.config.data.holdout and self.validation.startswith(f"{tested:,} ")
+        on_test_set = not self.config.data.holdout and self.images is not None and self.images[1] == tested
         return "" if on_test_set else f", {self.validation}"
 
     @property
@@ -210,13 +212,14 @@ def whole_epochs(run_dir: Path) -> list[dict]:
 def read_run(run_dir: Path) -> Run:
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
     # The configuration in the directory has the sets that the run has found.
-    stored = run_dir / STORED
+    stored = run_dir / CONFIG
     config = load_stored_config(stored) if stored.exists() else from_stored(checkpoint["config"], str(run_dir))
     epochs = whole_epochs(run_dir)
     conditions = checkpoint.get("conditions", {})
-    validation = validation_of(config.data, conditions.get("images"))
+    images = conditions.get("images")
+    validation = validation_of(config.data, images)
     fingerprints = conditions.get("fingerprint"), conditions.get("val_fingerprint")
-    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, *fingerprints)
+    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, images, *fingerprints)
 
 
 def validation_of(data: DataConfig, images: list[int] | None) -> str:

@@ -12,7 +12,6 @@ import io
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
@@ -69,8 +68,9 @@ def main() -> None:
     if options.verify and both:
         list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
     elif options.verify:
-        validated = [root] if labels else [Path(options.against)] if options.against else []
-        list_odd_images([] if labels else [root], validated, read_as)
+        trained = [] if labels else [open_source(root)]
+        validated = [root] if labels else [options.against] if options.against else []
+        list_odd_images(trained, list(map(open_source, validated)), read_as)
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
     elif labels:
@@ -99,9 +99,7 @@ def both_sets(config: DataConfig) -> tuple[DataConfig, bool]:
     return found, True
 
 
-def list_odd_images(
-    training: Sequence[Path | FileSource], validation: Sequence[Path | FileSource], read_as: PixelFormat
-) -> None:
+def list_odd_images(training: list[FileSource], validation: list[FileSource], read_as: PixelFormat) -> None:
     """Print a line for each issue that `verify` finds, and how many there are of each kind. What is to be said of the whole
     place, as that a table has several splits, counts as no odd image.
 
@@ -110,11 +108,8 @@ def list_odd_images(
     """
     kinds: Counter[tuple[str, str]] = Counter()
     stops = 0
-    trained, validated = (
-        [open_source(one) if isinstance(one, Path) else one for one in several] for several in (training, validation)
-    )
-    whole = {source.root for source in (*trained, *validated)}
-    for issue in verify(trained, validated, read_as):
+    whole = {source.root for source in (*training, *validation)}
+    for issue in verify(training, validation, read_as):
         tqdm.write(str(issue))
         if issue.location in whole and not issue.stops:
             continue

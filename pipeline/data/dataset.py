@@ -133,21 +133,18 @@ def _open_root(
 ) -> DatasetIndex:
     if config.labels == "multi":
         return _open_label_table(config, split, root, classes or None, kept, progress)
-    columns = Columns(config.file_column, config.label_column, split)
-    source: Path | TableSource = root
-    if is_table(root):
-        source = TableSource(str(root), open_source(config.dir), columns)
-    elif config.file_column or config.label_column:
+    if (config.file_column or config.label_column) and not is_table(root):
         raise UserError(
             f"{root} is no table, and data.file_column and data.label_column are for tables: leave them out"
         )
+    if split == "val" and config.val_labels:
+        labels = Path(config.dir, config.val_labels)
+        return scan_flat(root, labels, classes, kept, progress, pixel_format(config))
+    source = source_of(config, split)
     if split == "train":
         return scan_classes(
             source, kept, progress, pixel_format=pixel_format(config), corrupt_images=config.corrupt_images
         )
-    if config.val_labels:
-        labels = Path(config.dir, config.val_labels)
-        return scan_flat(root, labels, classes, kept, progress, pixel_format(config))
     val = scan_classes(source, kept, progress, True, pixel_format(config), labels_field="data.val_labels")
     odd = sorted(set(val.classes) - set(classes))
     if odd and len(odd) == len(val.classes):

@@ -93,9 +93,7 @@ class TableSource:
     def _list(self) -> Listing:
         table = Path(self.root)
         entries = read_table(table, self.columns)
-        here, splits = [True] * len(entries), [entry.split for entry in entries if entry.split is not None]
-        if splits:
-            here = in_split(table, splits, [entry.line for entry in entries], self.columns.split)
+        here = _are_of_split(table, entries, self.columns.split)
         own = [entry for entry, taken in zip(entries, here, strict=True) if taken]
         elsewhere = [entry.file for entry, taken in zip(entries, here, strict=True) if not taken]
         listing = self.images.flat().list()
@@ -108,7 +106,7 @@ class TableSource:
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops]
-        if self.columns.split is None and (counts := several_splits(splits)):
+        if self.columns.split is None and (counts := several_splits(_splits_of(entries))):
             issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
         known = {
             *names,
@@ -200,8 +198,18 @@ def lines_of_other_splits(table: Path, config: DataConfig) -> int:
     if config.labels == "multi":
         return len(read_label_table(table, split="train").elsewhere)
     entries = read_table(table, Columns(config.file_column, config.label_column))
-    splits = [entry.split for entry in entries if entry.split is not None]
-    return in_split(table, splits, [entry.line for entry in entries], "train").count(False) if splits else 0
+    return _are_of_split(table, entries, "train").count(False)
+
+
+def _are_of_split(table: Path, entries: list[Entry], split: str | None) -> list[bool]:
+    """Which entries are of the wanted split; all of a table without splits."""
+    splits = _splits_of(entries)
+    return in_split(table, splits, [entry.line for entry in entries], split) if splits else [True] * len(entries)
+
+
+def _splits_of(entries: list[Entry]) -> list[str]:
+    """What the entries say of theirs; empty of a table without splits."""
+    return [entry.split for entry in entries if entry.split is not None]
 
 
 def _column(table: Path, header: list[str], wanted: str | None, field: str) -> int | None:

@@ -19,6 +19,8 @@ def model_card(weights: Weights, file: Path) -> str:
     work = multiply_accumulates(bare, data.crop_size, data.channels)
     colors = "red, green and blue" if data.channels == 3 else f"gray, {data.depth} bits"
     turned = "applied" if data.exif_orientation else "ignored"
+    drawn = "not known" if weights.audit is None else "drawn weights"
+    begun_with = origin_text(config.model) if config.model.weights else drawn
     rows = [
         [
             "network",
@@ -34,12 +36,10 @@ def model_card(weights: Weights, file: Path) -> str:
         ],
         ["classes", ", ".join(weights.classes[:FEW]) + (", ..." if len(weights.classes) > FEW else "")],
         ["trained on", _images_text(weights)],
-        ["begun with", origin_text(config.model) if config.model.weights else "drawn weights"],
+        ["begun with", begun_with],
         ["trained up to", weights.trained or "not known"],
         ["training", weights.audit or "not known"],
     ]
-    if weights.audit is None and not config.model.weights:
-        rows[-3][1] = "not known"
     if config.model.freeze is not None:
         rows.append(["did not train", frozen_text(config.model.freeze)])
     if weights.assumed:
