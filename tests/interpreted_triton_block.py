@@ -290,7 +290,7 @@ def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_
     """On a GPU a wrong address would be a crash or a wrong number; the interpreter by itself does not notice it."""
     run, kernels = triton_block.launch, set()
 
-    def launch(kernel, grid, *arguments, warps=4, stages=1, registers=None, **constants):
+    def launch(kernel, grid, *arguments, warps=4, stages=1, **constants):
         touched.loaded, touched.stored = [], []
         run(kernel, grid, *arguments, warps=warps, stages=stages, **constants)
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]

@@ -47,7 +47,6 @@ class Tile(NamedTuple):
         stages: in how many copies of shared memory loads run ahead.
         programs: of a kernel that splits the pixels, so many for a multiprocessor, as its registers allow.
         warps: of 32 threads, in a program.
-        registers: of a thread at most; None leaves it to the compiler.
     """
 
     block_p: int
@@ -56,7 +55,6 @@ class Tile(NamedTuple):
     stages: int
     programs: int = 1
     warps: int = 8
-    registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -186,13 +184,11 @@ def stage(x: Tensor, stage: Stage) -> Tensor:
 
 
 def launch(
-    kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, registers: int | None = None,
-    **constants: Any,
-) -> None:  # fmt: skip
+    kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
+) -> None:
     """Start a kernel of triton_kernels.py. What counts or compiles launches puts itself in the place of this function."""
-    options = dict(num_warps=warps, num_stages=stages) | (dict(maxnreg=registers) if registers else {})
     with torch.cuda.device_of(arguments[0]):  # Triton starts kernels on the current device
-        getattr(_kernels(), kernel)[grid](*arguments, **options, **constants)
+        getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
 
 
 def architecture(device: torch.device) -> int:
@@ -549,7 +545,7 @@ class _Launches:
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)
 
     def _product(self, tile: Tile) -> dict[str, Any]:
-        return dict(PRECISION=self.precision, warps=tile.warps, stages=tile.stages, registers=tile.registers)
+        return dict(PRECISION=self.precision, warps=tile.warps, stages=tile.stages)
 
     def _ranges(self, tile: Tile, blocks: int) -> tuple[int, int]:
         """Into how many ranges a kernel with so many blocks of channels splits the pixels; the tiles of a range."""

@@ -78,7 +78,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

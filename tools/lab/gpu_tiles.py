@@ -92,13 +92,12 @@ class Call(NamedTuple):
 def _text(value: Any) -> str:
     if not isinstance(value, Tile):
         return str(value)
-    registers = f", at most {value.registers} registers" if value.registers else ""
-    sides, rest = value[:3], f"stages {value.stages}, warps {value.warps}, programs {value.programs}{registers}"
-    return f"{'x'.join(map(str, sides))}, {rest}"
+    sides = "x".join(map(str, value[:3]))
+    return f"{sides}, stages {value.stages}, warps {value.warps}, programs {value.programs}"
 
 
 def _tiles(name: str, *tiles: tuple[Any, ...], **others: None) -> list[Candidate]:
-    """Of (block_p, block_n, block_k, stages, programs, warps, registers), the last three as far as they are given."""
+    """Of (block_p, block_n, block_k, stages, programs, warps), the last two as far as they are given."""
     return [Candidate({name: Tile(*tile), **others}) for tile in tiles]
 
 
@@ -107,12 +106,12 @@ def tasks() -> dict[str, Task]:
     found = {
         "bottleneck_backward": _tiles(
             "bottleneck_backward", (64, 128, 64, 2), (64, 128, 64, 3), (64, 128, 64, 4), (64, 128, 64, 3, 1, 16),
-            (32, 128, 64, 3, 2, 4), (32, 128, 64, 3, 2, 8, 128), (64, 128, 32, 3, 2, 8), (64, 128, 32, 3, 2, 4),
+            (32, 128, 64, 3, 2, 4), (64, 128, 32, 3, 2, 8), (64, 128, 32, 3, 2, 4),
             (32, 128, 128, 3), (32, 128, 128, 3, 1, 16),
         ),
         "bottleneck_forward": _tiles(
             "bottleneck_forward", (128, 128, 32, 3), (128, 128, 32, 4), (128, 128, 32, 5), (128, 128, 32, 3, 1, 4),
-            (128, 128, 32, 4, 1, 4), (128, 128, 64, 3), (128, 128, 64, 3, 1, 8, 128), (64, 128, 64, 3, 1, 4),
+            (128, 128, 32, 4, 1, 4), (128, 128, 64, 3), (64, 128, 64, 3, 1, 4),
             (64, 128, 64, 4, 1, 4), (64, 128, 32, 4, 1, 4), (256, 128, 32, 3),
         ),
         "conv3x3_forward": _tiles(
@@ -296,9 +295,7 @@ def job(launch: Launch, architecture: int) -> Job:
         for a in launch.arguments
     )
     options = dict(num_warps=launch.warps, num_stages=launch.stages) | launch.constants
-    return Job(
-        launch.kernel, arguments, options | (dict(maxnreg=launch.registers) if launch.registers else {}), architecture
-    )
+    return Job(launch.kernel, arguments, options, architecture)
 
 
 def compile_job(job: Job) -> dict[str, int]:

@@ -33,7 +33,6 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
-    registers: int | None = None
 
 
 class Step(NamedTuple):
@@ -51,10 +50,9 @@ def recorder(on_launch: Callable[[Launch], None]) -> Callable[..., None]:
     """What takes the place of `triton_block.launch` and starts nothing."""
 
     def record(
-        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1,
-        registers: int | None = None, **constants: Any,
-    ) -> None:  # fmt: skip
-        on_launch(Launch(kernel, grid, arguments, constants, warps, stages, registers))
+        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
+    ) -> None:
+        on_launch(Launch(kernel, grid, arguments, constants, warps, stages))
 
     return record
 
