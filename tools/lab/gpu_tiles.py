@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import re
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.models import triton_block, triton_kernels
 from pipeline.models.triton_block import TILES, Tile, _Launches
 from pipeline.precision import set_tf32
-from tools.lab.gpu_kernels import run_binary, specialisation
+from tools.lab.gpu_kernels import identity, read_binary
 from tools.support.fake_gpu import Launch, Step, recorder, run_step
 from tools.support.markdown import table
 
@@ -306,10 +305,7 @@ def compile_job(job: Job) -> dict[str, int]:
     """
     driver.set_active(_Target(job.architecture))
     compiled = getattr(triton_kernels, job.kernel).warmup(*job.arguments, grid=(1,), **job.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = run_binary("cuobjdump", "--dump-resource-usage", file.name)
+    usage = read_binary(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     with suppress(Exception):  # what starts it, which needs CUDA's library and a compiler; else the launch makes it
         driver.default.launcher_cls(compiled.src, compiled.metadata)
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
@@ -451,8 +447,7 @@ class Sweep:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, pool: ProcessPoolExecutor, launch: Launch) -> Future[dict[str, int]]:
-        signature, constants, aligned = specialisation(launch)
-        key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, *launch[4:]
+        key = identity(launch)
         if key not in self.jobs:
             self.jobs[key] = pool.submit(compile_job, job(launch, self.architecture))
         return self.jobs[key]
