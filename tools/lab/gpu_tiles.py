@@ -36,14 +36,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.machine import available_cores
 from pipeline.models import triton_block, triton_kernels
 from pipeline.models.triton_block import TILES, Tile, _Launches
-from pipeline.precision import set_tf32
-from tools.lab.gpu_kernels import identity, read_binary
+from pipeline.precision import AUTOCAST_TYPES, set_tf32
+from tools.lab.gpu_kernels import SHARED_MEMORY, identity, read_binary
 from tools.support.fake_gpu import Launch, Step, recorder, run_step
 from tools.support.markdown import table
 
-SHARED_MEMORY = 227 * 1024  # bytes a program may have
 DEVICE = torch.device("cuda")
 SPILLED = 96  # bytes of a thread's registers; a few that are used outside the loops cost little
 TOLERANCE = 0.01  # relative; in bfloat16 a rounding is 0.004 of a number, and 0.001 of a matrix
@@ -246,7 +246,7 @@ def _memory(leaf: Any) -> Any:
 
 
 def _dtype(step: Step) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(step.precision, torch.float32)
+    return AUTOCAST_TYPES.get(step.precision, torch.float32)
 
 
 # Compiling: in processes that have no GPU
@@ -414,9 +414,9 @@ class Sweep:
         o = self.options
         steps = [Step(o.model, "triton", size, o.size, o.precision, self.architecture) for size in o.batch_sizes]
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context)
+        pool = ProcessPoolExecutor(available_cores(), mp_context=context)
         try:
-            for _ in range(os.cpu_count() or 1):
+            for _ in range(available_cores()):
                 pool.submit(os.getpid)  # the processes import what they need while this one looks at the step
             wanted = {
                 (name, str(candidate)): [
@@ -466,7 +466,7 @@ class Sweep:
                 record |= {key: max(own[key] for own in usage) for key in usage[0]}
                 if record["spilled"] > SPILLED and candidate is not PRESENT:
                     record["refused"] = f"{record['spilled']} bytes of registers spill"
-                elif record["shared"] > SHARED_MEMORY:
+                elif record["shared"] > SHARED_MEMORY[self.architecture]:
                     record["refused"] = f"{record['shared']} bytes of shared memory"
             self.records.append(record)
             if "refused" not in record:
