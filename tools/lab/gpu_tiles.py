@@ -57,11 +57,12 @@ PRODUCTS = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "ieee"}
 class Candidate:
     """Values that take the place of present ones: of a `Tiles`' fields, or of constants of triton_block.py."""
 
-    tiles: dict[str, Any] = field(default_factory=dict, hash=False)
-    constants: dict[str, Any] = field(default_factory=dict, hash=False)
+    tiles: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "; ".join(f"{name}={_text(value)}" for name, value in (self.tiles | self.constants).items())
+        values = self.tiles | self.constants
+        return "; ".join(f"{name}={_text(value)}" for name, value in values.items()) or "present"
 
 
 PRESENT = Candidate()
@@ -456,10 +457,7 @@ class Sweep:
         fitting = []
         for candidate in (PRESENT, *task.candidates):
             usage = usages[str(candidate)]
-            record: dict[str, Any] = dict(
-                task=name, batch_size=step.batch_size, candidate=str(candidate) or "present", calls=[]
-            )
-            record["present"] = candidate is PRESENT
+            record: dict[str, Any] = dict(task=name, batch_size=step.batch_size, candidate=str(candidate), calls=[])
             if isinstance(usage, str):
                 record["refused"] = usage
             else:
@@ -508,7 +506,7 @@ class Sweep:
             )
             record["ms"] = sum(own["weight"] * own["ms"] for own in record["calls"])
             best = min(best, milliseconds)
-            if milliseconds > HOPELESS * best and not record["present"]:
+            if milliseconds > HOPELESS * best and candidate is not PRESENT:
                 record["refused"] = f"took {milliseconds / best:.1f} times the best one's time"
 
     def _print(self, step: Step, name: str) -> None:
@@ -516,7 +514,7 @@ class Sweep:
         own.sort(key=lambda record: (-len(record["calls"]), record.get("ms", 0.0)))
         rows = [
             [
-                ("present: " if record["present"] else "") + record["candidate"],
+                record["candidate"],
                 f"{record['ms']:.3f}" if "ms" in record else "-",
                 str(record.get("registers", "-")), f"{record.get('shared', 0) / 1024:.0f}",
                 f"{record['error']:.0e}" if "error" in record else "-",
