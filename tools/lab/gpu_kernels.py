@@ -130,7 +130,7 @@ def read_binary(cubin: bytes, program: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [BINARIES / program, *options, file.name]
+        command: list[str | Path] = [BINARIES / program, *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
