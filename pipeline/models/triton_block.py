@@ -199,6 +199,11 @@ def architecture(device: torch.device) -> int:
     return 10 * major if major in (9, 10) else 80  # what others have, 8.0 has
 
 
+def products(dtype: torch.dtype) -> str:
+    """The kind of products, as `TILES` names them, of maps of a dtype."""
+    return "half" if dtype in HALVES else "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
 @functools.cache
 def _kernels() -> Any:
     return importlib.import_module("pipeline.models.triton_kernels")
@@ -371,9 +376,9 @@ class _Launches:
         self.images, self.channels, self.height, self.width = x.shape
         self.pixels, self.dtype, self.device = self.images * self.height * self.width, x.dtype, x.device
         name = architecture(x.device)
-        products = "half" if x.dtype in HALVES else "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-        self.tiles, self.multiprocessors = TILES[name, products], MULTIPROCESSORS[name]
-        self.precision = "ieee" if products == "ieee" else "tf32"  # which means nothing for halves
+        kind = products(x.dtype)
+        self.tiles, self.multiprocessors = TILES[name, kind], MULTIPROCESSORS[name]
+        self.precision = "ieee" if kind == "ieee" else "tf32"  # which means nothing for halves
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)

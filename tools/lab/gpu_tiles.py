@@ -41,7 +41,7 @@ from pipeline.models import triton_block, triton_kernels
 from pipeline.models.triton_block import TILES, Tile, _Launches
 from pipeline.precision import AUTOCAST_TYPES, set_tf32
 from tools.lab.gpu_kernels import SHARED_MEMORY, identity, read_binary
-from tools.support.fake_gpu import Launch, Step, recorder, run_step
+from tools.support.fake_gpu import PRECISIONS, Launch, Step, recorder, run_step
 from tools.support.markdown import table
 
 DEVICE = torch.device("cuda")
@@ -50,7 +50,6 @@ TOLERANCE = 0.01  # relative; in bfloat16 a rounding is 0.004 of a number, and 0
 MEASUREMENTS, RUNS = 3, 3
 WAIT = 2_000_000  # cycles, about a millisecond
 HOPELESS = 2.0  # a candidate that takes so many times the best one's time for a call is timed no further
-PRODUCTS = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "ieee"}
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,9 @@ def _sizes(call: Call) -> tuple[tuple[int, ...], ...]:
 
 
 @contextmanager
-def _with(candidate: Candidate, precision: str, architecture: int) -> Iterator[None]:
+def _with(candidate: Candidate, step: Step) -> Iterator[None]:
     """A candidate's values in the place of the present ones."""
-    key = architecture, PRODUCTS[precision]
+    key = step.architecture, triton_block.products(_dtype(step))
     with (
         mock.patch.dict(TILES, {key: TILES[key]._replace(**candidate.tiles)}),
         mock.patch.dict(vars(triton_block), candidate.constants),
@@ -229,7 +228,7 @@ def needed(call: Call, candidate: Candidate, step: Step) -> list[Launch]:
     mode = next(leaf.fake_mode for leaf in tree_leaves(call.arguments) if isinstance(leaf, FakeTensor))
     with (
         mode,
-        _with(candidate, step.precision, step.architecture),
+        _with(candidate, step),
         mock.patch.object(triton_block, "launch", recorder(found.append)),
         mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
     ):
@@ -382,7 +381,7 @@ def main() -> None:
         "--batch-sizes", type=positive_integer, nargs="+", metavar="N", default=[256, 32], help="[256 32]"
     )
     parser.add_argument("--size", type=positive_integer, metavar="PIXELS", default=224, help="side of an image [224]")
-    parser.add_argument("--precision", choices=PRODUCTS, default="bf16", help="[bf16]")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="[bf16]")
     parser.add_argument("--tasks", nargs="+", choices=list(tasks()), default=list(tasks()), help="[all]")
     parser.add_argument(
         "--seconds", type=positive_integer, metavar="N", default=600, help="start nothing after these [600]"
@@ -484,7 +483,7 @@ class Sweep:
             if "refused" in record:
                 continue
             try:
-                with _with(candidate, step.precision, self.architecture):
+                with _with(candidate, step):
                     run = functools.partial(_run, call, inputs.arguments, _dtype(step))
                     inputs.reset()
                     run()
