@@ -367,9 +367,8 @@ def test_tiles_are_timed_where_their_results_agree_with_the_present_ones(tmp_pat
     options = dict(model="densenet_bc22_k6", batch_sizes=[1], size=8, precision="fp32", tasks=["numbers"], seconds=60)
     gpu_tiles.Sweep(argparse.Namespace(**options, json=file, compile=None)).run()
     present, right, wrong = json.loads(file.read_text())
-    assert (
-        present["candidate"] == "present" and present["ms"] == right["ms"] == 2.0 * 18
-    )  # of 9 layers, each with two weights
+    assert present["candidate"] == "present"
+    assert present["ms"] == right["ms"] == 2.0 * 18  # of 9 layers, each with two weights
     assert "refused" not in right and right["error"] <= 1e-6
     assert "off the present tile's" in wrong["refused"]
     assert "| present " in capsys.readouterr().out
