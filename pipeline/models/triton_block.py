@@ -30,7 +30,7 @@ from pipeline.models.stage import (
     update_running_statistics,
 )
 
-AUTOMATIC = False  # its speed beside the others' has not been measured on a GPU
+AUTOMATIC = False  # without a measurement: at its start a run on a GPU measures it (pipeline/autotune.py)
 
 HALVES = torch.bfloat16, torch.float16
 LOWEST_CAPABILITY = 8, 0  # bfloat16 and TF32
@@ -94,9 +94,10 @@ _HALF = Tiles(
     conv3x3_backward_weights=Tile(64, 32, 128, stages=3, programs=2),
     bottleneck_backward=Tile(64, 128, 32, stages=2),
 )
-# By architecture and by how float32 or halves are multiplied. Those of 9.0 for halves are the fastest of a sweep on an H200
-# in bfloat16 (tools/lab/gpu_tiles.py, 2026-11-26). The others are chosen by what they compile to (tools/lab/gpu_kernels.py):
-# no spills, and where possible two programs a multiprocessor; no GPU has timed them.
+# By architecture and by how float32 or halves are multiplied. Those of 9.0 for halves come from a sweep on an H200 in
+# bfloat16 (tools/lab/gpu_tiles.py, 2026-11-26), which bottleneck_forward, bottleneck_backward and the persistent kernel went
+# through in earlier forms; as they are they have been timed in whole steps. The other tiles are chosen by what they compile to
+# (tools/lab/gpu_kernels.py): no spills, and where possible two programs a multiprocessor; no GPU has timed them.
 TILES = {
     (80, "ieee"): _IEEE,
     (80, "tf32"): _TF32,
