@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.models import backends, triton_block
 from pipeline.models.densenet import DenseNet
 from tools.lab import gpu_tiles, gpu_traffic
-from tools.support import gpu_checks
+from tools.support import fake_gpu, gpu_checks
 from tools.support.fake_gpu import Launch
 from tools.support.gpu_checks import Setting
 
@@ -158,10 +158,17 @@ def test_products_in_tf32_are_of_numbers_rounded_to_the_nearest(monkeypatch):
     expected = nearest_tf32(maps.relu()) @ nearest_tf32(weight).T
     assert errors([out], [expected])[0] <= 1e-6
     assert errors([maps.relu().double() @ weight.double().T], [expected])[0] > 1e-4  # so the tolerance means something
-    infinite = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 3, 1, 1)
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(
+        torch.float32
+    )  # the bits that run over when they are rounded
+    infinite = torch.tensor([nan, float("inf"), -float("inf")]).view(1, 3, 1, 1)
     parameters[2] = infinite
     ((packed, _),) = triton_block._packed([*parameters, torch.empty(0), torch.empty(0)], torch.float32, "tf32")
     assert torch.allclose(packed, infinite.flatten(1), equal_nan=True)
+    d = torch.empty(16, 16)
+    tile = dict(PRECISION="tf32", BLOCK_P=16, BLOCK_C=16)
+    triton_block.launch("norm_forward", (1, 1), torch.full_like(d, nan), *norm, d, 16, 16, **tile)
+    assert d.isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -353,6 +360,20 @@ class Compiler:
 
     def shutdown(self, **_) -> None:
         pass
+
+
+def test_what_is_timed_has_the_candidates_tiles():
+    step = fake_gpu.Step("densenet_bc22_k6", "triton", 1, 8, "fp32", 80)
+    (call, *_) = gpu_tiles.calls(gpu_tiles.tasks()["conv3x3_backward_data"], step)
+    without: dict = dict(conv3x3_backward_data_persistent=None)
+    other = without | dict(conv3x3_backward_data=triton_block.Tile(128, 16, 16, stages=1))
+    found = [
+        gpu_tiles.needed(call, candidate, step)[0]
+        for candidate in (gpu_tiles.PRESENT, gpu_tiles.Candidate(without), gpu_tiles.Candidate(other))
+    ]
+    assert [(launch.kernel, launch.constants["BLOCK_P"]) for launch in found] == [
+        ("conv3x3_backward_data_persistent", 32), ("conv3x3_backward_data", 64), ("conv3x3_backward_data", 128)
+    ]  # fmt: skip
 
 
 def test_tiles_are_timed_where_their_results_agree_with_the_present_ones(tmp_path, monkeypatch, capsys):
