@@ -41,7 +41,7 @@ from pipeline.models import triton_block, triton_kernels
 from pipeline.models.triton_block import TILES, Tile, _Launches
 from pipeline.precision import AUTOCAST_TYPES, set_tf32
 from tools.lab.gpu_kernels import SHARED_MEMORY, identity, read_binary
-from tools.support.fake_gpu import PRECISIONS, Launch, Step, recorder, run_step
+from tools.support.fake_gpu import PRECISIONS, Launch, Step, launches_seen, run_step
 from tools.support.markdown import table
 
 DEVICE = torch.device("cuda")
@@ -226,12 +226,7 @@ def needed(call: Call, candidate: Candidate, step: Step) -> list[Launch]:
     """The launches of a call with a candidate."""
     found: list[Launch] = []
     mode = next(leaf.fake_mode for leaf in tree_leaves(call.arguments) if isinstance(leaf, FakeTensor))
-    with (
-        mode,
-        _with(candidate, step),
-        mock.patch.object(triton_block, "launch", recorder(found.append)),
-        mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
-    ):
+    with mode, _with(candidate, step), launches_seen(found.append, step.architecture):
         _run(call, call.arguments, _dtype(step))
     return found
 
