@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs
+from pipeline.compilation import BY_TORCH, compile_network, in_words, refuse_graphs
 from pipeline.config import Compile, Config, MemoryFormat, from_dict
 from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.distributed import is_usable
@@ -65,8 +65,7 @@ class Implementation:
     compile: Compile
 
     def __str__(self) -> str:
-        how = {"none": "", "graphs": " in CUDA graphs"}.get(self.compile, f" compiled ({self.compile})")
-        return f"{self.dense_block} {self.memory_format}{how}"
+        return f"{self.dense_block} {self.memory_format} {in_words(self.compile)}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,11 @@ def refuse_graphs_elsewhere(mode: "Compile", exits: int, device: torch.device) -
         raise UserError("train.compile graphs: a network with several exits cannot be captured; choose auto")
 
 
+def in_words(mode: "Compile") -> str:
+    """How passes are started, to stand behind who computes them; empty for those that are started as they are."""
+    return {"none": "", "graphs": "in CUDA graphs"}.get(mode, f"compiled ({mode})")
+
+
 class WholeBatchesCompiled(nn.Module):
     """Shape: that of the network."""
 

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.models import backends, triton_block
 from pipeline.models.densenet import DenseNet
 from tools.lab import gpu_tiles, gpu_traffic
-from tools.support import gpu_checks
+from tools.support import fake_gpu, gpu_checks
 from tools.support.fake_gpu import Launch
 from tools.support.gpu_checks import Setting
 
@@ -49,9 +49,12 @@ def multiprocessors() -> int:
 def few_multiprocessors(monkeypatch, multiprocessors) -> None:
     torch.manual_seed(0)
     monkeypatch.setitem(triton_block.MULTIPROCESSORS, 80, multiprocessors)
-    for products in ("ieee", "tf32", "half"):  # for the few features of IMAGENET; elsewhere 9.0 alone has it
-        tiles = triton_block.TILES[80, products]
-        tiles = tiles._replace(conv3x3_backward_data_persistent=triton_block.Tile(32, 16, 16, stages=1))
+    for products in ("ieee", "tf32", "half"):
+        tiles = triton_block.TILES[80, products]._replace(
+            conv3x3_forward=triton_block.Tile(32, 32, 32, stages=1),  # several tiles, whose pixels overlap
+            # For the few features of IMAGENET; elsewhere 9.0 alone has it.
+            conv3x3_backward_data_persistent=triton_block.Tile(32, 16, 16, stages=1),
+        )
         monkeypatch.setitem(triton_block.TILES, (80, products), tiles)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
@@ -155,10 +158,16 @@ def test_products_in_tf32_are_of_numbers_rounded_to_the_nearest(monkeypatch):
     expected = nearest_tf32(maps.relu()) @ nearest_tf32(weight).T
     assert errors([out], [expected])[0] <= 1e-6
     assert errors([maps.relu().double() @ weight.double().T], [expected])[0] > 1e-4  # so the tolerance means something
-    infinite = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 3, 1, 1)
+    # The bits that run over when they are rounded.
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    infinite = torch.tensor([nan, float("inf"), -float("inf")]).view(1, 3, 1, 1)
     parameters[2] = infinite
     ((packed, _),) = triton_block._packed([*parameters, torch.empty(0), torch.empty(0)], torch.float32, "tf32")
     assert torch.allclose(packed, infinite.flatten(1), equal_nan=True)
+    d = torch.empty(16, 16)
+    tile = dict(PRECISION="tf32", BLOCK_P=16, BLOCK_C=16)
+    triton_block.launch("norm_forward", (1, 1), torch.full_like(d, nan), *norm, d, 16, 16, **tile)
+    assert d.isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -290,7 +299,7 @@ def test_addresses_lie_in_the_arguments_and_the_traffic_that_is_counted_is_what_
     """On a GPU a wrong address would be a crash or a wrong number; the interpreter by itself does not notice it."""
     run, kernels = triton_block.launch, set()
 
-    def launch(kernel, grid, *arguments, warps=4, stages=1, registers=None, **constants):
+    def launch(kernel, grid, *arguments, warps=4, stages=1, **constants):
         touched.loaded, touched.stored = [], []
         run(kernel, grid, *arguments, warps=warps, stages=stages, **constants)
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
@@ -352,6 +361,20 @@ class Compiler:
         pass
 
 
+def test_what_is_timed_has_the_candidates_tiles():
+    step = fake_gpu.Step("densenet_bc22_k6", "triton", 1, 8, "fp32", 80)
+    (call, *_) = gpu_tiles.calls(gpu_tiles.tasks()["conv3x3_backward_data"], step)
+    without: dict = dict(conv3x3_backward_data_persistent=None)
+    other = without | dict(conv3x3_backward_data=triton_block.Tile(128, 16, 16, stages=1))
+    found = [
+        gpu_tiles.needed(call, candidate, step)[0]
+        for candidate in (gpu_tiles.PRESENT, gpu_tiles.Candidate(without), gpu_tiles.Candidate(other))
+    ]
+    assert [(launch.kernel, launch.constants["BLOCK_P"]) for launch in found] == [
+        ("conv3x3_backward_data_persistent", 32), ("conv3x3_backward_data", 64), ("conv3x3_backward_data", 128)
+    ]  # fmt: skip
+
+
 def test_tiles_are_timed_where_their_results_agree_with_the_present_ones(tmp_path, monkeypatch, capsys):
     """`tools.lab.gpu_tiles` runs on GPUs alone. Here a candidate that leaves what fills no block out is refused."""
     candidates = [
@@ -367,7 +390,8 @@ def test_tiles_are_timed_where_their_results_agree_with_the_present_ones(tmp_pat
     options = dict(model="densenet_bc22_k6", batch_sizes=[1], size=8, precision="fp32", tasks=["numbers"], seconds=60)
     gpu_tiles.Sweep(argparse.Namespace(**options, json=file, compile=None)).run()
     present, right, wrong = json.loads(file.read_text())
-    assert present["present"] and present["ms"] == right["ms"] == 2.0 * 18  # of 9 layers, each with two weights
+    assert present["candidate"] == "present"
+    assert present["ms"] == right["ms"] == 2.0 * 18  # of 9 layers, each with two weights
     assert "refused" not in right and right["error"] <= 1e-6
     assert "off the present tile's" in wrong["refused"]
-    assert "present: present" in capsys.readouterr().out
+    assert "| present " in capsys.readouterr().out

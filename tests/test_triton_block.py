@@ -61,7 +61,7 @@ def network(monkeypatch, tmp_path) -> str:
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_the_kernels_compile_for_each_architecture_with_the_chosen_tiles(network, architecture):
     """Without spills, within the card's shared memory, and with products on its tensor cores."""
-    from tools.lab.gpu_kernels import SHARED_MEMORY, compile_launch, launches  # not while Triton interprets
+    from tools.lab.gpu_kernels import PRODUCTS, SHARED_MEMORY, compile_launch, launches  # not while Triton interprets
 
     kernels = set()
     for precision in ("bf16", "tf32", "fp16"):
@@ -76,7 +76,9 @@ def test_the_kernels_compile_for_each_architecture_with_the_chosen_tiles(network
             found = compile_launch(launch, architecture)
             assert found.spills == 0, found
             assert found.shared_memory <= SHARED_MEMORY[architecture], found
-            assert not is_product or found.products, found
+            # Too few pixels in a tile for 9.0's own instruction, which takes 64 rows.
+            own = 80 if launch.kernel == "conv3x3_backward_data_persistent" else architecture
+            assert not is_product or found.products.get(PRODUCTS[own]), found
             if launch.kernel in ("bottleneck_forward", "norm_forward", "pool_forward", "stem_forward"):
                 assert "max.NaN.f32" in found.ptx, found.launch.kernel  # else ReLU would hide what is not finite
             kernels.add(launch.kernel)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from pipeline.compilation import in_words
 from pipeline.distributed import is_usable
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from tools.support.gpu_checks import CHECKS, GROUPS, Setting
@@ -175,7 +176,8 @@ def report(results: dict[str, Any]) -> str:
         ]
         cells = [
             [
-                row["model"], _implementation(row), row["precision"], row["memory_format"], str(row["batch_size"]),
+                row["model"], f"{row['implementation']} {in_words(row['compile'])}".rstrip(), row["precision"],
+                row["memory_format"], str(row["batch_size"]),
                 f"{row['images_per_s']:,.0f}", "-" if row["launches"] is None else f"{row['launches']:,}",
                 "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
             ]
@@ -183,11 +185,6 @@ def report(results: dict[str, Any]) -> str:
         ]  # fmt: skip
         lines += ["", *table(titles, cells, names=4)]
     return "\n".join(lines)
-
-
-def _implementation(row: Row) -> str:
-    how = {"none": "", "graphs": ", CUDA graphs"}.get(row["compile"], f", compiled ({row['compile']})")
-    return row["implementation"] + how
 
 
 def _parser() -> ArgumentParser:

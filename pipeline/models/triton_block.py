@@ -30,7 +30,7 @@ from pipeline.models.stage import (
     update_running_statistics,
 )
 
-AUTOMATIC = False  # its speed beside the others' has not been measured on a GPU
+AUTOMATIC = False  # without a measurement: at its start a run on a GPU measures it (pipeline/autotune.py)
 
 HALVES = torch.bfloat16, torch.float16
 LOWEST_CAPABILITY = 8, 0  # bfloat16 and TF32
@@ -47,7 +47,6 @@ class Tile(NamedTuple):
         stages: in how many copies of shared memory loads run ahead.
         programs: of a kernel that splits the pixels, so many for a multiprocessor, as its registers allow.
         warps: of 32 threads, in a program.
-        registers: of a thread at most; None leaves it to the compiler.
     """
 
     block_p: int
@@ -56,7 +55,6 @@ class Tile(NamedTuple):
     stages: int
     programs: int = 1
     warps: int = 8
-    registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -96,9 +94,10 @@ _HALF = Tiles(
     conv3x3_backward_weights=Tile(64, 32, 128, stages=3, programs=2),
     bottleneck_backward=Tile(64, 128, 32, stages=2),
 )
-# By architecture and by how float32 or halves are multiplied. Those of 9.0 for halves are the fastest of a sweep on an H200
-# in bfloat16 (tools/lab/gpu_tiles.py, 2026-11-26). The others are chosen by what they compile to (tools/lab/gpu_kernels.py):
-# no spills, and where possible two programs a multiprocessor; no GPU has timed them.
+# By architecture and by how float32 or halves are multiplied. Those of 9.0 for halves come from a sweep on an H200 in
+# bfloat16 (tools/lab/gpu_tiles.py, 2026-11-26), which bottleneck_forward, bottleneck_backward and the persistent kernel went
+# through in earlier forms; as they are they have been timed in whole steps. The other tiles are chosen by what they compile to
+# (tools/lab/gpu_kernels.py): no spills, and where possible two programs a multiprocessor; no GPU has timed them.
 TILES = {
     (80, "ieee"): _IEEE,
     (80, "tf32"): _TF32,
@@ -186,13 +185,11 @@ def stage(x: Tensor, stage: Stage) -> Tensor:
 
 
 def launch(
-    kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, registers: int | None = None,
-    **constants: Any,
-) -> None:  # fmt: skip
+    kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
+) -> None:
     """Start a kernel of triton_kernels.py. What counts or compiles launches puts itself in the place of this function."""
-    options = dict(num_warps=warps, num_stages=stages) | (dict(maxnreg=registers) if registers else {})
     with torch.cuda.device_of(arguments[0]):  # Triton starts kernels on the current device
-        getattr(_kernels(), kernel)[grid](*arguments, **options, **constants)
+        getattr(_kernels(), kernel)[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
 
 
 def architecture(device: torch.device) -> int:
@@ -201,6 +198,11 @@ def architecture(device: torch.device) -> int:
         return 80  # Triton's interpreter
     major = torch.cuda.get_device_capability(device)[0]
     return 10 * major if major in (9, 10) else 80  # what others have, 8.0 has
+
+
+def products(dtype: torch.dtype) -> str:
+    """The kind of products, as `TILES` names them, of maps of a dtype."""
+    return "half" if dtype in HALVES else "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 @functools.cache
@@ -375,9 +377,9 @@ class _Launches:
         self.images, self.channels, self.height, self.width = x.shape
         self.pixels, self.dtype, self.device = self.images * self.height * self.width, x.dtype, x.device
         name = architecture(x.device)
-        products = "half" if x.dtype in HALVES else "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-        self.tiles, self.multiprocessors = TILES[name, products], MULTIPROCESSORS[name]
-        self.precision = "ieee" if products == "ieee" else "tf32"  # which means nothing for halves
+        kind = products(x.dtype)
+        self.tiles, self.multiprocessors = TILES[name, kind], MULTIPROCESSORS[name]
+        self.precision = "ieee" if kind == "ieee" else "tf32"  # which means nothing for halves
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -549,7 +551,7 @@ class _Launches:
         self._reduce_shared_norm(partial, norm, dgamma, dbeta, sums, first=False)
 
     def _product(self, tile: Tile) -> dict[str, Any]:
-        return dict(PRECISION=self.precision, warps=tile.warps, stages=tile.stages, registers=tile.registers)
+        return dict(PRECISION=self.precision, warps=tile.warps, stages=tile.stages)
 
     def _ranges(self, tile: Tile, blocks: int) -> tuple[int, int]:
         """Into how many ranges a kernel with so many blocks of channels splits the pixels; the tiles of a range."""

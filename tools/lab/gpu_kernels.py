@@ -60,31 +60,32 @@ def launches(step: Step) -> list[Launch]:
     found: dict[Any, Launch] = {}
 
     def record(launch: Launch) -> None:
-        signature, constants, aligned = specialisation(launch)
-        key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, *launch[4:]
-        found.setdefault(key, launch)
+        found.setdefault(identity(launch), launch)
 
     run_step(step, record)
     return list(found.values())
 
 
+def identity(launch: Launch) -> tuple[Any, ...]:
+    """What two launches of the same compiled kernel have in common."""
+    signature, constants, aligned = _specialisation(launch)
+    return launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, launch.warps, launch.stages
+
+
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """Compile a kernel for the arguments of a launch, as Triton would at the launch."""
     kernel = getattr(triton_kernels, launch.kernel)
-    signature, constants, aligned = specialisation(launch)
+    signature, constants, aligned = _specialisation(launch)
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = dict(num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = run_binary("cuobjdump", "--dump-resource-usage", file.name)
-        code = run_binary("nvdisasm", file.name)
+    usage = read_binary(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
+    code = read_binary(compiled.asm["cubin"], "nvdisasm")
     ptx = compiled.asm["ptx"]
     products = {name: len(re.findall(re.escape(name), ptx)) for name in PRODUCTS.values()}
     return Compiled(
@@ -98,7 +99,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     )
 
 
-def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
     """The types of a kernel's arguments, the values of constants, and which arguments are multiples of 16.
 
     Triton finds them at each launch in the same way, and compiles a kernel once for each combination.
@@ -124,8 +125,13 @@ def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], tupl
     return signature, constants, tuple(aligned)
 
 
-def run_binary(program: str, *arguments: str) -> str:
-    return subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True).stdout
+def read_binary(cubin: bytes, program: str, *options: str) -> str:
+    """What a program of Triton's says of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command: list[str | Path] = [BINARIES / program, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def rows(options: argparse.Namespace) -> Iterator[list[str]]:

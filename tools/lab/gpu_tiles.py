@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import re
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -37,32 +36,32 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.machine import available_cores
 from pipeline.models import triton_block, triton_kernels
 from pipeline.models.triton_block import TILES, Tile, _Launches
-from pipeline.precision import set_tf32
-from tools.lab.gpu_kernels import run_binary, specialisation
-from tools.support.fake_gpu import Launch, Step, recorder, run_step
+from pipeline.precision import AUTOCAST_TYPES, set_tf32
+from tools.lab.gpu_kernels import SHARED_MEMORY, identity, read_binary
+from tools.support.fake_gpu import PRECISIONS, Launch, Step, launches_seen, run_step
 from tools.support.markdown import table
 
-SHARED_MEMORY = 227 * 1024  # bytes a program may have
 DEVICE = torch.device("cuda")
 SPILLED = 96  # bytes of a thread's registers; a few that are used outside the loops cost little
 TOLERANCE = 0.01  # relative; in bfloat16 a rounding is 0.004 of a number, and 0.001 of a matrix
 MEASUREMENTS, RUNS = 3, 3
 WAIT = 2_000_000  # cycles, about a millisecond
 HOPELESS = 2.0  # a candidate that takes so many times the best one's time for a call is timed no further
-PRODUCTS = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "ieee"}
 
 
 @dataclass(frozen=True)
 class Candidate:
     """Values that take the place of present ones: of a `Tiles`' fields, or of constants of triton_block.py."""
 
-    tiles: dict[str, Any] = field(default_factory=dict, hash=False)
-    constants: dict[str, Any] = field(default_factory=dict, hash=False)
+    tiles: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "; ".join(f"{name}={_text(value)}" for name, value in (self.tiles | self.constants).items())
+        values = self.tiles | self.constants
+        return "; ".join(f"{name}={_text(value)}" for name, value in values.items()) or "present"
 
 
 PRESENT = Candidate()
@@ -92,13 +91,12 @@ class Call(NamedTuple):
 def _text(value: Any) -> str:
     if not isinstance(value, Tile):
         return str(value)
-    registers = f", at most {value.registers} registers" if value.registers else ""
-    sides, rest = value[:3], f"stages {value.stages}, warps {value.warps}, programs {value.programs}{registers}"
-    return f"{'x'.join(map(str, sides))}, {rest}"
+    sides = "x".join(map(str, value[:3]))
+    return f"{sides}, stages {value.stages}, warps {value.warps}, programs {value.programs}"
 
 
 def _tiles(name: str, *tiles: tuple[Any, ...], **others: None) -> list[Candidate]:
-    """Of (block_p, block_n, block_k, stages, programs, warps, registers), the last three as far as they are given."""
+    """Of (block_p, block_n, block_k, stages, programs, warps), the last two as far as they are given."""
     return [Candidate({name: Tile(*tile), **others}) for tile in tiles]
 
 
@@ -107,12 +105,12 @@ def tasks() -> dict[str, Task]:
     found = {
         "bottleneck_backward": _tiles(
             "bottleneck_backward", (64, 128, 64, 2), (64, 128, 64, 3), (64, 128, 64, 4), (64, 128, 64, 3, 1, 16),
-            (32, 128, 64, 3, 2, 4), (32, 128, 64, 3, 2, 8, 128), (64, 128, 32, 3, 2, 8), (64, 128, 32, 3, 2, 4),
+            (32, 128, 64, 3, 2, 4), (64, 128, 32, 3, 2, 8), (64, 128, 32, 3, 2, 4),
             (32, 128, 128, 3), (32, 128, 128, 3, 1, 16),
         ),
         "bottleneck_forward": _tiles(
             "bottleneck_forward", (128, 128, 32, 3), (128, 128, 32, 4), (128, 128, 32, 5), (128, 128, 32, 3, 1, 4),
-            (128, 128, 32, 4, 1, 4), (128, 128, 64, 3), (128, 128, 64, 3, 1, 8, 128), (64, 128, 64, 3, 1, 4),
+            (128, 128, 32, 4, 1, 4), (128, 128, 64, 3), (64, 128, 64, 3, 1, 4),
             (64, 128, 64, 4, 1, 4), (64, 128, 32, 4, 1, 4), (256, 128, 32, 3),
         ),
         "conv3x3_forward": _tiles(
@@ -208,9 +206,9 @@ def _sizes(call: Call) -> tuple[tuple[int, ...], ...]:
 
 
 @contextmanager
-def _with(candidate: Candidate, precision: str, architecture: int) -> Iterator[None]:
+def _with(candidate: Candidate, step: Step) -> Iterator[None]:
     """A candidate's values in the place of the present ones."""
-    key = architecture, PRODUCTS[precision]
+    key = step.architecture, triton_block.products(_dtype(step))
     with (
         mock.patch.dict(TILES, {key: TILES[key]._replace(**candidate.tiles)}),
         mock.patch.dict(vars(triton_block), candidate.constants),
@@ -228,12 +226,7 @@ def needed(call: Call, candidate: Candidate, step: Step) -> list[Launch]:
     """The launches of a call with a candidate."""
     found: list[Launch] = []
     mode = next(leaf.fake_mode for leaf in tree_leaves(call.arguments) if isinstance(leaf, FakeTensor))
-    with (
-        mode,
-        _with(candidate, step.precision, step.architecture),
-        mock.patch.object(triton_block, "launch", recorder(found.append)),
-        mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
-    ):
+    with mode, _with(candidate, step), launches_seen(found.append, step.architecture):
         _run(call, call.arguments, _dtype(step))
     return found
 
@@ -248,7 +241,7 @@ def _memory(leaf: Any) -> Any:
 
 
 def _dtype(step: Step) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(step.precision, torch.float32)
+    return AUTOCAST_TYPES.get(step.precision, torch.float32)
 
 
 # Compiling: in processes that have no GPU
@@ -296,9 +289,7 @@ def job(launch: Launch, architecture: int) -> Job:
         for a in launch.arguments
     )
     options = dict(num_warps=launch.warps, num_stages=launch.stages) | launch.constants
-    return Job(
-        launch.kernel, arguments, options | (dict(maxnreg=launch.registers) if launch.registers else {}), architecture
-    )
+    return Job(launch.kernel, arguments, options, architecture)
 
 
 def compile_job(job: Job) -> dict[str, int]:
@@ -309,10 +300,7 @@ def compile_job(job: Job) -> dict[str, int]:
     """
     driver.set_active(_Target(job.architecture))
     compiled = getattr(triton_kernels, job.kernel).warmup(*job.arguments, grid=(1,), **job.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = run_binary("cuobjdump", "--dump-resource-usage", file.name)
+    usage = read_binary(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     with suppress(Exception):  # what starts it, which needs CUDA's library and a compiler; else the launch makes it
         driver.default.launcher_cls(compiled.src, compiled.metadata)
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
@@ -388,7 +376,7 @@ def main() -> None:
         "--batch-sizes", type=positive_integer, nargs="+", metavar="N", default=[256, 32], help="[256 32]"
     )
     parser.add_argument("--size", type=positive_integer, metavar="PIXELS", default=224, help="side of an image [224]")
-    parser.add_argument("--precision", choices=PRODUCTS, default="bf16", help="[bf16]")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="[bf16]")
     parser.add_argument("--tasks", nargs="+", choices=list(tasks()), default=list(tasks()), help="[all]")
     parser.add_argument(
         "--seconds", type=positive_integer, metavar="N", default=600, help="start nothing after these [600]"
@@ -421,9 +409,9 @@ class Sweep:
         o = self.options
         steps = [Step(o.model, "triton", size, o.size, o.precision, self.architecture) for size in o.batch_sizes]
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context)
+        pool = ProcessPoolExecutor(available_cores(), mp_context=context)
         try:
-            for _ in range(os.cpu_count() or 1):
+            for _ in range(available_cores()):
                 pool.submit(os.getpid)  # the processes import what they need while this one looks at the step
             wanted = {
                 (name, str(candidate)): [
@@ -454,8 +442,7 @@ class Sweep:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, pool: ProcessPoolExecutor, launch: Launch) -> Future[dict[str, int]]:
-        signature, constants, aligned = specialisation(launch)
-        key = launch.kernel, tuple(signature.items()), tuple(constants.items()), aligned, *launch[4:]
+        key = identity(launch)
         if key not in self.jobs:
             self.jobs[key] = pool.submit(compile_job, job(launch, self.architecture))
         return self.jobs[key]
@@ -464,17 +451,14 @@ class Sweep:
         fitting = []
         for candidate in (PRESENT, *task.candidates):
             usage = usages[str(candidate)]
-            record: dict[str, Any] = dict(
-                task=name, batch_size=step.batch_size, candidate=str(candidate) or "present", calls=[]
-            )
-            record["present"] = candidate is PRESENT
+            record: dict[str, Any] = dict(task=name, batch_size=step.batch_size, candidate=str(candidate), calls=[])
             if isinstance(usage, str):
                 record["refused"] = usage
             else:
                 record |= {key: max(own[key] for own in usage) for key in usage[0]}
                 if record["spilled"] > SPILLED and candidate is not PRESENT:
                     record["refused"] = f"{record['spilled']} bytes of registers spill"
-                elif record["shared"] > SHARED_MEMORY:
+                elif record["shared"] > SHARED_MEMORY[self.architecture]:
                     record["refused"] = f"{record['shared']} bytes of shared memory"
             self.records.append(record)
             if "refused" not in record:
@@ -494,7 +478,7 @@ class Sweep:
             if "refused" in record:
                 continue
             try:
-                with _with(candidate, step.precision, self.architecture):
+                with _with(candidate, step):
                     run = functools.partial(_run, call, inputs.arguments, _dtype(step))
                     inputs.reset()
                     run()
@@ -516,7 +500,7 @@ class Sweep:
             )
             record["ms"] = sum(own["weight"] * own["ms"] for own in record["calls"])
             best = min(best, milliseconds)
-            if milliseconds > HOPELESS * best and not record["present"]:
+            if milliseconds > HOPELESS * best and candidate is not PRESENT:
                 record["refused"] = f"took {milliseconds / best:.1f} times the best one's time"
 
     def _print(self, step: Step, name: str) -> None:
@@ -524,7 +508,7 @@ class Sweep:
         own.sort(key=lambda record: (-len(record["calls"]), record.get("ms", 0.0)))
         rows = [
             [
-                ("present: " if record["present"] else "") + record["candidate"],
+                record["candidate"],
                 f"{record['ms']:.3f}" if "ms" in record else "-",
                 str(record.get("registers", "-")), f"{record.get('shared', 0) / 1024:.0f}",
                 f"{record['error']:.0e}" if "error" in record else "-",

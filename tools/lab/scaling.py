@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.compilation import in_words
 from pipeline.config import ModelConfig
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from tools.lab.imagenet import TRAINING_IMAGES, VALIDATION_IMAGES
@@ -235,9 +236,7 @@ def _line(rows: list[dict[str, Any]]) -> Line | None:
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, ...]:
-    how = {"none": "", "graphs": "CUDA graphs"}.get(row["compile"], f"compiled ({row['compile']})")
-    compiled = (how,) if how else ()
-    return row["implementation"], row["memory_format"], *compiled
+    return tuple(filter(None, (row["implementation"], row["memory_format"], in_words(row["compile"]))))
 
 
 def _model_and_speed(word: str) -> tuple[str, float]:

@@ -33,7 +33,6 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
-    registers: int | None = None
 
 
 class Step(NamedTuple):
@@ -47,16 +46,20 @@ class Step(NamedTuple):
     architecture: int = 90
 
 
-def recorder(on_launch: Callable[[Launch], None]) -> Callable[..., None]:
-    """What takes the place of `triton_block.launch` and starts nothing."""
+@contextmanager
+def launches_seen(on_launch: Callable[[Launch], None], architecture: int) -> Iterator[None]:
+    """While it is entered, own kernels are launched as on a GPU of an architecture, which starts nothing."""
 
     def record(
-        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1,
-        registers: int | None = None, **constants: Any,
-    ) -> None:  # fmt: skip
-        on_launch(Launch(kernel, grid, arguments, constants, warps, stages, registers))
+        kernel: str, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 1, **constants: Any
+    ) -> None:
+        on_launch(Launch(kernel, grid, arguments, constants, warps, stages))
 
-    return record
+    with (
+        mock.patch.object(triton_block, "launch", record),
+        mock.patch.object(triton_block, "architecture", lambda device: architecture),
+    ):
+        yield
 
 
 def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) -> None:
@@ -69,8 +72,7 @@ def run_step(step: Step, on_launch: Callable[[Launch], None], mode: Any = None) 
 
     with (
         FakeTensorMode(),
-        mock.patch.object(triton_block, "launch", recorder(on_launch)),
-        mock.patch.object(triton_block, "architecture", lambda device: step.architecture),
+        launches_seen(on_launch, step.architecture),
         mock.patch.object(torch.autograd, "grad", gradients),
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True),

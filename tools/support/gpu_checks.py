@@ -920,7 +920,8 @@ def runs_in_graphs(setting: Setting) -> Found:
             for kind, network in run.validated.items():
                 self.state |= {f"{kind} {name}": t.cpu().clone() for name, t in network.state_dict().items()}
 
-    images = 46 if setting.on_gpu else 14  # of which an epoch makes five whole batches, or one
+    # Of so many images an epoch makes five whole batches, or one.
+    images, graphs = (46, "graphs") if setting.on_gpu else (14, "none")
     plain: dict[str, Any] = {"data": {"synthetic_images": images}, "train": {"deterministic": setting.on_gpu}}
     everything: dict[str, Any] = {
         "model": {"dropout": 0.1},
@@ -939,8 +940,8 @@ def runs_in_graphs(setting: Setting) -> Found:
             replays[name] += 1
             replay(graph)
 
-        for folder, mode, keep in (("without", "none", without), ("replayed", setting.on_gpu and "graphs", replayed)):
-            train = {**sections["train"], "compile": mode or "none"}
+        for folder, mode, keep in (("without", "none", without), ("replayed", graphs, replayed)):
+            train = {**sections["train"], "compile": mode}
             with mock.patch.object(torch.cuda.CUDAGraph, "replay", counted):
                 a_run(setting, f"{name}-{folder}", (keep,), **{**sections, "train": train})
         require(not setting.on_gpu or replayed.graphs == sizes, f"{name}: {replayed.graphs} sizes were captured")
@@ -1117,9 +1118,8 @@ def dali_resumed(setting: Setting) -> Found:
 
 WARM, EPOCHS = 5, 20
 """Epochs in which the pools of DALI and torch may still grow, and all of them."""
-GROWN = (
-    100.0  # MiB that may come after: a block of DALI's pool has 64, a batch 11.5, of which one lost an epoch makes 172
-)
+GROWN = 100.0
+"""MiB that may come after: a block of DALI's pool has 64, a batch 11.5, of which one lost an epoch makes 172."""
 
 
 def dali_memory(setting: Setting) -> Found:
