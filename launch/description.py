@@ -8,7 +8,7 @@ from launch.estimate import estimate
 from launch.resumption import epochs_done
 from pipeline.batches import Batches
 from pipeline.config import Config, changed_fields
-from pipeline.data.dataset import open_datasets
+from pipeline.data.dataset import images_text, open_datasets
 from pipeline.data.plan import together
 from pipeline.errors import UserError
 from pipeline.history import batch_split
@@ -39,7 +39,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
     done = epochs_done(config, cluster, train, val)
     changed = [f"{key} {value_text(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
-        f"{config.run_dir}: {config.model.name}, {len(train):,} training and {len(val):,} validation images, "
+        f"{config.run_dir}: {config.model.name}, {images_text(train, val, config.data)}, "
         f"{counted(len(train.classes), 'class', 'classes')}",
         f"{Batches(len(train), optim.batch_size, parts, together(config.data)).text(split_text)}, "
         f"{counted(optim.epochs, 'epoch')}",

@@ -5,7 +5,7 @@ chooses it. The training loop, evaluation and the checkpoints need no change.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from pipeline.config import Config
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import Batch
 from pipeline.errors import UserError, look_up
+
+NAMED = 10  # classes of so many at most have their weights said one by one
 
 
 class Objective(Protocol):
@@ -161,6 +163,15 @@ def read_class_weights(wanted: str | None, index: DatasetIndex) -> Tensor | None
     return torch.from_numpy(
         (_balanced(index) if wanted == "balanced" else _of_file(Path(wanted), index)).astype(np.float32)
     )
+
+
+def class_weights_text(weights: Sequence[float], classes: Sequence[str]) -> str:
+    """Weights in a line; of many classes those of the lightest and the heaviest."""
+    named = [f"{name} {weight:.4g}" for weight, name in zip(weights, classes, strict=True)]
+    if len(named) <= NAMED:
+        return f"class weights: {', '.join(named)}"
+    lightest, heaviest = weights.index(min(weights)), weights.index(max(weights))
+    return f"class weights: from {named[lightest]} to {named[heaviest]}"
 
 
 def _balanced(index: DatasetIndex) -> np.ndarray:

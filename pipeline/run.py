@@ -25,7 +25,7 @@ from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
 from pipeline.config import Config
 from pipeline.cuda_graphs import ReplayedNetwork
-from pipeline.data.dataset import fingerprint_of, open_datasets
+from pipeline.data.dataset import fingerprint_of, images_text, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
@@ -50,7 +50,13 @@ from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import exits_of
 from pipeline.models.parts import freeze
-from pipeline.objective import CrossEntropy, Objective, create_objective, read_class_weights
+from pipeline.objective import (
+    CrossEntropy,
+    Objective,
+    class_weights_text,
+    create_objective,
+    read_class_weights,
+)
 from pipeline.optim import create_optimizer, learning_rate, load_state, state_of
 from pipeline.precision import (
     AUTOCAST_TYPES,
@@ -467,7 +473,7 @@ class Run:
         return (
             f"{self.config.model.name}: {parameters:,} parameters, {classes}, "
             f"{precision}{validation} on {self.world.device.type}\n"
-            f"{len(self.train_loader.index):,} training and {len(self.val_loader.index):,} validation images "
+            f"{images_text(self.train_loader.index, self.val_loader.index, self.config.data)} "
             f"through the {self._named_loader()} loader\n"
             f"{self.batches.text(batch_split(self.world.size, optim.grad_accum_steps))}, {counted(optim.epochs, 'epoch')}"
             f"{self._large_batch()}{self._about_losses()}{self._fine_tuning()}"
@@ -509,6 +515,8 @@ class Run:
             lines.append(
                 f"the training loss is with {', '.join(other)}, the validation loss plain {usual}: they do not compare"
             )
+        if (weights := self.conditions.class_weights) is not None:
+            lines.append(class_weights_text(weights, self.conditions.classes))
         return "".join(f"\n{line}" for line in lines)
 
     def _fine_tuning(self) -> str:

@@ -92,6 +92,7 @@ class Weights:
         tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
         assumed: fields of `PREPARATION` that the file does not say, and nobody has given.
         fingerprint: of the run's images (`dataset.fingerprint_of`), None if it is not known.
+        val_fingerprint: of its validation images alone (`DatasetIndex.fingerprint`), None if it is not known.
         given: fields of `PREPARATION` that were given in place of those in `config`.
     """
 
@@ -109,6 +110,7 @@ class Weights:
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
     fingerprint: str | None = None
+    val_fingerprint: str | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -128,6 +130,11 @@ class Weights:
         return None if rows is None else in_one_line(rows, setting_for(self.config).paper)
 
     @property
+    def is_best(self) -> bool:
+        """They are known to be those of the run's best epoch so far."""
+        return self.epochs is not None and self.best_epoch == self.epochs and not self.step
+
+    @property
     def trained(self) -> str:
         """Which epoch the weights are of, of those planned when they were saved, and the run's best one then; empty if they do
         not say it."""
@@ -139,8 +146,7 @@ class Weights:
             return text
         train = self.config.train
         best = f"the best so far by the {train.best_by} weights" if train.ema_decay else "the best so far"
-        is_best = self.best_epoch == self.epochs and not self.step
-        return f"{text}, {best}" if is_best else f"{text} ({best}: {self.best_epoch})"
+        return f"{text}, {best}" if self.is_best else f"{text} ({best}: {self.best_epoch})"
 
 
 class OwnWeights(NamedTuple):
@@ -159,6 +165,7 @@ class OwnWeights(NamedTuple):
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
     fingerprint: str | None = None
+    val_fingerprint: str | None = None
 
 
 def read_weights(
@@ -286,6 +293,7 @@ def _about(weights: Weights) -> str:
         "microbatches": weights.microbatches,
         "measured": weights.measured and dataclasses.asdict(weights.measured),
         "fingerprint": weights.fingerprint,
+        "val_fingerprint": weights.val_fingerprint,
         "epochs": weights.epochs,
         "step": weights.step,
         "best_epoch": weights.best_epoch,
@@ -383,6 +391,7 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
         tuning=state.get("tuning"),
         measured=_measured(state.get("measured")),
         fingerprint=conditions.get("fingerprint"),
+        val_fingerprint=conditions.get("val_fingerprint"),
     )
 
 
@@ -423,7 +432,8 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
     config = from_stored(about["config"], str(path))
     note = AVERAGED if averaged else ""
     measured = _measured(about.get("measured"))
-    known = {"assumed": assumed, "measured": measured, "fingerprint": about.get("fingerprint")}
+    known = {"assumed": assumed, "measured": measured}
+    known |= {key: about.get(key) for key in ("fingerprint", "val_fingerprint")}
     return OwnWeights(state, config, classes, microbatches, note, averaged, **trained, **known)
 
 

@@ -16,7 +16,7 @@ from pipeline.config import Config, DataConfig, OptimConfig
 from pipeline.data.loader import Batch
 from pipeline.data.plan import epoch_order, repeat, sample_order, training_plans
 from pipeline.errors import UserError
-from pipeline.objective import OBJECTIVES, CrossEntropy, create_objective, read_class_weights
+from pipeline.objective import OBJECTIVES, CrossEntropy, class_weights_text, create_objective, read_class_weights
 
 BALANCED = DataConfig(loader="synthetic", sampling="balanced")
 
@@ -121,6 +121,15 @@ def test_weights_from_a_file(tmp_path):
         read_class_weights("balanced", skewed(3, 0))
 
 
+def test_weights_are_told_with_their_classes():
+    index = skewed(6, 2, 1)
+    weights = read_class_weights("balanced", index).tolist()
+    assert class_weights_text(weights, index.classes) == "class weights: class 0 0.5, class 1 1.5, class 2 3"
+    many = skewed(*range(20, 8, -1))
+    weights = read_class_weights("balanced", many).tolist()
+    assert class_weights_text(weights, many.classes) == "class weights: from class 0 0.725 to class 11 1.611"
+
+
 def test_an_objective_that_does_not_weigh_classes_is_refused(monkeypatch):
     class Plain:
         pass
@@ -133,7 +142,7 @@ def test_an_objective_that_does_not_weigh_classes_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_equal_weights_train_as_none_and_a_file_must_not_change(tmp_path):
+def test_equal_weights_train_as_none_and_a_file_must_not_change(tmp_path, capsys):
     file = tmp_path / "weights.txt"
     file.write_text("\n".join(f"class000{k} 1" for k in range(3)))
     plain, equal = (
@@ -150,5 +159,6 @@ def test_equal_weights_train_as_none_and_a_file_must_not_change(tmp_path):
         trainer.fit(dataclasses.replace(equal, optim=more, train=dataclasses.replace(equal.train, change=change)))
     unequal = small_config(tmp_path / "unequal", optim={"epochs": 1, "class_weights": str(file)})
     trainer.fit(unequal)
+    assert " class weights: class0000 1, class0001 2, class0002 3\n" in capsys.readouterr().out
     assert not torch.equal(weights(unequal)["classifier.bias"], weights(plain)["classifier.bias"])
     assert Path(unequal.run_dir, "audit.md").read_text().count("weights.txt") == 1

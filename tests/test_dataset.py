@@ -12,7 +12,7 @@ from conftest import photo, small_config, write_class_folders
 
 from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
-from pipeline.data.dataset import open_datasets
+from pipeline.data.dataset import images_text, open_datasets
 from pipeline.data.index import scan_classes
 from pipeline.data.splits import find_splits
 from pipeline.errors import UserError
@@ -280,6 +280,19 @@ def test_what_looks_wrong_is_said(root, tmp_path):
     (root / "val" / "class1" / "image0004.jpg").unlink()
     os.link(root / "train" / "class1" / "image0004.jpg", root / "val" / "class1" / "image0004.jpg")
     assert "too, 1 of" in said()[0]
+
+
+def test_held_out_images_are_said_to_be_that_and_which_others_are_not_read(root):
+    def said(**fields):
+        config = config_of(root, **fields)
+        return images_text(*open_datasets(config, None, False), config)
+
+    assert said() == "12 training and 6 validation images"
+    held_out = "9 training and 3 validation images (held out of the training images"
+    assert said(holdout=3) == f"{held_out}; {root}/val is not read)"
+    assert said(holdout=3, train="val").endswith("3 validation images (held out of the training images)")
+    (root / "val").rename(root / "testing")
+    assert said(holdout=3) == f"{held_out})"
 
 
 def test_sets_that_can_hardly_be_meant(tmp_path):

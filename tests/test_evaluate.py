@@ -446,7 +446,8 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         "top1_error": 100, "top5_error": 0,
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
         "published": [], "published_note": "",
-        "begun_with": None, "training": None, "by_class": [row], "confusions": [], "ranks": 1, "images_per_second": 1,
+        "begun_with": None, "training": None, "by_class": [row], "confusions": [], "ranks": 1, "seconds": 1,
+        "chosen_by_these": False,
     }  # fmt: skip
     result["calibration"] = calibration(zeros, zeros > 0)
     write_report(tmp_path, {"about": {}, "evaluations": [result], "comparisons": []}, [evaluation], [index])
@@ -616,7 +617,11 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
         state["config"]["data"] |= {"dir": str(data), "loader": "reference", **fields}
         if fields.get("holdout"):
             parts = open_datasets(from_stored(state["config"], name).data, None, progress=False)
-            state["conditions"] = {"fingerprint": fingerprint_of(*parts), "ranks": 1}
+            validated = parts[1].fingerprint
+            state["conditions"] = {"fingerprint": fingerprint_of(*parts), "val_fingerprint": validated, "ranks": 1}
+        progress = Progress()
+        progress.finish_epoch(Score(7, 3, None, 1.0))
+        state["progress"], state["config"]["optim"]["epochs"] = progress.state_dict(), 4
         (tmp_path / name).mkdir()
         folder = CheckpointFolder(tmp_path / name)
         folder.save(state, best=True)
@@ -631,6 +636,12 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     assert f"{warned} (but for 7; --data {data} --held-out" in said(holding, "--data", data / "training").err
     out, err = said(holding, "--data", data, "--held-out")
     assert "of 7 wrong" in out and "trained on" not in err
+    chosen = "of its run's epochs these very images found this one the best: of new images expect a higher error\n"
+    assert chosen in out
+    converted = tmp_path / "converted.safetensors"
+    write_safetensors(read_weights(holding), converted)
+    assert chosen in said(converted, "--data", data, "--held-out").out
+    assert chosen not in said(holding, "--data", data).out
     moved = Path(shutil.copytree(data, tmp_path / "moved"))
     assert "of 7 wrong" in said(holding, "--data", moved, "--held-out").out
     shutil.copyfile(next((moved / "training" / "class0").iterdir()), moved / "training" / "class0" / "new.jpg")

@@ -129,7 +129,7 @@ def evaluated(index: DatasetIndex, seed: int, name: str) -> tuple[dict, Evaluati
         "average": "logits", "precision": "fp32", "interpolation": "pil-bicubic", "resize_size": 9, "crop_size": 9,
         "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "assumed": ("mean", "std"),
         "loader": "dali", "real": None, "published": [], "published_note": "", "begun_with": None, "training": None,
-        "ranks": 1, "images_per_second": 1.0, "calibration": calibration(probability, correct[:, 0]),
+        "ranks": 1, "seconds": 1.0, "chosen_by_these": False, "calibration": calibration(probability, correct[:, 0]),
     }  # fmt: skip
     return result | errors(score) | by_class(evaluation, index), evaluation
 
@@ -180,6 +180,8 @@ def test_the_page_has_what_is_known_and_nothing_from_elsewhere(images):
         shown = [c for c in captions if c.startswith(f"{a} ") and f"{b} " in c]
         files = [next(n for n in images.names if c.endswith(n)) for c in shown]
         assert len(files) == len(set(files)) == min(len(only), 12) and set(files) <= only
+        part = "the 12 surest of " if len(only) > 12 else ""
+        assert f"Only {a} is wrong: {part}{len(only)} images" in page.texts("h3")
         for caption, file in zip(shown, files, strict=True):
             true = images.classes[images.labels[images.names.index(file)]]
             assert f"true {true}" in caption and (f"{b} {true} (" in caption)

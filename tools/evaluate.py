@@ -231,7 +231,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     about = {"name": candidate.name, "weights": candidate.file, "ranks": world.size, "loader": loader_name}
     if isinstance(network, DenseNet):
         about["dense_block"] = str(network.selection)
-    return about | {"images_per_second": len(index) / seconds} | result, evaluation
+    return about | {"seconds": seconds} | result, evaluation
 
 
 def write_answers_of(candidate: Candidate, evaluation: Evaluation, options: argparse.Namespace) -> None:
@@ -332,6 +332,7 @@ def describe(
         "precision": options.precision,
         **{name: getattr(data, name) for name in PREPARATION},
         "assumed": weights.assumed,
+        "chosen_by_these": weights.is_best and config.optim.epochs > 1 and index.fingerprint == weights.val_fingerprint,
         "begun_with": origin_text(config.model) if config.model.weights else None,
         "training": recipe_of(weights),
     }

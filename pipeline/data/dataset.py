@@ -20,7 +20,7 @@ from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
 from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
-from pipeline.data.splits import Split, find_splits
+from pipeline.data.splits import Split, find_splits, find_validation
 from pipeline.data.synthetic import synthetic_index
 from pipeline.data.table import Columns, TableSource, columns_of, is_table
 from pipeline.errors import UserError, look_up
@@ -107,6 +107,16 @@ def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None
         return open_source(root)
     source = open_source(images or os.path.dirname(root) or os.curdir)
     return TableSource(str(root), source, columns_of(root, config, "val"))
+
+
+def images_text(train: DatasetIndex, val: DatasetIndex, config: DataConfig) -> str:
+    """How many images the sets have; of held-out ones that they are that, and which others are there and not looked at."""
+    numbers = f"{len(train):,} training and {len(val):,} validation images"
+    if not config.holdout:
+        return numbers
+    others = find_validation(config) if config.dataset == "images" and config.loader != "synthetic" else ""
+    unread = f"; {Path(config.dir, others)} is not read" if others and others != config.train else ""
+    return f"{numbers} (held out of the training images{unread})"
 
 
 def fingerprint_of(train: DatasetIndex, val: DatasetIndex) -> str:

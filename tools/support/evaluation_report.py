@@ -163,8 +163,10 @@ def _add_comparison(
     page.heading(2, f"{row['a']} and {row['b']}")
     page.lines([_comparison(row)])
     for wrong, right, number in ((a, b, row["only_a_wrong"]), (b, a, row["only_b_wrong"])):
-        page.heading(3, f"Only {wrong[0]} is wrong: {counted(number, 'image')}")
-        page.gallery(only_wrong(wrong, right, thumbnails))
+        shown = only_wrong(wrong, right, thumbnails)
+        part = f"the {len(shown)} surest of " if len(shown) < number else ""
+        page.heading(3, f"Only {wrong[0]} is wrong: {part}{counted(number, 'image')}")
+        page.gallery(shown)
 
 
 def write_answers(file: Path, evaluation: Evaluation, index: DatasetIndex) -> None:
@@ -205,7 +207,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
     lines = [
         f"{r['model']}, {views}, {r['interpolation']} resize to {r['resize_size']}, crop {r['crop_size']}, "
         f"mean {_of_colors(r['mean'])}, std {_of_colors(r['std'])}, {r['loader']} loader, "
-        f"{r['precision']}, {counted(r['ranks'], 'rank')}, {r['images_per_second']:.1f} images/s",
+        f"{r['precision']}, {counted(r['ranks'], 'rank')}, {counted(r['images'], 'image')} in {r['seconds']:,.1f} s",
     ]
     if r["assumed"]:
         lines.append(f"assumed, as the file does not say it: {', '.join(r['assumed'])}")
@@ -214,6 +216,10 @@ def _lines(r: dict[str, Any]) -> list[str]:
         lines.append(
             f"the answers to {counted(r['not_finite'], 'image')} are not finite and count as wrong (the first: "
             f"{r['first_not_finite']}): damaged weights, or numbers too large for --precision"
+        )
+    if r["chosen_by_these"]:
+        lines.append(
+            "of its run's epochs these very images found this one the best: of new images expect a higher error"
         )
     if r["begun_with"]:
         lines.append(f"begun with {r['begun_with']}")
