@@ -432,8 +432,8 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
     config = from_stored(about["config"], str(path))
     note = AVERAGED if averaged else ""
     measured = _measured(about.get("measured"))
-    known = {"assumed": assumed, "measured": measured}
-    known |= {key: about.get(key) for key in ("fingerprint", "val_fingerprint")}
+    fingerprints = {key: about.get(key) for key in ("fingerprint", "val_fingerprint")}
+    known = {"assumed": assumed, "measured": measured, **fingerprints}
     return OwnWeights(state, config, classes, microbatches, note, averaged, **trained, **known)
 
 
