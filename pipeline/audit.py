@@ -34,6 +34,10 @@ TOP1_ON_IMAGENET = {
 BATCH_NORM_IMAGES = 64  # 256 on four GPUs, or 64 on one
 SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's
 UNKNOWN = "effect not measured here"
+# What decides how the learning rate runs from its first value on.
+OF_THE_SCHEDULE = {
+    f"optim.{field}" for field in ("epochs", "milestones", "schedule", "lr_gamma", "min_lr", "poly_power")
+}
 # What no image shows where images are generated: they have the size of a crop, and no crop is cut from them.
 NOT_OF_SYNTHETIC = {
     f"data.{field}"
@@ -253,7 +257,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     paper_drops = _text(tuple(round(drop * setting.epochs) for drop in setting.drops))
     own_drops = tuple(sorted(milestone / optim.epochs for milestone in optim.milestones))
     by_steps = f"times {optim.lr_gamma} after epochs {_text(optim.milestones)} of {optim.epochs}"
-    otherwise = bool(changed & {"optim.epochs", "optim.milestones", "optim.schedule", "optim.lr_gamma", "optim.min_lr"})
+    otherwise = bool(changed & OF_THE_SCHEDULE)
     compare(
         "learning-rate schedule",
         f"times 0.1 after epochs {paper_drops} of {setting.epochs}",

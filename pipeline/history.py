@@ -80,5 +80,5 @@ class History:
             if before.batch_split != after.batch_split:
                 lines.append(f"{where}, a batch is {after.batch_split}; before, {before.batch_split}")
             for key, (old, new) in after.changed.items():
-                lines.append(f"{where}, {key} is {new}; before, {old}")
+                lines.append(f"{where}, {key} is {value_text(new)}; before, {value_text(old)}")
         return lines
