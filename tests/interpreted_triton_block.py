@@ -25,7 +25,7 @@ from pipeline.models.densenet import DenseNet
 from tools.lab import gpu_tiles, gpu_traffic
 from tools.support import fake_gpu, gpu_checks
 from tools.support.fake_gpu import Launch
-from tools.support.gpu_checks import Setting
+from tools.support.gpu_checks.check import Setting
 
 CLASSES = 7
 Size = tuple[int, int, int]  # images, height, width
@@ -331,11 +331,14 @@ def test_the_check_of_a_gpu_sees_what_is_wrong_in_evaluation_alone(tmp_path, mon
     monkeypatch.setattr(
         triton_block, "stage", lambda x, stage: right(x, stage) * (1 + 1e-3 * (not stage.norm.training))
     )
-    monkeypatch.setattr(gpu_checks, "some_images", lambda setting: batch((2, 17, 19)))
-    monkeypatch.setattr(gpu_checks, "sizes", lambda setting: dict(growth_rate=4, blocks=(1, 1), stem_channels=8))
-    monkeypatch.setattr(gpu_checks, "SHALLOW", (1, 1))
+    monkeypatch.setattr(gpu_checks.triton, "some_images", lambda setting: batch((2, 17, 19)))
+    monkeypatch.setattr(
+        gpu_checks.networks, "sizes", lambda setting: dict(growth_rate=4, blocks=(1, 1), stem_channels=8)
+    )
+    for module in (gpu_checks.networks, gpu_checks.triton):
+        monkeypatch.setattr(module, "SHALLOW", (1, 1))
     with pytest.raises(AssertionError, match="fp32: answers are"):
-        gpu_checks.triton_beside_modules(Setting(torch.device("cpu"), tmp_path, 0.0), ("fp32",))
+        gpu_checks.triton.triton_beside_modules(Setting(torch.device("cpu"), tmp_path, 0.0), ("fp32",))
 
 
 def test_a_device_of_another_kind_is_refused_in_one_line(monkeypatch):

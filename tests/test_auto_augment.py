@@ -23,7 +23,7 @@ from pipeline.data.loader import Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import BatchPlan, training_plans
 from pipeline.data.policies import SPACES, Operation, draw_operations
 from pipeline.errors import UserError
-from tools.support.gpu_checks import WAITS
+from tools.support.gpu_checks.host import WAITS
 
 CPU = torch.device("cpu")
 SIDE = 33

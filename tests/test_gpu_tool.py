@@ -16,8 +16,9 @@ from pipeline.models import memory_efficient
 from pipeline.run import OptimizerState, Run
 from tools import gpu
 from tools.lab import scaling
-from tools.support import gpu_checks, gpu_speed
-from tools.support.gpu_checks import CHECKS, Check, Found, Setting
+from tools.support import gpu_speed
+from tools.support.gpu_checks import CHECKS, GROUPS, dali, environment, graphs, networks, ranks, runs, triton
+from tools.support.gpu_checks.check import Check, Found, Setting
 
 pytestmark = pytest.mark.slow
 
@@ -118,16 +119,16 @@ def one(title: str) -> Check:
 @pytest.mark.parametrize(
     ("title", "owner", "name", "wrong"),
     [
-        ("TF32 flags", gpu_checks, "set_tf32", lambda precision: None),
+        ("TF32 flags", environment, "set_tf32", lambda precision: None),
         ("activation checkpointing", memory_efficient, "stage", None),
         ("precisions against float64", memory_efficient, "stage", None),
         ("cut and resumed", OptimizerState, "load_state_dict", lambda self, state: None),
-        ("overflow in fp16", gpu_checks, "create_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False)),
-        ("out of memory", gpu_checks, "is_out_of_memory", lambda error: False),
-        ("two ranks on one device", gpu_checks, "half_of", lambda setting, _: gpu_checks.some_images(setting)),
+        ("overflow in fp16", runs, "create_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False)),
+        ("out of memory", runs, "is_out_of_memory", lambda error: False),
+        ("two ranks on one device", ranks, "half_of", lambda setting, _: networks.some_images(setting)),
         ("waits of the host", Run, "count", lambda self, outcomes: outcomes[0][2].sum().item()),
         ("CUDA graphs in runs", Run, "seed_dropout", lambda self, microbatch: torch.seed()),
-        ("DALI and odd images", gpu_checks, "NEAR", 1e-9),
+        ("DALI and odd images", dali, "NEAR", 1e-9),
     ],
 )  # fmt: skip
 def test_a_check_fails_on_what_is_broken(monkeypatch, setting, title, owner, name, wrong):
@@ -216,8 +217,8 @@ def is_running(pid: int) -> bool:
 
 
 def test_each_group_has_a_share_of_the_time_and_what_is_left_of_it_goes_on():
-    ends = gpu.deadlines(gpu_checks.GROUPS, 100.0, 480.0)
-    assert ends["G9"] == pytest.approx(580) and list(ends) == gpu_checks.GROUPS == list(gpu.SHARES)
+    ends = gpu.deadlines(GROUPS, 100.0, 480.0)
+    assert ends["G9"] == pytest.approx(580) and list(ends) == GROUPS == list(gpu.SHARES)
     least = [b - a for a, b in zip([100.0, *ends.values()], ends.values(), strict=False)]
     assert min(least) > gpu.MARGIN + 10 and ends["G9"] - ends["G8"] > 90
     assert gpu.deadlines(["G9"], 0.0, 60.0) == {"G9": 60.0}
@@ -236,9 +237,9 @@ def test_a_check_begins_without_what_others_have_set(setting, monkeypatch):
 
 def test_steps_that_are_compared_with_graphs_are_the_same_each_time(setting, monkeypatch):
     """Without graphs, of which there are none here."""
-    monkeypatch.setattr(gpu_checks, "SIDES", (32, 40))
+    monkeypatch.setattr(graphs, "SIDES", (32, 40))
     for dense_block in ("eager", "memory_efficient"):
-        first, again = (gpu_checks.graph_steps(setting, dense_block, "bf16", False, None, "none") for _ in range(2))
+        first, again = (graphs.graph_steps(setting, dense_block, "bf16", False, None, "none") for _ in range(2))
         assert len(first) > 100 and all(map(torch.equal, first, again))
 
 
@@ -249,9 +250,9 @@ def test_the_sanitizer_looks_at_each_tensor_by_itself_and_at_kernels_alone(monke
         asked.append((command, env))
         raise subprocess.TimeoutExpired(command, 1)
 
-    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: name)
-    monkeypatch.setattr(gpu_checks.triton_block, "refusal", lambda device: "")
-    monkeypatch.setattr(gpu_checks.subprocess, "run", run)
+    monkeypatch.setattr(triton.shutil, "which", lambda name: name)
+    monkeypatch.setattr(triton.triton_block, "refusal", lambda device: "")
+    monkeypatch.setattr(triton.subprocess, "run", run)
     outcome = one("compute-sanitizer").run(Setting(torch.device("cuda", 0), setting.folder, time.monotonic() + 9))
     ((command, environment),) = asked
     assert outcome["status"] == "skipped" and "--minutes" in outcome["text"]

@@ -27,7 +27,8 @@ import torch
 from pipeline.compilation import in_words
 from pipeline.distributed import is_usable
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
-from tools.support.gpu_checks import CHECKS, GROUPS, Setting
+from tools.support.gpu_checks import CHECKS, GROUPS
+from tools.support.gpu_checks.check import Setting
 from tools.support.markdown import table
 
 PROCESSES = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
