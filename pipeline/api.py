@@ -20,8 +20,9 @@ from pipeline.evaluation import Evaluation, check_image_size
 from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.models import create_model
 from pipeline.precision import memory_format, set_tf32
+from pipeline.preprocessing import assumption, mirrored_views
 from pipeline.trainer import fit
-from pipeline.weights import assumption, mirrored_views, read_weights
+from pipeline.weights import read_weights
 
 __all__ = ["create_model", "evaluate", "fit", "load_config"]
 

@@ -28,3 +28,10 @@ def short_names(classes: Sequence[str]) -> list[str]:
     first = [known[name].split(", ")[0] if name in known else name for name in classes]
     count = Counter(first)
     return [short if count[short] == 1 else f"{short} ({name})" for name, short in zip(classes, first, strict=True)]
+
+
+def imagenet_ids() -> tuple[str, ...]:
+    """WordNet ids of ImageNet's 1000 classes, in the order of the outputs of everyone's networks."""
+    from timm.data import ImageNetInfo  # takes seconds to import
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())

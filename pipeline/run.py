@@ -67,9 +67,9 @@ from pipeline.precision import (
     seed_device,
     set_tf32,
 )
+from pipeline.preprocessing import assumption
 from pipeline.resume import Conditions, check_same_run, loader_of
 from pipeline.start import InitialWeights, Start
-from pipeline.weights import assumption
 from pipeline.words import counted
 
 

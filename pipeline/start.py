@@ -15,28 +15,16 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Found, check_weights
+from pipeline.class_names import imagenet_ids
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
+from pipeline.external_weights import channels_of, convolution_for_channels, match, name_network, outputs_of, recognise
 from pipeline.models import create_network
 from pipeline.models.parts import classifier_of, first_convolution
 from pipeline.parsing import flatten
+from pipeline.preprocessing import for_channels, of_channels, preprocessing_of, preprocessing_of_timm
 from pipeline.resume import find_checkpoint
-from pipeline.weights import (
-    OwnWeights,
-    channels_of,
-    convolution_for_channels,
-    for_channels,
-    imagenet_ids,
-    match,
-    name_network,
-    of_channels,
-    outputs_of,
-    preprocessing_of,
-    preprocessing_of_timm,
-    read_file,
-    recognise,
-    weights_file,
-)
+from pipeline.weights import OwnWeights, read_file, weights_file
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ are torchvision's or timm's for ImageNet; else it is assumed, and said (`assumpt
 
 import argparse
 import dataclasses
-import functools
 import io
 import json
 import pickle
 import re
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,20 +26,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.audit import C10, C100, AuditRow, audit, in_one_line, setting_for
+from pipeline.audit import AuditRow, audit, in_one_line, setting_for
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
+from pipeline.class_names import imagenet_ids
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
+from pipeline.external_weights import channels_of, match, name_network, outputs_of, recognise
 from pipeline.measured import Measured
 from pipeline.models import create_model, create_network
-from pipeline.models.parts import first_convolution
-from pipeline.models.zoo import DENSENETS, cifar_densenet
-from pipeline.parsing import value_text
+from pipeline.preprocessing import PREPROCESSING, for_channels, preprocessing_of
 from pipeline.run_dir import why_no_best
-from pipeline.words import agreed, counted
+from pipeline.words import counted
 
 METADATA = "densenet-pipeline"  # the key of a file's metadata under which ours is, as JSON
-PREPARATION = ("resize_size", "crop_size", "interpolation", "mean", "std")  # fields that say how images are prepared
 EXTERNAL_KEYS = (
     "state_dict",
     "model_state_dict",
@@ -49,28 +47,8 @@ EXTERNAL_KEYS = (
     "network",
 )  # where others keep the weights among other things
 EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
-TORCHVISIONS_NAME = re.compile(r"\bfeatures\.denseblock1\.denselayer1\.norm\.?1\.")
 REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
-FEW = 0.05  # of a file's tensors that may be odd while it is still said which
 AVERAGED = "moving average of the weights"
-PREFIXES = re.compile(r"(module|model|_orig_mod|net|network)\.")
-
-# Names that others give to our modules.
-RENAMES = [
-    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), lambda m: f"{m[1]}{m[2]}."),  # torchvision before 0.3
-    (re.compile(r"backbone\.stem\.0\."), lambda m: "features.conv0."),  # openmmlab from here on
-    (re.compile(r"backbone\.stem\.1\."), lambda m: "features.norm0."),
-    (
-        re.compile(r"backbone\.stages\.(\d+)\.block\.(\d+)\."),
-        lambda m: f"features.denseblock{int(m[1]) + 1}.denselayer{int(m[2]) + 1}.",
-    ),
-    (
-        re.compile(r"backbone\.transitions\.(\d+)\.(norm|conv)\."),
-        lambda m: f"features.transition{int(m[1]) + 1}.{m[2]}.",
-    ),
-    (re.compile(r"backbone\.transitions\.\d+\.0\."), lambda m: "features.norm5."),
-    (re.compile(r"head\.fc(?:_cls)?\."), lambda m: "classifier."),
-]
 
 
 @dataclass(frozen=True)
@@ -90,10 +68,10 @@ class Weights:
         step: steps of the next epoch that they were trained for besides.
         best_epoch: the run's best when they were saved, counted from 1; None if there is none, or if that is not known.
         tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
-        assumed: fields of `PREPARATION` that the file does not say, and nobody has given.
+        assumed: fields of `PREPROCESSING` that the file does not say, and nobody has given.
         fingerprint: of the run's images (`dataset.fingerprint_of`), None if it is not known.
         val_fingerprint: of its validation images alone (`DatasetIndex.fingerprint`), None if it is not known.
-        given: fields of `PREPARATION` that were given in place of those in `config`.
+        given: fields of `PREPROCESSING` that were given in place of those in `config`.
     """
 
     origin: str
@@ -216,49 +194,6 @@ def weights_file(path: str | Path) -> Path:
     raise UserError(f"{path} is a folder without checkpoints/best.pt: give a run's directory, or a file of weights")
 
 
-def mirrored_views(origin: str, config: Config, crops: int, remedy: str) -> str:
-    """A line where views are mirror images for a network whose run has mirrored none; empty where that is not so.
-
-    Args:
-        origin: the file of the weights.
-        config: the run's.
-        crops: views of an image.
-        remedy: how the caller is asked for one crop.
-    """
-    if crops == 1 or config.data.hflip:
-        return ""
-    return (
-        f"{origin} was trained without mirror images (data.hflip false), and ten crops are five crops and their mirror "
-        f"images: {remedy} takes the centre crop alone"
-    )
-
-
-def assumption(origin: str, config: Config, assumed: Collection[str], prefix: str = "") -> str:
-    """A line on what is assumed of how images are prepared, as the flags that say otherwise; empty if nothing is.
-
-    Args:
-        origin: the file that does not say it.
-        config: has the network and the assumed values.
-        assumed: fields of `PREPARATION`.
-        prefix: of the caller's flags for them, "--" or "--data."; empty if it has none, so that a file must say it.
-    """
-    if not assumed:
-        return ""
-    flags = {name: name if prefix == "--data." else name.replace("_", "-") for name in assumed}
-    values = " ".join(
-        f"{prefix or '--'}{flag} {value_text(getattr(config.data, name))}" for name, flag in flags.items()
-    )
-    network = config.model.name
-    whose = "timm's" if network.startswith("timm:") else "CIFAR's" if _is_for_cifar(network) else "ImageNet's"
-    remedy = (
-        "give the right ones" if prefix else "python -m tools.convert with the right ones writes a file that says it"
-    )
-    return (
-        f"{origin} does not say how its images are prepared. {whose} preparation is ASSUMED: {values} (if it was another, "
-        f"{remedy})"
-    )
-
-
 def write_safetensors(weights: Weights, path: Path) -> None:
     """Write weights with their configuration, class names and audit as metadata.
 
@@ -304,43 +239,6 @@ def _about(weights: Weights) -> str:
     return json.dumps(about)
 
 
-def match(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], str]:
-    """Find each entry of a network's state dictionary in another's, each of which is used once.
-
-    By name after the known renamings, else by order if all shapes agree in it, and all names of a module's tensors, as in
-    ports that number their modules.
-    Counts of batches are 0 then, as they are of files that lack them.
-
-    Returns:
-        The state dictionary with our names, and a note on how names were understood, empty if they were ours.
-
-    Raises:
-        UserError: something is left over on either side, or two names mean the same tensor.
-    """
-    stripped = theirs if own.keys() & theirs.keys() else _strip(theirs)
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in stripped.items():
-        ours = name if name in own else _rename(name)
-        if ours in renamed:
-            raise UserError(f"{origin} has the network's '{ours}' twice, once as '{name}': which is to be taken?")
-        renamed[ours] = tensor
-    counts = {name for name in own if name.endswith("num_batches_tracked")}
-    found = {
-        name: tensor for name, tensor in renamed.items() if name in own or not name.endswith("num_batches_tracked")
-    }
-    wanted = [name for name in own if name not in counts]
-    note = "" if renamed.keys() == theirs.keys() else "names translated"
-    if not found.keys() >= set(wanted) or not own.keys() >= found.keys():
-        values = {name: tensor for name, tensor in stripped.items() if not name.endswith("num_batches_tracked")}
-        if len(values) != len(wanted) or not all(
-            values[name].shape == own[other].shape and _leaf(name) in (None, _leaf(other))
-            for name, other in zip(values, wanted, strict=True)
-        ):
-            _refuse(wanted, own, found, origin)
-        found, note = dict(zip(wanted, values.values(), strict=True)), "names unknown, matched by order and shape"
-    return {name: found.get(name, torch.zeros((), dtype=torch.int64)) for name in own}, note
-
-
 def read_file(path: Path, ema: bool | None = None) -> OwnWeights | dict[str, Tensor]:
     """What a file of this project holds, or the tensors of an external one; see `read_weights`."""
     try:
@@ -358,12 +256,6 @@ def read_file(path: Path, ema: bool | None = None) -> OwnWeights | dict[str, Ten
     if ema is not None and ema != averaged:
         _refuse_choice(path, ema)
     return found
-
-
-def _leaf(name: str) -> str | None:
-    """Which of its module's tensors this is; four of a batch norm's have the same shape."""
-    leaf = name.rpartition(".")[2]
-    return leaf if leaf in ("weight", "bias", "running_mean", "running_var") else None
 
 
 def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnWeights:
@@ -425,7 +317,7 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
         if not all(number is None or isinstance(number, int) for number in trained.values()):
             raise ValueError("epochs")
         assumed = tuple(about.get("assumed", ()))
-        if not set(assumed) <= set(PREPARATION):
+        if not set(assumed) <= set(PREPROCESSING):
             raise ValueError("assumed")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
@@ -515,192 +407,6 @@ def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: 
     load_weights(network, matched, str(path))
     config = Config(model=ModelConfig(name=name), data=data)
     return Weights(str(path), network.eval(), config, classes, None, note, assumed=assumed)
-
-
-def name_network(error: UserError, found: str | None, tried: str, flag: str) -> UserError:
-    """The error that weights do not fit the network `tried`, with the flag for the one that they are of, if that is known."""
-    return UserError(f"{error}: they are of {found}: give {flag} {found}") if found and found != tried else error
-
-
-def channels_of(state: Mapping[str, Tensor], network: nn.Module) -> int:
-    """Of the images that weights are for, by their first convolution: 1 for gray ones, else 3.
-
-    Args:
-        network: of the same names, for images of any channels.
-    """
-    weight = state.get(first_convolution(network))
-    return 1 if weight is not None and weight.dim() == 4 and weight.shape[1] == 1 else 3
-
-
-def for_channels(data: DataConfig, channels: int) -> DataConfig:
-    """How images are prepared where they have another number of channels than those that this is for."""
-    fields: dict[str, Any] = {name: of_channels(getattr(data, name), channels) for name in ("mean", "std")}
-    return dataclasses.replace(data, **fields | {"channels": channels})
-
-
-def of_channels(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """A mean or standard deviation for another number of channels; a gray image has all colours alike."""
-    if len(numbers) == channels:
-        return numbers
-    return numbers * 3 if channels == 3 else (round(sum(numbers) / len(numbers), 6),)
-
-
-def convolution_for_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution's weight, (out, in, h, w), for images of `channels` channels, 1 or 3.
-
-    Of a gray image and of its three equal colours, alike normalised, it gives the same: the sum over the colours, or a third
-    for each of them.
-    """
-    if weight.shape[1] == channels:
-        return weight
-    return weight.sum(dim=1, keepdim=True) if channels == 1 else weight.repeat(1, 3, 1, 1) / 3
-
-
-def outputs_of(state: dict[str, Tensor], model: str | None, path: Path) -> int:
-    """Rows of the classifier's matrix in external weights, which in a DenseNet is the only one.
-
-    Raises:
-        UserError: there is none.
-    """
-    matrices = [tensor for tensor in state.values() if tensor.dim() == 2]
-    if model and model.startswith("timm:"):
-        classifier = _timm_config(create_model(model, num_classes=1))["classifier"]
-        named = [tensor for name, tensor in state.items() if name.endswith(f"{classifier}.weight")]
-        matrices = named or matrices[-1:]
-    if not matrices:
-        raise UserError(f"{path} holds the weights of no classifier")
-    return len(matrices[-1])
-
-
-def recognise(state: dict[str, Tensor], outputs: int) -> str | None:
-    """The one of our networks that has such tensors, but for a few, which `match` names; None if none has."""
-    if msdnet := _name_of_msdnet(list(_strip(state))):
-        return msdnet
-    shapes = _count_shapes(state)
-    odd: dict[str, int] = {}  # tensors that one side has and the other lacks, by network
-    for name in DENSENETS:
-        own = _shapes_of(name, outputs)
-        odd[name] = ((own - shapes) + (shapes - own)).total()
-    nearest = min(odd, key=lambda name: odd[name])
-    return nearest if odd[nearest] <= FEW * shapes.total() else None
-
-
-def _name_of_msdnet(names: list[str]) -> str | None:
-    """The MSDNet whose tensors are called so, by its stem, its exits, and the layers of its first block; None if it is none."""
-    if not {"blocks.0.0.layers.0.0.weight", "blocks.0.0.layers.0.net.0.weight"} & set(names):
-        return None
-    exits = sum(name.startswith("classifier.") and name.endswith(".linear.weight") for name in names)
-    layers = sum(bool(re.fullmatch(r"blocks\.0\.\d+\.layers\.0\.conv_normal\.net\.0\.weight", name)) for name in names)
-    if "blocks.0.0.layers.0.0.weight" in names:
-        return f"msdnet_imagenet_{layers}"
-    return f"msdnet_cifar_budget_{exits}" if layers == 1 else f"msdnet_cifar_{exits}"
-
-
-@functools.cache
-def _shapes_of(name: str, outputs: int) -> Counter[tuple[int, ...]]:
-    with torch.device("meta"):
-        return _count_shapes(create_model(name, num_classes=outputs).state_dict())
-
-
-def _count_shapes(state: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
-    return Counter(tuple(t.shape) for name, t in state.items() if not name.endswith("num_batches_tracked"))
-
-
-def preprocessing_of(
-    name: str, network: nn.Module, outputs: int, tensors: Iterable[str] = ()
-) -> tuple[DataConfig, tuple[str, ...]]:
-    """How images are prepared for a network's published weights: as the paper does; as torchvision does, whose filter is
-    another, where the tensors are called as in its files; or as timm's configuration says.
-
-    Args:
-        outputs: of the classifier in the file.
-        tensors: names of the tensors in it.
-
-    Returns:
-        It, and the fields of `PREPARATION` in it that are assumed: none of torchvision's and timm's weights for as many classes
-        as theirs have, else all, as those who trained the weights may have prepared images otherwise.
-
-    Raises:
-        UserError: timm prepares them in a way that this project does not.
-    """
-    if _is_for_cifar(name):
-        setting = C100 if outputs == 100 else C10
-        data = DataConfig(crop_size=32, resize_size=32, mean=setting.data["mean"], std=setting.data["std"])
-        return data, PREPARATION
-    if name.startswith("timm:"):
-        about = _timm_config(network)
-        known, data = outputs == about["num_classes"], preprocessing_of_timm(name, about)
-    else:
-        is_torchvisions = any(TORCHVISIONS_NAME.search(tensor) for tensor in tensors)
-        data = DataConfig(interpolation="pil-bilinear") if is_torchvisions else DataConfig()
-        known = is_torchvisions and outputs == 1000
-    return data, () if known else PREPARATION
-
-
-def _is_for_cifar(name: str) -> bool:
-    """Whether a network is one for small images."""
-    return name.startswith("msdnet_cifar") or cifar_densenet(name) is not None
-
-
-def preprocessing_of_timm(name: str, about: Mapping[str, Any]) -> DataConfig:
-    """As `preprocessing_of`, from timm's description of a network or of its weights."""
-    _, height, width = about["input_size"]
-    if about.get("crop_mode", "center") != "center" or height != width or about["crop_pct"] > 1:
-        raise UserError(
-            f"{name} wants images of {height} x {width} pixels, crop mode {about.get('crop_mode')} and crop_pct "
-            f"{about['crop_pct']}: only square centre crops are known here"
-        )
-    return DataConfig(
-        crop_size=height,
-        resize_size=int(height / about["crop_pct"]),
-        interpolation="pil-bilinear" if about["interpolation"] == "bilinear" else "pil-bicubic",
-        mean=about["mean"],
-        std=about["std"],
-    )
-
-
-def _timm_config(network: nn.Module) -> dict[str, Any]:
-    """timm's description of the weights that it has for one of its networks."""
-    return vars(network)["pretrained_cfg"]
-
-
-def imagenet_ids() -> tuple[str, ...]:
-    """WordNet ids of ImageNet's 1000 classes, in the order of the outputs of everyone's networks."""
-    from timm.data import ImageNetInfo  # takes seconds to import
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
-
-
-def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries without prefixes that wrappers have put before them; a few entries may lack it."""
-    names = list(state)
-    while names:
-        ((first, count),) = Counter(name.split(".")[0] for name in names).most_common(1)
-        if not PREFIXES.match(f"{first}.") or count < (1 - FEW) * len(names):
-            break
-        shorter = [name.removeprefix(f"{first}.") for name in names]
-        if len(set(shorter)) < len(names):  # two would have the same name
-            break
-        names = shorter
-    return dict(zip(names, state.values(), strict=True))
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = pattern.sub(replacement, name, count=1)
-    return name
-
-
-def _refuse(wanted: list[str], own: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
-    lacking = [name for name in wanted if name not in found]
-    left_over = [name for name in found if name not in own]
-    parts = []
-    if lacking:
-        are = agreed(len(lacking), "is", "are")
-        parts.append(f"{len(lacking)} of the network's {len(wanted)} tensors {are} not there, as '{lacking[0]}'")
-    if left_over:
-        parts.append(f"{len(left_over)} {agreed(len(left_over), 'is', 'are')} left over, as '{left_over[0]}'")
-    raise UserError(f"{origin} holds the weights of another architecture: {'; '.join(parts)}")
 
 
 def _write(path: Path, content: bytes) -> None:

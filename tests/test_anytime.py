@@ -14,10 +14,11 @@ from pipeline.budget import BUDGETS, answers_of, classify, leaves_at, shares, th
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.external_weights import _name_of_msdnet
 from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
 from pipeline.models.folding import fold_norms
-from pipeline.weights import _name_of_msdnet, read_weights, write_safetensors
+from pipeline.weights import read_weights, write_safetensors
 from tools.anytime import main as anytime
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate

@@ -20,6 +20,7 @@ from pipeline import api
 from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
 from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
+from pipeline.class_names import imagenet_ids
 from pipeline.config import Config, DataConfig, from_dict, from_stored, load_config
 from pipeline.data import dataset
 from pipeline.data.dataset import fingerprint_of, open_datasets
@@ -32,7 +33,7 @@ from pipeline.measured import Measured
 from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.run import Progress
-from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors, write_torch
+from pipeline.weights import Weights, read_weights, write_safetensors, write_torch
 from tools import predict
 from tools.evaluate import (
     Candidate,

@@ -17,7 +17,7 @@ from tools import export
 CLASSES = ("T-shirt/top", "Öl", "n01440764")
 NAME = "densenet_bc22_k6"
 DATA = DataConfig(crop_size=32, resize_size=36, interpolation="pil-bicubic", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-PREPARATION = {
+PREPROCESSING = {
     "resize_short_side": 36,
     "resize_filter": "bicubic with antialias, as Pillow's",
     "centre_crop": 32,
@@ -68,7 +68,7 @@ def test_onnx_runs_in_onnxruntime_with_any_batch(weights, tmp_path):
     metadata = session.get_modelmeta().custom_metadata_map
     assert metadata["model"] == NAME
     assert json.loads(metadata["classes"]) == list(CLASSES)
-    assert json.loads(metadata["preprocessing"]) == PREPARATION
+    assert json.loads(metadata["preprocessing"]) == PREPROCESSING
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_pt2_is_loaded_by_torch_export_with_any_batch(weights, tmp_path, monkeyp
         with torch.no_grad():
             assert (loaded(images) - network(images)).abs().max() < 1e-5
     assert json.loads(metadata["classes"]) == list(CLASSES)
-    assert json.loads(metadata["preprocessing"]) == PREPARATION
+    assert json.loads(metadata["preprocessing"]) == PREPROCESSING
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ LAYERS = [
         "pipeline.provenance",
         "pipeline.watchdog",
     },
+    {"pipeline.preprocessing"},
+    {"pipeline.external_weights"},
     {
         "pipeline.autotune",
         "pipeline.batches",

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from pipeline.class_names import human_names, short_names
+from pipeline.class_names import human_names, imagenet_ids, short_names
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from pipeline.weights import Weights, imagenet_ids, read_weights, write_safetensors
+from pipeline.weights import Weights, read_weights, write_safetensors
 from tools import predict
 
 CLASSES = ("n01440764", "sparrow", "n99999999", "oak")

@@ -17,18 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import api, trainer
+from pipeline.class_names import imagenet_ids
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import create_model
-from pipeline.weights import (
-    PREPARATION,
-    assumption,
-    imagenet_ids,
-    preprocessing_of,
-    read_weights,
-    write_safetensors,
-    write_torch,
-)
+from pipeline.preprocessing import PREPROCESSING, assumption, preprocessing_of
+from pipeline.weights import read_weights, write_safetensors, write_torch
 from tools.convert import main as convert
 from tools.predict import main as predict
 
@@ -282,7 +276,7 @@ def test_small_networks_are_prepared_for_as_the_paper_does(tmp_path):
     torch.save(create_model("densenet_bc100_k12", 100).state_dict(), tmp_path / "a.pth")
     weights = read_weights(tmp_path / "a.pth")
     assert (weights.data.crop_size, weights.data.resize_size, weights.data.mean) == (32, 32, (0.5071, 0.4867, 0.4408))
-    assert weights.assumed == PREPARATION
+    assert weights.assumed == PREPROCESSING
 
 
 @pytest.mark.parametrize(

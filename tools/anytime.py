@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.budget import BUDGETS, Answers, answers_of, classify, leaves_at, shares, thresholds
+from pipeline.class_names import imagenet_ids
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import DatasetIndex
@@ -34,7 +35,7 @@ from pipeline.models import create_model
 from pipeline.models.folding import fold_norms
 from pipeline.models.msdnet import MSDNet
 from pipeline.precision import set_tf32
-from pipeline.weights import Weights, imagenet_ids, read_weights
+from pipeline.weights import Weights, read_weights
 from tools.evaluate import open_images
 from tools.support import published
 from tools.support.anytime_report import result_to_text, write_report

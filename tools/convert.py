@@ -13,7 +13,7 @@ from pipeline.words import counted
 from tools.support.facts import parameters
 from tools.support.model_card import model_card
 from tools.support.outputs import in_folder, writable_file
-from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
+from tools.support.weights_arguments import add_preprocessing_arguments, add_weights_arguments, read_weights_of
 
 WRITERS = {".safetensors": write_safetensors, ".pth": write_torch}
 
@@ -21,7 +21,7 @@ WRITERS = {".safetensors": write_safetensors, ".pth": write_torch}
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.convert", description=__doc__)
     add_weights_arguments(parser)
-    add_preparation_arguments(parser)
+    add_preprocessing_arguments(parser)
     parser.add_argument("output", metavar="OUTPUT", help="a file that ends in .safetensors or .pth")
     parser.add_argument("--card", metavar="FILE", help="write a model card (Markdown)")
     options = parser.parse_args()

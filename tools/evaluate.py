@@ -37,6 +37,7 @@ from pipeline.audit import (
     setting_for,
 )
 from pipeline.autotune import for_evaluation
+from pipeline.class_names import imagenet_ids
 from pipeline.config import DataConfig, Precision, from_dict
 from pipeline.data.checks import same_images
 from pipeline.data.dataset import DATASETS, known_training_images, to_evaluate
@@ -51,8 +52,9 @@ from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.metrics import LabelScore, Score
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import autocast, memory_format, set_tf32
+from pipeline.preprocessing import PREPROCESSING
 from pipeline.provenance import provenance
-from pipeline.weights import PREPARATION, Weights, imagenet_ids, weights_file
+from pipeline.weights import Weights, weights_file
 from tools.support import published
 from tools.support.calibration import calibration
 from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
@@ -65,7 +67,7 @@ from tools.support.outputs import in_folder, writable_file, writable_folder
 from tools.support.progress import Progress
 from tools.support.significance import mcnemar, wilson_interval
 from tools.support.weights_arguments import (
-    add_preparation_arguments,
+    add_preprocessing_arguments,
     add_weights_arguments,
     names_of_files,
     read_weights_of,
@@ -330,7 +332,7 @@ def describe(
         "crops": options.crops,
         "average": options.average,
         "precision": options.precision,
-        **{name: getattr(data, name) for name in PREPARATION},
+        **{name: getattr(data, name) for name in PREPROCESSING},
         "assumed": weights.assumed,
         "chosen_by_these": weights.is_best and config.optim.epochs > 1 and index.fingerprint == weights.val_fingerprint,
         "begun_with": origin_text(config.model) if config.model.weights else None,
@@ -543,7 +545,7 @@ def data_config(weights: Weights, options: argparse.Namespace) -> DataConfig:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.evaluate", description=__doc__)
     add_weights_arguments(parser, several=True)
-    add_preparation_arguments(parser)
+    add_preprocessing_arguments(parser)
     parser.add_argument(
         "--data",
         metavar="DIR",

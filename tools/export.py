@@ -22,7 +22,7 @@ from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import single_output
 from pipeline.weights import Weights
 from tools.support.outputs import in_folder, writable_file
-from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
+from tools.support.weights_arguments import add_preprocessing_arguments, add_weights_arguments, read_weights_of
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # largest difference of logits; relative to the largest logit if that exceeds 1
@@ -39,7 +39,7 @@ Run = Callable[[Tensor], Tensor]
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.export", description=__doc__)
     add_weights_arguments(parser)
-    add_preparation_arguments(parser)
+    add_preprocessing_arguments(parser)
     parser.add_argument(
         "--exit", type=positive_integer, metavar="K", help="exit of an MSDNet, counted from 1 [the last]"
     )

@@ -51,7 +51,7 @@ from pipeline.weights import Weights
 from pipeline.words import counted
 from tools.support.budgets import read_budget
 from tools.support.outputs import ANY_NAME, in_folder, writable_file
-from tools.support.weights_arguments import add_preparation_arguments, add_weights_arguments, read_weights_of
+from tools.support.weights_arguments import add_preprocessing_arguments, add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
 AT_ONCE = 4096  # images that are indexed together
@@ -61,7 +61,7 @@ HEADER_THREADS = 16  # reading headers waits for the disk
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.predict", description=__doc__)
     add_weights_arguments(parser)
-    add_preparation_arguments(parser)
+    add_preprocessing_arguments(parser)
     parser.add_argument("paths", nargs="+", metavar="IMAGE-OR-FOLDER", help="image files and folders of images")
     parser.add_argument("--top", type=positive_integer, metavar="N", default=5, help="predictions per image [5]")
     parser.add_argument(

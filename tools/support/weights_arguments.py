@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pipeline.config import Interpolation, from_dict
 from pipeline.errors import ArgumentParser, UserError
+from pipeline.preprocessing import PREPROCESSING, assumption, mirrored_views
 from pipeline.recipe import resize_with
-from pipeline.weights import PREPARATION, Weights, assumption, mirrored_views, read_weights
+from pipeline.weights import Weights, read_weights
 
 
 def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None:
@@ -39,7 +40,7 @@ def add_weights_arguments(parser: ArgumentParser, several: bool = False) -> None
     )
 
 
-def add_preparation_arguments(parser: ArgumentParser) -> None:
+def add_preprocessing_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that say how images are prepared, in place of what the weights say or of what is assumed."""
     parser.add_argument(
         "--interpolation", choices=typing.get_args(Interpolation), help="filter of the resize [the weights' own]"
@@ -86,8 +87,8 @@ def warn_of_assumption(file: str, weights: Weights, prefix: str = "") -> None:
 
 
 def _prepared_as_given(weights: Weights, options: Namespace) -> Weights:
-    """The weights with the options of `add_preparation_arguments`."""
-    given = {name: value for name in PREPARATION if (value := getattr(options, name, None)) is not None}
+    """The weights with the options of `add_preprocessing_arguments`."""
+    given = {name: value for name in PREPROCESSING if (value := getattr(options, name, None)) is not None}
     own = weights.config.data
     if "crop_size" in given and "resize_size" not in given:  # as in a run's configuration
         given["resize_size"] = resize_with(given["crop_size"], own.crop_size, own.resize_size)
