@@ -35,16 +35,11 @@ from pipeline.models import create_model
 from pipeline.run import Progress
 from pipeline.weights import Weights, read_weights, write_safetensors, write_torch
 from tools import predict
-from tools.evaluate import (
-    Candidate,
-    main,
-    open_images,
-    published_errors,
-    real_labels_score,
-    recipe_of,
-    trained_on,
-)
+from tools.evaluate import main
 from tools.support.calibration import calibration
+from tools.support.candidate import Candidate
+from tools.support.evaluated_images import open_images, trained_on
+from tools.support.evaluation_figures import published_errors, real_labels_score, recipe_of
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
 from tools.support.published import DENSENETS_ON_IMAGENET, TORCHVISION_ON_IMAGENET

@@ -14,9 +14,9 @@ from PIL import Image
 from pipeline.data.index import DatasetIndex, scan_classes
 from pipeline.evaluation import Evaluation
 from pipeline.metrics import Score
-from tools.evaluate import by_class, compare, errors
 from tools.support.calibration import BINS, calibration
 from tools.support.confusion import GROUPS, between_groups, confusion_matrix, group_classes
+from tools.support.evaluation_figures import by_class, compare, errors
 from tools.support.evaluation_report import to_html, write_report
 
 VOID = {"meta", "img"}

@@ -29,6 +29,7 @@ from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.objective import BinaryCrossEntropy
 from pipeline.weights import read_weights, write_safetensors
 from tools import evaluate, export, predict
+from tools.support import evaluated_images
 from tools.support.weights_arguments import read_weights_of
 
 pytestmark = pytest.mark.slow  # for the most part
@@ -178,7 +179,7 @@ def test_labels_are_looked_for_in_the_working_directory_and_with_the_images(imag
 
     def first_is_red() -> bool:
         capfd.readouterr()
-        labels = evaluate.open_images(data, "test.csv", ("red", "blue")).labels
+        labels = evaluated_images.open_images(data, "test.csv", ("red", "blue")).labels
         return bool(labels[0, 0] == 1 if kind == "multi" else labels[0] == 0)
 
     assert first_is_red() and "warning: --labels" not in capfd.readouterr().err

@@ -36,10 +36,10 @@ from pipeline.models.folding import fold_norms
 from pipeline.models.msdnet import MSDNet
 from pipeline.precision import set_tf32
 from pipeline.weights import Weights, read_weights
-from tools.evaluate import open_images
 from tools.support import published
 from tools.support.anytime_report import result_to_text, write_report
 from tools.support.budgets import limits_of
+from tools.support.evaluated_images import open_images
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.support.held_out import open_held_out
 from tools.support.outputs import writable_folder

@@ -1,0 +1,119 @@
+"""The images that networks are evaluated on: which they are, and whether a network has trained on them."""
+
+import io
+import os
+import sys
+from contextlib import redirect_stderr, suppress
+from pathlib import Path
+
+from pipeline.config import DataConfig
+from pipeline.data.checks import same_images
+from pipeline.data.dataset import DATASETS, known_training_images, to_evaluate
+from pipeline.data.image_files import pixel_format
+from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
+from pipeline.data.splits import find_splits, find_validation
+from pipeline.data.table import PARQUET, SUFFIXES, TableSource
+from pipeline.errors import UserError
+from tools.support.candidate import Candidate
+from tools.support.label_files import find_label_file
+
+
+def are_same_images(a: DataConfig, b: DataConfig) -> bool:
+    fields = (
+        "dataset",
+        "train",
+        "val",
+        "val_labels",
+        "depth",
+        "exif_orientation",
+        "labels",
+        "file_column",
+        "label_column",
+    )
+    return all(getattr(a, field) == getattr(b, field) for field in fields)
+
+
+def trained_on(candidate: Candidate) -> str:
+    """Which of the images the network was trained on, in words; empty if none of those that are looked at.
+
+    They are all of them where they lie where the run's training images lay; else a few are compared with those, as long as
+    these are there and it is cheap (`known_training_images`).
+    """
+    weights, index = candidate.weights, candidate.index
+    run, same = weights.config.data, ""
+    if run.dataset != "images" or run.loader == "synthetic" or candidate.data.dataset != "images":
+        return ""
+    with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
+        run = find_splits(run)
+        listed = isinstance(index.source, TableSource) or index.several_labels  # perhaps the lines of another split
+        if not listed and os.path.realpath(index.root) == os.path.realpath(os.path.join(run.dir, run.train)):
+            held = (
+                f" (but for {run.holdout:,}; --data {run.dir} --held-out evaluates those alone)" if run.holdout else ""
+            )
+            return f"the images in {index.root}{held}"
+        train = known_training_images(run, Path(weights.origin).parent.parent / "index")
+        same = same_images(train, index) if train else ""
+    return same and f"images in {index.root}, {same}"
+
+
+def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
+    """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with a validation set in it, or flat with a label file;
+    or the test images of one of torchvision's data sets.
+
+    The validation set in a folder is what the run has as data.val, or would find there; it is reported if it is not ``val``.
+    """
+    folder, read_as = Path(data.dir), pixel_format(data)
+    labels_file = find_label_file(labels_file, folder)
+    if data.dataset != "images":
+        if labels_file:
+            raise UserError(
+                f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
+            )
+        return DATASETS[data.dataset](data, "val", classes, folder, True).with_classes(classes)
+    place = folder
+    if not labels_file and (own := own_validation_set(data, classes)):
+        place = folder / own
+        if own != "val":
+            print(f"of {folder} {own} is taken (data.val)", file=sys.stderr, flush=True)
+        labels = place if data.labels == "multi" else folder / data.val_labels if data.val_labels else None
+        labels_file = str(labels) if labels and labels.exists() else None
+    if data.labels == "multi":
+        if not labels_file:
+            raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
+        cache = known_cache(Path(labels_file))
+        return scan_label_table(folder, labels_file, classes, cache, True, read_as, split="val")
+    cache = known_cache(place)
+    if labels_file:
+        return scan_flat(place, labels_file, classes, cache, True, read_as)
+    source = to_evaluate(place, data, folder if place != folder else None)
+    try:
+        index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
+        return index.with_classes(classes)
+    except UserError as error:
+        tables = [name for name in (data.val, data.train) if Path(name).suffix.lower() in (*SUFFIXES, PARQUET)]
+        if tables and place == folder and folder.is_dir():
+            there = (folder / tables[0]).exists()
+            why = f"the run had its images from the table {tables[0]}" + (
+                "" if there else f", which is not in {folder}"
+            )
+            given = folder / tables[0] if there else "that table, or another,"
+            raise UserError(f"{error}; {why}: give {given} as --data") from None
+        raise
+
+
+def own_validation_set(data: DataConfig, classes: tuple[str, ...]) -> str:
+    """What in the folder `data.dir` is evaluated, relative to it; empty if all of it is."""
+    own = find_validation(data)
+    if os.path.isabs(own) or os.pardir in Path(own).parts:  # not in it, whatever is given as --data
+        own = ""
+    if data.labels == "multi":
+        return own if own and (Path(data.dir) / own).is_file() else ""
+    if not own and (Path(data.dir) / "val").is_dir():
+        own = "val"
+    return "" if own.split(os.sep)[0] in classes else own
+
+
+def where(index: DatasetIndex) -> str:
+    """Where the images are; of a table with splits also which of them is taken."""
+    of_split = isinstance(index.source, TableSource) and index.source.columns.split
+    return f"{index.root}, its validation split" if of_split else index.root
