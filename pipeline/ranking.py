@@ -2,6 +2,7 @@
 
 Sources: DeLong, DeLong and Clarke-Pearson 1988 (variance of the AUROC; computed from midranks as Sun and Xu 2014 do); Boyd,
 Eng and Page 2013 (interval of the average precision). Both intervals are of the logit, so that they stay within 0 and 1.
+The interval of the mean average precision is a bootstrap's.
 """
 
 import math
@@ -162,16 +163,24 @@ def no_interval_text(single: Sequence[object]) -> str:
 def mean_average_precision_interval(
     scores: np.ndarray, labels: np.ndarray, resamples: int = 400
 ) -> tuple[float, float]:
-    """95 % interval of the mean average precision: percentiles over images drawn with replacement, the same at each call.
+    """95 % interval of the mean average precision: the basic bootstrap's, the same at each call.
+
+    Images are drawn with replacement. That a positive image can be drawn twice lifts the precision of a draw, so that
+    percentiles of draws would lie too high by about twice that; the basic interval turns them around the estimate instead
+    (Davison and Hinkley 1997, section 5.2).
 
     Args:
         scores, labels: (N, K) as in `rank_classes`; classes without images of both kinds count in no mean.
+
+    Returns:
+        It; NaN where it is not defined: a class has one image with or without it, or no image is ranked wrongly.
     """
     positive = labels.astype(bool)
     scores = _wrong_if_not_finite(scores, positive)
     defined = np.flatnonzero(positive.any(axis=0) & ~positive.all(axis=0)).tolist()
     sorted_classes = [_sorted(scores[:, k], positive[:, k]) for k in defined]
-    if not sorted_classes:
+    kinds = positive[:, defined].sum(axis=0), (~positive[:, defined]).sum(axis=0)
+    if not sorted_classes or min(map(min, kinds)) < 2:
         return NOT_DEFINED
     generator, n = np.random.Generator(np.random.Philox(key=0)), len(scores)
     means = []
@@ -179,8 +188,11 @@ def mean_average_precision_interval(
         times = np.bincount(generator.integers(0, n, n), minlength=n)
         values = [_weighted_precision(times[order], hits, last) for order, hits, last in sorted_classes]
         means.append(float(np.nanmean(values)) if np.isfinite(values).any() else math.nan)
+    found = float(np.mean([_weighted_precision(np.ones(n, np.int64), hits, last) for _, hits, last in sorted_classes]))
     low, high = np.nanpercentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    if low == high:
+        return NOT_DEFINED
+    return max(0.0, float(2 * found - high)), min(1.0, float(2 * found - low))
 
 
 def _weighted_precision(times: np.ndarray, hits: np.ndarray, last_of_its_score: np.ndarray) -> float:
