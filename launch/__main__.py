@@ -165,11 +165,12 @@ def leaving_nothing_if_refused(run_dirs: list[str]) -> Iterator[None]:
 def look_after(verb: str, arguments: list[str]) -> None:
     """``status``, ``logs``, ``cancel`` or ``resume``."""
     parser = ArgumentParser(prog=f"python -m launch {verb}")
-    parser.add_argument("run", metavar="RUN", help="a run's directory, or a folder of runs")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, or a folder of runs")
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="go on as the logs grow")
     options = parser.parse_args(arguments)
-    runs = runs_below(Path(options.run), of_grid=verb in ("status", "logs"))  # no other run by a slip of the pen
+    of_grid = verb in ("status", "logs")  # no other run by a slip of the pen
+    runs = list(dict.fromkeys(run for folder in options.runs for run in runs_below(Path(folder), of_grid)))
     if verb == "status":
         queue = _queue_for(runs)
         print(to_text([read_status(run, queue) for run in runs]))

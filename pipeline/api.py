@@ -43,7 +43,8 @@ def evaluate(
             `weights.read_weights`.
         folder: its classes are the network's, or a part of them. Of a table that says which split each line is for, the
             validation split is taken, also of `labels`.
-        crops: 1, or 10: five and their mirror images, of which a warning tells where the run had ``data.hflip`` false.
+        crops: 1, or 10: five of the image and five of its mirror image, of which a warning tells where the run had
+            ``data.hflip`` false.
         batch_size: images at once.
         device: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
         labels: CSV file with the labels of the images in the folder, for a network that gives several labels an image.

@@ -330,7 +330,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare("resize filter, training and evaluation", INTERPOLATION, data.interpolation, RESIZE_EFFECT)
     if data.train_crop_size:
         paper_size = setting.data["crop_size"]
-        compare("training crop size", paper_size, _sizes_text(data), same=data.train_sizes == (paper_size,))
+        compare("training crop size", paper_size, train_sizes_text(data), same=data.train_sizes == (paper_size,))
     if data.aug_repeats > 1:
         compare("draws of an image in an epoch", 1, f"{data.aug_repeats}, of a part of the images")
     if data.auto_augment != "none":
@@ -446,7 +446,7 @@ _LABELS: dict[str, str] = {
 }
 
 
-def _sizes_text(data: DataConfig) -> str:
+def train_sizes_text(data: DataConfig) -> str:
     """The sizes of the training crops, and from which epoch on."""
     first, *others = data.train_sizes
     return ", ".join(

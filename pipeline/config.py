@@ -401,8 +401,8 @@ class OptimConfig:
     """Of the objective binary_cross_entropy: targets above it count as 1, all others as 0, after mixing; none: targets stay
     soft. It would undo label_smoothing."""
     large_batch: bool = False
-    """Let lr follow batch_size in proportion, from the file's, else from 0.1 for 256 images, and warm up over 5 epochs, or half
-    of fewer than 10 (Goyal et al. 2017); a given lr or warmup_epochs stays."""
+    """Let lr follow batch_size in proportion, from the file's, else from 0.1 for 256 images, and warm up over 5 epochs, or a
+    fifth of fewer than 25 (Goyal et al. 2017); a given lr or warmup_epochs stays."""
     fused: bool = True
     """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
 

@@ -29,8 +29,8 @@ def mirrored_views(origin: str, config: Config, crops: int, remedy: str) -> str:
     if crops == 1 or config.data.hflip:
         return ""
     return (
-        f"{origin} was trained without mirror images (data.hflip false), and ten crops are five crops and their mirror "
-        f"images: {remedy} takes the centre crop alone"
+        f"{origin} was trained without mirror images (data.hflip false), and ten crops are five of the image and five of "
+        f"its mirror image: {remedy} takes the centre crop alone"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -87,6 +88,13 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
             f"the learning rate rises to the end of the run and never falls: of its {counted(config.optim.epochs, 'epoch')} "
             f"{config.optim.warmup_epochs:g} warm up; set optim.warmup_epochs"
         )
+    elif config.optim.schedule == "step" and config.optim.warmup_epochs > min(
+        config.optim.milestones, default=math.inf
+    ):
+        lines.append(
+            f"the learning rate still warms up, over {config.optim.warmup_epochs:g} epochs, when it drops after epoch "
+            f"{min(config.optim.milestones)}: set optim.warmup_epochs or optim.milestones"
+        )
     if split := poor_split(config.optim.batch_size, run.world.size, config.optim.grad_accum_steps):
         lines.append(split)
     if config.optim.class_weights == "balanced" and config.data.sampling == "balanced":
@@ -145,7 +153,8 @@ def summary(run: Run) -> str:
         divided = dict.fromkeys(segment.microbatches for segment in run.history.segments)
         parts = (dataclasses.replace(batches, microbatches=number).statistic_of_last for number in divided)
         sizes = ", then ".join(map(sizes_text, parts))
-        statistic += f" ({sizes} in an epoch's last batch, of {counted(batches.last, 'image')})"
+        of = f", of {counted(batches.last, 'image')}" if sizes != str(batches.last) else ""
+        statistic += f" ({sizes} in an epoch's last batch{of})"
     lines.append(f"images in a batch-norm statistic: {statistic}")
     if run.progress.skipped_steps:
         steps = counted(run.progress.skipped_steps, "step")

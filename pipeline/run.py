@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import autotune
-from pipeline.audit import origin_text
+from pipeline.audit import origin_text, train_sizes_text
 from pipeline.autotune import Tuning
 from pipeline.batches import Batches
 from pipeline.checkpoint import Found, load_weights
@@ -476,7 +476,7 @@ class Run:
             f"{images_text(self.train_loader.index, self.val_loader.index, self.config.data)} "
             f"through the {self._named_loader()} loader\n"
             f"{self.batches.text(batch_split(self.world.size, optim.grad_accum_steps))}, {counted(optim.epochs, 'epoch')}"
-            f"{self._large_batch()}{self._about_losses()}{self._fine_tuning()}"
+            f"{self._about_images()}{self._large_batch()}{self._about_losses()}{self._fine_tuning()}"
             f"{self._implementation()}"
         )
 
@@ -492,6 +492,18 @@ class Run:
         """The loader, and why it is not the first choice where it was left to choose."""
         reasons = f" (not {'; not '.join(self._passed_over)})" if self._passed_over else ""
         return f"{self.conditions.loader}{reasons}"
+
+    def _about_images(self) -> str:
+        """Further lines where the training crops' size changes, or an epoch has a part of the images; empty else."""
+        data, lines = self.config.data, list[str]()
+        if len(data.train_sizes) > 1:
+            first, later = train_sizes_text(data).split(",", 1)
+            lines.append(f"training crops of {first} pixels,{later}")
+        if data.aug_repeats > 1:
+            lines.append(
+                f"an epoch has a part of the training images, each {data.aug_repeats} times (data.aug_repeats)"
+            )
+        return "".join(f"\n{line}" for line in lines)
 
     def _large_batch(self) -> str:
         """A further line on what `optim.large_batch` came to; empty without it."""
@@ -511,6 +523,11 @@ class Run:
         other += ["label smoothing"] if optim.label_smoothing else []
         other += ["class weights"] if optim.class_weights else []
         other += ["mixed images"] if self.config.data.mixes else []
+        if self.config.data.sampling == "balanced":
+            lines.append(
+                "training loss and error are of equally many images of each class, the validation's of those that are there: "
+                "they do not compare"
+            )
         if other:
             lines.append(
                 f"the training loss is with {', '.join(other)}, the validation loss plain {usual}: they do not compare"

@@ -220,7 +220,7 @@ def test_the_resize_size_follows_the_crop_size(tmp_path, text, words, expected):
         ("batch_size: 1024, large_batch: true", "--optim.batch_size 2048", (0.8, 5)),
         ("batch_size: 64, lr: 0.2", "--optim.batch_size 256 --optim.large_batch", (0.8, 5)),
         ("", "--optim.batch_size 1024 --optim.large_batch --optim.lr 0.3 --optim.warmup_epochs 2", (0.3, 2)),
-        ("", "--optim.large_batch --optim.epochs 6", (0.1, 3)),
+        ("", "--optim.large_batch --optim.epochs 6", (0.1, 1.2)),
         ("", "--optim.large_batch --optim.batch_size 512 --optim.schedule one_cycle", (0.2, 0)),  # has its own
         ("", "--optim.batch_size 1024", (0.1, 0)),
         ("large_batch: true", "--optim.batch_size 1024 --optim.large_batch false", (0.1, 0)),

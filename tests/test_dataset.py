@@ -340,6 +340,6 @@ def test_archives_and_arrays_are_compared_too(root, tmp_path):
     train, _ = open_all(root)
     config = config_of(root)
     part = train.take(np.arange(0, 12, 4))
-    assert "3 of the few" in warnings_about(train, part, config)[0]
+    assert "3 of the 3 that were compared" in warnings_about(train, part, config)[0]
     arrays = dataclasses.replace(part, lengths=np.full(3, 7))
     assert warnings_about(train, arrays, config) == []

@@ -510,7 +510,7 @@ def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, e
         "epoch 3 of 4 (the best so far: 2)",
     ]
     results = json.loads((tmp_path / "json").read_text())["evaluations"]
-    assert [(r["epochs"], r["epochs_planned"], r["step"], r["best_epoch"]) for r in results] == [
+    assert [(r["epochs"], r["epochs_planned"], r["steps_of_next_epoch"], r["best_epoch"]) for r in results] == [
         (2, 4, 0, 2),
         (3, 4, 1, 2),
     ]
@@ -632,6 +632,9 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     assert f"{warned} (but for 7; --data {data} --held-out" in said(holding, "--data", data / "training").err
     out, err = said(holding, "--data", data, "--held-out")
     assert "of 7 wrong" in out and "trained on" not in err
+    said(holding, "--data", data, "--held-out", "--json", tmp_path / "json")
+    (result,) = json.loads((tmp_path / "json").read_text())["evaluations"]
+    assert result["data"] == f"{data}/training, held out of its images"
     chosen = "of its run's epochs these very images found this one the best: of new images expect a higher error\n"
     assert chosen in out
     converted = tmp_path / "converted.safetensors"
@@ -673,7 +676,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
 
     apart = run(train="train.csv", val="val.csv")
     for of in (apart, run(train="all.csv", val="all.csv")):
-        seen = r"images in .*, 32 of the few that were compared, as (.*/train-image\d+.jpg) is \1"
+        seen = r"images in .*, 32 of the 32 that were compared, as (.*/train-image\d+.jpg) is \1"
         assert re.fullmatch(seen, told(of, table_data / "train.csv"))
         assert (
             told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""
@@ -684,7 +687,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
     for number, file in enumerate(sorted(copy.rglob("*.jpg"))):
         file.rename(file.with_name(f"{number}.jpg"))
     assert told(apart, copy).startswith(f"images in {copy}, ")
-    assert " 1 of the few" in told(run(train="train.csv", holdout=36), table_data / "train.csv")  # of 37
+    assert " 1 of the 32 that" in told(run(train="train.csv", holdout=36), table_data / "train.csv")  # of 37
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "CHEAP", 99)
         assert told(apart, copy) == ""  # to read so long an index takes longer than the warning is worth

@@ -308,6 +308,8 @@ def test_several_labels_have_a_panel_of_their_own(tmp_path):
     labels = dataclasses.replace(several, epochs=records)
     first, second = drawn(draw_curves([labels, run_of("one", [30.0])]), tmp_path)
     assert (first.get_ylabel(), second.get_ylabel()) == ("top-1 error, %", "mean AUROC")
+    titles = [axes.get_title().splitlines()[0] for axes in (first, second)]
+    assert titles == ["Validation (solid, filled) and training (dashed, hollow)", "Validation"]
     assert points(second)["labels"][0] == (1, 0.7) and list(points(first)) == ["one", "_one, training"]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.data.mixing import Partners
 from pipeline.distributed import World
 from pipeline.evaluation import evaluate
 from pipeline.hooks import Hook
-from pipeline.hooks.pictures import SAMPLES, _answers, _classes, _validation_samples
+from pipeline.hooks.pictures import SAMPLES, _answers, _classes, _said, _true, _validation_samples
 from pipeline.monitor import Monitor
 from pipeline.pictures import BLACK, BLUE, CELL, MARGIN, RED, TEXT, draw_grid, percent_text
 from pipeline.provenance import commit
@@ -99,6 +100,15 @@ def check_captions(hook):
         assert said == f"{hook.index.classes[best]} {percent_text(float(values.softmax(0)[best]))}"
         assert true == ("right" if best == label else f"true {hook.index.classes[label]}")
         assert color == (BLUE if best == label else RED)
+
+
+def test_each_class_of_an_answer_stands_with_its_own_probability():
+    run = types.SimpleNamespace(conditions=types.SimpleNamespace(classes=["red", "green", "blue"]))
+    probabilities = torch.tensor([0.7, 0.2, 0.96])
+    assert _said(run, torch.tensor([1, 0, 1]), probabilities) == "red 70 %, blue 96 %"
+    assert _said(run, torch.zeros(3, dtype=torch.int64), probabilities / 2) == "none (blue 48 %)"
+    assert _said(run, torch.tensor(1), probabilities) == "green 20 %"
+    assert (_true(run, torch.tensor([0, 1, 1])), _true(run, torch.zeros(3))) == ("green, blue", "none")
 
 
 @pytest.mark.slow

@@ -146,6 +146,7 @@ def test_evaluation_and_its_report(run, images, tmp_path, monkeypatch, capsys):
     (result,) = json.loads((tmp_path / "report.json").read_text())["evaluations"]
     last = [record for record in records(run) if "val/loss" in record][-1]
     assert result["mean_auroc"] == pytest.approx(last["val/mean_auroc"])
+    assert result["data"] == f"{images}, labels of {images / 'val.csv'}"
     low, high = result["mean_average_precision_interval"]
     assert low <= result["mean_average_precision"] <= high
     assert f"mean AUROC {result['mean_auroc']:.4f}" in printed

@@ -161,6 +161,9 @@ def test_a_grids_base_name_stands_for_its_runs_where_nothing_is_changed(tmp_path
     look_after("status", [str(tmp_path / "grid")])
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 3 and "/grid-lr0.1 " in said and "/grid-lr0.2 " in said
+    look_after("status", [str(tmp_path / "grids-lr0.1"), str(tmp_path), str(tmp_path / "grid-lr0.1")])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[0].rsplit("/")[-1] for row in rows] == ["grids-lr0.1", "grid-lr0.1", "grid-lr0.2"]
     look_after("logs", [str(tmp_path / "grid")])
     assert "grid-lr0.2 log: 2026" in capsys.readouterr().out
     for verb in ("cancel", "resume"):  # a name that is one by mistake must not end another's run

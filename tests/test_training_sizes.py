@@ -15,6 +15,7 @@ from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import repeat, sample_order, training_plans
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.report import warnings_of
 from pipeline.run import Run
 from pipeline.watchdog import Watchdog
 
@@ -105,6 +106,21 @@ def test_the_watchdog_waits_for_each_size_to_compile(tmp_path, monkeypatch):
     }  # fmt: skip
     trainer.fit(small_config(tmp_path, data=data, optim={"epochs": 3}, train={"compile": "default"}))
     assert compiling == ["epoch 1/3, step 0/2", "epoch 2/3, step 0/2"]
+
+
+def test_a_run_says_which_sizes_its_crops_have_and_of_which_images_an_epoch_is(tmp_path):
+    data = {
+        "crop_size": 24, "resize_size": 28, "train_crop_size": [16, 20], "train_crop_milestones": [1],
+        "aug_repeats": 3, "sampling": "balanced",
+    }  # fmt: skip
+    config = small_config(tmp_path, data=data, optim={"warmup_epochs": 1.5})
+    run = Run(config, World(0, 0, 1, 1, torch.device("cpu")))
+    said = run.description().splitlines()
+    assert "training crops of 16 pixels, 20 from epoch 2 on" in said
+    assert "an epoch has a part of the training images, each 3 times (data.aug_repeats)" in said
+    assert any(line.startswith("training loss and error are of equally many images of each class") for line in said)
+    (line,) = [line for line in warnings_of(run, None) if "warms up" in line]
+    assert "still warms up, over 1.5 epochs, when it drops after epoch 1: set optim.warmup_epochs" in line
 
 
 def test_sizes_that_cannot_be_trained_are_refused(tmp_path):

@@ -294,7 +294,8 @@ def draw_curves(runs: list[Run]) -> Figure:
         axes.grid(alpha=0.3)
         on = [in_lines(f"validated on {validation}")] if validation else []
         best = f"Validation: the {BEST} best of {len(own)} runs after their last epoch, the others gray"
-        title = best if many else "Validation (solid, filled) and training (dashed, hollow)"
+        both = "Validation" if measure is AUROC else "Validation (solid, filled) and training (dashed, hollow)"
+        title = best if many else both
         axes.set_title("\n".join([title, *on]), fontsize=10)
         axes.legend(fontsize=9)
     return figure

@@ -131,11 +131,15 @@ def describe(index: DatasetIndex) -> str:
         [
             f"images     {len(index):,} in {index.root}",
             f"classes    {len(index.classes):,}, of {per_class.min():,} to {per_class.max():,} images",
-            f"bytes      {index.lengths.sum() / 2**30:.2f} GiB, {index.lengths.mean() / 1024:.1f} KiB an image",
+            f"bytes      {_size_text(int(index.lengths.sum()))}, {index.lengths.mean() / 1024:.1f} KiB an image",
             f"short side {sides.min()} to {sides.max()} pixels, median {int(np.median(sides))}",
             f"content    {index.fingerprint}",
         ]
     )
+
+
+def _size_text(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 if __name__ == "__main__":

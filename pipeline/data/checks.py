@@ -139,18 +139,19 @@ def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
 
 def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
     """How many of a few images that are compared byte by byte are in both sets, with an example; empty if none is."""
-    same = [(j, i) for j, i in _alike(train, val) if _bytes(train, i) == _bytes(val, j)]
+    pairs, compared = _alike(train, val)
+    same = [(j, i) for j, i in pairs if _bytes(train, i) == _bytes(val, j)]
     if not same:
         return ""
     found, (j, i) = len({j for j, _ in same}), same[0]
-    return f"{found:,} of the few that were compared, as {val.location(j)} is {train.location(i)}"
+    return f"{found:,} of the {compared:,} that were compared, as {val.location(j)} is {train.location(i)}"
 
 
-def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:
+def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[list[tuple[int, int]], int]:
     """Some pairs (row of val, row of train) that may be the same file, as they have the same length: first those with the
-    same name, then others, evenly spread over the validation set."""
+    same name, then others, evenly spread over the validation set; and how many validation images were looked at for them."""
     if len(set(val.lengths.tolist())) == 1 and len(val) > 1:  # arrays, of which all have one length
-        return []
+        return [], 0
     keys = [_key(val, j) for j in range(len(val))]
     spread = _spread(range(len(val)))
     wanted, named = set(keys), dict[tuple[str, int], int]()
@@ -161,8 +162,9 @@ def _alike(train: DatasetIndex, val: DatasetIndex) -> list[tuple[int, int]]:
             named[key] = i
         if len(rows := lengths.get(key[1], FULL)) < CANDIDATES:
             rows.append(i)
-    pairs = [(j, named[key]) for j, key in enumerate(keys) if key in named]
-    return [*_spread(pairs), *((j, i) for j in spread for i in lengths[keys[j][1]])]
+    of_same_name = _spread([(j, named[key]) for j, key in enumerate(keys) if key in named])
+    pairs = [*of_same_name, *((j, i) for j in spread for i in lengths[keys[j][1]])]
+    return pairs, len({*spread, *(j for j, _ in of_same_name)})
 
 
 def _key(index: DatasetIndex, i: int) -> tuple[str, int]:

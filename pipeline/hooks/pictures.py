@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -71,11 +70,11 @@ def _validation_samples(run: Run) -> Batch:
 
 def _classes(run: Run, batch: Batch) -> list[list[Line]]:
     """For each image its class; where images are mixed also the other's, with its share."""
-    captions: list[list[Line]] = [[(_names(run, label), BLACK)] for label in batch.labels[:SAMPLES].cpu()]
+    captions: list[list[Line]] = [[(_true(run, label), BLACK)] for label in batch.labels[:SAMPLES].cpu()]
     if batch.partners is not None:
         shares = batch.partners.shares[:SAMPLES].tolist()
         for caption, label, share in zip(captions, batch.partners.labels[:SAMPLES].cpu(), shares, strict=True):
-            caption.append((f"{100 * share:.0f} % {_names(run, label)}" if share else "", GRAY))
+            caption.append((f"{100 * share:.0f} % {_true(run, label)}" if share else "", GRAY))
     return captions
 
 
@@ -91,16 +90,11 @@ def _answers(run: Run, batch: Batch) -> list[list[Line]]:
     several, captions = run.val_loader.index.several_labels, []
     for row, label in zip(logits, batch.labels.cpu(), strict=True):
         answer = (row > 0).to(label.dtype) if several else row.argmax()
-        probability = row.sigmoid().max() if several else row.softmax(dim=0).max()
-        said = (
-            f"{_names(run, answer)} {percent_text(float(probability))}"
-            if math.isfinite(probability)
-            else "no finite answer"
-        )
-        right = bool(torch.equal(answer, label)) and math.isfinite(probability)
-        captions.append(
-            [(said, BLUE), ("right", GRAY)] if right else [(said, RED), (f"true {_names(run, label)}", RED)]
-        )
+        probabilities = row.sigmoid() if several else row.softmax(dim=0)
+        finite = math.isfinite(probabilities.max())
+        said = _said(run, answer, probabilities) if finite else "no finite answer"
+        right = bool(torch.equal(answer, label)) and finite
+        captions.append([(said, BLUE), ("right", GRAY)] if right else [(said, RED), (f"true {_true(run, label)}", RED)])
     return captions
 
 
@@ -109,10 +103,23 @@ def _judged(run: Run) -> nn.Module:
     return next(iter(run.validated.values()))
 
 
-def _names(run: Run, label: Tensor) -> str:
+def _said(run: Run, answer: Tensor, probabilities: Tensor) -> str:
+    """Each class of an answer with its probability; of an answer without classes the one that came nearest."""
+    sure = [f"{name} {percent_text(float(p))}" for name, p in zip(_names(run), probabilities, strict=True)]
+    return ", ".join(sure[k] for k in _numbers(answer)) or f"none ({sure[int(probabilities.argmax())]})"
+
+
+def _true(run: Run, label: Tensor) -> str:
     """The class of a label; of a row of several all that it has."""
-    numbers: Iterable[int] = label.nonzero().flatten().tolist() if label.dim() else [int(label)]
-    return ", ".join(_called(tuple(run.conditions.classes))[k] for k in numbers) or "none"
+    return ", ".join(_names(run)[k] for k in _numbers(label)) or "none"
+
+
+def _numbers(label: Tensor) -> list[int]:
+    return label.nonzero().flatten().tolist() if label.dim() else [int(label)]
+
+
+def _names(run: Run) -> list[str]:
+    return _called(tuple(run.conditions.classes))
 
 
 @cache

@@ -113,7 +113,18 @@ def own_validation_set(data: DataConfig, classes: tuple[str, ...]) -> str:
     return "" if own.split(os.sep)[0] in classes else own
 
 
-def where(index: DatasetIndex) -> str:
-    """Where the images are; of a table with splits also which of them is taken."""
+def where(candidate: Candidate, labels_file: str | None, held_out: bool) -> str:
+    """Where the images are, and which of those that are there they are.
+
+    Args:
+        labels_file: that was given.
+        held_out: they are those that the run held out.
+    """
+    index = candidate.index
+    if held_out:
+        return f"{index.root}, held out of its images"
+    if index.several_labels:
+        table = labels_file or own_validation_set(candidate.data, candidate.weights.classes)
+        return f"{index.root}, labels of {table}"
     of_split = isinstance(index.source, TableSource) and index.source.columns.split
     return f"{index.root}, its validation split" if of_split else index.root

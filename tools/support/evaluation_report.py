@@ -269,7 +269,7 @@ def _comparison(row: dict[str, Any]) -> str:
     return (
         f"{row['a']} and {row['b']}: {counted(row['only_a_wrong'], 'image')} that only the first gets wrong, "
         f"{row['only_b_wrong']} that only the second does; p = {row['p']:.2g} that equally good networks differ so much "
-        "(McNemar's exact test)"
+        "or more (McNemar's exact test)"
     )
 
 

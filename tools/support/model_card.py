@@ -58,7 +58,7 @@ def _images_text(weights: Weights) -> str:
     training, validation = weights.measured.images
     if weights.config.data.holdout:
         return f"{counted(training, 'image')}; {validation:,} more of the training set were held out to validate on"
-    return f"{counted(training, 'image')}; validated on {validation:,} others"
+    return f"{counted(training, 'image')}; validated on {counted(validation, 'image')}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:
