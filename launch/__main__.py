@@ -1,7 +1,7 @@
 """Train on a cluster: ``python -m launch CONFIG.yaml ... [--nodes N] [--cluster FILE|local|slurm] [--dry-run]``.
 
 Flags such as --optim.lr 0.2 override the configurations, --grid optim.lr=0.1,0.2 makes a run of each value. Several
-runs become one job array. ``python -m launch status|logs|cancel|resume RUN`` looks after a run, or all in a folder.
+runs become one job array. ``python -m launch status|logs|cancel|resume RUN ...`` looks after runs, or all in a folder.
 """
 
 import argparse
@@ -168,16 +168,14 @@ def look_after(verb: str, arguments: list[str]) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, or a folder of runs")
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="go on as the logs grow")
-    options = parser.parse_args(arguments)
-    of_grid = verb in ("status", "logs")  # no other run by a slip of the pen
-    runs = list(dict.fromkeys(run for folder in options.runs for run in runs_below(Path(folder), of_grid)))
+    options = parser.parse_intermixed_args(arguments)
+    runs = _runs_of(options.runs, verb)
     if verb == "status":
         queue = _queue_for(runs)
         print(to_text([read_status(run, queue) for run in runs]))
     elif verb == "logs":
         show_logs(runs, options.follow)
     else:
-        runs = [run for run in runs if find_job(run)] or runs  # of a folder the jobs are meant
         failed = cancel_all(runs) if verb == "cancel" else resume_all(runs)
         for failure in failed[:-1]:
             print(f"error: {failure}", file=sys.stderr)
@@ -185,16 +183,30 @@ def look_after(verb: str, arguments: list[str]) -> None:
             raise failed[-1]
 
 
+def _runs_of(folders: list[str], verb: str) -> list[Path]:
+    """The runs that are meant, each once, whatever names it is given under."""
+    changes = verb in ("cancel", "resume")
+    found: dict[str, Path] = {}
+    for folder in folders:
+        runs = runs_below(Path(folder), of_grid=not changes)  # no other run by a slip of the pen
+        submitted = [run for run in runs if find_job(run)]  # of a folder the jobs are meant
+        for run in (submitted or runs) if changes else runs:
+            found.setdefault(os.path.realpath(run), run)
+    return list(found.values())
+
+
 def show_logs(runs: list[Path], follow: bool) -> None:
     """All attempts' logs as one, each line with the rank whose it is, in the order in which they grow."""
     places: dict[Path, int] = {}
+    of_one_name = len({run.name for run in runs}) < len(runs)
+    called = {run: str(run) if of_one_name else run.name for run in runs}
     while True:
         for run in runs:
             for whose, file in logs_of(run):
                 with open(file, errors="replace") as stream:
                     stream.seek(places.get(file, 0))
                     for line in iter(stream.readline, ""):
-                        print(f"{f'{run.name} ' if len(runs) > 1 else ''}{whose}: {line}", end="", flush=True)
+                        print(f"{f'{called[run]} ' if len(runs) > 1 else ''}{whose}: {line}", end="", flush=True)
                     places[file] = stream.tell()
         if not follow:
             return

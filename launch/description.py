@@ -13,7 +13,7 @@ from pipeline.data.plan import together
 from pipeline.errors import UserError
 from pipeline.history import batch_split
 from pipeline.pace import duration
-from pipeline.parsing import value_text
+from pipeline.parsing import text_to_read
 from pipeline.recipe import poor_split
 from pipeline.words import counted
 
@@ -37,7 +37,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
         )
     train, val = open_datasets(config.data, Path(config.run_dir) / "index" if writes else None, progress=True)
     done = epochs_done(config, cluster, train, val)
-    changed = [f"{key} {value_text(value)}" for key, (value, _) in changed_fields(config).items()]
+    changed = [f"{key} {text_to_read(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
         f"{config.run_dir}: {config.model.name}, {images_text(train, val, config.data)}, "
         f"{counted(len(train.classes), 'class', 'classes')}",

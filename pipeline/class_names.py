@@ -1,4 +1,4 @@
-"""What the classes are called in English, where they are ImageNet's WordNet ids."""
+"""ImageNet's classes: their WordNet ids, and what they are called in English."""
 
 import re
 from collections import Counter

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.parsing import value_text
+from pipeline.parsing import text_to_read
 from pipeline.words import counted
 
 
@@ -67,7 +67,7 @@ class History:
     def changes(self) -> tuple[str, ...]:
         """The fields that were changed on the way, in the words of an audit."""
         return tuple(
-            f"{key} from {value_text(old)} to {value_text(new)} after {counted(segment.step, 'step')}"
+            f"{key} from {text_to_read(old)} to {text_to_read(new)} after {counted(segment.step, 'step')}"
             for segment in self.segments
             for key, (old, new) in segment.changed.items()
         )
@@ -80,5 +80,5 @@ class History:
             if before.batch_split != after.batch_split:
                 lines.append(f"{where}, a batch is {after.batch_split}; before, {before.batch_split}")
             for key, (old, new) in after.changed.items():
-                lines.append(f"{where}, {key} is {value_text(new)}; before, {value_text(old)}")
+                lines.append(f"{where}, {key} is {text_to_read(new)}; before, {text_to_read(old)}")
         return lines

@@ -267,12 +267,17 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_text(value: Any) -> str:
-    """A value as a command line gives it; of a number twelve digits, which hide that 0.1 * 66 / 256 is 0.025781250000000002."""
+    """A value as a command line gives it."""
     if isinstance(value, tuple | list):
         return ",".join(map(value_text, value)) or "none"
-    if isinstance(value, float):
-        return str(float(f"{value:.12g}"))
     return str(value).lower() if isinstance(value, bool) else "none" if value in ("", None) else str(value)
+
+
+def text_to_read(value: Any) -> str:
+    """As `value_text`, with twelve digits of a number at most: 0.1 * 66 / 256 is 0.02578125, and no 0.025781250000000002."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(text_to_read, value)) or "none"
+    return value_text(float(f"{value:.12g}") if isinstance(value, float) else value)
 
 
 _PLAIN = {  # pydantic's kinds of error in plain words

@@ -157,7 +157,7 @@ def mean_text(mean: MeanRanking, classes: Sequence[object]) -> str:
 
 
 def no_interval_text(single: Sequence[object]) -> str:
-    """Why a mean AUROC has no interval: these classes have one image with or without them."""
+    """Why the means have no interval: these classes have one image with or without them."""
     others = f" and {len(single) - 1} more" if len(single) > 1 else ""
     return f"no interval: '{single[0]}'{others} with one image, or all but one"
 

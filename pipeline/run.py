@@ -514,7 +514,7 @@ class Run:
         return f"\nlarge batch: learning rate {optim.lr:g}{warmup}" if optim.large_batch else ""
 
     def _about_losses(self) -> str:
-        """A further line where the losses are not the cross-entropy of one output; empty else."""
+        """Further lines where training and validation losses are of different kinds or images; empty else."""
         optim, lines = self.config.optim, list[str]()
         if (exits := exits_of(self.network)) > 1:
             lines.append(f"losses are sums over {exits} exits")

@@ -6,7 +6,7 @@ from conftest import REPOSITORY, override_flags
 
 from pipeline.config import from_dict, load_config, load_stored_config, parse_command_line, to_yaml
 from pipeline.errors import ArgumentParser, UserError
-from pipeline.parsing import flatten, value_text
+from pipeline.parsing import flatten, text_to_read, value_text
 from pipeline.recipe import poor_split
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -236,7 +236,9 @@ def test_one_flag_is_the_recipe_of_large_batches(tmp_path, text, words, expected
 
 
 def test_values_are_shown_without_the_last_digits_of_arithmetic():
-    assert value_text((0.1 * 66 / 256, 1.0, 1e-5, True)) == "0.02578125,1.0,1e-05,true"
+    values = (0.1 * 66 / 256, 1.0, 1e-5, True)
+    assert text_to_read(values) == "0.02578125,1.0,1e-05,true"
+    assert value_text(values) == "0.025781250000000002,1.0,1e-05,true"  # which a command line gives back
 
 
 def test_many_ranks_with_few_images_each_are_told_the_way_out():

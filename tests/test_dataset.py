@@ -291,6 +291,13 @@ def test_held_out_images_are_said_to_be_that_and_which_others_are_not_read(root)
     held_out = "9 training and 3 validation images (held out of the training images"
     assert said(holdout=3) == f"{held_out}; {root}/val is not read)"
     assert said(holdout=3, train="val").endswith("3 validation images (held out of the training images)")
+    assert said(dir=str(root / "train"), holdout=3) == f"{held_out}; {root}/val is not read)"
+    rows = [f"{file.relative_to(root)},{file.parent.name}" for file in sorted(root.glob("val/*/*.jpg"))]
+    (root / "labels.csv").write_text("\n".join(["file,label", *rows]))  # a table of the images in val
+    assert said(holdout=3, train="labels.csv").endswith("3 validation images (held out of the training images)")
+    for name in ("val", "x"):  # classes that are called so
+        shutil.copytree(root / "train" / "class0", root / "classes" / name)
+    assert said(dir=str(root / "classes"), train=".", holdout=3).endswith("(held out of the training images)")
     (root / "val").rename(root / "testing")
     assert said(holdout=3) == f"{held_out})"
 

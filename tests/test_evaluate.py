@@ -635,7 +635,7 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     said(holding, "--data", data, "--held-out", "--json", tmp_path / "json")
     (result,) = json.loads((tmp_path / "json").read_text())["evaluations"]
     assert result["data"] == f"{data}/training, held out of its images"
-    chosen = "of its run's epochs these very images found this one the best: of new images expect a higher error\n"
+    chosen = "of its run's epochs these very images found this one the best: expect a worse result on new images\n"
     assert chosen in out
     converted = tmp_path / "converted.safetensors"
     write_safetensors(read_weights(holding), converted)

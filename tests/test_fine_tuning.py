@@ -343,7 +343,7 @@ def test_the_record_names_the_file(whole, source, tmp_path, monkeypatch, capsys)
     assert len(odd) > 10 and all(f"{part} (" in training for part in odd) and training.count("; paper ") == len(odd)
     assert training == again.audit and f"Differs from the paper in {len(odd)} of " in audit
     assert "| outputs       | 3 classes, one label an image" in text
-    assert re.search(r"\| trained on    \| 46 images; validated on 11 others +\|", text)
+    assert re.search(r"\| trained on    \| 46 images; validated on 11 images +\|", text)
     assert "mean 0.485, 0.456, 0.406" in text and "centre crop 16 pixels" in text and ", ".join(again.classes) in text
 
 

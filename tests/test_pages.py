@@ -88,17 +88,20 @@ def understands(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
     assert site, "launch/README.md shows no site.yaml"
     (tmp_path / "site.yaml").write_text(re.sub("^ {4}", "", site[1], flags=re.MULTILINE))
     monkeypatch.chdir(REPOSITORY)
-    parse = argparse.ArgumentParser.parse_args
 
-    def parse_and_stop(self, *words, **options):
-        parse(self, *words, **options)
-        raise Understood
+    def then_stop(parse):
+        def parse_and_stop(self, *words, **options):
+            parse(self, *words, **options)
+            raise Understood
+
+        return parse_and_stop
 
     def parse_run_and_stop(*words, **options):
         parse_command_line(*words, **options)
         raise Understood
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, then_stop(getattr(argparse.ArgumentParser, name)))
 
     def understand(module: str, words: list[str]) -> None:
         words = [

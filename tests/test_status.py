@@ -161,11 +161,19 @@ def test_a_grids_base_name_stands_for_its_runs_where_nothing_is_changed(tmp_path
     look_after("status", [str(tmp_path / "grid")])
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 3 and "/grid-lr0.1 " in said and "/grid-lr0.2 " in said
-    look_after("status", [str(tmp_path / "grids-lr0.1"), str(tmp_path), str(tmp_path / "grid-lr0.1")])
-    rows = capsys.readouterr().out.splitlines()[1:]
+    again = os.path.relpath(tmp_path / "grid-lr0.1")
+    look_after("status", [str(tmp_path / "grids-lr0.1"), str(tmp_path), again])
+    rows = capsys.readouterr().out.splitlines()[1:]  # each run once
     assert [row.split()[0].rsplit("/")[-1] for row in rows] == ["grids-lr0.1", "grid-lr0.1", "grid-lr0.2"]
     look_after("logs", [str(tmp_path / "grid")])
     assert "grid-lr0.2 log: 2026" in capsys.readouterr().out
+    for folder in ("x", "y"):
+        run_of_torchrun(tmp_path / folder / "job", f"{BEGIN}{TIME}ended\n")
+    look_after("logs", [str(tmp_path / "x" / "job"), str(tmp_path / "y")])
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {
+        f"{tmp_path}/x/job",
+        f"{tmp_path}/y/job",
+    }
     for verb in ("cancel", "resume"):  # a name that is one by mistake must not end another's run
         with pytest.raises(UserError, match=r"grid is no run's directory; of that name there are \S+0.1, \S+0.2$"):
             look_after(verb, [str(tmp_path / "grid")])
@@ -187,6 +195,12 @@ def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     line = f"{tmp_path / 'whole'}: is complete (2 epochs), and nothing is left to train"
     assert line in said and "part" not in said
+    submitted.clear()
+    part, never = tmp_path / "part", run_of_torchrun(tmp_path / "never", BEGIN)
+    look_after("resume", [os.path.relpath(part), str(part), str(tmp_path / "whole" / ".." / "part")])
+    assert len(submitted) == 1  # two jobs would train in one directory
+    with pytest.raises(UserError, match="never"):
+        look_after("resume", [str(part), str(never)])
 
     # The same configuration submitted again is complete too, with more epochs it is not.
     monkeypatch.chdir(REPOSITORY)

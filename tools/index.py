@@ -131,15 +131,19 @@ def describe(index: DatasetIndex) -> str:
         [
             f"images     {len(index):,} in {index.root}",
             f"classes    {len(index.classes):,}, of {per_class.min():,} to {per_class.max():,} images",
-            f"bytes      {_size_text(int(index.lengths.sum()))}, {index.lengths.mean() / 1024:.1f} KiB an image",
+            f"bytes      {_size_text(float(index.lengths.sum()))}, {index.lengths.mean() / 1024:.1f} KiB an image",
             f"short side {sides.min()} to {sides.max()} pixels, median {int(np.median(sides))}",
             f"content    {index.fingerprint}",
         ]
     )
 
 
-def _size_text(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+def _size_text(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
 
 
 if __name__ == "__main__":

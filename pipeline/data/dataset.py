@@ -1,12 +1,13 @@
 """The training and the validation set that a configuration names."""
 
 import hashlib
+import io
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +111,21 @@ def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None
 
 
 def images_text(train: DatasetIndex, val: DatasetIndex, config: DataConfig) -> str:
-    """How many images the sets have; of held-out ones that they are that, and which others are there and not looked at."""
+    """How many images a run has, whether those for validation are held out, and which folder of others it then leaves aside."""
     numbers = f"{len(train):,} training and {len(val):,} validation images"
     if not config.holdout:
         return numbers
-    others = find_validation(config) if config.dataset == "images" and config.loader != "synthetic" else ""
-    unread = f"; {Path(config.dir, others)} is not read" if others and others != config.train else ""
-    return f"{numbers} (held out of the training images{unread})"
+    aside = _validation_folder(config) if config.dataset == "images" and config.loader != "synthetic" else None
+    return f"{numbers} (held out of the training images{f'; {aside} is not read' if aside else ''})"
+
+
+def _validation_folder(config: DataConfig) -> Path | None:
+    """The folder of validation images beside a folder of training images; tables say themselves which images are read."""
+    with redirect_stderr(io.StringIO()):  # it was said when they were opened
+        config = find_splits(config)
+    train, val = (Path(os.path.realpath(Path(config.dir, name))) for name in (config.train, find_validation(config)))
+    apart = train not in (val, *val.parents) and val not in train.parents
+    return Path(config.dir, find_validation(config)) if train.is_dir() and val.is_dir() and apart else None
 
 
 def fingerprint_of(train: DatasetIndex, val: DatasetIndex) -> str:

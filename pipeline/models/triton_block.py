@@ -30,7 +30,7 @@ from pipeline.models.stage import (
     update_running_statistics,
 )
 
-AUTOMATIC = False  # without a measurement: at its start a run on a GPU measures it (pipeline/autotune.py)
+AUTOMATIC = False  # taken only where a run has measured it (pipeline/autotune.py)
 
 HALVES = torch.bfloat16, torch.float16
 LOWEST_CAPABILITY = 8, 0  # bfloat16 and TF32

@@ -41,7 +41,7 @@ CONFUSIONS = 20  # pairs of classes in the list of confusions
 def describe(
     candidate: Candidate, evaluation: Evaluation, other: Evaluation | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Everything that is reported about one network except its speed.
+    """Everything that is reported about one network except its seconds.
 
     Args:
         other: the answers among the other choice of outputs than --outputs; None if images of every class are there.

@@ -219,7 +219,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
         )
     if r["chosen_by_these"]:
         lines.append(
-            "of its run's epochs these very images found this one the best: of new images expect a higher error"
+            "of its run's epochs these very images found this one the best: expect a worse result on new images"
         )
     if r["begun_with"]:
         lines.append(f"begun with {r['begun_with']}")

@@ -1,4 +1,4 @@
-"""The checks of `python -m tools.gpu`: each a function with a line in `CHECKS`. A group is a file; the tests run them on CPU.
+"""The checks of `python -m tools.gpu`: each a function with a line in `CHECKS`. The tests run them on CPU.
 
 A check returns what it has seen. It raises `Skipped` where it cannot look, and anything else where what it sees is wrong.
 It imports within what its own packages need (`Check.needs`), so that the others run where those are missing.

@@ -44,18 +44,22 @@ def tf32_flags(setting: Setting) -> Found:
     errors = {}
     for value in ("0", "1"):
         if setting.on_gpu:  # torch reads the variable once
-            script = "from tools.support.gpu_checks import product_error; print(product_error('cuda'))"
-            environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": value}
-            outcome = subprocess.run(
-                [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-            )
-            errors[value] = float(outcome.stdout.split()[-1])
+            errors[value] = product_error_apart("cuda", value)
         else:
             torch.backends.cuda.matmul.allow_tf32 = value == "1"  # what the variable does
             errors[value] = product_error("cpu")
             require(not torch.backends.cuda.matmul.allow_tf32, "set_tf32 leaves TF32 on for matrix products")
     require(max(errors.values()) < 1e-5, f"a product in fp32 is off by {max(errors.values()):.1e}: TF32 is on")
     return Found(f"a product in fp32 is off by {max(errors.values()):.1e} with the variable 0 and 1", errors)
+
+
+def product_error_apart(device: str, variable: str) -> float:
+    """`product_error` of a process that begins with NVIDIA's variable."""
+    script = f"from {__name__} import product_error; print(product_error({device!r}))"
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": variable}
+    command = [sys.executable, "-c", script]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(outcome.stdout.split()[-1])
 
 
 def product_error(device: str) -> float:
