@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ WORST = 24  # mistakes shown as pictures
 DIFFERING = 12  # images shown on which one of two networks is wrong, of each of the two
 THUMBNAIL = 160  # pixels
 NAMED = 3  # classes that stand for a group
+NUMBER_AND_UNIT, NO_BREAK = re.compile(r"(?<=\d) (?=%|s$)"), "\N{NO-BREAK SPACE}"
 NAME = 24  # letters of a network's name below a picture
 
 Table = tuple[list[str], list[list[str]]]  # titles and rows
@@ -46,7 +48,7 @@ class Page:
         self._parts.append(f"<h{level}>{html.escape(text)}</h{level}>\n")
 
     def lines(self, lines: list[str]) -> None:
-        self._parts += [f"<p>{html.escape(line)}</p>\n" for line in lines]
+        self._parts += [f"<p>{NUMBER_AND_UNIT.sub(NO_BREAK, html.escape(line))}</p>\n" for line in lines]
 
     def facts(self, facts: dict[str, str]) -> None:
         """What is known, by what it is."""
