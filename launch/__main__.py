@@ -25,7 +25,14 @@ from launch.names import refuse_unknown_names
 from launch.records import Job, add_event, find_job, read_events, read_job
 from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import refuse_impossible, script, submit
-from pipeline.config import SCHEMA, Config, load_config, load_stored_config, refuse_flags_without_use
+from pipeline.config import (
+    SCHEMA,
+    Config,
+    load_config,
+    load_stored_config,
+    refuse_flags_without_use,
+    run_dir_of,
+)
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.run_dir import CONFIG, Before, is_complete
 from pipeline.words import counted
@@ -102,9 +109,12 @@ def read_config(
         gpus: the job asks for GPUs, so that it fails where it finds none and does not train on CPU.
     """
     grid = SCHEMA.given(argparse.Namespace(**dict(values)))
-    config = load_config(file, overrides | grid, shared=overrides.keys() - grid.keys())
-    folder = Path(config.run_dir, Path(file).stem) if several and "run_dir" in overrides else Path(config.run_dir)
+    folder = Path(run_dir_of(file, overrides | grid)).expanduser()
+    folder = folder / Path(file).stem if several and "run_dir" in overrides else folder
     suffix = "".join(f"-{key.rpartition('.')[2]}{_in_a_file_name(value)}" for key, value in values)
+    run_dir = os.path.abspath(f"{folder}{suffix}")  # before the rest: what is changed in a run follows from what it was
+    fields = overrides | grid | {"run_dir": run_dir}
+    config = load_config(file, fields, shared=overrides.keys() - grid.keys())
     data = dataclasses.replace(config.data, dir=os.path.abspath(config.data.dir))
     model, weights = config.model, config.model.weights
     if weights and not weights.startswith("timm:"):
@@ -114,8 +124,7 @@ def read_config(
     optim, class_weights = config.optim, config.optim.class_weights
     if class_weights and class_weights != "balanced":
         optim = dataclasses.replace(optim, class_weights=os.path.abspath(class_weights))
-    run_dir = os.path.abspath(f"{folder}{suffix}")
-    return dataclasses.replace(config, run_dir=run_dir, model=model, data=data, optim=optim, train=train)
+    return dataclasses.replace(config, model=model, data=data, optim=optim, train=train)
 
 
 def grid_values(word: str) -> list[tuple[str, str]]:

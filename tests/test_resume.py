@@ -11,6 +11,7 @@ from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, last_state, records, weights
 from training_hooks import InterruptAfter, InterruptionError
 
+from launch.__main__ import read_config
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import load_config, to_yaml
@@ -430,6 +431,21 @@ def test_a_run_that_is_extended_keeps_its_drops_unless_they_are_changed_too(tmp_
     assert (again.optim.epochs, again.optim.milestones) == (24, drops)
     (run / "config.yaml").write_text("[")  # what is wrong with the run its checkpoint says
     assert load_config(file, {"run_dir": str(run), "optim.epochs": 24, **words}).optim.epochs == 24
+
+
+def test_so_does_a_run_of_a_grid_and_a_new_one_beside_it_follows(tmp_path):
+    file, words = tmp_path / "recipe.yaml", {"run_dir": str(tmp_path / "grid")}
+    file.write_text("data: {loader: synthetic}\noptim: {epochs: 8, milestones: [4, 6]}\n")
+
+    def read(rate: str, **fields):
+        return read_config(str(file), {**words, **fields}, (("optim.lr", rate),), several=False, gpus=False)
+
+    first = read("0.1")
+    assert first.run_dir == str(tmp_path / "grid-lr0.1")
+    Path(first.run_dir).mkdir()
+    Path(first.run_dir, "config.yaml").write_text(to_yaml(first))
+    longer = {"optim.epochs": 24, "train.change": "optim.epochs"}
+    assert [read(rate, **longer).optim.milestones for rate in ("0.1", "0.2")] == [(4, 6), (12, 18)]
 
 
 def test_the_resize_size_stays_too(tmp_path):

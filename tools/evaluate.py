@@ -34,7 +34,13 @@ from pipeline.weights import Weights, weights_file
 from tools.support.candidate import Candidate
 from tools.support.evaluated_images import are_same_images, open_images, trained_on
 from tools.support.evaluation_figures import compare, describe
-from tools.support.evaluation_report import comparisons_to_text, result_to_text, write_answers, write_report
+from tools.support.evaluation_report import (
+    ON_NEW_IMAGES,
+    comparisons_to_text,
+    result_to_text,
+    write_answers,
+    write_report,
+)
 from tools.support.facts import multiply_accumulates, network_without_weights
 from tools.support.held_out import open_held_out
 from tools.support.output_subset import restrict_outputs
@@ -110,8 +116,8 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         work = multiply_accumulates(bare, data.crop_size, data.channels)
         candidates.append(Candidate(file, name, weights, data, index, work))
         if not options.held_out and (seen := trained_on(candidates[-1])):
-            warn = f"warning: {name} was trained on {seen}: of new images the error will be higher"
-            print(warn, file=sys.stderr, flush=True)
+            candidates[-1] = dataclasses.replace(candidates[-1], seen=seen)
+            print(f"warning: {name} was trained on {seen}: {ON_NEW_IMAGES}", file=sys.stderr, flush=True)
     return candidates
 
 

@@ -9,7 +9,11 @@ from pipeline.weights import Weights
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file of weights, ready to be evaluated."""
+    """A file of weights, ready to be evaluated.
+
+    Attributes:
+        seen: which of the images it has been trained on, in words; empty if none is known to be.
+    """
 
     file: str
     name: str
@@ -17,3 +21,4 @@ class Candidate:
     data: DataConfig
     index: DatasetIndex
     multiply_accumulates: int
+    seen: str = ""

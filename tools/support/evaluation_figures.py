@@ -70,6 +70,7 @@ def describe(
         "precision": options.precision,
         **{name: getattr(data, name) for name in PREPROCESSING},
         "assumed": weights.assumed,
+        "trained_on": candidate.seen,
         "chosen_by_these": weights.is_best and config.optim.epochs > 1 and index.fingerprint == weights.val_fingerprint,
         "begun_with": origin_text(config.model) if config.model.weights else None,
         "training": recipe_of(weights),

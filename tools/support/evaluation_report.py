@@ -27,6 +27,8 @@ from tools.support.report_page import (
     surest_mistakes,
 )
 
+ON_NEW_IMAGES = "new images usually have a higher error"
+
 
 def result_to_text(result: dict[str, Any], named: bool = False) -> str:
     """What the command prints about one network; `named` where it is one of several."""
@@ -217,9 +219,11 @@ def _lines(r: dict[str, Any]) -> list[str]:
             f"the answers to {counted(r['not_finite'], 'image')} are not finite and count as wrong (the first: "
             f"{r['first_not_finite']}): damaged weights, or numbers too large for --precision"
         )
+    if r["trained_on"]:
+        lines.append(f"trained on {r['trained_on']}: {ON_NEW_IMAGES}")
     if r["chosen_by_these"]:
         lines.append(
-            "of its run's epochs these very images found this one the best: expect a worse result on new images"
+            "of its run's epochs these very images found this one the best: new images usually have a worse result"
         )
     if r["begun_with"]:
         lines.append(f"begun with {r['begun_with']}")

@@ -56,6 +56,8 @@ def _images_text(weights: Weights) -> str:
     if weights.measured is None:
         return "not known"
     training, validation = weights.measured.images
+    if weights.epochs == 0:
+        return f"{counted(training, 'image')}, not all of them yet; not validated"
     if weights.config.data.holdout:
         return f"{counted(training, 'image')}; {validation:,} more of the training set were held out to validate on"
     return f"{counted(training, 'image')}; validated on {counted(validation, 'image')}"
