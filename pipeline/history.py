@@ -64,6 +64,17 @@ class History:
         if changed or new.batch_split != self.segments[-1].batch_split:
             self.segments.append(new)
 
+    def microbatches_of_last(self, steps: int, done: int) -> list[int]:
+        """Into how many microbatches the last batches of the epochs were divided that were trained, each number once.
+
+        Args:
+            steps: of an epoch.
+            done: steps of the run.
+        """
+        ends = [*(segment.step for segment in self.segments[1:]), done]
+        pairs = zip(self.segments, ends, strict=True)
+        return list(dict.fromkeys(own.microbatches for own, end in pairs if end // steps > own.step // steps))
+
     def changes(self) -> tuple[str, ...]:
         """The fields that were changed on the way, in the words of an audit."""
         return tuple(

@@ -1,11 +1,9 @@
 """What a run says of itself: its configuration and audit as files, a page for TensorBoard, and a summary at the end."""
 
 import dataclasses
-import io
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from typing import Any
 
 from pipeline.audit import (
@@ -23,7 +21,7 @@ from pipeline.audit import (
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.checks import warnings_about
-from pipeline.data.splits import find_splits
+from pipeline.data.splits import splits_found
 from pipeline.metrics import errors_text, exits_text
 from pipeline.optim import learning_rate
 from pipeline.parsing import flatten, value_text
@@ -66,8 +64,7 @@ def with_sets_found(config: Config) -> Config:
     """
     if config.data.dataset != "images" or config.data.loader == "synthetic":
         return config
-    with redirect_stderr(io.StringIO()):  # it was said when they were opened
-        return dataclasses.replace(config, data=find_splits(config.data))
+    return dataclasses.replace(config, data=splits_found(config.data))
 
 
 def warnings_of(run: Run, found: Found | None) -> list[str]:
@@ -150,12 +147,9 @@ def summary(run: Run) -> str:
         lines.append(f"begun with {origin_text(run.config.model)}")
     statistic, batches = statistics_text(measured.statistics), run.batches
     if batches.steps > 1 and batches.last < batches.size:
-        segments = run.history.segments
-        ends = [*(segment.step for segment in segments[1:]), run.done_steps]
-        whole = (s for s, end in zip(segments, ends, strict=True) if end // batches.steps > s.step // batches.steps)
-        divided = dict.fromkeys(segment.microbatches for segment in whole)  # of those that have trained a last batch
+        divided = run.history.microbatches_of_last(batches.steps, run.done_steps)
         parts = (dataclasses.replace(batches, microbatches=number).statistic_of_last for number in divided)
-        sizes = ", then ".join(map(sizes_text, parts)) or "not reached yet"
+        sizes = ", then ".join(map(sizes_text, parts))
         of = f", of {counted(batches.last, 'image')}" if sizes != str(batches.last) else ""
         statistic += f" ({sizes} in an epoch's last batch{of})"
     lines.append(f"images in a batch-norm statistic: {statistic}")

@@ -1,13 +1,12 @@
 """The training and the validation set that a configuration names."""
 
 import hashlib
-import io
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
 from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
-from pipeline.data.splits import Split, find_splits, find_validation
+from pipeline.data.splits import Split, find_splits, find_validation, splits_found
 from pipeline.data.synthetic import synthetic_index
 from pipeline.data.table import Columns, TableSource, columns_of, is_table
 from pipeline.errors import UserError, look_up
@@ -121,11 +120,11 @@ def images_text(train: DatasetIndex, val: DatasetIndex, config: DataConfig) -> s
 
 def _validation_folder(config: DataConfig) -> Path | None:
     """The folder of validation images beside a folder of training images; tables say themselves which images are read."""
-    with redirect_stderr(io.StringIO()):  # it was said when they were opened
-        config = find_splits(config)
-    train, val = (Path(os.path.realpath(Path(config.dir, name))) for name in (config.train, find_validation(config)))
+    config = splits_found(config)
+    folders = [Path(config.dir, name) for name in (config.train, find_validation(config))]
+    train, val = (Path(os.path.realpath(folder)) for folder in folders)
     apart = train not in (val, *val.parents) and val not in train.parents
-    return Path(config.dir, find_validation(config)) if train.is_dir() and val.is_dir() and apart else None
+    return folders[1] if train.is_dir() and val.is_dir() and apart else None
 
 
 def fingerprint_of(train: DatasetIndex, val: DatasetIndex) -> str:
