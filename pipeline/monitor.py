@@ -11,6 +11,7 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,8 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from pipeline import preemption
 from pipeline.distributed import World
+from pipeline.preemption import PreemptionHandler, leave_closed_outputs
 from pipeline.run_dir import RECORDS, io_as_user_error, now
 
 if TYPE_CHECKING:
@@ -55,10 +56,19 @@ class Monitor:
         run_dir: TensorBoard events and ``metrics.jsonl`` go here.
         done_steps, done_epochs: optimiser steps and whole epochs that the run starts after.
         lengths: what `sync` returned at that time. Later records of an interrupted run are dropped.
+        preemption: asked for a stop when nobody reads what is printed any more.
     """
 
-    def __init__(self, run_dir: Path, world: World, done_steps: int, done_epochs: int, lengths: dict[str, int]):
-        self._active, self._run_dir = world.is_main, run_dir
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        done_steps: int,
+        done_epochs: int,
+        lengths: dict[str, int],
+        preemption: PreemptionHandler,
+    ):
+        self._active, self._run_dir, self._preemption = world.is_main, run_dir, preemption
         self._bar: tqdm | None = None
         if self._active:
             with io_as_user_error(self._run_dir):
@@ -154,14 +164,11 @@ class Monitor:
         if self._active:
             stamp = now()
             try:
-                tqdm.write("\n".join(f"{stamp} {part}" for part in line.split("\n")), file=sys.stdout)
+                tqdm.write("".join(f"{stamp} {part}\n" for part in line.split("\n")), file=sys.stdout, end="")
                 sys.stdout.flush()
-            except (
-                BrokenPipeError
-            ):  # Ctrl-C, or a terminal that closes, ends `| tee` too: there is a checkpoint to save
-                if not preemption.received():
-                    raise
-                preemption.leave_closed_outputs()
+            except BrokenPipeError:  # `| head` has read enough; Ctrl-C ends `| tee` too. There is a checkpoint to save
+                leave_closed_outputs()
+                self._preemption.ask(signal.SIGPIPE)
 
     def show_progress(self, title: str, total: int, done: int) -> None:
         """Show a bar over `total` steps on a terminal, if none is shown yet."""

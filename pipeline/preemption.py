@@ -114,11 +114,15 @@ class PreemptionHandler:
         if self._handlers:
             ending()
 
+    def ask(self, number: int) -> None:
+        """Ask for a stop, as this signal does."""
+        _note(number, None)
+        self.signal = self.signal or number
+
     def _remember(self, number: int, _: FrameType | None) -> None:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        _note(number, None)
-        self.signal = self.signal or number
+        self.ask(number)
         if number == signal.SIGHUP:
             leave_closed_outputs()
 

@@ -123,6 +123,16 @@ def rising_rate(run: Run) -> str:
     )
 
 
+def start_text(run: Run) -> str:
+    """Where the run goes on, in a line; empty if it is new."""
+    if run.is_complete:
+        return (
+            f"{run.dir} is complete ({counted(run.progress.epoch, 'epoch')}), and nothing is left to train; "
+            "--optim.epochs N --train.change optim.epochs trains it to epoch N"
+        )
+    return f"resuming at {run.position} of {run.dir}" if run.done_steps else ""
+
+
 def summary(run: Run) -> str:
     """Best and last validation error, beside the published ones where the configuration has them."""
     progress, published = run.progress, run.config.published
@@ -130,12 +140,12 @@ def summary(run: Run) -> str:
     best, last = (_of_labels if several else _errors)(progress)
     epochs, (judged, *others) = run.config.optim.epochs, run.validated
     of = f", {judged} weights" if others else ""
-    lines = [f"best (epoch {progress.best_epoch + 1} of {epochs}{of}): {best}"]
-    lines += [f"last (epoch {progress.epoch} of {epochs}{of}): {last}"]
+    lines = [f"best (epoch {progress.best_epoch + 1} of {epochs}{of}): validation {best}"]
+    lines += [f"last (epoch {progress.epoch} of {epochs}{of}): validation {last}"]
     for weights, errors in zip(
         others, progress.last_of_other_weights, strict=False
     ):  # none of before it was switched on
-        lines.append(f"last (epoch {progress.epoch} of {epochs}, {weights} weights): {errors}")
+        lines.append(f"last (epoch {progress.epoch} of {epochs}, {weights} weights): validation {errors}")
     if published.auroc is not None and several:
         lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
     measured = run.measured

@@ -23,7 +23,7 @@ from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
 from pipeline.metrics import AnyScore, Score
 from pipeline.monitor import Monitor
 from pipeline.preemption import PreemptionHandler
-from pipeline.report import configuration_text, recipe_text, summary, warnings_of, write_description
+from pipeline.report import configuration_text, recipe_text, start_text, summary, warnings_of, write_description
 from pipeline.run import Progress, Run
 from pipeline.run_log import occupied
 from pipeline.start import find_start
@@ -64,7 +64,10 @@ def dry_run(config: Config) -> str:
             run.load_state_dict(start.checkpoint.state)
         next(run.train_loader.batches(epoch=0))
         warnings = [f"warning: {line}" for line in (warnings_of(run, start.checkpoint) if world.is_main else [])]
-        return "\n".join([configuration_text(run), run.description(), *warnings, recipe_text(run, in_full=True)])
+        past = [line for line in (start_text(run), *run.history.lines()) if line]
+        return "\n".join(
+            [configuration_text(run), run.description(), *past, *warnings, recipe_text(run, in_full=True)]
+        )
 
 
 class Trainer:
@@ -89,7 +92,7 @@ class Trainer:
             run.load_state_dict(found.state)
         run.world.broadcast_from_rank0(lambda: write_description(run, found))
         lengths = found.state["record_lengths"] if found else {}
-        self.monitor = Monitor(run.dir, run.world, run.done_steps, run.progress.epoch, lengths)
+        self.monitor = Monitor(run.dir, run.world, run.done_steps, run.progress.epoch, lengths, self.preemption)
         try:
             changed = any(hook.changes_network for hook in self.hooks)
             with self.preemption, self.watchdog, run.selection_held(hooks_change_network=changed):

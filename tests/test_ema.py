@@ -120,9 +120,9 @@ def test_both_are_validated_and_best_is_by_the_average(whole):
     best = load_checkpoint(Path(config.run_dir, "checkpoints", "best.pt"))["progress"]
     assert best["best_top1_error"] == min(record["val/top1_error"] for record in epochs)
     lines = said.splitlines()
-    assert lines[1].startswith("last (epoch 2 of 2, ema weights): top-1 error ")
+    assert lines[1].startswith("last (epoch 2 of 2, ema weights): validation top-1 error ")
     assert lines[2].startswith(
-        f"last (epoch 2 of 2, raw weights): top-1 error {epochs[-1]['val_raw/top1_error']:.2f} %"
+        f"last (epoch 2 of 2, raw weights): validation top-1 error {epochs[-1]['val_raw/top1_error']:.2f} %"
     )
 
 

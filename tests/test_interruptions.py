@@ -38,6 +38,7 @@ from pipeline.watchdog import Status, diagnose_stall
 
 pytestmark = pytest.mark.slow  # for the most part
 
+AGAIN = "; start the same command again to go on"
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT]
 
 
@@ -267,9 +268,9 @@ def test_checkpoints_by_the_clock_are_written_once_though_ranks_agree_a_step_lat
     assert saved == [4, 7, 10, 0]  # asked for at steps 3, 6 and 9; and the epoch's end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_run_whose_reader_goes_away_with_a_signal_leaves_with_a_checkpoint(tmp_path, number):
-    """As Ctrl-C does to ``train | tee log``: both get the signal, and the step's line has no reader."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, None])
+def test_a_run_whose_reader_goes_away_leaves_with_a_checkpoint(tmp_path, number):
+    """As Ctrl-C does to ``train | tee log``: both get the signal, and the step's line has no reader; or as ``train | head``."""
     config = small_config(tmp_path, optim={"epochs": 1000, "milestones": [1]}, train={"log_every": 1})
     command = [sys.executable, "-m", "pipeline.train", "configs/demo.yaml", *override_flags(config)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -277,11 +278,17 @@ def test_a_run_whose_reader_goes_away_with_a_signal_leaves_with_a_checkpoint(tmp
     while not last.exists():
         process.stdout.readline()
     process.send_signal(signal.SIGSTOP)
+    done = load_checkpoint(last)["progress"]
     process.stdout.close()
-    process.send_signal(number)
+    if number:
+        process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     complaint = process.stderr.read().decode()
-    assert process.wait(PATIENCE) == 75 and complaint.startswith("interrupted: rank 0 leaves at epoch"), complaint
+    (line,) = complaint.strip().splitlines()
+    assert process.wait(PATIENCE) == 75 and line.startswith("interrupted: rank 0 leaves at epoch"), complaint
+    assert line == (tmp_path / "log.txt").read_text().splitlines()[-1].split(" ", 2)[2] + AGAIN
+    left = load_checkpoint(last)["progress"]
+    assert (left["epoch"], left["step"]) > (done["epoch"], done["step"]) and (number or "on SIGPIPE;" in line)
 
 
 HANGS = """

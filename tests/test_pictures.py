@@ -28,6 +28,7 @@ from pipeline.hooks import Hook
 from pipeline.hooks.pictures import SAMPLES, _answers, _classes, _said, _true, _validation_samples
 from pipeline.monitor import Monitor
 from pipeline.pictures import BLACK, BLUE, CELL, MARGIN, RED, TEXT, draw_grid, percent_text
+from pipeline.preemption import PreemptionHandler
 from pipeline.provenance import commit
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -179,7 +180,7 @@ def hparams_of(folder: Path) -> tuple:
 def test_a_sweep_stands_in_hparams_with_what_differs_first(tmp_path):
     for rate, error in ((0.1, 30.0), (0.2, 20.0)):
         (tmp_path / f"lr{rate}").mkdir()
-        monitor = Monitor(tmp_path / f"lr{rate}", ALONE, 0, 0, {})
+        monitor = Monitor(tmp_path / f"lr{rate}", ALONE, 0, 0, {}, PreemptionHandler())
         monitor.hyperparameters({"model.name": "densenet121", "optim.lr": rate, "optim.nesterov": True})
         monitor.scalars(4, 1, {"epoch/train_top1_error": 50.0, "val/top1_error": error})
         if rate == 0.1:
@@ -216,7 +217,7 @@ def test_a_resumed_run_neither_doubles_nor_loses_records_for_a_board_that_watche
                 }
                 monitor.scalars(step, step / 2, epoch)
 
-    first = Monitor(tmp_path, ALONE, 0, 0, {})
+    first = Monitor(tmp_path, ALONE, 0, 0, {}, PreemptionHandler())
     train(first, range(1, 5), 1.0)
     lengths = first.sync()
     train(first, range(5, 8), 2.0)  # of which no checkpoint knows
@@ -224,10 +225,10 @@ def test_a_resumed_run_neither_doubles_nor_loses_records_for_a_board_that_watche
     watching = {folder: EventAccumulator(str(tmp_path / folder)).Reload() for folder in ("", "train", "val", "val_ema")}
     assert [e.step for e in watching["val"].Scalars("epoch/loss")] == [1, 2, 3]
     for _ in range(2):  # the first of which gets no further than its start
-        second = Monitor(tmp_path, ALONE, 4, 2, lengths)
+        second = Monitor(tmp_path, ALONE, 4, 2, lengths, PreemptionHandler())
         second.text("about", "from step 5", 5)
         second.close()
-    third = Monitor(tmp_path, ALONE, 4, 2, lengths)
+    third = Monitor(tmp_path, ALONE, 4, 2, lengths, PreemptionHandler())
     train(third, range(5, 9), 3.0)
     third.close()
 

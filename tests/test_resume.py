@@ -82,10 +82,13 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(finished, tmp_path
 
 def test_a_dry_run_and_a_refused_start_change_nothing(finished, tmp_path):
     config = copy_of(finished, tmp_path)
+    assert f"\n{tmp_path} is complete (1 epoch), and nothing is left to train" in trainer.dry_run(config)
     last = tmp_path / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     before, log = files_of(tmp_path), tmp_path / "log.txt"
-    trainer.dry_run(config)
+    said = trainer.dry_run(config)
+    assert f"\nresuming at epoch 1/1, step 4/4 of {tmp_path}\n" in said
+    assert "is damaged: the run resumes from previous.pt" in said
     assert files_of(tmp_path) == before and not log.exists()
     with pytest.raises(UserError, match=r"optim.lr was 0.1 and is now 0.2"):
         trainer.fit(small_config(tmp_path, optim={"epochs": 1, "lr": 0.2}))

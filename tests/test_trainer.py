@@ -190,7 +190,8 @@ def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch, cap
     (first,), (second,) = ([line for line in said.splitlines() if f"epoch {n}/2: train loss" in line] for n in (1, 2))
     errors = "top-1 error 50.00 % (accuracy 50.00 %), top-5 error 0.00 %"
     assert first.endswith(f"{errors} (4 images), the best so far") and second.endswith(f"{errors} (4 images)")
-    assert f"best (epoch 1 of 2): {errors}" in said and f"last (epoch 2 of 2): {errors}" in said
+    assert f"best (epoch 1 of 2): validation {errors}" in said
+    assert f"last (epoch 2 of 2): validation {errors}" in said
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["progress"]["epoch"] == 1
 
 

@@ -9,7 +9,7 @@ from pipeline.hooks.pictures import pictures_due
 from pipeline.monitor import peak_memory
 from pipeline.optim import rates_of_parts
 from pipeline.pace import Pace
-from pipeline.report import about, hyperparameters, rising_rate, with_sets_found
+from pipeline.report import about, hyperparameters, rising_rate, start_text, with_sets_found
 from pipeline.run import Run
 from pipeline.words import counted
 
@@ -33,13 +33,8 @@ class Records(Hook):
 
     def on_start(self, trainer: Training) -> None:
         run, monitor = trainer.run, trainer.monitor
-        if run.is_complete:
-            monitor.say(
-                f"{run.dir} is complete ({counted(run.progress.epoch, 'epoch')}), and nothing is left to train; "
-                "--optim.epochs N --train.change optim.epochs trains it to epoch N"
-            )
-        elif run.done_steps:
-            monitor.say(f"resuming at {run.position} of {run.dir}")
+        if line := start_text(run):
+            monitor.say(line)
         # At each start, with the step that comes next: a start that gets to no checkpoint is forgotten with it.
         monitor.text("about", about(run), run.done_steps + 1)
         monitor.text("config", f"```yaml\n{to_yaml(with_sets_found(run.config))}```", run.done_steps + 1)
