@@ -37,7 +37,8 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.run_dir import CONFIG, Before, is_complete
 from pipeline.words import counted
 
-VERBS = ("status", "logs", "cancel", "resume")
+CHANGING = ("cancel", "resume")  # the verbs that do nothing at all where one of several runs is not found
+VERBS = ("status", "logs", *CHANGING)
 
 
 def main() -> None:
@@ -178,30 +179,34 @@ def look_after(verb: str, arguments: list[str]) -> None:
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="go on as the logs grow")
     options = parser.parse_intermixed_args(arguments)
-    runs = _runs_of(options.runs, verb)
-    if verb == "status":
+    runs, failed = _runs_of(options.runs, verb)
+    if verb == "status" and runs:
         queue = _queue_for(runs)
-        print(to_text([read_status(run, queue) for run in runs]))
-    elif verb == "logs":
+        print(to_text([read_status(run, queue) for run in runs]), flush=True)
+    elif verb == "logs" and not (failed and options.follow):  # which would never come to say it
         show_logs(runs, options.follow)
-    else:
+    elif verb in CHANGING and not failed:
         failed = cancel_all(runs) if verb == "cancel" else resume_all(runs)
-        for failure in failed[:-1]:
-            print(f"error: {failure}", file=sys.stderr)
-        if failed:
-            raise failed[-1]
+    for failure in failed[:-1]:
+        print(f"error: {failure}", file=sys.stderr)
+    if failed:
+        raise failed[-1]
 
 
-def _runs_of(folders: list[str], verb: str) -> list[Path]:
-    """The runs that are meant, each once, whatever names it is given under."""
-    changes = verb in ("cancel", "resume")
-    found: dict[str, Path] = {}
+def _runs_of(folders: list[str], verb: str) -> tuple[list[Path], list[UserError]]:
+    """The runs that are meant, each once, whatever names it is given under; and what is wrong with the other names."""
+    changes = verb in CHANGING
+    found, failed = dict[str, Path](), list[UserError]()
     for folder in folders:
-        runs = runs_below(Path(folder), of_grid=not changes)  # no other run by a slip of the pen
+        try:
+            runs = runs_below(Path(folder), of_grid=not changes)  # no other run by a slip of the pen
+        except UserError as error:
+            failed.append(error)
+            continue
         submitted = [run for run in runs if find_job(run)]  # of a folder the jobs are meant
         for run in (submitted or runs) if changes else runs:
             found.setdefault(os.path.realpath(run), run)
-    return list(found.values())
+    return list(found.values()), failed
 
 
 def show_logs(runs: list[Path], follow: bool) -> None:

@@ -71,7 +71,7 @@ def warnings_of(run: Run, found: Found | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
     config = run.config
     lines = warnings_about(run.train_loader.index, run.val_loader.index, with_sets_found(config).data)
-    lines += [run.assumption] if run.assumption else []
+    lines += run.doubts
     lines += [line] if (line := rising_rate(run)) else []
     lines += [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []
     late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]

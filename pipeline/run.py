@@ -25,7 +25,7 @@ from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
 from pipeline.config import Config
 from pipeline.cuda_graphs import ReplayedNetwork
-from pipeline.data.dataset import fingerprint_of, images_text, open_datasets
+from pipeline.data.dataset import fingerprint_of, has_seen_held_out, images_text, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
@@ -170,7 +170,7 @@ class Run:
         compiles: torch.compile compiles it in a step to come.
         training_network: the same, averaging gradients over the ranks.
         ema: the moving average of its weights, None without ``train.ema_decay``.
-        assumption: what was assumed of how its initial weights' images are prepared, as `weights.assumption` puts it.
+        doubts: what its user should know of its initial weights, a line each.
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
@@ -186,7 +186,7 @@ class Run:
         """
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
         self._begun: list[str] = []
-        self.assumption = ""
+        self.doubts: list[str] = []
         self.microbatches = _split_batch(config, world)
         self._open_data(loader_of(start.checkpoint) if start else None, self.dir / "index" if writes else None)
         set_tf32(config.train.precision)
@@ -405,7 +405,14 @@ class Run:
         load_weights(self.network, state, weights.origin)
         data = self.config.data
         assumed = [name for name in weights.assumed if name in data.from_weights]
-        self.assumption = assumption(weights.origin, self.config, assumed, prefix="--data.")
+        if line := assumption(weights.origin, self.config, assumed, prefix="--data."):
+            self.doubts.append(line)
+        if has_seen_held_out(self.val_loader.index, weights.fingerprint, weights.val_fingerprint):
+            self.doubts.append(
+                f"the weights {weights.origin} have trained on the {self.config.data.holdout:,} images that are held out: the "
+                "validation errors are too low for new images, and say little; validate on other images (data.val), or begin "
+                "with weights of a run with the same data.holdout"
+            )
         taken = [f"{name} {_plain(getattr(data, name))}" for name in data.from_weights if name not in assumed]
         self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier taken from them"]
         self._begun += [f"taken over from their source: {', '.join(taken)}"] if taken else []

@@ -42,6 +42,7 @@ class InitialWeights:
         data: how images were prepared for these weights.
         assumed: fields of `data` that the source does not say; see `weights.assumption`.
         note: as `Weights` has it.
+        fingerprint, val_fingerprint: as `Weights` has them.
     """
 
     origin: str
@@ -54,6 +55,8 @@ class InitialWeights:
     data: DataConfig
     assumed: tuple[str, ...]
     note: str
+    fingerprint: str | None
+    val_fingerprint: str | None
 
     def for_channels(self, channels: int) -> "InitialWeights":
         """These weights for images of `channels` channels."""
@@ -170,7 +173,10 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
         data = for_channels(data, channels)
     head = tuple(f"{module}." for module in classifier_of(network))
     classifier = tuple(name for name in matched if name.startswith(head))
-    return InitialWeights(model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note)
+    seen = (own.fingerprint, own.val_fingerprint) if own else (None, None)
+    return InitialWeights(
+        model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note, *seen
+    )
 
 
 def _sha256(path: Path) -> str:

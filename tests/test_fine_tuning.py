@@ -102,6 +102,27 @@ def test_a_classifier_of_other_classes_is_drawn_anew_though_its_size_is_right(tm
     assert run.config.data.mean == read_weights(shipped).config.data.mean != (0.485, 0.456, 0.406)
 
 
+def test_weights_that_have_trained_on_the_held_out_images_are_warned_of(tmp_path):
+    for split in ("train", "val"):
+        write_class_folders(tmp_path / split, 3, 8, size=(20, 20))
+
+    def config_of(name: str, weights: str | None = None, **data):
+        data = {"dir": str(tmp_path), "loader": "reference", **data}
+        return small_config(tmp_path / name, model={"weights": weights}, data=data, optim={"epochs": 1})
+
+    def doubts(weights: str, **data) -> list[str]:
+        return [line for line in warnings_of(run_of(config_of("next", weights, **data)), None) if "held out" in line]
+
+    trainer.fit(config_of("all"))
+    trainer.fit(config_of("part", holdout=5))
+    (line,) = doubts(str(tmp_path / "all"), holdout=5)
+    assert line.startswith(f"the weights {tmp_path / 'all'} have trained on the 5 images that are held out: ")
+    kept = tmp_path / "all.safetensors"
+    write_safetensors(read_weights(tmp_path / "all"), kept)
+    assert doubts(str(kept), holdout=4)
+    assert not doubts(str(tmp_path / "part"), holdout=5) and not doubts(str(tmp_path / "all"))
+
+
 def test_what_is_assumed_of_weights_is_warned_of_and_not_called_their_sources(source, tmp_path, monkeypatch):
     fields = {"from_weights": ["crop_size", "resize_size", "mean", "std"]}
     config = small_config(tmp_path / "a", model={"weights": str(source)}, data=fields)

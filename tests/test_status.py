@@ -179,6 +179,19 @@ def test_a_grids_base_name_stands_for_its_runs_where_nothing_is_changed(tmp_path
             look_after(verb, [str(tmp_path / "grid")])
 
 
+def test_a_name_without_a_run_hides_no_other_and_changes_none(tmp_path, capsys, monkeypatch):
+    run = run_of_torchrun(tmp_path / "a", f"{BEGIN}{TIME}ended\n")
+    names = [str(tmp_path / "b"), str(run), str(tmp_path / "c")]
+    for verb, row in (("status", f"\n{run} "), ("logs", "log: 2026")):
+        with pytest.raises(UserError, match="c is no run's directory"):
+            look_after(verb, names)
+        said = capsys.readouterr()
+        assert row in said.out and said.err.startswith(f"error: {tmp_path / 'b'} is no run's directory")
+    monkeypatch.setattr("launch.__main__.resume_all", lambda runs: pytest.fail("resumed"))
+    with pytest.raises(UserError, match="c is no run's directory"):
+        look_after("resume", names)
+
+
 def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
     submitted = []
     monkeypatch.setattr("launch.__main__.submit", lambda configs, _: submitted.extend(configs) or [])

@@ -129,7 +129,21 @@ def _validation_folder(config: DataConfig) -> Path | None:
 
 def fingerprint_of(train: DatasetIndex, val: DatasetIndex) -> str:
     """SHA-256 of what the two sets of a run hold; see `DatasetIndex.fingerprint`."""
-    return hashlib.sha256((train.fingerprint + val.fingerprint).encode()).hexdigest()
+    return _of_both(train.fingerprint, val.fingerprint)
+
+
+def has_seen_held_out(held_out: DatasetIndex, fingerprint: str | None, val_fingerprint: str | None) -> bool:
+    """Whether a run, of which both fingerprints are known, trained on the whole set that these images are held out of.
+
+    Args:
+        fingerprint, val_fingerprint: of its images (`fingerprint_of`), and of its validation images alone.
+    """
+    known = held_out.whole and fingerprint and val_fingerprint
+    return bool(known) and _of_both(str(held_out.whole), str(val_fingerprint)) == fingerprint
+
+
+def _of_both(train: str, val: str) -> str:
+    return hashlib.sha256((train + val).encode()).hexdigest()
 
 
 def _open_files(

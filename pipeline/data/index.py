@@ -70,6 +70,7 @@ class DatasetIndex:
         offsets, lengths: (N) int64, the image's bytes, as `Source.open` takes them.
         source: opens the images.
         turned: (N) bool, images that are turned as their EXIF data say when they are read; None: none is.
+        whole: fingerprint of the index that these images were taken from; None: this is no part of another.
     """
 
     names: Sequence[str]
@@ -81,6 +82,7 @@ class DatasetIndex:
     lengths: np.ndarray
     source: Source
     turned: np.ndarray | None = None
+    whole: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.names, Names):
@@ -114,11 +116,12 @@ class DatasetIndex:
     def take(self, rows: np.ndarray) -> "DatasetIndex":
         """Return the index of these rows, (n) int64."""
         digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes())
-        parts = {name: getattr(self, name)[rows] for name in ("labels", "sizes", "offsets", "lengths")}
+        parts: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("labels", "sizes", "offsets", "lengths")}
         assert isinstance(self.names, Names)
         names = self.names.take(rows)
         turned = None if self.turned is None else self.turned[rows]
-        return dataclasses.replace(self, names=names, fingerprint=digest.hexdigest(), turned=turned, **parts)
+        parts |= {"names": names, "turned": turned, "fingerprint": digest.hexdigest(), "whole": self.fingerprint}
+        return dataclasses.replace(self, **parts)
 
     def with_classes(self, classes: tuple[str, ...]) -> "DatasetIndex":
         """Return this index with labels that count in `classes`, of which its own may be a part.
