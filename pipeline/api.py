@@ -12,8 +12,9 @@ from pipeline.autotune import for_evaluation
 from pipeline.config import load_config
 from pipeline.data.dataset import to_evaluate
 from pipeline.data.image_files import pixel_format
-from pipeline.data.index import known_cache, scan_classes, scan_label_table
+from pipeline.data.index_cache import known_cache
 from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.data.scan import scan_classes, scan_label_table
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, check_image_size

@@ -65,9 +65,7 @@ def dry_run(config: Config) -> str:
         next(run.train_loader.batches(epoch=0))
         warnings = [f"warning: {line}" for line in (warnings_of(run, start.checkpoint) if world.is_main else [])]
         past = [line for line in (start_text(run), *run.history.lines()) if line]
-        return "\n".join(
-            [configuration_text(run), run.description(), *past, *warnings, recipe_text(run, in_full=True)]
-        )
+        return "\n".join([configuration_text(run), run.description(), *past, *warnings, recipe_text(run, in_full=True)])
 
 
 class Trainer:

@@ -12,7 +12,7 @@ import tempfile
 import numpy as np
 
 from pipeline.data import shared
-from pipeline.data.index import scan_classes
+from pipeline.data.scan import scan_classes
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import init_distributed
 

@@ -23,9 +23,10 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import DataConfig
 from pipeline.data import loader, sources
 from pipeline.data.image_files import is_image_by_name
-from pipeline.data.index import DatasetIndex, scan_classes, scan_flat
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, ImagePipeline, PipelineOptions, Shard, TrainingLoader
 from pipeline.data.reference import ReferencePipeline
+from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member
 from pipeline.data.verify import verify
 from tools import evaluate
@@ -94,7 +95,7 @@ def test_the_index_is_that_of_the_folders_and_is_cached(stored, image_folders, m
     assert (index.names, index.classes, index.fingerprint) == (folders.names, folders.classes, folders.fingerprint)
     np.testing.assert_array_equal(index.sizes, folders.sizes)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
+        patch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("read a header again"))
         assert scan_classes(stored / "train.sqlite", stored / "cache").fingerprint == folders.fingerprint
     (stored / "labels.txt").write_text("".join(f"{name} {name[:6]}\n" for name in index.names))
     flat = scan_flat(stored / "train.sqlite", stored / "labels.txt", index.classes)

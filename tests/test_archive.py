@@ -13,7 +13,9 @@ from scipy.io import savemat
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
-from pipeline.data.index import cache_beside, scan_classes, scan_flat
+from pipeline.data import scan_group
+from pipeline.data.index_cache import cache_beside
+from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.errors import UserError
 from tools.lab import archives
 
@@ -110,12 +112,12 @@ def test_the_cache_knows_an_archive_until_it_changes(packed, tmp_path, monkeypat
     archive.write_bytes((packed / "train.tar").read_bytes())
     first = scan_classes(archive, cache)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
+        patch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("read a header again"))
         assert_same(scan_classes(archive, cache), first)
     os.utime(archive, ns=(1, 1))
     read = []
-    real = scan_classes.__globals__["_read_header"]
-    monkeypatch.setattr("pipeline.data.index._read_header", lambda *member: read.append(1) or real(*member))
+    real = scan_group._read_header
+    monkeypatch.setattr("pipeline.data.scan_group._read_header", lambda *member: read.append(1) or real(*member))
     assert_same(scan_classes(archive, cache), first)
     assert len(read) == len(first)
 

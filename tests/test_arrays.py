@@ -22,9 +22,9 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import DataConfig
 from pipeline.data.arrays import ArraySource, index_arrays
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import training_plans
+from pipeline.data.scan import scan_classes
 from pipeline.errors import UserError
 from tools import evaluate
 

@@ -18,10 +18,10 @@ from pipeline.config import DataConfig, from_dict
 from pipeline.data.auto_augment import AutoAugment
 from pipeline.data.color import apply_colors
 from pipeline.data.erasing import erase
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import BatchPlan, training_plans
 from pipeline.data.policies import SPACES, Operation, draw_operations
+from pipeline.data.scan import scan_classes
 from pipeline.errors import UserError
 from tools.support.gpu_checks.host import WAITS
 

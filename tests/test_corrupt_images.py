@@ -16,9 +16,9 @@ from pipeline.config import DataConfig
 from pipeline.data import dali, decoding
 from pipeline.data.dali import DaliPipeline
 from pipeline.data.decoding import CorruptImageError
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import epoch_order
+from pipeline.data.scan import scan_classes
 from pipeline.errors import LocalUserError
 
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)

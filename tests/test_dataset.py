@@ -13,7 +13,7 @@ from conftest import photo, small_config, write_class_folders
 from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import images_text, open_datasets
-from pipeline.data.index import scan_classes
+from pipeline.data.scan import scan_classes
 from pipeline.data.splits import find_splits
 from pipeline.errors import UserError
 

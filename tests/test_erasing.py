@@ -16,10 +16,10 @@ from pipeline.config import DataConfig
 from pipeline.data import plan as planning
 from pipeline.data.decoding import CorruptImageError
 from pipeline.data.erasing import erase
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.plan import BatchPlan, training_plans
 from pipeline.data.replacements import collect
+from pipeline.data.scan import scan_classes
 
 SMALL = DataConfig(crop_size=32, resize_size=36)
 BOTH = dataclasses.replace(SMALL, cutout=16, random_erasing=0.7, erasing_fill="noise")

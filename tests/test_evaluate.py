@@ -24,8 +24,8 @@ from pipeline.class_names import imagenet_ids
 from pipeline.config import Config, DataConfig, from_dict, from_stored, load_config
 from pipeline.data import dataset
 from pipeline.data.dataset import fingerprint_of, open_datasets
-from pipeline.data.index import scan_classes, scan_flat
 from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, evaluate

@@ -23,9 +23,9 @@ from pipeline.data import ahead, color, dali, decoding
 from pipeline.data.ahead import on_own_stream, prepare_ahead
 from pipeline.data.color import apply_colors, to_device
 from pipeline.data.dali import CHECKED, UNTREATED, DaliPipeline, Fed
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.plan import training_plans
+from pipeline.data.scan import scan_classes
 from pipeline.errors import is_out_of_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

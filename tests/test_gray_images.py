@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from pipeline import api, trainer
 from pipeline.config import DataConfig
 from pipeline.data.image_files import PixelFormat, pixel_format
-from pipeline.data.index import DatasetIndex, scan_classes
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader
 from pipeline.data.plan import GRAY
+from pipeline.data.scan import scan_classes
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import why_not

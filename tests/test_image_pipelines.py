@@ -11,10 +11,11 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
-from pipeline.data.index import DatasetIndex, scan_classes
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
 from pipeline.data.reference import resize_as_torch7
+from pipeline.data.scan import scan_classes
 from pipeline.errors import LocalUserError
 
 CPU = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=2)

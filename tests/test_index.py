@@ -5,7 +5,7 @@ import pytest
 from conftest import photo, write_class_folders
 from PIL import Image
 
-from pipeline.data.index import scan_classes, scan_flat
+from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.errors import UserError
 from tools.index import main
 

@@ -12,7 +12,7 @@ from torchvision_sets import write_fashion_mnist
 from pipeline.api import fit
 from pipeline.config import DataConfig, from_dict, load_config
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import scan_classes
+from pipeline.data.scan import scan_classes
 from tools.lab import ablation, archives, fine_tuning, index_scale, several_labels
 from tools.support.significance import paired_interval
 

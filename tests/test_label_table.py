@@ -12,8 +12,8 @@ from labelled_images import COLOURS, write_labelled_images
 from pipeline.audit import audit, differences
 from pipeline.config import DataConfig, load_config
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import scan_label_table
 from pipeline.data.label_table import match_files, read_label_table
+from pipeline.data.scan import scan_label_table
 from pipeline.errors import UserError
 from pipeline.metrics import LabelScore
 from pipeline.ranking import NOT_DEFINED, MeanRanking

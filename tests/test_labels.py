@@ -3,8 +3,8 @@
 import pytest
 from conftest import photo
 
-from pipeline.data.index import scan_flat
 from pipeline.data.labels import find_classes, read_labels
+from pipeline.data.scan import scan_flat
 from pipeline.errors import UserError
 
 NAMES = ["val_0.jpg", "val_1.jpg", "val_10.jpg", "val_2.jpg"]  # as they are sorted

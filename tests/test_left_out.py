@@ -21,9 +21,9 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes
 from pipeline.data.sources import open_source
 from pipeline.data.verify import verify
 from pipeline.errors import UserError

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import small_config, write_class_folders
 
 from pipeline.config import DataConfig, from_dict
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import Batch, Shard, TrainingLoader
 from pipeline.data.mixing import Partners, draw_pairs, mix
+from pipeline.data.scan import scan_classes
 from pipeline.data.synthetic import synthetic_index
 from pipeline.distributed import World
 from pipeline.errors import UserError

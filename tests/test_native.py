@@ -22,7 +22,7 @@ from pipeline.data import native
 from pipeline.data.color import apply_colors
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
-from pipeline.data.index import DatasetIndex, scan_classes
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import (
     EvaluationLoader,
     Shard,
@@ -33,6 +33,7 @@ from pipeline.data.loader import (
 )
 from pipeline.data.plan import BatchPlan, evaluation_plans
 from pipeline.data.reference import resize_as_torch7
+from pipeline.data.scan import scan_classes
 from pipeline.errors import UserError
 from pipeline.run import Run
 from pipeline.start import find_start

@@ -17,9 +17,10 @@ from pipeline.config import DataConfig
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
-from pipeline.data.index import DatasetIndex, scan_classes
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
+from pipeline.data.scan import scan_classes
 from pipeline.data.sources import open_source
 from pipeline.data.verify import verify
 from pipeline.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_zip_archive import zip_folder
 
-from pipeline.data.index import scan_classes
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes
 from tools import pack
 
 
@@ -31,7 +31,7 @@ def test_shards_hold_the_same_images_in_the_same_order(image_folders, tmp_path, 
     assert files == [f"train-{i:06d}.tar" for i in range(len(files))] and len(files) > 2
     pattern = f"train-{{000000..{len(files) - 1:06d}}}.tar"
     assert f"--data.train {pattern}" in capsys.readouterr().out
-    monkeypatch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("the shards have an index"))
+    monkeypatch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("the shards have an index"))
     shards = scan_classes(tmp_path / "out" / pattern, tmp_path / "out" / f".{pattern}.index.jsonl")
     assert shards.classes == folders.classes
     for field in ("labels", "sizes", "lengths"):

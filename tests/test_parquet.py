@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import scan_classes, scan_label_table
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes, scan_label_table
 from pipeline.errors import UserError
 
 needs_pyarrow = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def test_parquet_files_are_indexed_and_read_as_the_folders(image_folders, tmp_pa
     again = pickle.loads(pickle.dumps(index))
     for i in np.random.default_rng(0).permutation(len(folders)).tolist():
         assert Reader(again).read(i).tobytes() == Reader(folders).read(i).tobytes()
-    monkeypatch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
+    monkeypatch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("read a header again"))
     assert scan_classes(tmp_path / "data", tmp_path / "cache").labels.tolist() == index.labels.tolist()
 
 

@@ -14,8 +14,9 @@ import pytest
 from conftest import PATIENCE, REPOSITORY, write_class_folders
 from PIL import Image
 
-from pipeline.data.index import DatasetIndex, scan_classes
+from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes
 from pipeline.data.source import Source
 from pipeline.errors import LocalUserError
 
@@ -101,7 +102,7 @@ def test_a_limit_on_memory_is_one_line(tmp_path):
     script = f"""
 import resource, torch
 from pipeline.config import DataConfig
-from pipeline.data.index import scan_classes
+from pipeline.data.scan import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.errors import exit_on_user_error
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.index import DatasetIndex, scan_classes
+from pipeline.data.index import DatasetIndex
+from pipeline.data.scan import scan_classes
 from pipeline.evaluation import Evaluation
 from pipeline.metrics import Score
 from tools.support.calibration import BINS, calibration

@@ -20,8 +20,8 @@ from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import api, trainer
 from pipeline.config import DataConfig
-from pipeline.data.index import scan_label_table
 from pipeline.data.loader import Batch, EvaluationLoader, Shard
+from pipeline.data.scan import scan_label_table
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import _average

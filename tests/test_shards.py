@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import scan_classes, scan_flat
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.data.shards import ShardSource
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
@@ -58,7 +58,7 @@ def test_shards_are_indexed_and_read_as_the_folders(image_folders, tmp_path, lab
         np.testing.assert_array_equal(getattr(index, field), getattr(folders, field))
     assert index.location(0) == f"train-000000.tar/class0_image0000.jpg in {pattern}"
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
+        patch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("read a header again"))
         patch.setattr(ShardSource, "_list", lambda *_: pytest.fail("listed a shard again"))
         assert scan_classes(pattern, tmp_path / "cache").fingerprint == index.fingerprint
     again = pickle.loads(pickle.dumps(index))

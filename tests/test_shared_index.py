@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_module
 
-from pipeline.data.index import scan_classes
 from pipeline.data.names import AT_ONCE, Names
+from pipeline.data.scan import scan_classes
 
 
 def test_names_are_those_of_a_tuple():

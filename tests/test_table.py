@@ -13,7 +13,7 @@ from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, to_evaluate
 from pipeline.data.image_files import COLORS
-from pipeline.data.index import scan_classes
+from pipeline.data.scan import scan_classes
 from pipeline.data.sources import open_source
 from pipeline.data.table import Columns, TableSource, is_table, read_table
 from pipeline.data.verify import verify
@@ -69,7 +69,7 @@ def test_the_cache_knows_the_images_until_a_label_changes(images, image_folders,
     table, cache = write_table(images / "train.csv", ("file", "label"), *rows), images / "cache"
     first = scan_classes(table, cache)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
+        patch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("read a header again"))
         assert scan_classes(table, cache).fingerprint == first.fingerprint
     write_table(table, ("file", "label"), (rows[0][0], "class2"), *rows[1:])
     changed = scan_classes(table, cache)

@@ -10,9 +10,9 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from pipeline import compilation, trainer
 from pipeline.config import DataConfig, from_dict
-from pipeline.data.index import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import repeat, sample_order, training_plans
+from pipeline.data.scan import scan_classes
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.report import warnings_of

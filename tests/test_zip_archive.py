@@ -12,8 +12,9 @@ from test_archive import assert_same
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
-from pipeline.data.index import cache_beside, scan_classes, scan_flat
+from pipeline.data.index_cache import cache_beside
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.data.verify import verify
 from pipeline.data.zip_archive import ZipSource
 from pipeline.errors import UserError
@@ -42,7 +43,7 @@ def test_a_zip_file_is_indexed_and_read_as_its_folders(image_folders, tmp_path, 
     index = scan_classes(file, tmp_path / "cache")
     assert_same(index, folders)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.index._read_header", lambda *_: pytest.fail("read a header again"))
+        patch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("read a header again"))
         assert_same(scan_classes(file, tmp_path / "cache"), folders)
     again = pickle.loads(pickle.dumps(index))
     content = file.read_bytes()

@@ -22,7 +22,9 @@ from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, source_of
 from pipeline.data.image_files import PixelFormat, pixel_format
-from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat
+from pipeline.data.index import DatasetIndex
+from pipeline.data.index_cache import cache_beside
+from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
 from pipeline.data.splits import find_splits

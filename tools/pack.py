@@ -19,8 +19,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.data.index import DatasetIndex, cache_beside, known_cache, scan_classes
+from pipeline.data.index import DatasetIndex
+from pipeline.data.index_cache import cache_beside, known_cache
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.words import counted
 

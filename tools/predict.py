@@ -38,8 +38,8 @@ from pipeline.data.image_files import (
     refused_depth,
 )
 from pipeline.data.index import DatasetIndex
-from pipeline.data.index import find_images as find_images_in
 from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.data.scan import find_images as find_images_in
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import check_image_size

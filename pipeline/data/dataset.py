@@ -15,9 +15,11 @@ from pipeline.config import DataConfig
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arrays
 from pipeline.data.checks import untaught_rows
 from pipeline.data.image_files import pixel_format
-from pipeline.data.index import DatasetIndex, cache_beside, scan_classes, scan_flat, scan_label_table
+from pipeline.data.index import DatasetIndex
+from pipeline.data.index_cache import cache_beside
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
+from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
 from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
 from pipeline.data.splits import Split, find_splits, find_validation, splits_found

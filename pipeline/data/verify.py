@@ -25,8 +25,8 @@ from pipeline.data.image_files import (
     refused_depth,
     unreadable,
 )
-from pipeline.data.index import images_of
 from pipeline.data.reader import read_all
+from pipeline.data.scan_group import images_of
 from pipeline.data.source import FileSource, Group, ImageIssue, Member
 from pipeline.machine import available_cores
 

@@ -24,10 +24,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.index import DatasetIndex, scan_classes
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.plan import epoch_order
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import init_distributed
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer

@@ -30,7 +30,8 @@ from pipeline.config import DataConfig, Interpolation, load_config
 from pipeline.data.color import apply_colors
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import decode
-from pipeline.data.index import DatasetIndex, cache_beside, scan_classes
+from pipeline.data.index import DatasetIndex
+from pipeline.data.index_cache import cache_beside
 from pipeline.data.loader import (
     ColoringPipeline,
     EvaluationLoader,
@@ -43,6 +44,7 @@ from pipeline.data.loader import (
 from pipeline.data.native import DECODE, READ, NativePipeline
 from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.lab.loader_report import (

@@ -10,7 +10,9 @@ from pipeline.config import DataConfig
 from pipeline.data.checks import same_images
 from pipeline.data.dataset import DATASETS, known_training_images, to_evaluate
 from pipeline.data.image_files import pixel_format
-from pipeline.data.index import DatasetIndex, known_cache, scan_classes, scan_flat, scan_label_table
+from pipeline.data.index import DatasetIndex
+from pipeline.data.index_cache import known_cache
+from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
 from pipeline.data.splits import find_splits, find_validation
 from pipeline.data.table import PARQUET, SUFFIXES, TableSource
 from pipeline.errors import UserError

@@ -19,7 +19,7 @@ def photos(folder: Path, count: int, seed: int = 1) -> Any:
     import numpy as np
     from PIL import Image
 
-    from pipeline.data.index import scan_classes
+    from pipeline.data.scan import scan_classes
 
     generator = np.random.default_rng(seed)
     for i in range(count):
@@ -35,7 +35,7 @@ def odd_photos(folder: Path) -> Any:
     import numpy as np
     from PIL import Image
 
-    from pipeline.data.index import scan_classes
+    from pipeline.data.scan import scan_classes
 
     generator = np.random.default_rng(2)
     pictures = (
