@@ -69,7 +69,8 @@ class Status:
     """One run, as `status` shows it: `epoch` of `epochs` and `step` steps are done; times in seconds.
 
     There is no job if something else than python -m launch has started the run, as torchrun; `epochs` is None before the
-    configuration is known. `validations` has what the run has recorded.
+    configuration is known. `validations` has what the run has recorded, `validated_on` the fingerprint of the images, None
+    where the run has saved none.
     """
 
     run_dir: Path
@@ -81,6 +82,7 @@ class Status:
     epochs: int | None
     step: int
     validations: dict[Measure, Validations]
+    validated_on: str | None
     images_per_second: float | None
     remaining: float | None
     reason: str
@@ -147,6 +149,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         # Steps are recorded every few; an interruption leaves its checkpoint in between.
         step=max(records[-1]["step"] if records else 0, progress.get("done_steps", 0)),
         validations={m: _validations(validated, m) for m in (ERROR, AUROC) if any(m.key in r for r in validated)},
+        validated_on=progress.get("validation_images"),
         images_per_second=statistics.median(speeds) if speeds else None,
         remaining=0.0 if state == "done" else remaining[-1] if remaining else None,
         reason=reason,
@@ -190,6 +193,13 @@ def to_text(statuses: list[Status]) -> str:
             lines.append(f"{status.run_dir}: {status.reason}")
         if status.state == "stopped" and status.job:
             lines += [f"    {line}" for line in last_words(status.job)]
+    sets: dict[str, list[str]] = {}
+    for status in statuses:
+        if status.validations and status.validated_on:
+            sets.setdefault(status.validated_on, []).append(str(status.run_dir))
+    if len(sets) > 1:
+        groups = " | ".join(", ".join(runs) for runs in sets.values())
+        lines.append(f"not all are validated on the same images, and errors compare within a group only: {groups}")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from launch.local import Controller
 from launch.records import Job, add_event, config_file, write_job, write_submission
 from launch.status import logs_of, read_status, runs_below, to_text
 from launch.turns import has_turn, take_turn
+from pipeline import trainer
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
 from pipeline.run_dir import locked
@@ -85,6 +86,18 @@ def test_errors_say_whose_they_are_and_the_speed_is_that_of_the_last_lines(tmp_p
     assert shown(12) == ["44.00", "43.33 (2)", "-", "0.9000 (4)", "100.0"]
     records = records[:4]
     assert shown(4)[-1] == "21.5"  # of an even number the mean of the two in the middle
+
+
+@pytest.mark.slow
+def test_errors_of_different_images_are_told_apart(tmp_path):
+    """By what the runs themselves have saved."""
+    small = {"epochs": 1}
+    for name, images in (("a", 12), ("b", 16), ("c", 12)):
+        trainer.fit(small_config(tmp_path / name, data={"synthetic_images": 4 * images}, optim=small))
+    a, b, c = (read_status(tmp_path / name, {}) for name in "abc")
+    assert "same images" not in to_text([a, c])
+    *_, line = to_text([a, b, c]).splitlines()
+    assert line.endswith(f", and errors compare within a group only: {a.run_dir}, {c.run_dir} | {b.run_dir}")
 
 
 def test_the_last_minute_is_not_told_to_the_second(tmp_path):

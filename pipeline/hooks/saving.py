@@ -84,6 +84,7 @@ class Saving(Hook):
             "step": progress.step,
             "done_steps": run.done_steps,
             "complete": run.is_complete,
+            "validation_images": run.conditions.val_fingerprint,
         }
 
     def _leave(self, run: Run, asked: int) -> None:
