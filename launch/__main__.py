@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,9 +22,10 @@ from typing import Any
 
 from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.description import describe, processes
+from launch.log import lock_of
 from launch.names import refuse_unknown_names
 from launch.records import Job, add_event, find_job, read_events, read_job
-from launch.status import ENDED, Queue, logs_of, read_status, runs_below, slurm_queue, to_text
+from launch.status import ENDED, Queue, is_alive, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import refuse_impossible, script, submit
 from pipeline.config import (
     SCHEMA,
@@ -115,17 +117,21 @@ def read_config(
     suffix = "".join(f"-{key.rpartition('.')[2]}{_in_a_file_name(value)}" for key, value in values)
     run_dir = os.path.abspath(f"{folder}{suffix}")  # before the rest: what is changed in a run follows from what it was
     fields = overrides | grid | {"run_dir": run_dir}
-    config = load_config(file, fields, shared=overrides.keys() - grid.keys())
-    data = dataclasses.replace(config.data, dir=os.path.abspath(config.data.dir))
-    model, weights = config.model, config.model.weights
-    if weights and not weights.startswith("timm:"):
-        model = dataclasses.replace(model, weights=os.path.abspath(weights))
-    on_gpus = gpus and config.train.device == "auto"
-    train = dataclasses.replace(config.train, device="cuda") if on_gpus else config.train
-    optim, class_weights = config.optim, config.optim.class_weights
-    if class_weights and class_weights != "balanced":
-        optim = dataclasses.replace(optim, class_weights=os.path.abspath(class_weights))
-    return dataclasses.replace(config, model=model, data=data, optim=optim, train=train)
+    config = with_absolute_paths(load_config(file, fields, shared=overrides.keys() - grid.keys()))
+    if not gpus or config.train.device != "auto":
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda"))
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration for a process that begins in another folder."""
+    data, model, optim = config.data, config.model, config.optim
+    data = dataclasses.replace(data, dir=os.path.abspath(data.dir))
+    if model.weights and not model.weights.startswith("timm:"):
+        model = dataclasses.replace(model, weights=os.path.abspath(model.weights))
+    if optim.class_weights and optim.class_weights != "balanced":
+        optim = dataclasses.replace(optim, class_weights=os.path.abspath(optim.class_weights))
+    return dataclasses.replace(config, model=model, data=data, optim=optim)
 
 
 def grid_values(word: str) -> list[tuple[str, str]]:
@@ -232,10 +238,20 @@ def cancel(run: Path) -> None:
     job = read_job(run)
     if job.kind == "local" and job.host != socket.gethostname():
         raise UserError(f"{run} runs in processes of {job.host}: cancel it there")
+    if job.kind == "slurm" and shutil.which("scancel") is None:
+        raise UserError(
+            f"{run} is SLURM's job {job.id}, and there is no SLURM on this machine: cancel it where there is"
+        )
     status = read_status(run, _queue_for([run]))
     if status.state in ENDED:
         print(f"{run}: has ended already ({status.state})")
         return
+    if job.kind == "local" and not is_alive(job, run):
+        process, _ = lock_of(run)
+        raise UserError(
+            f"{run} is trained by process {process}, and the controller of its job has gone: kill {process} ends it with a "
+            "checkpoint"
+        )
     add_event(run, "cancel", job=job.id)
     if job.kind == "slurm":
         # A signal of ours lets the ranks save for as long as that takes; scancel's own kills after the site's KillWait.
@@ -265,21 +281,22 @@ def cancel_all(runs: list[Path]) -> list[UserError]:
 
 
 def resume_all(runs: list[Path]) -> list[UserError]:
-    """Submit runs again that are not complete, as they were submitted before; those of this machine together, to take turns."""
-    failed, here, elsewhere = [], list[tuple[Config, Cluster]](), list[tuple[Config, Cluster]]()
+    """Submit runs again that are not complete, as they were submitted before; together those that take turns (--parallel)."""
+    failed, groups = list[UserError](), list[tuple[Cluster, list[Config]]]()
     for run in runs:
         try:
             config, cluster = as_submitted(run)
             if _is_said_to_be_complete(run, config):
                 continue
-            (here if cluster.kind == "local" else elsewhere).append((config, cluster))
+            together = cluster.kind == "local" or cluster.parallel
+            alike = next((configs for other, configs in groups if together and other == cluster), None)
+            if alike is None:
+                groups.append((cluster, [config]))
+            else:
+                alike.append(config)
         except UserError as error:
             failed.append(error)
-    alike = [[config for config, other in here if other == cluster] for _, cluster in here]
-    groups = [
-        (configs, cluster) for configs, (config, cluster) in zip(alike, here, strict=True) if config is configs[0]
-    ]
-    for configs, cluster in [*groups, *(([config], cluster) for config, cluster in elsewhere)]:
+    for cluster, configs in groups:
         try:
             report(configs, submit(configs, cluster), cluster)
         except UserError as error:
@@ -300,7 +317,8 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     # What the training accepted; what was submitted last, it may have refused.
     accepted = run / CONFIG
     config = load_stored_config(accepted if accepted.exists() else run / "submitted.yaml")
-    return config, Cluster(**asked["cluster"])
+    config = dataclasses.replace(config, run_dir=os.path.abspath(run))  # which may have been moved
+    return with_absolute_paths(config), Cluster(**asked["cluster"])
 
 
 def _is_said_to_be_complete(run: Path, config: Config) -> bool:
@@ -327,16 +345,19 @@ def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:
 
 def _queue_for(runs: list[Path]) -> Queue:
     """SLURM's queue, if one of the runs is SLURM's."""
-    return slurm_queue() if any(job.kind == "slurm" for run in runs if (job := find_job(run))) else {}
+    return slurm_queue() if any(job.kind == "slurm" for run in runs if (job := find_job(run))) else None
 
 
 def _refuse_if_running(run: Path) -> None:
-    if (run / "job.json").exists() and (run / "submitted.yaml").exists():
-        status = read_status(run, _queue_for([run]))
-        if status.state not in ENDED:
-            raise UserError(
-                f"{run} is the run of job {read_job(run).id}, which is {status.state}: cancel it, or set --run_dir"
-            )
+    status = read_status(run, _queue_for([run]))
+    if status.state in ENDED:
+        return
+    if status.job:
+        raise UserError(
+            f"{run} is the run of job {status.job.id}, which is {status.state}: cancel it, or set --run_dir"
+        )
+    process, host = lock_of(run)
+    raise UserError(f"{run} is trained by process {process} on {host}: wait for its end, or set --run_dir")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,17 @@ def state_by_log(run_dir: Path) -> tuple[str, str, str]:
     if end:
         kind, _, why = end.partition(": ")
         return ("stopped" if kind == "error" else "interrupted"), "", why
-    host, silent = _lock(run_dir)[1], _silent_seconds(run_dir)
-    if host not in ("", socket.gethostname()) and silent < SIGN_OF_LIFE:
-        return "running", host, f"seen from here by its files alone, last written {duration(silent)} ago"
-    return "gone", "", "its process ended without a word, as a killed one does; start the same command again to go on"
+    return seen_elsewhere(run_dir) or (
+        "gone", "", "its process ended without a word, as a killed one does; start the same command again to go on",
+    )  # fmt: skip
+
+
+def seen_elsewhere(run_dir: Path) -> tuple[str, str, str] | None:
+    """State, nodes and reason of a run that another machine seems to train, by what it writes; None if none does."""
+    host, silent = lock_of(run_dir)[1], _silent_seconds(run_dir)
+    if host in ("", socket.gethostname()) or silent >= SIGN_OF_LIFE:
+        return None
+    return "running", host, f"seen from here by its files alone, last written {duration(silent)} ago"
 
 
 def attempts_in_log(run_dir: Path) -> list[list[str]]:
@@ -49,7 +56,7 @@ def _end_in(line: str) -> str:
     return text if text != line and text.startswith(ENDED) else ""
 
 
-def _lock(run_dir: Path) -> tuple[int, str]:
+def lock_of(run_dir: Path) -> tuple[int, str]:
     """Process and host that a run's lock names; 0 and nothing if it does not."""
     with suppress(OSError):
         if found := re.fullmatch(r"process (\d+) on (\S+)", (run_dir / "lock").read_text().strip()):
@@ -59,7 +66,7 @@ def _lock(run_dir: Path) -> tuple[int, str]:
 
 def is_held_here(run_dir: Path) -> bool:
     """Whether a process of this machine trains in a run's directory now."""
-    pid, host = _lock(run_dir)
+    pid, host = lock_of(run_dir)
     return host == socket.gethostname() and _has_open(pid, run_dir / "lock")
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.log import attempts_in_log, exists, is_held_here, state_by_log
+from launch.log import attempts_in_log, exists, is_held_here, seen_elsewhere, state_by_log
 from launch.records import Job, find_job, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
 from pipeline.run_dir import CONFIG, LOG, RECORDS, epochs_done, is_complete, read_progress, read_records
 
-Queue = dict[str, tuple[str, str, str]]  # state, nodes and reason of SLURM's jobs, by id
+# State, nodes and reason of this user's jobs in SLURM's queue, by id; None where there is no SLURM to ask.
+Queue = dict[str, tuple[str, str, str]] | None
 
 LOG_LINES = 5
 ENDED = ("done", "stopped", "interrupted", "cancelled", "gone")
@@ -89,15 +90,18 @@ class Status:
 
 
 def runs_below(folder: Path, of_grid: bool = False) -> list[Path]:
-    """The runs in a folder, or the folder itself if it is a run.
+    """The runs in a folder, or the folder itself if it is a run. Folders that may not be entered are passed over.
 
     Args:
         of_grid: the base name of a grid stands for its runs, which are FOLDER-FIELDVALUE.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the folder cannot be read.
     """
-    below = sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        below = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
     found = [folder] if _is_run(folder) else [path for path in below if _is_run(path)]
     named = sorted(path for path in folder.parent.glob(f"{glob.escape(folder.name)}-*") if _is_run(path))
     if not found and of_grid:
@@ -112,19 +116,20 @@ def runs_below(folder: Path, of_grid: bool = False) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("job.json", LOG, RECORDS))
+    return any(os.path.exists(folder / name) for name in ("job.json", LOG, RECORDS))
 
 
 def read_status(run_dir: Path, queue: Queue) -> Status:
     """Put together what is known of a run.
 
     Args:
-        queue: state, nodes and reason of SLURM's jobs; see `slurm_queue`.
+        queue: see `slurm_queue`.
     """
     job, records, progress = find_job(run_dir), read_records(run_dir), read_progress(run_dir)
     # What was submitted last, the training may have refused.
-    accepted = _config_in(run_dir / CONFIG)
-    config = _config_in(run_dir / "submitted.yaml") or accepted
+    accepted, trouble = _config_in(run_dir / CONFIG)
+    submitted, other_trouble = _config_in(run_dir / "submitted.yaml")
+    config = submitted or accepted
     events = read_events(run_dir) if job else []
     attempts = [event for event in events if event["event"] == "start"]
     state, nodes, reason = _state_of_job(run_dir, job, events, queue) if job else state_by_log(run_dir)
@@ -152,7 +157,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         validated_on=progress.get("validation_images"),
         images_per_second=statistics.median(speeds) if speeds else None,
         remaining=0.0 if state == "done" else remaining[-1] if remaining else None,
-        reason=reason,
+        reason=reason or trouble or other_trouble,
     )
 
 
@@ -164,14 +169,18 @@ def _validations(records: list[dict[str, Any]], measure: Measure) -> Validations
     return Validations(values[-1][0], min(known, key=lambda pair: sign * pair[0], default=None))
 
 
-def _config_in(file: Path) -> Config | None:
-    return load_stored_config(file) if file.exists() else None
+def _config_in(file: Path) -> tuple[Config | None, str]:
+    """The configuration, if there is one, and why it cannot be read, as one of a later version."""
+    try:
+        return (load_stored_config(file) if file.exists() else None), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def slurm_queue() -> Queue:
-    """State, nodes and reason of this user's jobs in SLURM's queue, by job id; empty where there is no SLURM."""
+    """Ask SLURM."""
     if shutil.which("squeue") is None:
-        return {}
+        return None
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%N|%r", "--states=all"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -264,19 +273,34 @@ def _state_of_job(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: 
     last = events[-1] if events else {}
     ended = last.get("event") == "end"
     why = f"{last['why']}{last['message'] and ': ' + last['message'].splitlines()[-1]}" if ended else ""
-    if job.kind == "slurm" and job.id in queue and queue[job.id][0] not in FINAL_STATES:
-        state, nodes, reason = queue[job.id]
+    state, nodes, reason = (queue or {}).get(job.id, ("", "", "")) if job.kind == "slurm" else ("", "", "")
+    if state and state not in FINAL_STATES:
         return state.lower(), nodes, reason if state == "PENDING" else ""
     if ended and last["what"] in ("done", "stopped"):
         return last["what"], "", "" if last["what"] == "done" else why
-    if any(event["event"] == "cancel" and event["job"] == job.id for event in events):
+    if state == "CANCELLED" or any(event["event"] == "cancel" and event["job"] == job.id for event in events):
         return "cancelled", "", ""
-    if job.kind == "local" and job.host == socket.gethostname() and _alive(int(job.id), run_dir):
-        waits = last.get("event") == "submit"
+    waits = last.get("event") == "submit"
+    if is_alive(job, run_dir):
         return ("pending", "", "waits for the runs submitted before it (--parallel)") if waits else ("running", "", "")
-    if last.get("event") == "submit":
-        return "submitted", "", ""
+    if not _is_known_here(job, run_dir, queue):
+        if waits:
+            return "submitted", "", ""
+        if seen := seen_elsewhere(run_dir):
+            return seen
     return "gone", "", "the job ended without a word; python -m launch resume RUN goes on"
+
+
+def _is_known_here(job: Job, run_dir: Path, queue: Queue) -> bool:
+    """Whether a job that there is would be known: it is of this machine, or in the queue as this user's."""
+    if job.kind == "local":
+        return job.host == socket.gethostname()
+    return queue is not None and (run_dir / "job.json").stat().st_uid == os.getuid()
+
+
+def is_alive(job: Job, run_dir: Path) -> bool:
+    """Whether a local job's controller runs on this machine."""
+    return job.kind == "local" and job.host == socket.gethostname() and _alive(int(job.id), run_dir)
 
 
 def _alive(pid: int, run_dir: Path) -> bool:

@@ -1,6 +1,7 @@
 """What `launch status` and `launch logs` tell of runs, whoever has started them, and whose turn it is on this machine."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -203,6 +204,98 @@ def test_a_name_without_a_run_hides_no_other_and_changes_none(tmp_path, capsys, 
     monkeypatch.setattr("launch.__main__.resume_all", lambda runs: pytest.fail("resumed"))
     with pytest.raises(UserError, match="c is no run's directory"):
         look_after("resume", names)
+
+
+def submitted(run: Path, kind: str = "local", host: str | None = None, cluster: Cluster | None = None, **job) -> Path:
+    """A run that was submitted, and of which nothing more is known."""
+    run.mkdir(parents=True, exist_ok=True)
+    host = os.uname().nodename if host is None else host
+    write_job(
+        run, Job(**{"id": str(os.getpid()), "kind": kind, "host": host, "folder": "", "ranks": 1, "failures": 3} | job)
+    )
+    (run / "submitted.yaml").write_text(to_yaml(small_config(run)))
+    add_event(
+        run, "submit", job=job.get("id", str(os.getpid())), cluster=dataclasses.asdict(cluster or Cluster(kind=kind))
+    )
+    return run
+
+
+def test_a_job_that_waited_and_has_gone_is_not_waited_for_nor_another_process_signalled(tmp_path, capsys, monkeypatch):
+    """As after a reboot, when its number may be another process's: here that of the tests."""
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("signalled"))
+    run = submitted(tmp_path / "a")
+    assert read_status(run, None).state == "gone"
+    look_after("cancel", [str(run)])
+    assert "has ended already (gone)" in capsys.readouterr().out
+    with (
+        locked(run),
+        pytest.raises(UserError, match=rf"the controller of its job has gone: kill {os.getpid()} ends it"),
+    ):
+        look_after("cancel", [str(run)])  # trained by hand
+
+
+def test_a_job_that_cannot_be_seen_from_here_is_not_called_gone(tmp_path, monkeypatch):
+    run, slurms = submitted(tmp_path / "a", host="elsewhere"), submitted(tmp_path / "b", kind="slurm", id="7")
+    states = [(read_status(run, None).state), *(read_status(slurms, queue).state for queue in (None, {}))]
+    assert states == ["submitted", "submitted", "gone"]
+    assert read_status(slurms, {"7": ("CANCELLED", "", "")}).state == "cancelled"
+    for trained in (run, slurms):
+        add_event(trained, "start", start="7.0", job="7", machines="elsewhere")
+        (trained / "lock").write_text("process 1 on elsewhere\n")
+        (trained / "log.txt").write_text(BEGIN)
+        status = read_status(trained, None)
+        assert (status.state, status.nodes) == ("running", "elsewhere") and "by its files alone" in status.reason
+        with pytest.raises(UserError, match="which is running: cancel it"):
+            look_after("resume", [str(trained)])
+    assert read_status(slurms, {}).state == "gone"  # the queue would know it
+    monkeypatch.setattr(os, "getuid", lambda: 4711)  # but not of another user
+    assert read_status(slurms, {}).state == "running"
+    with pytest.raises(UserError, match="no SLURM on this machine: cancel it where there is"):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        look_after("cancel", [str(slurms)])
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is_and_turns_are_kept(tmp_path, monkeypatch):
+    groups = []
+    monkeypatch.setattr("launch.__main__.submit", lambda configs, _: groups.append(configs) or [])
+    monkeypatch.setattr("launch.__main__.report", lambda *_: None)
+    monkeypatch.setattr("launch.__main__.slurm_queue", lambda: {})
+    for name, parallel in (("a", 2), ("b", 2), ("c", None)):
+        submitted(tmp_path / "before" / name, kind="slurm", id=name, cluster=Cluster(parallel=parallel))
+    (tmp_path / "before").rename(tmp_path / "now")
+    look_after("resume", [str(tmp_path / "now")])
+    assert [[config.run_dir for config in configs] for configs in groups] == [
+        [str(tmp_path / "now" / "a"), str(tmp_path / "now" / "b")],
+        [str(tmp_path / "now" / "c")],
+    ]
+
+
+def test_what_cannot_be_read_of_one_run_hides_no_other(tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        run_of_torchrun(tmp_path / name, f"{BEGIN}{TIME}ended\n")
+    (tmp_path / "a" / "config.yaml").write_text("model: {colour: red}\n")  # of a later version
+    (tmp_path / "lost+found").mkdir()
+    real = os.stat
+
+    def refusing(path, *arguments, **options):
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(tmp_path / "lost+found" / "")):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    look_after("status", [str(tmp_path)])
+    _, a, b, reason = capsys.readouterr().out.splitlines()
+    assert a.split()[2] == b.split()[2] == "done" and reason.startswith(f"{tmp_path / 'a'}: ") and "colour" in reason
+
+
+def test_a_directory_where_something_trains_takes_no_job(tmp_path):
+    run = run_of_torchrun(tmp_path / "a", BEGIN)
+    words = ["configs/demo.yaml", "--cluster", "local", "--run_dir", str(run), "--data.loader", "synthetic"]
+    with (
+        locked(run),
+        pytest.raises(UserError, match=rf"a is trained by process {os.getpid()} on \S+: wait for its end"),
+    ):
+        start([*words, "--data.dataset", "images"])
 
 
 def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
