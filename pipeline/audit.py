@@ -396,16 +396,23 @@ def is_papers_data(config: Config, classes: int, images: tuple[int, int] | None 
         return data.dataset == setting.data["dataset"]
     if images is None:
         return setting in ON_IMAGENET or data.mean == setting.data["mean"]
-    return images == setting.images or (data.holdout > 0 and sum(images) == setting.images[0])
+    return _are_as_many(data, images, setting.images)
+
+
+def _are_as_many(data: DataConfig, images: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether a run has as many training and validation images, or holds the latter out of as many training images."""
+    return images == others or (data.holdout > 0 and sum(images) == others[0])
 
 
 def published_errors_hold(config: Config, classes: int, images: tuple[int, int] | None = None) -> bool:
-    """Whether the errors that a configuration quotes may stand beside the run's: the paper's on ImageNet only if the images
-    are ImageNet's and are prepared for evaluation as there.
+    """Whether the errors that a configuration quotes may stand beside the run's: where it names numbers of images, only if
+    the run has as many; the paper's on ImageNet only if the images are ImageNet's and are prepared for evaluation as there.
 
     Args: see `is_papers_data`.
     """
     data, paper = config.data, IMAGENET.data
+    if config.published.images and not (images and _are_as_many(data, images, config.published.images)):
+        return False
     if data.dataset != "images" or config.published.top1 != TOP1_ON_IMAGENET.get(config.model.name):
         return True
     same = data.interpolation == INTERPOLATION and all(

@@ -497,6 +497,8 @@ class PublishedConfig:
     """Where the figures are from."""
     recipe: str | None = None
     """The recipe that the configuration follows, one of pipeline/recipes.py; tools.audit --recipe compares with it."""
+    images: tuple[Positive, ...] = ()
+    """Numbers of training and validation images that they are of: they stand beside no others. None: beside any."""
     top1: Number | None = None
     """Single-crop top-1 error."""
     top5: Number | None = None
@@ -584,7 +586,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     """Read a YAML file and put `overrides` (``{"optim.lr": 0.2}``) over it.
 
     Fields that belong together follow each other (recipe.py). The file's published errors do not hold for another network or
-    data set.
+    data set, nor for images that are prepared otherwise.
 
     Args:
         shared: keys of overrides that other runs get too, which `refuse_flags_without_use` judges over all of them.
@@ -595,9 +597,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     """
     overrides = overrides or {}
     tree = SCHEMA.read(Path(path).expanduser())
-    network = tree.get("model", {}).get("name", ModelConfig.name)
-    dataset = tree.get("data", {}).get("dataset", DataConfig.dataset)
-    if overrides.get("model.name", network) != network or overrides.get("data.dataset", dataset) != dataset:
+    if any(overrides.get(key, value) != value for key, value in _published_for(tree).items()):
         tree.pop("published", None)
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
@@ -613,6 +613,15 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
         key, needs = unused
         raise _does_nothing(f"--{key}" if key in own else f"{path}: '{key}'", key, needs)
     return config if config.run_dir else dataclasses.replace(config, run_dir=_run_dir(path, tree, overrides))
+
+
+def _published_for(tree: dict[str, Any]) -> dict[str, Any]:
+    """The fields, with the file's values, that its published errors depend on."""
+    model, data = tree.get("model", {}), tree.get("data", {})
+    of_data = ("dataset", "interpolation", "resize_size", "crop_size")
+    return {"model.name": model.get("name", ModelConfig.name)} | {
+        f"data.{name}": data.get(name, getattr(DataConfig, name)) for name in of_data
+    }
 
 
 def run_dir_of(path: str | Path, overrides: Mapping[str, Any]) -> str:

@@ -146,10 +146,11 @@ def summary(run: Run) -> str:
         others, progress.last_of_other_weights, strict=False
     ):  # none of before it was switched on
         lines.append(f"last (epoch {progress.epoch} of {epochs}, {weights} weights): validation {errors}")
-    if published.auroc is not None and several:
-        lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
     measured = run.measured
-    if published.top1 is not None and published_errors_hold(run.config, measured.classes, measured.images):
+    holds = published_errors_hold(run.config, measured.classes, measured.images)
+    if published.auroc is not None and several and holds:
+        lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
+    if published.top1 is not None and holds:
         top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
         note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")

@@ -12,18 +12,21 @@ from conftest import small_config, with_random_norms, write_class_folders
 
 from pipeline.budget import BUDGETS, answers_of, classify, leaves_at, shares, thresholds
 from pipeline.checkpoint import CheckpointFolder
+from pipeline.config import ModelConfig
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.external_weights import _name_of_msdnet
 from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
 from pipeline.models.folding import fold_norms
-from pipeline.weights import read_weights, write_safetensors
+from pipeline.weights import Weights, read_weights, write_safetensors
+from tools.anytime import compare_with_others
 from tools.anytime import main as anytime
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate
 from tools.export import main as export
 from tools.predict import main as predict
+from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights
 
 pytestmark = pytest.mark.slow  # for the most part
 
@@ -250,6 +253,33 @@ def test_without_held_out_images_there_are_no_budgets_unless_others_are_given(da
     said = run(anytime, *words)
     assert "no budgets: the run held no training images out: give --thresholds DIR" in said
     assert "12 held-out images for the thresholds" in run(anytime, *words, "--thresholds", data / "val")
+
+
+def test_gray_images_are_counted_with_one_channel(data, run, tmp_path):
+    torch.manual_seed(0)
+    network = with_random_norms(create_model(NAME, num_classes=3, in_channels=1)).eval()
+    section = {"dir": str(data), "crop_size": 16, "resize_size": 18, "loader": "reference", "channels": 1}
+    config = small_config("unused", model={"name": NAME}, data=section)
+    file = tmp_path / "gray.v1.safetensors"
+    write_safetensors(Weights(str(file), network, config, CLASSES, 1), file)
+    words = ("--data", data, "--thresholds", data / "val", "--loader", "reference", "--timed-images", 1)
+    run(anytime, file, *words, "--report", tmp_path, "--beside", "densenet_bc10_k4=50")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["parameters"] == sum(p.numel() for p in network.parameters()) and report["name"] == "gray.v1"
+    costs = [row["multiply_accumulates"] for row in report["exits"]]
+    whole = multiply_accumulates(network_without_weights(config.model, 3, 1), 16, 1)
+    assert costs == [cost.multiply_accumulates for cost in exit_costs(network, 16, 1)] and costs[-1] == whole
+    beside = network_without_weights(ModelConfig(name="densenet_bc10_k4"), 3, 1)
+    assert report["beside"][0]["multiply_accumulates"] == multiply_accumulates(beside, 16, 1)
+
+
+def test_a_budget_with_as_many_errors_is_as_good():
+    """However the two percentages were rounded."""
+    odd = next(n for n in range(10_000) if 100 * n / 10_000 > 100 * (1 - (10_000 - n) / 10_000))
+    budget = {"q": 1.0, "top1_error": 100 * odd / 10_000, "multiply_accumulates": 5.0, "images_per_second": 2.0}
+    other = {"top1_error": 100 * (1 - (10_000 - odd) / 10_000), "multiply_accumulates": 10, "images_per_second": None}
+    compare_with_others({"budgets": [budget], "beside": [other]})
+    assert other["as_good"]["work_ratio"] == 2
 
 
 def test_an_exit_is_exported(checkpoint, run, tmp_path):

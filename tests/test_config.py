@@ -54,6 +54,8 @@ def test_published_errors_are_of_the_files_network_and_data():
     assert load_config(file, {"data.dataset": "cifar10", "published.top1": 4.5}).published.top1 == 4.5
     assert load_config(DENSENET121, {"data.dataset": "images"}).published.top1 == 25.02
     assert load_config(DENSENET121, {"data.dataset": "cifar10"}).published.source is None
+    assert load_config(DENSENET121, {"data.crop_size": 224, "data.resize_size": 256}).published.top1 == 25.02
+    assert load_config(DENSENET121, {"data.crop_size": 192}).published.top1 is None
 
 
 @pytest.mark.parametrize(

@@ -798,8 +798,16 @@ def test_the_papers_errors_stand_beside_no_other_data():
     assert published_errors_hold(config, 1000, (1_281_167, 50_000))
     assert published_errors_hold(load_config(REPOSITORY / "configs" / "fashion-mnist.yaml"), 10, (60_000, 10_000))
     assert not published_errors_hold(config, 10, (900, 100)) and not published_errors_hold(config, 1000, (1000, 50_000))
-    other = load_config(REPOSITORY / "configs" / "densenet169.yaml", {"data.interpolation": "pil-bilinear"})
-    assert not published_errors_hold(other, 1000, (1_281_167, 50_000))
+    prepared = dataclasses.replace(config, data=dataclasses.replace(config.data, interpolation="pil-bilinear"))
+    assert not published_errors_hold(prepared, 1000, (1_281_167, 50_000))
+    theirs = load_config(REPOSITORY / "configs" / "paddleclas" / "densenet169.yaml")  # whose errors are not the paper's
+    assert published_errors_hold(theirs, 1000, (1_281_167, 50_000))
+    held_out = dataclasses.replace(theirs, data=dataclasses.replace(theirs.data, holdout=9))
+    assert published_errors_hold(held_out, 1000, (1_281_158, 9))
+    for images in ((900, 100), (1_281_158, 9), None):
+        assert not published_errors_hold(theirs, 1000, images)
+        weights = Weights("x", torch.nn.Identity(), theirs, ("a", "b"), 4)
+        assert published_errors(weights, 1, labelled(3000, ("a", "b"), 2)) == ([], "")
     for classes in (("a", "b"), tuple(map(str, range(1000)))):
         weights = Weights("x", torch.nn.Identity(), config, classes, 4)
         assert published_errors(weights, 1, labelled(3000, classes, len(classes))) == ([], "")

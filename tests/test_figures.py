@@ -269,6 +269,9 @@ def test_curves_of_sixty_runs_show_the_best(tmp_path):
     assert named == [*sorted(errors, key=lambda name: errors[name][-1])[:7], "someone: 20.0 %"]
     assert len([line for line in axes.lines if line.get_label().startswith("_")]) == 53
     assert {tick % 1 for tick in axes.get_xticks()} == {0}
+    for images, shown in (([8, 2], True), ([9, 2], False), (None, False)):  # of whichever images the figure is
+        of = dataclasses.replace(run_of("of", [30.0], published={"top1": 20.0, "images": [8, 2]}), images=images)
+        assert ("published: 20.0 %" in points(draw_curves([of]).axes[0])) == shown
     long = run_of("long", [50.0] * 300)
     (line,) = (line for line in draw_curves([long]).axes[0].lines if line.get_label() == "long")
     assert line.get_markevery() == 10  # not a marker beside the other

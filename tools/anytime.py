@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.budget import BUDGETS, Answers, answers_of, classify, leaves_at, shares, thresholds
 from pipeline.class_names import imagenet_ids
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
@@ -35,7 +35,7 @@ from pipeline.models import create_model
 from pipeline.models.folding import fold_norms
 from pipeline.models.msdnet import MSDNet
 from pipeline.precision import set_tf32
-from pipeline.weights import Weights, read_weights
+from pipeline.weights import Weights, read_weights, weights_file
 from tools.support import published
 from tools.support.anytime_report import result_to_text, write_report
 from tools.support.budgets import limits_of
@@ -49,6 +49,7 @@ from tools.support.speed import median_seconds
 from tools.support.weights_arguments import add_weights_arguments, names_of_files, read_weights_of, warn_of_assumption
 
 ALONE = 50  # images of which each is timed as a batch of its own
+ROUNDING = 1e-9  # in percent: two errors that are the same count of images may differ in their last bits
 ROUNDS = 3  # in each of which every implementation is timed once
 
 
@@ -81,7 +82,8 @@ class Other:
 def main() -> None:
     options = _parser().parse_args()
     weights = read_weights_of(options, options.weights)
-    network, name = weights.network, names_of_files([options.weights])[0]
+    files = [str(weights_file(item)) if Path(item).exists() else item for item in (options.weights, *options.beside)]
+    network, (name, *names_beside) = weights.network, names_of_files(files)
     if not isinstance(network, MSDNet):
         raise UserError(f"{options.weights} holds a {weights.config.model.name}, which has one exit: give an MSDNet's")
     data = dataclasses.replace(
@@ -89,7 +91,7 @@ def main() -> None:
     )
     if data.labels == "multi":
         raise UserError(f"{options.weights} gives several labels an image, and exits are compared by one: give another")
-    check_image_size(network, data.crop_size, options.weights)
+    check_image_size(network, data.crop_size, options.weights, data.channels)
     folder = writable_folder(options.report, "--report") if options.report else None
     set_tf32("fp32")
     with init_distributed(options.device) as world:
@@ -97,7 +99,8 @@ def main() -> None:
             raise UserError("tools.anytime measures time in one process: start it without torchrun")
         images = open_both(data, options.thresholds, weights)
         network = typing.cast("MSDNet", on_device(fold_norms(network), world))
-        others = [read_other(item, data, images.test, world, options) for item in options.beside]
+        beside = zip(options.beside, names_beside, strict=True)
+        others = [read_other(item, called, data, images.test, world, options) for item, called in beside]
         answers = answers_to(images.test, "test images", network, data, world, options)
         held_out = None
         if images.held_out:
@@ -147,8 +150,8 @@ def answers_to(
     return answers
 
 
-def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, options: Namespace) -> Other:
-    """A network that --beside names: a file of weights, which is evaluated, or NAME=ERROR.
+def read_other(item: str, called: str, data: DataConfig, test: DatasetIndex, world: World, options: Namespace) -> Other:
+    """A network that --beside names: a file of weights, which is evaluated and called so, or NAME=ERROR.
 
     Raises:
         UserError: it is neither, or not for these classes.
@@ -159,9 +162,11 @@ def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, op
             value = float(error)
         except ValueError:
             raise UserError(f"--beside {item}: '{error}' is no error in percent: give WEIGHTS or NAME=ERROR") from None
-        network = on_device(create_model(name, len(test.classes)).eval(), world)
-        check_image_size(network, data.crop_size, name)
-        work = multiply_accumulates(on_meta(create_model, name, len(test.classes), dense_block="eager"), data.crop_size)
+        classes, channels = len(test.classes), data.channels
+        network = on_device(create_model(name, classes, in_channels=channels).eval(), world)
+        check_image_size(network, data.crop_size, name, channels)
+        bare = network_without_weights(ModelConfig(name=name), classes, channels)
+        work = multiply_accumulates(bare, data.crop_size, channels)
         return Other(name, value, False, work, network, data)
     weights = read_weights(item)
     warn_of_assumption(item, weights)
@@ -169,15 +174,14 @@ def read_other(item: str, data: DataConfig, test: DatasetIndex, world: World, op
         raise UserError(f"--beside {item} is for other classes than {options.weights}")
     own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)
     network = on_device(weights.network, world)
-    work = multiply_accumulates(network_without_weights(weights.config.model, len(test.classes)), own.crop_size)
+    bare = network_without_weights(weights.config.model, len(test.classes), own.channels)
+    work = multiply_accumulates(bare, own.crop_size, own.channels)
     loader = loader_of(test, own, world, options)
     progress = Progress(f"test images, {item}", loader.rounds, "batches")
     score = evaluate(network, loader, world, between_batches=progress.advance).score
     progress.close()
     assert isinstance(score, Score)
-    return Other(
-        f"{names_of_files([item])[0]} ({weights.config.model.name})", score.top1_error, True, work, network, own
-    )
+    return Other(f"{called} ({weights.config.model.name})", score.top1_error, True, work, network, own)
 
 
 def refuse_what_is_not_finite(file: str, *answers: tuple[Answers, ...]) -> None:
@@ -194,8 +198,8 @@ def describe(
     held_out: tuple[Answers, Answers] | None,
 ) -> dict[str, Any]:
     """All that is reported but for measured times."""
-    network = network_without_weights(weights.config.model, len(weights.classes))
-    costs = exit_costs(typing.cast("MSDNet", network), data.crop_size)
+    network = network_without_weights(weights.config.model, len(weights.classes), data.channels)
+    costs = exit_costs(typing.cast("MSDNet", network), data.crop_size, data.channels)
     work, labels = np.array([cost.multiply_accumulates for cost in costs]), images.test.labels
     own, together = answers
     return {
@@ -356,7 +360,7 @@ def published_on_imagenet() -> list[dict[str, Any]]:
 def compare_with_others(result: dict[str, Any]) -> None:
     """Add to each other network the cheapest budget that makes no more errors than it, None if there is none."""
     for row in result["beside"]:
-        as_good = [b for b in result["budgets"] if b["top1_error"] <= row["top1_error"]]
+        as_good = [b for b in result["budgets"] if b["top1_error"] <= row["top1_error"] + ROUNDING]
         best = min(as_good, key=lambda b: b["multiply_accumulates"], default=None)
         row["as_good"] = best and {
             "q": best["q"],

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from torch import nn
 
-from pipeline.audit import setting_for
+from pipeline.audit import published_errors_hold, setting_for
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored, load_stored_config
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
@@ -137,7 +137,13 @@ class Run:
 
     def network(self) -> nn.Module:
         """The network without its weights."""
-        return network_of(self.config.model, self.classes)
+        return network_of(self.config.model, self.classes, self.config.data.channels)
+
+    @property
+    def has_published(self) -> bool:
+        """Whether the figures that its configuration quotes may stand beside its own."""
+        train, val = self.images or (0, 0)
+        return published_errors_hold(self.config, self.classes, (train, val) if self.images else None)
 
     @property
     def data(self) -> str:
@@ -151,9 +157,9 @@ class Run:
 
 
 @cache
-def network_of(model: ModelConfig, classes: int) -> nn.Module:
+def network_of(model: ModelConfig, classes: int, channels: int) -> nn.Module:
     """The network without its weights: of a sweep's runs it is the same."""
-    return network_without_weights(model, classes)
+    return network_without_weights(model, classes, channels)
 
 
 def main() -> None:
@@ -321,7 +327,7 @@ def draw_published(axes: Axes, runs: list[Run], colors: list[str]) -> None:
     for run, color in zip(runs, colors, strict=True):
         published = run.config.published
         value = published.top1 if run.measure is ERROR else published.auroc
-        if value is not None:
+        if value is not None and run.has_published:
             unit = " %" if run.measure is ERROR else ""
             label = f"{published.source or 'published'}: {value}{unit}{on_test_images(run)}"
             lines.setdefault(label, (value, color))
@@ -399,7 +405,7 @@ def draw_their_published(axes: Axes, runs: list[Run], sizes: list[float]) -> Poi
     for run, size in zip(runs, sizes, strict=True):
         error, source = run.config.published.top1, f"{run.config.published.source or 'published'}{on_test_images(run)}"
         point = (run.config.model.name, (size, error))
-        if error is not None and point not in found.setdefault(source, []):
+        if error is not None and run.has_published and point not in found.setdefault(source, []):
             found[source].append((run.config.model.name, (size, error)))
     for source, points in found.items():
         draw_points(axes, points, "o", source)
@@ -432,7 +438,8 @@ def draw_imagenet(runs: list[Run]) -> Figure:
         named[1].extend(draw_points(by_work, work, marker, label))
     own = [millions(parameters(run.network())) for run in runs]
     draw_own(by_size, runs, own)
-    own = [multiply_accumulates(run.network(), run.config.data.crop_size) / 1e9 for run in runs]
+    works = (multiply_accumulates(run.network(), run.config.data.crop_size, run.config.data.channels) for run in runs)
+    own = [work / 1e9 for work in works]
     draw_own(by_work, runs, own)
     by_size.set(xlabel="million parameters", ylabel="top-1 error, %")
     by_work.set(xlabel="billion multiply-accumulates at 224 x 224, or at a run's own crop", ylabel="top-1 error, %")

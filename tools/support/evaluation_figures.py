@@ -77,9 +77,9 @@ def describe(
     }
     if index.several_labels:
         own = config.published
-        published_auroc = (
-            [] if own.auroc is None or options.held_out else [{"source": own.source or "published", "auroc": own.auroc}]
-        )
+        same = own.images[1:] in ((), (len(index),)) and _prepared(data) == _prepared(config.data)
+        known = own.auroc is not None and same and not options.held_out
+        published_auroc = [{"source": own.source or "published", "auroc": own.auroc}] if known else []
         return about | describe_labels(evaluation, index) | {"published": published_auroc}
     score, other_score = evaluation.score, other and other.score
     assert isinstance(score, Score) and not isinstance(other_score, LabelScore)
@@ -195,8 +195,9 @@ def published_errors(
     own, name, is_imagenet = weights.config.published, weights.config.model.name, weights.classes == imagenet_ids()
     suffix, nothing = "_10crop" if crops == 10 else "", (None, None)
     rows = []
+    images_of_run = weights.measured.images if weights.measured else None
     if is_imagenet or published_errors_hold(
-        weights.config, classes=0
+        weights.config, 0, images_of_run
     ):  # the paper's on ImageNet are of no other classes
         errors = getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")
         rows.append((own.source or "published", errors, _prepared(weights.config.data)))

@@ -73,7 +73,7 @@ class ExitCost:
 
 
 @torch.no_grad()
-def exit_costs(network: MSDNet, size: int) -> list[ExitCost]:
+def exit_costs(network: MSDNet, size: int, channels: int = 3) -> list[ExitCost]:
     """The cost of each exit for images of `size` x `size` pixels."""
     own: dict[nn.Module, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
@@ -81,7 +81,7 @@ def exit_costs(network: MSDNet, size: int) -> list[ExitCost]:
         own[module] = _operations(module, inputs[0], output)
 
     with register_module_forward_hook(count):
-        network(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
+        network(torch.zeros(1, channels, size, size, device=next(network.parameters()).device))
     costs, total = [], np.zeros(3, np.int64)
     for parts in zip(network.blocks, network.classifier, strict=True):
         modules = [module for part in parts for module in part.modules()]
