@@ -112,7 +112,7 @@ def read_config(
         gpus: the job asks for GPUs, so that it fails where it finds none and does not train on CPU.
     """
     grid = SCHEMA.given(argparse.Namespace(**dict(values)))
-    folder = Path(run_dir_of(file, overrides | grid)).expanduser()
+    folder = Path(run_dir_of(file, overrides | grid))
     folder = folder / Path(file).stem if several and "run_dir" in overrides else folder
     suffix = "".join(f"-{key.rpartition('.')[2]}{_in_a_file_name(value)}" for key, value in values)
     run_dir = os.path.abspath(f"{folder}{suffix}")  # before the rest: what is changed in a run follows from what it was

@@ -29,10 +29,11 @@ from pipeline.parsing import (
     PositiveRange,
     Probability,
     Schema,
+    expand,
     flatten,
 )
 from pipeline.recipe import fields_of_run, following_fields, resize_with
-from pipeline.run_dir import CONFIG
+from pipeline.run_dir import CONFIG, has_checkpoint
 from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 from pipeline.words import counted
 
@@ -602,8 +603,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
-    stored = Path(_run_dir(path, tree, overrides)).expanduser() / CONFIG
-    held = held if stored.exists() else ()  # a new run has nothing to keep
+    run_dir = Path(_run_dir(path, tree, overrides))
+    stored = run_dir / CONFIG
+    held = held if stored.exists() and has_checkpoint(run_dir) else ()  # a new run has nothing to keep
     followed = following_fields(defaults, (file, overrides), held)
     if held:
         followed |= fields_of_run(_stored_fields(stored), overrides, held)
@@ -634,7 +636,7 @@ def run_dir_of(path: str | Path, overrides: Mapping[str, Any]) -> str:
 
 
 def _run_dir(path: str | Path, tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
-    return str(overrides.get("run_dir") or tree.get("run_dir") or f"runs/{Path(path).stem}")
+    return expand(str(overrides.get("run_dir") or tree.get("run_dir") or f"runs/{Path(path).stem}"))
 
 
 def _stored_fields(file: Path) -> dict[str, Any]:
@@ -657,12 +659,21 @@ def _does_nothing(where: str, key: str, needs: str) -> UserError:
 
 
 def _with_fields_of_weights(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The overrides with the fields that nobody gives in data.from_weights, where there are weights to begin with."""
-    given = {*flatten(tree), *overrides}
-    if not overrides.get("model.weights", tree.get("model", {}).get("weights")) or "data.from_weights" in given:
+    """The overrides with data.from_weights, where there are weights to begin with and the command line does not say it.
+
+    These are the fields that nobody gives. A file that a run has written says which they were: of those the fields that the
+    command line does not give.
+    """
+    file = flatten(tree)
+    if not overrides.get("model.weights", file.get("model.weights")) or "data.from_weights" in overrides:
         return overrides
-    free = [name for group in OF_WEIGHTS if not {f"data.{n}" for n in group} & given for name in group]
-    return {**overrides, "data.from_weights": free}
+    known, given = _split_names(file.get("data.from_weights")), overrides.keys()
+    if known is None:
+        known, given = [name for group in OF_WEIGHTS for name in group], file.keys() | given
+    elif not isinstance(known, tuple):  # which the field's type refuses
+        return overrides
+    own = {name for group in OF_WEIGHTS if {f"data.{n}" for n in group} & given for name in group}
+    return {**overrides, "data.from_weights": [name for name in known if name not in own]}
 
 
 def load_stored_config(path: Path) -> Config:

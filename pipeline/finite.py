@@ -35,31 +35,33 @@ class StepSkipper:
 
     def __init__(self, network: nn.Module, world: World, config: Config):
         self._network, self._world, self._config = network, world, config
-        self._in_a_row = 0
+        self._in_a_row = 0  # steps that were left out and count
         self._buffers: list[Tensor] = []
 
     def begin(self) -> None:
         """Before the forward passes of a step."""
         self._buffers = [buffer.clone() for buffer in self._network.buffers()]
 
-    def skips(self, losses: list[Tensor], scaled: bool) -> bool:
+    def skips(self, losses: list[Tensor], norm: Tensor, scale: float) -> bool:
         """Whether the step is to be left out, the same on every rank; called after its backward passes.
+
+        In fp16 the scale of the loss is lowered after such a step. While it is above 1 that may be all that is needed, so that
+        the step does not count among those in a row.
 
         Args:
             losses: of each microbatch, (n).
-            scaled: gradients are scaled, and the scaler leaves out those that are not finite.
+            norm: of the gradient, without the loss scale.
+            scale: of the loss.
         """
-        finite = all_finite(losses)
-        if finite and not scaled:
-            gradients = (p.grad for p in self._network.parameters() if p.grad is not None)
-            finite = bool(nn.utils.get_total_norm(gradients).isfinite())
-        (odd,) = self._world.all_reduce_max([not finite])
+        by_loss = not all_finite(losses)
+        by_gradient = not bool(norm.isfinite())
+        odd, counts = self._world.all_reduce_max([by_loss or by_gradient, by_loss or (by_gradient and scale <= 1)])
         if not odd:
             self._in_a_row = 0
             return False
         for buffer, before in zip(self._network.buffers(), self._buffers, strict=True):
             buffer.copy_(before)
-        self._in_a_row += 1
+        self._in_a_row += bool(counts)
         if self._in_a_row >= self.LIMIT:
             raise UserError(
                 f"the loss or the gradient is not finite in {self.LIMIT} steps in a row: {way_on(self._config)}"

@@ -35,7 +35,8 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
-def _expand(path: str) -> str:
+def expand(path: str) -> str:
+    """A path in which ``~`` and ``$HOME`` mean what they mean to a shell."""
     return os.path.expanduser(os.path.expandvars(path))
 
 
@@ -48,8 +49,7 @@ Probability = Annotated[float, Field(ge=0, le=1), _NUMBER]
 NonNegativeFloat = Annotated[float, Field(ge=0), _NUMBER]
 PositiveFloat = Annotated[float, Field(gt=0), _NUMBER]
 PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
-PathText = Annotated[str, AfterValidator(_expand)]
-"""A path in which ``~`` and ``$HOME`` mean what they mean to a shell."""
+PathText = Annotated[str, AfterValidator(expand)]
 
 
 class Schema(Generic[T]):
@@ -234,6 +234,8 @@ class Schema(Generic[T]):
         if isinstance(text, list):
             return dict(self._name_and_value(key, word) for word in text) if _origin(annotation) is dict else text
         if _is_tuple(annotation):
+            if text.strip().lower() in ("none", "null"):
+                return []
             return [part.strip() for part in text.strip("[]() ").split(",") if part.strip()]
         if _is_union(annotation) and text.lower() in ("none", "null"):
             return None

@@ -113,10 +113,9 @@ def rising_rate(run: Run) -> str:
     names = {field.name for field in dataclasses.fields(optim)}
     old = {key.removeprefix("optim."): value for key, (value, _) in segment.changed.items() if key.startswith("optim.")}
     before = dataclasses.replace(optim, **{name: value for name, value in old.items() if name in names})
-    rate = run.learning_rate
-    if rate <= learning_rate(before, run.done_steps, steps):
+    rate, last = run.learning_rate, learning_rate(before, run.done_steps - 1, steps)
+    if rate <= max(last, learning_rate(before, run.done_steps, steps)):
         return ""
-    last = learning_rate(before, run.done_steps - 1, steps)
     return (
         f"with this change the learning rate rises: {last:.4g} in the last step, {rate:.4g} in the next (schedule "
         f"{optim.schedule} over {counted(optim.epochs, 'epoch')})"

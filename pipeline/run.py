@@ -445,7 +445,11 @@ class Run:
                     f"cannot resume {self.dir}: its checkpoint has no '{name}', which this configuration needs"
                 )
             part.load_state_dict(state[name])
-        self.history.begin(self.done_steps, self.progress.epoch, self.config, self.world.size, changed)
+        if changed or not self.is_complete:
+            epoch = (
+                self.done_steps // self.train_loader.steps_per_epoch
+            )  # of the next step: the last may await its validation
+            self.history.begin(self.done_steps, epoch, self.config, self.world.size, changed)
 
     def count(self, outcomes: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
         """Add microbatches to the metrics: logits, labels, losses and weights of each, as `batch_sums` takes them."""

@@ -58,6 +58,11 @@ def read_progress(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is one to resume from, be it damaged."""
+    return any((run_dir / "checkpoints" / name).exists() for name in ("last.pt", "previous.pt"))
+
+
 def is_complete(run_dir: Path, epochs: int | None) -> bool:
     """Whether a run's last checkpoint is of its end, however it was started and whatever it refused since.
 

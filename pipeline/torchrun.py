@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def main() -> None:
     os.environ[SPEAKER] = "1"
     with tempfile.TemporaryDirectory() as folder:
         options.log_dir = options.log_dir or folder
+        before = set(Path(options.log_dir).glob("*"))  # of earlier starts
         failed: dict[int, int] = {}
         asked = None
         try:
@@ -44,16 +46,16 @@ def main() -> None:
             failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (SignalException, KeyboardInterrupt) as error:
             asked = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-        code, line = outcome(words_in(Path(options.log_dir)), failed, asked)
+        code, line = outcome(words_in(set(Path(options.log_dir).glob("*")) - before), failed, asked)
     if line:
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def words_in(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of this machine have left word of, of the last attempt, by rank."""
+def words_in(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """What the ranks of this machine have left word of in torchrun's folders, of the last attempt, by rank."""
     files: dict[int, list[Path]] = {}
-    for file in folder.glob("*/attempt_*/*/error.json"):
+    for file in chain.from_iterable(folder.glob("attempt_*/*/error.json") for folder in folders):
         files.setdefault(int(file.parent.parent.name.removeprefix("attempt_")), []).append(file)
     words = []
     for file in sorted(files[max(files)], key=lambda file: int(file.parent.name)) if files else []:

@@ -142,11 +142,14 @@ class Trainer:
             self._call("on_batch", batch)
         if config.data.corrupt_images == "skip":
             run.weigh_gradients(images, torch.cat([weights for _, _, _, weights in outcomes]).sum())
-        skipped = bool(self.skipper and self.skipper.skips([o[2] for o in outcomes], run.scaler.is_enabled()))
+        norm, skipped = None, False
+        if self.skipper:
+            norm = run.gradient_norm()
+            skipped = self.skipper.skips([o[2] for o in outcomes], norm, run.scaler.get_scale())
         if not skipped:
             run.count(outcomes)
-        rate, norm = update(run, logged, skipped)
-        return StepResult(images, rate, norm, logged, last, skipped)
+        rate, logged_norm = update(run, logged, norm, skipped)
+        return StepResult(images, rate, logged_norm, logged, last, skipped)
 
     def validate(self, network: nn.Module | None = None) -> AnyScore:
         """Single-crop score on the validation set, with rank 0's batch-norm statistics; of the run's network if of no other."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -94,10 +95,13 @@ class Watchdog:
     def _end(self) -> None:
         idle = f"rank {self._rank}: no progress for {self._limit:.0f} s in '{self._activity}'"
         error = f"{idle}; {self._diagnose_stall()}"
-        print(f"interrupted: {error}", file=sys.stderr, flush=True)
-        traceback.print_stack(sys._current_frames()[self._watched_thread])
         record_for_torchrun(error, EXIT_RESUME)
-        os._exit(EXIT_RESUME)  # the main thread may never return from where it waits
+        try:
+            with suppress(OSError):  # whoever read it has gone, or the disk is full
+                print(f"interrupted: {error}", file=sys.stderr, flush=True)
+                traceback.print_stack(sys._current_frames()[self._watched_thread])
+        finally:
+            os._exit(EXIT_RESUME)  # the main thread may never return from where it waits
 
     def _diagnose_stall(self) -> str:
         """Which rank the others wait for, as far as the store tells."""

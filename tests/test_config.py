@@ -43,6 +43,9 @@ def test_every_field_can_be_overridden_on_the_command_line():
     assert (config.optim.lr, config.optim.milestones, config.data.hflip) == (0.2, (3, 4), False)
     assert (config.data.mean, config.published.top1, config.seed) == ((0.5, 0.5, 0.5), None, 7)
     assert config.run_dir == "somewhere"
+    assert (
+        parse("--optim.milestones", "none", "--data.train_crop_size", "none").optim.milestones == ()
+    )  # as refusals say it
     assert parse(*override_flags(config)) == config
 
 

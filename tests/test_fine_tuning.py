@@ -224,6 +224,10 @@ def test_weights_of_timms_cache_bring_their_image_size_and_normalisation(tmp_pat
     for entry, tensor in network.state_dict().items():
         assert entry.startswith("fc.") or torch.equal(run.network.state_dict()[entry], tensor), entry
     assert "taken over from their source: channels 3, crop_size 160, resize_size 168" in run.description()
+    (tmp_path / "again.yaml").write_text(to_yaml(run.config))  # as a run writes it, with what was taken over
+    again = load_config(tmp_path / "again.yaml", {"run_dir": str(tmp_path / "next"), "data.crop_size": 96})
+    assert again.data.from_weights == ("channels",)
+    assert (run_of(again).config.data.crop_size, run_of(again).config.data.resize_size) == (96, 101)
 
 
 @pytest.mark.parametrize(

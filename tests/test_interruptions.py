@@ -321,6 +321,14 @@ def test_a_rank_that_hangs_is_named_and_ends_in_time(tmp_path, ranks):
         assert "exitcode  : 75" in done.stderr
 
 
+def test_a_rank_that_hangs_ends_though_nobody_reads_what_it_says(tmp_path):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    process = subprocess.Popen([sys.executable, tmp_path / "hangs.py"], env=environment, stderr=subprocess.PIPE)
+    process.stderr.close()
+    assert process.wait(PATIENCE) == 75 and "no progress for 6 s" in (tmp_path / "error.json").read_text()
+
+
 def test_blame():
     def status(beats: int, ticks: int = 5) -> Status:
         return Status(ticks, beats, f"step {beats}", "node1", 1000 + beats)

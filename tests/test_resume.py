@@ -129,6 +129,7 @@ def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
         "step": 2,
         "done_steps": 6,
         "complete": False,
+        "validation_images": last_state(config)["conditions"]["val_fingerprint"],
     }
     trainer.fit(config)
     assert json.loads((tmp_path / STATUS).read_text()) == {
@@ -137,6 +138,7 @@ def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
         "step": 0,
         "done_steps": 8,
         "complete": True,
+        "validation_images": last_state(config)["conditions"]["val_fingerprint"],
     }
 
 
@@ -414,6 +416,13 @@ def test_advice_is_not_refused_when_it_is_followed(tmp_path, now, epoch, conditi
     )
 
 
+def begun(run: Path, config) -> None:
+    """The directory of a run that has saved a checkpoint, which nobody reads."""
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.pt").touch()
+    (run / "config.yaml").write_text(to_yaml(config))
+
+
 @pytest.mark.parametrize(
     ("words", "drops"),
     [
@@ -428,8 +437,7 @@ def test_a_run_that_is_extended_keeps_its_drops_unless_they_are_changed_too(tmp_
     file.write_text("data: {loader: synthetic}\noptim: {epochs: 8, milestones: [4, 6]}\n")
     first = load_config(file, {"run_dir": str(run), "optim.epochs": 12})
     assert first.optim.milestones == (6, 9)
-    run.mkdir()
-    (run / "config.yaml").write_text(to_yaml(first))
+    begun(run, first)
     again = load_config(file, {"run_dir": str(run), "optim.epochs": 24, **words})
     assert (again.optim.epochs, again.optim.milestones) == (24, drops)
     (run / "config.yaml").write_text("[")  # what is wrong with the run its checkpoint says
@@ -445,16 +453,28 @@ def test_so_does_a_run_of_a_grid_and_a_new_one_beside_it_follows(tmp_path):
 
     first = read("0.1")
     assert first.run_dir == str(tmp_path / "grid-lr0.1")
-    Path(first.run_dir).mkdir()
-    Path(first.run_dir, "config.yaml").write_text(to_yaml(first))
+    begun(Path(first.run_dir), first)
     longer = {"optim.epochs": 24, "train.change": "optim.epochs"}
     assert [read(rate, **longer).optim.milestones for rate in ("0.1", "0.2")] == [(4, 6), (12, 18)]
+    Path(first.run_dir, "checkpoints", "last.pt").unlink()  # it came to no checkpoint, and begins anew
+    assert read("0.1", **longer).optim.milestones == (12, 18)
+
+
+def test_a_run_whose_place_is_a_variable_in_the_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    file = tmp_path / "recipe.yaml"
+    file.write_text("run_dir: $SCRATCH/run\ndata: {loader: synthetic}\noptim: {epochs: 8, milestones: [4, 6]}\n")
+    first = load_config(file)
+    begun(tmp_path / "scratch" / "run", first)
+    longer = {"optim.epochs": 24, "train.change": "optim.epochs"}
+    assert load_config(file, longer).optim.milestones == (4, 6)
+    assert (
+        read_config(str(file), {}, (), several=False, gpus=False).run_dir == first.run_dir == f"{tmp_path}/scratch/run"
+    )
 
 
 def test_the_resize_size_stays_too(tmp_path):
-    (tmp_path / "config.yaml").write_text(
-        to_yaml(load_config(REPOSITORY / "configs/densenet121.yaml", {"data.crop_size": 192}))
-    )
+    begun(tmp_path, load_config(REPOSITORY / "configs/densenet121.yaml", {"data.crop_size": 192}))
     words = {"run_dir": str(tmp_path), "data.crop_size": 160}
     sizes = [
         load_config(REPOSITORY / "configs/densenet121.yaml", {**words, "train.change": change}).data.resize_size
@@ -480,6 +500,22 @@ def test_a_rate_that_rises_again_is_said_once(tmp_path, capsys):
     assert line not in capsys.readouterr().out
 
 
+def test_a_rate_that_only_stays_does_not_rise(tmp_path, capsys):
+    """The old schedule would have lowered it here."""
+    steps = {"epochs": 3, "schedule": "step"}
+    with pytest.raises(InterruptionError):
+        trainer.fit(
+            small_config(tmp_path, optim={**steps, "milestones": [1]}, train={"checkpoint_every": 1}),
+            [InterruptAfter(4)],
+        )
+    later = small_config(
+        tmp_path, optim={**steps, "milestones": [2]}, train={"change": "optim.milestones", "checkpoint_every": 1}
+    )
+    trainer.fit(later)
+    said = capsys.readouterr().out
+    assert "optim.milestones is 2; before, 1" in said and "rises" not in said
+
+
 def test_a_link_to_nowhere_is_not_a_run_that_never_was(finished, tmp_path):
     config = copy_of(finished, tmp_path)
     last = tmp_path / "checkpoints" / "last.pt"
@@ -498,6 +534,30 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(tmp_path):
     config = small_config(tmp_path, optim={"epochs": 1}, train={"not_finite": "skip"})
     assert trainer.fit(config, hooks=[Burst()]).skipped_steps == 1
     assert all(value.isfinite().all() for value in weights(config).values())
+
+
+@pytest.mark.parametrize(("scale", "outcome"), [(2.0**20, 2), (1.0, "stops")])
+def test_in_fp16_the_scale_is_lowered_first(tmp_path, capsys, scale, outcome):
+    """A gradient that overflows leaves its step out, which is said; while the scale is above 1, that may be all."""
+
+    class Bursts(Hook):
+        def on_start(self, trainer):
+            trainer.run.scaler._init_scale = scale
+
+        def on_batch(self, trainer, batch):
+            if outcome == "stops" or trainer.run.done_steps < outcome:
+                trainer.run.network.get_parameter("classifier.bias").grad[0] = float("inf")
+
+    train = {"not_finite": "skip", "precision": "fp16", "ema_decay": 0.5}
+    config = small_config(tmp_path, optim={"epochs": 9 if outcome == "stops" else 2}, train=train)
+    if outcome == "stops":
+        with pytest.raises(UserError, match="not finite in 10 steps in a row"):
+            trainer.fit(config, hooks=[Bursts()])
+        return
+    progress = trainer.fit(config, hooks=[Bursts()])
+    assert progress.skipped_steps >= outcome and last_state(config)["scaler"]["scale"] <= scale / 2**outcome
+    assert last_state(config)["ema"]["updates"] == 8 - progress.skipped_steps
+    assert "step 1 of the run: the loss or the gradient is not finite; the step is left out" in capsys.readouterr().out
 
 
 def test_several_ranks_agree_on_a_damaged_checkpoint(tmp_path):

@@ -50,3 +50,12 @@ def test_a_run_ends_in_one_line(tmp_path, what, code, line):
     (tmp_path / "there").mkdir()
     done = run_module("pipeline.torchrun", "--nproc-per-node=2", tmp_path / "rank.py", what, tmp_path / "there")
     assert done.returncode == code and re.fullmatch(line, done.stderr.strip()), (done.stdout, done.stderr)
+
+
+def test_the_word_of_an_earlier_start_is_not_this_ones(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "there").mkdir()
+    words = ["pipeline.torchrun", "--log-dir", tmp_path / "logs", "--nproc-per-node=2", tmp_path / "rank.py"]
+    assert run_module(*words, "mistake", tmp_path / "there").returncode == 2
+    done = run_module(*words, "SIGINT", tmp_path / "there")
+    assert done.returncode == 75 and done.stderr.startswith("interrupted: "), done.stderr

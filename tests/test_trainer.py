@@ -418,15 +418,24 @@ def test_a_changed_run_is_not_resumed(tmp_path, changes, expected):
 
 
 def test_another_number_of_parts_is_allowed_on_request(tmp_path, capsys):
-    trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
-    config = small_config(tmp_path, optim={"epochs": 1, "grad_accum_steps": 2}, train={"allow_world_size_change": True})
-    assert trainer.fit(config).epoch == 1
+    def config_of(parts: int, epochs: int, **train):
+        optim = {"epochs": epochs, "grad_accum_steps": parts, "milestones": []}
+        return small_config(tmp_path, optim=optim, train={"allow_world_size_change": True, **train})
+
+    trainer.fit(config_of(1, 1))
     whole = "images in a batch-norm statistic: 12 (10 in an epoch's last batch)\n"
-    said = "from epoch 2 on (after 4 steps of the run), a batch is 1 rank x 2 accumulation steps; before, 1 rank x 1"
-    text = capsys.readouterr().out
-    _, after = text.split(whole)
-    parts = "12, 6 from epoch 2 on (10 in an epoch's last batch)"  # the second part has trained none
-    assert said in after and f"images in a batch-norm statistic: {parts}\n" in after
+    assert capsys.readouterr().out.count(whole) == 1
+    audit = (tmp_path / "audit.md").read_text()
+    assert trainer.fit(config_of(2, 1)).epoch == 1  # it is complete, and the second part trains none
+    assert whole in (said := capsys.readouterr().out) and "accumulation steps; before" not in said
+    assert (tmp_path / "audit.md").read_text() == audit
+    assert trainer.fit(config_of(2, 2, change="optim.epochs")).epoch == 2
+    said = capsys.readouterr().out
+    assert (
+        "from epoch 2 on (after 4 steps of the run), a batch is 1 rank x 2 accumulation steps; before, 1 rank x 1"
+        in said
+    )
+    assert "images in a batch-norm statistic: 12, 6 from epoch 2 on (10, then 5 in an epoch's last batch" in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
