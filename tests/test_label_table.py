@@ -67,13 +67,18 @@ def test_an_entry_means_one_image():
     assert match_files(Path("t"), ["1.png", "./a/2.png", "3"], names, "lists") == ["a/1.png", "a/2.png", "lists/3.png"]
     assert match_files(Path("t"), ["3.png", "../b/2.png"], names, "lists") == ["lists/3.png", "b/2.png"]
     for wanted, expected in (
-        (["2.png"], "line 2: .*several are called so: give their paths"),
+        (["2.png"], "line 2: it is not clear which image is '2.png': it may be a/2.png or b/2.png: give paths"),
         (["1", "4.png"], "line 3: there is no image '4.png': remove the line"),
         (["b/1.png"], "line 2: there is no image 'b/1.png': there is 'a/1.png': correct or remove the line"),
         (["1.png", "a/1.png"], r"line 3: a second line for the image 'a/1.png' \(line 2\)"),
     ):
         with pytest.raises(UserError, match=expected):
             match_files(Path("t"), wanted, names, ".")
+    both = ["images/1.png", "test/images/1.png"]  # right from the data folder, and from the table's
+    with pytest.raises(UserError, match="it may be images/1.png or test/images/1.png: give paths that only one"):
+        match_files(Path("/data/test/t"), ["images/1.png"], both, "test")
+    for entry, meant in (("../images/1.png", both[0]), ("test/images/1.png", both[1]), ("/data/images/1.png", both[0])):
+        assert match_files(Path("/data/test/t"), [entry], both, "test") == [meant]
 
 
 @pytest.mark.parametrize(

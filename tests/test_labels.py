@@ -33,6 +33,7 @@ def test_each_kind_of_file_gives_the_labels(tmp_path, kind, capfd):
     assert read_labels(tmp_path / "labels", NAMES, CLASSES) == LABELS
     said = capfd.readouterr().err
     assert ("counted from 0 (0 is n01, 2 is n03)" in said) == (kind in ("Caffe", "numbers, one a line"))
+    assert ("in the order of text, val_10.jpg before val_2.jpg: if they" in said) == kind.endswith("one a line")
 
 
 def test_names_with_blanks_and_commas(tmp_path):

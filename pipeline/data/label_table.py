@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +175,8 @@ def match_files(
     numbers = lines or range(2, len(wanted) + 2)
     for number, entry, images in zip(numbers, wanted, _meant(file, wanted, names, prefix), strict=True):
         if len(images) != 1:
-            raise UserError(f"{file}, line {number}: there is no image '{entry}': {_remedy(entry, images, names)}")
+            fault = "it is not clear which image is" if images else "there is no image"
+            raise UserError(f"{file}, line {number}: {fault} '{entry}': {_remedy(entry, images, names)}")
         (image,) = images
         if image in found:
             raise UserError(
@@ -218,8 +218,8 @@ def _meant(file: Path, wanted: Sequence[str], names: list[str], prefix: str) -> 
         below = os.path.relpath(entry, file.parent) if os.path.isabs(entry) else entry
         paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, below))]
         alike = shorter[_form(entry)]
-        exact = [[path] for path in paths if path in known]
-        yield next(chain(exact, (alike[path] for path in paths if path in alike)), [])
+        exact = list(dict.fromkeys(path for path in paths if path in known))  # two: it is right from both places
+        yield exact or next((alike[path] for path in paths if path in alike), [])
 
 
 def _form(entry: str) -> tuple[int, bool]:
@@ -236,7 +236,7 @@ def _in_form(path: str, parts: int, suffix: bool) -> str:
 def _remedy(entry: str, images: list[str], names: list[str]) -> str:
     """What to do about an entry that means several images, or none."""
     if images:
-        return "several are called so: give their paths"
+        return f"it may be {' or '.join(images[:2])}: give paths that only one image has, as from the data folder"
     stem = _in_form(entry, 1, suffix=False)
     near = next((name for name in names if _in_form(name, 1, suffix=False) == stem), None)
     return (

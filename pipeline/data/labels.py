@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import sys
 import tarfile
 from collections import Counter
@@ -42,9 +43,27 @@ def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[
                 f"{file} has {len(lines)} labels for {len(names)} images: one line an image in sorted order"
             )
         labels = lines
+        _warn_of_numbers(file, names)
     else:
         labels = _labels_by_file(file, lines, names, known)
     return find_classes(file, labels, classes)
+
+
+def _warn_of_numbers(file: Path, names: list[str]) -> None:
+    """Say which order lines without file names are taken in, where the images' names have another one by their numbers."""
+
+    def by_number(name: str) -> list[int | str]:
+        parts = re.split(r"([0-9]+)", name)  # text and numbers in turn
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+    odd = next((pair for pair in zip(names, sorted(names, key=by_number), strict=True) if pair[0] != pair[1]), None)
+    if odd:
+        print(
+            f"warning: the lines of {file} are taken for the images in the order of text, {odd[0]} before {odd[1]}: if they "
+            "count the images by number, give lines FILE CLASS",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def find_classes(origin: object, names: list[str], classes: tuple[str, ...]) -> list[str]:
