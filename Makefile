@@ -37,7 +37,9 @@ clean: ## remove the environment, all runs and all unpacked data
 	rm -rf .venv runs data
 
 .venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: $(PYTHON) is older than Python 3.11: name another, as in make demo PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

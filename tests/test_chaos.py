@@ -14,7 +14,7 @@ from tools.lab.chaos import files_in, same_bits
 @pytest.mark.slow
 def test_a_run_survives_a_sample_of_the_faults(tmp_path):
     """Processes under torchrun; a single one meets the other faults in test_starting, _interruptions and _resume."""
-    faults = ["read-error"]
+    faults = ["kill-torchrun", "read-error"]
     words = ["--tries", 1, "--model", "densenet_bc22_k8", "--output", tmp_path, "--faults", *faults]
     done = run_module("tools.lab.chaos", *words)
     assert done.returncode == 0, done.stdout + done.stderr

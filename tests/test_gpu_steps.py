@@ -463,9 +463,9 @@ def test_the_first_step_of_a_start_may_compile_for_longer_than_a_step_may_take(m
 def test_a_compilation_does_not_end_a_run(monkeypatch, capsys):
     ended = []
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
-    with Watchdog(ALONE, 0.2) as dog:
+    with Watchdog(ALONE, 2.0) as dog:
         dog.beat("compiling", compiles=True)
-        time.sleep(0.6)
+        time.sleep(5)
         assert not ended
         dog.beat("a step")
         until = time.monotonic() + 60

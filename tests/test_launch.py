@@ -424,6 +424,25 @@ def test_without_slurm_a_dry_run_shows_the_script_and_a_submission_is_refused(tm
     assert "#SBATCH --nodes=2\n" in text and "#SBATCH --nice=10\n" in text and "\nmodule load cuda, now\n" in text
     assert "--signal=USR2@120" in text and f" -m launch.rank {tmp_path}/jobs/TIME/%j" in text
     assert f" -m launch.after {tmp_path}/jobs/TIME $?" in text
+    request = [
+        "--nodes",
+        "3",
+        "--gpus-per-node",
+        "4",
+        "--cpus-per-task",
+        "12",
+        "--time",
+        "08:00:00",
+        "--partition",
+        "gpu",
+    ]
+    other = ["--grid", "optim.lr=0.1,0.2", "--parallel", "1", "--account", "vision", "--optim.batch_size", "24"]
+    start([*words, "--dry-run", *request, *other])
+    lines = {line.removeprefix("#SBATCH --") for line in capsys.readouterr().out.splitlines() if "#SBATCH" in line}
+    assert lines >= {
+        "account=vision", "array=0-1%1", "cpus-per-task=12", "gpus-per-node=4", "nodes=3", "ntasks-per-node=4",
+        "open-mode=append", "partition=gpu", "requeue", "signal=USR2@120", "time=480",
+    }  # fmt: skip
     with pytest.raises(UserError, match="no SLURM on this machine .*--cluster local"):
         start(words)
     assert not list(tmp_path.iterdir())

@@ -57,6 +57,10 @@ def test_a_wheel_has_every_file_of_its_packages():
     files = [path for package in ("pipeline", "launch", "tools") for path in (REPOSITORY / package).rglob("*")]
     names = [path.name for path in files if path.is_file() and "__pycache__" not in path.parts]
     assert names and [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+    found = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    assert found.get("namespaces", True)  # folders of data alone are found as such
+    folders = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in files}
+    assert [name for name in folders if not any(fnmatch(name, pattern) for pattern in found["include"])] == []
 
 
 def test_continuous_integration_runs_the_two_commands_of_the_readme():

@@ -54,7 +54,8 @@ def unpack(archive: Path, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")
+                # Debian 12's Python 3.11.2 has no filters yet.
+                tar.extractall(temporary, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
             (content,) = Path(temporary).iterdir()
             content.rename(folder)
     except OSError as error:
