@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -152,6 +153,49 @@ def test_wrong_archives_are_explained(packed, tmp_path, damage):
     }
     with pytest.raises(UserError, match=expected[damage]):
         scan_classes(archive)
+
+
+DAMAGES = {
+    "a flipped bit": lambda whole, at, end: whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+    "cut before it": lambda whole, at, end: whole[:at],
+    "cut in it": lambda whole, at, end: whole[: at + 100],
+    "a hole of zeros": lambda whole, at, end: whole[: at - 700] + bytes(1212) + whole[at + 512 :],
+    "nothing but zeros": lambda whole, at, end: whole[:at] + bytes(2 << 20),
+    "no end": lambda whole, at, end: whole[:end],
+    "another archive after the end": lambda whole, at, end: whole + whole,
+}
+
+
+@pytest.mark.parametrize("header", ["an image", "a class", "an image in a class"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_header_is_not_taken_for_the_end(packed, tmp_path, header, damage):
+    """As tarfile takes it."""
+    archive = tmp_path / "train.tar"
+    if header == "an image":
+        with tarfile.open(archive, "w") as tar:
+            tar.add((packed / "train").resolve(), "train")
+    else:
+        archive.write_bytes((packed / "train.tar").read_bytes())
+    last_image = int(scan_classes(archive).offsets.max()) - 512
+    with tarfile.open(archive) as tar:
+        last = tar.getmembers()[-1].offset
+        content = DAMAGES[damage](archive.read_bytes(), last if header == "a class" else last_image, tar.offset)
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"train.tar is not a whole tar archive \(.*\): download or pack it again"):
+        scan_classes(archive)
+
+
+@pytest.mark.parametrize("writer", ["GNU tar", "GNU tar, the greatest record", "one block of zeros", "a cut end"])
+def test_archives_end_in_several_ways(packed, tmp_path, writer):
+    archive, folders = tmp_path / "train.tar", (packed / "train").resolve()
+    blocks = "2048" if "greatest" in writer else "20"
+    subprocess.run(["tar", "-b", blocks, "-cf", archive, "-C", folders.parent, "train"], check=True)
+    with tarfile.open(archive) as tar:
+        tar.getmembers()
+        end = tar.offset
+    if writer in ("one block of zeros", "a cut end"):
+        os.truncate(archive, end + (512 if writer == "one block of zeros" else 700))
+    assert_same(scan_classes(archive), scan_classes(folders))
 
 
 def test_labels_of_another_devkit_are_refused(packed):

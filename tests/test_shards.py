@@ -128,6 +128,20 @@ def test_compressed_shards_are_refused(image_folders, tmp_path):
         scan_classes(tmp_path / "val-{000000..000001}.tar")
 
 
+@pytest.mark.parametrize("header", [1, 2, -1])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_damaged_shard_is_named(image_folders, tmp_path, shard, header):
+    pattern = write_shards(image_folders / "val", tmp_path, "val", 2)
+    file = tmp_path / f"val-00000{shard}.tar"
+    with tarfile.open(file) as tar:
+        at = tar.getmembers()[header].offset
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file.name} is not a whole tar archive"):
+        scan_classes(pattern)
+
+
 def test_more_shards_than_files_may_be_open(image_folders, tmp_path):
     pattern = write_shards(image_folders / "train", tmp_path, "train", shards=37)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -18,6 +18,7 @@ from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member,
 from pipeline.errors import UserError
 
 _OPENING = threading.Lock()
+LONGEST_END = (1 << 20) + 2 * tarfile.BLOCKSIZE  # bytes: two blocks, and what fills up the greatest record
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
@@ -142,10 +143,11 @@ def walk_tar(
     """The regular files of a tar archive from byte `start` of a file on, and what is left out.
 
     Raises:
-        UserError: it is compressed or incomplete.
+        UserError: it is compressed, damaged or incomplete.
     """
+    section = Section(file.opened(), start, length)
     try:
-        with tarfile.open(fileobj=Section(file.opened(), start, length), mode="r:") as tar:
+        with tarfile.open(fileobj=section, mode="r:") as tar:
             while entry := tar.next():
                 tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte an image
                 name = os.path.normpath(entry.name)
@@ -160,12 +162,25 @@ def walk_tar(
                     yield ImageIssue(location, "is a named pipe or a device", "left out")
                 else:
                     yield Member(name, start + entry.offset_data, entry.size, by_name=is_image_by_name(name))
+            if not _is_end(section, tar.offset):
+                raise tarfile.ReadError(f"at byte {start + tar.offset:,} is neither a file nor the end")
     except tarfile.TarError as error:
         if program := _compressed(file.path, start):
             raise UserError(
                 f"{file.path} holds a compressed archive: unpack it, {program} what is in it and pack it again"
             ) from None
         raise UserError(f"{file.path} is not a whole tar archive ({error}): download or pack it again") from None
+
+
+def _is_end(section: Section, offset: int) -> bool:
+    """Whether nothing but zeros is left of a tar archive, which are no more than end one.
+
+    tarfile takes any header that is damaged, cut or overwritten with zeros for the end. Without a block of zeros the end
+    looks as one that was cut off between two files.
+    """
+    section.seek(offset)
+    rest = section.read(LONGEST_END + 1)
+    return tarfile.BLOCKSIZE <= len(rest) <= LONGEST_END and not any(rest)
 
 
 def groups_of_folders(

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import tarfile
 from collections.abc import Iterator
 from functools import partial
 
@@ -48,7 +49,7 @@ class ShardSource:
         if root not in files:
             for file in files:
                 refuse_compressed(file)
-        return cls(root, files) if _is_shard(files[0], alone=root in files) else None
+        return cls(root, files) if _is_shard(files[0], root) else None
 
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
         """A group of labelled images for each shard."""
@@ -181,22 +182,29 @@ def _in_folder(folder: str) -> list[str]:
     return sorted(entry.path for entry in entries if entry.name.endswith(".tar"))
 
 
-def _is_shard(file: str, alone: bool) -> bool:
+def _is_shard(file: str, root: str) -> bool:
     """Whether a tar archive begins with files of one key, of which one is an image and one may be its label.
 
     Args:
-        alone: it is given as one file. With folders in it it is then an archive of class folders.
+        root: what names it. If that is the file itself, one with folders in it is an archive of class folders.
+
+    Raises:
+        UserError: it is damaged, and a pattern names it, which is of no other kind.
     """
     try:
         head = list(itertools.islice(_files(file), 3))
-    except (OSError, UserError):
+    except OSError:
         return False
+    except UserError:
+        if os.path.exists(root) or not tarfile.is_tarfile(file):
+            return False
+        raise
     if not head:
         return False
     keys = [_key(member.name) for member in head]
     suffixes = {suffix for (key, suffix) in keys if key == keys[0][0]}
     images = {suffix for suffix in suffixes if is_image_by_name(f"x.{suffix}")}
-    if alone and os.sep in keys[0][0]:
+    if root == file and os.sep in keys[0][0]:
         return False
     return bool(images) and bool(suffixes & set(LABEL_SUFFIXES))
 
