@@ -127,8 +127,9 @@ def _stamp(members: Iterable[Member]) -> str:
     """What changes when one of the files does."""
     digest = hashlib.sha256()
     for member in members:
+        place = f"@{member.offset}" if member.offset else ""  # images of one length may change places in an archive
         label = f"\0{member.label}" if member.label else ""
-        digest.update(os.fsencode(f"{member.name}\0{member.length}\0{member.time}{label}\n"))
+        digest.update(os.fsencode(f"{member.name}\0{member.length}{place}\0{member.time}{label}\n"))
     return digest.hexdigest()
 
 
