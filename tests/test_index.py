@@ -111,6 +111,36 @@ def test_a_scan_that_was_broken_off_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(opened) == 6
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"sizes":[[', '"sizes":[[{"rule":"3","group":"class0",'),  # two lines in one another
+        ('"sizes"', '"other"'),
+        ('"stamp"', '"other"'),
+        ('"names":["image0001.jpg",', '"names":['),
+        ('"orientations":[]', '"orientations":[[3,6]]'),
+        ('"orientations":[]', '"orientations":[[1]]'),
+        ('"offsets":[0,', '"offsets":["a",'),
+        ('"offsets":[0,', '"offsets":[["0"],'),
+        ('"group":"class1"', '"group":["class1"]'),
+        ('"deep":[]', '"deep":null'),
+    ],
+)
+def test_a_damaged_line_of_the_cache_is_read_again(tmp_path, monkeypatch, before, after):
+    root, cache = write_class_folders(tmp_path / "images", 2, 6), tmp_path / "index.jsonl"
+    first = scan_classes(root, cache)
+    whole, damaged = cache.read_text().strip().split("\n")
+    assert damaged.count(before) == 1
+    cache.write_text("\n".join([whole, damaged.replace(before, after)]))
+    opened = []
+    real_open = Image.open
+    monkeypatch.setattr(Image, "open", lambda stream: opened.append(1) or real_open(stream))
+    for _ in range(2):
+        again = scan_classes(root, cache)
+        assert again.fingerprint == first.fingerprint and np.array_equal(again.sizes, first.sizes)
+        assert len(opened) == 3  # the damaged class, once
+
+
 def test_the_command_takes_both_sets_of_a_folder_as_training_finds_them(image_folders, tmp_path, monkeypatch, capfd):
     def printed(folder, *flags: str):
         monkeypatch.setattr("sys.argv", ["index", str(folder), *flags])
