@@ -16,6 +16,7 @@ from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.data import scan_group
 from pipeline.data.index_cache import cache_beside
+from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.errors import UserError
 from tools.lab import archives
@@ -196,6 +197,45 @@ def test_archives_end_in_several_ways(packed, tmp_path, writer):
     if writer in ("one block of zeros", "a cut end"):
         os.truncate(archive, end + (512 if writer == "one block of zeros" else 700))
     assert_same(scan_classes(archive), scan_classes(folders))
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", ["folders", "flat", "an archive a class", "a class again"])
+def test_of_files_of_one_name_the_last_is_taken_and_told(packed, tmp_path, kind, capfd):
+    """As tar -r and tar -u leave them: the repaired image comes after the damaged one."""
+    archive = tmp_path / "train.tar"
+    images = {f"{i}.jpg": (packed / "train" / "class0" / f"image{3 * i:04d}.jpg").read_bytes() for i in range(4)}
+    before = {name: content[:-300] for name, content in images.items()}
+    repaired = {f"./{name}" if name == "1.jpg" else name: images[name] for name in ("1.jpg", "2.jpg", "3.jpg")}
+    inside = {"an archive a class": "cat.tar", "a class again": "cat.tar", "folders": "all/cat", "flat": ""}[kind]
+    with tarfile.open(archive, "w") as tar:
+        if kind in ("folders", "flat"):
+            for name, content in (*before.items(), *repaired.items()):
+                add(tar, os.path.join(inside, name), content)
+        else:
+            inner = tmp_path / "cat.tar"
+            with tarfile.open(inner, "w") as of_class:
+                for name, content in (*before.items(), *repaired.items()):
+                    add(of_class, name, content)
+            if kind == "a class again":
+                add(tar, inside, b"no archive")
+            tar.add(inner, inside)
+    if kind == "flat":
+        (tmp_path / "labels.txt").write_text("cat\n" * 4)
+        index = scan_flat(archive, tmp_path / "labels.txt", ("cat",))
+    else:
+        index = scan_classes(archive)
+    found = {os.path.basename(name): Reader(index).read(i).tobytes() for i, name in enumerate(index.names)}
+    assert found == {**images, "0.jpg": before["0.jpg"]} and len(index) == 4
+    first = {"folders": "all/cat/1.jpg", "flat": "1.jpg"}.get(kind, "cat/1.jpg")
+    more = 3 if kind == "a class again" else 2
+    told = f"is there more than once (and {more} more): the last one is taken, as when the archive is unpacked"
+    assert capfd.readouterr().err == f"warning: {first} in {archive} {told}\n"
 
 
 def test_labels_of_another_devkit_are_refused(packed):

@@ -142,6 +142,21 @@ def test_a_damaged_shard_is_named(image_folders, tmp_path, shard, header):
         scan_classes(pattern)
 
 
+def test_of_files_of_one_name_the_last_is_taken_and_told(image_folders, tmp_path, capfd):
+    pattern = write_shards(image_folders / "val", tmp_path, "val", 2)
+    image = (image_folders / "train" / "class0" / "image0000.jpg").read_bytes()
+    before = scan_classes(pattern)
+    with tarfile.open(tmp_path / "val-000001.tar", "a") as tar:
+        key = tar.getnames()[0].removesuffix(".jpg")
+        add(tar, f"{key}.jpg", image)
+        add(tar, f"{key}.cls", b"0")
+    index = scan_classes(pattern)
+    i = index.names.index(f"val-000001.tar/{key}.jpg")
+    assert len(index) == len(before) == 11 and index.labels[i] == 0 and Reader(index).read(i).tobytes() == image
+    told = "is there more than once (and 1 more): the last one is taken, as when the archive is unpacked"
+    assert capfd.readouterr().err == f"warning: val-000001.tar/{key}.cls in {pattern} {told}\n"
+
+
 def test_more_shards_than_files_may_be_open(image_folders, tmp_path):
     pattern = write_shards(image_folders / "train", tmp_path, "train", shards=37)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

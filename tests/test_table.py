@@ -101,6 +101,25 @@ def test_the_cache_sees_that_images_of_an_archive_have_changed_places(tmp_path, 
             assert Reader(index).read(i).tobytes() == (tmp_path / f"{name}.bmp").read_bytes()
 
 
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_images_that_are_in_an_archive_twice_are_told(image_folders, tmp_path, labels, capfd):
+    rows = files_of(image_folders / "val")
+    table = write_table(tmp_path / "t.csv", ("file", "label"), *rows)
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(image_folders / "train" / rows[0][0], rows[0][0])
+        for file, _ in rows:
+            tar.add(image_folders / "val" / file, file)
+    if labels == "single":
+        index = scan_classes(TableSource(str(table), open_source(tmp_path / "val.tar")))
+    else:
+        index = scan_label_table(tmp_path / "val.tar", table)
+    assert (
+        Reader(index).read(index.names.index(rows[0][0])).tobytes() == (image_folders / "val" / rows[0][0]).read_bytes()
+    )
+    told = "is there more than once: the last one is taken, as when the archive is unpacked"
+    assert capfd.readouterr().err == f"warning: {rows[0][0]} in {tmp_path / 'val.tar'} {told}\n"
+
+
 def test_columns_by_name_by_option_and_a_column_of_splits(images, image_folders, capfd):
     rows = [
         ("7", f"{split}/{file}", "old", name, {"train": "Train", "val": "valid"}[split])

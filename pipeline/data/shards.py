@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Iterator
 from functools import partial
 
-from pipeline.data.archive import OpenFile, Section, refuse_compressed, walk_tar
+from pipeline.data.archive import OpenFile, Section, listed, refuse_compressed, walk_tar
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 from pipeline.errors import UserError
@@ -92,18 +92,17 @@ class ShardSource:
         """The images of one shard."""
         name, file, start = self._names[i], self._files[i], self._starts[i]
         samples: dict[str, dict[str, Member]] = {}
-        issues: list[ImageIssue] = []
-        for item in walk_tar(
-            file, 0, self._starts[i + 1] - start, lambda path: self.location(os.path.join(name, path))
-        ):
-            if isinstance(item, ImageIssue):
-                issues.append(item)
-            else:
-                key, suffix = _key(item.name)
-                samples.setdefault(key, {})[suffix] = item
-        members = []
+
+        def location_of(path: str) -> str:
+            return self.location(os.path.join(name, path))
+
+        found = listed(walk_tar(file, 0, self._starts[i + 1] - start, location_of), location_of)
+        for member in found.members:
+            key, suffix = _key(member.name)
+            samples.setdefault(key, {})[suffix] = member
+        members, issues = [], list(found.issues)
         for key, parts in samples.items():
-            location = self.location(os.path.join(name, key))
+            location = location_of(key)
             images = [part for part in parts.values() if part.by_name]
             if len(images) > 1:  # as KEY.jpg and KEY.mask.png
                 images = [part for suffix, part in parts.items() if part.by_name and "." not in suffix]
