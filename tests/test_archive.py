@@ -1,6 +1,7 @@
 """ImageNet as it is downloaded: a tar of tars and a flat tar with the development kit, against the unpacked folders."""
 
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -122,6 +123,19 @@ def test_the_cache_knows_an_archive_until_it_changes(packed, tmp_path, monkeypat
     monkeypatch.setattr("pipeline.data.scan_group._read_header", lambda *member: read.append(1) or real(*member))
     assert_same(scan_classes(archive, cache), first)
     assert len(read) == len(first)
+
+
+def test_what_an_earlier_version_kept_of_an_archive_is_read_again(packed, tmp_path):
+    """It may have stopped at a damaged header, or have an image twice."""
+    archive, cache = packed / "train.tar", tmp_path / "cache.jsonl"
+    first = scan_classes(archive, cache)
+    rows = [json.loads(line) for line in cache.read_text().split("\n") if line]
+    for row in rows:
+        row["stamp"] = row["stamp"].removeprefix("2 ")
+        for column in ("names", "offsets", "lengths", "sizes"):
+            del row[column][0]
+    cache.write_text("".join(f"\n{json.dumps(row, separators=(',', ':'))}" for row in rows))
+    assert_same(scan_classes(archive, cache), first)
 
 
 def test_the_cache_lies_beside_the_data_or_in_the_run(packed, tmp_path, monkeypatch):

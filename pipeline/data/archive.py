@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 
 _OPENING = threading.Lock()
 LONGEST_END = (1 << 20) + 2 * tarfile.BLOCKSIZE  # bytes: two blocks, and what fills up the greatest record
+RULE = "2"  # what the kept rows of archives follow, as `index_cache.RULE`: to their end, and one file of a name
 MORE_THAN_ONCE = "is there more than once"
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
@@ -111,9 +112,9 @@ class OpenFile:
         return self._stream
 
     def stamp(self) -> str:
-        """What changes when the file does, without reading it."""
+        """What changes when the file does, without reading it; or what is made of it here."""
         status = os.stat(self.path)
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return f"{RULE} {status.st_mtime_ns} {status.st_size}"
 
 
 class Section(io.RawIOBase):
