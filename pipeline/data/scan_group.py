@@ -65,7 +65,7 @@ def _found(row: dict[str, Any]) -> Found:
 def _kept(line: str | None, group: Group) -> tuple[str, Found] | None:
     """The stamp and the images that a group's line in the cache has; None if there is none, or if it is damaged.
 
-    Two that append at once on a network file system may mix their lines.
+    Two that append at once on a network file system may mix their lines. An earlier version kept empty labels.
     """
     if line is None:
         return None
@@ -74,7 +74,7 @@ def _kept(line: str | None, group: Group) -> tuple[str, Found] | None:
         stamp, found = row["stamp"], _found(row)
         images = len(found.names)
         whole = images == len(found.offsets) == len(found.lengths) == len(found.sizes)
-        whole = whole and (not group.labelled or images == len(found.labels))
+        whole = whole and (not group.labelled or images == len(found.labels)) and all(found.labels)
         whole = whole and all(0 <= i < images for i, _ in (*found.orientations, *found.deep))
     except (ValueError, TypeError, KeyError, OverflowError):
         return None
