@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -165,6 +166,18 @@ def test_the_command_takes_both_sets_of_a_folder_as_training_finds_them(image_fo
     out = printed(table, "--verify").out
     assert f"images     27 in {table}/train.csv" in out and f"images     10 in {table}/val.csv" in out
     assert "validation image too" not in out
+
+
+def test_the_command_lists_names_that_are_not_utf_8(tmp_path, monkeypatch, capsys):
+    root = tmp_path / os.fsdecode(b"\xff")
+    write_class_folders(root, 2, 6)
+    shutil.copyfile(root / "class0/image0000.jpg", root / "class0" / os.fsdecode(b"odd \xe9.png"))
+    monkeypatch.setattr("sys.argv", ["index", str(root), "--verify"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    shown = f"{tmp_path}/\ufffd"
+    assert lines[0] == f"{shown}/class0/odd \ufffd.png is JPEG, not what its suffix says: read as what it is"
+    assert f"images     7 in {shown}" in lines and f"cache      {tmp_path}/.\ufffd.index.jsonl" in lines
 
 
 def test_labels_can_count_in_a_larger_set_of_classes(image_folders):
