@@ -1,7 +1,9 @@
 """ImageNet as it is downloaded: a tar of tars and a flat tar with the development kit, against the unpacked folders."""
 
 import io
+import json
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.data import scan_group
 from pipeline.data.index_cache import cache_beside
+from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.errors import UserError
 from tools.lab import archives
@@ -122,6 +125,19 @@ def test_the_cache_knows_an_archive_until_it_changes(packed, tmp_path, monkeypat
     assert len(read) == len(first)
 
 
+def test_what_an_earlier_version_kept_of_an_archive_is_read_again(packed, tmp_path):
+    """It may have stopped at a damaged header, or have an image twice."""
+    archive, cache = packed / "train.tar", tmp_path / "cache.jsonl"
+    first = scan_classes(archive, cache)
+    rows = [json.loads(line) for line in cache.read_text().split("\n") if line]
+    for row in rows:
+        row["stamp"] = row["stamp"].removeprefix("2 ")
+        for column in ("names", "offsets", "lengths", "sizes"):
+            del row[column][0]
+    cache.write_text("".join(f"\n{json.dumps(row, separators=(',', ':'))}" for row in rows))
+    assert_same(scan_classes(archive, cache), first)
+
+
 def test_the_cache_lies_beside_the_data_or_in_the_run(packed, tmp_path, monkeypatch):
     assert cache_beside(packed / "train.tar", tmp_path).parent == packed
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
@@ -152,6 +168,88 @@ def test_wrong_archives_are_explained(packed, tmp_path, damage):
     }
     with pytest.raises(UserError, match=expected[damage]):
         scan_classes(archive)
+
+
+DAMAGES = {
+    "a flipped bit": lambda whole, at, end: whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+    "cut before it": lambda whole, at, end: whole[:at],
+    "cut in it": lambda whole, at, end: whole[: at + 100],
+    "a hole of zeros": lambda whole, at, end: whole[: at - 700] + bytes(1212) + whole[at + 512 :],
+    "nothing but zeros": lambda whole, at, end: whole[:at] + bytes(2 << 20),
+    "no end": lambda whole, at, end: whole[:end],
+    "another archive after the end": lambda whole, at, end: whole + whole,
+}
+
+
+@pytest.mark.parametrize("header", ["an image", "a class", "an image in a class"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_header_is_not_taken_for_the_end(packed, tmp_path, header, damage):
+    """As tarfile takes it."""
+    archive = tmp_path / "train.tar"
+    if header == "an image":
+        with tarfile.open(archive, "w") as tar:
+            tar.add((packed / "train").resolve(), "train")
+    else:
+        archive.write_bytes((packed / "train.tar").read_bytes())
+    last_image = int(scan_classes(archive).offsets.max()) - 512
+    with tarfile.open(archive) as tar:
+        last = tar.getmembers()[-1].offset
+        content = DAMAGES[damage](archive.read_bytes(), last if header == "a class" else last_image, tar.offset)
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"train.tar is not a whole tar archive \(.*\): download or pack it again"):
+        scan_classes(archive)
+
+
+@pytest.mark.parametrize("writer", ["GNU tar", "GNU tar, the greatest record", "one block of zeros", "a cut end"])
+def test_archives_end_in_several_ways(packed, tmp_path, writer):
+    archive, folders = tmp_path / "train.tar", (packed / "train").resolve()
+    blocks = "2048" if "greatest" in writer else "20"
+    subprocess.run(["tar", "-b", blocks, "-cf", archive, "-C", folders.parent, "train"], check=True)
+    with tarfile.open(archive) as tar:
+        tar.getmembers()
+        end = tar.offset
+    if writer in ("one block of zeros", "a cut end"):
+        os.truncate(archive, end + (512 if writer == "one block of zeros" else 700))
+    assert_same(scan_classes(archive), scan_classes(folders))
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", ["folders", "flat", "an archive a class", "a class again"])
+def test_of_files_of_one_name_the_last_is_taken_and_told(packed, tmp_path, kind, capfd):
+    """As tar -r and tar -u leave them: the repaired image comes after the damaged one."""
+    archive = tmp_path / "train.tar"
+    images = {f"{i}.jpg": (packed / "train" / "class0" / f"image{3 * i:04d}.jpg").read_bytes() for i in range(4)}
+    before = {name: content[:-300] for name, content in images.items()}
+    repaired = {f"./{name}" if name == "1.jpg" else name: images[name] for name in ("1.jpg", "2.jpg", "3.jpg")}
+    inside = {"an archive a class": "cat.tar", "a class again": "cat.tar", "folders": "all/cat", "flat": ""}[kind]
+    with tarfile.open(archive, "w") as tar:
+        if kind in ("folders", "flat"):
+            for name, content in (*before.items(), *repaired.items()):
+                add(tar, os.path.join(inside, name), content)
+        else:
+            inner = tmp_path / "cat.tar"
+            with tarfile.open(inner, "w") as of_class:
+                for name, content in (*before.items(), *repaired.items()):
+                    add(of_class, name, content)
+            if kind == "a class again":
+                add(tar, inside, b"no archive")
+            tar.add(inner, inside)
+    if kind == "flat":
+        (tmp_path / "labels.txt").write_text("cat\n" * 4)
+        index = scan_flat(archive, tmp_path / "labels.txt", ("cat",))
+    else:
+        index = scan_classes(archive)
+    found = {os.path.basename(name): Reader(index).read(i).tobytes() for i, name in enumerate(index.names)}
+    assert found == {**images, "0.jpg": before["0.jpg"]} and len(index) == 4
+    first = {"folders": "all/cat/1.jpg", "flat": "1.jpg"}.get(kind, "cat/1.jpg")
+    more = 3 if kind == "a class again" else 2
+    told = f"is there more than once (and {more} more): the last one is taken, as when the archive is unpacked"
+    assert capfd.readouterr().err == f"warning: {first} in {archive} {told}\n"
 
 
 def test_labels_of_another_devkit_are_refused(packed):

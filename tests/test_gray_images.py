@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pipeline import api, trainer
 from pipeline.config import DataConfig
+from pipeline.data.formats import to_pnm
 from pipeline.data.image_files import PixelFormat, pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader
@@ -121,6 +122,18 @@ def test_images_of_eight_bits_are_the_same_at_sixteen(mixed):
     eight, sixteen = (dataclasses.replace(SMALL, **ONE, depth=depth) for depth in (8, 16))
     difference = training_images(mixed, eight, "native") - training_images(mixed, sixteen, "native")
     assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("interpolation", ["torch7-bicubic", "pil-bilinear"])
+def test_plain_pnm_files_are_read_at_sixteen_bits_as_others(tmp_path, interpolation):
+    """Of colours and gray: native takes those of 8 bits as they are."""
+    (tmp_path / "a").mkdir()
+    for name, image in (("colours.ppm", photo(0, 28, 36)), ("gray.pgm", photo(1, 36, 28).convert("L"))):
+        (tmp_path / "a" / name).write_bytes(to_pnm(np.asarray(image)).tobytes())
+    config = dataclasses.replace(SMALL_DEEP, interpolation=interpolation)
+    index = scan_classes(tmp_path, pixel_format=pixel_format(config))
+    found, expected = (evaluation_images(index, config, loader) for loader in ("native", "reference"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_what_cannot_be_read_so_is_refused_with_a_remedy(deep, tmp_path):

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -111,6 +112,36 @@ def test_a_scan_that_was_broken_off_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(opened) == 6
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"sizes":[[', '"sizes":[[{"rule":"3","group":"class0",'),  # two lines in one another
+        ('"sizes"', '"other"'),
+        ('"stamp"', '"other"'),
+        ('"names":["image0001.jpg",', '"names":['),
+        ('"orientations":[]', '"orientations":[[3,6]]'),
+        ('"orientations":[]', '"orientations":[[1]]'),
+        ('"offsets":[0,', '"offsets":["a",'),
+        ('"offsets":[0,', '"offsets":[["0"],'),
+        ('"group":"class1"', '"group":["class1"]'),
+        ('"deep":[]', '"deep":null'),
+    ],
+)
+def test_a_damaged_line_of_the_cache_is_read_again(tmp_path, monkeypatch, before, after):
+    root, cache = write_class_folders(tmp_path / "images", 2, 6), tmp_path / "index.jsonl"
+    first = scan_classes(root, cache)
+    whole, damaged = cache.read_text().strip().split("\n")
+    assert damaged.count(before) == 1
+    cache.write_text("\n".join([whole, damaged.replace(before, after)]))
+    opened = []
+    real_open = Image.open
+    monkeypatch.setattr(Image, "open", lambda stream: opened.append(1) or real_open(stream))
+    for _ in range(2):
+        again = scan_classes(root, cache)
+        assert again.fingerprint == first.fingerprint and np.array_equal(again.sizes, first.sizes)
+        assert len(opened) == 3  # the damaged class, once
+
+
 def test_the_command_takes_both_sets_of_a_folder_as_training_finds_them(image_folders, tmp_path, monkeypatch, capfd):
     def printed(folder, *flags: str):
         monkeypatch.setattr("sys.argv", ["index", str(folder), *flags])
@@ -135,6 +166,18 @@ def test_the_command_takes_both_sets_of_a_folder_as_training_finds_them(image_fo
     out = printed(table, "--verify").out
     assert f"images     27 in {table}/train.csv" in out and f"images     10 in {table}/val.csv" in out
     assert "validation image too" not in out
+
+
+def test_the_command_lists_names_that_are_not_utf_8(tmp_path, monkeypatch, capsys):
+    root = tmp_path / os.fsdecode(b"\xff")
+    write_class_folders(root, 2, 6)
+    shutil.copyfile(root / "class0/image0000.jpg", root / "class0" / os.fsdecode(b"odd \xe9.png"))
+    monkeypatch.setattr("sys.argv", ["index", str(root), "--verify"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    shown = f"{tmp_path}/\ufffd"
+    assert lines[0] == f"{shown}/class0/odd \ufffd.png is JPEG, not what its suffix says: read as what it is"
+    assert f"images     7 in {shown}" in lines and f"cache      {tmp_path}/.\ufffd.index.jsonl" in lines
 
 
 def test_labels_can_count_in_a_larger_set_of_classes(image_folders):

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import photo
 from test_zip_archive import zip_folder
 
 from pipeline.data.reader import Reader
@@ -30,7 +31,8 @@ def test_shards_hold_the_same_images_in_the_same_order(image_folders, tmp_path, 
     files = sorted(name for name in os.listdir(tmp_path / "out") if name.endswith(".tar"))
     assert files == [f"train-{i:06d}.tar" for i in range(len(files))] and len(files) > 2
     pattern = f"train-{{000000..{len(files) - 1:06d}}}.tar"
-    assert f"--data.train {pattern}" in capsys.readouterr().out
+    out = f"--data.dir {tmp_path / 'out'} --data.train '{pattern}'"
+    assert capsys.readouterr().out.endswith(f"\ntrain on them with {out}\n")
     monkeypatch.setattr("pipeline.data.scan_group._read_header", lambda *_: pytest.fail("the shards have an index"))
     shards = scan_classes(tmp_path / "out" / pattern, tmp_path / "out" / f".{pattern}.index.jsonl")
     assert shards.classes == folders.classes
@@ -58,6 +60,44 @@ def test_odd_names_keep_their_order_and_their_bytes(image_folders, tmp_path, mon
         Reader(folders).read(i).tobytes() for i in range(18)
     ]
     np.testing.assert_array_equal(shards.labels, folders.labels)
+
+
+def test_images_whose_names_do_not_say_so_get_the_suffix_of_their_format(tmp_path, monkeypatch):
+    """What is in their names stays there."""
+    formats = {
+        "scan.2": ("PNG", "00000000_scan_2.png"),
+        "scan.3": ("JPEG2000", "00000001_scan_3.jp2"),
+        "three": ("JPEG2000", "00000002_three.jp2"),
+        "two": ("MPO", "00000003_two.jpg"),
+        "v.jpg_large": ("JPEG", "00000004_v_jpg_large.jpeg"),
+        "w.mpo": ("MPO", "00000005_w_mpo.jpg"),
+        "x.cls": ("TIFF", "00000006_x_cls.tiff"),
+        "y.PNG": ("JPEG", "00000007_y.png"),
+        "z.": ("PPM", "00000008_z_.ppm"),
+    }
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for i, (name, (kind, _)) in enumerate(formats.items()):
+        more = {"save_all": True, "append_images": [photo(50 + i, 30, 30)]} if kind == "MPO" else {}
+        photo(i, 30, 30).save(tmp_path / "in" / "cat" / name, kind, **more)
+    folders = scan_classes(tmp_path / "in")
+    packed(monkeypatch, tmp_path / "in", tmp_path / "out")
+    shards = scan_classes(tmp_path / "out" / "train-000000.tar")
+    assert [os.path.basename(name) for name in shards.names] == [name for _, name in formats.values()]
+    for i in range(len(formats)):
+        assert Reader(shards).read(i).tobytes() == Reader(folders).read(i).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("val", "validate on them with --data.dir 'a place' --data.val 'val-{000000..000000}.tar'"),
+        ("photos", "train on them with --data.dir 'a place' --data.train 'photos-{000000..000000}.tar'"),
+    ],
+)
+def test_the_flags_that_are_told_can_be_pasted(image_folders, tmp_path, monkeypatch, capsys, name, use):
+    monkeypatch.chdir(tmp_path)
+    packed(monkeypatch, image_folders / "val", "a place", "--name", name)
+    assert capsys.readouterr().out.splitlines()[-1] == use
 
 
 def test_what_is_there_is_not_written_over(image_folders, tmp_path, monkeypatch, user_error):

@@ -11,10 +11,13 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, REPOSITORY, write_class_folders
+import torch
+from conftest import PATIENCE, REPOSITORY, photo, write_class_folders
 from PIL import Image
 
+from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes
 from pipeline.data.source import Source
@@ -70,6 +73,19 @@ def test_an_end_that_comes_too_soon_is_named(index):
         LocalUserError, match=r"image0000.jpg ends after 250 of \d+ bytes: it changed since the scan: .*anew"
     ):
         Reader(dripping).read(0)
+
+
+@pytest.mark.parametrize("loader", ["native", "dali", "reference"])
+def test_an_image_that_has_grown_since_the_scan_is_not_called_corrupt(index, loader):
+    """Not even where corrupt ones may be left out: it may be whole, and its size is another."""
+    photo(9, 90, 90).save(index.location(0), quality=95)
+    shard = Shard(rank=0, ranks=1, device=torch.device("cpu"), threads=1)
+    config = DataConfig(crop_size=24, resize_size=28, loader=loader, corrupt_images="skip")
+    with pytest.raises(
+        LocalUserError,
+        match=rf"image0000.jpg goes on after {index.lengths[0]} bytes: it changed since the scan: .*anew",
+    ):
+        list(TrainingLoader(index, config, shard, seed=1, batch_size=4, accumulation=1).batches(0))
 
 
 def test_short_reads_of_an_archive_are_read_on(index, tmp_path, monkeypatch):

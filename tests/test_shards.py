@@ -128,6 +128,35 @@ def test_compressed_shards_are_refused(image_folders, tmp_path):
         scan_classes(tmp_path / "val-{000000..000001}.tar")
 
 
+@pytest.mark.parametrize("header", [1, 2, -1])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_damaged_shard_is_named(image_folders, tmp_path, shard, header):
+    pattern = write_shards(image_folders / "val", tmp_path, "val", 2)
+    file = tmp_path / f"val-00000{shard}.tar"
+    with tarfile.open(file) as tar:
+        at = tar.getmembers()[header].offset
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file.name} is not a whole tar archive"):
+        scan_classes(pattern)
+
+
+def test_of_files_of_one_name_the_last_is_taken_and_told(image_folders, tmp_path, capfd):
+    pattern = write_shards(image_folders / "val", tmp_path, "val", 2)
+    image = (image_folders / "train" / "class0" / "image0000.jpg").read_bytes()
+    before = scan_classes(pattern)
+    with tarfile.open(tmp_path / "val-000001.tar", "a") as tar:
+        key = tar.getnames()[0].removesuffix(".jpg")
+        add(tar, f"{key}.jpg", image)
+        add(tar, f"{key}.cls", b"0")
+    index = scan_classes(pattern)
+    i = index.names.index(f"val-000001.tar/{key}.jpg")
+    assert len(index) == len(before) == 11 and index.labels[i] == 0 and Reader(index).read(i).tobytes() == image
+    told = "is there more than once (and 1 more): the last one is taken, as when the archive is unpacked"
+    assert capfd.readouterr().err == f"warning: val-000001.tar/{key}.cls in {pattern} {told}\n"
+
+
 def test_more_shards_than_files_may_be_open(image_folders, tmp_path):
     pattern = write_shards(image_folders / "train", tmp_path, "train", shards=37)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

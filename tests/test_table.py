@@ -2,18 +2,22 @@
 
 import csv
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import small_config
+from PIL import Image
 from test_zip_archive import zip_folder
 
 from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, to_evaluate
 from pipeline.data.image_files import COLORS
-from pipeline.data.scan import scan_classes
+from pipeline.data.reader import Reader
+from pipeline.data.scan import scan_classes, scan_label_table
 from pipeline.data.sources import open_source
 from pipeline.data.table import Columns, TableSource, is_table, read_table
 from pipeline.data.verify import verify
@@ -74,6 +78,46 @@ def test_the_cache_knows_the_images_until_a_label_changes(images, image_folders,
     write_table(table, ("file", "label"), (rows[0][0], "class2"), *rows[1:])
     changed = scan_classes(table, cache)
     assert changed.labels.sum() == first.labels.sum() + 2 and changed.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_the_cache_sees_that_images_of_an_archive_have_changed_places(tmp_path, kind, labels):
+    """Though names, lengths and labels are what they were."""
+    colors = {"a": (200, 0, 0), "b": (0, 200, 0), "c": (0, 0, 200)}
+    for name, color in colors.items():
+        Image.new("RGB", (40, 40), color).save(tmp_path / f"{name}.bmp")
+    write_table(tmp_path / "t.csv", ("file", "label"), *((f"{name}.bmp", f"class {name}") for name in colors))
+    for order in ("abc", "cab", "bca"):
+        archive = tmp_path / f"images.{kind}"
+        with tarfile.open(archive, "w") if kind == "tar" else zipfile.ZipFile(archive, "w") as packed:
+            for name in order:
+                (packed.add if kind == "tar" else packed.write)(tmp_path / f"{name}.bmp", f"{name}.bmp")
+        if labels == "single":
+            index = scan_classes(TableSource(str(tmp_path / "t.csv"), open_source(archive)), tmp_path / "cache")
+        else:
+            index = scan_label_table(archive, tmp_path / "t.csv", cache=tmp_path / "cache")
+        for i, name in enumerate(colors):
+            assert Reader(index).read(i).tobytes() == (tmp_path / f"{name}.bmp").read_bytes()
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_images_that_are_in_an_archive_twice_are_told(image_folders, tmp_path, labels, capfd):
+    rows = files_of(image_folders / "val")
+    table = write_table(tmp_path / "t.csv", ("file", "label"), *rows)
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(image_folders / "train" / rows[0][0], rows[0][0])
+        for file, _ in rows:
+            tar.add(image_folders / "val" / file, file)
+    if labels == "single":
+        index = scan_classes(TableSource(str(table), open_source(tmp_path / "val.tar")))
+    else:
+        index = scan_label_table(tmp_path / "val.tar", table)
+    assert (
+        Reader(index).read(index.names.index(rows[0][0])).tobytes() == (image_folders / "val" / rows[0][0]).read_bytes()
+    )
+    told = "is there more than once: the last one is taken, as when the archive is unpacked"
+    assert capfd.readouterr().err == f"warning: {rows[0][0]} in {tmp_path / 'val.tar'} {told}\n"
 
 
 def test_columns_by_name_by_option_and_a_column_of_splits(images, image_folders, capfd):

@@ -99,6 +99,23 @@ def test_a_folder_in_a_zip_file_is_a_data_set_as_kaggle_has_it(image_folders, tm
         scan_classes(file / "ILSVRC" / "Data")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile's own
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_of_files_of_one_name_the_last_is_taken_and_told(image_folders, tmp_path, capfd, method):
+    """As zipfile appends them."""
+    folders = scan_classes(image_folders / "val")
+    file = tmp_path / "val.zip"
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name in folders.names[:2]:
+            archive.writestr(name, b"damaged")
+    assert_same(scan_classes(zip_folder(image_folders / "val", file, method=method)), folders)
+    told = "is there more than once (and 1 more): the last one is taken, as when the archive is unpacked"
+    assert capfd.readouterr().err == f"warning: {folders.names[0]} in {file} {told}\n"
+    (tmp_path / "labels.txt").write_text("".join(f"{name} {name[:6]}\n" for name in folders.names))
+    assert scan_flat(file, tmp_path / "labels.txt", folders.classes).names == folders.names
+    assert told in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["cut short", "encrypted", "lzma", "moved", "link"])
 def test_what_cannot_be_read_is_named(image_folders, tmp_path, damage, capfd):
     file = zip_folder(image_folders / "val", tmp_path / "val.zip", method=zipfile.ZIP_LZMA if damage == "lzma" else 0)

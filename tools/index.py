@@ -31,6 +31,7 @@ from pipeline.data.splits import find_splits
 from pipeline.data.verify import verify
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from tools.support.label_files import find_label_file
+from tools.support.outputs import printable
 
 
 def main() -> None:
@@ -85,8 +86,7 @@ def main() -> None:
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     for index in indexes:
-        print(describe(index))
-        print(f"cache      {cache_beside(Path(index.root), fallback)}")
+        print(printable(f"{describe(index)}\ncache      {cache_beside(Path(index.root), fallback)}"))
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
@@ -112,13 +112,13 @@ def list_odd_images(training: list[FileSource], validation: list[FileSource], re
     stops = 0
     whole = {source.root for source in (*training, *validation)}
     for issue in verify(training, validation, read_as):
-        tqdm.write(str(issue))
+        tqdm.write(printable(str(issue)))
         if issue.location in whole and not issue.stops:
             continue
         kinds[issue.fault, issue.outcome] += issue.count
         stops += issue.stops
     for (fault, outcome), count in kinds.most_common():
-        print(f"{count:>10,}  {fault}: {outcome}")
+        print(printable(f"{count:>10,}  {fault}: {outcome}"))
     if not kinds:
         print("no image is odd")
     if stops:

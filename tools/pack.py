@@ -1,14 +1,15 @@
 """Write images into tar shards and index them: ``python -m tools.pack DATA OUT``.
 
 DATA is whatever training reads by class: a folder, a table, an archive, other shards. OUT gets NAME-000000.tar and so on, in
-WebDataset's form: for each image KEY.jpg, as it is, and KEY.json with its class and its name in DATA. Training on them is
-training on DATA, to the bit: the order of the images is the same. A million files become some dozens, which a network file
-system serves better, and which can be copied.
+WebDataset's form: for each image KEY.jpg, as it is, and KEY.json with its class and its name in DATA. An image whose name does
+not say that it is one gets its format's suffix. Training on them is training on DATA, to the bit: the order of the images is
+the same. A million files become some dozens, which a network file system serves better, and which can be copied.
 """
 
 import io
 import json
 import os
+import shlex
 import sys
 import tarfile
 import time
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.data.image_files import is_image_by_name, suffix_of
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import cache_beside, known_cache
 from pipeline.data.reader import Reader
@@ -58,11 +60,13 @@ def main() -> None:
         )
     elif not np.array_equal(packed.labels, index.labels) or not np.array_equal(packed.lengths, index.lengths):
         raise UserError(f"{pattern} does not hold what {source} does: the disk or the memory is faulty; pack again")
+    use, field = ("validate", "val") if options.name == "val" else ("train", "train")
     size = sum(shard.stat().st_size for shard in shards)
     print(
         f"{counted(len(packed), 'image')} of {counted(len(packed.classes), 'class', 'classes')}, {size / MIB:,.0f} MiB in "
         f"{counted(len(shards), 'shard')}, in "
-        f"{time.perf_counter() - start:.0f} s\ntrain on them with --data.dir {out} --data.{options.name} {pattern.name}"
+        f"{time.perf_counter() - start:.0f} s\n{use} on them with --data.dir {shlex.quote(str(out))} --data.{field} "
+        f"{shlex.quote(pattern.name)}"
     )
 
 
@@ -101,10 +105,23 @@ def _samples(index: DatasetIndex, reader: Reader) -> Iterator[tuple[str, bytes, 
     for i, name in enumerate(index.names):
         content = reader.read(i).tobytes()
         stem, suffix = os.path.splitext(os.path.basename(name))
-        if not suffix:
-            suffix = f".{(Image.open(io.BytesIO(content)).format or 'jpeg').lower()}"
+        if not is_image_by_name(name):  # nor would that of the shard's file be
+            stem, suffix = stem + suffix, _suffix_for(content, index.location(i))
         key = f"{i:08d}_{stem.replace('.', '_')}"
         yield key, content, {"label": index.classes[index.labels[i]], "name": name, "suffix": suffix.lower()}
+
+
+def _suffix_for(content: bytes, location: str) -> str:
+    """The suffix of an image's format.
+
+    Raises:
+        UserError: there is none.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        suffix = suffix_of(image.format or "")
+    if not suffix:
+        raise UserError(f"{location} is {image.format}, of which no suffix says that it is an image: convert it")
+    return suffix
 
 
 def _unfinished(shard: Path) -> Path:

@@ -50,7 +50,7 @@ from pipeline.precision import set_tf32
 from pipeline.weights import Weights
 from pipeline.words import counted
 from tools.support.budgets import read_budget
-from tools.support.outputs import ANY_NAME, in_folder, writable_file
+from tools.support.outputs import ANY_NAME, in_folder, printable, writable_file
 from tools.support.weights_arguments import add_preprocessing_arguments, add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
@@ -127,7 +127,7 @@ def main() -> None:
                 rows.writerow([file, *itertools.chain.from_iterable(named)])
             else:
                 lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
-                print("\n".join([file, *lines]).encode(errors="surrogateescape").decode(errors="replace"), flush=True)
+                print(printable("\n".join([file, *lines])), flush=True)
     if options.csv:
         print(f"{options.csv}: {counted(len(files), 'image')}")
     if options.json:

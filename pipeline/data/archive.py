@@ -5,11 +5,12 @@ ImageNet is downloaded as ``ILSVRC2012_img_train.tar``, a tar of 1000 tars, one 
 """
 
 import io
+import itertools
 import os
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import PurePath
 
@@ -18,6 +19,9 @@ from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member,
 from pipeline.errors import UserError
 
 _OPENING = threading.Lock()
+LONGEST_END = (1 << 20) + 2 * tarfile.BLOCKSIZE  # bytes: two blocks, and what fills up the greatest record
+RULE = "2"  # what the kept rows of archives follow, as `index_cache.RULE`: to their end, and one file of a name
+MORE_THAN_ONCE = "is there more than once"
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
@@ -39,28 +43,33 @@ class TarSource:
         """The tars in this one, or the folders that hold images, whatever lies above them."""
         groups: list[Group] = []
         issues: list[ImageIssue] = []
+        archives: list[Member] = []
         folders: dict[PurePath, list[Member]] = {}
         stamp, size = self._file.stamp(), os.path.getsize(self.root)
-        for item in self._walk(0, size):
+        for item in walk_tar(self._file, 0, size, self.location):
             if isinstance(item, ImageIssue):
                 issues.append(item)
                 continue
             path = PurePath(item.name)
             if path.suffix == ".tar":
-                listing = partial(self._list, item.offset, item.length)
-                groups.append(Group(path.stem, listing, f"{stamp} {item.offset} {item.length}"))
+                archives.append(item)
             elif path.parent.name:
                 member = Member(path.name, item.offset, item.length, by_name=item.by_name)
                 folders.setdefault(path.parent, []).append(member)
             else:
                 issues.append(beside_classes(self.location(item.name)))
-        of_folders, beside = groups_of_folders(self, folders, _sorted, f"{stamp} 0 {size}")
+        of_archives = listed(archives, self.location)
+        for item in of_archives.members:
+            name = PurePath(item.name).stem
+            listing = partial(self._list, name, item.offset, item.length)
+            groups.append(Group(name, listing, f"{stamp} {item.offset} {item.length}"))
+        of_folders, beside = groups_of_folders(self, folders, self._in_folder, f"{stamp} 0 {size}")
         remedy = "training and validation need archives of their own"
-        return sort_groups(self.root, groups + of_folders, remedy), issues + beside
+        return sort_groups(self.root, groups + of_folders, remedy), [*issues, *of_archives.issues, *beside]
 
     def flat(self) -> Group:
         size = os.path.getsize(self.root)
-        return Group("", partial(self._list, 0, size), f"{self._file.stamp()} 0 {size}")
+        return Group("", partial(self._list, "", 0, size), f"{self._file.stamp()} 0 {size}")
 
     def open(self, name: str, offset: int, length: int) -> Stream:
         return Section(self._file.opened(), offset, length)
@@ -71,15 +80,16 @@ class TarSource:
     def location(self, name: str) -> str:
         return f"{name} in {self.root}"
 
-    def _list(self, start: int, length: int) -> Listing:
-        """All files of the archive, or of an archive that is a part of it."""
-        found = list(self._walk(start, length))
-        members = [item for item in found if isinstance(item, Member)]
-        issues = [item for item in found if isinstance(item, ImageIssue)]
-        return Listing(tuple(sorted(members, key=lambda member: member.name)), tuple(issues))
+    def _list(self, name: str, start: int, length: int) -> Listing:
+        """All files of the archive, or of the archive called `name` that is a part of it."""
 
-    def _walk(self, start: int, length: int) -> Iterator[Member | ImageIssue]:
-        return walk_tar(self._file, start, length, self.location)
+        def location(inside: str) -> str:
+            return self.location(os.path.join(name, inside))
+
+        return listed(walk_tar(self._file, start, length, location), location)
+
+    def _in_folder(self, folder: PurePath, members: list[Member]) -> Listing:
+        return listed(members, lambda name: self.location(str(folder / name)))
 
 
 class OpenFile:
@@ -102,9 +112,9 @@ class OpenFile:
         return self._stream
 
     def stamp(self) -> str:
-        """What changes when the file does, without reading it."""
+        """What changes when the file does, without reading it; or what is made of it here."""
         status = os.stat(self.path)
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return f"{RULE} {status.st_mtime_ns} {status.st_size}"
 
 
 class Section(io.RawIOBase):
@@ -142,10 +152,11 @@ def walk_tar(
     """The regular files of a tar archive from byte `start` of a file on, and what is left out.
 
     Raises:
-        UserError: it is compressed or incomplete.
+        UserError: it is compressed, damaged or incomplete.
     """
+    section = Section(file.opened(), start, length)
     try:
-        with tarfile.open(fileobj=Section(file.opened(), start, length), mode="r:") as tar:
+        with tarfile.open(fileobj=section, mode="r:") as tar:
             while entry := tar.next():
                 tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte an image
                 name = os.path.normpath(entry.name)
@@ -160,6 +171,8 @@ def walk_tar(
                     yield ImageIssue(location, "is a named pipe or a device", "left out")
                 else:
                     yield Member(name, start + entry.offset_data, entry.size, by_name=is_image_by_name(name))
+            if not _is_end(section, tar.offset):
+                raise tarfile.ReadError(f"at byte {start + tar.offset:,} is neither a file nor the end")
     except tarfile.TarError as error:
         if program := _compressed(file.path, start):
             raise UserError(
@@ -168,8 +181,40 @@ def walk_tar(
         raise UserError(f"{file.path} is not a whole tar archive ({error}): download or pack it again") from None
 
 
+def _is_end(section: Section, offset: int) -> bool:
+    """Whether nothing but zeros is left of a tar archive, which are no more than end one.
+
+    tarfile takes any header that is damaged, cut or overwritten with zeros for the end. Without a block of zeros the end
+    looks as one that was cut off between two files.
+    """
+    section.seek(offset)
+    rest = section.read(LONGEST_END + 1)
+    return tarfile.BLOCKSIZE <= len(rest) <= LONGEST_END and not any(rest)
+
+
+def listed(found: Iterable[Member | ImageIssue], location_of: Callable[[str], str]) -> Listing:
+    """The files of an archive, and what there is to tell. Of several of one name it is the last, as when they are unpacked."""
+    members: list[Member] = []
+    issues: list[ImageIssue] = []
+    for item in found:
+        if isinstance(item, Member):
+            members.append(item)
+        else:
+            issues.append(item)
+    members.sort(key=lambda member: member.name)
+    again = {a.name for a, b in itertools.pairwise(members) if a.name == b.name}
+    if again:
+        outcome = "the last one is taken, as when the archive is unpacked"
+        issues.append(ImageIssue(location_of(min(again)), MORE_THAN_ONCE, outcome, count=len(again)))
+        members = list({member.name: member for member in members}.values())
+    return Listing(tuple(members), tuple(issues))
+
+
 def groups_of_folders(
-    source: Source, folders: dict[PurePath, list[Member]], listing: Callable[[list[Member]], Listing], stamp: str
+    source: Source,
+    folders: dict[PurePath, list[Member]],
+    listing: Callable[[PurePath, list[Member]], Listing],
+    stamp: str,
 ) -> tuple[list[Group], list[ImageIssue]]:
     """The folders of an archive that hold images as classes, whatever lies above them, and what is no part of any.
 
@@ -184,8 +229,8 @@ def groups_of_folders(
     for member in folders.pop(PurePath(shared), []):  # all classes are below this folder
         issues.append(beside_classes(source.location(os.path.join(shared, member.name))))
     for folder, members in folders.items():
-        if any(member.by_name for member in members) or _any_image(source, listing(members)):
-            groups.append(Group(folder.name, partial(listing, members), stamp))
+        if any(member.by_name for member in members) or _any_image(source, listing(folder, members)):
+            groups.append(Group(folder.name, partial(listing, folder, members), stamp))
         else:
             first = source.location(str(folder / members[0].name))
             issues.append(ImageIssue(first, "lies in a folder without images", "left out"))
@@ -223,10 +268,6 @@ def _any_image(source: Source, listing: Listing) -> bool:
             if is_image_by_content(stream):
                 return True
     return False
-
-
-def _sorted(members: list[Member]) -> Listing:
-    return Listing(tuple(sorted(members, key=lambda member: member.name)))
 
 
 def refuse_compressed(file: str) -> None:

@@ -22,6 +22,7 @@ SKIP = "left out of training with data.corrupt_images skip"
 # Formats by whose first bytes Pillow knows them for certain; HEIF is there if a plug-in is.
 KNOWN_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "JPEG2000", "QOI", "PPM", "HEIF")
 KNOWN_BY_NAME = {*KNOWN_BY_CONTENT, "TGA", "PSD", "ICO", "PCX", "SGI", "DDS", "DIB"}
+SUFFIX = {"MPO": ".jpg", "JPEG2000": ".jp2"}  # of formats whose names are no suffixes of images
 # Pictures that Pillow does not read without a plug-in, or of which it would read the small preview.
 UNREADABLE = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
@@ -102,6 +103,12 @@ def unreadable_format(name: str, location: str) -> ImageIssue | None:
 def is_image_by_name(name: str) -> bool:
     """Whether a file's suffix is that of a format that Pillow reads."""
     return _formats().get(os.path.splitext(name)[1].lower()) in KNOWN_BY_NAME
+
+
+def suffix_of(image_format: str) -> str:
+    """A suffix that names images of this format of Pillow's; empty if there is none."""
+    suffix = SUFFIX.get(image_format, f".{image_format.lower()}")
+    return suffix if is_image_by_name(f"image{suffix}") else ""
 
 
 def is_image_by_content(stream: Stream) -> bool:

@@ -37,7 +37,8 @@ def _exists(path: Path) -> bool:
 
 
 def read_cache(cache: Path | None) -> dict[str, str]:
-    """The newest line of each group. One that a crash cut short is skipped; a file that cannot be read is reported."""
+    """The newest line of each group, which may be damaged inside. One that a crash cut short is skipped; a file that cannot be
+    read is reported."""
     rows: dict[str, str] = {}
     if cache is None:
         return rows
@@ -46,7 +47,7 @@ def read_cache(cache: Path | None) -> dict[str, str]:
             with open(cache) as stream:
                 for line in stream:
                     if line.startswith(BEGIN) and line.rstrip().endswith("}"):  # whole, and not of an earlier version
-                        with suppress(ValueError):
+                        with suppress(ValueError, TypeError):
                             name, _ = json.JSONDecoder().raw_decode(line, len(BEGIN))
                             rows[name] = line
     except (OSError, UnicodeDecodeError) as error:

@@ -231,7 +231,8 @@ class NativePipeline:
     def _load_by_python(self, work: "_Work", i: int) -> None:
         row = int(work.plan.ids[i])
         content, location = self._reader.read(row), self._index.location(row)
-        pixels, read_as = pnm_pixels(content), pixel_format(self._config)
+        read_as = pixel_format(self._config)
+        pixels = pnm_pixels(content) if read_as.depth == 8 else None
         image = decode(content, location, read_as) if pixels is None else Image.fromarray(pixels)
         if read_as.depth != 8:  # C++ takes bytes
             _finish_deep(work, i, image, self._config)

@@ -16,6 +16,8 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -107,10 +109,8 @@ class ParquetSource:
                 if i not in self._opened:
                     self._opened[i] = _open(self._files[i])
                 image = self._columns[0]
-                try:
+                with _damage_as(OSError, f"row group {number} of {self._files[i]} cannot be read"):
                     table = self._opened[i].read_row_group(number, columns=[f"{image}.bytes"])
-                except _pyarrow(self.root).ArrowException as error:
-                    raise OSError(f"row group {number} of {self._files[i]} is damaged ({error})") from None
                 self._kept[k] = table.column(image).combine_chunks().field("bytes")
                 if len(self._kept) > KEPT_ROW_GROUPS:
                     self._kept.popitem(last=False)
@@ -125,24 +125,23 @@ class ParquetSource:
         members: list[Member] = []
         issues: list[ImageIssue] = []
         for number in range(file.metadata.num_row_groups):
-            table = file.read_row_group(number, columns=[f"{image}.bytes", f"{image}.path", label])
-            images = table.column(image).combine_chunks()
-            parts = zip(
-                images.field("bytes"), images.field("path").to_pylist(), table.column(label).to_pylist(), strict=True
-            )
-            for content, path, value in parts:
+            fault = f"row group {number} of {self._files[i]} cannot be read"
+            with _damage_as(UserError, fault, "download the file again"):
+                table = file.read_row_group(number, columns=[f"{image}.bytes", f"{image}.path", label])
+                images = table.column(image).combine_chunks()
+                paths, values = images.field("path").to_pylist(), table.column(label).to_pylist()
+            for content, path, value in zip(images.field("bytes"), paths, values, strict=True):
                 name = f"{row:09d}_{os.path.basename(path or '')}"  # in the order of the rows of all files
                 location = self.location(os.path.join(self._names[i], name))
                 if not content.is_valid:
                     issues.append(
                         ImageIssue(location, "has no bytes", "give files with the images in them", stops=True)
                     )
-                elif value is None or (names and not 0 <= value < len(names)):
-                    fault = f"has no label ({label} is {value})"
-                    issues.append(ImageIssue(location, fault, "give a split with labels", stops=True))
-                else:
-                    own = names[value] if names else str(value)
+                elif own := _class_of(value, names):
                     members.append(Member(name, row, len(content.as_buffer()), label=own))
+                else:
+                    fault = f"has no label ({label} is {value!r})"
+                    issues.append(ImageIssue(location, fault, "give a split with labels", stops=True))
                 row += 1
         return Listing(tuple(members), tuple(issues))
 
@@ -154,8 +153,7 @@ def is_table_of_paths(file: str) -> bool:
         UserError: it is no parquet file, or pyarrow is not installed.
     """
     opened = _open(file)
-    leaves = _leaves(opened)
-    return len(leaves) > 1 and not any(_holds_any(opened, path) for path in leaves if path.endswith(".bytes"))
+    return len(_leaves(opened)) > 1 and not any(_holds_any(opened, path) for path in _leaves_of_bytes(opened))
 
 
 def read_table(file: str) -> list[list[str]]:
@@ -164,20 +162,30 @@ def read_table(file: str) -> list[list[str]]:
     An image is its path, a class its name where the file's metadata have names, several labels are joined by |.
 
     Raises:
-        UserError: it is no parquet file, or pyarrow is not installed.
+        UserError: it is no whole parquet file, or has bytes in a column; or pyarrow is not installed.
     """
     opened = _open(file)
     features = _features(opened.schema_arrow)
-    table = opened.read(columns=[path for path in _leaves(opened) if not path.endswith(".bytes")])
+    for path in _leaves_of_bytes(opened):
+        if not path.endswith(".bytes") and _holds_any(opened, path):
+            raise UserError(f"{file} has bytes in the column {path}: give a table with the paths of image files alone")
     columns = []
-    for name in table.column_names:
-        names = _class_names(features.get(name))
-        columns.append([_text(value, names) for value in table.column(name).to_pylist()])
+    with _damage_as(UserError, f"{file} cannot be read", "download it again"):
+        table = opened.read(columns=[path for path in _leaves(opened) if not path.endswith(".bytes")])
+        for name in table.column_names:
+            names = _class_names(features.get(name))
+            columns.append([_text(value, names) for value in table.column(name).to_pylist()])
     return [list(table.column_names), *map(list, zip(*columns, strict=True))]
 
 
 def _leaves(opened: Any) -> list[str]:
     return [opened.schema.column(i).path for i in range(len(opened.schema))]
+
+
+def _leaves_of_bytes(opened: Any) -> list[str]:
+    """The columns whose values are neither text nor numbers."""
+    columns = [opened.schema.column(i) for i in range(len(opened.schema))]
+    return [c.path for c in columns if c.physical_type.endswith("BYTE_ARRAY") and c.logical_type.type == "NONE"]
 
 
 def _holds_any(opened: Any, path: str) -> bool:
@@ -202,11 +210,18 @@ def _text(value: Any, names: list[str]) -> str:
     return "" if value is None else str(int(value) if isinstance(value, bool) else value)
 
 
+def _class_of(value: Any, names: list[str]) -> str:
+    """The class that a label stands for; empty if it is none."""
+    if names:
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else ""
+    return "" if value is None or not str(value).strip() else str(value)
+
+
 def _columns(file: str) -> tuple[str, str, list[str]]:
     """The names of the columns of images and of labels, and the class names, none if the metadata have none.
 
     Raises:
-        UserError: there are no such columns.
+        UserError: there are no such columns, or an image has several labels.
     """
     schema = _open(file).schema_arrow
     arrow = _pyarrow(file)
@@ -216,6 +231,11 @@ def _columns(file: str) -> tuple[str, str, list[str]]:
     if image is None or label is None:
         lacking = "images (bytes and path)" if image is None else f"labels ({', '.join(LABEL_COLUMNS)})"
         raise UserError(f"{file} has no column of {lacking}, but {', '.join(schema.names)}: give another file")
+    if arrow.types.is_nested(schema.field(label).type):
+        raise UserError(
+            f"{file} has several labels an image in the column {label}: set data.labels multi, with tables of labels that "
+            "name image files"
+        )
     return image, label, _class_names(_features(schema).get(label))
 
 
@@ -244,8 +264,25 @@ def _open(file: str) -> Any:
 
     try:
         return parquet.ParquetFile(file)
-    except arrow.ArrowException as error:
-        raise UserError(f"{file} is not a whole parquet file ({error}): download it again") from None
+    except (arrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # of the system, and not of the file's content
+            raise
+        raise UserError(f"{file} is not a whole parquet file ({_one_line(error)}): download it again") from None
+
+
+@contextmanager
+def _damage_as(kind: type[Exception], fault: str, remedy: str = "") -> Iterator[None]:
+    """Raise as an error of this kind what pyarrow says of damage, which it does in several ways."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise kind(f"{fault} ({_one_line(error)}){remedy and f': {remedy}'}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _pyarrow(file: str) -> ModuleType:

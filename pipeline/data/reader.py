@@ -51,7 +51,8 @@ class Reader:
         index, length = self._index, int(self._index.lengths[i])
         try:
             with index.open(i) as stream:
-                content = read_all(stream, length)
+                # One byte more: the beginning of a file that has grown would look damaged.
+                content = read_all(stream, length + 1)
         except OSError as error:
             reason = error.strerror or str(error)
             raise LocalUserError(
@@ -62,10 +63,10 @@ class Reader:
                 f"not enough memory to read the image {index.location(i)} ({length:,} bytes): raise the limit on memory "
                 "(ulimit -v, or the job's), or lower optim.batch_size"
             ) from None
-        if len(content) != length:
+        if (got := len(content)) != length:
+            how = f"ends after {got} of {length} bytes" if got < length else f"goes on after {length} bytes"
             raise LocalUserError(
-                f"the image {index.location(i)} ends after {len(content)} of {length} bytes: it changed since the scan: "
-                "restore it, or start again to scan it anew"
+                f"the image {index.location(i)} {how}: it changed since the scan: restore it, or start again to scan it anew"
             )
         return content
 

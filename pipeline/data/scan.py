@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.config import CorruptImages
+from pipeline.data.archive import MORE_THAN_ONCE
 from pipeline.data.folder import archives_in
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
@@ -150,7 +151,8 @@ def scan_label_table(
     names = match_files(table, read.files, members, prefix, read.lines)
     elsewhere = images_elsewhere(table, read.elsewhere, members, prefix, names if split == "train" else ())
     order = sorted(range(len(names)), key=names.__getitem__)
-    listed = Listing(tuple(members[names[i]] for i in order), tuple(issue for issue in listing.issues if issue.stops))
+    issues = tuple(issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE)
+    listed = Listing(tuple(members[names[i]] for i in order), issues)
     group = Group("", lambda: listed, key=split or "" if read.elsewhere else "")  # both splits have one cache file
     (row,) = _scan(source, [group], [], cache, progress, pixel_format, corrupt_images=corrupt_images)
     there = set(row.names)

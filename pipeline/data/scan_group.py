@@ -57,24 +57,43 @@ def _found(row: dict[str, Any]) -> Found:
         lengths=np.array(row["lengths"], np.int64),
         sizes=np.array(row["sizes"], np.int32).reshape(-1, 2),
         labels=list(map(sys.intern, row.get("labels", []))),
-        orientations=row["orientations"],
-        deep=row["deep"],
+        orientations=[(i, value) for i, value in row["orientations"]],
+        deep=[(i, mode) for i, mode in row["deep"]],
     )
+
+
+def _kept(line: str | None, group: Group) -> tuple[str, Found] | None:
+    """The stamp and the images that a group's line in the cache has; None if there is none, or if it is damaged.
+
+    Two that append at once on a network file system may mix their lines. An earlier version kept empty labels.
+    """
+    if line is None:
+        return None
+    try:
+        row = json.loads(line)
+        stamp, found = row["stamp"], _found(row)
+        images = len(found.names)
+        whole = images == len(found.offsets) == len(found.lengths) == len(found.sizes)
+        whole = whole and (not group.labelled or images == len(found.labels)) and all(found.labels)
+        whole = whole and all(0 <= i < images for i, _ in (*found.orientations, *found.deep))
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+    return (stamp, found) if whole else None
 
 
 def scan_group(
     source: FileSource, group: Group, line: str | None, pool: ThreadPoolExecutor
 ) -> tuple[Found, dict[str, Any] | None, list[ImageIssue]]:
     """What a group holds; the row for the cache if that is not what its line there says; and what to tell of the group."""
-    known = json.loads(line) if line else None
+    known_stamp, known = _kept(line, group) or ("", None)
     stamp = group.stamp
-    if known and stamp and known["stamp"] == stamp:
-        return _found(known), None, []
+    if known and stamp and known_stamp == stamp:
+        return known, None, []
     listing = group.list()
     issues = list(listing.issues)
     stamp = stamp or _stamp(listing.members)
-    if known and known["stamp"] == stamp:
-        return _found(known), None, issues
+    if known and known_stamp == stamp:
+        return known, None, issues
     members: list[Member] = []
     sizes: list[tuple[int, int]] = []
     orientations: list[tuple[int, int]] = []
@@ -127,8 +146,9 @@ def _stamp(members: Iterable[Member]) -> str:
     """What changes when one of the files does."""
     digest = hashlib.sha256()
     for member in members:
+        place = f"@{member.offset}" if member.offset else ""  # images of one length may change places in an archive
         label = f"\0{member.label}" if member.label else ""
-        digest.update(os.fsencode(f"{member.name}\0{member.length}\0{member.time}{label}\n"))
+        digest.update(os.fsencode(f"{member.name}\0{member.length}{place}\0{member.time}{label}\n"))
     return digest.hexdigest()
 
 

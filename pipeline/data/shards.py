@@ -14,10 +14,11 @@ import json
 import os
 import re
 import resource
+import tarfile
 from collections.abc import Iterator
 from functools import partial
 
-from pipeline.data.archive import OpenFile, Section, refuse_compressed, walk_tar
+from pipeline.data.archive import OpenFile, Section, listed, refuse_compressed, walk_tar
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 from pipeline.errors import UserError
@@ -48,7 +49,7 @@ class ShardSource:
         if root not in files:
             for file in files:
                 refuse_compressed(file)
-        return cls(root, files) if _is_shard(files[0], alone=root in files) else None
+        return cls(root, files) if _is_shard(files[0], root) else None
 
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
         """A group of labelled images for each shard."""
@@ -91,18 +92,17 @@ class ShardSource:
         """The images of one shard."""
         name, file, start = self._names[i], self._files[i], self._starts[i]
         samples: dict[str, dict[str, Member]] = {}
-        issues: list[ImageIssue] = []
-        for item in walk_tar(
-            file, 0, self._starts[i + 1] - start, lambda path: self.location(os.path.join(name, path))
-        ):
-            if isinstance(item, ImageIssue):
-                issues.append(item)
-            else:
-                key, suffix = _key(item.name)
-                samples.setdefault(key, {})[suffix] = item
-        members = []
+
+        def location_of(path: str) -> str:
+            return self.location(os.path.join(name, path))
+
+        found = listed(walk_tar(file, 0, self._starts[i + 1] - start, location_of), location_of)
+        for member in found.members:
+            key, suffix = _key(member.name)
+            samples.setdefault(key, {})[suffix] = member
+        members, issues = [], list(found.issues)
         for key, parts in samples.items():
-            location = self.location(os.path.join(name, key))
+            location = location_of(key)
             images = [part for part in parts.values() if part.by_name]
             if len(images) > 1:  # as KEY.jpg and KEY.mask.png
                 images = [part for suffix, part in parts.items() if part.by_name and "." not in suffix]
@@ -181,22 +181,29 @@ def _in_folder(folder: str) -> list[str]:
     return sorted(entry.path for entry in entries if entry.name.endswith(".tar"))
 
 
-def _is_shard(file: str, alone: bool) -> bool:
+def _is_shard(file: str, root: str) -> bool:
     """Whether a tar archive begins with files of one key, of which one is an image and one may be its label.
 
     Args:
-        alone: it is given as one file. With folders in it it is then an archive of class folders.
+        root: what names it. If that is the file itself, one with folders in it is an archive of class folders.
+
+    Raises:
+        UserError: it is damaged, and a pattern names it, which is of no other kind.
     """
     try:
         head = list(itertools.islice(_files(file), 3))
-    except (OSError, UserError):
+    except OSError:
         return False
+    except UserError:
+        if os.path.exists(root) or not tarfile.is_tarfile(file):
+            return False
+        raise
     if not head:
         return False
     keys = [_key(member.name) for member in head]
     suffixes = {suffix for (key, suffix) in keys if key == keys[0][0]}
     images = {suffix for suffix in suffixes if is_image_by_name(f"x.{suffix}")}
-    if alone and os.sep in keys[0][0]:
+    if root == file and os.sep in keys[0][0]:
         return False
     return bool(images) and bool(suffixes & set(LABEL_SUFFIXES))
 

@@ -46,7 +46,7 @@ class Member:
     Attributes:
         name: path within its group.
         offset, length: its bytes, as the source's `open` takes them; length is that of the image file.
-        time: when it changed (ns); 0 where the group has a stamp.
+        time: when it changed (ns); 0 of a part of a file, which changes as a whole.
         by_name: its name says that it is an image. Otherwise its content decides.
         label: its class, in a group of labelled members.
     """

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import DataConfig
+from pipeline.data.archive import MORE_THAN_ONCE
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import (
     OF_SEVERAL_SPLITS,
@@ -105,7 +106,7 @@ class TableSource:
             (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, own, strict=True)),
             key=lambda member: member.name,
         )
-        issues = [issue for issue in listing.issues if issue.stops]
+        issues = [issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
         if self.columns.split is None and (counts := several_splits(_splits_of(entries))):
             issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
         known = {

@@ -10,10 +10,10 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
-from pipeline.data.archive import OpenFile, Section, groups_of_folders, left_out, link_inside, sort_groups
+from pipeline.data.archive import OpenFile, Section, groups_of_folders, left_out, link_inside, listed, sort_groups
 from pipeline.data.image_files import beside_classes, is_image_by_name
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 from pipeline.errors import UserError
@@ -62,12 +62,7 @@ class ZipSource:
         return sort_groups(self.root, groups, remedy), issues + beside
 
     def flat(self) -> Group:
-        def list_all() -> Listing:
-            found = list(self._walk())
-            members = [item for item in found if isinstance(item, Member)]
-            return self._positions(members, [item for item in found if isinstance(item, ImageIssue)])
-
-        return Group("", list_all, self._stamp())
+        return Group("", lambda: self._positions(PurePath(), self._walk()), self._stamp())
 
     def open(self, name: str, offset: int, length: int) -> Stream:
         position, deflated = offset >> 1, offset & 1
@@ -138,19 +133,22 @@ class ZipSource:
                 offset = 2 * entry.header_offset + (entry.compress_type == zipfile.ZIP_DEFLATED)
                 yield Member(name, offset, entry.file_size, by_name=is_image_by_name(name))
 
-    def _positions(self, members: list[Member], issues: list[ImageIssue] | None = None) -> Listing:
-        """The members, sorted, with the offsets of their first bytes: local headers differ from the central ones."""
-        found, issues = [], issues or []
+    def _positions(self, folder: PurePath, found: Iterable[Member | ImageIssue]) -> Listing:
+        """What was found in a folder, with the offsets of first bytes: local headers differ from the central ones."""
+
+        def location(name: str) -> str:
+            return self.location(str(folder / name))
+
+        listing = listed(found, location)
+        members, issues = [], list(listing.issues)
         file = self._file.opened().fileno()
-        for member in sorted(members, key=lambda member: member.name):
+        for member in listing.members:
             header = os.pread(file, LOCAL_HEADER.size, member.offset >> 1)
             if len(header) == LOCAL_HEADER.size and header.startswith(b"PK\3\4"):
                 _, name, extra = LOCAL_HEADER.unpack(header)
                 first = member.offset + 2 * (LOCAL_HEADER.size + name + extra)
-                found.append(dataclasses.replace(member, offset=first))
+                members.append(dataclasses.replace(member, offset=first))
             else:
                 outcome = "download or pack the zip file again"
-                issues.append(
-                    ImageIssue(self.location(member.name), "is not where the zip file says", outcome, stops=True)
-                )
-        return Listing(tuple(found), tuple(issues))
+                issues.append(ImageIssue(location(member.name), "is not where the zip file says", outcome, stops=True))
+        return Listing(tuple(members), tuple(issues))
