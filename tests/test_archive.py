@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -150,6 +151,31 @@ def test_a_tar_with_training_and_validation_in_it_is_refused(packed, tmp_path):
             tar.add(packed / "train" / "class0" / "image0000.jpg", f"{split}/class0/image.jpg")
     with pytest.raises(UserError, match="holds the class 'class0' 2 times"):
         scan_classes(tmp_path / "all.tar")
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("inner", ["some", "images"])
+def test_a_folder_in_a_class_folder_belongs_to_the_class_as_in_a_folder(image_folders, tmp_path, kind, inner):
+    """In one class, beside its images; or in each, as Tiny ImageNet has them."""
+    folder = tmp_path / "train"
+    shutil.copytree(image_folders / "train", folder)
+    for number, of_class in enumerate(sorted(folder.iterdir())):
+        (of_class / "boxes.txt").write_text("beside the images")
+        moved = sorted(of_class.glob("*.jpg"))[:: 1 if inner == "images" else 2]
+        (of_class / inner).mkdir()
+        for image in moved if number == 0 or inner == "images" else ():
+            image.rename(of_class / inner / image.name)
+    file = Path(shutil.make_archive(str(tmp_path / "train"), kind, tmp_path, "train"))
+    assert_same(scan_classes(file), scan_classes(folder))
+
+
+def test_a_sparse_file_is_refused(packed, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "hole.jpg").write_bytes((packed / "train" / "class0" / "image0000.jpg").read_bytes())
+    os.truncate(tmp_path / "a" / "hole.jpg", 1 << 20)
+    subprocess.run(["tar", "-cSf", tmp_path / "a.tar", "-C", tmp_path, "a"], check=True)
+    with pytest.raises(UserError, match="hole.jpg in .*a.tar is a sparse file in the archive: pack it without tar -S"):
+        scan_classes(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("damage", ["cut short", "no archive", "no classes"])

@@ -4,6 +4,7 @@ ImageNet is downloaded as ``ILSVRC2012_img_train.tar``, a tar of 1000 tars, one 
 ``ILSVRC2012_img_val.tar``, a flat tar whose labels are in the development kit.
 """
 
+import dataclasses
 import io
 import itertools
 import os
@@ -18,6 +19,14 @@ from pipeline.data.image_files import beside_classes, hidden, is_image_by_conten
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
 from pipeline.errors import UserError
 
+SPLITS = {
+    "train",
+    "training",
+    "val",
+    "valid",
+    "validation",
+    "test",
+}  # folders that are parts of a data set, and no classes
 _OPENING = threading.Lock()
 LONGEST_END = (1 << 20) + 2 * tarfile.BLOCKSIZE  # bytes: two blocks, and what fills up the greatest record
 RULE = "2"  # what the kept rows of archives follow, as `index_cache.RULE`: to their end, and one file of a name
@@ -167,6 +176,8 @@ def walk_tar(
                     yield issue
                 elif entry.islnk() or entry.issym():
                     yield link_inside(location)
+                elif entry.issparse():
+                    yield ImageIssue(location, "is a sparse file in the archive", "pack it without tar -S", stops=True)
                 elif not entry.isreg():
                     yield ImageIssue(location, "is a named pipe or a device", "left out")
                 else:
@@ -228,13 +239,33 @@ def groups_of_folders(
     shared = os.path.commonpath([os.path.join(os.sep, folder) for folder in folders])[1:] if len(folders) > 2 else ""
     for member in folders.pop(PurePath(shared), []):  # all classes are below this folder
         issues.append(beside_classes(source.location(os.path.join(shared, member.name))))
-    for folder, members in folders.items():
+    for folder, members in _by_class(folders).items():
         if any(member.by_name for member in members) or _any_image(source, listing(folder, members)):
             groups.append(Group(folder.name, partial(listing, folder, members), stamp))
         else:
             first = source.location(str(folder / members[0].name))
             issues.append(ImageIssue(first, "lies in a folder without images", "left out"))
     return groups, issues
+
+
+def _by_class(folders: dict[PurePath, list[Member]]) -> dict[PurePath, list[Member]]:
+    """The files by class folder, by their names in it.
+
+    As where class folders are unpacked, a folder within one belongs to it: one in a folder that has images of its own, or the
+    only one that each class has images in, as Tiny ImageNet's `images`.
+    """
+    with_images = {folder for folder, members in folders.items() if any(member.by_name for member in members)}
+    kinds = {(folder.name, len(folder.parts)) for folder in with_images}
+    outer = {folder.parent.name for folder in with_images}
+    inner = len(with_images) > 1 and len(kinds) == 1 and "" not in outer and not outer <= SPLITS
+    classes: dict[PurePath, list[Member]] = {}
+    for folder, members in folders.items():
+        above = [folder.parent] if inner and folder in with_images else [a for a in folder.parents if a in with_images]
+        of_class = above[-1] if above else folder
+        names = (str(folder.relative_to(of_class) / member.name) for member in members)
+        found = (dataclasses.replace(member, name=name) for member, name in zip(members, names, strict=True))
+        classes.setdefault(of_class, []).extend(found)
+    return classes
 
 
 def sort_groups(root: str, groups: list[Group], remedy: str) -> list[Group]:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.config import CorruptImages
-from pipeline.data.archive import MORE_THAN_ONCE
+from pipeline.data.archive import MORE_THAN_ONCE, SPLITS
 from pipeline.data.folder import archives_in
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
@@ -40,7 +40,6 @@ from pipeline.errors import UserError
 THREADS = 16  # listing folders and reading headers waits for the disk, or for the network behind it
 AT_ONCE = 1 << 16  # images that the fingerprint takes together
 NAMED = 5  # of what stops, that an error names
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 def scan_classes(

@@ -58,7 +58,11 @@ class ZipSource:
                 folders.setdefault(folder, []).append(Member(name, item.offset, item.length, by_name=item.by_name))
         by_path = {PurePath(folder): members for folder, members in folders.items()}
         groups, beside = groups_of_folders(self, by_path, self._positions, self._stamp())
-        remedy = f"give one of the folders in it, as {os.path.join(self.root, 'train')}"
+        parts = next((folder.parts for folder in by_path if "train" in folder.parts), ())
+        inside = os.path.join(self.root, *parts[: parts.index("train") + 1]) if parts else ""
+        remedy = (
+            f"give one of the folders in it, as {inside}" if inside else "unpack it, and give the folder of the classes"
+        )
         return sort_groups(self.root, groups, remedy), issues + beside
 
     def flat(self) -> Group:
