@@ -14,6 +14,7 @@ from commands import PATIENCE, REPOSITORY, Template
 from PIL import Image
 
 from pipeline.config import Config, from_dict
+from pipeline.cpp import CppUnavailableError, find_compiler
 from pipeline.data.index import DatasetIndex
 from pipeline.data.synthetic import synthetic_index
 from pipeline.errors import exit_on_user_error
@@ -28,7 +29,13 @@ def pytest_configure():
 
     The tests, and what they start, see no GPU: many start more ranks than a machine has GPUs, and compare bits. And they hear
     SIGHUP, which nohup has its children ignore.
+
+    Most of what loads and computes on CPU is C++: without a compiler too little would be left.
     """
+    try:
+        find_compiler()
+    except CppUnavailableError as error:
+        pytest.exit(f"the tests need a C++ compiler ({error}): install g++ or clang++", returncode=2)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     worker = os.environ.get("PYTEST_XDIST_WORKER")

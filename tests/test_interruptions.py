@@ -34,7 +34,7 @@ from pipeline.hooks.saving import Saving
 from pipeline.preemption import PreemptionHandler
 from pipeline.resume import Conditions, check_same_run
 from pipeline.run_dir import io_as_user_error, locked, make_run_dir
-from pipeline.watchdog import Status, diagnose_stall
+from pipeline.watchdog import Status, Watchdog, diagnose_stall
 
 pytestmark = pytest.mark.slow  # for the most part
 
@@ -304,6 +304,19 @@ with init_distributed("cpu") as world, Watchdog(world, patience=15) as watchdog:
     watchdog.beat("waiting for all")
     world.all_reduce_max([1])
 """
+
+
+def test_a_run_is_watched_from_its_first_step_on(tmp_path, monkeypatch):
+    watched = []
+
+    class Watched(Watchdog):
+        def __enter__(self):
+            watched.append(self._limit)
+            return super().__enter__()
+
+    monkeypatch.setattr(trainer, "Watchdog", Watched)
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}, train={"heartbeat_timeout": 1234}))
+    assert watched == [1234]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

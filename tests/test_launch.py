@@ -13,13 +13,24 @@ import pytest
 from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, weights
 
+from launch import after
 from launch.__main__ import grid_values, start
 from launch.after import cause_of, decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
 from launch.local import Controller, first_failure
 from launch.names import USUAL, refuse_unknown_names
-from launch.records import Attempt, Job, add_event, config_file, read_events, read_job, write_job, write_submission
+from launch.records import (
+    Attempt,
+    Job,
+    add_event,
+    config_file,
+    read_events,
+    read_job,
+    slurm_attempt,
+    write_job,
+    write_submission,
+)
 from launch.status import read_status, to_text
 from launch.submission import submit
 from pipeline import trainer
@@ -157,6 +168,43 @@ def test_failures_before_a_run_was_submitted_again_do_not_count(tmp_path):
             add_event(attempt.run_dir, "start", start=attempt.name, job=job)
             what.append(end(attempt, 137))
     assert what == ["again", "again", "stopped"] * 3
+
+
+@pytest.mark.parametrize(
+    ("rank_code", "signal_name", "code", "ends_with", "requeued"),
+    [(75, "SIGUSR2", 75, None, True), (2, "", 2, 2, False), (0, "", 0, None, False)],
+)
+def test_the_last_line_of_a_slurm_job_has_it_attempted_again(
+    tmp_path, monkeypatch, rank_code, signal_name, code, ends_with, requeued
+):
+    """A program of scontrol's name notes what it is asked; tests/test_slurm.py asks a real one."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    run, folder = tmp_path / "run", tmp_path / "job"
+    for made in (run / "ends", folder / "configs"):
+        made.mkdir(parents=True)
+    write_submission(folder, [str(run)], ranks=1, seconds=3600, warning=120, failures=3)
+    config_file(folder, 0).write_text(to_yaml(small_config(run)))
+    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "71", "SLURM_RESTART_COUNT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    add_event(run, "submit", job="71")
+    add_event(run, "start", start="71.1", job="71", machines="a")
+    if rank_code:
+        word = {"message": "why", "code": rank_code, "signal": signal_name}
+        slurm_attempt(folder).word_file(0).write_text(json.dumps(word))
+    monkeypatch.setattr("sys.argv", ["after", str(folder), str(code)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    if ends_with is None:
+        after.main()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            after.main()
+        assert ended.value.code == ends_with
+    asked = tmp_path / "asked"
+    assert asked.exists() == requeued and (not requeued or asked.read_text() == "requeue 71\n")
+    assert read_events(run)[-1]["what"] == ("again" if requeued else "stopped" if code else "done")
 
 
 def test_a_word_cut_short_is_none(tmp_path):
@@ -319,6 +367,8 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     assert done.returncode == 0 and f"job {read_job(Path(twin.run_dir)).id}: {twin.run_dir}" in done.stdout, done.stderr
     run = Path(twin.run_dir)
     rank0 = stop_rank0(run, "checkpoints/previous.pt")
+    code = Path(read_job(run).folder, "code")  # as it was submitted, whatever becomes of the checkout
+    assert os.readlink(f"/proc/{rank0}/cwd") == str(code) and (code / "pipeline" / "trainer.py").exists()
     again = run_module("launch", *local_words(twin))
     assert again.returncode == 2 and "which is running: cancel it" in again.stderr
     os.kill(rank0, signal.SIGKILL)

@@ -208,7 +208,9 @@ def test_flags_that_are_named_exist(page):
     sources = [
         file.read_text() for folder in ("launch", "pipeline", "tools") for file in (REPOSITORY / folder).rglob("*.py")
     ]
-    known = {word for source in sources for word in re.findall(r'"--([a-z][a-z-]*)"', source)}
+    known = {
+        a or b for source in sources for a, b in re.findall(r'"--([a-z][a-z-]*)"|"([a-z][a-z-]*)": {', source, re.M)
+    }
     known |= {field.name.replace("_", "-") for field in dataclasses.fields(Cluster)}
     known |= {flag.removeprefix("--") for flag in get_args_parser()._option_string_actions}
     for piece in code(page):
