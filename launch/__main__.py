@@ -23,8 +23,8 @@ from typing import Any
 from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.description import describe, processes
 from launch.log import lock_of
-from launch.names import refuse_unknown_names
-from launch.records import Job, add_event, find_job, read_events, read_job
+from launch.names import refuse_missing_files, refuse_unknown_names
+from launch.records import Job, add_event, find_job, has_started, read_events, read_job
 from launch.status import ENDED, Queue, is_alive, logs_of, read_status, runs_below, slurm_queue, to_text
 from launch.submission import refuse_impossible, script, submit
 from pipeline.config import (
@@ -90,6 +90,7 @@ def start(arguments: list[str]) -> None:
         return
     refuse_impossible(cluster, submits=not options.dry_run)
     refuse_unknown_names(configs)
+    refuse_missing_files(configs)
     with leaving_nothing_if_refused(run_dirs):
         for config in configs:
             _refuse_if_running(Path(config.run_dir))
@@ -314,9 +315,10 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     asked = next((event for event in reversed(read_events(run)) if event["event"] == "submit"), None)
     if asked is None:
         raise UserError(f"{run} was never submitted: start it with python -m launch CONFIG.yaml")
-    # What the training accepted; what was submitted last, it may have refused.
+    # What the training accepted; what was submitted last, it may have refused, unless that never started.
     accepted = run / CONFIG
-    config = load_stored_config(accepted if accepted.exists() else run / "submitted.yaml")
+    known = accepted.exists() and has_started(read_events(run))
+    config = load_stored_config(accepted if known else run / "submitted.yaml")
     config = dataclasses.replace(config, run_dir=os.path.abspath(run))  # which may have been moved
     return with_absolute_paths(config), Cluster(**asked["cluster"])
 

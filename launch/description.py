@@ -6,7 +6,8 @@ from pathlib import Path
 from launch.cluster import Cluster
 from launch.estimate import estimate
 from launch.resumption import epochs_done
-from pipeline.batches import Batches
+from pipeline.batches import Batches, microbatches_of
+from pipeline.cautions import cautions
 from pipeline.config import Config, changed_fields
 from pipeline.data.dataset import images_text, open_datasets
 from pipeline.data.plan import together
@@ -14,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.history import batch_split
 from pipeline.pace import duration
 from pipeline.parsing import text_to_read
-from pipeline.recipe import poor_split
 from pipeline.words import counted
 
 
@@ -28,13 +28,11 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
         UserError: the data are not there, the batch cannot be split over the ranks, or the run that is there may not resume so.
     """
     optim, ranks = config.optim, cluster.ranks
-    parts = ranks * optim.grad_accum_steps
     split_text = f"{counted(cluster.nodes, 'node')} x {batch_split(cluster.ranks_per_node, optim.grad_accum_steps)}"
-    if optim.batch_size % parts:
-        raise UserError(
-            f"{config.run_dir}: optim.batch_size {optim.batch_size} cannot be split over "
-            f"{split_text}: choose a multiple of {parts}"
-        )
+    try:
+        parts = microbatches_of(config, ranks, split_text)
+    except UserError as error:
+        raise UserError(f"{config.run_dir}: {error}") from None
     train, val = open_datasets(config.data, Path(config.run_dir) / "index" if writes else None, progress=True)
     done = epochs_done(config, cluster, train, val)
     changed = [f"{key} {text_to_read(value)}" for key, (value, _) in changed_fields(config).items()]
@@ -47,8 +45,7 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
     ]
     if done:
         lines.append(f"resumes after {done:.4g} of {counted(optim.epochs, 'epoch')}")
-    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
-        lines.append(f"warning: {split}")
+    lines += [f"warning: {line}" for line in cautions(config, train, val, ranks)]
     if images_per_second:
         sizes, speed = (len(train), len(val)), images_per_second * ranks
         time_ = estimate(sizes, max(optim.epochs - done, 0.0), speed, cluster.seconds, cluster.warning_seconds)
@@ -64,7 +61,9 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
 def processes(configs: list[Config], cluster: Cluster) -> str:
     """What a submission starts on this machine, in words."""
     ranks = f"{counted(cluster.ranks, 'process', 'processes')} of this machine for each run"
-    turns = "" if len(configs) == 1 else f"; {cluster.parallel or 1} of {len(configs)} runs at a time (--parallel)"
+    at_once = min(cluster.parallel or 1, len(configs))
+    turns = "" if len(configs) == 1 else f"; {at_once} of {len(configs)} runs at a time (--parallel)"
+    turns += ", each on its share of the cores and GPUs" if at_once > 1 else ""
     return (
         f"{ranks}{turns}; {cluster.time} an attempt; a copy of the code, and a log of each rank, in "
         f"{Path(configs[0].run_dir).parent / 'jobs' / 'TIME'}"

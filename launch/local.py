@@ -13,8 +13,9 @@ from pathlib import Path
 
 from launch.after import end
 from launch.records import Attempt, read_submission
-from launch.turns import has_turn
+from launch.turns import gpus_for_part, has_turn, part_of, take_part
 from pipeline.exits import EXIT_RESUME
+from pipeline.machine import present_gpus, usable_cores
 
 KILL_WAIT = 30  # least seconds between asking a rank to leave and killing it, as SLURM's
 
@@ -25,7 +26,7 @@ class Controller:
     def __init__(self, folder: Path, index: int):
         submission = read_submission(folder)
         self._folder, self._index, self._count = folder, index, submission["ranks"]
-        self._parallel = submission["parallel"]
+        self._parallel = min(submission["parallel"], len(submission["run_dirs"]))
         self._warn_after = submission["seconds"] - submission["warning"]
         self._grace = max(KILL_WAIT, submission["warning"])
         self._ranks: list[subprocess.Popen] = []
@@ -36,6 +37,8 @@ class Controller:
         signal.signal(signal.SIGTERM, self._cancel)
         while not self._cancelled and not has_turn(self._folder, self._index, self._parallel):
             time.sleep(0.5)
+        if self._parallel > 1:
+            self._keep_to_a_part()
         job, begin, number, code = str(os.getpid()), int(time.time()), 0, EXIT_RESUME
         while not self._cancelled:
             attempt = Attempt(self._folder, self._index, job, f"{job}-{begin}.{number}")
@@ -45,6 +48,18 @@ class Controller:
                 return 0 if what == "done" else code
             number += 1
         return code
+
+    def _keep_to_a_part(self) -> None:
+        """Give the ranks a share of the cores, and of the GPUs, that no other run of the submission has."""
+        while (taken := take_part(self._folder, self._parallel)) is None and not self._cancelled:
+            time.sleep(0.5)
+        if taken is None:
+            return
+        part, self._part_lock = taken
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, part_of(usable_cores(), part, self._parallel))
+        if gpus := gpus_for_part(len(present_gpus()), part, self._parallel):
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
 
     def _attempt(self, attempt: Attempt) -> int:
         """Run all ranks once; return 0, or how the first to fail has ended."""

@@ -1,11 +1,14 @@
-"""Whether a job will know the names that its configuration gives, before it has waited for its turn."""
+"""Whether a job will know the names, and find the files, that its configuration gives, before it has waited for its turn."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import look_up
+from pipeline.errors import UserError, look_up
 from pipeline.parsing import flatten
+from pipeline.run_dir import has_checkpoint
 from pipeline.unused import LOADERS_OF_FILES, WITHOUT_NESTEROV
 
 # Names that need no look into the registries: to load those, and torch with them, takes seconds.
@@ -34,6 +37,20 @@ def refuse_unknown_names(configs: Sequence[Config]) -> None:
         fields = flatten(dataclasses.asdict(config))
         if any(fields[key] not in names for key, names in USUAL.items()):
             refuse_what_registries_lack(config)
+
+
+def refuse_missing_files(configs: Sequence[Config]) -> None:
+    """Refuse weights to begin with, of a new run, or weights of classes whose file is not there.
+
+    Raises:
+        UserError: names the field and the file.
+    """
+    for config in configs:
+        weights, of_classes = config.model.weights, config.optim.class_weights
+        begins = weights and not weights.startswith("timm:") and not has_checkpoint(Path(config.run_dir))
+        for key, file in (("model.weights", weights if begins else None), ("optim.class_weights", of_classes)):
+            if file and file != "balanced" and not os.path.exists(file):
+                raise UserError(f"{key}: there is no file {file}: correct its path")
 
 
 def refuse_what_registries_lack(config: Config) -> None:

@@ -159,3 +159,9 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return events
+
+
+def has_started(events: list[dict[str, Any]]) -> bool:
+    """Whether an attempt has begun since the run was last submitted."""
+    kinds = [event["event"] for event in events]
+    return "start" in kinds[len(kinds) - kinds[::-1].index("submit") :] if "submit" in kinds else "start" in kinds

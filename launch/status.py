@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.log import attempts_in_log, exists, is_held_here, seen_elsewhere, state_by_log
-from launch.records import Job, find_job, read_events
+from launch.records import Job, find_job, has_started, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
@@ -135,7 +135,8 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     state, nodes, reason = _state_of_job(run_dir, job, events, queue) if job else state_by_log(run_dir)
     if job and state in ENDED and is_held_here(run_dir):  # something else than its job trains it
         state, nodes, reason = "running", socket.gethostname(), ""
-    if state in ENDED and state != "done" and is_complete(run_dir, accepted.optim.epochs if accepted else None):
+    wanted = submitted if submitted and job and not has_started(events) else accepted
+    if state in ENDED and state != "done" and is_complete(run_dir, wanted.optim.epochs if wanted else None):
         reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
         state, nodes, config = "done", "", accepted
     validated = [record for record in records if "val/loss" in record]
@@ -143,6 +144,8 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     # The median: a change shows within three lines, and one odd line does not.
     speeds = [record["speed/images_per_second"] for record in logged]
     remaining = [record["speed/remaining_seconds"] for record in logged if "speed/remaining_seconds" in record]
+    if config and progress.get("epochs", config.optim.epochs) != config.optim.epochs:  # they are of another end
+        remaining = []
     return Status(
         run_dir=run_dir,
         job=job,

@@ -1,11 +1,16 @@
-"""Whose turn it is among runs of this machine that were submitted together: a file for each, locked until the run has ended.
+"""Whose turn it is among runs of this machine that were submitted together, and which part of the machine is whose.
 
-The lock of a controller that is killed goes with it.
+A run locks a file of its own until it has ended, and while it trains one of its part. The lock of a controller that is killed
+goes with it.
 """
 
 import fcntl
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
+
+T = TypeVar("T")
 
 
 def take_turn(folder: Path, index: int) -> IO[bytes]:
@@ -25,6 +30,38 @@ def take_turn(folder: Path, index: int) -> IO[bytes]:
 def has_turn(folder: Path, index: int, parallel: int) -> bool:
     """Whether fewer than `parallel` of the runs before this one have still to end."""
     return sum(_is_locked(_file(folder, before)) for before in range(index)) < parallel
+
+
+def take_part(folder: Path, parts: int) -> tuple[int, IO[bytes]] | None:
+    """The number of a part of the machine that no other run trains on, and the lock on it; None while there is none."""
+    (folder / "parts").mkdir(exist_ok=True)
+    for part in range(parts):
+        stream = open(folder / "parts" / str(part), "wb")  # noqa: SIM115 - closing it would unlock it
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+        else:
+            return part, stream
+    return None
+
+
+def part_of(things: Sequence[T], part: int, parts: int) -> list[T]:
+    """The share of one of so many parts in a machine's cores, or GPUs: neighbours; where there are too few, one that others
+    have too."""
+    share = list(things[part * len(things) // parts : (part + 1) * len(things) // parts])
+    return share or list(things[part % len(things) :][:1] if things else [])
+
+
+def gpus_for_part(present: int, part: int, parts: int) -> str | None:
+    """What CUDA_VISIBLE_DEVICES is for a part of the machine; None where there is no GPU to divide.
+
+    Args:
+        present: how many GPUs the machine has, where that variable does not name some already.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = list(map(str, range(present))) if named is None else [name for name in named.split(",") if name]
+    return ",".join(part_of(devices, part, parts)) if devices and devices != ["-1"] else None
 
 
 def _file(folder: Path, index: int) -> Path:

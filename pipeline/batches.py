@@ -2,8 +2,30 @@
 
 from dataclasses import dataclass
 
-from pipeline.data.plan import split, steps_per_epoch
+from pipeline.config import Config
+from pipeline.data.plan import split, steps_per_epoch, together
+from pipeline.errors import UserError
 from pipeline.words import counted, sizes_text
+
+
+def microbatches_of(config: Config, ranks: int, split_text: str) -> int:
+    """Into how many microbatches a global batch is cut: ranks times gradient accumulation steps.
+
+    Args:
+        split_text: that in words.
+
+    Raises:
+        UserError: they cannot be equal, or would divide a pair of images that are mixed.
+    """
+    microbatches = ranks * config.optim.grad_accum_steps
+    unit = microbatches * together(config.data)
+    if config.optim.batch_size % unit:
+        pairs = " into pairs of images that are mixed" if config.data.mixes else ""
+        raise UserError(
+            f"optim.batch_size {config.optim.batch_size} cannot be split evenly over {split_text}{pairs}: choose a multiple of "
+            f"{unit}"
+        )
+    return microbatches
 
 
 @dataclass(frozen=True)

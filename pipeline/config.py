@@ -286,7 +286,7 @@ class DataConfig:
             raise ValueError(
                 f"train_crop_milestones has {counted(len(milestones), 'epoch')}, and train_crop_size "
                 f"{counted(len(self.train_crop_size), 'size')}: "
-                "give the epoch at which each size but the first begins"
+                "give the epochs after which the next size begins"
             )
         if list(milestones) != sorted(set(milestones)):
             raise ValueError("train_crop_milestones: each epoch must come after the one before")

@@ -13,6 +13,7 @@ class Pace:
     Args:
         images: that an epoch trains on, and that its end validates, over all sets of weights.
         draws: whether pictures are drawn at the end of an epoch, counted from 0; such ends are measured by themselves.
+        cost: of an image in an epoch's training, in units of that of a validation image's size (by its pixels).
     """
 
     def __init__(
@@ -21,18 +22,23 @@ class Pace:
         epochs: int,
         images: tuple[int, int],
         draws: Callable[[int], bool] = lambda epoch: False,
+        cost: Callable[[int], float] = lambda epoch: 1.0,
     ):
         self._steps_per_epoch, self._epochs, self._images, self._draws = steps_per_epoch, epochs, images, draws
-        self._windows: deque[tuple[int, float]] = deque(maxlen=WINDOWS)
-        self._first: tuple[int, float] | None = None  # in it kernels are chosen and caches filled
+        self._cost = cost
+        self._windows: deque[tuple[float, float]] = deque(
+            maxlen=WINDOWS
+        )  # what was done, in steps of cost 1, and seconds
+        self._first: tuple[float, float] | None = None  # in it kernels are chosen and caches filled
         self._ends: dict[bool, float] = {}  # seconds of the last end of an epoch without pictures, and with them
 
-    def steps(self, number: int, seconds: float) -> None:
-        """So many steps took so long, with the wait for their images and all that is written."""
+    def steps(self, epoch: int, number: int, seconds: float) -> None:
+        """So many steps of an epoch took so long, with the wait for their images and all that is written."""
+        done = (number * self._cost(epoch), seconds)
         if self._first is None:
-            self._first = (number, seconds)
+            self._first = done
         else:
-            self._windows.append((number, seconds))
+            self._windows.append(done)
 
     def epoch_end(self, epoch: int, seconds: float) -> None:
         """So long it took from this epoch's last step to the next one's first: validation, pictures and saving."""
@@ -47,8 +53,8 @@ class Pace:
             done_steps: of the whole run, at least one.
         """
         epoch, step = (done_steps - 1) // self._steps_per_epoch, self._a_step()  # the epoch of a step that is done
-        in_epoch = ((epoch + 1) * self._steps_per_epoch - done_steps) * step
-        later = (self._epochs - epoch - 1) * self._steps_per_epoch * step
+        in_epoch = ((epoch + 1) * self._steps_per_epoch - done_steps) * step * self._cost(epoch)
+        later = self._steps_per_epoch * step * sum(map(self._cost, range(epoch + 1, self._epochs)))
         ends = [self._end(other) for other in range(epoch, self._epochs)]
         return in_epoch + ends[0], in_epoch + later + sum(ends)
 
@@ -60,6 +66,7 @@ class Pace:
         return left if self._ends else f"{left} (validation not measured yet)"
 
     def _a_step(self) -> float:
+        """Seconds, of cost 1."""
         windows = self._windows or [self._first or (1, 0.0)]
         return sum(seconds for _, seconds in windows) / sum(number for number, _ in windows)
 

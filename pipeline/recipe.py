@@ -43,7 +43,7 @@ def following_fields(
         if _follows("optim.milestones", held) and merged["optim.schedule"] == "step":
             new |= _milestones(state, layer)
         if large_batch and "optim.batch_size" not in held:
-            new |= _learning_rate(state, layer)
+            new |= _learning_rates(state, layer)
         followed = {key: value for key, value in followed.items() if key not in layer} | new
         state |= {**layer, **new}
     warms_up_itself = merged["optim.schedule"] == "one_cycle"
@@ -92,13 +92,13 @@ def _milestones(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str,
     return {"optim.milestones": tuple(dict.fromkeys(drop for drop in scaled if drop))}
 
 
-def _learning_rate(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, float]:
-    batch, before, rate = (
-        _number(v) for v in (layer.get("optim.batch_size"), *_of(state, "optim.batch_size", "optim.lr"))
-    )
-    if "optim.lr" in layer or not (batch and before and rate):
+def _learning_rates(state: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, float]:
+    """Of the network, and of the classifier where it has one of its own."""
+    batch, before = _number(layer.get("optim.batch_size")), _number(state["optim.batch_size"])
+    if "optim.lr" in layer or not (batch and before):
         return {}
-    return {"optim.lr": rate * (batch / before)}
+    rates = {key: _number(state[key]) for key in ("optim.lr", "optim.head_lr") if key not in layer}
+    return {key: rate * (batch / before) for key, rate in rates.items() if rate}
 
 
 def _of(state: Mapping[str, Any], *keys: str) -> list[Any]:

@@ -1,7 +1,6 @@
 """What a run says of itself: its configuration and audit as files, a page for TensorBoard, and a summary at the end."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,15 +17,13 @@ from pipeline.audit import (
     statistics_text,
     to_markdown,
 )
+from pipeline.cautions import cautions, with_sets_found
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, changed_fields, to_yaml
-from pipeline.data.checks import warnings_about
-from pipeline.data.splits import splits_found
 from pipeline.metrics import errors_text, exits_text
 from pipeline.optim import learning_rate
 from pipeline.parsing import flatten, value_text
 from pipeline.provenance import provenance
-from pipeline.recipe import poor_split
 from pipeline.resume import FREE_TO_CHANGE
 from pipeline.run import Progress, Run
 from pipeline.run_dir import CONFIG, RECORDS, now, replace_text
@@ -57,49 +54,14 @@ def configuration_text(run: Run) -> str:
     return to_yaml(config, unused | ({"data.val"} if config.data.holdout else set()))
 
 
-def with_sets_found(config: Config) -> Config:
-    """The configuration with the sets that its run has found, where it names none (``data.val: test``).
-
-    A run resumes with either: which images they are is compared, and not where they lie.
-    """
-    if config.data.dataset != "images" or config.data.loader == "synthetic":
-        return config
-    return dataclasses.replace(config, data=splits_found(config.data))
-
-
 def warnings_of(run: Run, found: Found | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
-    config = run.config
-    lines = warnings_about(run.train_loader.index, run.val_loader.index, with_sets_found(config).data)
+    lines = cautions(run.config, run.train_loader.index, run.val_loader.index, run.world.size)
     lines += run.doubts
     lines += [line] if (line := rising_rate(run)) else []
-    lines += [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []
-    late = [epoch for epoch in config.optim.milestones if epoch >= config.optim.epochs]
-    if config.optim.schedule == "step" and late:
-        lines.append(
-            f"the learning rate never drops after epoch {', '.join(map(str, late))}: the run has optim.epochs "
-            f"{config.optim.epochs}; set optim.milestones"
-        )
-    if config.optim.warmup_epochs >= config.optim.epochs:
-        lines.append(
-            f"the learning rate rises to the end of the run and never falls: of its {counted(config.optim.epochs, 'epoch')} "
-            f"{config.optim.warmup_epochs:g} warm up; set optim.warmup_epochs"
-        )
-    elif config.optim.schedule == "step" and config.optim.warmup_epochs > min(
-        config.optim.milestones, default=math.inf
-    ):
-        lines.append(
-            f"the learning rate still warms up, over {config.optim.warmup_epochs:g} epochs, when it drops after epoch "
-            f"{min(config.optim.milestones)}: set optim.warmup_epochs or optim.milestones"
-        )
-    if split := poor_split(config.optim.batch_size, run.world.size, config.optim.grad_accum_steps):
-        lines.append(split)
-    if config.optim.class_weights == "balanced" and config.data.sampling == "balanced":
-        lines.append(
-            "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "
-            "more than frequent ones: leave one of them out"
-        )
-    return lines
+    return lines + (
+        [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []
+    )
 
 
 def rising_rate(run: Run) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline import autotune
 from pipeline.audit import origin_text, train_sizes_text
 from pipeline.autotune import Tuning
-from pipeline.batches import Batches
+from pipeline.batches import Batches, microbatches_of
 from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
 from pipeline.config import Config
@@ -187,7 +187,7 @@ class Run:
         self.config, self.world, self.dir = config, world, Path(config.run_dir)
         self._begun: list[str] = []
         self.doubts: list[str] = []
-        self.microbatches = _split_batch(config, world)
+        self.microbatches = microbatches_of(config, world.size, batch_split(world.size, config.optim.grad_accum_steps))
         self._open_data(loader_of(start.checkpoint) if start else None, self.dir / "index" if writes else None)
         set_tf32(config.train.precision)
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
@@ -568,19 +568,6 @@ class Run:
                 )
         if config.data.train_crop_size:  # validation has another
             check_image_size(network, config.data.crop_size, config.model.name, config.data.channels)
-
-
-def _split_batch(config: Config, world: World) -> int:
-    """Into how many microbatches a global batch is cut; `UserError` if they cannot be equal."""
-    microbatches = world.size * config.optim.grad_accum_steps
-    unit = microbatches * together(config.data)
-    if config.optim.batch_size % unit:
-        pairs = " into pairs of images that are mixed" if config.data.mixes else ""
-        raise UserError(
-            f"optim.batch_size {config.optim.batch_size} cannot be split evenly over "
-            f"{batch_split(world.size, config.optim.grad_accum_steps)}{pairs}: choose a multiple of {unit}"
-        )
-    return microbatches
 
 
 def _plain(value: Any) -> str:

@@ -216,6 +216,15 @@ def test_the_resize_size_follows_the_crop_size(tmp_path, text, words, expected):
     assert (config.data.crop_size, config.data.resize_size) == expected
 
 
+def test_the_classifiers_rate_follows_the_batch_too(tmp_path):
+    file = REPOSITORY / "configs" / "finetune" / "own-folders.yaml"
+    plain = load_config(file).optim
+    large = load_config(file, {"optim.batch_size": 4 * plain.batch_size, "optim.large_batch": True}).optim
+    assert (large.lr, large.head_lr) == (4 * plain.lr, 4 * plain.head_lr)
+    given = load_config(file, {"optim.batch_size": 256, "optim.large_batch": True, "optim.head_lr": 0.3}).optim
+    assert given.head_lr == 0.3 and given.lr > plain.lr
+
+
 @pytest.mark.parametrize(
     ("text", "words", "expected"),
     [

@@ -37,6 +37,7 @@ LAYERS = [
     {
         "pipeline.autotune",
         "pipeline.batches",
+        "pipeline.cautions",
         "pipeline.ema",
         "pipeline.evaluation",
         "pipeline.feature_reuse",

@@ -650,6 +650,15 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     assert "2 processes of this machine for each run; 1 of 2 runs at a time (--parallel)" in text
     assert not list(tmp_path.iterdir())
     assert not list(tmp_path.glob("*/job.json"))
+    start(local_words(config, "--dry-run", "--optim.milestones", "10"))
+    assert (
+        "warning: the learning rate never drops after epoch 10: the run has optim.epochs 2" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="12 cannot be split evenly over 1 node x 2 ranks .* pairs .* a multiple of 8"):
+        start(local_words(config, "--dry-run", "--data.mixup_alpha", "0.2", "--optim.grad_accum_steps", "2"))
+    for key, file in (("model.weights", "typo.pth"), ("optim.class_weights", "weights.txt")):
+        with pytest.raises(UserError, match=f"{key}: there is no file {REPOSITORY}/{file}: correct its path"):
+            start(local_words(config, "--dry-run", f"--{key}", file))
     start(["configs/densenet169.yaml", *local_words(config, "--dry-run")])
     assert f"{tmp_path}/run/densenet169: " in capsys.readouterr().out
     start(
@@ -658,7 +667,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     text = capsys.readouterr().out
     assert "warning: batch 256 on 32 ranks leaves 8 images" in text
     assert "other than the defaults: model.name densenet169, " in text and "published." not in text
-    with pytest.raises(UserError, match="batch_size 12 cannot be split over 1 node x 5 ranks.*multiple of 5"):
+    with pytest.raises(UserError, match="batch_size 12 cannot be split evenly over 1 node x 5 ranks.*multiple of 5"):
         start(local_words(config, "--dry-run", "--tasks-per-node", 5))
     with pytest.raises(UserError, match="--nodes must be 1"):
         start(local_words(config, "--nodes", 2, "--optim.batch_size", 12))

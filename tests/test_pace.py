@@ -23,12 +23,12 @@ STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 def test_the_rest_of_an_epoch_and_of_a_run():
     pace = Pace(steps_per_epoch=10, epochs=3, images=(300, 90))
-    pace.steps(2, 100.0)  # the first, in which kernels are compiled: it counts as long as it is the only one
+    pace.steps(0, 2, 100.0)  # the first, in which kernels are compiled: it counts as long as it is the only one
     assert pace.remaining(2) == pytest.approx(
         (8 * 50 + 50, 8 * 50 + 50 + 2 * (500 + 50))
     )  # a validation image: a third
-    pace.steps(4, 8.0)
-    pace.steps(1, 2.0)
+    pace.steps(0, 4, 8.0)
+    pace.steps(0, 1, 2.0)
     assert pace.remaining(7) == pytest.approx((3 * 2 + 2, 3 * 2 + 2 + 2 * (20 + 2)))
     pace.epoch_end(0, 5.0)
     assert pace.remaining(10) == pytest.approx((5, 5 + 2 * (20 + 5)))  # validation is still to come
@@ -41,12 +41,22 @@ def test_the_estimate_follows_the_load_within_five_log_lines():
     pace = Pace(steps_per_epoch=1000, epochs=1, images=(1000, 0))
     pace.epoch_end(0, 0.0)
     for _ in range(30):
-        pace.steps(10, 10.0)
+        pace.steps(0, 10, 10.0)
     left = []
     for _ in range(6):  # another job comes: half as fast from here on
-        pace.steps(10, 20.0)
+        pace.steps(0, 10, 20.0)
         left.append(pace.remaining(400)[1] / 600)
     assert left == pytest.approx([1.2, 1.4, 1.6, 1.8, 2.0, 2.0])  # seconds a step
+
+
+def test_larger_crops_to_come_take_longer():
+    pace = Pace(steps_per_epoch=10, epochs=3, images=(300, 0), cost=lambda epoch: [0.25, 1.0, 4.0][epoch])
+    pace.epoch_end(0, 0.0)
+    for _ in range(2):
+        pace.steps(0, 2, 1.0)
+    assert pace.remaining(4) == pytest.approx((6 * 0.5, 6 * 0.5 + 10 * 2 + 10 * 8))
+    pace.steps(1, 2, 4.0)
+    assert pace.remaining(12)[1] == pytest.approx(8 * 2 + 10 * 8)
 
 
 def test_a_duration_is_rounded_to_the_unit_that_it_shows():
@@ -68,13 +78,13 @@ def test_a_duration_is_rounded_to_the_unit_that_it_shows():
 def test_an_end_that_is_not_measured_is_said():
     """The end of an epoch is validation, pictures and saving; pictures are drawn here after the first and the last epoch."""
     pace = Pace(steps_per_epoch=10, epochs=4, images=(300, 1), draws=lambda epoch: epoch in (0, 3))
-    pace.steps(10, 20.0)
+    pace.steps(0, 10, 20.0)
     assert pace.text(10) == "0 s to the epoch's end, 1 min to the run's (validation not measured yet)"
     pace.epoch_end(0, 8.0)
-    pace.steps(10, 20.0)
+    pace.steps(0, 10, 20.0)
     assert pace.text(20) == "8 s to the epoch's end, 1 min to the run's"  # by the end that is measured, with pictures
     pace.epoch_end(1, 3.0)
-    pace.steps(9, 18.0)
+    pace.steps(0, 9, 18.0)
     assert (
         pace.text(29) == "5 s to the epoch's end, 33 s to the run's"
         and pace.text(40) == "8 s to the epoch's end, 8 s to the run's"
@@ -86,7 +96,7 @@ def test_the_time_of_a_validation_counts_each_set_of_weights(tmp_path):
     for decay in (0.0, 0.9):
         run = Run(small_config(tmp_path, train={"ema_decay": decay}), World(0, 0, 1, 1, torch.device("cpu")))
         pace = Records(run)._pace
-        pace.steps(4, 8.0)
+        pace.steps(0, 4, 8.0)
         estimates.append(pace.remaining(done_steps=4)[0])  # the epoch's steps are done
     assert estimates[1] == pytest.approx(2 * estimates[0]) and estimates[0] > 0
 

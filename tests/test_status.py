@@ -17,7 +17,7 @@ from launch.cluster import Cluster
 from launch.local import Controller
 from launch.records import Job, add_event, config_file, write_job, write_submission
 from launch.status import logs_of, read_status, runs_below, to_text
-from launch.turns import has_turn, take_turn
+from launch.turns import gpus_for_part, has_turn, part_of, take_part, take_turn
 from pipeline import trainer
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
@@ -270,6 +270,24 @@ def test_a_run_that_was_moved_is_resumed_where_it_is_and_turns_are_kept(tmp_path
     ]
 
 
+def test_what_was_submitted_last_is_resumed_unless_the_training_has_refused_it(tmp_path, monkeypatch):
+    groups = []
+    monkeypatch.setattr("launch.__main__.submit", lambda configs, _: groups.append(configs) or [])
+    monkeypatch.setattr("launch.__main__.report", lambda *_: None)
+    run = submitted(tmp_path / "a")
+    (run / "config.yaml").write_text(to_yaml(small_config(run)))
+    (run / "submitted.yaml").write_text(to_yaml(small_config(run, optim={"epochs": 9})))
+    (run / "status.json").write_text('{"epoch": 2, "epochs": 2, "step": 0, "done_steps": 8, "complete": true}')
+    line = '{"step": 8, "epochs": 2, "speed/images_per_second": 9, "speed/remaining_seconds": 0.2}\n'
+    (run / "metrics.jsonl").write_text(line)
+    status = read_status(run, None)
+    assert (status.epochs, status.remaining) == (9, None)  # the time that was left was to another end
+    look_after("resume", [str(run)])
+    add_event(run, "start", start="1.0", job="1", machines="a")
+    look_after("resume", [str(run)])  # complete
+    assert [[config.optim.epochs for config in configs] for configs in groups] == [[9]]
+
+
 def test_what_cannot_be_read_of_one_run_hides_no_other(tmp_path, capsys, monkeypatch):
     for name in ("a", "b"):
         run_of_torchrun(tmp_path / name, f"{BEGIN}{TIME}ended\n")
@@ -364,6 +382,30 @@ def test_runs_take_turns_in_their_order(tmp_path):
         heir.kill()  # a controller that dies passes its turn on
         heir.wait()
     assert has_turn(tmp_path, 2, parallel=1) and not has_turn(tmp_path, 3, parallel=1)
+
+
+def test_runs_that_train_at_once_share_the_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [part_of(range(7), part, 2) for part in range(2)] == [[0, 1, 2], [3, 4, 5, 6]]
+    assert [part_of([4], part, 3) for part in range(3)] == [[4]] * 3 and part_of([], 0, 2) == []
+    assert [gpus_for_part(4, part, 2) for part in range(2)] == ["0,1", "2,3"]
+    assert [gpus_for_part(2, part, 3) for part in range(3)] == ["0", "0", "1"] and gpus_for_part(0, 0, 2) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a,7")
+    assert [gpus_for_part(8, part, 3) for part in range(3)] == ["5", "GPU-a", "7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus_for_part(8, 0, 2) is None
+
+    monkeypatch.setattr("launch.local.usable_cores", lambda: [0, 1, 2, 3])
+    kept = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: kept.append(cores))
+    write_submission(tmp_path, ["a", "b", "c"], 1, 86400, 120, failures=3, parallel=2)
+    controllers = [Controller(tmp_path, index) for index in range(3)]
+    for controller in controllers[:2]:
+        controller._keep_to_a_part()
+    assert take_part(tmp_path, 2) is None
+    controllers[0]._part_lock.close()  # as when the run has ended
+    controllers[2]._keep_to_a_part()
+    assert kept == [[0, 1], [2, 3], [0, 1]]
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

@@ -3,13 +3,14 @@
 import time
 from functools import partial
 
+from pipeline.cautions import with_sets_found
 from pipeline.config import to_yaml
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.hooks.pictures import pictures_due
 from pipeline.monitor import peak_memory
 from pipeline.optim import rates_of_parts
 from pipeline.pace import Pace
-from pipeline.report import about, hyperparameters, rising_rate, start_text, with_sets_found
+from pipeline.report import about, hyperparameters, rising_rate, start_text
 from pipeline.run import Run
 from pipeline.words import counted
 
@@ -26,7 +27,12 @@ class Records(Hook):
         loader = run.train_loader
         validated = len(run.val_loader.index) * len(run.validated)
         images = len(loader.index), validated
-        self._pace = Pace(loader.steps_per_epoch, run.config.optim.epochs, images, partial(pictures_due, run))
+        data = run.config.data
+
+        def cost(epoch: int) -> float:
+            return (data.of_epoch(epoch).crop_size / data.crop_size) ** 2
+
+        self._pace = Pace(loader.steps_per_epoch, run.config.optim.epochs, images, partial(pictures_due, run), cost)
         self._epoch_end: float | None = None  # when the last step of the epoch before was done
         self._waits: list[float] = []  # shares of time that the last two windows waited for images
         self._hinted = False
@@ -115,7 +121,7 @@ class Records(Hook):
         if score is None:  # all steps since the last line were left out
             return
         waiting = trainer.seconds["data"] / seconds
-        self._pace.steps(self._window_steps, seconds)
+        self._pace.steps(run.progress.epoch, self._window_steps, seconds)
         speed, device = self._window_images / seconds, "GPU" if run.world.device.type == "cuda" else "rank"
         each = f" ({speed / run.world.size:.1f} a {device})" if run.world.size > 1 else ""
         values = {

@@ -1,0 +1,56 @@
+"""What the user of a run should know before hours of training, as its configuration and its images tell it."""
+
+import dataclasses
+import math
+
+from pipeline.config import Config
+from pipeline.data.checks import warnings_about
+from pipeline.data.index import DatasetIndex
+from pipeline.data.splits import splits_found
+from pipeline.recipe import poor_split
+from pipeline.words import counted
+
+
+def cautions(config: Config, train: DatasetIndex, val: DatasetIndex, ranks: int) -> list[str]:
+    """A line for each such thing.
+
+    Args:
+        train, val: its images, which have been opened before.
+    """
+    optim = config.optim
+    lines = warnings_about(train, val, with_sets_found(config).data)
+    late = [epoch for epoch in optim.milestones if epoch >= optim.epochs]
+    if optim.schedule == "step" and late:
+        lines.append(
+            f"the learning rate never drops after epoch {', '.join(map(str, late))}: the run has optim.epochs {optim.epochs}; "
+            "set optim.milestones"
+        )
+    first_drop = min(optim.milestones, default=math.inf) if optim.schedule == "step" else math.inf
+    if optim.warmup_epochs >= optim.epochs:
+        lines.append(
+            f"the learning rate rises to the end of the run and never falls: of its {counted(optim.epochs, 'epoch')} "
+            f"{optim.warmup_epochs:g} warm up; set optim.warmup_epochs"
+        )
+    elif optim.warmup_epochs > first_drop:
+        lines.append(
+            f"the learning rate still warms up, over {optim.warmup_epochs:g} epochs, when it drops after epoch {first_drop}: "
+            "set optim.warmup_epochs or optim.milestones"
+        )
+    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
+        lines.append(split)
+    if optim.class_weights == "balanced" and config.data.sampling == "balanced":
+        lines.append(
+            "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "
+            "more than frequent ones: leave one of them out"
+        )
+    return lines
+
+
+def with_sets_found(config: Config) -> Config:
+    """The configuration with the sets that its run has found, where it names none (``data.val: test``).
+
+    A run resumes with either: which images they are is compared, and not where they lie.
+    """
+    if config.data.dataset != "images" or config.data.loader == "synthetic":
+        return config
+    return dataclasses.replace(config, data=splits_found(config.data))
