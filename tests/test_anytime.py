@@ -193,6 +193,7 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
         for index in (test, parts[1])
     )
     assert report["images"] == 12 and report["held_out"]["images"] == 9 == len(parts[1])
+    assert "9 held-out images for the thresholds" in said
     work = [row["multiply_accumulates"] for row in report["exits"]]
     for k, row in enumerate(report["exits"]):
         assert row["top1_wrong"] == (own[0].classes[k] != test.labels).sum()
@@ -252,7 +253,14 @@ def test_without_held_out_images_there_are_no_budgets_unless_others_are_given(da
     words = (tmp_path / "w.safetensors", "--data", data, "--loader", "reference", "--timed-images", 1)
     said = run(anytime, *words)
     assert "no budgets: the run held no training images out: give --thresholds DIR" in said
-    assert "12 held-out images for the thresholds" in run(anytime, *words, "--thresholds", data / "val")
+    warned = []
+    said = run(anytime, *words, "--thresholds", data / "val", progress=warned)
+    assert f"12 images of {data / 'val'} for the thresholds" in said
+    (line,) = [line for line in warned if line.startswith("warning: ")]
+    assert line.endswith("/val are those of --data themselves: the budgets' errors are too low for new images")
+    run(anytime, *words, "--thresholds", data / "train", progress=(warned := []))
+    (line,) = [line for line in warned if line.startswith("warning: ")]
+    assert f"are the images in {data / 'train'}: the budgets' errors" in line
 
 
 def test_gray_images_are_counted_with_one_channel(data, run, tmp_path):

@@ -38,7 +38,7 @@ from tools import predict
 from tools.evaluate import main
 from tools.support.calibration import calibration
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import open_images, trained_on
+from tools.support.evaluated_images import open_images, trained_on, where
 from tools.support.evaluation_figures import published_errors, real_labels_score, recipe_of
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
@@ -550,6 +550,39 @@ def test_the_folder_in_place_of_the_table_that_a_run_validated_on(table_data, ca
     assert f"of {table_data} {taken} is taken (data.val)\n" in capfd.readouterr().err
     alone = open_images(dataclasses.replace(data, dir=str(table_data / "val.csv"), labels="single"), None, classes)
     assert sorted(index.names) == sorted(alone.names)  # several labels have no order of classes
+
+
+@pytest.mark.parametrize("labels", ["single", "multi"])
+def test_the_split_of_a_table_is_said_and_can_be_chosen(table_data, capfd, labels):
+    table = table_data / "all.csv"
+    header, *rows = table.read_text().splitlines()
+    rows = [row.replace(",val", ",test") if i % 2 else row for i, row in enumerate(rows)]
+    table.write_text("\n".join([header, *rows]))
+    classes = ("class0", "class1", "class2")
+    data = DataConfig(dir=str(table_data), loader="reference", labels=labels)
+    data = data if labels == "multi" else dataclasses.replace(data, dir=str(table))
+    file = str(table) if labels == "multi" else None
+    for split, name in ((None, "val"), ("val", "val"), ("test", "test"), ("train", "train")):
+        index = open_images(data, file, classes, split)
+        wanted = [row for row in rows if row.endswith(f",{name}")]
+        assert sorted(index.names) == sorted(row.split(",")[0] for row in wanted) and wanted
+        told = f"of {table} the split {name} is taken (there are test, train, val)\n"
+        assert told in capfd.readouterr().err
+        of = Candidate(
+            "",
+            "",
+            Weights("", torch.nn.Identity(), load_config(REPOSITORY / "configs" / "demo.yaml"), classes, 1),
+            data,
+            index,
+            0,
+        )
+        assert where(of, file, False, split).endswith(f"all.csv, its split {name}")
+    with pytest.raises(UserError, match="all.csv has no line of split dev, but of test, train, val"):
+        open_images(data, file, classes, "dev")
+    plain = str(table_data / "val.csv")
+    data = data if labels == "multi" else dataclasses.replace(data, dir=plain)
+    with pytest.raises(UserError, match=r"--split test is for a table whose lines .*val.csv is none"):
+        open_images(data, plain if labels == "multi" else None, classes, "test")
 
 
 def test_networks_that_were_validated_on_two_tables_of_a_folder_are_not_compared(

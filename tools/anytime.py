@@ -10,6 +10,7 @@ GPU has run it.
 
 import dataclasses
 import math
+import sys
 import typing
 from argparse import Namespace
 from collections.abc import Callable
@@ -39,7 +40,8 @@ from pipeline.weights import Weights, read_weights, weights_file
 from tools.support import published
 from tools.support.anytime_report import result_to_text, write_report
 from tools.support.budgets import limits_of
-from tools.support.evaluated_images import open_images
+from tools.support.candidate import Candidate
+from tools.support.evaluated_images import open_images, trained_on
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.support.held_out import open_held_out
 from tools.support.outputs import writable_folder
@@ -127,7 +129,18 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
     classes = weights.classes
     if thresholds_from:
         folder = dataclasses.replace(data, dir=thresholds_from)
-        return Images(open_images(data, None, classes), open_images(folder, None, classes))
+        test, chosen_on = open_images(data, None, classes), open_images(folder, None, classes)
+        seen = trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0))
+        if chosen_on.fingerprint == test.fingerprint:
+            seen = f"{seen and seen + ', and '}those of --data themselves"
+        if seen:
+            print(
+                f"warning: the images of --thresholds {thresholds_from} are {seen}: the budgets' errors are too low for new "
+                "images",
+                file=sys.stderr,
+                flush=True,
+            )
+        return Images(test, chosen_on)
     if not data.holdout:
         return Images(open_images(data, None, classes), None)
     _, test = open_datasets(dataclasses.replace(data, holdout=0), None, progress=True)
@@ -209,7 +222,12 @@ def describe(
         "parameters": parameters(network),
         "data": images.test.root,
         "images": len(images.test),
-        "held_out": images.held_out and {"data": images.held_out.root, "images": len(images.held_out)},
+        "held_out": images.held_out
+        and {
+            "data": images.held_out.root,
+            "images": len(images.held_out),
+            "by_the_run": images.held_out.whole is not None,
+        },
         "crop_size": data.crop_size,
         "training": weights.audit,
         "exits": [

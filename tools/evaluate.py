@@ -106,9 +106,11 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         if options.held_out:
             if options.labels:
                 raise UserError("--held-out takes the labels that the run had: leave out --labels")
+            if options.split:
+                raise UserError("--held-out takes images of the training split: leave out --split")
             index = open_held_out(data, weights)
         else:
-            index = same[0].index if same else open_images(data, options.labels, weights.classes)
+            index = same[0].index if same else open_images(data, options.labels, weights.classes, options.split)
         if candidates and index.names != candidates[0].index.names:
             raise UserError(f"{file} and {candidates[0].file} are not for the same images: evaluate them one by one")
         check_image_size(weights.network, data.crop_size, name, data.channels)
@@ -208,6 +210,12 @@ def _parser() -> ArgumentParser:
         metavar="FILE",
         help="label file, if DIR is a folder of images without class folders; CSV, if an image has several labels; relative to "
         "the working directory or to DIR",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="lines of a table that says which split each is for: val, test or another name that it has [val, else test or "
+        "another that is not for training]",
     )
     parser.add_argument(
         "--outputs",

@@ -95,11 +95,12 @@ def known_training_images(config: DataConfig, cache: Path) -> DatasetIndex | Non
     return _hold_out(train, config.holdout)[0] if config.holdout else train
 
 
-def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None) -> FileSource:
-    """The images at a path that is not the configuration's, to be evaluated: of a table with splits those of its validation
-    split, by the configuration's columns.
+def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None, split: str = "val") -> FileSource:
+    """The images at a path that is not the configuration's, to be evaluated: of a table with splits those of one, by the
+    configuration's columns.
 
     Args:
+        split: as `label_table.name_of_split` takes it.
         images: where those of a table lie; None: beside it.
 
     Raises:
@@ -108,7 +109,7 @@ def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None
     if not is_table(root):
         return open_source(root)
     source = open_source(images or os.path.dirname(root) or os.curdir)
-    return TableSource(str(root), source, columns_of(root, config, "val"))
+    return TableSource(str(root), source, columns_of(root, config, split))
 
 
 def images_text(train: DatasetIndex, val: DatasetIndex, config: DataConfig) -> str:

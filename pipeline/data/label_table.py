@@ -58,7 +58,7 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
 
     Args:
         classes: those that there may be, in their order; None for those of the rows.
-        split: "train" or "val", whose rows are read; None: all rows.
+        split: whose rows are read, as `name_of_split` takes it; None: all rows.
 
     Raises:
         UserError: the file cannot be read, or is not of this kind; names the line.
@@ -114,13 +114,28 @@ def in_split(file: Path, splits: Sequence[str], lines: Sequence[int], split: str
             raise UserError(
                 f"{file}, line {line}: '{cell}' is no split: give {', '.join(known)}, or call the column otherwise"
             )
-    there = sorted(set(said))
-    name = next((name for name in SPLIT_NAMES[split] if name in there), None)
-    if name is None:
-        raise UserError(
-            f"{file} has no line of split {split}, but of {', '.join(there)}: give another table (data.{split}), or add some"
-        )
+    name = name_of_split(file, said, split)
     return [cell == name for cell in said]
+
+
+def name_of_split(file: Path, there: Iterable[str], split: str) -> str:
+    """What a table calls a split.
+
+    Args:
+        there: the names that it has, in small letters.
+        split: "train" or "val", which the first of `SPLIT_NAMES` that is there stands for; or one of those names.
+
+    Raises:
+        UserError: no row is of it.
+    """
+    known = sorted(set(there))
+    name = next((name for name in SPLIT_NAMES.get(split, (split,)) if name in known), None)
+    if name is None:
+        field = f" (data.{split})" if split in SPLIT_NAMES else ""
+        raise UserError(
+            f"{file} has no line of split {split}, but of {', '.join(known)}: give another table{field}, or add some"
+        )
+    return name
 
 
 def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:

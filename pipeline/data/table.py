@@ -19,6 +19,7 @@ from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import (
     OF_SEVERAL_SPLITS,
     SPLIT_COLUMNS,
+    VALUES,
     file_column,
     images_elsewhere,
     in_split,
@@ -42,7 +43,7 @@ class Columns:
 
     Attributes:
         file, label: headers; None: they are known by their names.
-        split: "train" or "val", where a table says of each line which one it is for; None: all lines.
+        split: where a table says of each line which one it is for (see `name_of_split`); None: all lines.
     """
 
     file: str | None = None
@@ -186,8 +187,19 @@ def columns_of(table: str | Path, config: DataConfig, split: str) -> Columns:
     has_header = Path(table).suffix.lower() in (*SUFFIXES, PARQUET)
     header = read_rows(Path(table))[0] if has_header else []
     file, label = (name if name in header else None for name in (config.file_column, config.label_column))
-    has_splits = _known_text(Path(table)) == "cub" or any(name.lower() in SPLIT_COLUMNS for name in header)
-    return Columns(file, label, split if has_splits else None)
+    return Columns(file, label, split if splits_in(Path(table)) else None)
+
+
+def splits_in(table: Path) -> list[str]:
+    """The splits that a table's lines are of, by their names there in small letters, sorted; none of a table without splits."""
+    if _known_text(table) == "cub":
+        return sorted(set(_splits_of(list(_cub(table)))))
+    if table.suffix.lower() not in (*SUFFIXES, PARQUET):
+        return []
+    header, rows = read_rows(table)
+    column = next((i for i, name in enumerate(header) if name.lower() in SPLIT_COLUMNS), None)
+    cells = set() if column is None else {row[column].strip().lower() for row in rows}
+    return [] if cells <= VALUES.keys() else sorted(cells)  # 0 and 1: a class of this name
 
 
 def lines_of_other_splits(table: Path, config: DataConfig) -> int:

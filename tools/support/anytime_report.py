@@ -12,14 +12,13 @@ from matplotlib.ticker import LogLocator
 
 from pipeline.budget import Answers, leaves_at
 from pipeline.class_names import short_names
-from pipeline.data.decoding import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.words import counted
 from tools.support.budgets import limits_of
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME, in_folder
-from tools.support.report_page import Page, Thumbnails
+from tools.support.report_page import Page, Thumbnails, picture
 
 Table = tuple[list[str], list[list[str]]]
 Shown = list[tuple[str, list[int]]]  # titles with positions of images
@@ -49,8 +48,8 @@ def write_report(folder: Path, result: dict[str, Any], answers: Answers, index: 
         right = answers.classes[at, np.arange(len(at))] == index.labels
         shown = easy_and_hard(at, right, index.labels)
         pictures["easy-and-hard.png"] = ("Easy and hard images", draw_easy_and_hard(shown, index))
-    for name, (_, picture) in pictures.items():
-        picture.savefig(folder / name, dpi=110)
+    for name, (_, figure) in pictures.items():
+        figure.savefig(folder / name, dpi=110)
     lines = ["# Answers at any time", "", *_sections(result, heading="## ")]
     for name, (title, _) in pictures.items():
         lines += ["", f"## {title}", "", f"![{title}]({name})"]
@@ -116,7 +115,7 @@ def draw_easy_and_hard(shown: Shown, index: DatasetIndex) -> Figure:
         for axes, i in zip(part.subplots(1, SHOWN), [*chosen, *[None] * (SHOWN - len(chosen))], strict=True):
             axes.set_axis_off()
             if i is not None:
-                axes.imshow(np.asarray(decode(reader.read(i), index.location(i))))
+                axes.imshow(np.asarray(picture(index, reader, i).convert("RGB")))
                 axes.set_title(index.classes[index.labels[i]][:14], fontsize=7)
     return figure
 
@@ -133,13 +132,16 @@ def _sections(r: dict[str, Any], heading: str) -> list[str]:
     for title, columns in _tables(r):
         lines += ["", f"{heading}{title}", "", *table(*columns, names=1)]
     if not r["budgets"]:
-        lines += ["", "no budgets: the run held no training images out: give --thresholds DIR, images of the same kind"]
+        why = "the run held no training images out: give --thresholds DIR, images of the same kind on which it has not trained"
+        lines += ["", f"no budgets: {why}, and which are not those of --data"]
     lines += ["", *filter(None, (_comparison(row, r["budgets"]) for row in r["beside"]))]
     return lines
 
 
 def _about(r: dict[str, Any]) -> str:
-    held_out = f", {r['held_out']['images']:,} held-out images for the thresholds" if r["held_out"] else ""
+    chosen = r["held_out"]
+    which = "held-out images" if chosen and chosen["by_the_run"] else f"images of {chosen['data']}" if chosen else ""
+    held_out = f", {chosen['images']:,} {which} for the thresholds" if chosen else ""
     return (
         f"{r['model']}, {r['parameters']:,} parameters, {r['images']:,} images of {r['data']}{held_out}, "
         f"crop {r['crop_size']}, {r['loader']} loader; time: {r['timed_images']} images, {r['device']}, {_threads(r)}"

@@ -12,9 +12,10 @@ from pipeline.data.dataset import DATASETS, known_training_images, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import known_cache
+from pipeline.data.label_table import name_of_split
 from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
 from pipeline.data.splits import find_splits, find_validation
-from pipeline.data.table import PARQUET, SUFFIXES, TableSource
+from pipeline.data.table import PARQUET, SUFFIXES, TableSource, is_table, splits_in
 from pipeline.errors import UserError
 from tools.support.candidate import Candidate
 from tools.support.label_files import find_label_file
@@ -58,11 +59,16 @@ def trained_on(candidate: Candidate) -> str:
     return same and f"images in {index.root}, {same}"
 
 
-def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, ...]) -> DatasetIndex:
+def open_images(
+    data: DataConfig, labels_file: str | None, classes: tuple[str, ...], split: str | None = None
+) -> DatasetIndex:
     """Index `data.dir`, one of `sources.SOURCES`: by class, a data set with a validation set in it, or flat with a label file;
     or the test images of one of torchvision's data sets.
 
     The validation set in a folder is what the run has as data.val, or would find there; it is reported if it is not ``val``.
+
+    Args:
+        split: of a table that says which split each line is for; None for the validation split. Which one is taken is said.
     """
     folder, read_as = Path(data.dir), pixel_format(data)
     labels_file = find_label_file(labels_file, folder)
@@ -83,11 +89,13 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
         if not labels_file:
             raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
         cache = known_cache(Path(labels_file))
-        return scan_label_table(folder, labels_file, classes, cache, True, read_as, split="val")
+        _say_split(Path(labels_file), split)
+        return scan_label_table(folder, labels_file, classes, cache, True, read_as, split=split or "val")
     cache = known_cache(place)
+    _say_split(place, None if labels_file else split)
     if labels_file:
         return scan_flat(place, labels_file, classes, cache, True, read_as)
-    source = to_evaluate(place, data, folder if place != folder else None)
+    source = to_evaluate(place, data, folder if place != folder else None, split or "val")
     try:
         index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
         return index.with_classes(classes)
@@ -103,6 +111,20 @@ def open_images(data: DataConfig, labels_file: str | None, classes: tuple[str, .
         raise
 
 
+def _say_split(place: Path, split: str | None) -> None:
+    """Say which split of a table is taken, where it has several, or one is asked for.
+
+    Raises:
+        UserError: that is not there.
+    """
+    there = splits_in(place) if is_table(place) else []
+    if split and not there:
+        raise UserError(f"--split {split} is for a table whose lines say which split they are for, and {place} is none")
+    if split or len(there) > 1:
+        name = name_of_split(place, there, split or "val")
+        print(f"of {place} the split {name} is taken (there are {', '.join(there)})", file=sys.stderr, flush=True)
+
+
 def own_validation_set(data: DataConfig, classes: tuple[str, ...]) -> str:
     """What in the folder `data.dir` is evaluated, relative to it; empty if all of it is."""
     own = find_validation(data)
@@ -115,18 +137,25 @@ def own_validation_set(data: DataConfig, classes: tuple[str, ...]) -> str:
     return "" if own.split(os.sep)[0] in classes else own
 
 
-def where(candidate: Candidate, labels_file: str | None, held_out: bool) -> str:
+def where(candidate: Candidate, labels_file: str | None, held_out: bool, split: str | None) -> str:
     """Where the images are, and which of those that are there they are.
 
     Args:
         labels_file: that was given.
         held_out: they are those that the run held out.
+        split: that was asked for.
     """
     index = candidate.index
     if held_out:
         return f"{index.root}, held out of its images"
     if index.several_labels:
         table = labels_file or own_validation_set(candidate.data, candidate.weights.classes)
-        return f"{index.root}, labels of {table}"
-    of_split = isinstance(index.source, TableSource) and index.source.columns.split
-    return f"{index.root}, its validation split" if of_split else index.root
+        return f"{index.root}, labels of {table}{_of_split(Path(index.root, table), split or 'val')}"
+    if isinstance(index.source, TableSource) and index.source.columns.split:
+        return f"{index.root}{_of_split(Path(index.root), index.source.columns.split)}"
+    return index.root
+
+
+def _of_split(table: Path, split: str) -> str:
+    there = splits_in(table) if is_table(table) else []
+    return f", its split {name_of_split(table, there, split)}" if there else ""

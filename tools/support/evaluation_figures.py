@@ -60,7 +60,7 @@ def describe(
         "best_epoch": weights.best_epoch,
         "parameters": parameters(weights.network),
         "multiply_accumulates": candidate.multiply_accumulates,
-        "data": where(candidate, options.labels, options.held_out),
+        "data": where(candidate, options.labels, options.held_out, options.split),
         "images": len(index),
         "classes": len(index.classes),
         "not_finite": evaluation.not_finite,

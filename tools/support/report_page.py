@@ -118,8 +118,7 @@ class Thumbnails:
 
     def _encoded(self, i: int) -> tuple[str, str]:
         """The image as a link that holds it, and an attribute where it has so few pixels that they are to be seen."""
-        turned = self._index.turned is not None and bool(self._index.turned[i])
-        image = _picture(self._reader.read(i), self._index.location(i), turned)
+        image = picture(self._index, self._reader, i)
         small = ' class="pixels"' if max(image.size) < THUMBNAIL // 2 else ""
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         jpeg = io.BytesIO()
@@ -127,11 +126,12 @@ class Thumbnails:
         return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}", small
 
 
-def _picture(content: np.ndarray, location: str, turned: bool) -> Image.Image:
-    """An image as it can be shown; of 16 bits the upper ones."""
+def picture(index: DatasetIndex, reader: Reader, i: int) -> Image.Image:
+    """Image `i` as it can be shown; of 16 bits the upper ones."""
+    turned, content = index.turned is not None and bool(index.turned[i]), reader.read(i)
     with Image.open(io.BytesIO(content.data)) as header:
         deep = deep_mode(header).startswith("I")
-    image = decode(content, location, PixelFormat(16 if deep else 8, turned))
+    image = decode(content, index.location(i), PixelFormat(16 if deep else 8, turned))
     return image.convert("L") if deep else image
 
 
