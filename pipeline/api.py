@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, check_image_size
 from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.models import create_model
-from pipeline.precision import memory_format, set_tf32
+from pipeline.precision import set_tf32
 from pipeline.preprocessing import assumption, mirrored_views
 from pipeline.trainer import fit
 from pipeline.weights import read_weights
@@ -76,6 +76,6 @@ def evaluate(
         shard = Shard(world.rank, world.size, world.device, world.cores)
         loader = EvaluationLoader(index, data, shard, batch_size=batch_size, crops=crops)
         set_tf32("fp32")
-        network = for_evaluation(found.network, found.tuning, "fp32", world.device)
+        network, order = for_evaluation(found.network, found.tuning, "fp32", world.device)
         check_image_size(network, data.crop_size, str(weights), data.channels)
-        return evaluate_network(network, loader, world, memory_format=memory_format("auto", "fp32", world.device))
+        return evaluate_network(network, loader, world, memory_format=order)

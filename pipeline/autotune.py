@@ -95,8 +95,9 @@ def as_configured(config: Config) -> Implementation:
 
 
 def what_is_asked(config: Config, device: torch.device, images: int) -> dict[str, Any]:
-    train = config.train
+    train, recomputed = config.train, config.model.activation_checkpointing
     return {
+        **({} if recomputed == "none" else {"activation_checkpointing": recomputed}),
         "dense_block": config.model.dense_block, "memory_format": train.memory_format, "compile": train.compile,
         "precision": train.precision, "device": device.type, "images": images,
     }  # fmt: skip
@@ -147,7 +148,10 @@ def candidates(config: Config, device: torch.device) -> list[Implementation]:
     formats = both if train.memory_format == "auto" and train.precision == "fp32" else (usual,)
     blocks = [config.model.dense_block]
     if config.model.dense_block == "auto":
-        blocks = ["eager", *(name for name, backend in reversed(BACKENDS.items()) if not backend.refusal(device))]
+        backends = [name for name, backend in reversed(BACKENDS.items()) if not backend.refusal(device)]
+        # The modules do not compute again what less memory was asked for.
+        spares = config.model.activation_checkpointing != "none" and backends
+        blocks = [*([] if spares else ["eager"]), *backends]
     modes: list[Compile] = ["graphs"] if train.compile == "graphs" else ["none"]
     if train.compile == "auto" and config.optim.grad_accum_steps == 1 and device.type == "cuda":
         modes.append("graphs")
@@ -169,7 +173,8 @@ def choose(
         UserError: as `measure_apart`.
     """
     kinds = sorted({*cards})
-    if kept and (kept.chosen.dense_block == "eager" or kinds == [kept.card]):
+    nothing_was = kept and not kept.card and kept.chosen.dense_block == "auto"  # measured: the modules compute
+    if kept and (nothing_was or kept.chosen.dense_block == "eager" or kinds == [kept.card]):
         return kept
     if len(kinds) > 1:  # what is right on one may fail on another
         reason = f"nothing was measured: the ranks have different GPUs ({', '.join(kinds)})"
@@ -179,8 +184,8 @@ def choose(
 
 def for_evaluation(
     network: nn.Module, tuning: Mapping[str, Any] | None, precision: str, device: torch.device
-) -> nn.Module:
-    """A network on its device, laid out and computed as it is evaluated in this precision.
+) -> tuple[nn.Module, torch.memory_format]:
+    """A network on its device, laid out and computed as it is evaluated in this precision; and the order of its images.
 
     `auto` means what the network's run has measured, if that was on such a GPU and in this precision, as it meant in the run's
     own validation. Nothing is measured for an evaluation: that takes longer than most evaluations save by it.
@@ -190,9 +195,11 @@ def for_evaluation(
     """
     found = Tuning.from_state(tuning) if tuning else None
     here = found and (found.card, found.asked.get("precision")) == (card_name(device), precision)
+    layout: MemoryFormat = "auto"
     if found and here and isinstance(network, DenseNet) and network.dense_block == "auto":
-        network.dense_block = found.chosen.dense_block
-    return folded(network).to(device).to(memory_format=memory_format("auto", precision, device))
+        network.dense_block, layout = found.chosen.dense_block, found.chosen.memory_format
+    order = memory_format(layout, precision, device)
+    return folded(network).to(device).to(memory_format=order), order
 
 
 def measure_apart(
@@ -258,7 +265,10 @@ def main() -> None:
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(USABLE, device)
     choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
-    network = create_network(config.model, task["classes"], config.data.channels)
+    classes = max(
+        2, task["classes"]
+    )  # the loss of a single output, which measures its logits, would be 0 whatever it is
+    network = create_network(config.model, classes, config.data.channels)
     assert isinstance(network, DenseNet)
     only = Implementation(**task["only"]) if task["only"] else None
 
@@ -351,7 +361,7 @@ def measure(
 
 
 def _shallow(network: DenseNet) -> DenseNet:
-    """Two layers in each block, and blocks as wide as the network's own at their end, up to `WIDEST`."""
+    """Two layers in each block, the first of which is as wide as the network's last at its end, up to `WIDEST`."""
     features, layer = network.features, network.features.get_submodule("denseblock1.denselayer1")
     last_convolution = [module for module in layer.modules() if isinstance(module, nn.Conv2d)][-1]
     stem_convolution = features.get_submodule("conv0")
@@ -364,6 +374,7 @@ def _shallow(network: DenseNet) -> DenseNet:
             last_convolution.out_channels, (2,) * network.block_count, stem, width, bottleneck=hasattr(layer, "conv2"),
             num_classes=network.classifier.out_features, in_channels=stem_convolution.in_channels,
             dropout=float(any(isinstance(module, nn.Dropout) for module in network.modules())),  # `_Work` sets it to 0
+            activation_checkpointing=network.activation_checkpointing,
         )  # fmt: skip
 
 

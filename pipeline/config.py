@@ -667,9 +667,9 @@ def _with_fields_of_weights(tree: dict[str, Any], overrides: dict[str, Any]) -> 
     file = flatten(tree)
     if not overrides.get("model.weights", file.get("model.weights")) or "data.from_weights" in overrides:
         return overrides
-    known, given = _split_names(file.get("data.from_weights")), overrides.keys()
+    known, given = _split_names(file.get("data.from_weights")), {*overrides}
     if known is None:
-        known, given = [name for group in OF_WEIGHTS for name in group], file.keys() | given
+        known, given = tuple(name for group in OF_WEIGHTS for name in group), {*file, *overrides}
     elif not isinstance(known, tuple):  # which the field's type refuses
         return overrides
     own = {name for group in OF_WEIGHTS if {f"data.{n}" for n in group} & given for name in group}

@@ -26,7 +26,7 @@ def load_cpp(sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> ctypes.CD
     """
     compiler = find_compiler()
     source = next(path for path in sources if path.suffix == ".cpp")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "densenet-pipeline"
+    folder = _cache_folder()
     library = folder / f"{source.stem}-{fingerprint(compiler, sources, flags)}.so"
     try:
         if not library.exists():
@@ -41,6 +41,13 @@ def load_cpp(sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> ctypes.CD
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CppUnavailableError(f"cannot load {library} ({error}): delete it") from None
+
+
+def _cache_folder() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "densenet-pipeline"
+    except RuntimeError:  # as of a user whom the system does not know, in a bare container
+        raise CppUnavailableError("there is no home directory to keep compiled code in: set XDG_CACHE_HOME") from None
 
 
 def reason_if_unavailable(load: Callable[[], object]) -> str | None:

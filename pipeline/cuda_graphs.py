@@ -79,8 +79,8 @@ class ReplayedNetwork(nn.Module):
         images = x.detach().clone()
         # In the parameters' place, of which DDP keeps what belongs to another stream than that of the capture.
         parameters = {name: p.detach().requires_grad_() for name, p in _trained(self.network).items()}
-        self._compute(images, parameters)
         try:
+            self._compute(images, parameters)
             self._graphs[_kind(x)] = self._captured(images, parameters)
         except Exception as error:
             raise _refusal(error) from None
@@ -88,12 +88,14 @@ class ReplayedNetwork(nn.Module):
     def _compute(self, images: Tensor, parameters: dict[str, Tensor]) -> None:
         """Some passes, of which nothing stays."""
         buffers = [buffer.clone() for buffer in self.network.buffers()]
-        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
-            for _ in range(BEFORE_CAPTURE):
-                logits = functional_call(self.network, parameters, (images,))
-                torch.autograd.grad(logits, [*parameters.values()], torch.zeros_like(logits))
-        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        try:
+            with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+                for _ in range(BEFORE_CAPTURE):
+                    logits = functional_call(self.network, parameters, (images,))
+                    torch.autograd.grad(logits, [*parameters.values()], torch.zeros_like(logits))
+        finally:
+            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
 
     def _captured(self, images: Tensor, parameters: dict[str, Tensor]) -> _Graphs:
         """A pass forward and backward over images like these; nothing is computed."""

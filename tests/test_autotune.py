@@ -204,6 +204,12 @@ def test_candidates_on_a_gpu(tmp_path, monkeypatch):
     }
     assert [(c.dense_block, c.compile) for c in fp32[:3:2]] == [("eager", "none"), ("eager", "graphs")]
     assert fp32[-1].dense_block == "triton"  # last: it is the least known
+    sparing = small_config(tmp_path, model={"activation_checkpointing": "all"})
+    assert "eager" in {c.dense_block for c in fp32} and "eager" not in {c.dense_block for c in candidates(sparing, GPU)}
+    assert not autotune.is_still_asked(
+        Tuning(fp32[0], autotune.what_is_asked(small_config(tmp_path), GPU, 4), ""),
+        autotune.what_is_asked(sparing, GPU, 4),
+    )
     accumulates = candidates(small_config(tmp_path, optim={"grad_accum_steps": 2}), GPU)
     assert {c.compile for c in accumulates} == {"none"}
     for mode in ("none", "graphs"):
@@ -237,6 +243,8 @@ def test_the_process_that_measures(tmp_path, monkeypatch):
     tuning = measure_apart(config, 3, CPU, 4)
     assert tuning.chosen.memory_format == "channels_last" and "fused channels_last " in tuning.text
     assert tuning == Tuning.from_state(dataclasses.asdict(tuning))
+    alone = measure_apart(config, 1, CPU, 4)  # a single label an image, whose logits a softmax says nothing of
+    assert "fused channels_last " in alone.text and "left out fused" not in alone.text
     monkeypatch.setattr(autotune.sys, "executable", "/bin/false")
     lost = measure_apart(config, 3, CPU, 4)
     assert lost.chosen == Implementation("auto", "channels_last", "none")
@@ -324,6 +332,8 @@ def test_a_choice_is_kept_on_its_card_and_checked_on_another(tmp_path, monkeypat
     def choose(cards, kept=None):
         return autotune.choose(config, 3, CPU, 4, cards, kept)
 
+    nothing = autotune.Tuning(Implementation("auto", "auto", "none"), {}, "nothing was measured: it died", "")
+    assert choose(["A100"], nothing) is nothing  # the modules compute, which need no check
     kept = Tuning(triton, {}, "", "A100")
     assert choose(["A100", "A100"], kept) is kept and not asked
     assert (
@@ -343,10 +353,11 @@ def test_a_choice_is_kept_on_its_card_and_checked_on_another(tmp_path, monkeypat
 )
 def test_an_evaluation_computes_as_its_run_did_on_such_a_card(network, card, precision, dense_block):
     tuning = Tuning(Implementation("eager", "contiguous", "none"), {"precision": "bf16"}, "", card)
-    autotune.for_evaluation(network, dataclasses.asdict(tuning), precision, CPU)
-    assert network.dense_block == dense_block
+    _, order = autotune.for_evaluation(network, dataclasses.asdict(tuning), precision, CPU)
+    chosen = dense_block == "eager"
+    assert network.dense_block == dense_block and (order is torch.contiguous_format) == chosen
     network.dense_block = "fused"
-    assert autotune.for_evaluation(network, dataclasses.asdict(tuning), precision, CPU).dense_block == "fused"
+    assert autotune.for_evaluation(network, dataclasses.asdict(tuning), precision, CPU)[0].dense_block == "fused"
     assert autotune.for_evaluation(torch.nn.Linear(1, 1), None, precision, CPU)
 
 

@@ -511,6 +511,13 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     assert result.stdout == f"cannot write {tmp_path}/densenet-pipeline (File exists): set XDG_CACHE_HOME\n"
 
 
+def test_without_a_home_directory_the_reason_is_one_line(monkeypatch):
+    """As of a user without an entry, in a bare container."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    assert "set XDG_CACHE_HOME" in cpp.reason_if_unavailable(lambda: cpp.load_cpp(kernels.SOURCES))
+
+
 def test_kernels_compiled_for_another_cpu_are_not_loaded(monkeypatch):
     here = cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS)
     assert cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS) == here

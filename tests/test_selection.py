@@ -17,7 +17,8 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models import create_model, kernels, selection
+from pipeline.models import create_model, densenet, kernels, selection
+from pipeline.models.densenet import DenseBlock, DenseLayer, Transition
 
 pytestmark = pytest.mark.slow  # for the most part
 
@@ -229,14 +230,27 @@ def test_hooks_on_all_modules_are_called(method, register):
 
 
 @each_backend
-def test_a_forward_that_is_replaced_in_its_class_is_called(method, monkeypatch):
+@pytest.mark.parametrize("kind", [nn.ReLU, DenseLayer, DenseBlock, Transition])
+def test_a_forward_that_is_replaced_in_its_class_is_called(method, kind, monkeypatch):
     eager, network = pair(method)
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     network(images), eager(images)
-    forward = nn.ReLU.forward
-    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: forward(self, x) + 1)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) + 1)
     assert torch.equal(network(images), eager(images))
-    assert str(network.selection) == "eager (ReLU.forward is replaced)"
+    assert str(network.selection) == f"eager ({kind.__name__}.forward is replaced)"
+
+
+@each_backend
+def test_a_network_of_other_classes_is_left_to_its_modules(method, monkeypatch):
+    class OwnBlock(DenseBlock):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    monkeypatch.setattr(densenet, "DenseBlock", OwnBlock)
+    eager, network = pair(method)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(network(images), eager(images)) and network.selection.reason == "denseblock1 is a OwnBlock"
 
 
 def transposed(tensor: Tensor) -> Tensor:

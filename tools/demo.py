@@ -54,8 +54,10 @@ def unpack(archive: Path, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             with tarfile.open(archive) as tar:
-                # Debian 12's Python 3.11.2 has no filters yet.
-                tar.extractall(temporary, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+                if hasattr(tarfile, "data_filter"):
+                    tar.extractall(temporary, filter="data")
+                else:  # Debian 12's Python 3.11.2
+                    tar.extractall(temporary)
             (content,) = Path(temporary).iterdir()
             content.rename(folder)
     except OSError as error:

@@ -28,7 +28,7 @@ from pipeline.distributed import World, init_distributed
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.models.densenet import DenseNet
-from pipeline.precision import autocast, memory_format, set_tf32
+from pipeline.precision import autocast, set_tf32
 from pipeline.provenance import provenance
 from pipeline.weights import Weights, weights_file
 from tools.support.candidate import Candidate
@@ -134,7 +134,7 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     loader_name, _ = choose_common_loader(candidate.data, world.device, world.gather)
     data = dataclasses.replace(candidate.data, loader=loader_name)
     loader = EvaluationLoader(index, data, shard, batch_size=options.batch_size, crops=options.crops)
-    network = for_evaluation(weights.network, weights.tuning, options.precision, world.device)
+    network, layout = for_evaluation(weights.network, weights.tuning, options.precision, world.device)
     if options.compile:
         network.compile()
     set_tf32(options.precision)
@@ -142,7 +142,6 @@ def evaluate_one(candidate: Candidate, options: argparse.Namespace, world: World
     keep_logits = bool(options.report) or index.several_labels or len(present) < len(index.classes)
     start = time.perf_counter()
     with autocast(options.precision, world.device):
-        layout = memory_format("auto", options.precision, world.device)
         progress = Progress(candidate.name, loader.rounds, "batches", shown=world.is_main)
         evaluation = evaluate(
             network, loader, world, options.average, progress.advance, keep_logits, memory_format=layout

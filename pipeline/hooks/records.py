@@ -111,6 +111,11 @@ class Records(Hook):
         if selection != self._announced:
             trainer.monitor.say(f"dense blocks: {selection}")
             self._announced = selection
+            wanted = trainer.run.config.model.activation_checkpointing
+            if selection and selection.method == "eager" and wanted != "none":
+                trainer.monitor.say(
+                    f"model.activation_checkpointing {wanted} does nothing: the modules keep what they compute"
+                )
 
     def _log(self, trainer: Training, result: StepResult) -> None:
         run = trainer.run

@@ -20,6 +20,11 @@ _FORWARD = {
 }
 
 
+def remember(*kinds: type[nn.Module]) -> None:
+    """Note what `forward` of these classes is, for `difference`; of no others a network may be made."""
+    _FORWARD.update({kind: kind.forward for kind in kinds})
+
+
 class ModuleBlueprint(NamedTuple):
     """What one module was.
 
@@ -61,7 +66,9 @@ def difference(root: nn.Module, expected: Blueprint) -> str:
         before = expected[name]
         if type(module) is not before.kind:
             return f"{where} is a {type(module).__name__}"
-        if before.kind.forward is not _FORWARD.get(before.kind, before.kind.forward):
+        if before.kind not in _FORWARD:
+            return f"{where} is a {before.kind.__name__}"
+        if before.kind.forward is not _FORWARD[before.kind]:
             return f"{before.kind.__name__}.forward is replaced"
         if any(getattr(module, hooks) for hooks in HOOKS):
             return f"a hook on {where}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.backends import BACKENDS, Backend
+from pipeline.models.blueprint import remember
 from pipeline.models.selection import Selection, Selector
 from pipeline.models.stage import Layer, Stage, TrackedBatchNorm
 
@@ -82,6 +83,9 @@ class Transition(nn.Sequential):
         if dropout > 0:
             self.dropout = nn.Dropout(dropout)
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+
+
+remember(DenseLayer, DenseBlock, Transition)
 
 
 class DenseNet(nn.Module):

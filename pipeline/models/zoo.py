@@ -146,6 +146,10 @@ def create_model(
     """
     backends.candidates(dense_block)
     if name.startswith("timm:"):
+        if activation_checkpointing != "none":
+            raise UserError(
+                f"model.activation_checkpointing is for our own networks, and model.name is {name}: leave it out"
+            )
         return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout, drop_path, in_channels)
     if drop_path:
         raise UserError(f"model.drop_path is for timm's networks, and model.name is {name}: leave it out")
