@@ -8,6 +8,7 @@ from PIL import Image
 
 from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.errors import UserError
+from tools import pack
 from tools.index import main
 
 
@@ -166,6 +167,27 @@ def test_the_command_takes_both_sets_of_a_folder_as_training_finds_them(image_fo
     out = printed(table, "--verify").out
     assert f"images     27 in {table}/train.csv" in out and f"images     10 in {table}/val.csv" in out
     assert "validation image too" not in out
+
+
+def test_the_commands_take_a_tables_columns(image_folders, tmp_path, monkeypatch, capsys):
+    files = sorted((image_folders / "val").rglob("*.jpg"))
+    rows = [f"images/{file.parent.name}/{file.name},{file.parent.name},x" for file in files]
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["picture,kind,remark", *rows]))
+    (tmp_path / "images").symlink_to(image_folders / "val")
+
+    def run(command, *words):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+        command()
+        return capsys.readouterr().out
+
+    flags = ["--file-column", "picture", "--label-column", "kind"]
+    with pytest.raises(UserError, match="none of the columns picture, kind, remark is called label"):
+        run(main, table)
+    assert "no image is odd" in (said := run(main, table, *flags, "--verify")) and "11 images" in said
+    assert "11 images of 3 classes" in run(pack.main, table, tmp_path / "out", *flags)
+    with pytest.raises(UserError, match="--file-column and --label-column are for a table, and .*val is none"):
+        run(main, image_folders / "val", *flags)
 
 
 def test_the_command_lists_names_that_are_not_utf_8(tmp_path, monkeypatch, capsys):

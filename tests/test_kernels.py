@@ -514,7 +514,9 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
 def test_without_a_home_directory_the_reason_is_one_line(monkeypatch):
     """As of a user without an entry, in a bare container."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("pathlib.Path.expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    monkeypatch.setattr(
+        "pathlib.Path.expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home directory"))
+    )
     assert "set XDG_CACHE_HOME" in cpp.reason_if_unavailable(lambda: cpp.load_cpp(kernels.SOURCES))
 
 

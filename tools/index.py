@@ -32,6 +32,7 @@ from pipeline.data.verify import verify
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from tools.support.label_files import find_label_file
 from tools.support.outputs import printable
+from tools.support.tables import add_columns_arguments, open_with_columns
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--exif-orientation", action="store_true", help="images are turned as EXIF says, as data.exif_orientation"
     )
+    add_columns_arguments(parser)
     options = parser.parse_args()
     root, fallback = Path(options.data), Path(options.cache)
     labels = find_label_file(options.labels, root)
@@ -60,6 +62,8 @@ def main() -> None:
             channels=3 if options.depth == 8 else 1,
             depth=options.depth,
             exif_orientation=options.exif_orientation,
+            file_column=options.file_column,
+            label_column=options.label_column,
         )
     )
     read_as = pixel_format(config)
@@ -71,9 +75,10 @@ def main() -> None:
     if options.verify and both:
         list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
     elif options.verify:
-        trained = [] if labels else [open_source(root)]
-        validated = [root] if labels else [options.against] if options.against else []
-        list_odd_images(trained, list(map(open_source, validated)), read_as)
+        trained = [] if labels else [open_with_columns(root, options)]
+        validated = [open_source(root)] if labels else []
+        validated += [open_with_columns(options.against, options)] if options.against else []
+        list_odd_images(trained, validated, read_as)
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
     elif labels:
@@ -82,7 +87,8 @@ def main() -> None:
         indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), True, read_as)]
     else:
         cache = cache_beside(root, fallback)
-        indexes = [scan_classes(root, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
+        source = open_with_columns(root, options)
+        indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     for index in indexes:

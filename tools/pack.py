@@ -27,6 +27,7 @@ from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.words import counted
+from tools.support.tables import add_columns_arguments, open_with_columns
 
 MIB = 2**20
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--name", default="train", help="what the shards' names begin with [train]")
     parser.add_argument("--shard-size", metavar="MIB", type=int, default=1024, help="of a shard, in MiB [1024]")
+    add_columns_arguments(parser)
     options = parser.parse_args()
     if options.shard_size < 1:
         parser.error("--shard-size must be at least 1")
@@ -44,7 +46,8 @@ def main() -> None:
     source, out = Path(options.data), Path(options.out)
     if there := sorted(out.glob(f"{options.name}-*.tar")):
         raise UserError(f"{there[0]} exists: remove the old shards, or give another OUT or --name")
-    index = scan_classes(source, known_cache(source), progress=True, pixel_format=None)
+    images = open_with_columns(source, options)
+    index = scan_classes(images, known_cache(source), progress=True, pixel_format=None)
     try:
         out.mkdir(parents=True, exist_ok=True)
         shards = pack(index, out, options.name, options.shard_size * MIB)

@@ -153,7 +153,8 @@ def scan_label_table(
     issues = tuple(issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE)
     listed = Listing(tuple(members[names[i]] for i in order), issues)
     group = Group("", lambda: listed, key=split or "" if read.elsewhere else "")  # both splits have one cache file
-    (row,) = _scan(source, [group], [], cache, progress, pixel_format, corrupt_images=corrupt_images)
+    how = {"corrupt_images": corrupt_images, "in_label_table": True}
+    (row,) = _scan(source, [group], [], cache, progress, pixel_format, **how)
     there = set(row.names)
     odd = [names[i] for i in order if names[i] not in there]
     if odd and corrupt_images != "skip":
@@ -188,12 +189,14 @@ def _scan(
     empty_classes: bool = False,
     labels_file: str | Path = "",
     corrupt_images: CorruptImages | None = None,
+    in_label_table: bool = False,
 ) -> list[Found]:
     """What is known of each group's images.
 
     Args:
         labels_file: lies perhaps among the images, and is not reported as left out.
         corrupt_images: as of `scan_classes`; the cache keeps no group in which a file is corrupt.
+        in_label_table: as of `_stop_at`.
 
     Raises:
         UserError: something stops the index. All is read before that is said, so that all can be named.
@@ -248,7 +251,7 @@ def _scan(
     issues = [
         issue for issue in issues if not labels_file or os.path.abspath(issue.location) != os.path.abspath(labels_file)
     ]
-    _stop_at(source, issues)
+    _stop_at(source, issues, in_label_table)
     return rows
 
 
@@ -282,8 +285,11 @@ def _not_upright(source: FileSource, groups: list[Group], rows: list[Found]) -> 
     return [ImageIssue(first, "is rotated by EXIF", ASK_FOR_UPRIGHT, count=count)]
 
 
-def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
+def _stop_at(source: FileSource, issues: list[ImageIssue], in_label_table: bool = False) -> None:
     """Tell on stderr what is left out, a line for each kind, and raise what stops.
+
+    Args:
+        in_label_table: the images are those of a table of several labels, which tools.index does not know.
 
     Raises:
         UserError: names the first few things that stop, and the number of others.
@@ -302,10 +308,8 @@ def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
     if stops:
         named = "; ".join(map(str, stops[:NAMED]))
         others = f"; and {len(stops) - NAMED:,} more" if len(stops) > NAMED else ""
-        raise UserError(
-            f"{len(stops):,} things stop the index of {source.root}: {named}{others} "
-            f"(python -m tools.index {source.root} --verify lists all)"
-        )
+        all_of_them = "" if in_label_table else f" (python -m tools.index {source.root} --verify lists all)"
+        raise UserError(f"{len(stops):,} things stop the index of {source.root}: {named}{others}{all_of_them}")
 
 
 def _refuse_archives(folder: str, of_class: bool = False) -> None:

@@ -14,7 +14,7 @@ CHANGEABLE = {"training", "eps", "momentum", "inplace", "p"}  # settings that im
 TENSORS = (Tensor, nn.Parameter)  # not their subclasses, which may mean something else by an operation
 
 _CALL = nn.Module.__call__
-_FORWARD = {
+_FORWARD: dict[type[nn.Module], Any] = {
     kind: kind.forward
     for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.Sequential)
 }
