@@ -184,7 +184,7 @@ def test_the_commands_take_a_tables_columns(image_folders, tmp_path, monkeypatch
     flags = ["--file-column", "picture", "--label-column", "kind"]
     with pytest.raises(UserError, match="none of the columns picture, kind, remark is called label"):
         run(main, table)
-    assert "no image is odd" in (said := run(main, table, *flags, "--verify")) and "11 images" in said
+    assert "no image is odd" in (said := run(main, table, *flags, "--verify")) and "images     11 in" in said
     assert "11 images of 3 classes" in run(pack.main, table, tmp_path / "out", *flags)
     with pytest.raises(UserError, match="--file-column and --label-column are for a table, and .*val is none"):
         run(main, image_folders / "val", *flags)
