@@ -16,16 +16,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.description import describe, processes
-from launch.log import lock_of
+from launch.log import is_held_here, lock_of
 from launch.names import refuse_missing_files, refuse_unknown_names
-from launch.records import Job, add_event, find_job, has_started, read_events, read_job
-from launch.status import ENDED, Queue, is_alive, logs_of, read_status, runs_below, slurm_queue, to_text
+from launch.records import Job, add_event, config_of, find_job, read_events, read_job
+from launch.status import (
+    ENDED,
+    Queue,
+    is_alive,
+    is_waiting_or_running,
+    logs_of,
+    read_status,
+    runs_below,
+    slurm_queue,
+    to_text,
+)
 from launch.submission import refuse_impossible, script, submit
 from pipeline.config import (
     SCHEMA,
@@ -36,7 +46,7 @@ from pipeline.config import (
     run_dir_of,
 )
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
-from pipeline.run_dir import CONFIG, Before, is_complete
+from pipeline.run_dir import Before, is_complete
 from pipeline.words import counted
 
 CHANGING = ("cancel", "resume")  # the verbs that do nothing at all where one of several runs is not found
@@ -88,7 +98,7 @@ def start(arguments: list[str]) -> None:
     configs = [config for config in configs if not _is_said_to_be_complete(Path(config.run_dir), config)]
     if not configs:
         return
-    refuse_impossible(cluster, submits=not options.dry_run)
+    refuse_impossible(cluster, len(configs), submits=not options.dry_run)
     refuse_unknown_names(configs)
     refuse_missing_files(configs)
     with leaving_nothing_if_refused(run_dirs):
@@ -188,9 +198,15 @@ def look_after(verb: str, arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     runs, failed = _runs_of(options.runs, verb)
     if verb == "status" and runs:
-        queue = _queue_for(runs)
-        print(to_text([read_status(run, queue) for run in runs]), flush=True)
-    elif verb == "logs" and not (failed and options.follow):  # which would never come to say it
+        queue, statuses = _queue_for(runs), []
+        for run in runs:
+            try:
+                statuses.append(read_status(run, queue))
+            except UserError as error:
+                failed.append(error)
+        if statuses:
+            print(to_text(statuses), flush=True)
+    elif verb == "logs" and not (failed and options.follow):  # following never ends, and the error would not be shown
         show_logs(runs, options.follow)
     elif verb in CHANGING and not failed:
         failed = cancel_all(runs) if verb == "cancel" else resume_all(runs)
@@ -210,8 +226,9 @@ def _runs_of(folders: list[str], verb: str) -> tuple[list[Path], list[UserError]
         except UserError as error:
             failed.append(error)
             continue
-        submitted = [run for run in runs if find_job(run)]  # of a folder the jobs are meant
-        for run in (submitted or runs) if changes else runs:
+        if changes:  # of a folder the jobs are meant
+            runs = [run for run in runs if (run / "job.json").exists()] or runs
+        for run in runs:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values()), failed
 
@@ -236,22 +253,22 @@ def show_logs(runs: list[Path], follow: bool) -> None:
 
 def cancel(run: Path) -> None:
     """End a run's job; its ranks write a checkpoint first."""
-    job = read_job(run)
+    job, queue = read_job(run), _queue_for([run])
     if job.kind == "local" and job.host != socket.gethostname():
         raise UserError(f"{run} runs in processes of {job.host}: cancel it there")
+    status = read_status(run, queue)
+    if status.state in ENDED:
+        print(f"{run}: has ended already ({status.state})")
+        return
     if job.kind == "slurm" and shutil.which("scancel") is None:
         raise UserError(
             f"{run} is SLURM's job {job.id}, and there is no SLURM on this machine: cancel it where there is"
         )
-    status = read_status(run, _queue_for([run]))
-    if status.state in ENDED:
-        print(f"{run}: has ended already ({status.state})")
-        return
-    if job.kind == "local" and not is_alive(job, run):
+    known = is_alive(job, run) if job.kind == "local" else is_waiting_or_running(job, queue)
+    if not known and (job.kind == "local" or is_held_here(run)):
         process, _ = lock_of(run)
         raise UserError(
-            f"{run} is trained by process {process}, and the controller of its job has gone: kill {process} ends it with a "
-            "checkpoint"
+            f"{run} is trained by process {process}, and its job {job.id} has gone: kill {process} ends it with a checkpoint"
         )
     add_event(run, "cancel", job=job.id)
     if job.kind == "slurm":
@@ -315,10 +332,7 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     asked = next((event for event in reversed(read_events(run)) if event["event"] == "submit"), None)
     if asked is None:
         raise UserError(f"{run} was never submitted: start it with python -m launch CONFIG.yaml")
-    # What the training accepted; what was submitted last, it may have refused, unless that never started.
-    accepted = run / CONFIG
-    known = accepted.exists() and has_started(read_events(run))
-    config = load_stored_config(accepted if known else run / "submitted.yaml")
+    config = load_stored_config(config_of(run, read_events(run)))
     config = dataclasses.replace(config, run_dir=os.path.abspath(run))  # which may have been moved
     return with_absolute_paths(config), Cluster(**asked["cluster"])
 
@@ -347,19 +361,24 @@ def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:
 
 def _queue_for(runs: list[Path]) -> Queue:
     """SLURM's queue, if one of the runs is SLURM's."""
-    return slurm_queue() if any(job.kind == "slurm" for run in runs if (job := find_job(run))) else None
+    for run in runs:
+        with suppress(UserError):  # which the run's own status says
+            if (job := find_job(run)) and job.kind == "slurm":
+                return slurm_queue()
+    return None
 
 
 def _refuse_if_running(run: Path) -> None:
     status = read_status(run, _queue_for([run]))
     if status.state in ENDED:
         return
+    why = f" ({status.reason})" if status.reason else ""
     if status.job:
         raise UserError(
-            f"{run} is the run of job {status.job.id}, which is {status.state}: cancel it, or set --run_dir"
+            f"{run} is the run of job {status.job.id}, which is {status.state}{why}: cancel it, or set --run_dir"
         )
     process, host = lock_of(run)
-    raise UserError(f"{run} is trained by process {process} on {host}: wait for its end, or set --run_dir")
+    raise UserError(f"{run} is trained by process {process} on {host}{why}: wait for its end, or set --run_dir")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.run_dir import CONFIG
+
+SUBMITTED = "submitted.yaml"  # in a run's directory: the configuration as it was submitted last
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,17 @@ def read_job(run_dir: Path) -> Job:
 
 
 def find_job(run_dir: Path) -> Job | None:
-    """As `read_job`, or None for a run that something else has started, as torchrun."""
+    """As `read_job`, or None for a run that something else has started, as torchrun.
+
+    Raises:
+        UserError: the file does not say what a job is, as one of another version.
+    """
     try:
         return Job(**json.loads((run_dir / "job.json").read_text()))
     except OSError:
         return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{run_dir / 'job.json'} is damaged, or of another version ({error})") from None
 
 
 def add_event(run_dir: Path, event: str, **values: Any) -> None:
@@ -153,7 +162,13 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All lines of ``starts.jsonl``; one cut short by a crash is passed over."""
     events = []
     file = run_dir / "starts.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
+    try:
+        lines = file.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    for line in lines:
         try:
             events.append(json.loads(line))
         except ValueError:
@@ -161,7 +176,16 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     return events
 
 
-def has_started(events: list[dict[str, Any]]) -> bool:
-    """Whether an attempt has begun since the run was last submitted."""
-    kinds = [event["event"] for event in events]
-    return "start" in kinds[len(kinds) - kinds[::-1].index("submit") :] if "submit" in kinds else "start" in kinds
+def config_of(run_dir: Path, events: list[dict[str, Any]]) -> Path:
+    """The configuration that a run goes on with: the one that was submitted last, unless the training has refused it or has
+    written its own since.
+
+    Args:
+        events: of `read_events`.
+    """
+    accepted, submitted = run_dir / CONFIG, run_dir / SUBMITTED
+    last = max((i for i, event in enumerate(events) if event["event"] == "submit"), default=None)
+    if last is None or not submitted.exists() or not accepted.exists():
+        return submitted if submitted.exists() else accepted
+    refused = any(event["event"] == "end" and event.get("cause") == "mistake" for event in events[last:])
+    return accepted if refused or accepted.stat().st_mtime >= events[last]["time"] else submitted

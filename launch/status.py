@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.log import attempts_in_log, exists, is_held_here, seen_elsewhere, state_by_log
-from launch.records import Job, find_job, has_started, read_events
+from launch.records import SUBMITTED, Job, config_of, find_job, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
@@ -128,14 +128,14 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     job, records, progress = find_job(run_dir), read_records(run_dir), read_progress(run_dir)
     # What was submitted last, the training may have refused.
     accepted, trouble = _config_in(run_dir / CONFIG)
-    submitted, other_trouble = _config_in(run_dir / "submitted.yaml")
+    submitted, other_trouble = _config_in(run_dir / SUBMITTED)
     config = submitted or accepted
     events = read_events(run_dir) if job else []
     attempts = [event for event in events if event["event"] == "start"]
     state, nodes, reason = _state_of_job(run_dir, job, events, queue) if job else state_by_log(run_dir)
     if job and state in ENDED and is_held_here(run_dir):  # something else than its job trains it
         state, nodes, reason = "running", socket.gethostname(), ""
-    wanted = submitted if submitted and job and not has_started(events) else accepted
+    wanted = submitted if job and config_of(run_dir, events).name == SUBMITTED else accepted
     if state in ENDED and state != "done" and is_complete(run_dir, wanted.optim.epochs if wanted else None):
         reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
         state, nodes, config = "done", "", accepted
@@ -144,8 +144,9 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     # The median: a change shows within three lines, and one odd line does not.
     speeds = [record["speed/images_per_second"] for record in logged]
     remaining = [record["speed/remaining_seconds"] for record in logged if "speed/remaining_seconds" in record]
-    if config and progress.get("epochs", config.optim.epochs) != config.optim.epochs:  # they are of another end
-        remaining = []
+    before = not logged or logged[-1]["step"] <= progress.get("done_steps", 0)  # the last checkpoint
+    if config and before and progress.get("epochs", config.optim.epochs) != config.optim.epochs:
+        remaining = []  # they are to another end
     return Status(
         run_dir=run_dir,
         job=job,
@@ -277,7 +278,7 @@ def _state_of_job(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: 
     ended = last.get("event") == "end"
     why = f"{last['why']}{last['message'] and ': ' + last['message'].splitlines()[-1]}" if ended else ""
     state, nodes, reason = (queue or {}).get(job.id, ("", "", "")) if job.kind == "slurm" else ("", "", "")
-    if state and state not in FINAL_STATES:
+    if job.kind == "slurm" and is_waiting_or_running(job, queue):
         return state.lower(), nodes, reason if state == "PENDING" else ""
     if ended and last["what"] in ("done", "stopped"):
         return last["what"], "", "" if last["what"] == "done" else why
@@ -301,16 +302,22 @@ def _is_known_here(job: Job, run_dir: Path, queue: Queue) -> bool:
     return queue is not None and (run_dir / "job.json").stat().st_uid == os.getuid()
 
 
+def is_waiting_or_running(job: Job, queue: Queue) -> bool:
+    """Whether a SLURM job is in the queue, and has not ended there."""
+    return job.id in (queue or {}) and (queue or {})[job.id][0] not in FINAL_STATES
+
+
 def is_alive(job: Job, run_dir: Path) -> bool:
     """Whether a local job's controller runs on this machine."""
     return job.kind == "local" and job.host == socket.gethostname() and _alive(int(job.id), run_dir)
 
 
 def _alive(pid: int, run_dir: Path) -> bool:
-    """Whether this process is the controller of this run: another may have its number by now."""
+    """Whether this process is the controller of this run, whatever links lead to it: another may have its number by now."""
     if not Path("/proc/self").exists():  # not Linux
         return exists(pid)
     try:
-        return os.fsencode(os.path.abspath(run_dir)) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
+    return os.path.realpath(os.fsencode(run_dir)) in map(os.path.realpath, filter(None, words))

@@ -16,11 +16,12 @@ from pathlib import Path
 import submitit
 
 from launch.cluster import Cluster
-from launch.records import Job, add_event, config_file, replace_text, write_job, write_submission
+from launch.records import SUBMITTED, Job, add_event, config_file, replace_text, write_job, write_submission
 from launch.task import TrainingTask
-from launch.turns import take_turn
+from launch.turns import take_turn, visible_gpus
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
+from pipeline.machine import present_gpus
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("pipeline", "launch")
@@ -32,7 +33,7 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
     Raises:
         UserError: there is no SLURM, or it refuses the request.
     """
-    refuse_impossible(cluster, submits=True)
+    refuse_impossible(cluster, len(configs), submits=True)
     with _new_folder(configs) as folder:
         for package in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__")
@@ -47,21 +48,29 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
         ids = start(configs, cluster, folder)
     jobs = [Job(i, cluster.kind, socket.gethostname(), str(folder), cluster.ranks, cluster.failures) for i in ids]
     for config, job in zip(configs, jobs, strict=True):
-        replace_text(Path(config.run_dir, "submitted.yaml"), to_yaml(config))
+        replace_text(Path(config.run_dir, SUBMITTED), to_yaml(config))
         write_job(Path(config.run_dir), job)
         add_event(Path(config.run_dir), "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster))
     return jobs
 
 
-def refuse_impossible(cluster: Cluster, submits: bool) -> None:
+def refuse_impossible(cluster: Cluster, runs: int, submits: bool) -> None:
     """Refuse what this machine cannot start, before images are indexed for hours.
 
     Args:
+        runs: how many are submitted together.
         submits: not a dry run, which needs no SLURM.
 
     Raises:
-        UserError: there is no SLURM, or several nodes of one machine are asked for.
+        UserError: there is no SLURM, or several nodes of one machine are asked for, or more GPUs than a run has that shares
+            them with others.
     """
+    at_once, gpus = min(cluster.parallel or 1, runs), len(visible_gpus(len(present_gpus())))
+    if cluster.kind == "local" and at_once > 1 and 0 < gpus // at_once < cluster.gpus_per_node <= gpus:
+        raise UserError(
+            f"--parallel {at_once} leaves a run {gpus // at_once} of this machine's {gpus} GPUs, and it asks for "
+            f"{cluster.gpus_per_node}: --parallel {gpus // cluster.gpus_per_node} at most"
+        )
     if cluster.kind == "local" and cluster.nodes > 1:
         raise UserError("--cluster local is one machine: --nodes must be 1")
     if submits and cluster.kind == "slurm" and shutil.which("sbatch") is None:

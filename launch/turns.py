@@ -53,15 +53,21 @@ def part_of(things: Sequence[T], part: int, parts: int) -> list[T]:
     return share or list(things[part % len(things) :][:1] if things else [])
 
 
+def visible_gpus(present: int) -> list[str]:
+    """The GPUs that runs of this machine may use, as CUDA_VISIBLE_DEVICES names them, of so many that there are."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(map(str, range(present)))
+    return [name for name in named.split(",") if name not in ("", "-1")]
+
+
 def gpus_for_part(present: int, part: int, parts: int) -> str | None:
     """What CUDA_VISIBLE_DEVICES is for a part of the machine; None where there is no GPU to divide.
 
     Args:
-        present: how many GPUs the machine has, where that variable does not name some already.
+        present: as of `visible_gpus`.
     """
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = list(map(str, range(present))) if named is None else [name for name in named.split(",") if name]
-    return ",".join(part_of(devices, part, parts)) if devices and devices != ["-1"] else None
+    return ",".join(part_of(visible_gpus(present), part, parts)) or None
 
 
 def _file(folder: Path, index: int) -> Path:

@@ -31,6 +31,7 @@ from pipeline.parsing import (
     Schema,
     expand,
     flatten,
+    value_text,
 )
 from pipeline.recipe import fields_of_run, following_fields, resize_with
 from pipeline.run_dir import CONFIG, has_checkpoint
@@ -598,7 +599,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     """
     overrides = overrides or {}
     tree = SCHEMA.read(Path(path).expanduser())
-    if any(overrides.get(key, value) != value for key, value in _published_for(tree).items()):
+    if any(value_text(overrides.get(key, value)) != value_text(value) for key, value in _published_for(tree).items()):
         tree.pop("published", None)
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says

@@ -179,7 +179,7 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
     said = run(anytime, checkpoint, "--data", data, "--loader", "reference", "--timed-images", 1, "--batch-size", 5,
                "--report", tmp_path, "--beside", other, "densenet_bc10_k2=0", progress=(progress := []))  # fmt: skip
     assert [line.rpartition(", about ")[0] for line in progress[:3]] == [
-        "test images: 1 of 3 batches", "test images: 2 of 3 batches", "held-out images: 1 of 2 batches",
+        "test images: 1 of 3 batches", "test images: 2 of 3 batches", "images for the thresholds: 1 of 2 batches",
     ]  # fmt: skip
     assert all(re.fullmatch(r"times of .*: \d+ of 26 measurements, about .* left", line) for line in progress[3:])
     assert len(progress) == 3 + 25  # of the last part nothing is left
@@ -257,10 +257,10 @@ def test_without_held_out_images_there_are_no_budgets_unless_others_are_given(da
     said = run(anytime, *words, "--thresholds", data / "val", progress=warned)
     assert f"12 images of {data / 'val'} for the thresholds" in said
     (line,) = [line for line in warned if line.startswith("warning: ")]
-    assert line.endswith("/val are those of --data themselves: the budgets' errors are too low for new images")
+    assert line.endswith("of --thresholds are those of --data: the budgets' errors are too low for new images")
     run(anytime, *words, "--thresholds", data / "train", progress=(warned := []))
     (line,) = [line for line in warned if line.startswith("warning: ")]
-    assert f"are the images in {data / 'train'}: the budgets' errors" in line
+    assert f"was trained on images of --thresholds {data / 'train'}, of which it is surer" in line
 
 
 def test_gray_images_are_counted_with_one_channel(data, run, tmp_path):

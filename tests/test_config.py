@@ -59,6 +59,8 @@ def test_published_errors_are_of_the_files_network_and_data():
     assert load_config(DENSENET121, {"data.dataset": "cifar10"}).published.source is None
     assert load_config(DENSENET121, {"data.crop_size": 224, "data.resize_size": 256}).published.top1 == 25.02
     assert load_config(DENSENET121, {"data.crop_size": 192}).published.top1 is None
+    assert parse("--data.crop_size", "224").published.top1 == 25.02  # a word, as a command line gives it
+    assert parse("--data.crop_size", "192").published.top1 is None
 
 
 @pytest.mark.parametrize(

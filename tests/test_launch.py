@@ -671,6 +671,12 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
         start(local_words(config, "--dry-run", "--tasks-per-node", 5))
     with pytest.raises(UserError, match="--nodes must be 1"):
         start(local_words(config, "--nodes", 2, "--optim.batch_size", 12))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    shared = local_words(config, "--dry-run", "--gpus-per-node", "2", "--grid", "optim.lr=0.1,0.2,0.3")
+    with pytest.raises(
+        UserError, match="--parallel 3 leaves a run 1 of this machine's 4 GPUs, .* 2: --parallel 2 at most"
+    ):
+        start([*shared, "--parallel", "3"])
     assert not (tmp_path / "run" / "job.json").exists() and not (tmp_path / "jobs").exists()
     for wrong, meant in [("--optim.lrr", "--optim.lr"), ("--partiton", "--partition"), ("--clustr", "--cluster")]:
         with pytest.raises(UserError, match=f"unknown argument {wrong} .did you mean '{meant}'"):

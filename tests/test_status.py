@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -133,7 +134,8 @@ def test_a_complete_run_is_done_whatever_it_refused_later(tmp_path, starter):
         write_job(run, Job("7", "slurm", "elsewhere", str(tmp_path), 1, 3))
         add_event(run, "submit", job="7", cluster={})
         add_event(run, "start", start="7.0", job="7", machines="node1")
-        add_event(run, "end", start="7.0", job="7", what="stopped", why="needs a person", message=refusal)
+        ended = {"what": "stopped", "why": "needs a person", "message": refusal, "cause": "mistake"}
+        add_event(run, "end", start="7.0", job="7", **ended)
         (run / "submitted.yaml").write_text(to_yaml(small_config(run, optim={"epochs": 9})))  # which it refused
     assert read_status(run, {}).state == "stopped"
     (run / "status.json").write_text('{"epoch": 2, "epochs": 2, "step": 0, "done_steps": 8, "complete": true}')
@@ -229,9 +231,21 @@ def test_a_job_that_waited_and_has_gone_is_not_waited_for_nor_another_process_si
     assert "has ended already (gone)" in capsys.readouterr().out
     with (
         locked(run),
-        pytest.raises(UserError, match=rf"the controller of its job has gone: kill {os.getpid()} ends it"),
+        pytest.raises(UserError, match=rf"its job \d+ has gone: kill {os.getpid()} ends it with"),
     ):
         look_after("cancel", [str(run)])  # trained by hand
+
+
+def test_a_run_is_known_by_whatever_link_leads_to_it(tmp_path):
+    """Its controller was given another path."""
+    run = tmp_path / "scratch" / "a"
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch")
+    with subprocess.Popen([sys.executable, "-c", "input()", str(run)], stdin=subprocess.PIPE) as controller:
+        submitted(run, id=str(controller.pid))
+        assert read_status(tmp_path / "runs" / "a", None).state == read_status(run, None).state == "pending"
+        controller.communicate(b"\n")
+    assert read_status(tmp_path / "runs" / "a", None).state == "gone"
 
 
 def test_a_job_that_cannot_be_seen_from_here_is_not_called_gone(tmp_path, monkeypatch):
@@ -239,13 +253,15 @@ def test_a_job_that_cannot_be_seen_from_here_is_not_called_gone(tmp_path, monkey
     states = [(read_status(run, None).state), *(read_status(slurms, queue).state for queue in (None, {}))]
     assert states == ["submitted", "submitted", "gone"]
     assert read_status(slurms, {"7": ("CANCELLED", "", "")}).state == "cancelled"
+    monkeypatch.setattr("launch.__main__.slurm_queue", lambda: None)
+    monkeypatch.setattr("launch.__main__.submit", lambda *_: pytest.fail("submitted"))
     for trained in (run, slurms):
         add_event(trained, "start", start="7.0", job="7", machines="elsewhere")
         (trained / "lock").write_text("process 1 on elsewhere\n")
         (trained / "log.txt").write_text(BEGIN)
         status = read_status(trained, None)
         assert (status.state, status.nodes) == ("running", "elsewhere") and "by its files alone" in status.reason
-        with pytest.raises(UserError, match="which is running: cancel it"):
+        with pytest.raises(UserError, match=r"which is running \(seen from here .*\): cancel it"):
             look_after("resume", [str(trained)])
     assert read_status(slurms, {}).state == "gone"  # the queue would know it
     monkeypatch.setattr(os, "getuid", lambda: 4711)  # but not of another user
@@ -276,6 +292,7 @@ def test_what_was_submitted_last_is_resumed_unless_the_training_has_refused_it(t
     monkeypatch.setattr("launch.__main__.report", lambda *_: None)
     run = submitted(tmp_path / "a")
     (run / "config.yaml").write_text(to_yaml(small_config(run)))
+    os.utime(run / "config.yaml", (0, 0))  # of the attempts before
     (run / "submitted.yaml").write_text(to_yaml(small_config(run, optim={"epochs": 9})))
     (run / "status.json").write_text('{"epoch": 2, "epochs": 2, "step": 0, "done_steps": 8, "complete": true}')
     line = '{"step": 8, "epochs": 2, "speed/images_per_second": 9, "speed/remaining_seconds": 0.2}\n'
@@ -284,8 +301,13 @@ def test_what_was_submitted_last_is_resumed_unless_the_training_has_refused_it(t
     assert (status.epochs, status.remaining) == (9, None)  # the time that was left was to another end
     look_after("resume", [str(run)])
     add_event(run, "start", start="1.0", job="1", machines="a")
-    look_after("resume", [str(run)])  # complete
-    assert [[config.optim.epochs for config in configs] for configs in groups] == [[9]]
+    add_event(run, "end", start="1.0", job="1", what="again", why="", message="", cause="failed")
+    look_after("resume", [str(run)])  # it died before the training had accepted it
+    add_event(run, "end", start="1.0", job="1", what="stopped", why="", message="", cause="mistake")
+    look_after("resume", [str(run)])  # refused: the run is as it was, complete
+    assert [[config.optim.epochs for config in configs] for configs in groups] == [[9], [9]]
+    os.utime(run / "config.yaml")  # accepted
+    assert read_status(run, None).epochs == 2
 
 
 def test_what_cannot_be_read_of_one_run_hides_no_other(tmp_path, capsys, monkeypatch):
@@ -301,7 +323,10 @@ def test_what_cannot_be_read_of_one_run_hides_no_other(tmp_path, capsys, monkeyp
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", refusing)
-    look_after("status", [str(tmp_path)])
+    submitted(tmp_path / "c")
+    (tmp_path / "c" / "job.json").write_text('{"id": "7", "color": "red"}')
+    with pytest.raises(UserError, match="c/job.json is damaged, or of another version"):
+        look_after("status", [str(tmp_path)])
     _, a, b, reason = capsys.readouterr().out.splitlines()
     assert a.split()[2] == b.split()[2] == "done" and reason.startswith(f"{tmp_path / 'a'}: ") and "colour" in reason
 

@@ -106,7 +106,7 @@ def main() -> None:
         answers = answers_to(images.test, "test images", network, data, world, options)
         held_out = None
         if images.held_out:
-            held_out = answers_to(images.held_out, "held-out images", network, data, world, options)
+            held_out = answers_to(images.held_out, "images for the thresholds", network, data, world, options)
         refuse_what_is_not_finite(options.weights, answers, held_out or ())
         result = describe(name, weights, data, images, answers, held_out)
         measure(result, network, others, images.test, data, world, options)
@@ -130,21 +130,22 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
     if thresholds_from:
         folder = dataclasses.replace(data, dir=thresholds_from)
         test, chosen_on = open_images(data, None, classes), open_images(folder, None, classes)
-        seen = trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0))
         if chosen_on.fingerprint == test.fingerprint:
-            seen = f"{seen and seen + ', and '}those of --data themselves"
-        if seen:
-            print(
-                f"warning: the images of --thresholds {thresholds_from} are {seen}: the budgets' errors are too low for new "
-                "images",
-                file=sys.stderr,
-                flush=True,
+            _warn("the images of --thresholds are those of --data: the budgets' errors are too low for new images")
+        elif trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0)):
+            _warn(
+                f"the network was trained on images of --thresholds {thresholds_from}, of which it is surer than of new ones: "
+                "these leave later than a budget wants, and cost more"
             )
         return Images(test, chosen_on)
     if not data.holdout:
         return Images(open_images(data, None, classes), None)
     _, test = open_datasets(dataclasses.replace(data, holdout=0), None, progress=True)
     return Images(test.with_classes(classes), open_held_out(data, weights))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def loader_of(index: DatasetIndex, data: DataConfig, world: World, options: Namespace) -> EvaluationLoader:

@@ -132,8 +132,10 @@ def _sections(r: dict[str, Any], heading: str) -> list[str]:
     for title, columns in _tables(r):
         lines += ["", f"{heading}{title}", "", *table(*columns, names=1)]
     if not r["budgets"]:
-        why = "the run held no training images out: give --thresholds DIR, images of the same kind on which it has not trained"
-        lines += ["", f"no budgets: {why}, and which are not those of --data"]
+        why = (
+            "the run held no training images out: give --thresholds DIR: other images of the same kind, not trained on"
+        )
+        lines += ["", f"no budgets: {why}"]
     lines += ["", *filter(None, (_comparison(row, r["budgets"]) for row in r["beside"]))]
     return lines
 

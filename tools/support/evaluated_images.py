@@ -73,6 +73,8 @@ def open_images(
     folder, read_as = Path(data.dir), pixel_format(data)
     labels_file = find_label_file(labels_file, folder)
     if data.dataset != "images":
+        if split:
+            raise UserError(f"--split is for a table of image files, and {data.dataset} has a test set: leave it out")
         if labels_file:
             raise UserError(
                 f"--labels is for image files, and {data.dataset} has labels of its own: give --dataset images"
@@ -92,7 +94,7 @@ def open_images(
         _say_split(Path(labels_file), split)
         return scan_label_table(folder, labels_file, classes, cache, True, read_as, split=split or "val")
     cache = known_cache(place)
-    _say_split(place, None if labels_file else split)
+    _say_split(Path(labels_file) if labels_file else place, split)
     if labels_file:
         return scan_flat(place, labels_file, classes, cache, True, read_as)
     source = to_evaluate(place, data, folder if place != folder else None, split or "val")
@@ -149,8 +151,9 @@ def where(candidate: Candidate, labels_file: str | None, held_out: bool, split: 
     if held_out:
         return f"{index.root}, held out of its images"
     if index.several_labels:
-        table = labels_file or own_validation_set(candidate.data, candidate.weights.classes)
-        return f"{index.root}, labels of {table}{_of_split(Path(index.root, table), split or 'val')}"
+        own = own_validation_set(candidate.data, candidate.weights.classes)
+        table = find_label_file(labels_file, Path(index.root)) or os.path.join(index.root, own)
+        return f"{index.root}, labels of {labels_file or own}{_of_split(Path(table), split or 'val')}"
     if isinstance(index.source, TableSource) and index.source.columns.split:
         return f"{index.root}{_of_split(Path(index.root), index.source.columns.split)}"
     return index.root
