@@ -36,10 +36,11 @@ format: .venv/ready-dev ## format the code and sort its imports
 clean: ## remove the environment, all runs and all unpacked data
 	rm -rf .venv runs data
 
+# An environment that works is kept, with what its user has added.
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 		{ echo "error: $(PYTHON) is older than Python 3.11: name another, as in make demo PYTHON=python3.12" >&2; exit 2; }
-	$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -c "import pip, sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

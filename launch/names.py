@@ -58,12 +58,13 @@ def refuse_what_registries_lack(config: Config) -> None:
     import torch  # takes seconds, as all that follows
 
     from pipeline.data.loader import IMAGE_PIPELINES
-    from pipeline.models import create_network
+    from pipeline.models.zoo import create_network, refuse_what_is_ignored
     from pipeline.objective import OBJECTIVES
     from pipeline.optim import OPTIMIZERS
 
     look_up(OPTIMIZERS, config.optim.optimizer, "optim.optimizer")
     look_up(OBJECTIVES, config.optim.objective, "optim.objective")
     look_up({"auto": None, **IMAGE_PIPELINES}, config.data.loader, "data.loader")
+    refuse_what_is_ignored(config.model)
     with torch.device("meta"):
         create_network(config.model, 10, config.data.channels)

@@ -265,9 +265,8 @@ def main() -> None:
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(USABLE, device)
     choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
-    classes = max(
-        2, task["classes"]
-    )  # the loss of a single output, which measures its logits, would be 0 whatever it is
+    # The loss that is minimised here would be 0 for a single output, whatever that is.
+    classes = max(2, task["classes"])
     network = create_network(config.model, classes, config.data.channels)
     assert isinstance(network, DenseNet)
     only = Implementation(**task["only"]) if task["only"] else None
@@ -361,7 +360,7 @@ def measure(
 
 
 def _shallow(network: DenseNet) -> DenseNet:
-    """Two layers in each block, the first of which is as wide as the network's last at its end, up to `WIDEST`."""
+    """Two layers in each block; the first block begins as wide as the network ends, with `WIDEST` channels at most."""
     features, layer = network.features, network.features.get_submodule("denseblock1.denselayer1")
     last_convolution = [module for module in layer.modules() if isinstance(module, nn.Conv2d)][-1]
     stem_convolution = features.get_submodule("conv0")

@@ -1,12 +1,11 @@
 """What the user of a run should know before hours of training, as its configuration and its images tell it."""
 
-import dataclasses
 import math
 
 from pipeline.config import Config
 from pipeline.data.checks import warnings_about
 from pipeline.data.index import DatasetIndex
-from pipeline.data.splits import splits_found
+from pipeline.data.splits import with_sets_found
 from pipeline.recipe import poor_split
 from pipeline.words import counted
 
@@ -44,13 +43,3 @@ def cautions(config: Config, train: DatasetIndex, val: DatasetIndex, ranks: int)
             "more than frequent ones: leave one of them out"
         )
     return lines
-
-
-def with_sets_found(config: Config) -> Config:
-    """The configuration with the sets that its run has found, where it names none (``data.val: test``).
-
-    A run resumes with either: which images they are is compared, and not where they lie.
-    """
-    if config.data.dataset != "images" or config.data.loader == "synthetic":
-        return config
-    return dataclasses.replace(config, data=splits_found(config.data))

@@ -599,8 +599,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     """
     overrides = overrides or {}
     tree = SCHEMA.read(Path(path).expanduser())
-    if any(value_text(overrides.get(key, value)) != value_text(value) for key, value in _published_for(tree).items()):
-        tree.pop("published", None)
+    other = [
+        key for key, value in _published_for(tree).items() if value_text(overrides.get(key, value)) != value_text(value)
+    ]
+    if other:
+        recipe = tree.pop("published", {}).get("recipe")
+        if recipe and not {"model.name", "data.dataset"} & set(other):  # what one may still compare with
+            tree["published"] = {"recipe": recipe}
     held = _split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)

@@ -26,9 +26,8 @@ class Pace:
     ):
         self._steps_per_epoch, self._epochs, self._images, self._draws = steps_per_epoch, epochs, images, draws
         self._cost = cost
-        self._windows: deque[tuple[float, float]] = deque(
-            maxlen=WINDOWS
-        )  # what was done, in steps of cost 1, and seconds
+        # What was done, in steps of cost 1, and seconds.
+        self._windows: deque[tuple[float, float]] = deque(maxlen=WINDOWS)
         self._first: tuple[float, float] | None = None  # in it kernels are chosen and caches filled
         self._ends: dict[bool, float] = {}  # seconds of the last end of an epoch without pictures, and with them
 

@@ -17,9 +17,10 @@ from pipeline.audit import (
     statistics_text,
     to_markdown,
 )
-from pipeline.cautions import cautions, with_sets_found
+from pipeline.cautions import cautions
 from pipeline.checkpoint import CheckpointFolder, Found
 from pipeline.config import Config, changed_fields, to_yaml
+from pipeline.data.splits import with_sets_found
 from pipeline.metrics import errors_text, exits_text
 from pipeline.optim import learning_rate
 from pipeline.parsing import flatten, value_text

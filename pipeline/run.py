@@ -25,7 +25,7 @@ from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
 from pipeline.config import Config
 from pipeline.cuda_graphs import ReplayedNetwork
-from pipeline.data.dataset import fingerprint_of, has_seen_held_out, images_text, open_datasets
+from pipeline.data.dataset import fingerprint_of, images_text, open_datasets, seen_held_out
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
@@ -50,6 +50,7 @@ from pipeline.models import backends, create_network
 from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import exits_of
 from pipeline.models.parts import freeze
+from pipeline.models.zoo import refuse_what_is_ignored
 from pipeline.objective import (
     CrossEntropy,
     Objective,
@@ -193,6 +194,7 @@ class Run:
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
         backends.refuse_elsewhere(config.model.dense_block, world.device)
+        refuse_what_is_ignored(config.model)
         network = create_network(config.model, len(self.conditions.classes), config.data.channels)
         refuse_graphs_elsewhere(config.train.compile, exits_of(network), world.device)
         self._check_image_size(network)
@@ -238,6 +240,9 @@ class Run:
         kept = None
         if found is not None:
             kept = Tuning.from_state(found.state["tuning"]) if found.state.get("tuning") else None
+            recomputed = found.state["config"]["model"].get("activation_checkpointing", "none")
+            if kept and recomputed != "none":  # which a checkpoint of before does not say there
+                kept = dataclasses.replace(kept, asked={"activation_checkpointing": recomputed, **kept.asked})
             # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
             if not kept or not autotune.is_still_asked(kept, autotune.what_is_asked(config, device, images)):
                 return None
@@ -407,10 +412,11 @@ class Run:
         assumed = [name for name in weights.assumed if name in data.from_weights]
         if line := assumption(weights.origin, self.config, assumed, prefix="--data."):
             self.doubts.append(line)
-        if has_seen_held_out(self.val_loader.index, weights.fingerprint, weights.val_fingerprint):
+        seen = seen_held_out(self.val_loader.index, len(self.train_loader.index), weights.data.holdout, weights.seen)
+        if seen:
             self.doubts.append(
-                f"the weights {weights.origin} have trained on the {self.config.data.holdout:,} images that are held out: the "
-                "validation errors are too low for new images, and say little; validate on other images (data.val), or begin "
+                f"the weights {weights.origin} have trained on {seen:,} of the {self.config.data.holdout:,} images that are "
+                "held out: the validation errors are too low for new images; validate on other images (data.val), or begin "
                 "with weights of a run with the same data.holdout"
             )
         taken = [f"{name} {_plain(getattr(data, name))}" for name in data.from_weights if name not in assumed]
@@ -445,11 +451,9 @@ class Run:
                     f"cannot resume {self.dir}: its checkpoint has no '{name}', which this configuration needs"
                 )
             part.load_state_dict(state[name])
-        if changed or not self.is_complete:
-            epoch = (
-                self.done_steps // self.train_loader.steps_per_epoch
-            )  # of the next step: the last may await its validation
-            self.history.begin(self.done_steps, epoch, self.config, self.world.size, changed)
+        steps = self.train_loader.steps_per_epoch
+        if changed or self.done_steps < self.config.optim.epochs * steps:  # else there is nothing left to train
+            self.history.begin(self.done_steps, self.done_steps // steps, self.config, self.world.size, changed)
 
     def count(self, outcomes: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
         """Add microbatches to the metrics: logits, labels, losses and weights of each, as `batch_sums` takes them."""

@@ -40,9 +40,9 @@ class InitialWeights:
         outputs: how many the file has.
         classes: their names, None if they are not known.
         data: how images were prepared for these weights.
-        assumed: fields of `data` that the source does not say; see `weights.assumption`.
+        assumed: fields of `data` that the source does not say; see `preprocessing.assumption`.
         note: as `Weights` has it.
-        fingerprint, val_fingerprint: as `Weights` has them.
+        seen: fingerprints of all images of their run, and of its validation images, as `Weights` has them.
     """
 
     origin: str
@@ -55,8 +55,7 @@ class InitialWeights:
     data: DataConfig
     assumed: tuple[str, ...]
     note: str
-    fingerprint: str | None
-    val_fingerprint: str | None
+    seen: tuple[str | None, str | None]
 
     def for_channels(self, channels: int) -> "InitialWeights":
         """These weights for images of `channels` channels."""
@@ -175,7 +174,7 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     classifier = tuple(name for name in matched if name.startswith(head))
     seen = (own.fingerprint, own.val_fingerprint) if own else (None, None)
     return InitialWeights(
-        model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note, *seen
+        model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note, seen
     )
 
 

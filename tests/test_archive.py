@@ -149,6 +149,7 @@ def test_a_tar_with_training_and_validation_in_it_is_refused(packed, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for split in ("train", "val"):
             tar.add(packed / "train" / "class0" / "image0000.jpg", f"{split}/class0/image.jpg")
+        tar.add(packed / "train" / "class1" / "image0001.jpg", "train/logo.jpg")  # a stray one
     with pytest.raises(UserError, match="holds the class 'class0' 2 times"):
         scan_classes(tmp_path / "all.tar")
 

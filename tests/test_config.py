@@ -61,6 +61,9 @@ def test_published_errors_are_of_the_files_network_and_data():
     assert load_config(DENSENET121, {"data.crop_size": 192}).published.top1 is None
     assert parse("--data.crop_size", "224").published.top1 == 25.02  # a word, as a command line gives it
     assert parse("--data.crop_size", "192").published.top1 is None
+    paddle = REPOSITORY / "configs" / "paddleclas" / "densenet121.yaml"
+    kept = load_config(paddle, {"data.crop_size": 192}).published
+    assert (kept.recipe, kept.top1, kept.images) == ("paddleclas", None, ())
 
 
 @pytest.mark.parametrize(

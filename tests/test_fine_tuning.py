@@ -116,11 +116,14 @@ def test_weights_that_have_trained_on_the_held_out_images_are_warned_of(tmp_path
     trainer.fit(config_of("all"))
     trainer.fit(config_of("part", holdout=5))
     (line,) = doubts(str(tmp_path / "all"), holdout=5)
-    assert line.startswith(f"the weights {tmp_path / 'all'} have trained on the 5 images that are held out: ")
+    assert line.startswith(f"the weights {tmp_path / 'all'} have trained on 5 of the 5 images that are held out: ")
     kept = tmp_path / "all.safetensors"
     write_safetensors(read_weights(tmp_path / "all"), kept)
     assert doubts(str(kept), holdout=4)
     assert not doubts(str(tmp_path / "part"), holdout=5) and not doubts(str(tmp_path / "all"))
+    assert not doubts(str(tmp_path / "part"), holdout=3)
+    (line,) = doubts(str(tmp_path / "part"), holdout=7)
+    assert "have trained on 2 of the 7 images that are held out" in line
 
 
 def test_what_is_assumed_of_weights_is_warned_of_and_not_called_their_sources(source, tmp_path, monkeypatch):

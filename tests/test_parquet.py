@@ -1,5 +1,6 @@
 """Hugging Face's parquet files, where pyarrow is installed; and what is said where it is not."""
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -158,13 +159,30 @@ def test_an_empty_label_that_an_earlier_version_kept_is_named(tmp_path):
 
 
 @needs_pyarrow
+def test_other_columns_of_bytes_are_not_read(image_folders, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folders = scan_classes(image_folders / "val")
+    columns = {
+        "path": list(folders.names),
+        "label": [folders.classes[label] for label in folders.labels],
+        "md5": [hashlib.md5(name.encode()).digest() for name in folders.names],
+    }
+    (tmp_path / "images").symlink_to(image_folders / "val")
+    columns["path"] = [f"images/{name}" for name in columns["path"]]
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    index = scan_classes(tmp_path / "t.parquet")
+    assert len(index) == len(folders) and index.classes == folders.classes
+
+
 @pytest.mark.parametrize("labels", ["single", "multi"])
 def test_bytes_of_images_are_not_taken_for_their_paths(tmp_path, labels):
     file = write_images(tmp_path / "x.parquet", ["a", "b"], "string", struct=False)
     (tmp_path / "beside.txt").write_text("")
     expected = r"x.parquet has no column of images \(bytes and path\), but image, label: give another file$"
     if labels == "multi":
-        expected = "x.parquet has bytes in the column image: give a table with the paths of image files alone$"
+        expected = "x.parquet has bytes in the column image: give a table with the paths of image files there$"
     with pytest.raises(UserError, match=expected):
         scan_classes(file) if labels == "single" else scan_label_table(tmp_path, file)
 

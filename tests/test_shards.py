@@ -138,8 +138,9 @@ def test_a_damaged_shard_is_named(image_folders, tmp_path, shard, header):
     content = bytearray(file.read_bytes())
     content[at] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"{file.name} is not a whole tar archive"):
-        scan_classes(pattern)
+    for place in (pattern, tmp_path):
+        with pytest.raises(UserError, match=f"{file.name} is not a whole tar archive"):
+            scan_classes(place)
 
 
 def test_of_files_of_one_name_the_last_is_taken_and_told(image_folders, tmp_path, capfd):

@@ -19,14 +19,8 @@ from pipeline.data.image_files import beside_classes, hidden, is_image_by_conten
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
 from pipeline.errors import UserError
 
-SPLITS = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "test",
-}  # folders that are parts of a data set, and no classes
+# Folders that are parts of a data set, and no classes.
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 _OPENING = threading.Lock()
 LONGEST_END = (1 << 20) + 2 * tarfile.BLOCKSIZE  # bytes: two blocks, and what fills up the greatest record
 RULE = "2"  # what the kept rows of archives follow, as `index_cache.RULE`: to their end, and one file of a name
@@ -258,13 +252,17 @@ def _by_class(folders: dict[PurePath, list[Member]]) -> dict[PurePath, list[Memb
     kinds = {(folder.name, len(folder.parts)) for folder in with_images}
     outer = {folder.parent.name for folder in with_images}
     inner = len(with_images) > 1 and len(kinds) == 1 and "" not in outer and not outer <= SPLITS
+    holding = {
+        folder for folder in with_images if folder.name not in SPLITS
+    }  # a stray image makes no class of a whole set
     classes: dict[PurePath, list[Member]] = {}
     for folder, members in folders.items():
-        above = [folder.parent] if inner and folder in with_images else [a for a in folder.parents if a in with_images]
-        of_class = above[-1] if above else folder
-        names = (str(folder.relative_to(of_class) / member.name) for member in members)
-        found = (dataclasses.replace(member, name=name) for member, name in zip(members, names, strict=True))
-        classes.setdefault(of_class, []).extend(found)
+        above = [folder.parent] if inner and folder in with_images else [a for a in folder.parents if a in holding]
+        of_class = classes.setdefault(above[-1] if above else folder, [])
+        if above:
+            inside = folder.relative_to(above[-1])
+            members = [dataclasses.replace(member, name=str(inside / member.name)) for member in members]
+        of_class += members
     return classes
 
 

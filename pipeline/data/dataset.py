@@ -15,7 +15,7 @@ from pipeline.config import DataConfig
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION, ArraySource, index_arrays
 from pipeline.data.checks import untaught_rows
 from pipeline.data.image_files import pixel_format
-from pipeline.data.index import DatasetIndex
+from pipeline.data.index import DatasetIndex, taken_fingerprint
 from pipeline.data.index_cache import cache_beside
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
@@ -135,14 +135,27 @@ def fingerprint_of(train: DatasetIndex, val: DatasetIndex) -> str:
     return _of_both(train.fingerprint, val.fingerprint)
 
 
-def has_seen_held_out(held_out: DatasetIndex, fingerprint: str | None, val_fingerprint: str | None) -> bool:
-    """Whether a run, of which both fingerprints are known, trained on the whole set that these images are held out of.
+def seen_held_out(held_out: DatasetIndex, others: int, holdout: int, seen: tuple[str | None, str | None]) -> int:
+    """How many of the images that a run holds out another run has trained on, as far as its fingerprints tell.
+
+    On all of them if it trained on the whole set; if it held out fewer images of that, on the rest, as the same ones come first
+    (`_hold_out`).
 
     Args:
-        fingerprint, val_fingerprint: of its images (`fingerprint_of`), and of its validation images alone.
+        others: how many training images are left to this run.
+        holdout: how many the other run held out.
+        seen: the fingerprints of the other run's images (`fingerprint_of`), and of its validation images alone.
     """
-    known = held_out.whole and fingerprint and val_fingerprint
-    return bool(known) and _of_both(str(held_out.whole), str(val_fingerprint)) == fingerprint
+    both, of_validation = seen
+    if not (held_out.whole and both and of_validation):
+        return 0
+    if not holdout:
+        return len(held_out) if _of_both(held_out.whole, of_validation) == both else 0
+    if holdout >= len(held_out):
+        return 0
+    order = epoch_order(len(held_out) + others, HOLDOUT_SEED, epoch=0)
+    theirs = taken_fingerprint(held_out.whole, np.sort(order[:holdout]))
+    return len(held_out) - holdout if theirs == of_validation else 0
 
 
 def _of_both(train: str, val: str) -> str:

@@ -27,7 +27,9 @@ SUFFIX = {"MPO": ".jpg", "JPEG2000": ".jp2"}  # of formats whose names are no su
 UNREADABLE = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 ANIMATED = {"GIF", "PNG", "TIFF", "WEBP", "AVIF"}  # the second picture of an MPO is a preview or a stereo partner
-OWN_CACHE = ".index.jsonl"  # see index.cache_beside
+# Headers of a table's column of files, in small letters.
+FILE_COLUMNS = ("file", "filename", "file_name", "image", "images", "path", "image index", "image_id", "id", "name")
+OWN_CACHE = ".index.jsonl"  # see index_cache.cache_beside
 
 
 TURNED = Image.Transpose

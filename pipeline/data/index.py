@@ -71,12 +71,16 @@ class DatasetIndex:
 
     def take(self, rows: np.ndarray) -> "DatasetIndex":
         """Return the index of these rows, (n) int64."""
-        digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes())
         parts: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("labels", "sizes", "offsets", "lengths")}
         assert isinstance(self.names, Names)
         names = self.names.take(rows)
         turned = None if self.turned is None else self.turned[rows]
-        parts |= {"names": names, "turned": turned, "fingerprint": digest.hexdigest(), "whole": self.fingerprint}
+        parts |= {
+            "names": names,
+            "turned": turned,
+            "fingerprint": taken_fingerprint(self.fingerprint, rows),
+            "whole": self.fingerprint,
+        }
         return dataclasses.replace(self, **parts)
 
     def with_classes(self, classes: tuple[str, ...]) -> "DatasetIndex":
@@ -98,6 +102,11 @@ class DatasetIndex:
             labels[:, own] = self.labels
             return dataclasses.replace(self, labels=labels, classes=classes)
         return dataclasses.replace(self, labels=own[self.labels], classes=classes)
+
+
+def taken_fingerprint(whole: str, rows: np.ndarray) -> str:
+    """That of the rows, (n) int64, of an index with the fingerprint `whole`."""
+    return hashlib.sha256(whole.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
 def _called_alike(name: str, classes: tuple[str, ...]) -> str:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.image_files import is_image_by_name
+from pipeline.data.image_files import FILE_COLUMNS, is_image_by_name
 from pipeline.data.parquet import read_table
 from pipeline.errors import UserError, did_you_mean
 
 # Headers of the column with all labels of an image, in small letters.
 LABEL_COLUMNS = ("labels", "label", "tags", "classes", "finding labels")
-FILE_COLUMNS = ("file", "filename", "file_name", "image", "images", "path", "image index", "image_id", "id", "name")
 NO_LABEL = ("", "no finding")  # in small letters: ChestX-ray14 writes the latter
 VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # of a column that is a class
 SPLIT_COLUMNS = ("split", "subset", "data set")  # in small letters

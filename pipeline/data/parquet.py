@@ -22,6 +22,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+from pipeline.data.image_files import FILE_COLUMNS
 from pipeline.data.shards import expand
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 from pipeline.errors import UserError
@@ -153,7 +154,7 @@ def is_table_of_paths(file: str) -> bool:
         UserError: it is no parquet file, or pyarrow is not installed.
     """
     opened = _open(file)
-    return len(_leaves(opened)) > 1 and not any(_holds_any(opened, path) for path in _leaves_of_bytes(opened))
+    return len(_leaves(opened)) > 1 and not _leaf_of_images(opened)
 
 
 def read_table(file: str) -> list[list[str]]:
@@ -166,12 +167,11 @@ def read_table(file: str) -> list[list[str]]:
     """
     opened = _open(file)
     features = _features(opened.schema_arrow)
-    for path in _leaves_of_bytes(opened):
-        if not path.endswith(".bytes") and _holds_any(opened, path):
-            raise UserError(f"{file} has bytes in the column {path}: give a table with the paths of image files alone")
-    columns = []
+    if (leaf := _leaf_of_images(opened)) and not leaf.endswith(".bytes"):
+        raise UserError(f"{file} has bytes in the column {leaf}: give a table with the paths of image files there")
+    columns, of_bytes = [], _leaves_of_bytes(opened)
     with _damage_as(UserError, f"{file} cannot be read", "download it again"):
-        table = opened.read(columns=[path for path in _leaves(opened) if not path.endswith(".bytes")])
+        table = opened.read(columns=[path for path in _leaves(opened) if path not in of_bytes])
         for name in table.column_names:
             names = _class_names(features.get(name))
             columns.append([_text(value, names) for value in table.column(name).to_pylist()])
@@ -186,6 +186,16 @@ def _leaves_of_bytes(opened: Any) -> list[str]:
     """The columns whose values are neither text nor numbers."""
     columns = [opened.schema.column(i) for i in range(len(opened.schema))]
     return [c.path for c in columns if c.physical_type.endswith("BYTE_ARRAY") and c.logical_type.type == "NONE"]
+
+
+def _leaf_of_images(opened: Any) -> str:
+    """The column that holds images as bytes where a table has their paths; empty if none does."""
+    leaves = _leaves(opened)
+    for path in _leaves_of_bytes(opened):
+        of_files = path.endswith(".bytes") or path.lower() in FILE_COLUMNS or path == leaves[0]
+        if of_files and _holds_any(opened, path):
+            return path
+    return ""
 
 
 def _holds_any(opened: Any, path: str) -> bool:

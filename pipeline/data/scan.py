@@ -137,7 +137,7 @@ def scan_label_table(
     Args:
         classes: those that there may be, in the order of the network's outputs; None for the table's own.
         corrupt_images: as of `scan_classes`.
-        split: "train" or "val", of which rows are taken where the table says of each which it is for; None: all.
+        split: whose rows are taken, as `name_of_split` takes it, where the table says of each which it is for; None: all.
 
     Raises:
         UserError: the images or the table are missing, cannot be read or do not match.
@@ -153,8 +153,9 @@ def scan_label_table(
     issues = tuple(issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE)
     listed = Listing(tuple(members[names[i]] for i in order), issues)
     group = Group("", lambda: listed, key=split or "" if read.elsewhere else "")  # both splits have one cache file
-    how = {"corrupt_images": corrupt_images, "in_label_table": True}
-    (row,) = _scan(source, [group], [], cache, progress, pixel_format, **how)
+    (row,) = _scan(
+        source, [group], [], cache, progress, pixel_format, corrupt_images=corrupt_images, in_label_table=True
+    )
     there = set(row.names)
     odd = [names[i] for i in order if names[i] not in there]
     if odd and corrupt_images != "skip":

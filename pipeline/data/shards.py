@@ -188,14 +188,14 @@ def _is_shard(file: str, root: str) -> bool:
         root: what names it. If that is the file itself, one with folders in it is an archive of class folders.
 
     Raises:
-        UserError: it is damaged, and a pattern names it, which is of no other kind.
+        UserError: it is damaged, and a pattern or a folder of tars names it, which are of no other kind.
     """
     try:
         head = list(itertools.islice(_files(file), 3))
     except OSError:
         return False
     except UserError:
-        if os.path.exists(root) or not tarfile.is_tarfile(file):
+        if root == file or not tarfile.is_tarfile(file):
             return False
         raise
     if not head:

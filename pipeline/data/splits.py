@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import DataConfig
+from pipeline.config import Config, DataConfig
 from pipeline.data.folder import COMPRESSED_TARS
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import SPLIT_NAMES
@@ -68,6 +68,16 @@ def splits_found(config: DataConfig) -> DataConfig:
     """`find_splits` of sets that were opened before, when what is taken was said."""
     with redirect_stderr(io.StringIO()):
         return find_splits(config)
+
+
+def with_sets_found(config: Config) -> Config:
+    """The configuration with the sets that its run has found, where it names none (``data.val: test``).
+
+    A run resumes with either: which images they are is compared, and not where they lie.
+    """
+    if config.data.dataset != "images" or config.data.loader == "synthetic":
+        return config
+    return dataclasses.replace(config, data=splits_found(config.data))
 
 
 def find_validation(config: DataConfig) -> str:

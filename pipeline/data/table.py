@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pipeline.config import DataConfig
@@ -192,6 +193,12 @@ def columns_of(table: str | Path, config: DataConfig, split: str) -> Columns:
 
 def splits_in(table: Path) -> list[str]:
     """The splits that a table's lines are of, by their names there in small letters, sorted; none of a table without splits."""
+    status = os.stat(table)
+    return list(_splits_in(table, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=4)  # a table of a million lines takes seconds to read
+def _splits_in(table: Path, *_: int) -> list[str]:
     if _known_text(table) == "cub":
         return sorted(set(_splits_of(list(_cub(table)))))
     if table.suffix.lower() not in (*SUFFIXES, PARQUET):

@@ -3,8 +3,8 @@
 import time
 from functools import partial
 
-from pipeline.cautions import with_sets_found
 from pipeline.config import to_yaml
+from pipeline.data.splits import with_sets_found
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.hooks.pictures import pictures_due
 from pipeline.monitor import peak_memory

@@ -146,10 +146,6 @@ def create_model(
     """
     backends.candidates(dense_block)
     if name.startswith("timm:"):
-        if activation_checkpointing != "none":
-            raise UserError(
-                f"model.activation_checkpointing is for our own networks, and model.name is {name}: leave it out"
-            )
         return _create_timm_model(name.removeprefix("timm:"), num_classes, dropout, drop_path, in_channels)
     if drop_path:
         raise UserError(f"model.drop_path is for timm's networks, and model.name is {name}: leave it out")
@@ -182,6 +178,18 @@ def create_model(
         activation_checkpointing=activation_checkpointing,
         in_channels=in_channels,
     )
+
+
+def refuse_what_is_ignored(config: "ModelConfig") -> None:
+    """For a run that begins: weights of before may have a field that did nothing.
+
+    Raises:
+        UserError: names the field.
+    """
+    if config.name.startswith("timm:") and config.activation_checkpointing != "none":
+        raise UserError(
+            f"model.activation_checkpointing is for our own networks, and model.name is {config.name}: leave it out"
+        )
 
 
 def create_network(config: "ModelConfig", num_classes: int, in_channels: int = 3) -> nn.Module:
