@@ -139,10 +139,12 @@ def test_stochastic_depth_reaches_timms_networks_and_is_refused_elsewhere():
     network = create_network(ModelConfig(name="timm:test_convnext", drop_path=0.2), 7)
     depths = [module.drop_prob for module in network.modules() if type(module).__name__ == "DropPath"]
     assert max(depths) == pytest.approx(0.2) and depths == sorted(depths)
+    ignored = ModelConfig(name="timm:test_resnet", activation_checkpointing="all")
     with pytest.raises(
         UserError, match="activation_checkpointing is for our own networks, and model.name is timm:test_resnet"
     ):
-        create_model("timm:test_resnet", activation_checkpointing="all")
+        refuse_what_is_ignored(ignored)
+    assert create_network(ignored, 10)  # as a checkpoint of before has it
     with pytest.raises(UserError, match="model.drop_path is for timm's networks, and model.name is densenet121"):
         create_network(ModelConfig(drop_path=0.1), 10)
     with pytest.raises(UserError, match="timm cannot build 'densenet121'.*drop_path_rate"):
