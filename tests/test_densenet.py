@@ -13,6 +13,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.models import create_model, create_network
 from pipeline.models.densenet import DenseBlock
+from pipeline.models.zoo import refuse_what_is_ignored
 
 PARAMETERS = {
     "densenet121": 7_978_856,
