@@ -319,7 +319,8 @@ def test_rank_0_decides_for_all(network, tmp_path, monkeypatch):
     kept = Tuning(
         Implementation("fused", "channels_last", "none"), autotune.what_is_asked(rank_1.config, CPU, 12), "", "old"
     )
-    found = types.SimpleNamespace(state={"tuning": dataclasses.asdict(kept)})
+    state = {"tuning": dataclasses.asdict(kept), "config": dataclasses.asdict(rank_1.config)}
+    found = types.SimpleNamespace(state=state)
     assert Run._tune(rank_1, network, 12, found) == "what rank 0 has chosen"  # by its own card
 
 

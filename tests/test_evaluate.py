@@ -580,7 +580,10 @@ def test_the_split_of_a_table_is_said_and_can_be_chosen(table_data, capfd, label
     with pytest.raises(UserError, match="all.csv has no line of split dev, but of test, train, val"):
         open_images(data, file, classes, "dev")
     with pytest.raises(UserError, match="--split is for a table of image files, and cifar10 has a test set"):
-        open_images(dataclasses.replace(data, dataset="cifar10"), file, classes, "test")
+        open_images(dataclasses.replace(data, dataset="cifar10", labels="single"), file, classes, "test")
+    if labels == "single":
+        with pytest.raises(UserError, match="--split test is for a table, and .*val.csv has a line for each image"):
+            open_images(dataclasses.replace(data, dir=str(table_data)), str(table_data / "val.csv"), classes, "test")
     plain = str(table_data / "val.csv")
     data = data if labels == "multi" else dataclasses.replace(data, dir=plain)
     with pytest.raises(UserError, match=r"--split test is for a table whose lines .*val.csv is none"):

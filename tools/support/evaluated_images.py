@@ -94,9 +94,13 @@ def open_images(
         _say_split(Path(labels_file), split)
         return scan_label_table(folder, labels_file, classes, cache, True, read_as, split=split or "val")
     cache = known_cache(place)
-    _say_split(Path(labels_file) if labels_file else place, split)
     if labels_file:
+        if split:
+            raise UserError(
+                f"--split {split} is for a table, and {labels_file} has a line for each image: leave it out"
+            )
         return scan_flat(place, labels_file, classes, cache, True, read_as)
+    _say_split(place, split)
     source = to_evaluate(place, data, folder if place != folder else None, split or "val")
     try:
         index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
