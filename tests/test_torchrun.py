@@ -54,8 +54,9 @@ def test_a_run_ends_in_one_line(tmp_path, what, code, line):
 
 def test_the_word_of_an_earlier_start_is_not_this_ones(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
-    (tmp_path / "there").mkdir()
+    for there in ("first", "second"):  # where ranks wait for each other
+        (tmp_path / there).mkdir()
     words = ["pipeline.torchrun", "--log-dir", tmp_path / "logs", "--nproc-per-node=2", tmp_path / "rank.py"]
-    assert run_module(*words, "mistake", tmp_path / "there").returncode == 2
-    done = run_module(*words, "SIGINT", tmp_path / "there")
+    assert run_module(*words, "mistake", tmp_path / "first").returncode == 2
+    done = run_module(*words, "SIGINT", tmp_path / "second")
     assert done.returncode == 75 and done.stderr.startswith("interrupted: "), done.stderr
