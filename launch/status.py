@@ -126,19 +126,18 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         queue: see `slurm_queue`.
     """
     job, records, progress = find_job(run_dir), read_records(run_dir), read_progress(run_dir)
-    # What was submitted last, the training may have refused.
     accepted, trouble = _config_in(run_dir / CONFIG)
     submitted, other_trouble = _config_in(run_dir / SUBMITTED)
-    config = submitted or accepted
     events = read_events(run_dir) if job else []
+    goes_on_as_submitted = job is not None and config_of(run_dir, events).name == SUBMITTED
+    config = (submitted if goes_on_as_submitted else accepted) or submitted or accepted
     attempts = [event for event in events if event["event"] == "start"]
     state, nodes, reason = _state_of_job(run_dir, job, events, queue) if job else state_by_log(run_dir)
     if job and state in ENDED and is_held_here(run_dir):  # something else than its job trains it
         state, nodes, reason = "running", socket.gethostname(), ""
-    wanted = submitted if job and config_of(run_dir, events).name == SUBMITTED else accepted
-    if state in ENDED and state != "done" and is_complete(run_dir, wanted.optim.epochs if wanted else None):
+    if state in ENDED and state != "done" and is_complete(run_dir, config.optim.epochs if config else None):
         reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
-        state, nodes, config = "done", "", accepted
+        state, nodes = "done", ""
     validated = [record for record in records if "val/loss" in record]
     logged = [record for record in records if record.get("speed/images_per_second")][-WINDOWS:]
     # The median: a change shows within three lines, and one odd line does not.

@@ -288,7 +288,9 @@ def test_a_run_whose_reader_goes_away_leaves_with_a_checkpoint(tmp_path, number)
     assert process.wait(PATIENCE) == 75 and line.startswith("interrupted: rank 0 leaves at epoch"), complaint
     assert line == (tmp_path / "log.txt").read_text().splitlines()[-1].split(" ", 2)[2] + AGAIN
     left = load_checkpoint(last)["progress"]
-    assert (left["epoch"], left["step"]) >= (done["epoch"], done["step"]) and (number or "on SIGPIPE;" in line)
+    before, after = ((progress["epoch"], progress["step"]) for progress in (done, left))
+    # A signal may come when nothing is new since the last checkpoint; a line that has no reader comes after a step.
+    assert after >= before if number else after > before and "on SIGPIPE;" in line
 
 
 HANGS = """

@@ -200,9 +200,7 @@ def runs_in(folder: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    below = (
-        path for path in sorted(folder.glob("*/")) if os.access(path, os.X_OK)
-    )  # as lost+found, others are no runs
+    below = (path for path in sorted(folder.glob("*/")) if os.access(path, os.X_OK))  # not lost+found
     found = [run for run in (folder, *below) if whole_epochs(run)]
     if not found and (reason := why_no_best(folder)):
         raise UserError(reason)
