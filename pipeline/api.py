@@ -13,8 +13,10 @@ from pipeline.config import load_config
 from pipeline.data.dataset import to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index_cache import known_cache
+from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.scan import scan_classes, scan_label_table
+from pipeline.data.sources import open_source
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, check_image_size
@@ -67,8 +69,8 @@ def evaluate(
             f"{weights} gives {data.labels} labels an image: labels is the CSV file of several, and of no other"
         )
     if labels is not None:
-        cache = known_cache(Path(labels))
-        index = scan_label_table(folder, labels, found.classes, cache, pixel_format=pixel_format(data), split="val")
+        table = LabelTableSource(str(labels), open_source(folder), found.classes, "val")
+        index = scan_label_table(table, known_cache(Path(labels)), pixel_format=pixel_format(data))
     else:
         source = to_evaluate(folder, data)
         index = scan_classes(source, known_cache(folder), pixel_format=pixel_format(data)).with_classes(found.classes)

@@ -7,6 +7,9 @@ import numpy as np
 from conftest import photo
 from PIL import Image
 
+from pipeline.data.label_table_source import LabelTableSource
+from pipeline.data.sources import open_source
+
 COLOURS = ("blue", "green", "red")
 
 
@@ -26,3 +29,8 @@ def write_labelled_images(root: Path, images: int = 60, training: int = 44) -> P
         with open(root / name, "w", newline="") as stream:
             csv.writer(stream).writerows([("Image Index", "Finding Labels", "Follow-up #"), *part])
     return root
+
+
+def open_label_table(root: Path, table: Path, classes: tuple[str, ...] | None = None) -> LabelTableSource:
+    """All images below `root` that the table names."""
+    return LabelTableSource(str(table), open_source(root), classes)

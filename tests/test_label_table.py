@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from labelled_images import COLOURS, write_labelled_images
+from labelled_images import COLOURS, open_label_table, write_labelled_images
 
 from pipeline.audit import audit, differences
 from pipeline.config import DataConfig, load_config
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.metrics import LabelScore
 from pipeline.ranking import NOT_DEFINED, MeanRanking
 from pipeline.run import Progress
+from tools import index
 
 
 def table(folder: Path, text: str) -> Path:
@@ -117,15 +118,20 @@ def test_an_entry_may_lack_folder_and_suffix_but_have_no_others(entry, names, me
 def test_the_images_of_a_table_are_indexed_with_their_labels(images, capfd):
     config = DataConfig(dir=str(images), labels="multi", train="train.csv", val="val.csv")
     train, val = open_datasets(config, images / "cache", progress=True)
-    assert "16 images below" in (said := capfd.readouterr().err) and "44 images below" in said
+    assert "left out" not in capfd.readouterr().err  # an image is of one of the two
     assert train.classes == val.classes == COLOURS and (len(train), len(val)) == (44, 16)
+    (images / "train.csv").write_text("\n".join((table := (images / "train.csv").read_text()).splitlines()[:-1]))
+    open_datasets(config, images / "cache", progress=True)
+    told = f"image043.png is not in the table {images}/train.csv nor in {images}/val.csv: left out\n"
+    assert (said := capfd.readouterr().err).count("left out") == 1 and told in said
+    (images / "train.csv").write_text(table)
     assert list(train.names) == sorted(train.names)
     for name, labels in zip(val.names, val.labels.tolist(), strict=True):
         number = int(name[-7:-4])
         assert labels == [number >> k & 1 for k in range(3)] and name.startswith(f"folder{number % 2}/")
     part = train.take(np.array([3, 1]))
     assert part.labels.tolist() == train.labels[[3, 1]].tolist()
-    other = scan_label_table(images, images / "val.csv", ("red", "green", "gold", "blue"))
+    other = scan_label_table(open_label_table(images, images / "val.csv", ("red", "green", "gold", "blue")))
     assert other.labels[:, [3, 1, 0]].tolist() == val.labels.tolist() and not other.labels[:, 2].any()
     assert other.with_classes(("blue", "green", "red", "gold")).labels[:, :3].tolist() == val.labels.tolist()
     assert len({train.fingerprint, val.fingerprint, other.fingerprint}) == 3
@@ -153,7 +159,7 @@ def test_one_table_of_both_splits(images, kind, capfd):
     assert (len(train), len(val)) == (45, 15) and set(train.classes) == set(val.classes) == set(COLOURS)
     assert not {name[-7:-4] for name in train.names} & {f"{i:03d}" for i in range(0, 60, 4)}
     assert "left out" not in capfd.readouterr().err
-    whole = scan_label_table(images, images / f"{kind}.csv")
+    whole = scan_label_table(open_label_table(images, images / f"{kind}.csv"))
     told = f"{kind}.csv has lines of several splits (45 of train, 15 of valid): all are taken"
     assert len(whole) == 60 and told in capfd.readouterr().err
     (images / f"{kind}.csv").write_text("\n".join([",".join(header), *rows, "image001" + rows[0][8:]]))
@@ -174,9 +180,44 @@ def test_files_whose_names_say_nothing_are_counted_right(images, tmp_path, capfd
     names = sorted(file.name for file in (tmp_path / "folder0").iterdir())
     rows = [f"{name},{i % 2}" for i, name in enumerate(names[:6])]
     (tmp_path / "some.csv").write_text("\n".join(["file,blue", *rows]))
-    scan_label_table(tmp_path, tmp_path / "some.csv", progress=True)
+    scan_label_table(open_label_table(tmp_path, tmp_path / "some.csv"), progress=True)
     by_name = sum("." in name for name in names[6:])
-    assert f"{by_name} images below" in capfd.readouterr().err
+    told = f"{tmp_path}/folder0/{names[6]} is not in the table {tmp_path}/some.csv (and {by_name - 1} more): left out"
+    assert names[6].endswith(".png") and told in capfd.readouterr().err
+
+
+def test_tools_index_knows_tables_of_several_labels(tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["index", *map(str, words), "--several-labels"])
+        index.main()
+        return capsys.readouterr().out
+
+    data = write_labelled_images(tmp_path / "data")
+    rows = (data / "train.csv").read_text().splitlines()
+    told = run(data)
+    sets = open_datasets(DataConfig(dir=str(data), labels="multi"), None, progress=False)
+    for name, index_of in zip(("train", "val"), sets, strict=True):
+        per_class, none = index_of.labels.sum(axis=0), sum(not any(row) for row in index_of.labels)
+        of = f"of {per_class.min()} to {per_class.max()} images, several an image, {none} images with none"
+        assert f"images     {len(index_of)} in {data}" in told and of in told and index_of.fingerprint in told
+        assert len((data / f".{name}.csv.index.jsonl").read_text().split()) == 1  # what training reads
+    assert "no image is odd" in run(data, "--verify")
+    validated = next(iter(sets[1].names))
+    (data / "train.csv").write_text("\n".join([*rows, validated + rows[1][rows[1].index(",") :]]))
+    cut = data / sets[0].names[0]
+    cut.write_bytes(cut.read_bytes()[:-200])
+    with pytest.raises(UserError, match="1 of what is listed would stop"):
+        run(data, "--verify")
+    told = capsys.readouterr().out
+    assert f"{cut} is truncated" in told and f"{data / validated} is a validation image too" in told
+    with pytest.raises(UserError, match="1 of what is listed would stop"):
+        run(data / "train.csv", "--verify", "--against", data / "val.csv")
+    told = capsys.readouterr().out
+    assert f"{cut} is truncated" in told and f"{data / validated} is a validation image too" in told
+    (data / "val.csv").unlink()
+    with pytest.raises(UserError, match=f"{data} holds no tables train.csv and val.csv: give the table itself"):
+        run(data)
+    assert f"images     {len(sets[0]) + 1} in " in run(data / "train.csv")
 
 
 def test_a_table_without_anything_to_learn_is_refused(images, capfd):

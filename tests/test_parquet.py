@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import photo
+from labelled_images import open_label_table
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
@@ -97,7 +98,7 @@ def test_a_parquet_file_of_paths_is_a_table(image_folders, tmp_path, kind):
     schema = pa.schema([("image", path), ("labels", pa.list_(pa.int64()))], metadata)
     several = [[0, k] if k else [] for k in folders.labels.tolist()]
     parquet.write_table(pa.table({"image": files, "labels": several}, schema), tmp_path / "several.parquet")
-    found = scan_label_table(image_folders / "val", tmp_path / "several.parquet")
+    found = scan_label_table(open_label_table(image_folders / "val", tmp_path / "several.parquet"))
     expected = [[int(k > 0), int(k == 1), int(k == 2)] for k in folders.labels.tolist()]
     assert found.classes == folders.classes and found.labels.tolist() == expected
 
@@ -184,7 +185,7 @@ def test_bytes_of_images_are_not_taken_for_their_paths(tmp_path, labels):
     if labels == "multi":
         expected = "x.parquet has bytes in the column image: give a table with the paths of image files there$"
     with pytest.raises(UserError, match=expected):
-        scan_classes(file) if labels == "single" else scan_label_table(tmp_path, file)
+        scan_classes(file) if labels == "single" else scan_label_table(open_label_table(tmp_path, file))
 
 
 @needs_pyarrow
@@ -223,7 +224,7 @@ def test_damage_is_named_in_one_line(tmp_path, image_folders):
     content[4:12] = bytes(8)
     (tmp_path / "paths.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"paths.parquet cannot be read \([^\n]+\): download it again$"):
-        scan_label_table(table, tmp_path / "paths.parquet")
+        scan_label_table(open_label_table(table, tmp_path / "paths.parquet"))
 
 
 def write_paths(file: Path, index: DatasetIndex) -> None:

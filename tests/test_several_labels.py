@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torch7
 from conftest import small_config
-from labelled_images import COLOURS, write_labelled_images
+from labelled_images import COLOURS, open_label_table, write_labelled_images
 from PIL import Image
 from scipy.stats import mannwhitneyu
 from test_trainer import assert_equal_weights, comparable_records, last_state, records, weights
@@ -246,7 +246,7 @@ def test_a_mean_probability_next_to_1_is_a_finite_logit():
 
 def test_evaluation_waits_for_no_device_between_batches(images, monkeypatch):
     """A copy to the host waits for the device; all are made after the last batch."""
-    index = scan_label_table(images, images / "val.csv")
+    index = scan_label_table(open_label_table(images, images / "val.csv"))
     copies, copy = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: [copies.append(tensor.shape), copy(tensor)][1])
     with init_distributed("cpu") as world:

@@ -2,13 +2,16 @@
 
 DIR is a folder of classes, a tar archive or zip file of classes, a tar of tars such as ILSVRC2012_img_train.tar, a table,
 shards, or (with --labels) a flat folder or archive; or a folder that training takes as data.dir, which holds both sets, as
-`train` and `test`. What is found is cached beside the images, where training looks for it too.
+`train` and `test`. What is found is cached beside the images, where training looks for it too. With --several-labels the
+tables name several labels an image.
 
 With --verify every image is first read and decoded, and what is odd or left out is listed with what comes of it. The exit
 code is 2 if the index or a run with the default configuration would stop at one, else 0.
 """
 
+import argparse
 import io
+import os
 import sys
 import time
 from collections import Counter
@@ -24,7 +27,8 @@ from pipeline.data.dataset import open_datasets, source_of
 from pipeline.data.image_files import PixelFormat, pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import cache_beside
-from pipeline.data.scan import scan_classes, scan_flat
+from pipeline.data.label_table_source import LabelTableSource
+from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
 from pipeline.data.source import FileSource
 from pipeline.data.sources import open_source
 from pipeline.data.splits import find_splits
@@ -52,6 +56,11 @@ def main() -> None:
         "--exif-orientation", action="store_true", help="images are turned as EXIF says, as data.exif_orientation"
     )
     add_columns_arguments(parser)
+    parser.add_argument(
+        "--several-labels",
+        action="store_true",
+        help="DIR is a table of several labels an image, or holds such tables, as with data.labels multi",
+    )
     options = parser.parse_args()
     root, fallback = Path(options.data), Path(options.cache)
     labels = find_label_file(options.labels, root)
@@ -64,43 +73,73 @@ def main() -> None:
             exif_orientation=options.exif_orientation,
             file_column=options.file_column,
             label_column=options.label_column,
+            labels="multi" if options.several_labels else "single",
         )
     )
     read_as = pixel_format(config)
     if labels and not options.classes and not both:
         parser.error("--labels needs --classes, the folder or archive of the training set")
+    if options.several_labels and (labels or options.file_column or options.label_column):
+        parser.error(
+            "--several-labels is for a table with a header: leave out --labels, --file-column and --label-column"
+        )
     if options.against and (both or labels or not options.verify):
         parser.error("--against needs --verify, no --labels, and a DIR other than a folder that holds both sets")
     start = time.perf_counter()
     if options.verify and both:
         list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
     elif options.verify:
-        trained = [] if labels else [open_with_columns(root, options)]
+        trained = [] if labels else [open_table_or_source(root, options)]
         validated = [open_source(root)] if labels else []
-        validated += [open_with_columns(options.against, options)] if options.against else []
+        validated += [open_table_or_source(options.against, options)] if options.against else []
         list_odd_images(trained, validated, read_as)
+    places = [Path(config.dir, name) for name in (config.train, config.val)] if both else [root]
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
     elif labels:
         of_classes = cache_beside(Path(options.classes), fallback)
         classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
         indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), True, read_as)]
+    elif options.several_labels:
+        table = LabelTableSource(str(root), open_source(root.parent))
+        indexes = [scan_label_table(table, cache_beside(root, fallback), True, read_as)]
     else:
         cache = cache_beside(root, fallback)
         source = open_with_columns(root, options)
         indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    for index in indexes:
-        print(printable(f"{describe(index)}\ncache      {cache_beside(Path(index.root), fallback)}"))
+    for place, index in zip(places, indexes, strict=True):
+        print(printable(f"{describe(index)}\ncache      {cache_beside(place, fallback)}"))
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
+def open_table_or_source(root: str | Path, options: argparse.Namespace) -> FileSource:
+    """The images at a path, of all lines of a table.
+
+    Raises:
+        UserError: as `open_source`; or this is no table, and one is asked for.
+    """
+    if options.several_labels:
+        return LabelTableSource(str(root), open_source(Path(root).parent))
+    return open_with_columns(root, options)
+
+
 def both_sets(config: DataConfig) -> tuple[DataConfig, bool]:
-    """The configuration with both sets, where its folder holds them as a run finds them, which is reported; else as it is."""
+    """The configuration with both sets, where its folder holds them as a run finds them, which is reported; else as it is.
+
+    Raises:
+        UserError: a folder holds no tables of several labels, which it is said to hold.
+    """
+    if config.labels == "multi" and not os.path.isdir(config.dir):
+        return config, False
     said, found = io.StringIO(), None
     with suppress(UserError), redirect_stderr(said):
         found = find_splits(config)
+    if found is None and config.labels == "multi":
+        raise UserError(
+            f"{config.dir} holds no tables train.csv and val.csv: give the table itself, as {config.dir}/NAME.csv"
+        )
     if found is None or found.dir != config.dir:  # nor where the training set itself was given
         return config, False
     print(said.getvalue(), end="", file=sys.stderr, flush=True)
@@ -133,12 +172,16 @@ def list_odd_images(training: list[FileSource], validation: list[FileSource], re
 
 def describe(index: DatasetIndex) -> str:
     """A few lines on the images of an index."""
-    per_class = np.bincount(index.labels, minlength=len(index.classes))
+    if index.several_labels:
+        per_class, unlabelled = index.labels.sum(axis=0, dtype=np.int64), int((index.labels.sum(axis=1) == 0).sum())
+        labels = f", several an image, {unlabelled:,} images with none"
+    else:
+        per_class, labels = np.bincount(index.labels, minlength=len(index.classes)), ""
     sides = index.sizes.min(axis=1)
     return "\n".join(
         [
             f"images     {len(index):,} in {index.root}",
-            f"classes    {len(index.classes):,}, of {per_class.min():,} to {per_class.max():,} images",
+            f"classes    {len(index.classes):,}, of {per_class.min():,} to {per_class.max():,} images{labels}",
             f"bytes      {_size_text(float(index.lengths.sum()))}, {index.lengths.mean() / 1024:.1f} KiB an image",
             f"short side {sides.min()} to {sides.max()} pixels, median {int(np.median(sides))}",
             f"content    {index.fingerprint}",

@@ -17,6 +17,7 @@ from pipeline.data.checks import untaught_rows
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex, taken_fingerprint
 from pipeline.data.index_cache import cache_beside
+from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.labels import labels_needed
 from pipeline.data.plan import epoch_order
 from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
@@ -73,9 +74,28 @@ def source_of(config: DataConfig, split: Split) -> FileSource:
         UserError: as `open_source`.
     """
     root = Path(config.dir, config.train if split == "train" else config.val)
+    if config.labels == "multi":
+        return label_table_source(config, split, None)
     if not is_table(root):
         return open_source(root)
-    return TableSource(str(root), open_source(config.dir), Columns(config.file_column, config.label_column, split))
+    columns = Columns(config.file_column, config.label_column, split)
+    return TableSource(str(root), open_source(config.dir), columns, _table_beside(config, split))
+
+
+def label_table_source(config: DataConfig, split: Split, classes: tuple[str, ...] | None) -> LabelTableSource:
+    """The images of a set with several labels an image, and those labels.
+
+    Args:
+        classes: those that there may be, in the order of the network's outputs; None for the table's own.
+    """
+    root = Path(config.dir, config.train if split == "train" else config.val)
+    return LabelTableSource(str(root), open_source(config.dir), classes, split, _table_beside(config, split))
+
+
+def _table_beside(config: DataConfig, split: Split) -> str | None:
+    """The table of the other set, where there is one."""
+    other = Path(config.dir, config.val if split == "train" else config.train)
+    return str(other) if not config.holdout and is_table(other) else None
 
 
 def known_training_images(config: DataConfig, cache: Path) -> DatasetIndex | None:
@@ -229,7 +249,8 @@ def _open_label_table(
             "images and their labels"
         )
     corrupt_images = config.corrupt_images if split == "train" else None
-    index = scan_label_table(config.dir, table, classes, cache, progress, pixel_format(config), corrupt_images, split)
+    source = label_table_source(config, split, classes)
+    index = scan_label_table(source, cache, progress, pixel_format(config), corrupt_images)
     lacking = _of_one_kind(index)
     if len(lacking) == len(index.classes):
         raise UserError(f"{table}: no class has images with and images without it: nothing can be learnt or measured")

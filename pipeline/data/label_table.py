@@ -4,7 +4,7 @@ import csv
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.data.image_files import FILE_COLUMNS, is_image_by_name
 from pipeline.data.parquet import read_table
+from pipeline.data.source import FileSource, ImageIssue, Member
 from pipeline.errors import UserError, did_you_mean
 
 # Headers of the column with all labels of an image, in small letters.
@@ -63,12 +64,7 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
         UserError: the file cannot be read, or is not of this kind; names the line.
     """
     header, rows = read_rows(file)
-    small = [name.lower() for name in header]
-    of_labels = next((small.index(name) for name in LABEL_COLUMNS if name in small), None)
-    of_split = next((small.index(name) for name in SPLIT_COLUMNS if name in small), None)
-    if of_split is not None and of_labels is None and all(row[of_split].strip() in VALUES for row in rows):
-        of_split = None  # a class of this name
-    of_files = file_column(small, of_split)
+    of_files, of_labels, of_split = _columns(header, rows)
     every, here = range(2, len(rows) + 2), [True] * len(rows)
     if of_split is not None:
         splits = [row[of_split] for row in rows]
@@ -84,6 +80,27 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
         return LabelTable(files, *_of_names(file, named, classes, lines), tuple(lines), elsewhere)
     columns = [i for i in range(len(header)) if i not in (of_files, of_split)]
     return LabelTable(files, *_of_columns(file, header, columns, rows, classes, lines), tuple(lines), elsewhere)
+
+
+def files_in(file: Path) -> list[str]:
+    """The files that a table of several labels names, in all its splits; nothing else of it is looked at.
+
+    Raises:
+        UserError: see `read_rows`.
+    """
+    header, rows = read_rows(file)
+    column, _, _ = _columns(header, rows)
+    return [row[column].strip() for row in rows]
+
+
+def _columns(header: list[str], rows: list[list[str]]) -> tuple[int, int | None, int | None]:
+    """The columns of files, of labels, and of splits, of which the last two may be missing."""
+    small = [name.lower() for name in header]
+    of_labels = next((small.index(name) for name in LABEL_COLUMNS if name in small), None)
+    of_split = next((small.index(name) for name in SPLIT_COLUMNS if name in small), None)
+    if of_split is not None and of_labels is None and all(row[of_split].strip() in VALUES for row in rows):
+        of_split = None  # a class of this name
+    return file_column(small, of_split), of_labels, of_split
 
 
 def file_column(small: Sequence[str], of_split: int | None) -> int:
@@ -201,9 +218,9 @@ def match_files(
 
 
 def images_elsewhere(
-    file: Path, elsewhere: Sequence[str], names: Iterable[str], prefix: str, trained_on: Iterable[str]
+    file: Path, elsewhere: Sequence[str], names: Iterable[str], prefix: str, trained_on: Iterable[str] = ()
 ) -> set[str]:
-    """The images that entries of a table's other splits mean, where they are there.
+    """The images that entries of a table's other splits, or of another table, mean, where they are there.
 
     Args:
         trained_on: the images of the training split, which may be of no other.
@@ -217,6 +234,21 @@ def images_elsewhere(
             f"{file} has lines of two splits for the image '{both[0]}', one of them for training: remove those of one"
         )
     return others
+
+
+def not_in_table(
+    tables: Sequence[str], source: FileSource, members: Iterable[Member], known: Collection[str]
+) -> list[ImageIssue]:
+    """What to tell of the images beside those that the lines of a table mean.
+
+    Args:
+        tables: the table, or those of training and validation.
+        members: all files of the source.
+        known: the names of those that the tables have, in whatever split.
+    """
+    odd = [member.name for member in members if member.by_name and member.name not in known]
+    told = f"is not in the table {' nor in '.join(dict.fromkeys(tables))}"
+    return [ImageIssue(source.location(odd[0]), told, "left out", count=len(odd))] if odd else []
 
 
 def _meant(file: Path, wanted: Sequence[str], names: list[str], prefix: str) -> Iterator[list[str]]:

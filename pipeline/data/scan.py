@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.config import CorruptImages
-from pipeline.data.archive import MORE_THAN_ONCE, SPLITS
+from pipeline.data.archive import SPLITS
 from pipeline.data.folder import archives_in
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
@@ -29,11 +29,11 @@ from pipeline.data.image_files import (
 )
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import append, read_cache
-from pipeline.data.label_table import images_elsewhere, match_files, read_label_table
+from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.labels import labels_needed, read_labels
 from pipeline.data.names import Names
 from pipeline.data.scan_group import Found, images_of, scan_group
-from pipeline.data.source import FileSource, Group, ImageIssue, Listing
+from pipeline.data.source import FileSource, Group, ImageIssue
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 
@@ -121,51 +121,29 @@ def scan_flat(
 
 
 def scan_label_table(
-    root: str | Path,
-    table: str | Path,
-    classes: tuple[str, ...] | None = None,
+    source: LabelTableSource,
     cache: Path | None = None,
     progress: bool = False,
     pixel_format: PixelFormat = COLORS,
     corrupt_images: CorruptImages | None = None,
-    split: str | None = None,
 ) -> DatasetIndex:
-    """Index the images of a folder or tar archive that a CSV file of labels names; see `label_table.read_label_table`.
+    """Index the images that a table of several labels names.
 
-    Other images below `root` are left out, and their number is reported on stderr when that is found out.
+    Other images there are left out, which is reported on stderr when they are first found.
 
     Args:
-        classes: those that there may be, in the order of the network's outputs; None for the table's own.
-        corrupt_images: as of `scan_classes`.
-        split: whose rows are taken, as `name_of_split` takes it, where the table says of each which it is for; None: all.
+        cache, progress, pixel_format, corrupt_images: as of `scan_classes`.
 
     Raises:
         UserError: the images or the table are missing, cannot be read or do not match.
     """
-    source, table = open_source(root), Path(table)
-    read = read_label_table(table, classes, split)
-    listing = source.flat().list()
-    members = {member.name: member for member in listing.members}
-    prefix = os.path.relpath(table.parent, root)
-    names = match_files(table, read.files, members, prefix, read.lines)
-    elsewhere = images_elsewhere(table, read.elsewhere, members, prefix, names if split == "train" else ())
-    order = sorted(range(len(names)), key=names.__getitem__)
-    issues = tuple(issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE)
-    listed = Listing(tuple(members[names[i]] for i in order), issues)
-    group = Group("", lambda: listed, key=split or "" if read.elsewhere else "")  # both splits have one cache file
-    (row,) = _scan(
-        source, [group], [], cache, progress, pixel_format, corrupt_images=corrupt_images, in_label_table=True
-    )
+    (row,) = _scan(source, [source.flat()], [], cache, progress, pixel_format, corrupt_images=corrupt_images)
     there = set(row.names)
-    odd = [names[i] for i in order if names[i] not in there]
+    odd = [name for name in source.row_of if name not in there]
     if odd and corrupt_images != "skip":
-        raise UserError(f"{table} names {source.location(odd[0])}, which is no image: remove the line")
-    order = [i for i in order if names[i] in there]
-    known = {*names, *elsewhere}
-    others = sum(member.by_name and member.name not in known for member in listing.members)
-    if others and progress:
-        print(f"{others:,} images below {root} are not in {table}: left out", file=sys.stderr, flush=True)
-    return _index(source, [group], [row], read.labels[order], read.classes, pixel_format)
+        raise UserError(f"{source.root} names {source.location(odd[0])}, which is no image: remove the line")
+    labels = source.table.labels[[line for name, line in source.row_of.items() if name in there]]
+    return _index(source.images, [source.images.flat()], [row], labels, source.table.classes, pixel_format)
 
 
 def find_images(root: str | Path) -> list[str]:
@@ -190,14 +168,12 @@ def _scan(
     empty_classes: bool = False,
     labels_file: str | Path = "",
     corrupt_images: CorruptImages | None = None,
-    in_label_table: bool = False,
 ) -> list[Found]:
     """What is known of each group's images.
 
     Args:
         labels_file: lies perhaps among the images, and is not reported as left out.
         corrupt_images: as of `scan_classes`; the cache keeps no group in which a file is corrupt.
-        in_label_table: as of `_stop_at`.
 
     Raises:
         UserError: something stops the index. All is read before that is said, so that all can be named.
@@ -252,7 +228,7 @@ def _scan(
     issues = [
         issue for issue in issues if not labels_file or os.path.abspath(issue.location) != os.path.abspath(labels_file)
     ]
-    _stop_at(source, issues, in_label_table)
+    _stop_at(source, issues)
     return rows
 
 
@@ -286,11 +262,8 @@ def _not_upright(source: FileSource, groups: list[Group], rows: list[Found]) -> 
     return [ImageIssue(first, "is rotated by EXIF", ASK_FOR_UPRIGHT, count=count)]
 
 
-def _stop_at(source: FileSource, issues: list[ImageIssue], in_label_table: bool = False) -> None:
+def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:
     """Tell on stderr what is left out, a line for each kind, and raise what stops.
-
-    Args:
-        in_label_table: the images are those of a table of several labels, which tools.index does not know.
 
     Raises:
         UserError: names the first few things that stop, and the number of others.
@@ -309,8 +282,9 @@ def _stop_at(source: FileSource, issues: list[ImageIssue], in_label_table: bool 
     if stops:
         named = "; ".join(map(str, stops[:NAMED]))
         others = f"; and {len(stops) - NAMED:,} more" if len(stops) > NAMED else ""
-        all_of_them = "" if in_label_table else f" (python -m tools.index {source.root} --verify lists all)"
-        raise UserError(f"{len(stops):,} things stop the index of {source.root}: {named}{others}{all_of_them}")
+        flags = "--several-labels --verify" if isinstance(source, LabelTableSource) else "--verify"
+        all_of_them = f"(python -m tools.index {source.root} {flags} lists all)"
+        raise UserError(f"{len(stops):,} things stop the index of {source.root}: {named}{others} {all_of_them}")
 
 
 def _refuse_archives(folder: str, of_class: bool = False) -> None:

@@ -25,6 +25,7 @@ from pipeline.data.label_table import (
     images_elsewhere,
     in_split,
     match_files,
+    not_in_table,
     read_label_table,
     read_rows,
     several_splits,
@@ -64,11 +65,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class TableSource:
-    """The images that the table `root` names, from the place `images`."""
+    """The images that the table `root` names, from the place `images`.
+
+    Attributes:
+        beside: the table of the run's other set. Of images that are in neither the training's tells.
+    """
 
     root: str
     images: FileSource
     columns: Columns = Columns()
+    beside: str | None = None
 
     @classmethod
     def at(cls, root: str) -> FileSource | None:
@@ -82,7 +88,9 @@ class TableSource:
         return [self.flat()], []
 
     def flat(self) -> Group:
-        return Group("", self._list, labelled=True, key=self.columns.split or "")
+        # Both splits of a table have one cache file; of a table without splits all that read it look for the same line there.
+        split = self.columns.split if self.columns.split and splits_in(Path(self.root)) else None
+        return Group("", self._list, labelled=True, key=split or "")
 
     def open(self, name: str, offset: int, length: int) -> Stream:
         return self.images.open(name, offset, length)
@@ -111,14 +119,15 @@ class TableSource:
         issues = [issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
         if self.columns.split is None and (counts := several_splits(_splits_of(entries))):
             issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
-        known = {
-            *names,
-            *images_elsewhere(table, elsewhere, members, prefix, names if self.columns.split == "train" else ()),
-        }
-        if odd := [name for name, member in members.items() if member.by_name and name not in known]:
-            issues.append(
-                ImageIssue(self.location(odd[0]), f"is not in the table {self.root}", "left out", count=len(odd))
-            )
+        trained_on = names if self.columns.split == "train" else ()
+        known = {*names, *images_elsewhere(table, elsewhere, members, prefix, trained_on)}
+        if self.beside is None:
+            issues += not_in_table([self.root], self.images, members.values(), known)
+        elif self.columns.split == "train":
+            other = Path(self.beside)
+            files = [entry.file for entry in read_table(other, self.columns)]
+            known |= images_elsewhere(other, files, members, os.path.relpath(other.parent, self.images.root))
+            issues += not_in_table([self.root, self.beside], self.images, members.values(), known)
         return Listing(tuple(found), tuple(issues))
 
 

@@ -13,7 +13,9 @@ from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import known_cache
 from pipeline.data.label_table import name_of_split
+from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
+from pipeline.data.sources import open_source
 from pipeline.data.splits import find_splits, find_validation
 from pipeline.data.table import PARQUET, SUFFIXES, TableSource, is_table, splits_in
 from pipeline.errors import UserError
@@ -92,7 +94,8 @@ def open_images(
             raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
         cache = known_cache(Path(labels_file))
         _say_split(Path(labels_file), split)
-        return scan_label_table(folder, labels_file, classes, cache, True, read_as, split=split or "val")
+        table = LabelTableSource(str(labels_file), open_source(folder), classes, split or "val")
+        return scan_label_table(table, cache, True, read_as)
     cache = known_cache(place)
     if labels_file:
         if split:

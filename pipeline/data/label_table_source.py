@@ -1,0 +1,99 @@
+"""The images that a table of several labels names, as a place of images."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.data.archive import MORE_THAN_ONCE
+from pipeline.data.label_table import (
+    LabelTable,
+    files_in,
+    images_elsewhere,
+    match_files,
+    not_in_table,
+    read_label_table,
+)
+from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
+
+
+@dataclass(frozen=True)
+class LabelTableSource:
+    """The images that the table `root` names, from the place `images`; see `read_label_table`.
+
+    Attributes:
+        classes: those that there may be, in the order of the network's outputs; None for the table's own.
+        split: whose rows are taken, as `name_of_split` takes it, where the table says of each which it is for; None: all.
+        beside: the table of the run's other set. Of images that are in neither the training's tells.
+    """
+
+    root: str
+    images: FileSource
+    classes: tuple[str, ...] | None = None
+    split: str | None = None
+    beside: str | None = None
+
+    @classmethod
+    def at(cls, root: str) -> FileSource | None:
+        return None  # a table does not show by itself how many labels an image has
+
+    @cached_property
+    def table(self) -> LabelTable:
+        """What the table says.
+
+        Raises:
+            UserError: see `read_label_table`.
+        """
+        return read_label_table(Path(self.root), self.classes, self.split)
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """The row of each image, by its name.
+
+        Raises:
+            UserError: see `match_files`; an image of training is of another split too.
+        """
+        names = match_files(
+            Path(self.root), self.table.files, self._members, self._prefix_of(self.root), self.table.lines
+        )
+        return {names[row]: row for row in sorted(range(len(names)), key=names.__getitem__)}
+
+    def groups(self) -> tuple[list[Group], list[ImageIssue]]:
+        return [self.flat()], []
+
+    def flat(self) -> Group:
+        # Both splits of a table have one cache file.
+        return Group("", self._list, key=self.split or "" if self.table.elsewhere else "")
+
+    def open(self, name: str, offset: int, length: int) -> Stream:
+        return self.images.open(name, offset, length)
+
+    def location(self, name: str) -> str:
+        return self.images.location(name)
+
+    @cached_property
+    def _listing(self) -> Listing:
+        return self.images.flat().list()
+
+    @cached_property
+    def _members(self) -> dict[str, Member]:
+        return {member.name: member for member in self._listing.members}
+
+    def _prefix_of(self, table: str) -> str:
+        return os.path.relpath(Path(table).parent, self.images.root)
+
+    def _list(self) -> Listing:
+        named, members = self.row_of, self._members
+        issues = [issue for issue in self._listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
+        trained_on = named if self.split == "train" else ()
+        elsewhere = images_elsewhere(
+            Path(self.root), self.table.elsewhere, members, self._prefix_of(self.root), trained_on
+        )
+        known = named.keys() | elsewhere
+        if self.beside is None:
+            issues += not_in_table([self.root], self.images, members.values(), known)
+        elif self.split == "train":
+            other = Path(self.beside)
+            known |= images_elsewhere(other, files_in(other), members, self._prefix_of(self.beside))
+            issues += not_in_table([self.root, self.beside], self.images, members.values(), known)
+        return Listing(tuple(members[name] for name in named), tuple(issues))
