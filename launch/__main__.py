@@ -7,6 +7,7 @@ runs become one job array. ``python -m launch status|logs|cancel|resume RUN ...`
 import argparse
 import dataclasses
 import itertools
+import math
 import os
 import re
 import shutil
@@ -24,10 +25,11 @@ from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.description import describe, processes
 from launch.log import is_held_here, lock_of
 from launch.names import refuse_missing_files, refuse_unknown_names
-from launch.records import Job, add_event, config_of, find_job, read_events, read_job
+from launch.records import CANCEL, NO_CANCEL, Job, add_event, config_of, find_job, read_events, read_job
 from launch.status import (
     ENDED,
     Queue,
+    Status,
     is_alive,
     is_waiting_or_running,
     logs_of,
@@ -76,7 +78,7 @@ def start(arguments: list[str]) -> None:
         metavar="KEY=A,B",
         help="a run of each value of a field; of lists KEY=[A,B],[C]",
     )
-    parser.add_argument("--images-per-second", type=float, metavar="N", help="speed of one rank, for the estimate")
+    parser.add_argument("--images-per-second", type=_speed, metavar="N", help="speed of one rank, for the estimate")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the script, submit nothing")
     add_flags(parser)
     SCHEMA.add_flags(parser, title="run")
@@ -84,13 +86,16 @@ def start(arguments: list[str]) -> None:
     own_flags = ("--cluster", "--grid", "--images-per-second", "--dry-run", *cluster_flags())
     SCHEMA.refuse_unknown(unknown, own_flags)
     cluster, overrides = read_cluster(options), SCHEMA.given(options)
+    varied = [word.partition("=")[0] for word in options.grid]
+    for key in varied:
+        if key in overrides or varied.count(key) > 1:
+            raise UserError(f"{key} is given twice: give all its values to one --grid {key}=A,B")
     configs = [
         read_config(file, overrides, values, several=len(options.configs) > 1, gpus=cluster.gpus_per_node > 0)
         for file in options.configs
         for values in itertools.product(*(grid_values(word) for word in options.grid))
     ]
-    varied = {word.partition("=")[0] for word in options.grid}
-    refuse_flags_without_use([key for key in overrides if key not in varied], configs)
+    refuse_flags_without_use(list(overrides), configs)
     run_dirs = [config.run_dir for config in configs]
     for run_dir in run_dirs:
         if run_dirs.count(run_dir) > 1:
@@ -109,6 +114,14 @@ def start(arguments: list[str]) -> None:
             report(configs, submit(configs, cluster), cluster)
             return
     print(script(configs, cluster) if cluster.kind == "slurm" else processes(configs, cluster))
+
+
+def _speed(text: str) -> float:
+    """Images a second, from 0.01 on: of less the run's end has no date."""
+    with suppress(ValueError):
+        if 0.01 <= (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"a number of 0.01 or more is needed (got '{text}')")
 
 
 def read_config(
@@ -270,21 +283,33 @@ def cancel(run: Path) -> None:
         raise UserError(
             f"{run} is trained by process {process}, and its job {job.id} has gone: kill {process} ends it with a checkpoint"
         )
-    add_event(run, "cancel", job=job.id)
-    if job.kind == "slurm":
-        # A signal of ours lets the ranks save for as long as that takes; scancel's own kills after the site's KillWait.
-        events = [
-            event for event in read_events(run) if event.get("job") == job.id and event["event"] in ("start", "end")
-        ]
-        trains = status.state == "running" and events and events[-1]["event"] == "start"
-        done = subprocess.run(
-            ["scancel", *(["--signal=USR2"] if trains else []), job.id], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise UserError(f"scancel {job.id}: {' '.join(done.stderr.split())}")
-    else:
-        os.kill(int(job.id), signal.SIGTERM)
+    try:
+        add_event(run, CANCEL, job=job.id)  # before the job may end by it: no further attempt shall follow
+    except OSError as error:
+        raise UserError(f"{run} cannot be written ({error.strerror}): its owner can cancel it") from None
+    try:
+        _tell_to_end(run, job, status)
+    except (OSError, UserError) as error:
+        add_event(run, NO_CANCEL, job=job.id)
+        raise UserError(f"{run} goes on: {error}") from None
     print(f"{run}: job {job.id} is told to end")
+
+
+def _tell_to_end(run: Path, job: Job, status: Status) -> None:
+    """
+    Raises:
+        UserError: SLURM refuses.
+        OSError: the process is another user's, or has just gone.
+    """
+    if job.kind == "local":
+        os.kill(int(job.id), signal.SIGTERM)
+        return
+    # A signal of ours lets the ranks save for as long as that takes; scancel's own kills after the site's KillWait.
+    events = [event for event in read_events(run) if event.get("job") == job.id and event["event"] in ("start", "end")]
+    trains = status.state == "running" and events and events[-1]["event"] == "start"
+    done = subprocess.run(["scancel", *(["--signal=USR2"] if trains else []), job.id], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"scancel {job.id}: {' '.join(done.stderr.split())}")
 
 
 def cancel_all(runs: list[Path]) -> list[UserError]:
@@ -360,11 +385,17 @@ def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:
 
 
 def _queue_for(runs: list[Path]) -> Queue:
-    """SLURM's queue, if one of the runs is SLURM's."""
+    """SLURM's queue, if one of the runs is SLURM's.
+
+    Raises:
+        UserError: SLURM does not answer. Without its word a job that waits would be taken for one that is gone.
+    """
     for run in runs:
+        job = None
         with suppress(UserError):  # which the run's own status says
-            if (job := find_job(run)) and job.kind == "slurm":
-                return slurm_queue()
+            job = find_job(run)
+        if job and job.kind == "slurm":
+            return slurm_queue()
     return None
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.records import Attempt, add_event, read_events, read_submission, slurm_attempt
+from launch.records import Attempt, add_event, is_cancelled, read_events, read_submission, slurm_attempt
 from pipeline.config import load_stored_config
 from pipeline.errors import UserError
 from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
@@ -105,11 +105,6 @@ def end(attempt: Attempt, code: int) -> str:
     return what
 
 
-def is_cancelled(attempt: Attempt) -> bool:
-    """Whether ``python -m launch cancel`` has told this job to end."""
-    return any(event["event"] == "cancel" and event["job"] == attempt.job for event in read_events(attempt.run_dir))
-
-
 def _is_complete(attempt: Attempt) -> bool:
     """Whether the last checkpoint is of the end; no if that is not known.
 
@@ -136,7 +131,7 @@ def main() -> None:
     )  # a scheduler that is impatient must not leave the run without its next
     attempt, code = slurm_attempt(Path(sys.argv[1])), int(sys.argv[2])
     what = end(attempt, code)
-    if what == "again" and not is_cancelled(attempt):
+    if what == "again" and not is_cancelled(read_events(attempt.run_dir), attempt.job):
         subprocess.run(["scontrol", "requeue", attempt.job], check=True)
     elif what != "done":
         sys.exit(code)

@@ -4,21 +4,15 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline.errors import UserError
 from pipeline.parsing import STRICT, NonNegative, Positive, Schema
 
 
-def _clock(value: Any) -> Any:
-    """YAML takes 24:00:00 for a number of base 60."""
-    if isinstance(value, int) and value >= 3600 and not isinstance(value, bool):
-        return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
-    return str(value)
-
-
-def _time_limit(text: str) -> str:
+def _time_limit(value: Any) -> str:
+    text = str(value)  # of a number too, which SLURM would take for minutes: it is refused
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     numbers = [*parts, days or "0"]
@@ -27,7 +21,7 @@ def _time_limit(text: str) -> str:
     return text
 
 
-TimeLimit = Annotated[str, BeforeValidator(_clock), AfterValidator(_time_limit)]
+TimeLimit = Annotated[str, BeforeValidator(_time_limit)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -101,6 +95,10 @@ class Cluster:
 SCHEMA = Schema(Cluster, flag=lambda key: f"--{key.replace('_', '-')}", example="launch/site.example.yaml")
 
 
+# What processes of this machine follow, too. Of several nodes the submission tells.
+LOCAL = (
+    "kind", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning_seconds", "parallel", "failures",
+)  # fmt: skip
 _WITHOUT_A_FLAG = ("kind",)  # --cluster says it
 
 
@@ -133,4 +131,17 @@ def read_cluster(options: Namespace) -> Cluster:
         tree = SCHEMA.read(Path(origin))
     else:
         raise UserError(f"there is no cluster file {origin}: --cluster takes a file, local or slurm")
-    return SCHEMA.build(tree, origin, SCHEMA.given(options))
+    cluster = SCHEMA.build(tree, origin, SCHEMA.given(options))
+    _refuse_without_use(cluster)
+    return cluster
+
+
+def _refuse_without_use(cluster: Cluster) -> None:
+    """Refuse what would change nothing. Not by the dataclass, which also reads what earlier versions have submitted."""
+    if cluster.mail_user is None and cluster.mail_type != Cluster.mail_type:
+        raise UserError("--mail-type does nothing without --mail-user: add that, or leave both out")
+    if cluster.kind == "local":
+        default = Cluster()
+        for key, flag in zip(SCHEMA.fields, SCHEMA.flags, strict=True):
+            if key not in LOCAL and getattr(cluster, key) != getattr(default, key):
+                raise UserError(f"{flag} is for SLURM, and does nothing for processes of this machine: leave it out")

@@ -8,13 +8,14 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.run_dir import CONFIG
 
+CANCEL, NO_CANCEL = "cancel", "not cancelled"  # events: the second takes the first back
 SUBMITTED = "submitted.yaml"  # in a run's directory: the configuration as it was submitted last
 
 
@@ -27,16 +28,12 @@ class Job:
         kind: "slurm" or "local".
         host: where it was submitted.
         folder: the submission's: code as it was then, and a log of each rank.
-        ranks: number of ranks.
-        failures: failures in a row without a new checkpoint after which it is not attempted again.
     """
 
     id: str
     kind: str
     host: str
     folder: str
-    ranks: int
-    failures: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def write_submission(
     Args:
         seconds: time limit of an attempt.
         warning: seconds before it at which the ranks are asked to leave.
-        failures: see `Job`.
+        failures: in a row, without a new checkpoint, after which a run is not attempted again.
         parallel: of a local submission, how many of its runs train at once.
     """
     values = dict(
@@ -145,17 +142,33 @@ def find_job(run_dir: Path) -> Job | None:
         UserError: the file does not say what a job is, as one of another version.
     """
     try:
-        return Job(**json.loads((run_dir / "job.json").read_text()))
+        known = json.loads((run_dir / "job.json").read_text())
+        return Job(**{field.name: known[field.name] for field in fields(Job)})
     except OSError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{run_dir / 'job.json'} is damaged, or of another version ({error})") from None
 
 
 def add_event(run_dir: Path, event: str, **values: Any) -> None:
-    """Append a line to ``starts.jsonl``."""
-    with open(run_dir / "starts.jsonl", "a") as stream:
-        stream.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+    """Append a line to ``starts.jsonl``, after one that a crash has cut short a line of its own."""
+    line = json.dumps({"event": event, "time": time.time(), **values}) + "\n"
+    with open(run_dir / "starts.jsonl", "ab+") as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            line = line if stream.read(1) == b"\n" else f"\n{line}"
+        stream.write(line.encode())
+
+
+def is_cancelled(events: list[dict[str, Any]], job: str) -> bool:
+    """Whether ``python -m launch cancel`` has told this job to end, and has not failed to.
+
+    Args:
+        events: of `read_events`.
+        job: as `Job.id`.
+    """
+    words = [event["event"] for event in events if event.get("job") == job and event["event"] in (CANCEL, NO_CANCEL)]
+    return words[-1:] == [CANCEL]
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

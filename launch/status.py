@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.log import attempts_in_log, exists, is_held_here, seen_elsewhere, state_by_log
-from launch.records import SUBMITTED, Job, config_of, find_job, read_events
+from launch.records import SUBMITTED, Job, config_of, find_job, is_cancelled, read_events
 from pipeline.config import Config, load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
@@ -24,6 +24,7 @@ from pipeline.run_dir import CONFIG, LOG, RECORDS, epochs_done, is_complete, rea
 Queue = dict[str, tuple[str, str, str]] | None
 
 LOG_LINES = 5
+OUR_RANK = "launch.rank"  # a word of the command of a rank that a job has started
 ENDED = ("done", "stopped", "interrupted", "cancelled", "gone")
 # Of SLURM's states; in all others the job may still run, as when it is suspended.
 FINAL_STATES = (
@@ -226,8 +227,8 @@ def logs_of(run_dir: Path) -> list[tuple[str, Path]]:
     if job and (job.id, Path(job.folder)) not in jobs:  # of a version that did not note the folder
         jobs.append((job.id, Path(job.folder)))
     found = [(str(rank), file) for name, folder in jobs for rank, file in _rank_logs(name, folder).items()]
-    starts = sum(event["event"] == "start" for event in read_events(run_dir))
-    own = [("log", run_dir / LOG)] if len(attempts_in_log(run_dir)) > starts else []
+    by_hand = any(OUR_RANK not in attempt[0].split() for attempt in attempts_in_log(run_dir))
+    own = [("log", run_dir / LOG)] if by_hand else []
     return own + found
 
 
@@ -281,7 +282,7 @@ def _state_of_job(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: 
         return state.lower(), nodes, reason if state == "PENDING" else ""
     if ended and last["what"] in ("done", "stopped"):
         return last["what"], "", "" if last["what"] == "done" else why
-    if state == "CANCELLED" or any(event["event"] == "cancel" and event["job"] == job.id for event in events):
+    if state == "CANCELLED" or is_cancelled(events, job.id):
         return "cancelled", "", ""
     waits = last.get("event") == "submit"
     if is_alive(job, run_dir):

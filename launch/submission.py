@@ -1,6 +1,7 @@
 """From configurations to jobs: checks, the code as it is now, and SLURM's or the local twin's start."""
 
 import dataclasses
+import errno
 import itertools
 import os
 import shlex
@@ -35,23 +36,46 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
     """
     refuse_impossible(cluster, len(configs), submits=True)
     with _new_folder(configs) as folder:
+        _write(configs, cluster, folder)
+        start = _start_slurm if cluster.kind == "slurm" else _start_local
+        ids = start(configs, cluster, folder)
+    jobs = [Job(i, cluster.kind, socket.gethostname(), str(folder)) for i in ids]
+    for config, job in zip(configs, jobs, strict=True):
+        try:
+            replace_text(Path(config.run_dir, SUBMITTED), to_yaml(config))
+            write_job(Path(config.run_dir), job)
+            add_event(
+                Path(config.run_dir), "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster)
+            )
+        except OSError as error:
+            raise UserError(
+                f"job {job.id} is submitted, but {config.run_dir} cannot be written ({error.strerror}): end it with "
+                f"{'scancel' if job.kind == 'slurm' else 'kill'} {job.id}"
+            ) from None
+    return jobs
+
+
+def _write(configs: list[Config], cluster: Cluster, folder: Path) -> None:
+    """Fill the submission's folder: the code as it is now, the configurations, and what the ranks need to know.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    run_dirs = [config.run_dir for config in configs]
+    try:
         for package in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(REPOSITORY / package, folder / "code" / package, ignore=ignored)
-        run_dirs, warning = [config.run_dir for config in configs], cluster.warning_seconds
-        parallel = cluster.parallel or 1
-        write_submission(folder, run_dirs, cluster.ranks, cluster.seconds, warning, cluster.failures, parallel)
+        write_submission(
+            folder, run_dirs, cluster.ranks, cluster.seconds, cluster.warning_seconds, cluster.failures,
+            cluster.parallel or 1,
+        )  # fmt: skip
         config_file(folder, 0).parent.mkdir()
         for index, config in enumerate(configs):
             config_file(folder, index).write_text(to_yaml(config))
-        start = _start_slurm if cluster.kind == "slurm" else _start_local
-        ids = start(configs, cluster, folder)
-    jobs = [Job(i, cluster.kind, socket.gethostname(), str(folder), cluster.ranks, cluster.failures) for i in ids]
-    for config, job in zip(configs, jobs, strict=True):
-        replace_text(Path(config.run_dir, SUBMITTED), to_yaml(config))
-        write_job(Path(config.run_dir), job)
-        add_event(Path(config.run_dir), "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster))
-    return jobs
+    except OSError as error:
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise UserError(f"cannot write {folder} ({why}): make room there, or set --run_dir") from None
 
 
 def refuse_impossible(cluster: Cluster, runs: int, submits: bool) -> None:
@@ -188,8 +212,10 @@ def _new_folder(configs: list[Config]) -> Iterator[Path]:
             folder.mkdir()
             for run_dir in run_dirs:
                 run_dir.mkdir(parents=True, exist_ok=True)
+                if not os.access(run_dir, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
         except OSError as error:
-            raise UserError(f"cannot make {error.filename} ({error.strerror}): set --run_dir") from None
+            raise UserError(f"cannot make or write {error.filename} ({error.strerror}): set --run_dir") from None
         yield folder
     except BaseException:
         if folder is not None:

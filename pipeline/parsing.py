@@ -146,7 +146,7 @@ class Schema(Generic[T]):
             UserError: it cannot be read, is not valid YAML, or no mapping of fields and sections.
         """
         try:
-            tree = yaml.load(path.read_text(), _UniqueKeys)
+            tree = yaml.load(path.read_text(), _Loader)
         except OSError as error:
             raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:  # a key given twice included
@@ -302,8 +302,8 @@ _PLAIN = {  # pydantic's kinds of error in plain words
 }
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping that gives a key twice, of which YAML would keep the last."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that gives a key twice, of which YAML would keep the last, and reads 24:00:00 as text."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -313,6 +313,13 @@ class _UniqueKeys(yaml.SafeLoader):
                     None, None, f"the key '{key.value}' is given twice", key.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_int(self, node):
+        # YAML 1.1 takes it for a number of base 60, which cannot be told from another afterwards.
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 
 
 def _origin(annotation: Any) -> Any:

@@ -176,10 +176,12 @@ def user_error(monkeypatch, capfd):
     return run
 
 
-def override_flags(config: Config) -> list[str]:
-    """The command-line words that turn the defaults into `config`."""
+def override_flags(config: Config, leave_out: str = "") -> list[str]:
+    """The command-line words that turn the defaults into `config`, but for one field."""
     words = []
     for key, value in flatten(dataclasses.asdict(config)).items():
+        if key == leave_out:
+            continue
         if key in ("train.change", "data.from_weights"):  # words of their own
             words += [word for field in value for word in (f"--{key}", field)]
         else:

@@ -286,6 +286,11 @@ def test_the_command_prints_the_table(monkeypatch, capsys):
     assert len({len(line) for line in lines}) == 1
 
 
+def test_ranks_that_cannot_share_a_batch_are_refused(user_error):
+    for ranks in (3, 512):
+        assert f"256 cannot be split evenly over {ranks} ranks" in user_error(main, DENSENET121, "--ranks", ranks)
+
+
 def test_the_verdict_in_one_line_names_what_differs():
     rows = audit(load_config(DENSENET121), microbatches=8)
     assert in_one_line(rows) == "differs from the paper in images in a batch-norm statistic (32; paper 64)"

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from tools.figures import (
     draw_imagenet,
     draw_small_images,
     main,
+    names_of,
     read_run,
+    run_dirs_of,
     runs_in,
     told_apart,
     validation_of,
@@ -74,6 +77,12 @@ def test_pictures_of_runs_and_of_a_checkpoint(tmp_path, monkeypatch):
     }
     for file in files:
         Image.open(tmp_path / "figures" / file).verify()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "cifar").symlink_to(runs / "cifar")
+    shutil.copytree(runs / "cifar", tmp_path / "again" / "cifar")
+    found = [str(path) for path in (tmp_path / "others", runs, checkpoint, tmp_path / "again", runs / "cifar")]
+    names = list(names_of(run_dirs_of(found)))
+    assert names == [f"{tmp_path}/others/cifar", "densenet121", f"{tmp_path}/again/cifar"]  # each once, and told apart
 
     found = [read_run(run) for run in runs_in(runs)]
     assert [(run.name, run.data) for run in found] == [("cifar", "C10+"), ("densenet121", "synthetic images")]

@@ -1,9 +1,11 @@
 """Launching without SLURM: what is asked for, what follows an end, and the local twin, really run and struck."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +17,7 @@ from test_trainer import assert_equal_weights, comparable_records, weights
 
 from launch import after
 from launch.__main__ import grid_values, start
+from launch.__main__ import main as launch
 from launch.after import cause_of, decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
 from launch.estimate import estimate
@@ -62,7 +65,7 @@ def test_a_sites_file_and_flags_that_win(tmp_path):
     assert asked.sbatch == {"reservation": "a", "exclusive": "user"}
     assert cluster("--cluster", "local", "--tasks-per-node", "3").ranks == 3
     for written, minutes in [("24:00:00", 1440), ("1:00:30", 61), ("0:30:00", 30), ("'2-00:00:00'", 2880)]:
-        site.write_text(f"time: {written}")  # YAML takes the first two for numbers of base 60
+        site.write_text(f"time: {written}")  # YAML 1.1 takes the first two for numbers of base 60
         assert cluster("--cluster", str(site)).minutes == minutes
     shipped = cluster("--cluster", str(REPOSITORY / "launch" / "site.example.yaml"), "--srun=--overlap", "--srun=-v")
     assert shipped.ranks == 8 and shipped.srun == ("--overlap", "-v")
@@ -79,6 +82,13 @@ def test_a_sites_file_and_flags_that_win(tmp_path):
         (["--time", "0:02:00"], "warning_seconds 120 must be less than the time limit 0:02:00"),
         (["--sbatch", "exclusive"], "--sbatch exclusive: NAME=VALUE is needed"),
         (["--cluster", "nowhere.yaml"], "no cluster file nowhere.yaml: --cluster takes a file, local or slurm"),
+        (["--cluster", "minutes.yaml"], "minutes.yaml: 'time': .*HOURS:MINUTES:SECONDS.*'4320'"),
+        (
+            ["--cluster", "local", "--setup", "module load cuda"],
+            "--setup is for SLURM, and does nothing for processes of",
+        ),
+        (["--cluster", "local", "--cpus-per-task", "4"], "--cpus-per-task is for SLURM"),
+        (["--mail-type", "FAIL"], "--mail-type does nothing without --mail-user"),
         (["--cluster", "site.yaml"], "site.yaml: 'partiton' is not a known key \\(did you mean 'partition'"),
     ],
 )
@@ -86,6 +96,7 @@ def test_mistakes_name_the_flag_or_the_key(tmp_path, monkeypatch, words, expecte
     monkeypatch.chdir(tmp_path)
     Path("site.yaml").write_text("partiton: gpu")
     Path("time.yaml").write_text("time: 90")
+    Path("minutes.yaml").write_text("time: 4320")  # three days, as sbatch takes it
     with pytest.raises(UserError, match=expected):
         cluster(*words)
 
@@ -308,7 +319,16 @@ def test_a_step_on_more_gpus_is_faster_but_less_efficient():
 
 
 def local_words(config, *more: object) -> list[str]:
-    words = ["configs/demo.yaml", *override_flags(config), "--cluster", "local", "--tasks-per-node", 2, *more]
+    varied = "optim.lr" if "--grid" in more else ""
+    words = [
+        "configs/demo.yaml",
+        *override_flags(config, leave_out=varied),
+        "--cluster",
+        "local",
+        "--tasks-per-node",
+        2,
+        *more,
+    ]
     return [str(word) for word in words]
 
 
@@ -337,7 +357,7 @@ def test_status_shows_the_mean_auroc_of_runs_on_several_labels(tmp_path):
         config = small_config(tmp_path / name)
         run = Path(config.run_dir)
         run.mkdir()
-        write_job(run, Job("7", "local", "elsewhere", str(tmp_path), 1, 3))
+        write_job(run, Job("7", "local", "elsewhere", str(tmp_path)))
         (run / "submitted.yaml").write_text(to_yaml(config))
         at = {"errors": {"epoch": 0}, "labels": {"epochs": 1.0}}[name]  # as earlier versions wrote it, and as it is now
         record = {"step": 4, **at, "val/loss": 1.0, **{f"val/{key}": value for key, value in score.items()}}
@@ -430,6 +450,40 @@ def test_a_refused_submission_leaves_nothing_and_changes_nothing(tmp_path, monke
     assert [file.name for file in before.parent.iterdir()] == ["submitted.yaml"] and before.read_text() == "as accepted"
 
 
+def test_a_place_that_cannot_be_written_is_found_before_a_job_is_there(tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run")
+    monkeypatch.setattr("launch.submission._start_local", lambda *_: pytest.fail("started"))
+    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as other:  # to root every folder is open
+        other.setattr("launch.submission.os.access", lambda path, _: str(path) != config.run_dir)
+        with pytest.raises(
+            UserError, match=f"cannot make or write {tmp_path}/run \\(Permission denied\\): set --run_dir"
+        ):
+            submit([config], Cluster(kind="local"))
+
+    def full(source, target, **_):
+        raise shutil.Error([(str(source), str(target), "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr("launch.submission.shutil.copytree", full)
+    with pytest.raises(
+        UserError, match=r"cannot write .*/jobs/\S+ \(\[Errno 28\] No space left on device\): make room there"
+    ):
+        submit([config], Cluster(kind="local"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_job_whose_run_cannot_be_written_after_all_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("launch.submission._start_local", lambda *_: ["4711"])
+    monkeypatch.setattr("launch.submission.write_job", full)
+    with pytest.raises(
+        UserError, match="job 4711 is submitted, but .*/run cannot be written .*: end it with kill 4711"
+    ):
+        submit([small_config(tmp_path / "run")], Cluster(kind="local"))
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
@@ -487,7 +541,8 @@ def test_without_slurm_a_dry_run_shows_the_script_and_a_submission_is_refused(tm
         "gpu",
     ]
     other = ["--grid", "optim.lr=0.1,0.2", "--parallel", "1", "--account", "vision", "--optim.batch_size", "24"]
-    start([*words, "--dry-run", *request, *other])
+    one_less = override_flags(small_config(tmp_path / "a run"), leave_out="optim.lr")
+    start(["configs/demo.yaml", *map(str, one_less), "--dry-run", *request, *other])
     lines = {line.removeprefix("#SBATCH --") for line in capsys.readouterr().out.splitlines() if "#SBATCH" in line}
     assert lines >= {
         "account=vision", "array=0-1%1", "cpus-per-task=12", "gpus-per-node=4", "nodes=3", "ntasks-per-node=4",
@@ -617,6 +672,27 @@ def test_a_flag_must_do_something_in_one_of_the_runs(tmp_path, monkeypatch):
     for grid in (["--grid", "optim.lr=0.1,0.2", "--data.erasing_fill", "noise"], ["--grid", "data.erasing_fill=noise"]):
         with pytest.raises(UserError, match=advice):
             start([*words, *grid])
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (
+            ["--grid", "optim.lr=0.1", "--grid", "optim.lr=0.2"],
+            "optim.lr is given twice: give all its values to one --grid",
+        ),
+        (["--grid", "optim.lr=0.1,0.2", "--optim.lr", "0.5"], "optim.lr is given twice"),
+        *(
+            (["--images-per-second", text], "a number of 0.01 or more is needed")
+            for text in ("inf", "nan", "0", "-5", "x")
+        ),
+    ],
+)
+def test_words_that_contradict_each_other_or_mean_nothing_are_refused(tmp_path, monkeypatch, words, advice, user_error):
+    monkeypatch.chdir(REPOSITORY)
+    given = words if words[0] == "--grid" else [f"{words[0]}={words[1]}"]  # -5 by itself would be a flag
+    begin = ["configs/densenet121.yaml", "--cluster", "local", "--run_dir", tmp_path / "run", "--dry-run"]
+    assert advice in user_error(launch, *begin, *given)
 
 
 @pytest.mark.parametrize(

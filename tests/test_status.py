@@ -16,7 +16,7 @@ from conftest import REPOSITORY, override_flags, small_config
 from launch.__main__ import look_after, start
 from launch.cluster import Cluster
 from launch.local import Controller
-from launch.records import Job, add_event, config_file, write_job, write_submission
+from launch.records import Job, add_event, config_file, is_cancelled, read_events, write_job, write_submission
 from launch.status import logs_of, read_status, runs_below, to_text
 from launch.turns import gpus_for_part, has_turn, part_of, take_part, take_turn
 from pipeline import trainer
@@ -131,7 +131,7 @@ def test_a_complete_run_is_done_whatever_it_refused_later(tmp_path, starter):
     refusal = "the data in b were others"
     run = run_of_torchrun(tmp_path / "a", f"{BEGIN}{TIME}ended\n{BEGIN}{TIME}error: {refusal}\n")
     if starter == "launch":
-        write_job(run, Job("7", "slurm", "elsewhere", str(tmp_path), 1, 3))
+        write_job(run, Job("7", "slurm", "elsewhere", str(tmp_path)))
         add_event(run, "submit", job="7", cluster={})
         add_event(run, "start", start="7.0", job="7", machines="node1")
         ended = {"what": "stopped", "why": "needs a person", "message": refusal, "cause": "mistake"}
@@ -212,9 +212,7 @@ def submitted(run: Path, kind: str = "local", host: str | None = None, cluster: 
     """A run that was submitted, and of which nothing more is known."""
     run.mkdir(parents=True, exist_ok=True)
     host = os.uname().nodename if host is None else host
-    write_job(
-        run, Job(**{"id": str(os.getpid()), "kind": kind, "host": host, "folder": "", "ranks": 1, "failures": 3} | job)
-    )
+    write_job(run, Job(**{"id": str(os.getpid()), "kind": kind, "host": host, "folder": ""} | job))
     (run / "submitted.yaml").write_text(to_yaml(small_config(run)))
     add_event(
         run, "submit", job=job.get("id", str(os.getpid())), cluster=dataclasses.asdict(cluster or Cluster(kind=kind))
@@ -234,6 +232,54 @@ def test_a_job_that_waited_and_has_gone_is_not_waited_for_nor_another_process_si
         pytest.raises(UserError, match=rf"its job \d+ has gone: kill {os.getpid()} ends it with"),
     ):
         look_after("cancel", [str(run)])  # trained by hand
+
+
+def test_a_queue_that_does_not_answer_makes_no_job_gone(tmp_path, monkeypatch):
+    """As while SLURM's controller restarts: a job that waits since long ago would be submitted a second time."""
+    run = submitted(tmp_path / "a", kind="slurm", id="7")
+    add_event(run, "start", start="7.0", job="7")
+    add_event(run, "end", start="7.0", job="7", what="again", why="warned of the time limit", message="")
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho unable to contact slurm controller >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("launch.__main__.submit", lambda *_: pytest.fail("submitted"))
+    for verb in ("status", "cancel", "resume"):
+        with pytest.raises(UserError, match="squeue does not answer: unable to contact slurm controller"):
+            look_after(verb, [str(run)])
+    assert read_events(run)[-1]["event"] == "end"
+
+
+def test_a_cancel_that_fails_does_not_end_the_run_later(tmp_path, monkeypatch):
+    run = submitted(tmp_path / "a", kind="slurm", id="7")
+    (scancel := tmp_path / "scancel").write_text("#!/bin/sh\necho access denied >&2\nexit 1\n")
+    scancel.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("launch.__main__.slurm_queue", lambda: {"7": ("RUNNING", "a", "")})
+    with pytest.raises(UserError, match="a goes on: scancel 7: access denied"):
+        look_after("cancel", [str(run)])
+    assert not is_cancelled(read_events(run), "7") and read_status(run, {}).state == "gone"
+    scancel.write_text("#!/bin/sh\n")
+    look_after("cancel", [str(run)])
+    assert is_cancelled(read_events(run), "7") and read_status(run, {}).state == "cancelled"
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("launch.__main__.add_event", refused)  # of a colleague's run; to root every file is open
+    with pytest.raises(UserError, match=r"a cannot be written \(Permission denied\): its owner can cancel it"):
+        look_after("cancel", [str(run)])
+
+
+def test_an_event_after_one_that_a_crash_has_cut_short_is_kept(tmp_path):
+    add_event(tmp_path, "start", job="1")
+    with open(tmp_path / "starts.jsonl", "a") as file:
+        file.write('{"event": "en')
+    for event in ("submit", "start"):
+        add_event(tmp_path, event, job="2")
+    assert [event["event"] for event in read_events(tmp_path)] == ["start", "submit", "start"]
+    assert (tmp_path / "starts.jsonl").read_text().count("\n") == 4
 
 
 def test_a_run_is_known_by_whatever_link_leads_to_it(tmp_path):
@@ -347,7 +393,7 @@ def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("launch.__main__.report", lambda *_: None)
     for name, complete in (("whole", "true"), ("part", "false")):
         run = run_of_torchrun(tmp_path / name, f"{BEGIN}{TIME}ended\n")
-        write_job(run, Job("7", "local", "elsewhere", str(tmp_path), 1, 3))
+        write_job(run, Job("7", "local", "elsewhere", str(tmp_path)))
         (run / "submitted.yaml").write_text(to_yaml(small_config(run)))
         add_event(run, "submit", job="7", cluster=dataclasses.asdict(Cluster(kind="local")))
         add_event(run, "cancel", job="7")
@@ -382,17 +428,17 @@ def test_logs_are_of_all_submissions_in_order(tmp_path, capsys):
         (tmp_path / folder).mkdir()
         for rank in (0, 1):
             (tmp_path / folder / f"{job}_{rank}_log.out").write_text(f"{folder} {rank}\n")
-        write_job(run, Job(job, "local", "vm", str(tmp_path / folder), 2, 3))
+        write_job(run, Job(job, "local", "vm", str(tmp_path / folder)))
         add_event(run, "submit", job=job, folder=str(tmp_path / folder), cluster=dataclasses.asdict(Cluster()))
         add_event(run, "start", start=f"{job}.0", job=job)
     assert [(whose, file.parent.name) for whose, file in logs_of(run)] == [
-        ("0", "first"), ("1", "first"), ("0", "second"), ("1", "second"),
+        ("log", run.name), ("0", "first"), ("1", "first"), ("0", "second"), ("1", "second"),
     ]  # fmt: skip
-    with open(run / "log.txt", "a") as log:
-        log.write(f"{BEGIN}{BEGIN}")  # attempts that no job knows of
     look_after("logs", [str(run)])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("log: 2026") and said[-4:] == ["0: first 0", "1: first 1", "0: second 0", "1: second 1"]
+    (run / "log.txt").write_text(BEGIN.replace("pipeline.train", "launch.rank"))  # what the job's own logs have too
+    assert ("log", run / "log.txt") not in logs_of(run)
 
 
 def test_runs_take_turns_in_their_order(tmp_path):

@@ -36,7 +36,7 @@ def test_one_has_no_plural_in_a_message(tmp_path):
 )
 def test_when_a_run_of_several_begins(tmp_path, capsys, parallel, words):
     configs = [small_config(tmp_path / str(i)) for i in range(3)]
-    jobs = [Job(str(i), "local", "here", "logs", 1, 3) for i in range(3)]
+    jobs = [Job(str(i), "local", "here", "logs") for i in range(3)]
     report(configs, jobs, dataclasses.replace(Cluster(kind="local"), parallel=parallel))
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith(f"; begins when {words} (--parallel)") for line in lines] == [i >= parallel for i in range(3)]

@@ -33,7 +33,7 @@ from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, posit
 from pipeline.evaluation import check_image_size, evaluate
 from pipeline.metrics import Score
 from pipeline.models import create_model
-from pipeline.models.folding import fold_norms
+from pipeline.models.folding import fold_norms, folded
 from pipeline.models.msdnet import MSDNet
 from pipeline.precision import set_tf32
 from pipeline.weights import Weights, read_weights, weights_file
@@ -177,7 +177,7 @@ def read_other(item: str, called: str, data: DataConfig, test: DatasetIndex, wor
         except ValueError:
             raise UserError(f"--beside {item}: '{error}' is no error in percent: give WEIGHTS or NAME=ERROR") from None
         classes, channels = len(test.classes), data.channels
-        network = on_device(create_model(name, classes, in_channels=channels).eval(), world)
+        network = on_device(folded(create_model(name, classes, in_channels=channels).eval()), world)
         check_image_size(network, data.crop_size, name, channels)
         bare = network_without_weights(ModelConfig(name=name), classes, channels)
         work = multiply_accumulates(bare, data.crop_size, channels)
@@ -187,7 +187,7 @@ def read_other(item: str, called: str, data: DataConfig, test: DatasetIndex, wor
     if weights.classes != test.classes:
         raise UserError(f"--beside {item} is for other classes than {options.weights}")
     own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)
-    network = on_device(weights.network, world)
+    network = on_device(folded(weights.network), world)
     bare = network_without_weights(weights.config.model, len(test.classes), own.channels)
     work = multiply_accumulates(bare, own.crop_size, own.channels)
     loader = loader_of(test, own, world, options)

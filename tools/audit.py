@@ -7,8 +7,10 @@ import sys
 from typing import Any
 
 from pipeline.audit import audit, setting_for, to_markdown
+from pipeline.batches import microbatches_of
 from pipeline.config import parse_command_line
 from pipeline.errors import exit_on_user_error, positive_integer
+from pipeline.history import batch_split
 from pipeline.recipes import audit_recipe, recipe_of
 from pipeline.words import counted
 
@@ -23,6 +25,8 @@ def main() -> None:
         "recipe": {"action": "store_true", "help": "compare with the recipe that published.recipe names"},
     }
     config, options = parse_command_line(sys.argv[1:], "python -m tools.audit", __doc__, flags)
+    if options.ranks:
+        microbatches_of(config, options.ranks, batch_split(options.ranks, config.optim.grad_accum_steps))
     if options.recipe:
         recipe = recipe_of(config)
         ranks = options.ranks or recipe.ranks

@@ -33,7 +33,7 @@ from pipeline.provenance import provenance
 from pipeline.weights import Weights, weights_file
 from tools.support.candidate import Candidate
 from tools.support.evaluated_images import are_same_images, open_images, trained_on
-from tools.support.evaluation_figures import compare, describe
+from tools.support.evaluation_figures import checksum, compare, describe
 from tools.support.evaluation_report import (
     ON_NEW_IMAGES,
     comparisons_to_text,
@@ -100,7 +100,7 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     candidates: list[Candidate] = []
     files = [str(weights_file(file)) for file in options.weights]
     for file, name in zip(files, names_of_files(files), strict=True):
-        weights = read_weights_of(options, file)
+        sha256, weights = checksum(file), read_weights_of(options, file)
         data = data_config(weights, options)
         same = [c for c in candidates if are_same_images(c.data, data) and c.index.classes == weights.classes]
         if options.held_out:
@@ -116,7 +116,7 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         check_image_size(weights.network, data.crop_size, name, data.channels)
         bare = network_without_weights(weights.config.model, len(weights.classes), data.channels)
         work = multiply_accumulates(bare, data.crop_size, data.channels)
-        candidates.append(Candidate(file, name, weights, data, index, work))
+        candidates.append(Candidate(file, name, weights, data, index, work, sha256=sha256))
         if not options.held_out and (seen := trained_on(candidates[-1])):
             candidates[-1] = dataclasses.replace(candidates[-1], seen=seen)
             print(f"warning: {name} was trained on {seen}: {ON_NEW_IMAGES}", file=sys.stderr, flush=True)

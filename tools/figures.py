@@ -9,6 +9,7 @@ are the same. Runs that were validated on different images stand in different pa
 import dataclasses
 import math
 import os
+import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from torch import nn
 
-from pipeline.audit import published_errors_hold, setting_for
+from pipeline.audit import is_papers_data, published_errors_hold, setting_for
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored, load_stored_config
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
@@ -142,8 +143,12 @@ class Run:
     @property
     def has_published(self) -> bool:
         """Whether the figures that its configuration quotes may stand beside its own."""
+        return published_errors_hold(self.config, self.classes, self._counts)
+
+    @property
+    def _counts(self) -> tuple[int, int] | None:
         train, val = self.images or (0, 0)
-        return published_errors_hold(self.config, self.classes, (train, val) if self.images else None)
+        return (train, val) if self.images else None
 
     @property
     def data(self) -> str:
@@ -152,7 +157,11 @@ class Run:
         if config.loader == "synthetic":
             return "synthetic images"
         if config.dataset == "images":
-            return IMAGENET if self.classes == 1000 else f"images in {Path(config.dir).name}"
+            return (
+                IMAGENET
+                if is_papers_data(self.config, self.classes, self._counts)
+                else f"images in {Path(config.dir).name}"
+            )
         return config.dataset if config.dataset == "fashion-mnist" else setting_for(self.config).name
 
 
@@ -173,12 +182,12 @@ def main() -> None:
     parser.add_argument("--output", metavar="DIR", default="figures", help="folder for the pictures [figures]")
     options = parser.parse_args()
     output = writable_folder(options.output)
-    run_dirs = [run for path in map(Path, options.paths) if path.is_dir() for run in runs_in(path)]
+    run_dirs = run_dirs_of(options.paths)
     weights = [str(run / "checkpoints" / "last.pt") for run in run_dirs]
     weights += [path for path in options.paths if not Path(path).is_dir()]
 
     written = []
-    runs = told_apart([read_run(run_dir) for run_dir in run_dirs])
+    runs = told_apart([read_run(run_dir, name) for name, run_dir in names_of(run_dirs).items()])
     if runs:
         written.append(save(draw_curves(runs), output / "curves.png"))
         with_errors = [run for run in runs if run.measure is ERROR]
@@ -191,7 +200,28 @@ def main() -> None:
         if isinstance(network, DenseNet):
             picture = draw_reuse(feature_reuse(network), f"{name}: feature reuse")
             written.append(save(picture, output / f"reuse-{name}.png"))
+        else:
+            print(f"{path}: no picture of the reuse of features, which is of DenseNets", file=sys.stderr, flush=True)
     print("\n".join(map(str, written)))
+
+
+def run_dirs_of(paths: list[str]) -> list[Path]:
+    """The runs that are meant, each once, whatever names it is given under.
+
+    Raises:
+        UserError: see `runs_in`.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        for run_dir in runs_in(path) if path.is_dir() else ():
+            found.setdefault(os.path.realpath(run_dir), run_dir)
+    return list(found.values())
+
+
+def names_of(run_dirs: list[Path]) -> dict[str, Path]:
+    """Runs by their directories' names, or by their paths where several have one name."""
+    times = Counter(run_dir.name for run_dir in run_dirs)
+    return {run_dir.name if times[run_dir.name] == 1 else str(run_dir): run_dir for run_dir in run_dirs}
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -216,7 +246,8 @@ def whole_epochs(run_dir: Path) -> list[dict]:
     return [record for record in read_records(run_dir) if "val/loss" in record]
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path, name: str = "") -> Run:
+    """A run's directory, under a name; none: the directory's."""
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
     # The configuration in the directory has the sets that the run has found.
     stored = run_dir / CONFIG
@@ -226,7 +257,7 @@ def read_run(run_dir: Path) -> Run:
     images = conditions.get("images")
     validation = validation_of(config.data, images)
     fingerprints = conditions.get("fingerprint"), conditions.get("val_fingerprint")
-    return Run(run_dir.name, config, len(checkpoint["classes"]), epochs, validation, images, *fingerprints)
+    return Run(name or run_dir.name, config, len(checkpoint["classes"]), epochs, validation, images, *fingerprints)
 
 
 def validation_of(data: DataConfig, images: list[int] | None) -> str:

@@ -79,6 +79,8 @@ def main() -> None:
     read_as = pixel_format(config)
     if labels and not options.classes and not both:
         parser.error("--labels needs --classes, the folder or archive of the training set")
+    if options.classes and (both or not labels):
+        parser.error("--classes is for --labels, of a DIR that does not hold both sets: leave it out")
     if options.several_labels and (labels or options.file_column or options.label_column):
         parser.error(
             "--several-labels is for a table with a header: leave out --labels, --file-column and --label-column"

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +96,15 @@ def pack(index: DatasetIndex, out: Path, name: str, shard_size: int) -> list[Pat
                     tar = tarfile.open(_unfinished(shards[-1]), "w")  # noqa: SIM115 - until it is full
                 _add(tar, f"{key}{about.pop('suffix')}", content)
                 _add(tar, f"{key}.json", json.dumps(about).encode())
-    finally:
         if tar:
             tar.close()
+    except BaseException:
+        for shard in shards:
+            _unfinished(shard).unlink(missing_ok=True)
+        if tar:
+            with suppress(OSError):  # what is left to write is no longer wanted
+                tar.close()
+        raise
     for shard in shards:
         os.replace(_unfinished(shard), shard)
     return shards

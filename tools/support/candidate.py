@@ -13,6 +13,7 @@ class Candidate:
 
     Attributes:
         seen: which of the images it has been trained on, in words; empty if none is known to be.
+        sha256: of the file as it was read, in hexadecimal digits: a run that goes on replaces it.
     """
 
     file: str
@@ -22,3 +23,4 @@ class Candidate:
     index: DatasetIndex
     multiply_accumulates: int
     seen: str = ""
+    sha256: str = ""

@@ -52,7 +52,7 @@ def describe(
     about = {
         "model": config.model.name,
         "note": weights.note,
-        "sha256": checksum(candidate.file),
+        "sha256": candidate.sha256,
         "trained": weights.trained,
         "epochs": weights.epochs,
         "epochs_planned": config.optim.epochs,
