@@ -107,9 +107,14 @@ def start(arguments: list[str]) -> None:
     refuse_unknown_names(configs)
     refuse_missing_files(configs)
     with leaving_nothing_if_refused(run_dirs):
+        # When so many runs as train at once are done with those before.
+        free = [0.0] * min(len(configs), cluster.parallel or (1 if cluster.kind == "local" else len(configs)))
         for config in configs:
             _refuse_if_running(Path(config.run_dir))
-            print(describe(config, cluster, options.images_per_second, not options.dry_run), end="\n\n")
+            first = free.index(waits := min(free))
+            text, took = describe(config, cluster, options.images_per_second, not options.dry_run, waits)
+            free[first] = waits + took
+            print(text, end="\n\n")
         if not options.dry_run:
             report(configs, submit(configs, cluster), cluster)
             return

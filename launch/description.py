@@ -18,10 +18,14 @@ from pipeline.parsing import text_to_read
 from pipeline.words import counted
 
 
-def describe(config: Config, cluster: Cluster, images_per_second: float | None, writes: bool = True) -> str:
+def describe(
+    config: Config, cluster: Cluster, images_per_second: float | None, writes: bool = True, waits: float = 0.0
+) -> tuple[str, float]:
     """A run in a few lines: what differs from the defaults, batch arithmetic, and the time it takes if a rank's speed is known.
+    Also that time in seconds, 0 if it is not known.
 
     Args:
+        waits: seconds until its turn comes among the runs that are submitted with it.
         writes: what is found about the images is kept; a dry run leaves nothing behind.
 
     Raises:
@@ -46,16 +50,18 @@ def describe(config: Config, cluster: Cluster, images_per_second: float | None, 
     if done:
         lines.append(f"resumes after {done:.4g} of {counted(optim.epochs, 'epoch')}")
     lines += [f"warning: {line}" for line in cautions(config, train, val, ranks)]
+    took = 0.0
     if images_per_second:
         sizes, speed = (len(train), len(val)), images_per_second * ranks
         time_ = estimate(sizes, max(optim.epochs - done, 0.0), speed, cluster.seconds, cluster.warning_seconds)
-        end = datetime.now() + timedelta(seconds=time_.run)
+        end, took = datetime.now() + timedelta(seconds=waits + time_.run), time_.run
+        turn = f", {duration(waits)} from now on," if waits else ","
         fit = f"{time_.epochs_per_attempt:.1f} epochs an attempt of {cluster.time}, " if time_.attempts > 1 else ""
         lines.append(
             f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {fit}{counted(time_.attempts, 'attempt')}, "
-            f"{duration(time_.run)} in all, not before {end:%Y-%m-%d %H:%M}"
+            f"{duration(time_.run)} in all{turn} not before {end:%Y-%m-%d %H:%M}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines), took
 
 
 def processes(configs: list[Config], cluster: Cluster) -> str:

@@ -19,7 +19,9 @@ def state_by_log(run_dir: Path) -> tuple[str, str, str]:
     if is_held_here(run_dir):
         return "running", socket.gethostname(), ""
     attempts = attempts_in_log(run_dir)
-    end = next((end for line in reversed(attempts[-1] if attempts else []) if (end := _end_in(line))), "")
+    ends = [end for line in (attempts[-1] if attempts else []) if (end := _end_in(line))]
+    # A rank's mistake is why the others have lost contact to it.
+    end = next((end for end in ends if end.startswith("error:")), ends[-1] if ends else "")
     if end == "ended":
         return "done", "", ""
     if end:

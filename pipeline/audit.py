@@ -344,7 +344,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare(
             "fields changed on the way", "none", ", ".join(measured.changed) or "none", "another recipe from there on"
         )
-        compare("steps left out", 0, measured.skipped_steps, "their loss or gradient was not finite")
+        if measured.skipped_steps is not None:
+            compare("steps left out", 0, measured.skipped_steps, "their loss or gradient was not finite")
     if data.dataset not in IN_MEMORY and "data.corrupt_images" not in off:
         compare(
             "corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images"
@@ -509,7 +510,7 @@ def _statistics_advice(images: int, batch_size: int) -> str:
     return "noisier statistics: use fewer ranks or fewer optim.grad_accum_steps"
 
 
-def statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
+def statistics_text(statistics: tuple[tuple[float, tuple[int, int]], ...]) -> str:
     """The images in a batch-norm statistic: of each part of a run that has other ones than the part before."""
     texts, before = [], None
     for epoch, sizes in statistics:
@@ -517,7 +518,8 @@ def statistics_text(statistics: tuple[tuple[int, tuple[int, int]], ...]) -> str:
             continue
         before = sizes
         size = sizes_text(sizes)
-        texts.append(f"{size} from epoch {epoch + 1} on" if epoch else size)
+        within = "" if epoch == int(epoch) else "within "
+        texts.append(f"{size} from {within}epoch {int(epoch) + 1} on" if epoch else size)
     return ", ".join(texts)
 
 

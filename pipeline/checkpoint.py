@@ -47,7 +47,7 @@ class CheckpointFolder:
         """Write `state` as the last checkpoint, and as the best one too if it is. Returns when the disk has it.
 
         Raises:
-            UserError: it cannot be written; the older checkpoints are as they were.
+            UserError: it cannot be written; the last checkpoint before is as it was.
         """
         content = _serialise(state)
         try:

@@ -34,7 +34,7 @@ from pipeline.parsing import (
     value_text,
 )
 from pipeline.recipe import fields_of_run, following_fields, resize_with
-from pipeline.run_dir import CONFIG, has_checkpoint
+from pipeline.run_dir import CONFIG, has_checkpoint, read_progress
 from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 from pipeline.words import counted
 
@@ -67,8 +67,10 @@ def _name_of_today(dense_block: str) -> str:
 
 
 def _split_names(names: Any) -> Any:
-    """Names between commas, in one text or in several."""
+    """Names between commas, in one text or in several; none: no name."""
     texts = [names] if isinstance(names, str) else names
+    if texts in (["none"], ["null"]):
+        return ()
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return names
     return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
@@ -107,7 +109,7 @@ class ModelConfig:
     memory_efficient: shared statistics, less memory; fused: C++ kernels for CPU (not fp16); auto: on CPU fused where it
     can be, else eager; on CUDA the fastest as measured at the start of a new run. All give the same result up to rounding."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Blocks whose bottlenecks memory_efficient and fused compute again in the backward pass, for less memory."""
+    """Blocks whose bottlenecks memory_efficient, fused and triton compute again in the backward pass, for less memory."""
     weights: PathText | None = None
     """Weights to begin with: a file that tools.convert reads, or timm:NAME.TAG from timm's cache. All but a classifier for
     other classes must fit. A run that resumes does not read them again."""
@@ -291,6 +293,12 @@ class DataConfig:
             )
         if list(milestones) != sorted(set(milestones)):
             raise ValueError("train_crop_milestones: each epoch must come after the one before")
+        return self
+
+    @model_validator(mode="after")
+    def _mean_is_of_pixels_from_0_to_1(self) -> "DataConfig":
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean {value_text(self.mean)} is of pixels from 0 to 1: divide it by 255, and std too")
         return self
 
     @model_validator(mode="after")
@@ -488,7 +496,7 @@ class TrainConfig:
     change is recorded in the run's history."""
     not_finite: NotFinite = "stop"
     """What a loss or a gradient that is not finite does. stop: ends the run; skip: leaves the step out, and says so; it
-    waits for the device in each step."""
+    waits for the device in each step. In fp16 the loss scaler leaves steps out by itself, until its scale is 1."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -614,7 +622,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
     held = held if stored.exists() and has_checkpoint(run_dir) else ()  # a new run has nothing to keep
     followed = following_fields(defaults, (file, overrides), held)
     if held:
-        followed |= fields_of_run(_stored_fields(stored), overrides, held)
+        saved = read_progress(run_dir).get("followers", {})  # none of a run of before
+        followed |= fields_of_run({**_stored_fields(stored), **saved}, overrides, held)
     config = SCHEMA.build(SCHEMA.merged(tree, followed), str(path), _with_fields_of_weights(tree, overrides))
     own = {key: value for key, value in overrides.items() if key not in shared}
     if unused := unused_field(defaults, file, own, flatten(dataclasses.asdict(config))):

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InterruptedRunError, LocalUserError, UserError
+from pipeline.errors import InterruptedRunError, LocalUserError, LostContactError, UserError
 from pipeline.machine import (
     ask_for_signal_when_parent_dies,
     available_cores,
@@ -182,17 +182,11 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
         keep_freed_memory()
     failed = True
     try:
-        yield world
+        with lost_contact_named(world):
+            yield world
         failed = False
-    except InterruptedRunError:  # all ranks have agreed to leave, and leave together
-        failed = False
-        raise
-    except RuntimeError as error:
-        if size > 1 and _is_lost_contact(error):
-            raise InterruptedRunError(
-                f"rank {rank} has lost contact to another rank, whose own message or torchrun's report says why "
-                f"({str(error).split('. ')[0]})"
-            ) from None
+    except InterruptedRunError as error:
+        failed = isinstance(error, LostContactError)  # else all ranks have agreed to leave, and leave together
         raise
     finally:
         # After a failure the other ranks may be waiting in a collective, and NCCL would wait with them: a command of ours
@@ -201,6 +195,24 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
             # Free the group's last users first: a gloo thread that outlives the interpreter aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+
+@contextmanager
+def lost_contact_named(world: World) -> Iterator[None]:
+    """Raise what a rank meets in a collective, when another has ended, as what it is.
+
+    Raises:
+        LostContactError: that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size > 1 and _is_lost_contact(error):
+            raise LostContactError(
+                f"rank {world.rank} has lost contact to another rank, whose own message or torchrun's report says why "
+                f"({str(error).split('. ')[0]})"
+            ) from None
+        raise
 
 
 def share_of_cores(mine: tuple[str, list[int]], all_ranks: list[tuple[str, list[int]]]) -> int:
@@ -256,7 +268,14 @@ def _meet(world: World) -> dict[str, Any]:
     interface = None if "GLOO_SOCKET_IFNAME" in os.environ else gloo_interface(world.size > world.local_size)
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise InterruptedRunError(
+            f"rank {world.rank} cannot meet the others at {place} (MASTER_ADDR, MASTER_PORT; "
+            f"{str(error).splitlines()[0]}): start the ranks again, at another port if that one is taken"
+        ) from None
     options: dict[str, Any] = dict(store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     if world.device.type == "cuda":
         refuse_shared_gpus(world, store)

@@ -40,6 +40,10 @@ class InterruptedRunError(Exception):
     """A run left before its end, through no fault of its own, and can go on. The message is one line."""
 
 
+class LostContactError(InterruptedRunError):
+    """Another rank has ended, whose own word says why."""
+
+
 NEGATIVE_NUMBER = re.compile(r"-[\d.].*")  # or several between commas; no flag begins so
 
 

@@ -2,9 +2,10 @@
 
 import filecmp
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,26 @@ class FiniteGuard:
         first = min(-by_loss, -by_tensors)
         if first == NEVER:
             return
-        what = "loss is" if -by_loss == first else "network's weights or batch-norm statistics are"
+        self._stop(first, "loss is" if -by_loss == first else "network's weights or batch-norm statistics are")
+
+    def check_gradient(self, last_step: int, norm: float, scale: float) -> None:
+        """Stop all ranks if the gradient of `last_step` was not finite. Every rank must call this.
+
+        Args:
+            norm: of the gradient, the same on all ranks.
+            scale: of the loss: while it is above 1, lowering it may be all that is needed, which the loss scaler does.
+
+        Raises:
+            UserError: as `check`.
+        """
+        if scale <= 1 and not math.isfinite(norm):
+            self._stop(last_step, "gradient is")
+
+    def _stop(self, first: int, what: str) -> NoReturn:
+        """
+        Args:
+            first: the step that is not finite.
+        """
         self._world.broadcast_from_rank0(
             lambda: write_text(self._file, json.dumps(self._batches_until(first), indent=1))
         )

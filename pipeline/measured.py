@@ -10,34 +10,35 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured before the first step.
+    """Measured of the run so far.
 
     Attributes:
         images: training and validation images.
         classes: number of classes.
-        statistics: for each part of the run, the epoch from which it was trained so and the images (smallest, largest) in a
-            batch-norm statistic of a full batch.
+        statistics: for each part of the run, the epochs that were done before it (1.5: half of the second) and the images
+            (smallest, largest) in a batch-norm statistic of a full batch.
         last_batch: images of the last step of an epoch.
         spread: standard deviation of the convolutions' initial weights, in units of sqrt(2 / fan-out).
         momentum: the optimiser's, as `momentum_text` puts it.
         weight_decay: its factors, one unless groups of parameters differ.
         decayed: parameters to which weight decay applies, and all.
         changed: what was changed on the way, each a field and more words.
-        skipped_steps: steps that were left out, as their loss or gradient was not finite.
+        skipped_steps: steps that were left out, as their loss or gradient was not finite; None where the loss scaler leaves
+            them out, which only the device knows.
         batch_norms: whether the network has any.
         greatest_decay: of the moving average of the weights, where the run has too few steps to reach the one asked for.
     """
 
     images: tuple[int, int]
     classes: int
-    statistics: tuple[tuple[int, tuple[int, int]], ...]
+    statistics: tuple[tuple[float, tuple[int, int]], ...]
     last_batch: int
     spread: float
     momentum: str
     weight_decay: tuple[float, ...]
     decayed: tuple[int, int]
     changed: tuple[str, ...] = ()
-    skipped_steps: int = 0
+    skipped_steps: int | None = 0
     batch_norms: bool = True
     greatest_decay: float | None = None
 

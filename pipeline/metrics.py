@@ -177,7 +177,7 @@ class MetricAccumulator:
         return Score(int(images), int(top1_correct), top5, loss_sum, tuple(map(int, exits)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank's sums, (ranks, 4) float64. Every rank must call this."""
+        """Every rank's sums, (ranks, 4 and one for each of several exits) float64. Every rank must call this."""
         return {"by_rank": torch.tensor(self._world.gather(self._sums.tolist()), dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ def rates_of_parts(optimizer: torch.optim.Optimizer, config: OptimConfig, rate: 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of the optimiser step `step`, counted from 0 over the whole run."""
     epoch = step / steps_per_epoch
-    if epoch < config.warmup_epochs:
+    if epoch < config.warmup_epochs or config.warmup_epochs >= config.epochs:
         return config.lr * min(1, (step + 1) / (config.warmup_epochs * steps_per_epoch))
     if config.schedule == "one_cycle":
         return _one_cycle(config.lr, step, config.epochs * steps_per_epoch)

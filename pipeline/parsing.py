@@ -6,6 +6,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -186,8 +187,12 @@ class Schema(Generic[T]):
             error = failure.errors()[0]
         names = [str(part) for part in error["loc"]]
         key = ".".join(names[:2] if names and names[0] in self._sections else names[:1])
-        where = self._flag(key) if key in overrides else f"{origin}: '{key}'" if key else origin
-        raise UserError(f"{where}{self._explain(key, error)}")
+        where, what = f"{origin}: '{key}'" if key else origin, self._explain(key, error)
+        if key in overrides:
+            where = self._flag(key)
+        elif flags := [self._flag(k) for k in overrides if re.search(rf"\b{re.escape(k.rpartition('.')[2])}\b", what)]:
+            where += f" with {', '.join(flags)}"
+        raise UserError(f"{where}{what}")
 
     def to_yaml(self, value: T, without: Collection[str] = ()) -> str:
         """The whole tree as YAML that `read` and `build` turn into an equal one; `without` names keys to leave out."""

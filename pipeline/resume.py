@@ -20,6 +20,7 @@ from pipeline.words import agreed, counted
 # the accumulation because it is compared together with the number of ranks.
 FREE_TO_CHANGE = {
     "run_dir", "model.activation_checkpointing", "data.dir", "data.train", "data.val", "data.val_labels", "data.threads",
+    "data.file_column", "data.label_column",
     "data.download", "data.from_weights", "optim.grad_accum_steps", "train.device", "train.compile", "train.memory_format",
     "train.cudnn_benchmark", "train.deterministic", "optim.fused", "optim.large_batch", "train.eval_batch_size",
     "train.log_every", "train.pictures_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.heartbeat_timeout",
@@ -108,6 +109,8 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
     new = flatten(dataclasses.asdict(config))
     free = FREE_TO_CHANGE | unused_fields(new)
     for key, value in new.items():
+        if key == "data.loader":  # what it has come to is compared
+            continue
         if key in free or key.startswith("published.") or old[key] == value:
             continue
         if key == "model.weights" and old[key] and value:  # another path: model.weights_sha256 is compared
@@ -131,9 +134,9 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         elif before.class_weights != now.class_weights and "optim.class_weights" not in on_purpose:
             fixed.append("the class weights")
             refused.append(f"the class weights of {config.optim.class_weights} were others")
-    if before.loader != now.loader and "data.loader" not in fixed:
-        fixed.append("the loader")
-        refused.append(f"the loader was {before.loader} and is now {now.loader}")
+    if before.loader != now.loader:
+        fixed.append("data.loader")
+        refused.append(f"data.loader was {before.loader} and is now {now.loader}")
     was = batch_split(before.ranks, old["optim.grad_accum_steps"])
     is_now = batch_split(now.ranks, config.optim.grad_accum_steps)
     resplit = was != is_now and not config.train.allow_world_size_change
@@ -144,10 +147,14 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         raise _refusal(config, refused, _way_out(fixed, on_purpose, resplit, done, config.optim.epochs))
     _check_names(config)
     if changed and done >= config.optim.epochs:
+        planned, step = old["optim.epochs"], state["progress"]["step"]
+        begun = f" and {counted(step, 'step')}" if step else ""
+        so_far = f"has {counted(done, 'epoch')}{begun} of {planned}"
+        complete = f"is complete ({counted(done, 'epoch')})"
+        more = _names([*on_purpose, "optim.epochs"])
         raise UserError(
-            f"{config.run_dir} is complete ({counted(done, 'epoch')}), and nothing is left to train with another "
-            f"{', '.join(changed)}: give more optim.epochs (--train.change {_names([*on_purpose, 'optim.epochs'])}), or "
-            "another --run_dir"
+            f"{config.run_dir} {so_far if done < planned else complete}, and nothing is left "
+            f"to train with another {', '.join(changed)}: give more optim.epochs (--train.change {more}), or another --run_dir"
         )
     return changed
 

@@ -103,7 +103,7 @@ class Progress:
     last_exit_errors: list[float] = field(default_factory=list)  # top-1, of each exit where there are several
 
     def finish_epoch(self, val: AnyScore, *of_other_weights: AnyScore) -> bool:
-        """Note an epoch's validation errors and go on to the next; return whether none before was better.
+        """Note an epoch's validation errors and go on to the next; return whether it is better than all before.
 
         Where images have several labels, the better epoch is that with the greater mean AUROC; as long as that is not
         defined (NaN), the later one.
@@ -201,6 +201,7 @@ class Run:
         self.objective = for_all_exits(self.objective, network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         whole_batch = config.optim.batch_size // self.microbatches
+        self._tuning_left: Tuning | None = None  # a checkpoint's, where something else is asked for now
         self.tuning = self._tune(network, whole_batch, start.checkpoint if start else None)
         how = autotune.as_chosen(self.tuning.chosen, config) if self.tuning else autotune.as_configured(config)
         if isinstance(network, DenseNet):
@@ -239,12 +240,21 @@ class Run:
             return None
         kept = None
         if found is not None:
-            kept = Tuning.from_state(found.state["tuning"]) if found.state.get("tuning") else None
+            stored = found.state.get("tuning") or found.state.get(
+                "tuning_left"
+            )  # of a start between that asked otherwise
+            kept = Tuning.from_state(stored) if stored else None
             recomputed = found.state["config"]["model"].get("activation_checkpointing", "none")
             if kept and recomputed != "none":  # which a checkpoint of before does not say there
                 kept = dataclasses.replace(kept, asked={"activation_checkpointing": recomputed, **kept.asked})
             # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
-            if not kept or not autotune.is_still_asked(kept, autotune.what_is_asked(config, device, images)):
+            asked = autotune.what_is_asked(config, device, images)
+            if not kept:
+                return None
+            if not autotune.is_still_asked(kept, asked):
+                others = [name for name in asked if asked[name] != kept.asked.get(name)]
+                self._tuning_left = kept
+                self._asked_otherwise = f"it was for {', '.join(f'{name} {kept.asked.get(name)}' for name in others)}"
                 return None
         classes, cards = len(self.conditions.classes), self.world.gather(autotune.card_name(device))
         return self.world.broadcast_from_rank0(lambda: autotune.choose(config, classes, device, images, cards, kept))
@@ -291,17 +301,21 @@ class Run:
     def measured(self) -> Measured:
         """What an audit compares besides the configuration."""
         loader, batch = self.train_loader, min(self.config.optim.batch_size, len(self.train_loader.index))
+        known = self.config.train.precision != "fp16" or self.config.train.not_finite == "skip"
         return Measured(
             images=(len(loader.index), len(self.val_loader.index)),
             classes=len(self.conditions.classes),
-            statistics=tuple((s.epoch, statistic_images(batch, s.microbatches)) for s in self.history.segments),
+            statistics=tuple(
+                (s.step / loader.steps_per_epoch, statistic_images(batch, s.microbatches))
+                for s in self.history.segments
+            ),
             last_batch=loader.global_batch(loader.steps_per_epoch - 1),
             spread=self._spread,
             momentum=momentum_text(self.optimizer),
             weight_decay=weight_decay_factors(self.optimizer),
             decayed=decayed_parameters(self.optimizer),
             changed=self.history.changes(),
-            skipped_steps=self.progress.skipped_steps,
+            skipped_steps=self.progress.skipped_steps if known else None,
             batch_norms=has_batch_norms(self.network),
             greatest_decay=self._greatest_decay(),
         )
@@ -433,6 +447,7 @@ class Run:
             "conditions": dataclasses.asdict(self.conditions),
             "measured": dataclasses.asdict(self.measured),
             "tuning": dataclasses.asdict(self.tuning) if self.tuning else None,
+            "tuning_left": dataclasses.asdict(self._tuning_left) if self._tuning_left else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -497,6 +512,10 @@ class Run:
 
     def _implementation(self) -> str:
         """Further lines on what was measured, and on what has changed since; empty where nothing was."""
+        if self._tuning_left:
+            return (
+                f"\nwhat the run has measured before ({self._tuning_left.chosen}) is not taken: {self._asked_otherwise}"
+            )
         if not self.tuning:
             return ""
         now = autotune.as_chosen(self.tuning.chosen, self.config)

@@ -143,7 +143,7 @@ def _names_in(folder: Path) -> set[str]:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it while this is entered, and until this process has ended.
+    """Make the folder and keep other runs out of it while this is entered.
 
     If a user's mistake ends this before there is a run, nothing of it is left.
 

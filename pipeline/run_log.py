@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from pipeline.distributed import World
+from pipeline.distributed import World, lost_contact_named
 from pipeline.errors import InterruptedRunError, LocalUserError, UserError
 from pipeline.run_dir import LOG, STARTED, locked, now
 from pipeline.words import counted
@@ -43,11 +43,12 @@ def logged(run_dir: Path, world: World) -> Iterator[None]:
             stack.enter_context(redirect_stdout(cast(TextIO, _Copied(sys.stdout, log))))
             stack.enter_context(redirect_stderr(cast(TextIO, _Copied(sys.stderr, log))))
         try:
-            yield
+            with lost_contact_named(world):
+                yield
         except BaseException as error:
             if world.is_main or not _is_known_to_rank0(error):
                 log = log or _open(run_dir / LOG, stack)  # not before: a start that is refused leaves no log
-                if not isinstance(error, UserError | InterruptedRunError):
+                if not isinstance(error, UserError | InterruptedRunError | KeyboardInterrupt):
                     _write(log, "".join(traceback.format_exception(error)))
                 _write(log, f"{now()} {'' if world.is_main else f'rank {world.rank}: '}{_end_of(error)}\n")
             raise
@@ -70,9 +71,9 @@ def _is_known_to_rank0(error: BaseException) -> bool:
 def _end_of(error: BaseException) -> str:
     if isinstance(error, UserError):
         return f"error: {error}"
-    return (
-        f"interrupted: {error}" if isinstance(error, InterruptedRunError) else f"error: {type(error).__name__}: {error}"
-    )
+    if isinstance(error, InterruptedRunError | KeyboardInterrupt):
+        return f"interrupted: {str(error) or 'by Ctrl-C, without a checkpoint'}"
+    return f"error: {type(error).__name__}: {error}"
 
 
 def _write(log: TextIO | None, text: str) -> None:

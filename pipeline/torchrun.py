@@ -46,6 +46,9 @@ def main() -> None:
             failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (SignalException, KeyboardInterrupt) as error:
             asked = error.sigval if isinstance(error, SignalException) else signal.SIGINT
+        except (ValueError, RuntimeError) as error:  # of torchrun itself, as --nproc-per-node gpu without a GPU
+            print(f"error: torchrun: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
         code, line = outcome(words_in(set(Path(options.log_dir).glob("*")) - before), failed, asked)
     if line:
         print(line, file=sys.stderr, flush=True)

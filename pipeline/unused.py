@@ -45,10 +45,14 @@ def _above_0(key: str) -> tuple[str, Callable[[Fields], bool]]:
 SWITCHES = (
     Switch(("model.weights_sha256", "data.from_weights"), "model.weights", lambda f: bool(f["model.weights"])),
     Switch(
-        ("data.train", "data.val", "data.exif_orientation"),
+        ("data.train", "data.val", "data.val_labels", "data.exif_orientation"),
         "data.dataset images and a loader of files",
         lambda f: f["data.dataset"] not in IN_MEMORY and f["data.loader"] != "synthetic",
     ),
+    Switch(
+        ("data.download",), "data.dataset cifar10 or another of torchvision's", lambda f: f["data.dataset"] != "images"
+    ),
+    Switch(("train.best_by",), *_above_0("train.ema_decay")),
     Switch(
         ("data.synthetic_images", "data.synthetic_classes"),
         "data.loader synthetic",

@@ -6,7 +6,15 @@ import torchvision
 from conftest import REPOSITORY
 from torch import nn
 
-from pipeline.audit import CIFAR_NETWORKS, IMAGENET_NETWORKS, audit, differences, in_one_line, to_markdown
+from pipeline.audit import (
+    CIFAR_NETWORKS,
+    IMAGENET_NETWORKS,
+    audit,
+    differences,
+    in_one_line,
+    statistics_text,
+    to_markdown,
+)
 from pipeline.config import from_dict, load_config
 from pipeline.measured import (
     Measured,
@@ -284,6 +292,11 @@ def test_the_command_prints_the_table(monkeypatch, capsys):
     assert "Differs from the paper in 2 of" in printed and "| DIFFERS | known: top-1 accuracy" in printed
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_statistic_that_changes_within_an_epoch_says_so():
+    parts = ((0.0, (64, 64)), (1.25, (32, 32)), (2.0, (16, 16)))
+    assert statistics_text(parts) == "64, 32 from within epoch 2 on, 16 from epoch 3 on"
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused(user_error):

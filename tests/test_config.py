@@ -84,11 +84,11 @@ def test_published_errors_are_of_the_files_network_and_data():
             "resize_size (256) must be at least crop_size (300)",
         ),
         (["--optim.momentum", "0"], "nesterov needs momentum"),
-        (["--data.mean", "1,2"], "'data': mean has 2 of them, and channels is 3: give three numbers"),
-        (["--data.mean", "0.5"], "'data': mean has 1 of them, and channels is 3: give three numbers"),
+        (["--data.mean", "1,2"], "'data' with --data.mean: mean has 2 of them, and channels is 3: give three numbers"),
+        (["--data.mean", "0.5"], "'data' with --data.mean: mean has 1 of them, and channels is 3: give three numbers"),
         (
             ["--data.channels", "1", "--data.std", "1,1,1"],
-            "'data': mean has 3 of them, and channels is 1: give one number",
+            "'data' with --data.channels: mean has 3 of them, and channels is 1: give one number",
         ),
         (["--data.mean", "1,2,3,4"], "--data.mean: some values are needed, such as 0.485,0.456,0.406 (got"),
         (["--data.depth", "16"], "depth 16 is for gray images, as Pillow reads colours with 8 bits: set channels 1"),
@@ -98,6 +98,11 @@ def test_published_errors_are_of_the_files_network_and_data():
         (["--optim.lr", "-1e-3"], "--optim.lr: a number above 0.0 is needed (got '-1e-3')"),
         (["--optim.milestones", "-1,2"], "--optim.milestones: at least 0 is needed (got '-1')"),
         (["--optim.epochs", "1.5"], "--optim.epochs: a whole number is needed"),
+        (["--train.change", "lr"], "densenet121.yaml with --train.change: train.change: there is no field 'lr'"),
+        (
+            ["--data.mean", "124,116,104"],
+            "mean 124.0,116.0,104.0 is of pixels from 0 to 1: divide it by 255, and std too",
+        ),
         (["--optim.epochs", "0"], "--optim.epochs: a number above 0 is needed"),
         (["--optim.momentum", "1"], "--optim.momentum: a number below 1.0 is needed"),
         (["--data.mirror", "false"], "--data.mirror is now called --data.hflip"),
@@ -171,7 +176,10 @@ def test_paths_take_the_home_folder_and_variables(tmp_path, monkeypatch):
 
 
 def test_a_flag_of_a_truth_value_stands_for_true():
-    assert parse("--data.download").data.download and not parse("--data.download", "false").data.download
+    cifar = ("--data.dataset", "cifar10")
+    assert (
+        parse("--data.download", *cifar).data.download and not parse("--data.download", "false", *cifar).data.download
+    )
     assert parse("--train.compile").train.compile == "default"  # it was one, and has other values today
 
 

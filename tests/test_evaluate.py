@@ -590,6 +590,18 @@ def test_the_split_of_a_table_is_said_and_can_be_chosen(table_data, capfd, label
         open_images(data, plain if labels == "multi" else None, classes, "test")
 
 
+def test_a_table_that_lies_elsewhere_is_given_as_labels(table_data, tmp_path, capfd):
+    """Its splits hold there too: without them the error would be that of images that were trained on."""
+    (elsewhere := tmp_path / "lists").mkdir()
+    table = (table_data / "all.csv").rename(elsewhere / "all.csv")
+    data = DataConfig(dir=str(table_data), train=str(table), val=str(table))
+    classes = open_datasets(data, None, progress=False)[0].classes
+    with pytest.raises(UserError, match=f"the run had its images from the table {table}: add --labels {table}$"):
+        open_images(dataclasses.replace(data, dir=str(table_data)), None, classes)
+    whole = len(open_images(data, str(table), classes, "train")) + len(found := open_images(data, str(table), classes))
+    assert 0 < len(found) < whole and f"of {table} the split val is taken" in capfd.readouterr().err
+
+
 def test_networks_that_were_validated_on_two_tables_of_a_folder_are_not_compared(
     table_data, checkpoint, tmp_path, evaluated
 ):

@@ -371,7 +371,7 @@ SAME = {"classes": ["cat", "dog"], "fingerprint": "a" * 64, "images": [10, 4], "
             {"fingerprint": "b" * 64},
             "were 10 \\+ 4 images with the fingerprint aaaaaaaaaaaa and are now .* bbbbbbbbbbbb",
         ),
-        ({"loader": "reference"}, "the loader was dali and is now reference"),
+        ({"loader": "reference"}, "data.loader was dali and is now reference"),
         (
             {"ranks": 3},
             "a batch was 2 ranks x 1 accumulation step "

@@ -47,7 +47,7 @@ def test_names_between_bars_and_columns_of_0_and_1_say_the_same(tmp_path):
     ("text", "classes", "expected"),
     [
         ("file,labels\n", None, "no table of labels"),
-        ("file,labels\na\n", None, "line 2 has 1 columns, and the header has 2"),
+        ("file,labels\na\n", None, "line 2 has 1 column, and the header has 2"),
         ("file,labels\na,cat\n\nb,cat\n", None, "line 3 has 0 columns"),
         ("file,cat,cat\na,1,0\n", None, "two columns 'cat'"),
         ("file,cat,age\na,1,0\nb,1,56\n", None, "line 3: '56' in the column 'age' is not 0 or 1"),
@@ -65,8 +65,12 @@ def test_what_a_table_may_not_say(tmp_path, text, classes, expected):
 
 def test_an_entry_means_one_image():
     names = ["a/1.png", "a/2.png", "b/2.png", "lists/3.png"]
-    assert match_files(Path("t"), ["1.png", "./a/2.png", "3"], names, "lists") == ["a/1.png", "a/2.png", "lists/3.png"]
-    assert match_files(Path("t"), ["3.png", "../b/2.png"], names, "lists") == ["lists/3.png", "b/2.png"]
+    assert match_files(Path("/data/lists/t"), ["1.png", "./a/2.png", "3"], names, "/data") == [
+        "a/1.png",
+        "a/2.png",
+        "lists/3.png",
+    ]
+    assert match_files(Path("/data/lists/t"), ["3.png", "../b/2.png"], names, "/data") == ["lists/3.png", "b/2.png"]
     for wanted, expected in (
         (["2.png"], "line 2: it is not clear which image is '2.png': it may be a/2.png or b/2.png: give paths"),
         (["1", "4.png"], "line 3: there is no image '4.png': remove the line"),
@@ -74,12 +78,12 @@ def test_an_entry_means_one_image():
         (["1.png", "a/1.png"], r"line 3: a second line for the image 'a/1.png' \(line 2\)"),
     ):
         with pytest.raises(UserError, match=expected):
-            match_files(Path("t"), wanted, names, ".")
+            match_files(Path("/data/t"), wanted, names, "/data")
     both = ["images/1.png", "test/images/1.png"]  # right from the data folder, and from the table's
     with pytest.raises(UserError, match="it may be images/1.png or test/images/1.png: give paths that only one"):
-        match_files(Path("/data/test/t"), ["images/1.png"], both, "test")
+        match_files(Path("/data/test/t"), ["images/1.png"], both, "/data")
     for entry, meant in (("../images/1.png", both[0]), ("test/images/1.png", both[1]), ("/data/images/1.png", both[0])):
-        assert match_files(Path("/data/test/t"), [entry], both, "test") == [meant]
+        assert match_files(Path("/data/test/t"), [entry], both, "/data") == [meant]
 
 
 @pytest.mark.parametrize(
@@ -105,14 +109,15 @@ def test_an_entry_means_one_image():
         ("scan.2", ["x/scan.2"], "x/scan.2"),
         ("/data/lists/a.png", ["lists/a.png", "a.png"], "lists/a.png"),
         ("/data/x/a.png", ["x/a.png"], "x/a.png"),
+        ("../x/a.png", ["x/a.png"], "x/a.png"),
     ],
 )
 def test_an_entry_may_lack_folder_and_suffix_but_have_no_others(entry, names, meant):
     if meant:
-        assert match_files(Path("/data/lists/t.csv"), [entry], names, "lists") == [meant]
+        assert match_files(Path("/data/lists/t.csv"), [entry], names, "/data") == [meant]
         return
     with pytest.raises(UserError, match=f"line 2: there is no image '{entry}'"):
-        match_files(Path("/data/lists/t.csv"), [entry], names, "lists")
+        match_files(Path("/data/lists/t.csv"), [entry], names, "/data")
 
 
 def test_the_images_of_a_table_are_indexed_with_their_labels(images, capfd):

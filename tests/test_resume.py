@@ -13,6 +13,7 @@ from training_hooks import InterruptAfter, InterruptionError
 
 from launch.__main__ import read_config
 from pipeline import trainer
+from pipeline.audit import audit as audit_of
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import load_config, to_yaml
 from pipeline.errors import UserError
@@ -130,6 +131,7 @@ def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
         "done_steps": 6,
         "complete": False,
         "validation_images": last_state(config)["conditions"]["val_fingerprint"],
+        "followers": {"data.resize_size": 16, "optim.milestones": [1], "optim.warmup_epochs": 0.0},
     }
     trainer.fit(config)
     assert json.loads((tmp_path / STATUS).read_text()) == {
@@ -139,6 +141,7 @@ def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
         "done_steps": 8,
         "complete": True,
         "validation_images": last_state(config)["conditions"]["val_fingerprint"],
+        "followers": {"data.resize_size": 16, "optim.milestones": [1], "optim.warmup_epochs": 0.0},
     }
 
 
@@ -483,6 +486,60 @@ def test_the_resize_size_stays_too(tmp_path):
     assert sizes == [219, 183]
 
 
+def test_a_start_that_has_saved_nothing_changes_no_field_that_another_keeps(tmp_path):
+    """It may have been out of memory in its first step, and has left its configuration."""
+    config = small_config(tmp_path, data={"crop_size": 16, "resize_size": 28}, optim={"epochs": 1})
+    trainer.fit(config)
+    larger = dataclasses.replace(config, data=dataclasses.replace(config.data, crop_size=32, resize_size=40))
+    (tmp_path / "config.yaml").write_text(to_yaml(larger))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(dataclasses.replace(config, run_dir=str(tmp_path))))
+    words = {"data.crop_size": 24, "optim.epochs": 2, "train.change": "data.crop_size,optim.epochs"}
+    again = load_config(file, words)
+    assert (again.data.crop_size, again.data.resize_size) == (24, 28)
+    assert "changed on the way: data.crop_size from 16 to 24 after 4 steps, optim.epochs" in trainer.dry_run(again)
+
+
+def test_fewer_epochs_than_a_run_has_do_not_make_it_complete(tmp_path):
+    cosine = {"schedule": "cosine"}
+    with pytest.raises(InterruptionError):
+        trainer.fit(
+            small_config(tmp_path, optim={"epochs": 3, **cosine}, train={"checkpoint_every": 1}), [InterruptAfter(6)]
+        )
+    fewer = small_config(
+        tmp_path, optim={"epochs": 1, **cosine}, train={"checkpoint_every": 1, "change": "optim.epochs"}
+    )
+    with pytest.raises(
+        UserError, match="has 1 epoch and 2 steps of 3, and nothing is left to train with another optim.epochs"
+    ):
+        trainer.fit(fewer)
+
+
+def test_a_schedule_that_was_all_warm_up_is_extended(tmp_path):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1, "schedule": "cosine", "warmup_epochs": 1.0}))
+    longer = {"epochs": 3, "schedule": "cosine", "warmup_epochs": 1.0}
+    trainer.fit(small_config(tmp_path, optim=longer, train={"change": "optim.epochs"}))
+    assert last_state(small_config(tmp_path))["progress"]["epoch"] == 3
+
+
+def test_the_loader_that_auto_has_come_to_may_be_named(image_folders, tmp_path):
+    data = {"dir": str(image_folders), "loader": "auto"}
+    config = small_config(tmp_path, data=data, optim={"epochs": 1})
+    trainer.fit(config)
+    loader = last_state(config)["conditions"]["loader"]
+    named = dataclasses.replace(config, data=dataclasses.replace(config.data, loader=loader))
+    assert "is complete" in trainer.dry_run(named)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, loader="reference"))
+    with pytest.raises(UserError, match=f"data.loader was {loader} and is now reference; put it back"):
+        trainer.dry_run(other)
+
+
+def test_none_empties_a_list_of_names():
+    overrides = {"train.change": ["none"], "model.weights": "a.pth", "data.from_weights": ["none"]}
+    config = load_config(REPOSITORY / "configs/finetune/own-folders.yaml", overrides)
+    assert config.train.change == config.data.from_weights == ()
+
+
 def test_a_rate_that_rises_again_is_said_once(tmp_path, capsys):
     """A cosine that has come to its end is stretched by more epochs: 0.1 (1 + cos(3/4 pi)) / 2, and half of 0.1."""
     cosine = {"schedule": "cosine"}
@@ -558,6 +615,29 @@ def test_in_fp16_the_scale_is_lowered_first(tmp_path, capsys, scale, outcome):
     assert progress.skipped_steps >= outcome and last_state(config)["scaler"]["scale"] <= scale / 2**outcome
     assert last_state(config)["ema"]["updates"] == 8 - progress.skipped_steps
     assert "step 1 of the run: the loss or the gradient is not finite; the step is left out" in capsys.readouterr().out
+
+
+def test_in_fp16_a_gradient_that_never_gets_finite_stops_a_run_that_skips_nothing(tmp_path):
+    """The loss scaler leaves out each step, and nothing would show it."""
+
+    class Bursts(Hook):
+        def on_start(self, trainer):
+            trainer.run.scaler._init_scale = 2.0
+
+        def on_batch(self, trainer, batch):
+            trainer.run.network.get_parameter("classifier.bias").grad[0] = float("nan")
+
+    config = small_config(tmp_path, train={"precision": "fp16", "log_every": 1})
+    with pytest.raises(
+        UserError, match="the gradient is not finite at epoch 1, step 1: .*not-finite.json names the step's"
+    ):
+        trainer.fit(config, hooks=[Bursts()])
+    assert not (tmp_path / "checkpoints" / "last.pt").exists()
+    with trainer.init_distributed("cpu") as world:
+        run = trainer.Run(config, world)
+        assert "steps left out" not in {
+            row.part for row in audit_of(config, 1, run.measured)
+        }  # the scaler's are not counted
 
 
 def test_several_ranks_agree_on_a_damaged_checkpoint(tmp_path):

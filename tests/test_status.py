@@ -282,6 +282,14 @@ def test_an_event_after_one_that_a_crash_has_cut_short_is_kept(tmp_path):
     assert (tmp_path / "starts.jsonl").read_text().count("\n") == 4
 
 
+def test_the_mistake_of_a_rank_is_why_the_others_have_lost_contact_to_it(tmp_path):
+    ends = (
+        f"{TIME}rank 1: error: a.jpg is damaged: mend it\n{TIME}interrupted: rank 0 has lost contact to another rank\n"
+    )
+    status = read_status(run_of_torchrun(tmp_path / "run", f"{BEGIN}{ends}"), None)
+    assert (status.state, status.reason) == ("stopped", "a.jpg is damaged: mend it")
+
+
 def test_a_run_is_known_by_whatever_link_leads_to_it(tmp_path):
     """Its controller was given another path."""
     run = tmp_path / "scratch" / "a"

@@ -145,7 +145,7 @@ def test_several_splits_are_no_odd_image(images, image_folders, capsys):
     table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
     told = f"{table} has lines of several splits (37 of train, 11 of val): all are taken"
     list_odd_images([open_source(table)], [], COLORS)
-    assert capsys.readouterr().out.splitlines() == [told, "no image is odd"]
+    assert capsys.readouterr().out.splitlines() == [told, "no image is odd (48 images read)"]
     write_table(table, ("file", "label", "split"), *rows[:-1])
     list_odd_images([open_source(table)], [], COLORS)
     assert capsys.readouterr().out.splitlines() == [
@@ -175,6 +175,53 @@ def test_validation_lines_beside_held_out_images_are_told(images, image_folders,
         "data.holdout"
     ]
     assert told(train="train.csv", holdout=9) == [] == told(train="all.csv", val="all.csv")
+
+
+def test_a_column_that_looks_like_splits_is_told_at_each_start(images, image_folders):
+    """Else the test images would be trained on in silence."""
+    rows = [
+        (f"{s}/{file}", name, {"val": "Test"}.get(s, s))
+        for s in ("train", "val")
+        for file, name in files_of(image_folders / s)
+    ]
+    table = write_table(images / "all.csv", ("file", "label", "part"), *rows)
+    config = DataConfig(dir=str(images), train="all.csv", holdout=9)
+    for _ in range(2):
+        (told,) = warnings_about(*open_datasets(config, images / "cache", progress=False), config)
+        assert told.startswith(f"{table} has a column 'part' of nothing but names of splits, which is not read")
+    for others in ([(*row[:2], "train") for row in rows], [*rows[:-1], (*rows[-1][:2], "female")]):
+        write_table(images / "all.csv", ("file", "label", "part"), *others)
+        assert warnings_about(*open_datasets(config, None, progress=False), config) == []
+
+
+def test_a_table_beside_other_images_says_where_to_give_their_folder(
+    images, image_folders, tmp_path, monkeypatch, capsys
+):
+    (elsewhere := tmp_path / "lists").mkdir()
+    files = sorted((image_folders / "val").rglob("*.jpg"))
+    for named in (lambda file: str(file), lambda file: os.path.relpath(file, elsewhere)):
+        table = write_table(
+            elsewhere / "t.csv", ("file", "label"), *((named(file), file.parent.name) for file in files)
+        )
+        with pytest.raises(
+            UserError, match=r"line 2: '.*' is not in the folder of the images: give that folder as data.dir, or"
+        ):
+            scan_classes(table)
+        monkeypatch.setattr("sys.argv", ["index", str(image_folders / "val"), "--labels", str(table), "--verify"])
+        main()
+        said = capsys.readouterr().out
+        assert "no image is odd (11 images read)" in said and f"images     11 in {table}\n" in said
+
+
+def test_a_table_where_a_folder_is_missing_is_offered(images, image_folders):
+    write_table(
+        images / "labels.csv",
+        ("file", "label"),
+        *((f"train/{f}", name) for f, name in files_of(image_folders / "train")),
+    )
+    (images / "train").rename(images / "pictures")
+    with pytest.raises(UserError, match=r"if labels.csv names the images and their classes, set data.train labels.csv"):
+        open_datasets(DataConfig(dir=str(images)), None, progress=False)
 
 
 @pytest.mark.parametrize("splits", [False, True])

@@ -1,9 +1,17 @@
 """Our torchrun: real processes end in one line, with the exit code of the ranks."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from conftest import run_module
+from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
+
+from launch.status import read_status
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +58,56 @@ def test_a_run_ends_in_one_line(tmp_path, what, code, line):
     (tmp_path / "there").mkdir()
     done = run_module("pipeline.torchrun", "--nproc-per-node=2", tmp_path / "rank.py", what, tmp_path / "there")
     assert done.returncode == code and re.fullmatch(line, done.stderr.strip()), (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--nproc-per-node", "two", "x.py"], "error: torchrun: .*two"),
+        (["--nnodes", "1:2:3", "x.py"], "error: torchrun: .*1:2:3 .*"),
+    ],
+)
+def test_a_mistake_in_torchruns_own_words_is_one_line(words, line):
+    done = run_module("pipeline.torchrun", *words)
+    assert done.returncode == 2 and re.fullmatch(line, done.stderr.strip()), done.stderr
+
+
+def test_a_rank_that_is_killed_makes_no_mistake_of_the_others(tmp_path):
+    """The log and `launch status` tell of an interruption, after which the same command goes on."""
+    config = small_config(tmp_path / "run", optim={"epochs": 500})
+    words = ["configs/demo.yaml", *override_flags(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.torchrun",
+        "--nproc-per-node=2",
+        "-m",
+        "pipeline.train",
+        *map(str, words),
+    ]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as launcher:
+        begun, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
+        while not begun.exists() or not begun.stat().st_size:
+            assert launcher.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        ranks = [
+            pid for pid in children_of(launcher.pid) if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")
+        ]
+        os.kill(ranks[0], signal.SIGKILL)
+        said = launcher.communicate(timeout=PATIENCE)[1]
+    assert launcher.returncode == 137 and "interrupted: rank 1 was ended by SIGKILL" in said
+    status = read_status(tmp_path / "run", None)
+    assert status.state == "interrupted" and "has lost contact to another rank" in status.reason
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "Traceback" not in log and "error:" not in log
+
+
+def children_of(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
 
 
 def test_the_word_of_an_earlier_start_is_not_this_ones(tmp_path):

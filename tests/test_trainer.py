@@ -452,6 +452,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_p
         assert all(value.isfinite().all() for value in load_checkpoint(file)["model"].values())
 
 
+def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *_, **__: pytest.fail("downloads"))
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.download_and_extract_archive", lambda *_, **__: pytest.fail("downloads")
+    )
+    data = {"dataset": "cifar10", "loader": "auto", "dir": str(tmp_path / "data"), "download": True}
+    with pytest.raises(UserError, match="have them downloaded"):
+        trainer.dry_run(small_config(tmp_path / "run", data=data))
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_dry_run_describes_and_does_not_train(tmp_path):
     text = trainer.dry_run(small_config(tmp_path))
     assert "densenet_bc22_k8: 32,277 parameters, 3 classes" in text

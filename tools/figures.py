@@ -134,6 +134,9 @@ class Run:
         """Title of its panel of error against parameters: the paper's data set, or its own with the images."""
         if self.data in (*published.COLUMNS, IMAGENET) or not self.validation:
             return self.data
+        data = self.config.data
+        if data.dataset == "images" and data.loader != "synthetic":  # the same images may lie in several folders
+            return in_lines(self.validation)
         return f"{self.data}\n{in_lines(self.validation)}"
 
     def network(self) -> nn.Module:
@@ -191,7 +194,17 @@ def main() -> None:
     if runs:
         written.append(save(draw_curves(runs), output / "curves.png"))
         with_errors = [run for run in runs if run.measure is ERROR]
-        if small := comparable([run for run in with_errors if run.data != IMAGENET]):
+        others = [run for run in with_errors if run.data != IMAGENET]
+        small = comparable(others)
+        alone = [run.name for run in others if run not in small]
+        if alone:
+            print(
+                f"no error against parameters for {', '.join(alone)}: no network of another size was validated on the same "
+                "images",
+                file=sys.stderr,
+                flush=True,
+            )
+        if small:
             written.append(save(draw_small_images(small), output / "parameters.png"))
         if large := [run for run in with_errors if run.data == IMAGENET]:
             written.append(save(draw_imagenet(large), output / "imagenet.png"))

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Generator
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import cache_beside
 from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
-from pipeline.data.source import FileSource
+from pipeline.data.source import FileSource, ImageIssue
 from pipeline.data.sources import open_source
 from pipeline.data.splits import find_splits
+from pipeline.data.table import Columns, TableSource, is_table
 from pipeline.data.verify import verify
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.words import counted
 from tools.support.label_files import find_label_file
 from tools.support.outputs import printable
 from tools.support.tables import add_columns_arguments, open_with_columns
@@ -45,7 +48,8 @@ def main() -> None:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="label file or development kit, if DIR (or its val) is flat; relative to the working directory or to DIR",
+        help="label file or development kit, if DIR (or its val) is flat, or a table of images in DIR; relative to the working "
+        "directory or to DIR",
     )
     parser.add_argument("--classes", metavar="DIR", help="the training set, whose classes the labels count in")
     parser.add_argument("--cache", metavar="FOLDER", default="runs/index", help="for the cache if DIR is read-only")
@@ -77,8 +81,9 @@ def main() -> None:
         )
     )
     read_as = pixel_format(config)
-    if labels and not options.classes and not both:
-        parser.error("--labels needs --classes, the folder or archive of the training set")
+    table = labels if labels and not options.classes and is_table(labels) else None
+    if labels and not (options.classes or both or table):
+        parser.error("--labels needs --classes, the folder or archive of the training set, or is a table (.csv, .tsv)")
     if options.classes and (both or not labels):
         parser.error("--classes is for --labels, of a DIR that does not hold both sets: leave it out")
     if options.several_labels and (labels or options.file_column or options.label_column):
@@ -91,23 +96,24 @@ def main() -> None:
     if options.verify and both:
         list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
     elif options.verify:
-        trained = [] if labels else [open_table_or_source(root, options)]
-        validated = [open_source(root)] if labels else []
+        trained = [] if labels and not table else [open_table_or_source(root, options, table)]
+        validated = [open_source(root)] if labels and not table else []
         validated += [open_table_or_source(options.against, options)] if options.against else []
         list_odd_images(trained, validated, read_as)
     places = [Path(config.dir, name) for name in (config.train, config.val)] if both else [root]
     if both:
         indexes = list(open_datasets(config, fallback, progress=True))
-    elif labels:
+    elif labels and not table:
         of_classes = cache_beside(Path(options.classes), fallback)
         classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
         indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), True, read_as)]
     elif options.several_labels:
-        table = LabelTableSource(str(root), open_source(root.parent))
-        indexes = [scan_label_table(table, cache_beside(root, fallback), True, read_as)]
+        of_table = LabelTableSource(str(root), open_source(root.parent))
+        indexes = [scan_label_table(of_table, cache_beside(root, fallback), True, read_as)]
     else:
-        cache = cache_beside(root, fallback)
-        source = open_with_columns(root, options)
+        places = [Path(table or root)]
+        cache = cache_beside(places[0], fallback)
+        source = open_table_or_source(root, options, table)
         indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -116,14 +122,19 @@ def main() -> None:
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
-def open_table_or_source(root: str | Path, options: argparse.Namespace) -> FileSource:
+def open_table_or_source(root: str | Path, options: argparse.Namespace, table: str | None = None) -> FileSource:
     """The images at a path, of all lines of a table.
+
+    Args:
+        table: which names images at the path; None: the path is that of the table, or says itself which they are.
 
     Raises:
         UserError: as `open_source`; or this is no table, and one is asked for.
     """
     if options.several_labels:
         return LabelTableSource(str(root), open_source(Path(root).parent))
+    if table:
+        return TableSource(table, open_source(root), Columns(options.file_column, options.label_column))
     return open_with_columns(root, options)
 
 
@@ -158,7 +169,8 @@ def list_odd_images(training: list[FileSource], validation: list[FileSource], re
     kinds: Counter[tuple[str, str]] = Counter()
     stops = 0
     whole = {source.root for source in (*training, *validation)}
-    for issue in verify(training, validation, read_as):
+    issues = _Returning(verify(training, validation, read_as))
+    for issue in issues:
         tqdm.write(printable(str(issue)))
         if issue.location in whole and not issue.stops:
             continue
@@ -167,9 +179,19 @@ def list_odd_images(training: list[FileSource], validation: list[FileSource], re
     for (fault, outcome), count in kinds.most_common():
         print(printable(f"{count:>10,}  {fault}: {outcome}"))
     if not kinds:
-        print("no image is odd")
+        print(f"no image is odd ({counted(issues.returned, 'image')} read)")
     if stops:
         raise UserError(f"{stops:,} of what is listed would stop the index or a run: repair or remove them")
+
+
+class _Returning:
+    """Iterates over a generator, and keeps what that returns."""
+
+    def __init__(self, generator: Generator[ImageIssue, None, int]):
+        self._generator, self.returned = generator, 0
+
+    def __iter__(self) -> Generator[ImageIssue, None, None]:
+        self.returned = yield from self._generator
 
 
 def describe(index: DatasetIndex) -> str:

@@ -12,7 +12,7 @@ from pipeline.data.archive import TarSource
 from pipeline.data.folder import FolderSource
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import read_all
-from pipeline.data.table import TableSource, is_table, lines_of_other_splits
+from pipeline.data.table import TableSource, is_table, lines_of_other_splits, split_like_columns
 from pipeline.data.zip_archive import ZipSource
 from pipeline.words import agreed, counted
 
@@ -31,11 +31,24 @@ def warnings_about(train: DatasetIndex, val: DatasetIndex | None, config: DataCo
         config: with the training set that was found (`find_splits`).
     """
     lines = [] if train.several_labels else [*_about_classes(train), *_about_folders(train)]
+    lines += _about_columns(
+        Path(train.root if isinstance(train.source, TableSource) else Path(config.dir, config.train))
+    )
     if val is not None and not config.holdout:
         lines += _about_both(train, val)
     elif val is not None:
         lines += [*([] if train.several_labels else _about_held_out(train, val)), *_about_unread(val, config)]
     return lines
+
+
+def _about_columns(table: Path) -> list[str]:
+    """A column that says which lines are for training, but is not called so."""
+    like = split_like_columns(table) if is_table(table) else []
+    return [
+        f"{table} has a column '{name}' of nothing but names of splits, which is not read, so that all lines are taken alike: "
+        "if it says which lines are for training, call it split"
+        for name in like
+    ]
 
 
 def untaught_rows(train: DatasetIndex, val: DatasetIndex) -> np.ndarray:

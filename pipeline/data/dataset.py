@@ -289,10 +289,9 @@ def _warn_of_one_kind(where: str, lacking: list[str], index: DatasetIndex) -> No
 def _open_arrays(
     config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path | None, progress: bool
 ) -> DatasetIndex:
-    """A data set of torchvision's, in memory."""
-    return index_arrays(
-        ArraySource(config.dataset, config.dir, "train" if split == "train" else "test", config.download)
-    )
+    """A data set of torchvision's, in memory. What writes nothing downloads nothing."""
+    download = config.download and cache is not None
+    return index_arrays(ArraySource(config.dataset, config.dir, "train" if split == "train" else "test", download))
 
 
 def _open_synthetic(

@@ -14,6 +14,7 @@ from pipeline.data.image_files import FILE_COLUMNS, is_image_by_name
 from pipeline.data.parquet import read_table
 from pipeline.data.source import FileSource, ImageIssue, Member
 from pipeline.errors import UserError, did_you_mean
+from pipeline.words import counted
 
 # Headers of the column with all labels of an image, in small letters.
 LABEL_COLUMNS = ("labels", "label", "tags", "classes", "finding labels")
@@ -178,7 +179,9 @@ def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
     header, rows = [cell.strip() for cell in rows[0]], rows[1:]
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
-            raise UserError(f"{file}, line {number} has {len(row)} columns, and the header has {len(header)}: mend it")
+            raise UserError(
+                f"{file}, line {number} has {counted(len(row), 'column')}, and the header has {len(header)}: mend it"
+            )
     twice = [name for name, times in Counter(header).items() if times > 1]
     if twice:
         raise UserError(f"{file} has two columns '{twice[0]}': give each a name of its own")
@@ -186,7 +189,7 @@ def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def match_files(
-    file: Path, wanted: Sequence[str], names: Iterable[str], prefix: str, lines: Sequence[int] = ()
+    file: Path, wanted: Sequence[str], names: Iterable[str], root: str, lines: Sequence[int] = ()
 ) -> list[str]:
     """The image that each entry of a table's column of files means, by its name in the source.
 
@@ -195,7 +198,7 @@ def match_files(
 
     Args:
         names: of all images, as the source has them.
-        prefix: the table's folder, relative to the source's root; entries may be relative to it, or absolute.
+        root: the source's. Entries may be relative to it or to the table's folder, or absolute.
         lines: the number of each entry's line; none: from 2 on, after a header.
 
     Raises:
@@ -204,9 +207,14 @@ def match_files(
     names = list(names)
     found: dict[str, int] = {}
     numbers = lines or range(2, len(wanted) + 2)
-    for number, entry, images in zip(numbers, wanted, _meant(file, wanted, names, prefix), strict=True):
+    for number, entry, images in zip(numbers, wanted, _meant(file, wanted, names, root), strict=True):
         if len(images) != 1:
             fault = "it is not clear which image is" if images else "there is no image"
+            if not images and os.path.exists(file.parent / entry):
+                raise UserError(
+                    f"{file}, line {number}: '{entry}' is not in the folder of the images: give that folder as data.dir, or to "
+                    "tools.index and tools.evaluate with the table as --labels"
+                )
             raise UserError(f"{file}, line {number}: {fault} '{entry}': {_remedy(entry, images, names)}")
         (image,) = images
         if image in found:
@@ -218,7 +226,7 @@ def match_files(
 
 
 def images_elsewhere(
-    file: Path, elsewhere: Sequence[str], names: Iterable[str], prefix: str, trained_on: Iterable[str] = ()
+    file: Path, elsewhere: Sequence[str], names: Iterable[str], root: str, trained_on: Iterable[str] = ()
 ) -> set[str]:
     """The images that entries of a table's other splits, or of another table, mean, where they are there.
 
@@ -228,7 +236,7 @@ def images_elsewhere(
     Raises:
         UserError: an image is trained on, and of another split too.
     """
-    others = {image for images in _meant(file, elsewhere, list(names), prefix) if len(images) == 1 for image in images}
+    others = {image for images in _meant(file, elsewhere, list(names), root) if len(images) == 1 for image in images}
     if both := sorted(others & set(trained_on)):
         raise UserError(
             f"{file} has lines of two splits for the image '{both[0]}', one of them for training: remove those of one"
@@ -251,7 +259,7 @@ def not_in_table(
     return [ImageIssue(source.location(odd[0]), told, "left out", count=len(odd))] if odd else []
 
 
-def _meant(file: Path, wanted: Sequence[str], names: list[str], prefix: str) -> Iterator[list[str]]:
+def _meant(file: Path, wanted: Sequence[str], names: list[str], root: str) -> Iterator[list[str]]:
     """The images that each entry may mean."""
     known = set(names)
     # By the form that entries have: images, by their names in that form.
@@ -260,9 +268,10 @@ def _meant(file: Path, wanted: Sequence[str], names: list[str], prefix: str) -> 
         alike = shorter[form] = {}
         for name in names:
             alike.setdefault(_in_form(name, *form), []).append(name)
+    beside, above = os.path.abspath(file.parent), os.path.join(os.path.abspath(root), "")
     for entry in wanted:
-        below = os.path.relpath(entry, file.parent) if os.path.isabs(entry) else entry
-        paths = [os.path.normpath(path) for path in (entry, os.path.join(prefix, below))]
+        place = os.path.normpath(os.path.join(beside, entry))
+        paths = [os.path.normpath(entry), *([place[len(above) :]] if place.startswith(above) else [])]
         alike = shorter[_form(entry)]
         exact = list(dict.fromkeys(path for path in paths if path in known))  # two: it is right from both places
         yield exact or next((alike[path] for path in paths if path in alike), [])

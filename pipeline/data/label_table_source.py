@@ -1,6 +1,5 @@
 """The images that a table of several labels names, as a place of images."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,9 +52,7 @@ class LabelTableSource:
         Raises:
             UserError: see `match_files`; an image of training is of another split too.
         """
-        names = match_files(
-            Path(self.root), self.table.files, self._members, self._prefix_of(self.root), self.table.lines
-        )
+        names = match_files(Path(self.root), self.table.files, self._members, self.images.root, self.table.lines)
         return {names[row]: row for row in sorted(range(len(names)), key=names.__getitem__)}
 
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
@@ -79,21 +76,16 @@ class LabelTableSource:
     def _members(self) -> dict[str, Member]:
         return {member.name: member for member in self._listing.members}
 
-    def _prefix_of(self, table: str) -> str:
-        return os.path.relpath(Path(table).parent, self.images.root)
-
     def _list(self) -> Listing:
         named, members = self.row_of, self._members
         issues = [issue for issue in self._listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
         trained_on = named if self.split == "train" else ()
-        elsewhere = images_elsewhere(
-            Path(self.root), self.table.elsewhere, members, self._prefix_of(self.root), trained_on
-        )
+        elsewhere = images_elsewhere(Path(self.root), self.table.elsewhere, members, self.images.root, trained_on)
         known = named.keys() | elsewhere
         if self.beside is None:
             issues += not_in_table([self.root], self.images, members.values(), known)
         elif self.split == "train":
             other = Path(self.beside)
-            known |= images_elsewhere(other, files_in(other), members, self._prefix_of(self.beside))
+            known |= images_elsewhere(other, files_in(other), members, self.images.root)
             issues += not_in_table([self.root, self.beside], self.images, members.values(), known)
         return Listing(tuple(members[name] for name in named), tuple(issues))

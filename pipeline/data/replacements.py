@@ -46,7 +46,8 @@ def collect(
         raise CorruptImageError(first.location, first.reason, training=corrupt_images == "stop")
     if not decoded:
         raise LocalUserError(
-            f"no image of a batch decodes, and none can replace {first.location} ({first.reason}): repair or remove it"
+            f"no image of a rank's batch decodes, and none can replace {first.location} ({first.reason}): repair or remove it "
+            "and start anew, or go on with other batches (optim.grad_accum_steps, --train.allow_world_size_change)"
         )
     for result, weight in zip(results, plan.weights, strict=True):
         if isinstance(result, CorruptImageError) and weight:

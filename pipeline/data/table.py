@@ -20,6 +20,7 @@ from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import (
     OF_SEVERAL_SPLITS,
     SPLIT_COLUMNS,
+    SPLIT_NAMES,
     VALUES,
     file_column,
     images_elsewhere,
@@ -109,9 +110,9 @@ class TableSource:
         elsewhere = [entry.file for entry, taken in zip(entries, here, strict=True) if not taken]
         listing = self.images.flat().list()
         members = {member.name: member for member in listing.members}
-        prefix = os.path.relpath(table.parent, self.images.root)
+        root = self.images.root
         wanted, lines = [entry.file for entry in own], [entry.line for entry in own]
-        names = match_files(table, wanted, members, prefix, lines)
+        names = match_files(table, wanted, members, root, lines)
         found = sorted(
             (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, own, strict=True)),
             key=lambda member: member.name,
@@ -120,13 +121,13 @@ class TableSource:
         if self.columns.split is None and (counts := several_splits(_splits_of(entries))):
             issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
         trained_on = names if self.columns.split == "train" else ()
-        known = {*names, *images_elsewhere(table, elsewhere, members, prefix, trained_on)}
+        known = {*names, *images_elsewhere(table, elsewhere, members, root, trained_on)}
         if self.beside is None:
             issues += not_in_table([self.root], self.images, members.values(), known)
         elif self.columns.split == "train":
             other = Path(self.beside)
             files = [entry.file for entry in read_table(other, self.columns)]
-            known |= images_elsewhere(other, files, members, os.path.relpath(other.parent, self.images.root))
+            known |= images_elsewhere(other, files, members, root)
             issues += not_in_table([self.root, self.beside], self.images, members.values(), known)
         return Listing(tuple(found), tuple(issues))
 
@@ -138,6 +139,11 @@ def is_table(path: str | Path) -> bool:
         return False
     suffix = path.suffix.lower()
     return suffix in SUFFIXES or (suffix == PARQUET and is_table_of_paths(str(path))) or _known_text(path) is not None
+
+
+def is_table_by_name(name: str) -> bool:
+    """Whether a name is that of a table, or of shards of images."""
+    return Path(name).suffix.lower() in (*SUFFIXES, PARQUET)
 
 
 def read_table(table: Path, columns: Columns) -> list[Entry]:
@@ -218,6 +224,23 @@ def _splits_in(table: Path, *_: int) -> list[str]:
     return [] if cells <= VALUES.keys() else sorted(cells)  # 0 and 1: a class of this name
 
 
+def split_like_columns(table: Path) -> list[str]:
+    """The columns of a table without splits that look like them: of nothing but names of splits, the training's among them."""
+    status = os.stat(table)
+    return list(_split_like_columns(table, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=4)
+def _split_like_columns(table: Path, *_: int) -> list[str]:
+    if table.suffix.lower() not in (*SUFFIXES, PARQUET) or _splits_in(table, *_):
+        return []
+    header, rows = read_rows(table)
+    known = {name for names in SPLIT_NAMES.values() for name in names}
+    cells = ({row[i].strip().lower() for row in rows} for i in range(len(header)))
+    pairs = zip(header, cells, strict=True)
+    return [name for name, there in pairs if there <= known and there & set(SPLIT_NAMES["train"]) and len(there) > 1]
+
+
 def lines_of_other_splits(table: Path, config: DataConfig) -> int:
     """How many lines of the table that a configuration trains on are for another split.
 
@@ -245,7 +268,8 @@ def _column(table: Path, header: list[str], wanted: str | None, field: str) -> i
     if wanted is None:
         return None
     if wanted not in header:
-        raise UserError(f"{table} has no column '{wanted}' ({field}){did_you_mean(wanted, header)}")
+        there = did_you_mean(wanted, header) or f": it has {', '.join(header)}"
+        raise UserError(f"{table} has no column '{wanted}' ({field}){there}")
     return header.index(wanted)
 
 

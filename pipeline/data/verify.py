@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,21 +36,25 @@ PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 def verify(
     training: Sequence[FileSource], validation: Sequence[FileSource], pixel_format: PixelFormat = COLORS
-) -> Iterator[ImageIssue]:
-    """Read and decode every image of two sets, either of which may be empty, and yield what is odd or left out.
+) -> Generator[ImageIssue, None, int]:
+    """Read and decode every image of two sets, either of which may be empty, and yield what is odd or left out; return how many
+    images were read.
 
     Of the images nothing is kept but the validation set's digests and locations.
     """
-    locations = {}
+    locations, images = {}, 0
     for location, digest, issues in _examine_all(validation, False, pixel_format):
         yield from issues
+        images += digest is not None
         if digest and not _stops(issues):
             locations[digest] = location
     for location, digest, issues in _examine_all(training, True, pixel_format):
         yield from issues
+        images += digest is not None
         if digest in locations and not _stops(issues):
             outcome = "counted as right or wrong though the network has trained on it; remove it from training"
             yield ImageIssue(location, DUPLICATE, outcome, locations[digest])
+    return images
 
 
 def _stops(issues: Iterable[ImageIssue]) -> bool:
@@ -109,8 +113,13 @@ def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: Pi
         classes, issues = source.groups()
         yield from ((issue.location, None, [issue]) for issue in issues if classes or issue.stops)
         groups += [(source, group) for group in classes or [source.flat()]]
-    for _, group in tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False):
-        total += len(group.list().members)  # listed once more below: a million need not be kept
+    for source, group in tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False):
+        members = group.list().members  # listed once more below: a million need not be kept
+        total += len(members)
+        may_be_empty = training and group.name and not group.labelled and not any(member.by_name for member in members)
+        if may_be_empty and not images_of(source, group)[0]:
+            where = f"the class {group.name} in {source.root}"
+            yield where, None, [ImageIssue(where, "has no images", "fill or remove it", stops=True)]
     with tqdm(desc=f"verify {name}", total=total, unit=" images", disable=None, leave=False) as bar:
         for examined in _in_threads(groups, training, pixel_format):
             bar.update()

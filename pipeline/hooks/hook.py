@@ -51,7 +51,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """An epoch, counted from 0, with its scores; `best` if no earlier one had a better validation score.
+    """An epoch, counted from 0, with its scores; `best` if its validation score is better than all before.
 
     Attributes:
         scores: the validation's, by the weights' name; see `Run.validated`.

@@ -1,5 +1,6 @@
 """When a run saves a checkpoint, and leaves after one: by steps, by the clock, at each epoch's end, and on a signal."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -8,7 +9,9 @@ from pipeline.checkpoint import CheckpointFolder
 from pipeline.distributed import Agreement
 from pipeline.errors import InterruptedRunError
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
+from pipeline.parsing import flatten
 from pipeline.preemption import grace_period
+from pipeline.recipe import FOLLOWERS
 from pipeline.run import Run
 from pipeline.run_dir import STATUS, replace_text
 
@@ -85,6 +88,10 @@ class Saving(Hook):
             "done_steps": run.done_steps,
             "complete": run.is_complete,
             "validation_images": run.conditions.val_fingerprint,
+            # config.yaml is of the last start, which may have saved nothing.
+            "followers": {
+                key: value for key, value in flatten(dataclasses.asdict(run.config)).items() if key in FOLLOWERS
+            },
         }
 
     def _leave(self, run: Run, asked: int) -> None:

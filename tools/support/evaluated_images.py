@@ -17,7 +17,7 @@ from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
 from pipeline.data.sources import open_source
 from pipeline.data.splits import find_splits, find_validation
-from pipeline.data.table import PARQUET, SUFFIXES, TableSource, is_table, splits_in
+from pipeline.data.table import TableSource, columns_of, is_table, is_table_by_name, splits_in
 from pipeline.errors import UserError
 from tools.support.candidate import Candidate
 from tools.support.label_files import find_label_file
@@ -94,8 +94,12 @@ def open_images(
             raise UserError("the network gives several labels an image: give the CSV file of them as --labels")
         cache = known_cache(Path(labels_file))
         _say_split(Path(labels_file), split)
-        table = LabelTableSource(str(labels_file), open_source(folder), classes, split or "val")
-        return scan_label_table(table, cache, True, read_as)
+        of_labels = LabelTableSource(labels_file, open_source(folder), classes, split or "val")
+        return scan_label_table(of_labels, cache, True, read_as)
+    if labels_file and place == folder and _is_of_a_table(Path(labels_file), data):
+        _say_split(Path(labels_file), split)
+        of_split = TableSource(labels_file, open_source(folder), columns_of(labels_file, data, split or "val"))
+        return scan_classes(of_split, known_cache(Path(labels_file)), True, pixel_format=read_as).with_classes(classes)
     cache = known_cache(place)
     if labels_file:
         if split:
@@ -109,15 +113,25 @@ def open_images(
         index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
         return index.with_classes(classes)
     except UserError as error:
-        tables = [name for name in (data.val, data.train) if Path(name).suffix.lower() in (*SUFFIXES, PARQUET)]
+        tables = [name for name in (data.val, data.train) if is_table_by_name(name)]
         if tables and place == folder and folder.is_dir():
-            there = (folder / tables[0]).exists()
-            why = f"the run had its images from the table {tables[0]}" + (
-                "" if there else f", which is not in {folder}"
-            )
-            given = folder / tables[0] if there else "that table, or another,"
-            raise UserError(f"{error}; {why}: give {given} as --data") from None
+            table, why = folder / tables[0], f"the run had its images from the table {tables[0]}"
+            if not table.exists():
+                remedy = f"{why}, which is not in {folder}: give that table, or another, as --data"
+            elif os.path.realpath(table.parent) == os.path.realpath(folder):
+                remedy = f"{why}: give {table} as --data"
+            else:
+                remedy = f"{why}: add --labels {os.path.normpath(table)}"
+            raise UserError(f"{error}; {remedy}") from None
         raise
+
+
+def _is_of_a_table(labels_file: Path, data: DataConfig) -> bool:
+    """Whether a file of labels is a table as training takes it: its lines say which split they are for, or the run has had its
+    images from one. Else it has a line for each image."""
+    if not is_table(labels_file):
+        return False
+    return bool(splits_in(labels_file)) or any(map(is_table_by_name, (data.train, data.val)))
 
 
 def _say_split(place: Path, split: str | None) -> None:

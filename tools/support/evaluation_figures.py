@@ -126,8 +126,8 @@ def errors(score: Score) -> dict[str, Any]:
     }
 
 
-def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict[str, Any]]]:
-    """Errors of each class that has images, and the most frequent confusions of two classes.
+def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, Any]:
+    """Errors of each class that has images, their mean, and the most frequent confusions of two classes.
 
     The true class of a confusion has images; the predicted one may be any of the outputs used.
     """
@@ -139,7 +139,9 @@ def by_class(evaluation: Evaluation, index: DatasetIndex) -> dict[str, list[dict
     confused = (answers != labels) & (answers >= 0)  # where an answer is not finite there is none
     pairs, counts = np.unique(np.stack([labels, answers])[:, confused], axis=1, return_counts=True)
     most_frequent = np.argsort(-counts, kind="stable")[:CONFUSIONS]
+    shares = 100 * wrong[images > 0] / images[images > 0]
     return {
+        "mean_class_error": float(shares.mean()),
         "by_class": [
             {
                 "class": names[k],

@@ -246,6 +246,13 @@ def _error_lines(r: dict[str, Any]) -> list[str]:
             if r[f"top{k}_error"] is not None
         ),
     ]
+    sizes = [row["images"] for row in r["by_class"]]
+    if max(sizes) > min(sizes):
+        frequent = 100 * (1 - max(sizes) / sum(sizes))
+        lines.append(
+            f"mean error of a class {r['mean_class_error']:.2f} %, however many images each has ({min(sizes):,} to "
+            f"{max(sizes):,}); the most frequent class as every answer has a top-1 error of {frequent:.2f} %"
+        )
     if r["real"]:
         images = counted(r["real"]["images"], "image")
         lines.append(f"top-1 error {r['real']['top1_error']:.2f} % by the ReaL labels of {images}")
