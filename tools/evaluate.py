@@ -207,8 +207,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="label file, if DIR is a folder of images without class folders; CSV, if an image has several labels; relative to "
-        "the working directory or to DIR",
+        help="label file, if DIR is a folder of images without class folders; table of images in DIR; CSV, if an image has "
+        "several labels; relative to the working directory or to DIR",
     )
     parser.add_argument(
         "--split",
