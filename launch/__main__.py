@@ -6,6 +6,7 @@ runs become one job array. ``python -m launch status|logs|cancel|resume RUN ...`
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import math
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
-from launch.description import describe, processes
+from launch.description import Turns, describe, processes
 from launch.log import is_held_here, lock_of
 from launch.names import refuse_missing_files, refuse_unknown_names
 from launch.records import CANCEL, NO_CANCEL, Job, add_event, config_of, find_job, read_events, read_job
@@ -38,7 +39,7 @@ from launch.status import (
     slurm_queue,
     to_text,
 )
-from launch.submission import refuse_impossible, script, submit
+from launch.submission import UnknownJobError, refuse_impossible, script, submit
 from pipeline.config import (
     SCHEMA,
     Config,
@@ -107,14 +108,10 @@ def start(arguments: list[str]) -> None:
     refuse_unknown_names(configs)
     refuse_missing_files(configs)
     with leaving_nothing_if_refused(run_dirs):
-        # When so many runs as train at once are done with those before.
-        free = [0.0] * min(len(configs), cluster.parallel or (1 if cluster.kind == "local" else len(configs)))
+        turns = Turns(min(len(configs), cluster.parallel or (1 if cluster.kind == "local" else len(configs))))
         for config in configs:
             _refuse_if_running(Path(config.run_dir))
-            first = free.index(waits := min(free))
-            text, took = describe(config, cluster, options.images_per_second, not options.dry_run, waits)
-            free[first] = waits + took
-            print(text, end="\n\n")
+            print(describe(config, cluster, options.images_per_second, turns, not options.dry_run), end="\n\n")
         if not options.dry_run:
             report(configs, submit(configs, cluster), cluster)
             return
@@ -201,6 +198,8 @@ def leaving_nothing_if_refused(run_dirs: list[str]) -> Iterator[None]:
     before = [Before(Path(run_dir)) for run_dir in run_dirs]
     try:
         yield
+    except UnknownJobError:
+        raise
     except UserError:
         for directory in before:
             directory.put_back()
@@ -216,7 +215,12 @@ def look_after(verb: str, arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     runs, failed = _runs_of(options.runs, verb)
     if verb == "status" and runs:
-        queue, statuses = _queue_for(runs), []
+        queue, statuses = None, []
+        try:
+            queue = _queue_for(runs)
+        except UserError as error:  # of runs elsewhere there is something to say all the same
+            failed.append(error)
+            runs = [run for run in runs if not _is_slurms(run)]
         for run in runs:
             try:
                 statuses.append(read_status(run, queue))
@@ -291,9 +295,13 @@ def cancel(run: Path) -> None:
     try:
         add_event(run, CANCEL, job=job.id)  # before the job may end by it: no further attempt shall follow
     except OSError as error:
-        raise UserError(f"{run} cannot be written ({error.strerror}): its owner can cancel it") from None
+        remedy = "its owner can cancel it" if error.errno in (errno.EACCES, errno.EPERM) else "make room there"
+        raise UserError(f"{run} cannot be written ({error.strerror}): {remedy}") from None
     try:
         _tell_to_end(run, job, status)
+    except ProcessLookupError:
+        print(f"{run}: has just ended")
+        return
     except (OSError, UserError) as error:
         add_event(run, NO_CANCEL, job=job.id)
         raise UserError(f"{run} goes on: {error}") from None
@@ -304,7 +312,8 @@ def _tell_to_end(run: Path, job: Job, status: Status) -> None:
     """
     Raises:
         UserError: SLURM refuses.
-        OSError: the process is another user's, or has just gone.
+        ProcessLookupError: it has just ended.
+        OSError: the process is another user's.
     """
     if job.kind == "local":
         os.kill(int(job.id), signal.SIGTERM)
@@ -395,13 +404,13 @@ def _queue_for(runs: list[Path]) -> Queue:
     Raises:
         UserError: SLURM does not answer. Without its word a job that waits would be taken for one that is gone.
     """
-    for run in runs:
-        job = None
-        with suppress(UserError):  # which the run's own status says
-            job = find_job(run)
-        if job and job.kind == "slurm":
-            return slurm_queue()
-    return None
+    return slurm_queue() if any(map(_is_slurms, runs)) else None
+
+
+def _is_slurms(run: Path) -> bool:
+    with suppress(UserError):  # which the run's own status says
+        return (job := find_job(run)) is not None and job.kind == "slurm"
+    return False
 
 
 def _refuse_if_running(run: Path) -> None:

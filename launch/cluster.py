@@ -131,17 +131,13 @@ def read_cluster(options: Namespace) -> Cluster:
         tree = SCHEMA.read(Path(origin))
     else:
         raise UserError(f"there is no cluster file {origin}: --cluster takes a file, local or slurm")
-    cluster = SCHEMA.build(tree, origin, SCHEMA.given(options))
-    _refuse_without_use(cluster)
-    return cluster
-
-
-def _refuse_without_use(cluster: Cluster) -> None:
-    """Refuse what would change nothing. Not by the dataclass, which also reads what earlier versions have submitted."""
-    if cluster.mail_user is None and cluster.mail_type != Cluster.mail_type:
+    given = SCHEMA.given(options)
+    cluster = SCHEMA.build(tree, origin, given)
+    if "mail_type" in given and cluster.mail_user is None:
         raise UserError("--mail-type does nothing without --mail-user: add that, or leave both out")
     if cluster.kind == "local":
-        default = Cluster()
         for key, flag in zip(SCHEMA.fields, SCHEMA.flags, strict=True):
-            if key not in LOCAL and getattr(cluster, key) != getattr(default, key):
-                raise UserError(f"{flag} is for SLURM, and does nothing for processes of this machine: leave it out")
+            if key not in LOCAL and (key in given or key in tree):
+                where = flag if key in given else f"{origin}: '{key}'"
+                raise UserError(f"{where} is for SLURM, and does nothing for processes of this machine: leave it out")
+    return cluster

@@ -18,14 +18,26 @@ from pipeline.parsing import text_to_read
 from pipeline.words import counted
 
 
+class Turns:
+    """When runs that are submitted together begin, so many of them at a time."""
+
+    def __init__(self, at_once: int):
+        self._free = [0.0] * at_once
+
+    def take(self, seconds: float) -> float:
+        """The seconds from now on until the next run begins, which takes so long."""
+        begins = min(self._free)
+        self._free[self._free.index(begins)] = begins + seconds
+        return begins
+
+
 def describe(
-    config: Config, cluster: Cluster, images_per_second: float | None, writes: bool = True, waits: float = 0.0
-) -> tuple[str, float]:
+    config: Config, cluster: Cluster, images_per_second: float | None, turns: Turns, writes: bool = True
+) -> str:
     """A run in a few lines: what differs from the defaults, batch arithmetic, and the time it takes if a rank's speed is known.
-    Also that time in seconds, 0 if it is not known.
 
     Args:
-        waits: seconds until its turn comes among the runs that are submitted with it.
+        turns: of the runs that are submitted with it.
         writes: what is found about the images is kept; a dry run leaves nothing behind.
 
     Raises:
@@ -37,7 +49,8 @@ def describe(
         parts = microbatches_of(config, ranks, split_text)
     except UserError as error:
         raise UserError(f"{config.run_dir}: {error}") from None
-    train, val = open_datasets(config.data, Path(config.run_dir) / "index" if writes else None, progress=True)
+    cache = Path(config.run_dir) / "index" if writes else None
+    train, val = open_datasets(config.data, cache, progress=True, download=writes)
     done = epochs_done(config, cluster, train, val)
     changed = [f"{key} {text_to_read(value)}" for key, (value, _) in changed_fields(config).items()]
     lines = [
@@ -50,18 +63,18 @@ def describe(
     if done:
         lines.append(f"resumes after {done:.4g} of {counted(optim.epochs, 'epoch')}")
     lines += [f"warning: {line}" for line in cautions(config, train, val, ranks)]
-    took = 0.0
     if images_per_second:
         sizes, speed = (len(train), len(val)), images_per_second * ranks
         time_ = estimate(sizes, max(optim.epochs - done, 0.0), speed, cluster.seconds, cluster.warning_seconds)
-        end, took = datetime.now() + timedelta(seconds=waits + time_.run), time_.run
+        waits = turns.take(time_.run)
+        end = datetime.now() + timedelta(seconds=waits + time_.run)
         turn = f", {duration(waits)} from now on," if waits else ","
         fit = f"{time_.epochs_per_attempt:.1f} epochs an attempt of {cluster.time}, " if time_.attempts > 1 else ""
         lines.append(
             f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {fit}{counted(time_.attempts, 'attempt')}, "
             f"{duration(time_.run)} in all{turn} not before {end:%Y-%m-%d %H:%M}"
         )
-    return "\n".join(lines), took
+    return "\n".join(lines)
 
 
 def processes(configs: list[Config], cluster: Cluster) -> str:

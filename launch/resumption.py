@@ -13,7 +13,8 @@ def epochs_done(config: Config, cluster: Cluster, train: DatasetIndex, val: Data
     """How many epochs the run has that the job would resume, of which the last may be a part; 0 for a new run.
 
     Raises:
-        UserError: the run may not resume so; what `resume.check_same_run` says. The loader and class weights are not looked at.
+        UserError: the run may not resume so; what `resume.check_same_run` says. What `auto` finds for the loader, and class
+            weights, are not looked at.
     """
     if not Path(config.run_dir, "checkpoints").is_dir():
         return 0.0
@@ -28,7 +29,7 @@ def epochs_done(config: Config, cluster: Cluster, train: DatasetIndex, val: Data
         classes=list(train.classes),
         fingerprint=fingerprint_of(train, val),
         images=[len(train), len(val)],
-        loader=loader_of(start.checkpoint) or "",
+        loader=config.data.loader if config.data.loader != "auto" else loader_of(start.checkpoint) or "",
         ranks=cluster.ranks,
         class_weights=state.get("conditions", {}).get("class_weights"),
     )

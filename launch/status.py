@@ -274,7 +274,8 @@ def _remaining(status: Status) -> str:
 
 def _state_of_job(run_dir: Path, job: Job, events: list[dict[str, Any]], queue: Queue) -> tuple[str, str, str]:
     """State, nodes and reason: SLURM's word for a job that it has, else the run's own."""
-    last = events[-1] if events else {}
+    own = [event for event in events if event["event"] in ("submit", "start", "end")]
+    last = own[-1] if own else {}
     ended = last.get("event") == "end"
     why = f"{last['why']}{last['message'] and ': ' + last['message'].splitlines()[-1]}" if ended else ""
     state, nodes, reason = (queue or {}).get(job.id, ("", "", "")) if job.kind == "slurm" else ("", "", "")

@@ -28,11 +28,16 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("pipeline", "launch")
 
 
+class UnknownJobError(UserError):
+    """Jobs are there that their runs' directories do not tell of."""
+
+
 def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
     """Start a job for each configuration; several are one array on SLURM. What is refused leaves no job and no folder.
 
     Raises:
         UserError: there is no SLURM, or it refuses the request.
+        UnknownJobError: a run's directory cannot be written after all.
     """
     refuse_impossible(cluster, len(configs), submits=True)
     with _new_folder(configs) as folder:
@@ -40,19 +45,27 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
         start = _start_slurm if cluster.kind == "slurm" else _start_local
         ids = start(configs, cluster, folder)
     jobs = [Job(i, cluster.kind, socket.gethostname(), str(folder)) for i in ids]
-    for config, job in zip(configs, jobs, strict=True):
-        try:
-            replace_text(Path(config.run_dir, SUBMITTED), to_yaml(config))
-            write_job(Path(config.run_dir), job)
-            add_event(
-                Path(config.run_dir), "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster)
-            )
-        except OSError as error:
-            raise UserError(
-                f"job {job.id} is submitted, but {config.run_dir} cannot be written ({error.strerror}): end it with "
-                f"{'scancel' if job.kind == 'slurm' else 'kill'} {job.id}"
-            ) from None
+    failed = [(job, error) for config, job in zip(configs, jobs, strict=True) if (error := _note(config, job, cluster))]
+    if failed:
+        command = "scancel" if cluster.kind == "slurm" else "kill"
+        raise UnknownJobError(
+            f"the jobs are submitted, but {failed[0][1].filename} cannot be written ({failed[0][1].strerror}), so that status "
+            f"and cancel do not know {len(failed)} of them: end {'it' if len(failed) == 1 else 'them'} "
+            f"with {command} {' '.join(job.id for job, _ in failed)}"
+        )
     return jobs
+
+
+def _note(config: Config, job: Job, cluster: Cluster) -> OSError | None:
+    """Write into a run's directory which job it has; return why that cannot be done."""
+    run_dir = Path(config.run_dir)
+    try:
+        replace_text(run_dir / SUBMITTED, to_yaml(config))
+        write_job(run_dir, job)
+        add_event(run_dir, "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster))
+    except OSError as error:
+        return error
+    return None
 
 
 def _write(configs: list[Config], cluster: Cluster, folder: Path) -> None:

@@ -87,6 +87,17 @@ class Tuning:
     def from_state(state: Mapping[str, Any]) -> "Tuning":
         return Tuning(Implementation(**state["chosen"]), dict(state["asked"]), state["text"], state.get("card", ""))
 
+    @staticmethod
+    def of_checkpoint(state: Mapping[str, Any]) -> "Tuning | None":
+        """What a checkpoint's run has measured, also where its last start asked otherwise; None if it has not."""
+        if not (stored := state.get("tuning") or state.get("tuning_left")):
+            return None
+        kept, recomputed = Tuning.from_state(stored), state["config"]["model"].get("activation_checkpointing", "none")
+        if recomputed == "none":
+            return kept
+        # A checkpoint of before does not say that there.
+        return dataclasses.replace(kept, asked={"activation_checkpointing": recomputed, **kept.asked})
+
 
 def as_configured(config: Config) -> Implementation:
     """What a run computes with where nothing is measured."""
@@ -103,13 +114,15 @@ def what_is_asked(config: Config, device: torch.device, images: int) -> dict[str
     }  # fmt: skip
 
 
-def is_still_asked(kept: Tuning, asked: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's choice was made for what is asked now. Graphs change no bit: they may come and go."""
+def asked_otherwise(kept: Tuning, asked: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint's choice was made for, where something else is asked now. Graphs change no bit: they do not count."""
     alike = ("none", "graphs", "auto")
-    modes = kept.asked.get("compile"), asked["compile"]
-    return {**kept.asked, "compile": ""} == {**asked, "compile": ""} and (
-        modes[0] == modes[1] or all(mode in alike for mode in modes)
-    )
+    both = {name: (kept.asked.get(name, "none"), asked.get(name, "none")) for name in {**kept.asked, **asked}}
+    return [
+        f"{name} {was}"
+        for name, (was, now) in both.items()
+        if was != now and not (name == "compile" and was in alike and now in alike)
+    ]
 
 
 def as_chosen(chosen: Implementation, config: Config) -> Implementation:

@@ -6,6 +6,7 @@ from pipeline.config import Config
 from pipeline.data.checks import warnings_about
 from pipeline.data.index import DatasetIndex
 from pipeline.data.splits import with_sets_found
+from pipeline.parsing import value_text
 from pipeline.recipe import poor_split
 from pipeline.words import counted
 
@@ -37,6 +38,11 @@ def cautions(config: Config, train: DatasetIndex, val: DatasetIndex, ranks: int)
         )
     if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
         lines.append(split)
+    if max(config.data.mean) > 1:
+        lines.append(
+            f"data.mean {value_text(config.data.mean)} looks like that of pixels from 0 to 255, and here they are from 0 to 1: "
+            "divide it by 255, and data.std too"
+        )
     if optim.class_weights == "balanced" and config.data.sampling == "balanced":
         lines.append(
             "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "

@@ -296,12 +296,6 @@ class DataConfig:
         return self
 
     @model_validator(mode="after")
-    def _mean_is_of_pixels_from_0_to_1(self) -> "DataConfig":
-        if not all(0 <= value <= 1 for value in self.mean):
-            raise ValueError(f"mean {value_text(self.mean)} is of pixels from 0 to 1: divide it by 255, and std too")
-        return self
-
-    @model_validator(mode="after")
     def _magnitude_is_in_its_space(self) -> "DataConfig":
         greatest = 10 if self.auto_augment == "randaugment-timm" else 30
         if self.randaugment_magnitude > greatest:

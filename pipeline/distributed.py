@@ -268,14 +268,7 @@ def _meet(world: World) -> dict[str, Any]:
     interface = None if "GLOO_SOCKET_IFNAME" in os.environ else gloo_interface(world.size > world.local_size)
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    except dist.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise InterruptedRunError(
-            f"rank {world.rank} cannot meet the others at {place} (MASTER_ADDR, MASTER_PORT; "
-            f"{str(error).splitlines()[0]}): start the ranks again, at another port if that one is taken"
-        ) from None
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     options: dict[str, Any] = dict(store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     if world.device.type == "cuda":
         refuse_shared_gpus(world, store)

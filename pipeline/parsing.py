@@ -190,7 +190,7 @@ class Schema(Generic[T]):
         where, what = f"{origin}: '{key}'" if key else origin, self._explain(key, error)
         if key in overrides:
             where = self._flag(key)
-        elif flags := [self._flag(k) for k in overrides if re.search(rf"\b{re.escape(k.rpartition('.')[2])}\b", what)]:
+        elif flags := [self._flag(k) for k in overrides if _names_key(what, k, section=key)]:
             where += f" with {', '.join(flags)}"
         raise UserError(f"{where}{what}")
 
@@ -305,6 +305,13 @@ _PLAIN = {  # pydantic's kinds of error in plain words
     "dataclass_type": "a mapping of fields is needed",
     "dict_type": "a mapping of names to values is needed",
 }
+
+
+def _names_key(text: str, key: str, section: str) -> bool:
+    """Whether a message names a field: one on a section by its name there, one on the whole (empty) by its key."""
+    of, _, name = key.rpartition(".")
+    word = name if section else key
+    return (not section or of == section) and bool(re.search(rf"(?<![\w.]){re.escape(word)}(?![\w.]*\w)", text))
 
 
 class _Loader(yaml.SafeLoader):

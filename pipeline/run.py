@@ -236,26 +236,16 @@ class Run:
     def _tune(self, network: nn.Module, images: int, found: Found | None) -> Tuning | None:
         """The implementation that was measured to be the fastest, or that a checkpoint's run has kept; None to do as asked."""
         config, device = self.config, self.world.device
-        if not autotune.leaves_a_choice(config, device, network):
-            return None
-        kept = None
-        if found is not None:
-            stored = found.state.get("tuning") or found.state.get(
-                "tuning_left"
-            )  # of a start between that asked otherwise
-            kept = Tuning.from_state(stored) if stored else None
-            recomputed = found.state["config"]["model"].get("activation_checkpointing", "none")
-            if kept and recomputed != "none":  # which a checkpoint of before does not say there
-                kept = dataclasses.replace(kept, asked={"activation_checkpointing": recomputed, **kept.asked})
+        kept = Tuning.of_checkpoint(found.state) if found else None
+        others = autotune.asked_otherwise(kept, autotune.what_is_asked(config, device, images)) if kept else []
+        free = autotune.leaves_a_choice(config, device, network)
+        if kept and (others or not free):
             # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
-            asked = autotune.what_is_asked(config, device, images)
-            if not kept:
-                return None
-            if not autotune.is_still_asked(kept, asked):
-                others = [name for name in asked if asked[name] != kept.asked.get(name)]
-                self._tuning_left = kept
-                self._asked_otherwise = f"it was for {', '.join(f'{name} {kept.asked.get(name)}' for name in others)}"
-                return None
+            self._tuning_left = kept
+            self._asked_otherwise = f"it was for {', '.join(others)}" if others else "nothing is left to choose"
+            return None
+        if not free or (found and not kept):
+            return None
         classes, cards = len(self.conditions.classes), self.world.gather(autotune.card_name(device))
         return self.world.broadcast_from_rank0(lambda: autotune.choose(config, classes, device, images, cards, kept))
 
@@ -267,7 +257,9 @@ class Run:
             remedy = f"{config.run_dir} began with it, and others differ in the last bits: resume where it can be used"
         loader, self._passed_over = choose_common_loader(wanted, world.device, world.gather, remedy)
         data = dataclasses.replace(config.data, loader=loader)
-        train_index, val_index = share_on_machines(world, lambda: open_datasets(config.data, cache, progress=True))
+        train_index, val_index = share_on_machines(
+            world, lambda: open_datasets(config.data, cache, True, download=cache is not None)
+        )
         shard = Shard(world.rank, world.size, world.device, world.cores)
         weights = world.broadcast_from_rank0(lambda: read_class_weights(config.optim.class_weights, train_index))
         self.objective = create_objective(config, None if weights is None else weights.to(world.device))

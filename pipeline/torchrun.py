@@ -33,6 +33,11 @@ def main() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed") and "LOGLEVEL" not in os.environ:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # that it sends signals, and which rank has failed
+    try:
+        run.config_from_args(options)
+    except (ValueError, RuntimeError, AssertionError) as error:  # as --nproc-per-node gpu without a GPU
+        print(f"error: torchrun: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
     os.environ[SPEAKER] = "1"
     with tempfile.TemporaryDirectory() as folder:
         options.log_dir = options.log_dir or folder
@@ -46,9 +51,6 @@ def main() -> None:
             failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (SignalException, KeyboardInterrupt) as error:
             asked = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-        except (ValueError, RuntimeError) as error:  # of torchrun itself, as --nproc-per-node gpu without a GPU
-            print(f"error: torchrun: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_USER_ERROR)
         code, line = outcome(words_in(set(Path(options.log_dir).glob("*")) - before), failed, asked)
     if line:
         print(line, file=sys.stderr, flush=True)

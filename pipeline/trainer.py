@@ -148,8 +148,9 @@ class Trainer:
             skipped = self.skipper.skips([o[2] for o in outcomes], norm, run.scaler.get_scale())
         if not skipped:
             run.count(outcomes)
+        loss_scale = run.scaler.get_scale() if logged else 1.0  # before the update, which may change it
         rate, logged_norm = update(run, logged, norm, skipped)
-        return StepResult(images, rate, logged_norm, logged, last, skipped)
+        return StepResult(images, rate, logged_norm, loss_scale, logged, last, skipped)
 
     def validate(self, network: nn.Module | None = None) -> AnyScore:
         """Single-crop score on the validation set, with rank 0's batch-norm statistics; of the run's network if of no other."""

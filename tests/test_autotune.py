@@ -206,10 +206,9 @@ def test_candidates_on_a_gpu(tmp_path, monkeypatch):
     assert fp32[-1].dense_block == "triton"  # last: it is the least known
     sparing = small_config(tmp_path, model={"activation_checkpointing": "all"})
     assert "eager" in {c.dense_block for c in fp32} and "eager" not in {c.dense_block for c in candidates(sparing, GPU)}
-    assert not autotune.is_still_asked(
-        Tuning(fp32[0], autotune.what_is_asked(small_config(tmp_path), GPU, 4), ""),
-        autotune.what_is_asked(sparing, GPU, 4),
-    )
+    usual, asked_less = (autotune.what_is_asked(config, GPU, 4) for config in (small_config(tmp_path), sparing))
+    for before, now, was in ((usual, asked_less, "none"), (asked_less, usual, "all")):
+        assert autotune.asked_otherwise(Tuning(fp32[0], before, ""), now) == [f"activation_checkpointing {was}"]
     accumulates = candidates(small_config(tmp_path, optim={"grad_accum_steps": 2}), GPU)
     assert {c.compile for c in accumulates} == {"none"}
     for mode in ("none", "graphs"):
@@ -417,6 +416,15 @@ def test_a_resumed_run_keeps_its_choice(tmp_path, monkeypatch, capsys):
         asks_otherwise = small_config(tmp_path / "cut", train={"memory_format": "channels_last"})
         run = Run(asks_otherwise, world, start)
         assert run.network.dense_block == "auto" and run.memory_format is torch.channels_last
+        assert "\nwhat the run has measured before (memory_efficient contiguous" in run.description()
+        assert "is not taken: it was for memory_format auto" in run.description()
+        named = small_config(tmp_path / "cut", model={"dense_block": "eager"}, train={"compile": "none"})
+        for between in (asks_otherwise, named):  # a start that asks otherwise, and one that leaves nothing to choose
+            saved = Run(between, world, start).state_dict()
+            start.checkpoint.state.update({key: saved[key] for key in ("tuning", "tuning_left")})
+            assert start.checkpoint.state["tuning"] is None
+        assert Run(cut, world, start).network.dense_block == "memory_efficient"  # back as it was
+        start.checkpoint.state.pop("tuning_left")
         start.checkpoint.state.pop("tuning")  # as of a version before
         assert Run(cut, world, start).network.dense_block == "auto"
     assert calls == [(3, 12)]
@@ -439,16 +447,16 @@ def test_graphs_come_and_go_and_the_choice_is_kept(tmp_path, asked, chosen, now,
     then = small_config(tmp_path, train={"compile": asked})
     kept = Tuning(Implementation("triton", "channels_last", chosen), autotune.what_is_asked(then, GPU, 12), "", "a")
     config = small_config(tmp_path, train={"compile": now}, optim={"grad_accum_steps": accumulation})
-    still = autotune.is_still_asked(kept, autotune.what_is_asked(config, GPU, 12))
-    assert still == (expected is not None)
-    if still:
+    others = autotune.asked_otherwise(kept, autotune.what_is_asked(config, GPU, 12))
+    assert others == ([] if expected else [f"compile {asked}"])
+    if expected:
         found = autotune.as_chosen(kept.chosen, config)
         assert found == Implementation("triton", "channels_last", expected)
         compilation.compile_network(
             torch.nn.Linear(1, 1), found.compile, 12, accumulation
         )  # which refuses what it cannot
     other = small_config(tmp_path, train={"compile": now, "precision": "bf16"})
-    assert not autotune.is_still_asked(kept, autotune.what_is_asked(other, GPU, 12))
+    assert "precision fp32" in autotune.asked_otherwise(kept, autotune.what_is_asked(other, GPU, 12))
 
 
 def test_on_a_cpu_nothing_is_measured(tmp_path, monkeypatch):

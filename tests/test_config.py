@@ -100,8 +100,8 @@ def test_published_errors_are_of_the_files_network_and_data():
         (["--optim.epochs", "1.5"], "--optim.epochs: a whole number is needed"),
         (["--train.change", "lr"], "densenet121.yaml with --train.change: train.change: there is no field 'lr'"),
         (
-            ["--data.mean", "124,116,104"],
-            "mean 124.0,116.0,104.0 is of pixels from 0 to 1: divide it by 255, and std too",
+            ["--data.train", "X", "--train.change", "lr"],
+            "yaml with --train.change: train.change: there is no field 'lr'",
         ),
         (["--optim.epochs", "0"], "--optim.epochs: a number above 0 is needed"),
         (["--optim.momentum", "1"], "--optim.momentum: a number below 1.0 is needed"),

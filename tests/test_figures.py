@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torchvision_sets
-from conftest import run_module, small_config, write_class_folders
+from conftest import REPOSITORY, run_module, small_config, write_class_folders
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import DataConfig, load_stored_config
+from pipeline.config import DataConfig, load_config, load_stored_config
 from pipeline.data.scan import scan_classes
 from pipeline.models import create_model
 from tools.figures import (
@@ -130,6 +130,20 @@ def test_errors_that_are_not_of_test_images_are_called_so(tmp_path, monkeypatch)
     panels = {axes.get_title(): points(axes) for axes in draw_small_images([held, drawn]).axes}
     assert panels["SVHN"][held.label][0][1] == held.error == min(r["val/top1_error"] for r in held.epochs)
     assert drawn.label in panels["synthetic images\n11 synthetic images"]
+
+
+def test_whose_data_are_imagenets():
+    cifar = load_config(REPOSITORY / "configs" / "cifar10-jpeg.yaml")  # class folders, with CIFAR's mean
+    files = (REPOSITORY / "configs" / name for name in ("densenet121.yaml", "msdnet/imagenet_4.yaml"))
+    imagenet, msdnet = map(load_config, files)
+    own = dataclasses.replace(imagenet, data=dataclasses.replace(imagenet.data, dir="/pets"))
+    for config, classes, images, name in (
+        (cifar, 10, [50000, 10000], "images in cifar10"), (cifar, 10, None, "images in cifar10"),
+        (imagenet, 1000, [1281167, 50000], "ImageNet"), (imagenet, 1000, None, "ImageNet"),
+        (msdnet, 1000, [1231167, 50000], "ImageNet"), (own, 1000, [9000, 900], "images in pets"),
+    ):  # fmt: skip
+        found = Run("a", config, classes, [], "", images).data
+        assert found == name or (found.startswith("images in") and name.startswith("images in")), (found, name)
 
 
 def run_of(name: str, errors: list[float], data: dict | None = None, **sections: dict) -> Run:

@@ -63,6 +63,13 @@ def test_what_a_table_may_not_say(tmp_path, text, classes, expected):
         read_label_table(table(tmp_path, text), classes)
 
 
+def test_an_entry_that_is_no_image_is_not_said_to_lie_elsewhere(tmp_path):
+    (tmp_path / "photo.heic").touch()
+    for entry in ("", "photo.heic", "."):
+        with pytest.raises(UserError, match=f"line 2: there is no image '{entry}'"):
+            match_files(tmp_path / "t.csv", [entry], ["a.png"], str(tmp_path))
+
+
 def test_an_entry_means_one_image():
     names = ["a/1.png", "a/2.png", "b/2.png", "lists/3.png"]
     assert match_files(Path("/data/lists/t"), ["1.png", "./a/2.png", "3"], names, "/data") == [
@@ -219,7 +226,13 @@ def test_tools_index_knows_tables_of_several_labels(tmp_path, monkeypatch, capsy
         run(data / "train.csv", "--verify", "--against", data / "val.csv")
     told = capsys.readouterr().out
     assert f"{cut} is truncated" in told and f"{data / validated} is a validation image too" in told
-    (data / "val.csv").unlink()
+    (elsewhere := tmp_path / "lists").mkdir()
+    (data / "val.csv").rename(elsewhere / "val.csv")
+    with pytest.raises(UserError, match="is not in the folder of the images|there is no image"):
+        run(elsewhere / "val.csv")
+    assert f"images     {len(sets[1])} in {data}" in run(data, "--labels", elsewhere / "val.csv")
+    with pytest.raises(UserError, match="--several-labels is for tables with a header: leave out --classes"):
+        run(data, "--file-column", "a")
     with pytest.raises(UserError, match=f"{data} holds no tables train.csv and val.csv: give the table itself"):
         run(data)
     assert f"images     {len(sets[0]) + 1} in " in run(data / "train.csv")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_con
 from test_trainer import assert_equal_weights, comparable_records, weights
 
 from launch import after
-from launch.__main__ import grid_values, start
+from launch.__main__ import grid_values, leaving_nothing_if_refused, start
 from launch.__main__ import main as launch
 from launch.after import cause_of, decide, end
 from launch.cluster import Cluster, add_flags, read_cluster
@@ -88,6 +89,10 @@ def test_a_sites_file_and_flags_that_win(tmp_path):
             "--setup is for SLURM, and does nothing for processes of",
         ),
         (["--cluster", "local", "--cpus-per-task", "4"], "--cpus-per-task is for SLURM"),
+        (
+            ["--cluster", "local.yaml"],
+            "local.yaml: 'setup' is for SLURM, and does nothing for processes of this machine",
+        ),
         (["--mail-type", "FAIL"], "--mail-type does nothing without --mail-user"),
         (["--cluster", "site.yaml"], "site.yaml: 'partiton' is not a known key \\(did you mean 'partition'"),
     ],
@@ -96,6 +101,9 @@ def test_mistakes_name_the_flag_or_the_key(tmp_path, monkeypatch, words, expecte
     monkeypatch.chdir(tmp_path)
     Path("site.yaml").write_text("partiton: gpu")
     Path("time.yaml").write_text("time: 90")
+    Path("local.yaml").write_text("{kind: local, setup: [module load cuda]}")
+    Path("mail.yaml").write_text("mail_type: FAIL")  # a site's, for those who give --mail-user
+    assert cluster("--cluster", "mail.yaml").mail_type == "FAIL"
     Path("minutes.yaml").write_text("time: 4320")  # three days, as sbatch takes it
     with pytest.raises(UserError, match=expected):
         cluster(*words)
@@ -478,10 +486,14 @@ def test_a_job_whose_run_cannot_be_written_after_all_is_named(tmp_path, monkeypa
 
     monkeypatch.setattr("launch.submission._start_local", lambda *_: ["4711"])
     monkeypatch.setattr("launch.submission.write_job", full)
-    with pytest.raises(
-        UserError, match="job 4711 is submitted, but .*/run cannot be written .*: end it with kill 4711"
+    monkeypatch.setattr("launch.submission._start_local", lambda *_: ["4711", "4712"])
+    told = r"the jobs are submitted, but .* cannot be written \(No space left on device\), .* do not know 2 of them: end them"
+    with (
+        pytest.raises(UserError, match=f"{told} with kill 4711 4712"),
+        leaving_nothing_if_refused([str(tmp_path / "a")]),
     ):
-        submit([small_config(tmp_path / "run")], Cluster(kind="local"))
+        submit([small_config(tmp_path / name) for name in "ab"], Cluster(kind="local"))
+    assert (tmp_path / "a").is_dir()  # its job is there
 
 
 @pytest.mark.parametrize(
@@ -726,6 +738,13 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     assert "2 processes of this machine for each run; 1 of 2 runs at a time (--parallel)" in text
     assert not list(tmp_path.iterdir())
     assert not list(tmp_path.glob("*/job.json"))
+
+    class Still(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 1)
+
+    monkeypatch.setattr("launch.description.datetime", Still)
     slow = local_words(config, "--dry-run", "--images-per-second", "0.01", "--grid", "optim.lr=0.1,0.2,0.3")
     for more, turns in (([], 2), (["--parallel", "2"], 1)):
         start([*slow, *more])

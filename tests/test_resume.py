@@ -622,14 +622,14 @@ def test_in_fp16_a_gradient_that_never_gets_finite_stops_a_run_that_skips_nothin
 
     class Bursts(Hook):
         def on_start(self, trainer):
-            trainer.run.scaler._init_scale = 2.0
+            trainer.run.scaler._init_scale = 2.0  # above 1 that may pass
 
         def on_batch(self, trainer, batch):
             trainer.run.network.get_parameter("classifier.bias").grad[0] = float("nan")
 
     config = small_config(tmp_path, train={"precision": "fp16", "log_every": 1})
     with pytest.raises(
-        UserError, match="the gradient is not finite at epoch 1, step 1: .*not-finite.json names the step's"
+        UserError, match="the gradient is not finite at epoch 1, step 2: .*not-finite.json names the step's"
     ):
         trainer.fit(config, hooks=[Bursts()])
     assert not (tmp_path / "checkpoints" / "last.pt").exists()

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, override_flags, small_config
 from launch.__main__ import look_after, start
 from launch.cluster import Cluster
 from launch.local import Controller
-from launch.records import Job, add_event, config_file, is_cancelled, read_events, write_job, write_submission
+from launch.records import Job, add_event, config_file, find_job, is_cancelled, read_events, write_job, write_submission
 from launch.status import logs_of, read_status, runs_below, to_text
 from launch.turns import gpus_for_part, has_turn, part_of, take_part, take_turn
 from pipeline import trainer
@@ -234,7 +234,7 @@ def test_a_job_that_waited_and_has_gone_is_not_waited_for_nor_another_process_si
         look_after("cancel", [str(run)])  # trained by hand
 
 
-def test_a_queue_that_does_not_answer_makes_no_job_gone(tmp_path, monkeypatch):
+def test_a_queue_that_does_not_answer_makes_no_job_gone(tmp_path, monkeypatch, capsys):
     """As while SLURM's controller restarts: a job that waits since long ago would be submitted a second time."""
     run = submitted(tmp_path / "a", kind="slurm", id="7")
     add_event(run, "start", start="7.0", job="7")
@@ -245,9 +245,11 @@ def test_a_queue_that_does_not_answer_makes_no_job_gone(tmp_path, monkeypatch):
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     monkeypatch.setattr("launch.__main__.submit", lambda *_: pytest.fail("submitted"))
+    other = run_of_torchrun(tmp_path / "b", f"{BEGIN}{TIME}ended\n")
     for verb in ("status", "cancel", "resume"):
         with pytest.raises(UserError, match="squeue does not answer: unable to contact slurm controller"):
-            look_after(verb, [str(run)])
+            look_after(verb, [str(run), *([str(other)] if verb == "status" else [])])
+    assert re.search(rf"{other} +- +done", capsys.readouterr().out)  # of which SLURM knows nothing
     assert read_events(run)[-1]["event"] == "end"
 
 
@@ -260,6 +262,7 @@ def test_a_cancel_that_fails_does_not_end_the_run_later(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a goes on: scancel 7: access denied"):
         look_after("cancel", [str(run)])
     assert not is_cancelled(read_events(run), "7") and read_status(run, {}).state == "gone"
+    assert read_status(run, None).state == "submitted"  # as before
     scancel.write_text("#!/bin/sh\n")
     look_after("cancel", [str(run)])
     assert is_cancelled(read_events(run), "7") and read_status(run, {}).state == "cancelled"
@@ -270,6 +273,16 @@ def test_a_cancel_that_fails_does_not_end_the_run_later(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.__main__.add_event", refused)  # of a colleague's run; to root every file is open
     with pytest.raises(UserError, match=r"a cannot be written \(Permission denied\): its owner can cancel it"):
         look_after("cancel", [str(run)])
+
+
+def test_a_job_of_an_earlier_version_is_known(tmp_path):
+    (tmp_path / "job.json").write_text(
+        '{"id": "7", "kind": "slurm", "host": "a", "folder": "b", "ranks": 4, "failures": 3}'
+    )
+    assert find_job(tmp_path) == Job("7", "slurm", "a", "b")
+    (tmp_path / "job.json").write_text('{"id": "7"}')
+    with pytest.raises(UserError, match="is damaged, or of another version"):
+        find_job(tmp_path)
 
 
 def test_an_event_after_one_that_a_crash_has_cut_short_is_kept(tmp_path):

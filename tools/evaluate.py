@@ -100,7 +100,7 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
     candidates: list[Candidate] = []
     files = [str(weights_file(file)) for file in options.weights]
     for file, name in zip(files, names_of_files(files), strict=True):
-        sha256, weights = checksum(file), read_weights_of(options, file)
+        weights, sha256 = read_weights_of(options, file), checksum(file)
         data = data_config(weights, options)
         same = [c for c in candidates if are_same_images(c.data, data) and c.index.classes == weights.classes]
         if options.held_out:

@@ -149,6 +149,12 @@ class Run:
         return published_errors_hold(self.config, self.classes, self._counts)
 
     @property
+    def _is_imagenet(self) -> bool:
+        """Whether it has ImageNet's classes and, as far as that is known, as many images to validate on."""
+        known = self.images is None or self.images[1] == published.TEST_IMAGES["imagenet"]
+        return self.classes == 1000 and (known or is_papers_data(self.config, self.classes, self._counts))
+
+    @property
     def _counts(self) -> tuple[int, int] | None:
         train, val = self.images or (0, 0)
         return (train, val) if self.images else None
@@ -160,11 +166,7 @@ class Run:
         if config.loader == "synthetic":
             return "synthetic images"
         if config.dataset == "images":
-            return (
-                IMAGENET
-                if is_papers_data(self.config, self.classes, self._counts)
-                else f"images in {Path(config.dir).name}"
-            )
+            return IMAGENET if self._is_imagenet else f"images in {Path(config.dir).name}"
         return config.dataset if config.dataset == "fashion-mnist" else setting_for(self.config).name
 
 

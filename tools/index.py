@@ -67,29 +67,31 @@ def main() -> None:
     )
     options = parser.parse_args()
     root, fallback = Path(options.data), Path(options.cache)
+    several = options.several_labels
+    if several and (options.classes or options.file_column or options.label_column):
+        parser.error(
+            "--several-labels is for tables with a header: leave out --classes, --file-column and --label-column"
+        )
     labels = find_label_file(options.labels, root)
+    table = labels if labels and (several or (not options.classes and is_table(labels))) else None
     config, both = both_sets(
         DataConfig(
             dir=str(root),
-            val_labels=labels and str(Path(labels).absolute()),
+            val_labels=None if several or not labels else str(Path(labels).absolute()),
             channels=3 if options.depth == 8 else 1,
             depth=options.depth,
             exif_orientation=options.exif_orientation,
             file_column=options.file_column,
             label_column=options.label_column,
-            labels="multi" if options.several_labels else "single",
-        )
+            labels="multi" if several else "single",
+        ),
+        table if several else None,
     )
     read_as = pixel_format(config)
-    table = labels if labels and not options.classes and is_table(labels) else None
     if labels and not (options.classes or both or table):
         parser.error("--labels needs --classes, the folder or archive of the training set, or is a table (.csv, .tsv)")
     if options.classes and (both or not labels):
         parser.error("--classes is for --labels, of a DIR that does not hold both sets: leave it out")
-    if options.several_labels and (labels or options.file_column or options.label_column):
-        parser.error(
-            "--several-labels is for a table with a header: leave out --labels, --file-column and --label-column"
-        )
     if options.against and (both or labels or not options.verify):
         parser.error("--against needs --verify, no --labels, and a DIR other than a folder that holds both sets")
     start = time.perf_counter()
@@ -107,14 +109,13 @@ def main() -> None:
         of_classes = cache_beside(Path(options.classes), fallback)
         classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
         indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), True, read_as)]
-    elif options.several_labels:
-        of_table = LabelTableSource(str(root), open_source(root.parent))
-        indexes = [scan_label_table(of_table, cache_beside(root, fallback), True, read_as)]
     else:
         places = [Path(table or root)]
-        cache = cache_beside(places[0], fallback)
-        source = open_table_or_source(root, options, table)
-        indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
+        cache, source = cache_beside(places[0], fallback), open_table_or_source(root, options, table)
+        if isinstance(source, LabelTableSource):
+            indexes = [scan_label_table(source, cache, True, read_as)]
+        else:
+            indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     for place, index in zip(places, indexes, strict=True):
@@ -132,19 +133,22 @@ def open_table_or_source(root: str | Path, options: argparse.Namespace, table: s
         UserError: as `open_source`; or this is no table, and one is asked for.
     """
     if options.several_labels:
-        return LabelTableSource(str(root), open_source(Path(root).parent))
+        return LabelTableSource(table or str(root), open_source(root if table else Path(root).parent))
     if table:
         return TableSource(table, open_source(root), Columns(options.file_column, options.label_column))
     return open_with_columns(root, options)
 
 
-def both_sets(config: DataConfig) -> tuple[DataConfig, bool]:
+def both_sets(config: DataConfig, table: str | None) -> tuple[DataConfig, bool]:
     """The configuration with both sets, where its folder holds them as a run finds them, which is reported; else as it is.
+
+    Args:
+        table: of several labels, which names images in that folder; None: the folder holds such tables.
 
     Raises:
         UserError: a folder holds no tables of several labels, which it is said to hold.
     """
-    if config.labels == "multi" and not os.path.isdir(config.dir):
+    if config.labels == "multi" and (table or not os.path.isdir(config.dir)):
         return config, False
     said, found = io.StringIO(), None
     with suppress(UserError), redirect_stderr(said):

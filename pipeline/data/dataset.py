@@ -1,5 +1,6 @@
 """The training and the validation set that a configuration names."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -34,7 +35,9 @@ HOLDOUT_SEED = 0  # not the run's: whatever that is, runs are compared on the sa
 Opener = Callable[[DataConfig, Split, tuple[str, ...], Path | None, bool], DatasetIndex]
 
 
-def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tuple[DatasetIndex, DatasetIndex]:
+def open_datasets(
+    config: DataConfig, cache: Path | None, progress: bool, download: bool = True
+) -> tuple[DatasetIndex, DatasetIndex]:
     """Index the training and the validation images.
 
     The classes are those of the training set; the validation set may have a part of them.
@@ -42,11 +45,17 @@ def open_datasets(config: DataConfig, cache: Path | None, progress: bool) -> tup
     Args:
         cache: folder for what was found, where that cannot be kept beside the images; None to write nothing anywhere.
         progress: show progress bars.
+        download: do what config.download says; a dry run does not.
 
     Raises:
         UserError: see `scan_classes`, `scan_flat` and `read_arrays`; the validation set has a class that the training set has
             not; too many images are held out; or of several labels an image one of the two sets can tell nothing.
     """
+    if config.download and not download:
+        try:
+            return open_datasets(dataclasses.replace(config, download=False), cache, progress)
+        except UserError as error:
+            raise UserError(f"{error}; a dry run downloads nothing") from None
     opener = _open_synthetic if config.loader == "synthetic" else look_up(DATASETS, config.dataset, "data.dataset")
     if opener is _open_files:
         config = find_splits(config)
@@ -289,9 +298,10 @@ def _warn_of_one_kind(where: str, lacking: list[str], index: DatasetIndex) -> No
 def _open_arrays(
     config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path | None, progress: bool
 ) -> DatasetIndex:
-    """A data set of torchvision's, in memory. What writes nothing downloads nothing."""
-    download = config.download and cache is not None
-    return index_arrays(ArraySource(config.dataset, config.dir, "train" if split == "train" else "test", download))
+    """A data set of torchvision's, in memory."""
+    return index_arrays(
+        ArraySource(config.dataset, config.dir, "train" if split == "train" else "test", config.download)
+    )
 
 
 def _open_synthetic(

@@ -210,7 +210,8 @@ def match_files(
     for number, entry, images in zip(numbers, wanted, _meant(file, wanted, names, root), strict=True):
         if len(images) != 1:
             fault = "it is not clear which image is" if images else "there is no image"
-            if not images and os.path.exists(file.parent / entry):
+            place = os.path.abspath(file.parent / entry)
+            if not images and os.path.isfile(place) and not place.startswith(os.path.join(os.path.abspath(root), "")):
                 raise UserError(
                     f"{file}, line {number}: '{entry}' is not in the folder of the images: give that folder as data.dir, or to "
                     "tools.index and tools.evaluate with the table as --labels"

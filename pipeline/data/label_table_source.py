@@ -82,7 +82,7 @@ class LabelTableSource:
         trained_on = named if self.split == "train" else ()
         elsewhere = images_elsewhere(Path(self.root), self.table.elsewhere, members, self.images.root, trained_on)
         known = named.keys() | elsewhere
-        if self.beside is None:
+        if self.beside is None or (self.split == "train" and self.beside == self.root):
             issues += not_in_table([self.root], self.images, members.values(), known)
         elif self.split == "train":
             other = Path(self.beside)

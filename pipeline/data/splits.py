@@ -179,14 +179,14 @@ def _refuse(config: DataConfig, split: Split, offered: list[str]) -> None:
         remedy = f"data.dir is the folder above: set it to {folder.parent}"
     elif split == "train" and config.holdout and name == "train" and _holds_classes(folder):
         remedy = f"if {folder} holds the classes, set data.dir {folder.parent} and data.train {folder.name}"
-    elif split == "train" and (tables := [entry for entry in there if os.path.splitext(entry)[1].lower() in SUFFIXES]):
-        remedy = f"if {' or '.join(tables[:NAMED])} names the images and their classes, set data.train {tables[0]}"
     elif len(offered) == 1:
         quoted = f"'{offered[0]}'" if "*" in offered[0] else offered[0]
         remedy = f"there is {quoted}: set {field} {quoted}{instead}"
     elif len(offered) > 1:
         several = f"{', '.join(offered[:NAMED])}{', ...' if len(offered) > NAMED else ''}"
         remedy = f"there are {several}: set {field} to one of them{instead}"
+    elif split == "train" and (tables := [entry for entry in there if os.path.splitext(entry)[1].lower() in SUFFIXES]):
+        remedy = f"if {' or '.join(tables[:NAMED])} names the images and their classes, set data.train {tables[0]}"
     elif packed := [e for e in there if _offer(e)[0] in SPLIT_NAMES[split] and e.lower().endswith(COMPRESSED_TARS)]:
         remedy = f"there is {packed[0]}, of which no image can be read by itself: unpack it"
     else:

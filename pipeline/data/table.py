@@ -122,7 +122,7 @@ class TableSource:
             issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
         trained_on = names if self.columns.split == "train" else ()
         known = {*names, *images_elsewhere(table, elsewhere, members, root, trained_on)}
-        if self.beside is None:
+        if self.beside is None or (self.columns.split == "train" and self.beside == self.root):
             issues += not_in_table([self.root], self.images, members.values(), known)
         elif self.columns.split == "train":
             other = Path(self.beside)

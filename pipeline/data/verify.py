@@ -114,9 +114,11 @@ def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: Pi
         yield from ((issue.location, None, [issue]) for issue in issues if classes or issue.stops)
         groups += [(source, group) for group in classes or [source.flat()]]
     for source, group in tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False):
-        members = group.list().members  # listed once more below: a million need not be kept
-        total += len(members)
-        may_be_empty = training and group.name and not group.labelled and not any(member.by_name for member in members)
+        listing = group.list()  # once more below: a million need not be kept
+        total += len(listing.members)
+        listed = not any(issue.stops for issue in listing.issues)
+        is_class = training and group.name and not group.labelled
+        may_be_empty = is_class and listed and not any(member.by_name for member in listing.members)
         if may_be_empty and not images_of(source, group)[0]:
             where = f"the class {group.name} in {source.root}"
             yield where, None, [ImageIssue(where, "has no images", "fill or remove it", stops=True)]

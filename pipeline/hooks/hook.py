@@ -36,6 +36,7 @@ class StepResult:
         images: in the global batch.
         learning_rate: it was taken with.
         gradient_norm: before the step, if the step is logged.
+        loss_scale: it was taken with, if the step is logged; 1 but in fp16.
         logged: whether metrics are read after this step.
         last: it was the last of its epoch.
         skipped: it was left out, as its loss or gradient was not finite.
@@ -44,6 +45,7 @@ class StepResult:
     images: int
     learning_rate: float
     gradient_norm: float | None
+    loss_scale: float
     logged: bool
     last: bool
     skipped: bool

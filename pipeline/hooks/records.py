@@ -122,7 +122,7 @@ class Records(Hook):
         seconds = time.perf_counter() - (self._window_start or 0.0)
         run.finite.check(run.done_steps - 1)
         if result.gradient_norm is not None and not result.skipped:
-            run.finite.check_gradient(run.done_steps - 1, result.gradient_norm, run.scaler.get_scale())
+            run.finite.check_gradient(run.done_steps - 1, result.gradient_norm, result.loss_scale)
         score = run.window_metrics.score()
         run.window_metrics.reset()
         if score is None:  # all steps since the last line were left out

@@ -120,6 +120,8 @@ def open_images(
                 remedy = f"{why}, which is not in {folder}: give that table, or another, as --data"
             elif os.path.realpath(table.parent) == os.path.realpath(folder):
                 remedy = f"{why}: give {table} as --data"
+            elif not is_table(table):
+                remedy = f"{why}: give {os.path.normpath(table)} as --data"
             else:
                 remedy = f"{why}: add --labels {os.path.normpath(table)}"
             raise UserError(f"{error}; {remedy}") from None
