@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -20,7 +22,8 @@ from training_hooks import InterruptAfter, InterruptionError
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import DataConfig
-from pipeline.data.arrays import ArraySource, index_arrays
+from pipeline.data import arrays
+from pipeline.data.arrays import ArraySource, index_arrays, read_arrays
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import training_plans
@@ -158,6 +161,23 @@ def test_training_resumes_with_the_same_bits_and_evaluates_on_the_test_images(tm
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text())["evaluations"][0] for ranks in (1, 2))
     assert one["by_class"] == two["by_class"] and one["top1_wrong"] == two["top1_wrong"]
     assert one["images"] == 11 and one["classes"] == 10 and one["classes_present"] == 3
+
+
+def test_threads_that_ask_at_once_read_the_files_once(fashion, monkeypatch):
+    """Each rank but the first begins so, and would have as many copies as threads."""
+    source = index_arrays(ArraySource("fashion-mnist", str(fashion), "train")).source
+    read_arrays.cache_clear()
+    reads, real = [], arrays._read_part
+
+    def slowly(*words):
+        reads.append(words)
+        time.sleep(0.2)
+        return real(*words)
+
+    monkeypatch.setattr(arrays, "_read_part", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = [stream.read() for stream in pool.map(lambda i: source.open("", i, 0), range(4))]
+    assert len(reads) == 1 and len(set(found)) == 4
 
 
 def test_mistakes_are_one_line(tmp_path, fashion):

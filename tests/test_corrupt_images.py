@@ -129,7 +129,7 @@ def test_evaluation_always_stops(images, loader):
 def test_without_a_sound_image_in_a_batch_training_stops(images, loader):
     order = epoch_order(IMAGES, 1, 0)
     truncate(*(file(images, i) for i in order[8:10]))
-    with pytest.raises(LocalUserError, match="no image of a batch decodes"):
+    with pytest.raises(LocalUserError, match="no image of a rank's batch decodes"):
         list(training(scan_classes(images), loader, accumulation=4).batches(0))
 
 

@@ -194,6 +194,27 @@ def test_images_are_turned_as_exif_says_where_asked(turned, loader, capfd, tmp_p
     assert (found - evaluation_images(upright.take(np.array([5, 0])), SMALL, loader)).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_tiff_that_pillow_turns_itself_is_turned_once(tmp_path, asked, capfd):
+    for i in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = i
+        for kind in ("stored", "upright"):
+            (tmp_path / kind / "a").mkdir(parents=True, exist_ok=True)
+        photo(i, 40, 56).save(tmp_path / "stored" / "a" / f"{i}.tif", exif=exif)
+        with Image.open(tmp_path / "stored" / "a" / f"{i}.tif") as image:
+            image.load()
+            Image.fromarray(np.asarray(image)).save(tmp_path / "upright" / "a" / f"{i}.png")
+    config = dataclasses.replace(SMALL, exif_orientation=asked)
+    index, upright = (
+        scan_classes(tmp_path / kind, pixel_format=pixel_format(config)) for kind in ("stored", "upright")
+    )
+    assert "rotated" not in capfd.readouterr().err
+    assert index.sizes.tolist() == upright.sizes.tolist() and len(set(map(tuple, index.sizes.tolist()))) == 2
+    found, expected = (training_images(of, config, "native") for of in (index, upright))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
 def test_photos_that_lie_on_their_side_are_named_at_each_start(turned, capfd, tmp_path):
     for _ in range(2):
         index = scan_classes(turned / "stored", tmp_path / "cache")

@@ -6,6 +6,8 @@ import pytest
 from conftest import photo, write_class_folders
 from PIL import Image
 
+from pipeline.config import DataConfig
+from pipeline.data.dataset import open_datasets
 from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.errors import UserError
 from tools import pack
@@ -188,6 +190,18 @@ def test_the_commands_take_a_tables_columns(image_folders, tmp_path, monkeypatch
     assert "11 images of 3 classes" in run(pack.main, table, tmp_path / "out", *flags)
     with pytest.raises(UserError, match="--file-column and --label-column are for a table, and .*val is none"):
         run(main, image_folders / "val", *flags)
+
+
+def test_sets_of_one_name_that_cannot_be_written_beside_have_a_cache_each(image_folders, tmp_path, monkeypatch):
+    """Else each start would read both anew, and append to it."""
+    for split in ("train", "val"):
+        shutil.copytree(image_folders / split, tmp_path / split / "images")
+    monkeypatch.setattr("pipeline.data.index_cache.os.access", lambda *_: False)
+    config = DataConfig(dir=str(tmp_path), train="train/images", val="val/images")
+    for _ in range(3):
+        open_datasets(config, tmp_path / "kept", progress=False)
+        lines = [len(file.read_text().split()) for file in (tmp_path / "kept").iterdir()]
+        assert lines == [3, 3]  # classes
 
 
 def test_the_command_lists_names_that_are_not_utf_8(tmp_path, monkeypatch, capsys):

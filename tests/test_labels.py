@@ -1,5 +1,8 @@
 """Label files as people have them: each kind gives the same labels, and what does not fit is one line that says what to do."""
 
+import random
+import tarfile
+
 import pytest
 from conftest import photo
 
@@ -34,6 +37,19 @@ def test_each_kind_of_file_gives_the_labels(tmp_path, kind, capfd):
     said = capfd.readouterr().err
     assert ("counted from 0 (0 is n01, 2 is n03)" in said) == (kind in ("Caffe", "numbers, one a line"))
     assert ("in the order of text, val_10.jpg before val_2.jpg: if they" in said) == kind.endswith("one a line")
+
+
+def test_files_that_are_no_labels_at_all_are_one_line(tmp_path):
+    (tmp_path / "labels.json").write_text("a b " + "x" * 200_000 + "\nc d")
+    with pytest.raises(UserError, match=r"labels.json has no lines 'FILE CLASS' \(field larger than field limit"):
+        read_labels(tmp_path / "labels.json", NAMES, CLASSES)
+    with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as tar:
+        (tmp_path / "ground_truth.txt").write_bytes(random.Random(1).randbytes(100_000))
+        tar.add(tmp_path / "ground_truth.txt")
+    content = (tmp_path / "whole.tar.gz").read_bytes()
+    (tmp_path / "devkit.tar.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot read the label file .*devkit.tar.gz"):
+        read_labels(tmp_path / "devkit.tar.gz", NAMES, CLASSES)
 
 
 def test_names_with_blanks_and_commas(tmp_path):

@@ -4,6 +4,7 @@ Tests may run as root, who may read everything: permissions are simulated where 
 """
 
 import dataclasses
+import errno
 import io
 import os
 import pickle
@@ -21,6 +22,7 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.dataset import open_datasets
+from pipeline.data.image_files import RefusedImageError, is_image_by_content, open_image
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes
@@ -328,3 +330,24 @@ def test_compressed_archives_are_named_as_such(images, tmp_path):
         tar.add(tmp_path / "class0.tar", "class0.tar")
     with pytest.raises(UserError, match="train.tar holds a compressed archive: .*gunzip"):
         scan_classes(tmp_path / "train.tar")
+
+
+def test_an_error_of_the_disk_makes_no_image_corrupt(tmp_path):
+    """It may pass: data.corrupt_images skip must not leave the image out, nor must a file without a suffix vanish."""
+
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    for look in (lambda stream: open_image(stream, "a.jpg"), is_image_by_content):
+        with pytest.raises(OSError, match="Input/output error"):
+            look(Broken(b"x" * 100))
+
+
+def test_a_format_that_pillow_gives_up_in_its_own_way_is_named(tmp_path):
+    photo(1, 8, 8).save(whole := io.BytesIO(), "DDS")
+    content = bytearray(whole.getvalue())
+    content[80:84] = (4).to_bytes(4, "little")  # DDPF_FOURCC
+    content[84:88] = b"ABCD"  # a pixel format that Pillow does not know: NotImplementedError
+    with pytest.raises(RefusedImageError, match=r"a.dds is not an image that can be read \(Unimplemented pixel format"):
+        open_image(io.BytesIO(content), "a.dds")

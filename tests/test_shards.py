@@ -164,6 +164,10 @@ def test_more_shards_than_files_may_be_open(image_folders, tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
         assert len(scan_classes(pattern)) == 37
+        other = write_shards(image_folders / "val", tmp_path, "val", shards=11)  # a run's other set, beside the first
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert len(scan_classes(other)) == 11
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == soft + 11
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -15,6 +16,7 @@ from pipeline.data.source import Stream
 from pipeline.errors import LocalUserError
 
 CLASSES_OF_TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
+READS = threading.Lock()
 SVHN_TRAINING = ("train", "extra")  # the paper, Section 4.1, trains on both
 
 
@@ -37,7 +39,9 @@ class ArraySource:
 
     def open(self, name: str, offset: int, length: int) -> Stream:
         """Image number `offset` of the split as a PPM or PGM file."""
-        return io.BytesIO(to_pnm(read_arrays(self).pixels[offset]).data)
+        with READS:  # threads that ask at once would each read all of it
+            pixels = read_arrays(self).pixels
+        return io.BytesIO(to_pnm(pixels[offset]).data)
 
     def location(self, name: str) -> str:
         return f"{name} in {self.dir}"

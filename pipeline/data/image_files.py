@@ -114,12 +114,17 @@ def suffix_of(image_format: str) -> str:
 
 
 def is_image_by_content(stream: Stream) -> bool:
-    """Whether a file that can be opened begins as an image does."""
+    """Whether a file that can be opened begins as an image does.
+
+    Raises:
+        OSError: as `open_image`.
+    """
     formats = [name for name in KNOWN_BY_CONTENT if name in _formats().values()]
     try:
         with Image.open(cast(IO[bytes], stream), formats=formats):
             return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception as error:  # over damaged files Pillow stumbles in any way
+        _raise_what_may_pass(error)
         return False
 
 
@@ -128,10 +133,12 @@ def open_image(stream: Stream, location: str) -> Image.Image:
 
     Raises:
         RefusedImageError: it is none, or none for these networks.
+        OSError: it could not be read, which may pass.
     """
     try:
         image = Image.open(cast(IO[bytes], stream))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # over damaged files Pillow stumbles in any way
+        _raise_what_may_pass(error)
         detail = _why_unreadable(stream, error)
         raise RefusedImageError(
             location, "is not an image that can be read", detail, "repair or remove it", corrupt=True
@@ -139,6 +146,12 @@ def open_image(stream: Stream, location: str) -> Image.Image:
     if image.mode.startswith(("I", "F")) and not deep_mode(image):
         raise RefusedImageError(location, "has more than 16 bits a colour", image.mode, "convert or remove it")
     return image
+
+
+def _raise_what_may_pass(error: Exception) -> None:
+    """Raise an error again that is not of the file's bytes: of memory, or of the disk or the network, which has a number."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        raise error
 
 
 def _why_unreadable(stream: Stream, error: Exception) -> str:
@@ -169,8 +182,8 @@ def refused_depth(mode: str, depth: int) -> tuple[str, str] | None:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, 1 to 8; 1 is upright."""
-    if image.format != "TIFF" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+    """The EXIF orientation of an opened image, 1 to 8; 1 is upright, as are TIFF files, which Pillow turns itself."""
+    if image.format == "TIFF" or not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -3,6 +3,7 @@
 A scan that was interrupted goes on from there, and a later one reads only what has changed.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -10,18 +11,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-RULE = "3"  # which rule of image_files.py a kept row follows
+RULE = "4"  # which rule of image_files.py a kept row follows
 BEGIN = f'{{"rule":"{RULE}","group":'  # of a line
 
 
 def cache_beside(root: Path, otherwise: Path) -> Path:
     """The cache file for `root`: beside it, or beside the file that it is a part of; or in the folder `otherwise` if it cannot
-    be read and written there."""
+    be read and written there, with a name that only this place has."""
     # not a folder inside a zip file
     folder = next((above for above in root.parents if os.path.isdir(above)), root.parent)
     name = f".{'.'.join(root.relative_to(folder).parts)}.index.jsonl"
     beside = folder / name
-    return beside if os.access(beside if _exists(beside) else folder, os.R_OK | os.W_OK) else otherwise / name
+    if os.access(beside if _exists(beside) else folder, os.R_OK | os.W_OK):
+        return beside
+    place = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:8]
+    return otherwise / f".{place}{name}"
 
 
 def known_cache(root: Path) -> Path | None:

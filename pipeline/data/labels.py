@@ -34,7 +34,7 @@ def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[
         else:
             text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # file names may be of any encoding
             lines = [line.strip() for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, tarfile.TarError, KeyError, ValueError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError, KeyError, ValueError) as error:
         raise UserError(f"cannot read the label file {file}: {error}") from None
     known = set(classes)
     if all(line in known or len(line.replace(",", " ").split()) == 1 for line in lines):
@@ -45,7 +45,10 @@ def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[
         labels = lines
         _warn_of_numbers(file, names)
     else:
-        labels = _labels_by_file(file, lines, names, known)
+        try:
+            labels = _labels_by_file(file, lines, names, known)
+        except csv.Error as error:  # as of a line without end
+            raise UserError(f"{file} has no lines 'FILE CLASS' ({error}): give a file that has") from None
     return find_classes(file, labels, classes)
 
 

@@ -30,7 +30,7 @@ typedef uint16_t H __attribute__((vector_size(32)));
 
 enum Filter { TORCH7, BILINEAR, BICUBIC };
 enum Stage { READ, DECODE, ALL };
-static const int AHEAD = 4;  // images that a thread has asked the disk for besides the one that it works on
+static const int AHEAD = 4;  // images that a thread has asked the disk for, of which it works on the first
 
 extern "C" {
 // n images with V views each; `Batch` of native.py has the same fields.

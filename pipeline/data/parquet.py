@@ -73,23 +73,27 @@ class ParquetSource:
 
     def groups(self) -> tuple[list[Group], list[ImageIssue]]:
         """A group of labelled images for each file."""
-        groups = []
-        for i, (name, file) in enumerate(zip(self._names, self._files, strict=True)):
-            status = os.stat(file)
-            stamp = f"{status.st_mtime_ns} {status.st_size} {self._first_rows[i]}"
-            groups.append(Group(name, partial(self._list, i), stamp, labelled=True))
+        groups = [
+            Group(name, partial(self._list, i), self._stamp(i), labelled=True) for i, name in enumerate(self._names)
+        ]
         return groups, []
 
     def flat(self) -> Group:
         def list_all() -> Listing:
+            listings = [self._list(i, labelled=False) for i in range(len(self._files))]
             members = [
                 Member(os.path.join(name, member.name), member.offset, member.length)
-                for i, name in enumerate(self._names)
-                for member in self._list(i).members
+                for name, listing in zip(self._names, listings, strict=True)
+                for member in listing.members
             ]
-            return Listing(tuple(sorted(members, key=lambda member: member.name)))
+            issues = [issue for listing in listings for issue in listing.issues]
+            return Listing(tuple(sorted(members, key=lambda member: member.name)), tuple(issues))
 
-        return Group("", list_all)
+        return Group("", list_all, " ".join(map(self._stamp, range(len(self._files)))))
+
+    def _stamp(self, i: int) -> str:
+        status = os.stat(self._files[i])
+        return f"{status.st_mtime_ns} {status.st_size} {self._first_rows[i]}"
 
     def open(self, name: str, offset: int, length: int) -> Stream:
         k = bisect.bisect_right(self._starts, offset) - 1
@@ -118,7 +122,7 @@ class ParquetSource:
             self._kept.move_to_end(k)
             return self._kept[k]
 
-    def _list(self, i: int) -> Listing:
+    def _list(self, i: int, labelled: bool = True) -> Listing:
         """The images of one file, in the order of its rows."""
         image, label, names = self._columns
         file = _open(self._files[i])
@@ -138,11 +142,12 @@ class ParquetSource:
                     issues.append(
                         ImageIssue(location, "has no bytes", "give files with the images in them", stops=True)
                     )
-                elif own := _class_of(value, names):
-                    members.append(Member(name, row, len(content.as_buffer()), label=own))
-                else:
+                elif labelled and not _class_of(value, names):
                     fault = f"has no label ({label} is {value!r})"
                     issues.append(ImageIssue(location, fault, "give a split with labels", stops=True))
+                else:
+                    own = _class_of(value, names) if labelled else ""
+                    members.append(Member(name, row, len(content.as_buffer()), label=own))
                 row += 1
         return Listing(tuple(members), tuple(issues))
 
@@ -287,7 +292,7 @@ def _damage_as(kind: type[Exception], fault: str, remedy: str = "") -> Iterator[
 
     try:
         yield
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError, KeyError) as error:  # the last of a column that is not there
         raise kind(f"{fault} ({_one_line(error)}){remedy and f': {remedy}'}") from None
 
 

@@ -1,6 +1,6 @@
 """Executes plans with Pillow and NumPy: slow and simple. The DALI image pipeline is checked against it.
 
-It also serves where DALI has no wheel (macOS, Windows).
+It also serves where DALI has no wheel (macOS).
 """
 
 from collections import deque

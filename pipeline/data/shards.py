@@ -85,7 +85,8 @@ class ShardSource:
         return bisect.bisect_right(self._starts, offset) - 1
 
     def _opened(self, i: int):
-        _allow_open_files(len(self._files))
+        OPENED.add(self._files[i].path)
+        _allow_open_files(len(OPENED))
         return self._files[i].opened()
 
     def _list(self, i: int, labelled: bool = True) -> Listing:
@@ -96,6 +97,7 @@ class ShardSource:
         def location_of(path: str) -> str:
             return self.location(os.path.join(name, path))
 
+        self._opened(i)
         found = listed(walk_tar(file, 0, self._starts[i + 1] - start, location_of), location_of)
         for member in found.members:
             key, suffix = _key(member.name)
@@ -211,6 +213,9 @@ def _is_shard(file: str, root: str) -> bool:
 def _files(file: str) -> Iterator[Member]:
     walk = walk_tar(OpenFile(file), 0, os.path.getsize(file), str)
     return (item for item in walk if isinstance(item, Member))
+
+
+OPENED: set[str] = set()  # the shards that this process has opened, of all sets: they stay open
 
 
 def _allow_open_files(shards: int) -> None:
