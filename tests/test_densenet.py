@@ -145,6 +145,11 @@ def test_stochastic_depth_reaches_timms_networks_and_is_refused_elsewhere():
         UserError, match="activation_checkpointing is for our own networks, and model.name is timm:test_resnet"
     ):
         refuse_what_is_ignored(ignored)
+    with pytest.raises(
+        UserError, match="model.dense_block is for our own networks, and model.name is timm:test_resnet"
+    ):
+        refuse_what_is_ignored(ModelConfig(name="timm:test_resnet", dense_block="fused"))
+    refuse_what_is_ignored(ModelConfig(name="timm:test_resnet", dense_block="eager"))
     assert create_network(ignored, 10)  # as a checkpoint of before has it
     with pytest.raises(UserError, match="model.drop_path is for timm's networks, and model.name is densenet121"):
         create_network(ModelConfig(drop_path=0.1), 10)

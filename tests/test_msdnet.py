@@ -45,7 +45,7 @@ def test_the_table_of_blocks_and_exits_adds_up():
     assert multiply_accumulates(network, 32) == costs[-1].multiply_accumulates
 
 
-def reference(state: dict[str, torch.Tensor], x: torch.Tensor, sizes, factors, imagenet: bool, reduction: str) -> list:
+def reference(state: dict[str, torch.Tensor], x: torch.Tensor, sizes, factors, imagenet: bool) -> list:
     """The logits of each exit in evaluation, by the paper's description and a state dictionary's tensors alone."""
 
     def unit(x, name, stride=1, first=0):
@@ -71,12 +71,9 @@ def reference(state: dict[str, torch.Tensor], x: torch.Tensor, sizes, factors, i
         place = 1 if b == 0 else 0
         for _ in range(size):
             layer += 1
-            if reduction == "max":
-                interval = math.ceil(total / scales)
-                given = scales - max(0, layer - 2) // interval
-                left = scales - (layer - 1) // interval
-            else:
-                given, left = min(scales, total - layer + 2), min(scales, total - layer + 1)
+            interval = math.ceil(total / scales)
+            given = scales - max(0, layer - 2) // interval
+            left = scales - (layer - 1) // interval
             assert sorted(maps) == list(range(scales - given, scales))
             kept = range(scales - left, scales)
             new = {}
@@ -88,7 +85,7 @@ def reference(state: dict[str, torch.Tensor], x: torch.Tensor, sizes, factors, i
                 parts.append(with_bottleneck(maps[s], f"{name}.conv_normal.net"))
                 new[s] = torch.cat(parts, dim=1)
             maps, place = new, place + 1
-            if left < given if reduction == "max" else layer in (total // 3, 2 * total // 3):
+            if left < given:
                 for i, s in enumerate(kept):
                     before = maps[s].shape[1]
                     maps[s] = unit(maps[s], f"blocks.{b}.{place}.m.{i}.net")
@@ -101,22 +98,21 @@ def reference(state: dict[str, torch.Tensor], x: torch.Tensor, sizes, factors, i
 
 
 @pytest.mark.parametrize(
-    ("sizes", "factors", "stem", "reduction", "side"),
+    ("sizes", "factors", "stem", "side"),
     [
-        (growing_blocks(1, 1, 3), (1, 2, 4), "cifar", "max", 32),
-        (even_blocks(4, 3, 2), (1, 2, 4, 4), "imagenet", "max", 224),
-        (even_blocks(4, 2, 2), (1, 2, 4), "cifar", "min", 32),
+        (growing_blocks(1, 1, 3), (1, 2, 4), "cifar", 32),
+        (even_blocks(4, 3, 2), (1, 2, 4, 4), "imagenet", 224),
     ],
 )
-def test_logits_of_each_exit_equal_a_forward_pass_written_again(sizes, factors, stem, reduction, side):
+def test_logits_of_each_exit_equal_a_forward_pass_written_again(sizes, factors, stem, side):
     torch.manual_seed(0)
-    network = MSDNet(sizes, 6, factors, factors, stem, 8, None, reduction, num_classes=5)
+    network = MSDNet(sizes, 6, factors, factors, stem, 8, None, num_classes=5)
     network = with_random_norms(network).double().eval()
     images = torch.randn(1, 3, side, side, dtype=torch.float64)
     with torch.no_grad():
         ours, theirs = (
             network(images),
-            reference(network.state_dict(), images, sizes, factors, stem == "imagenet", reduction),
+            reference(network.state_dict(), images, sizes, factors, stem == "imagenet"),
         )
     assert len(ours) == len(theirs) == network.exits == len(sizes)
     for a, b in zip(ours, theirs, strict=True):

@@ -580,3 +580,20 @@ def test_threads_that_share_a_network_select_each_for_itself():
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert not wrong
+
+
+def test_a_forward_pass_goes_by_its_own_selection_and_not_by_another_threads(monkeypatch):
+    """That of a thread without gradients would leave those of this one's input unwritten."""
+    network, leaf = create_model(SMALL, CLASSES).eval(), torch.randn(2, 3, 8, 8).requires_grad_()
+    with torch.no_grad():
+        network(leaf)
+        others = network.selection
+    network(leaf).sum().backward()
+    expected, leaf.grad = leaf.grad, None
+
+    def store(self, name, value):  # and another thread has stored its own by then
+        nn.Module.__setattr__(self, name, others if name == "selection" else value)
+
+    monkeypatch.setattr(densenet.DenseNet, "__setattr__", store)
+    network(leaf).sum().backward()
+    assert others.method == "fused" and torch.equal(leaf.grad, expected)

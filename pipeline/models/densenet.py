@@ -102,8 +102,8 @@ class DenseNet(nn.Module):
         num_classes: outputs of the classifier.
         in_channels: of the images: 3, or 1 for gray ones.
         dense_block: who computes the dense blocks: "auto", "eager" (the modules), or a name in backends.py. What it cannot
-            do right (dropout, frozen batch norms, hooks, ...) the modules do. `selection` says who computed the last
-            forward pass, and why.
+            do right (dropout, frozen batch norms behind those that train, hooks, ...) the modules do. `selection` says who
+            computed the last forward pass, and why.
         activation_checkpointing: the blocks whose bottleneck outputs a backend computes again in the backward pass.
     """
 
@@ -157,12 +157,13 @@ class DenseNet(nn.Module):
             self._selector.held = False
 
     def forward(self, x: Tensor) -> Tensor:
-        self.selection = self._selector.select(self.features, x, self.dense_block)
-        if self.selection.method == "eager":
+        # Not read back from `self`, where another thread that shares the network may have put its own.
+        selection = self.selection = self._selector.select(self.features, x, self.dense_block)
+        if selection.method == "eager":
             x = torch.relu(self.features(x))
             x = x.mean(dim=(2, 3))  # global average pooling
         else:
-            x = self._by_stages(x, BACKENDS[self.selection.method])
+            x = self._by_stages(x, BACKENDS[selection.method])
         return self.classifier(x)
 
     def _by_stages(self, x: Tensor, backend: Backend) -> Tensor:
@@ -173,15 +174,13 @@ class DenseNet(nn.Module):
         features = self.features
         x = features.get_submodule("conv0")(x)
         if hasattr(features, "norm0"):
+            _check_values(_tracked(features.norm0), x)
             x = backend.stem(x, _tracked(features.norm0))
         for i in range(1, self.block_count + 1):
             block = cast("Iterable[DenseLayer]", features.get_submodule(f"denseblock{i}"))
             transition = features.get_submodule(f"transition{i}") if i < self.block_count else None
             norm, pool = (transition.norm, (2, 2)) if transition else (features.norm5, (x.shape[2], x.shape[3]))
-            if _tracked(norm).training and x.numel() == x.shape[1]:
-                raise ValueError(
-                    f"batch norm in training needs more than one value a channel, got maps {tuple(x.shape)}"
-                )
+            _check_values(_tracked(norm), x)
             if transition and min(x.shape[2:]) < 2:
                 raise ValueError(f"a transition cannot halve maps of {x.shape[2]}x{x.shape[3]}")
             layers = tuple(
@@ -192,6 +191,15 @@ class DenseNet(nn.Module):
             if transition:
                 x = transition.get_submodule("conv")(x)
         return x.flatten(1)
+
+
+def _check_values(norm: nn.BatchNorm2d, x: Tensor) -> None:
+    """
+    Raises:
+        ValueError: the norm takes statistics of a single value a channel, as torch's own refuses.
+    """
+    if norm.training and x.numel() == x.shape[1]:
+        raise ValueError(f"batch norm in training needs more than one value a channel, got maps {tuple(x.shape)}")
 
 
 def draw_weights(network: nn.Module) -> None:

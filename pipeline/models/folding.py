@@ -23,5 +23,5 @@ def fold_norms(network: nn.Module) -> nn.Module:
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """The network in the form that answers fastest: an MSDNet with folded norms. What a DenseNet's backends do is as fast."""
+    """The network in the form that answers fastest: an MSDNet with folded norms."""
     return fold_norms(network) if isinstance(network, MSDNet) else network

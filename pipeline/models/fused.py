@@ -3,8 +3,8 @@
 In float32, float64 or bfloat16. The latter is mixed precision, as under torch's autocast: maps and their gradients are in
 bfloat16, parameters, their gradients, statistics and sums in float32.
 
-It keeps for the backward pass: the maps of a block once, their batch statistics, and each bottleneck's output unless
-that is recomputed. The formulas are in kernels/ALGEBRA.md.
+It keeps for the backward pass: the maps of a block once, its input once more (for second derivatives), their batch
+statistics, and each bottleneck's output unless that is recomputed. The formulas are in kernels/ALGEBRA.md.
 """
 
 import functools

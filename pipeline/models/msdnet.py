@@ -189,9 +189,6 @@ class MSDNet(nn.Module):
         stem: "imagenet" is a 7x7 convolution of stride 2 with 3x3 max pooling; "cifar" a 3x3 convolution.
         stem_channels: feature maps that the stem gives at a scale of factor 1.
         classifier_width: of an exit's convolutions; None for that of the maps which come in.
-        reduction: when the finest scale is dropped. "max": after each S-th part of the layers, with a transition each time;
-            "min": as late as all its maps are still read, with transitions after one and two thirds of the layers.
-        compression: the fraction of feature maps that a transition keeps.
         num_classes: outputs of each exit.
         in_channels: of the images.
 
@@ -208,8 +205,6 @@ class MSDNet(nn.Module):
         stem: Literal["imagenet", "cifar"],
         stem_channels: int,
         classifier_width: int | None,
-        reduction: Literal["max", "min"] = "max",
-        compression: float = 0.5,
         num_classes: int = 1000,
         in_channels: int = 3,
     ):
@@ -217,7 +212,7 @@ class MSDNet(nn.Module):
         self.stem_kind = stem
         self.blocks, self.classifier = nn.ModuleList(), nn.ModuleList()
         layers, channels = sum(block_sizes), stem_channels
-        if _scales_after(layers, layers, len(factors), reduction) != 1:
+        if _scales_after(layers, layers, len(factors)) != 1:
             raise ValueError(
                 f"with {layers} layers no exit reads the finer scales of the last one: another number is needed"
             )
@@ -227,15 +222,14 @@ class MSDNet(nn.Module):
             if not self.blocks:
                 block.append(Stem(stem, in_channels, stem_channels, factors))
             for number in range(end - size + 1, end + 1):
-                before = _scales_after(max(number - 1, 1), layers, len(factors), reduction)
-                after = _scales_after(number, layers, len(factors), reduction)
+                before = _scales_after(max(number - 1, 1), layers, len(factors))
+                after = _scales_after(number, layers, len(factors))
                 block.append(
                     Layer(channels, growth_rate, factors[-before:], bottleneck_factors[-before:], drops=after < before)
                 )
                 channels += growth_rate
-                thirds = (layers // 3, 2 * layers // 3)
-                if after < before if reduction == "max" else number in thirds:
-                    kept = math.floor(channels * compression)
+                if after < before:
+                    kept = channels // 2
                     block.append(Transition(channels, kept, factors[-after:]))
                     channels = kept
             self.blocks.append(block)
@@ -264,8 +258,6 @@ class MSDNet(nn.Module):
         return tuple(answers)
 
 
-def _scales_after(number: int, layers: int, scales: int, reduction: str) -> int:
-    """How many scales layer `number` gives, counted from 1."""
-    if reduction == "min":
-        return min(scales, layers - number + 1)
+def _scales_after(number: int, layers: int, scales: int) -> int:
+    """How many scales layer `number` gives, counted from 1: the finest is dropped after each S-th part of the layers."""
     return scales - (number - 1) // math.ceil(layers / scales)

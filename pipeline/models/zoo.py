@@ -186,10 +186,14 @@ def refuse_what_is_ignored(config: "ModelConfig") -> None:
     Raises:
         UserError: names the field.
     """
-    if config.name.startswith("timm:") and config.activation_checkpointing != "none":
-        raise UserError(
-            f"model.activation_checkpointing is for our own networks, and model.name is {config.name}: leave it out"
-        )
+    if not config.name.startswith("timm:"):
+        return
+    given = {
+        "dense_block": config.dense_block not in ("auto", "eager"),
+        "activation_checkpointing": config.activation_checkpointing != "none",
+    }
+    for field in (field for field, does_nothing in given.items() if does_nothing):
+        raise UserError(f"model.{field} is for our own networks, and model.name is {config.name}: leave it out")
 
 
 def create_network(config: "ModelConfig", num_classes: int, in_channels: int = 3) -> nn.Module:
