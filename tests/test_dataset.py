@@ -13,6 +13,7 @@ from conftest import photo, small_config, write_class_folders
 from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import images_text, open_datasets
+from pipeline.data.index_cache import cache_beside
 from pipeline.data.scan import scan_classes
 from pipeline.data.splits import find_splits
 from pipeline.errors import UserError
@@ -248,7 +249,7 @@ def test_a_data_set_of_another_user(root, monkeypatch, capfd):
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != cache and real(path, mode))
     open_all(root)
-    assert (root.parent / "cache" / cache.name).exists()
+    assert cache_beside(root / "train", root.parent / "cache").exists()
     (line,) = capfd.readouterr().err.splitlines()
     assert "cannot be read and written by this user" in line and str(root.parent / "cache") in line
 
