@@ -370,7 +370,7 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     _refuse_if_running(run)
     asked = next((event for event in reversed(read_events(run)) if event["event"] == "submit"), None)
     if asked is None:
-        raise UserError(f"{run} was never submitted: start it with python -m launch CONFIG.yaml")
+        raise UserError(f"{run} was never submitted by python -m launch: its own command resumes it")
     config = load_stored_config(config_of(run, read_events(run)))
     config = dataclasses.replace(config, run_dir=os.path.abspath(run))  # which may have been moved
     return with_absolute_paths(config), Cluster(**asked["cluster"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import Batch
-from pipeline.errors import UserError, look_up
+from pipeline.errors import UserError, did_you_mean, look_up
 
 NAMED = 10  # classes of so many at most have their weights said one by one
 
@@ -190,7 +190,10 @@ def _of_file(file: Path, index: DatasetIndex) -> np.ndarray:
     try:
         lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read optim.class_weights {file}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot read optim.class_weights {file} ({reason}){did_you_mean(file.name, ['balanced'])}: give balanced, or a file"
+        ) from None
     found: dict[str, float] = {}
     for number, line in enumerate(lines, start=1):
         parts = re.fullmatch(r"(.+?)[\s,]+(\S+)", line)
@@ -199,7 +202,10 @@ def _of_file(file: Path, index: DatasetIndex) -> np.ndarray:
             weight = float(parts[2]) if parts else np.nan
         except ValueError:
             weight = np.nan
-        if name not in index.classes or name in found or not 0 <= weight < np.inf:
+        if parts and name not in index.classes:
+            nearest = did_you_mean(name, index.classes) or f"; there are {', '.join(index.classes[:NAMED])}"
+            raise UserError(f"optim.class_weights {file}, line {number}: there is no class '{name}'{nearest}")
+        if not parts or name in found or not 0 <= weight < np.inf:
             raise UserError(
                 f"optim.class_weights {file}, line {number}: '{line}' is not 'CLASS WEIGHT' with a class that stands once "
                 f"and a number from 0 on, such as '{index.classes[0]} 1.5'"

@@ -107,7 +107,9 @@ def test_weights_from_a_file(tmp_path):
     assert found is not None and found.tolist() == [2, 0.5]
     for text, expected in (
         ("class 0 1\n", "has no line for the class 'class 1'"),
-        ("class 0 1\nclass 2 1\n", "line 2: 'class 2 1' is not 'CLASS WEIGHT'"),
+        ("class 0 1\nclass 2 1\n", r"line 2: there is no class 'class 2' \(did you mean 'class [01]'"),
+        ("class 0 1\nx 1\n", "line 2: there is no class 'x'; there are class 0, class 1"),
+        ("class 0 1\nclass1\n", "line 2: 'class1' is not 'CLASS WEIGHT'"),
         ("class 0 1\nclass 0 2\n", "line 2"),
         ("class 0 much\n", "line 1"),
         ("class 0 -1\n", "line 1"),
@@ -115,8 +117,10 @@ def test_weights_from_a_file(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=expected):
             read_class_weights(str(file), index)
-    with pytest.raises(UserError, match="cannot read optim.class_weights"):
-        read_class_weights(str(tmp_path / "nowhere"), index)
+    with pytest.raises(
+        UserError, match=r"cannot read optim.class_weights .*ballanced \(No such .*\) \(did you mean 'balanced'"
+    ):
+        read_class_weights(str(tmp_path / "ballanced"), index)
     with pytest.raises(UserError, match="no training image is of the class 'class 1'"):
         read_class_weights("balanced", skewed(3, 0))
 
