@@ -190,9 +190,9 @@ def _of_file(file: Path, index: DatasetIndex) -> np.ndarray:
     try:
         lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason, nearest = getattr(error, "strerror", None) or error, did_you_mean(file.name, ["balanced"])
         raise UserError(
-            f"cannot read optim.class_weights {file} ({reason}){did_you_mean(file.name, ['balanced'])}: give balanced, or a file"
+            f"cannot read optim.class_weights {file} ({reason}){nearest}: give balanced, or a file"
         ) from None
     found: dict[str, float] = {}
     for number, line in enumerate(lines, start=1):
