@@ -133,7 +133,11 @@ def _is_of_a_table(labels_file: Path, data: DataConfig) -> bool:
     images from one. Else it has a line for each image."""
     if not is_table(labels_file):
         return False
-    return bool(splits_in(labels_file)) or any(map(is_table_by_name, (data.train, data.val)))
+    if any(map(is_table_by_name, (data.train, data.val))):
+        return True
+    with suppress(UserError):  # lines of labels, without a header
+        return bool(splits_in(labels_file))
+    return False
 
 
 def _say_split(place: Path, split: str | None) -> None:
