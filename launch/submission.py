@@ -23,6 +23,7 @@ from launch.turns import take_turn, visible_gpus
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 from pipeline.machine import present_gpus
+from pipeline.words import agreed
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("pipeline", "launch")
@@ -45,13 +46,16 @@ def submit(configs: list[Config], cluster: Cluster) -> list[Job]:
         start = _start_slurm if cluster.kind == "slurm" else _start_local
         ids = start(configs, cluster, folder)
     jobs = [Job(i, cluster.kind, socket.gethostname(), str(folder)) for i in ids]
-    failed = [(job, error) for config, job in zip(configs, jobs, strict=True) if (error := _note(config, job, cluster))]
-    if failed:
+    unknown: list[str] = []
+    for config, job in zip(configs, jobs, strict=True):
+        if error := _note(config, job, cluster):
+            reason = f"{config.run_dir} cannot be written ({error.strerror})"
+            unknown.append(job.id)
+    if unknown:
         command = "scancel" if cluster.kind == "slurm" else "kill"
         raise UnknownJobError(
-            f"the jobs are submitted, but {failed[0][1].filename} cannot be written ({failed[0][1].strerror}), so that status "
-            f"and cancel do not know {len(failed)} of them: end {'it' if len(failed) == 1 else 'them'} "
-            f"with {command} {' '.join(job.id for job, _ in failed)}"
+            f"the jobs are submitted, but {reason}, so that status and cancel do not know {len(unknown)} of them: end "
+            f"{agreed(len(unknown), 'it', 'them')} with {command} {' '.join(unknown)}"
         )
     return jobs
 

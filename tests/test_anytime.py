@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import ModelConfig
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard
+from pipeline.distributed import init_distributed
 from pipeline.external_weights import _name_of_msdnet
 from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
 from pipeline.models.folding import fold_norms
 from pipeline.weights import Weights, read_weights, write_safetensors
-from tools.anytime import compare_with_others
+from tools.anytime import compare_with_others, read_other
 from tools.anytime import main as anytime
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate
@@ -261,6 +263,15 @@ def test_without_held_out_images_there_are_no_budgets_unless_others_are_given(da
     run(anytime, *words, "--thresholds", data / "train", progress=(warned := []))
     (line,) = [line for line in warned if line.startswith("warning: ")]
     assert f"was trained on images of --thresholds {data / 'train'}, of which it is surer" in line
+
+
+def test_another_msdnet_is_timed_with_folded_norms_as_the_first_is(data, checkpoint, tmp_path):
+    own, options = read_weights(checkpoint).config.data, Namespace(weights="a", loader="reference", batch_size=5)
+    test = open_datasets(dataclasses.replace(own, holdout=0), tmp_path, progress=False)[1]
+    with init_distributed("cpu") as world:
+        for item in (str(checkpoint), f"{NAME}=50"):
+            other = read_other(item, "b", own, test, world, options)
+            assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in other.network.modules()), item
 
 
 def test_gray_images_are_counted_with_one_channel(data, run, tmp_path):

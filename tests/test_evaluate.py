@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -233,6 +234,10 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     assert second["name"] == "fixed-last" and second["top1_wrong"] == 7 and second["top5_wrong"] is None
     assert second["top1_interval"] == pytest.approx((35.38, 84.83), abs=0.01)  # 7 of 11
     assert second["by_class"][0] == {"class": "class0", "images": 4, "top1_error": 0, "top5_error": None}
+    assert second["mean_class_error"] == pytest.approx(200 / 3)  # two of three classes are always wrong
+    told = "mean error of a class 66.67 %, however many images each has (3 to 4); the most frequent class as every answer has a"
+    assert f"{told} top-1 error of 63.64 %" in printed
+    assert first["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert second["confusions"] == [
         {"class": "class1", "answer": "class0", "images": 4},
         {"class": "class2", "answer": "class0", "images": 3},

@@ -487,7 +487,7 @@ def test_a_job_whose_run_cannot_be_written_after_all_is_named(tmp_path, monkeypa
     monkeypatch.setattr("launch.submission._start_local", lambda *_: ["4711"])
     monkeypatch.setattr("launch.submission.write_job", full)
     monkeypatch.setattr("launch.submission._start_local", lambda *_: ["4711", "4712"])
-    told = r"the jobs are submitted, but .* cannot be written \(No space left on device\), .* do not know 2 of them: end them"
+    told = rf"the jobs are submitted, but {tmp_path}/b cannot be written \(No space left on device\), .* 2 of them: end them"
     with (
         pytest.raises(UserError, match=f"{told} with kill 4711 4712"),
         leaving_nothing_if_refused([str(tmp_path / "a")]),
