@@ -10,7 +10,7 @@ import select
 import signal
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -26,6 +26,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None 
 
 _phase: Literal["library", "starting", "training", "ending"] = "library"  # library: no command has called us
 _received = 0  # number of the first signal that came
+_writer: int | None = None  # where C code writes the signals that come, for the thread; None: nowhere
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,17 @@ def exit_when_asked() -> None:
         signal.signal(number, _note)  # a signal without a handler of Python's does not wake the thread
     if first:
         open_closed_streams()  # or the pipe would become the standard output
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+    _end_on(SIGNALS)
 
 
 def ending() -> None:
     """Of a command that has its outcome: no launcher's signal may change it now, down to the process's last moment."""
     global _phase
-    if _phase != "library":
+    if _phase not in ("library", "ending"):
         _phase = "ending"
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        _end_on((signal.SIGINT,))
 
 
 def received() -> str:
@@ -105,6 +104,7 @@ class PreemptionHandler:
                 _phase = "training"
             self._handlers = {number: signal.signal(number, self._remember) for number in _heard()}
             if _phase == "training":
+                _end_on(())
                 self.signal = _received  # one that came too late for the thread
         return self
 
@@ -151,12 +151,29 @@ def _note(number: int, _: FrameType | None) -> None:
     _received = _received or number
 
 
-def _watch(reader: int) -> None:
+def _end_on(numbers: Sequence[int]) -> None:
+    """From here on a thread ends the process on these signals, and on no others.
+
+    Each phase has a pipe of its own: a thread that wakes late, on a busy machine, does not take a signal for a later phase's.
+    """
+    global _writer
+    before, _writer = _writer, None
+    if numbers:
+        reader, _writer = os.pipe()
+        os.set_blocking(_writer, False)
+        threading.Thread(target=_watch, args=(reader, _phase, numbers), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(-1 if _writer is None else _writer, warn_on_full_buffer=False)
+    if before is not None:
+        os.close(before)  # which ends the thread before
+
+
+def _watch(reader: int, phase: str, numbers: Sequence[int]) -> None:
     """Read the signals that C code writes into the pipe, whatever the main thread does."""
-    while True:
-        for number in os.read(reader, 64):
-            if (_phase == "starting" and number in SIGNALS) or (_phase == "ending" and number == signal.SIGINT):
+    while came := os.read(reader, 64):
+        for number in came:
+            if number in numbers and _phase == phase:
                 _end(signal.Signals(number))
+    os.close(reader)
 
 
 def _end(number: signal.Signals) -> NoReturn:

@@ -127,6 +127,39 @@ def test_a_signal_after_training_changes_no_exit_code(tmp_path, inside, after, c
     assert (tmp_path / "word").exists() == (code in (2, 75))
 
 
+BUSY = """
+import os, signal, sys, time
+from pipeline.errors import InterruptedRunError, exit_on_user_error
+from pipeline.preemption import PreemptionHandler, exit_when_asked
+
+def main():
+    sys.setswitchinterval(1000)  # the thread that reads signals has to wait, as on a busy machine
+    if {early}:
+        os.kill(os.getpid(), signal.SIGINT)
+    try:
+        with PreemptionHandler() as handler:
+            if not {early}:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise InterruptedRunError(f"leaves on {{signal.Signals(handler.signal).name}}")
+    finally:
+        time.sleep(1)  # and now it runs
+
+exit_when_asked()
+exit_on_user_error(main)
+"""
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_that_training_has_heard_is_not_taken_for_one_after_it(tmp_path, early):
+    (tmp_path / "command.py").write_text(BUSY.format(early=early))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "command.py"], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == "interrupted: leaves on SIGINT; start the same command again to go on\n"
+
+
 @pytest.mark.parametrize("failure", [None, ValueError])
 def test_a_program_keeps_its_own_handlers(failure):
     """Whoever calls `trainer.fit` as a library goes on living, and must not be deaf then."""
