@@ -25,7 +25,7 @@ from pipeline.checkpoint import Found, load_weights
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
 from pipeline.config import Config
 from pipeline.cuda_graphs import ReplayedNetwork
-from pipeline.data.dataset import fingerprint_of, images_text, open_datasets, seen_held_out
+from pipeline.data.dataset import fingerprint_of, has_trained_on, images_text, open_datasets, seen_held_out
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
@@ -424,6 +424,11 @@ class Run:
                 f"the weights {weights.origin} have trained on {seen:,} of the {self.config.data.holdout:,} images that are "
                 "held out: the validation errors are too low for new images; validate on other images (data.val), or begin "
                 "with weights of a run with the same data.holdout"
+            )
+        if weights.seed == self.config.seed and has_trained_on(self.train_loader.index, weights.seen):
+            self.doubts.append(
+                f"the weights {weights.origin} are of a run on these training images with the same seed, {weights.seed}: this "
+                "run's epochs draw the order and the crops of that run's again; give --seed another number for new ones"
             )
         taken = [f"{name} {_plain(getattr(data, name))}" for name in data.from_weights if name not in assumed]
         self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier taken from them"]

@@ -43,6 +43,7 @@ class InitialWeights:
         assumed: fields of `data` that the source does not say; see `preprocessing.assumption`.
         note: as `Weights` has it.
         seen: fingerprints of all images of their run, and of its validation images, as `Weights` has them.
+        seed: of their run, None if it is not known.
     """
 
     origin: str
@@ -56,6 +57,7 @@ class InitialWeights:
     assumed: tuple[str, ...]
     note: str
     seen: tuple[str | None, str | None]
+    seed: int | None
 
     def for_channels(self, channels: int) -> "InitialWeights":
         """These weights for images of `channels` channels."""
@@ -173,8 +175,9 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     head = tuple(f"{module}." for module in classifier_of(network))
     classifier = tuple(name for name in matched if name.startswith(head))
     seen = (own.fingerprint, own.val_fingerprint) if own else (None, None)
+    seed = own.config.seed if own else None
     return InitialWeights(
-        model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note, seen
+        model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note, seen, seed
     )
 
 

@@ -126,6 +126,28 @@ def test_weights_that_have_trained_on_the_held_out_images_are_warned_of(tmp_path
     assert "have trained on 2 of the 7 images that are held out" in line
 
 
+def test_a_run_that_draws_the_same_crops_again_as_the_one_its_weights_are_of_is_warned_of(tmp_path):
+    for split in ("train", "val", "test"):
+        write_class_folders(tmp_path / split, 3, 8, size=(20, 20), seed=len(split))
+
+    def config_of(name: str, weights: str | None = None, seed: int = 1, **data):
+        data = {"dir": str(tmp_path), "loader": "reference", **data}
+        return small_config(tmp_path / name, seed=seed, model={"weights": weights}, data=data, optim={"epochs": 1})
+
+    def doubts(weights: Path, **options) -> list[str]:
+        return [
+            line for line in warnings_of(run_of(config_of("next", str(weights), **options)), None) if "seed" in line
+        ]
+
+    trainer.fit(config_of("first"))
+    weights = tmp_path / "first.safetensors"
+    write_safetensors(read_weights(tmp_path / "first"), weights)
+    for options in ({}, {"val": "test"}):  # the validation images do not matter
+        (line,) = doubts(weights, **options)
+        assert line.startswith(f"the weights {weights} are of a run on these training images with the same seed, 1: ")
+    assert not doubts(weights, seed=2) and not doubts(weights, holdout=4) and not doubts(weights, train="test")
+
+
 def test_what_is_assumed_of_weights_is_warned_of_and_not_called_their_sources(source, tmp_path, monkeypatch):
     fields = {"from_weights": ["crop_size", "resize_size", "mean", "std"]}
     config = small_config(tmp_path / "a", model={"weights": str(source)}, data=fields)

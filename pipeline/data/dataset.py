@@ -187,6 +187,16 @@ def seen_held_out(held_out: DatasetIndex, others: int, holdout: int, seen: tuple
     return len(held_out) - holdout if theirs == of_validation else 0
 
 
+def has_trained_on(train: DatasetIndex, seen: tuple[str | None, str | None]) -> bool:
+    """Whether another run's training images were these.
+
+    Args:
+        seen: as `seen_held_out` takes it.
+    """
+    both, of_validation = seen
+    return bool(both and of_validation) and _of_both(train.fingerprint, of_validation) == both
+
+
 def _of_both(train: str, val: str) -> str:
     return hashlib.sha256((train + val).encode()).hexdigest()
 
