@@ -113,6 +113,8 @@ def start(arguments: list[str]) -> None:
             _refuse_if_running(Path(config.run_dir))
             print(describe(config, cluster, options.images_per_second, turns, not options.dry_run), end="\n\n")
         if not options.dry_run:
+            for config in configs:  # once more, as the images may have taken long to index
+                _refuse_if_running(Path(config.run_dir))
             report(configs, submit(configs, cluster), cluster)
             return
     print(script(configs, cluster) if cluster.kind == "slurm" else processes(configs, cluster))
@@ -195,14 +197,15 @@ def _in_a_file_name(value: str) -> str:
 @contextmanager
 def leaving_nothing_if_refused(run_dirs: list[str]) -> Iterator[None]:
     """Remove what was written about the images into run directories, if this is left by a mistake of the user."""
-    before = [Before(Path(run_dir)) for run_dir in run_dirs]
+    before = {Path(run_dir): Before(Path(run_dir)) for run_dir in run_dirs}
     try:
         yield
     except UnknownJobError:
         raise
     except UserError:
-        for directory in before:
-            directory.put_back()
+        for run_dir, directory in before.items():
+            if not is_held_here(run_dir):  # by a training that has begun meanwhile
+                directory.put_back()
         raise
 
 

@@ -64,7 +64,8 @@ def describe(
         lines.append(f"resumes after {done:.4g} of {counted(optim.epochs, 'epoch')}")
     lines += [f"warning: {line}" for line in cautions(config, train, val, ranks)]
     if images_per_second:
-        sizes, speed = (len(train), len(val)), images_per_second * ranks
+        validated = len(val) * (2 if config.train.ema_decay else 1)  # by the raw weights and by their average
+        sizes, speed = (len(train), validated), images_per_second * ranks
         time_ = estimate(sizes, max(optim.epochs - done, 0.0), speed, cluster.seconds, cluster.warning_seconds)
         waits = turns.take(time_.run)
         end = datetime.now() + timedelta(seconds=waits + time_.run)

@@ -22,10 +22,11 @@ def estimate(
     """Estimate a run from the speed of all ranks together.
 
     Args:
-        images: in the training and in the validation set.
-        epochs: that are left to train.
+        images: that an epoch trains on, and that its end validates, over all sets of weights.
+        epochs: that are left to train; 0 where at most a validation is left, which is an attempt too.
         limit: seconds of one attempt, of which the last `warning` are not trained in.
     """
     epoch = (images[0] + images[1] / VALIDATION_SPEED) / images_per_second
     usable = max(limit - warning, 1)
-    return Estimate(epoch, epochs * epoch, min(usable / epoch, epochs), math.ceil(epochs * epoch / usable))
+    attempts = max(1, math.ceil(epochs * epoch / usable))
+    return Estimate(epoch, epochs * epoch, min(usable / epoch, epochs), attempts)

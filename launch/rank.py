@@ -9,8 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
-from launch.records import Attempt, add_event, slurm_attempt
-from pipeline.errors import exit_on_user_error
+from launch.records import Attempt, add_event, is_cancelled, read_events, slurm_attempt
+from pipeline.errors import InterruptedRunError, exit_on_user_error
 from pipeline.preemption import exit_when_asked
 
 
@@ -20,6 +20,7 @@ def main() -> None:
 
         rank, attempt = os.environ["SLURM_PROCID"], slurm_attempt(Path(sys.argv[1]).parent)
         _announce(attempt, int(rank), os.environ["SLURM_JOB_NODELIST"])
+        _leave_if_cancelled(attempt)
         process_job(sys.argv[1])
     else:
         from launch.task import train
@@ -38,6 +39,12 @@ def _announce(attempt: Attempt, rank: int, nodes: str) -> None:
     if rank == 0:
         values = dict(job=attempt.job, machines=nodes, pid=os.getpid(), host=socket.gethostname())
         add_event(attempt.run_dir, "start", start=attempt.name, **values)
+
+
+def _leave_if_cancelled(attempt: Attempt) -> None:
+    """Of a job that SLURM has requeued: it may have been told to end when it had no ranks that a signal could reach."""
+    if is_cancelled(read_events(attempt.run_dir), attempt.job):
+        raise InterruptedRunError(f"job {attempt.job} was cancelled before its ranks began")
 
 
 if __name__ == "__main__":

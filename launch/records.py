@@ -167,7 +167,10 @@ def is_cancelled(events: list[dict[str, Any]], job: str) -> bool:
         events: of `read_events`.
         job: as `Job.id`.
     """
-    words = [event["event"] for event in events if event.get("job") == job and event["event"] in (CANCEL, NO_CANCEL)]
+    own = [event["event"] for event in events if event.get("job") == job]
+    # A local job's number may come again.
+    since = max((i for i, event in enumerate(own) if event == "submit"), default=0)
+    words = [event for event in own[since:] if event in (CANCEL, NO_CANCEL)]
     return words[-1:] == [CANCEL]
 
 

@@ -1,24 +1,17 @@
-"""Is a run the paper's? Each part of the paper's setting beside what a configuration does.
+"""Is a run the paper's? Each part of the paper's setting (paper.py) beside what a configuration does."""
 
-Sources: the paper's Sections 3, 4.1 and 4.2, and the Torch code that it names (fb.resnet.torch, liuzhuang13/DenseNet). Runs of
-an MSDNet are compared with the MSDNet paper (Huang et al. 2018) and its Torch code (gaohuang/MSDNet).
-"""
-
-import re
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
-from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig
+from pipeline.config import Config, DataConfig, OptimConfig
 from pipeline.measured import Measured
+from pipeline.paper import BATCH_NORM_IMAGES, IMAGENET, INTERPOLATION, ON_IMAGENET, TOP1_ON_IMAGENET, setting_for
 from pipeline.parsing import flatten
 from pipeline.unused import IN_MEMORY, unused_fields
 from pipeline.words import agreed, counted, sizes_text
-
-IMAGENET_NETWORKS = {"densenet121", "densenet161", "densenet169", "densenet201", "densenet264"}
-CIFAR_NETWORKS = {
-    "densenet40_k12", "densenet100_k12", "densenet100_k24", "densenet_bc100_k12", "densenet_bc250_k24", "densenet_bc190_k40",
-}  # fmt: skip
 
 # Top-1 accuracy of the same ported weights of DenseNet-121/169/201/161, as torchvision, timm and openmixup evaluate
 # them and as the paper reports.
@@ -26,12 +19,6 @@ RESIZE_EFFECT = (
     "known: top-1 accuracy of DenseNet-121 is 74.43 with pil-bilinear, 74.75 with pil-bicubic, 74.96 without antialias, "
     "74.98 in the paper"
 )
-INTERPOLATION = "torch7-bicubic"
-# Single-crop top-1 errors in percent on ImageNet's validation images: the paper's Table 3, of 161 the authors' Torch code.
-TOP1_ON_IMAGENET = {
-    "densenet121": 25.02, "densenet169": 23.80, "densenet201": 22.58, "densenet264": 22.15, "densenet161": 22.20,
-}  # fmt: skip
-BATCH_NORM_IMAGES = 64  # 256 on four GPUs, or 64 on one
 SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's
 UNKNOWN = "effect not measured here"
 # What decides how the learning rate runs from its first value on.
@@ -65,133 +52,6 @@ class AuditRow:
     effect: str
 
 
-@dataclass(frozen=True)
-class PaperSetting:
-    """What the paper did on one kind of data, where the kinds differ."""
-
-    name: str
-    networks: Collection[str]
-    dropout: float
-    ranks: int  # GPUs of the Torch code, which divide the batch
-    epochs: int
-    batch: int
-    drops: tuple[float, ...]  # of the learning rate, as fractions of the epochs
-    data: dict[str, Any]  # fields of the data section
-    images: tuple[int, int]  # training and validation
-    classes: int
-    paper: str = "the paper"  # of whom the setting is
-
-
-IMAGENET = PaperSetting(
-    name="ImageNet",
-    networks=IMAGENET_NETWORKS,
-    dropout=0.0,
-    ranks=4,
-    epochs=90,
-    batch=256,
-    drops=(1 / 3, 2 / 3),
-    data={
-        "dataset": "images",
-        "holdout": 0,
-        "train_crop": "random_resized_crop",
-        "scale": (0.08, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "crop_size": 224,
-        "resize_size": 256,
-        "hflip": True,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "color_jitter": 0.4,
-        "pca_noise": 0.1,
-    },
-    images=(1_281_167, 50_000),
-    classes=1000,
-)
-
-
-def _cifar(
-    name: str,
-    dataset: str,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    holdout: int = 0,
-    images: tuple[int, int] = (50_000, 10_000),
-    classes: int = 10,
-) -> tuple[PaperSetting, PaperSetting]:
-    """A small data set without augmentation, and with it (Section 4.1 and 4.2)."""
-    data = {"dataset": dataset, "holdout": holdout, "mean": mean, "std": std}
-    size = {"crop_size": 32, "resize_size": 32, "color_jitter": 0.0, "pca_noise": 0.0, "train_crop": "random_crop"}
-    plain = PaperSetting(
-        name=name,
-        networks=CIFAR_NETWORKS,
-        dropout=0.2,
-        ranks=1,
-        epochs=300,
-        batch=64,
-        drops=(1 / 2, 3 / 4),
-        data={**data, **size, "padding": 0, "hflip": False},
-        images=images,
-        classes=classes,
-    )
-    return plain, replace(plain, name=f"{name}+", dropout=0.0, data={**data, **size, "padding": 4, "hflip": True})
-
-
-# Mean and standard deviation as fb.resnet.torch has them, in 1/255: datasets/cifar10.lua and cifar100.lua.
-C10, C10_PLUS = _cifar("C10", "cifar10", (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616))
-C100, C100_PLUS = _cifar("C100", "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), classes=100)
-# Pixels are divided by 255 and no more; the best epoch is chosen on 6,000 training images.
-SVHN = replace(
-    _cifar("SVHN", "svhn", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), holdout=6000, images=(598_388, 6_000))[0], epochs=40
-)
-
-
-MSDNET_PAPER = "the MSDNet paper"
-_MSDNET_SMALL = tuple(
-    replace(setting, networks=networks, data={**setting.data, "holdout": holdout}, images=images, paper=MSDNET_PAPER)
-    for networks, holdout, images in (
-        ({"msdnet_cifar_7", "msdnet_cifar_10"}, 0, (50_000, 10_000)),
-        ({"msdnet_cifar_budget_5", "msdnet_cifar_budget_7"}, 5000, (45_000, 5000)),  # held out for the thresholds
-    )
-    for setting in (C10_PLUS, C100_PLUS)
-)
-MSDNET_IMAGENET = replace(
-    IMAGENET,
-    networks={"msdnet_imagenet_4", "msdnet_imagenet_6", "msdnet_imagenet_7"},
-    data={**IMAGENET.data, "holdout": 50_000},
-    images=(1_231_167, 50_000),
-    paper=MSDNET_PAPER,
-)
-ON_IMAGENET = (IMAGENET, MSDNET_IMAGENET)
-
-
-def setting_for(config: Config) -> PaperSetting:
-    """The paper's setting that a configuration is nearest to, by its data set and augmentation.
-
-    Folders of images are ImageNet's, but those for a network of small images are the data set's whose mean is subtracted.
-    """
-    data = config.data
-    if config.model.name.startswith("msdnet_"):
-        return _msdnet_setting(config)
-    augmented = data.hflip or data.train_crop == "random_resized_crop" or data.padding > 0
-    small = (C10_PLUS, C100_PLUS, SVHN) if augmented else (C10, C100, SVHN)
-    if data.dataset != "images":
-        named = [setting for setting in small if setting.data["dataset"] == data.dataset]
-    elif re.fullmatch(r"densenet.*_k\d+", config.model.name):
-        named = [setting for setting in small if setting.data["mean"] == data.mean]
-    else:
-        return IMAGENET
-    return named[0] if named else small[0]
-
-
-def _msdnet_setting(config: Config) -> PaperSetting:
-    """As `setting_for`; the networks for answers at any time and those for a budget differ in what is held out."""
-    if config.model.name.startswith("msdnet_imagenet_"):
-        return MSDNET_IMAGENET
-    budget, data = config.model.name.startswith("msdnet_cifar_budget_"), config.data
-    small = _MSDNET_SMALL[2:] if budget else _MSDNET_SMALL[:2]
-    return next((s for s in small if data.dataset == s.data["dataset"] or data.mean == s.data["mean"]), small[0])
-
-
 def audit(config: Config, microbatches: int, measured: Measured | None = None) -> list[AuditRow]:
     """Compare a run with the paper, in the parts that do something in the run: of one that is off there is no row.
 
@@ -213,7 +73,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     name = config.model.name
     compare("network", f"one of {setting.paper}'s", name, "another network", name in setting.networks)
     if config.model.weights:
-        compare("initial weights", "drawn", origin_text(config.model), "fine-tuned: errors cannot be compared")
+        compare("initial weights", "drawn", config.model.weights_text, "fine-tuned: errors cannot be compared")
     elif measured:
         usual = abs(measured.spread - 1) < SPREAD_TOLERANCE
         spread = "sqrt(2 / fan-out)" if usual else f"{measured.spread:.3g} sqrt(2 / fan-out)"
@@ -286,11 +146,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare("norm to which gradients are clipped", "none", optim.clip_grad_norm)
     compare("label smoothing", 0.0, optim.label_smoothing)
     if decay := config.train.ema_decay:
-        most = (
-            f" (at most {measured.greatest_decay:.2g} in the run's steps)"
-            if measured and measured.greatest_decay
-            else ""
-        )
+        greatest = measured.greatest_decay if measured else None
+        most = f" (at most {_decay_text(greatest, decay)} in the run's steps)" if greatest else ""
         by = f"best epoch by the {config.train.best_by} weights"
         compare("moving average of the weights", "none", f"decay {decay}{most}, {by}")
     if data.labels != "single":
@@ -330,7 +187,7 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
         compare("resize filter, training and evaluation", INTERPOLATION, data.interpolation, RESIZE_EFFECT)
     if data.train_crop_size:
         paper_size = setting.data["crop_size"]
-        compare("training crop size", paper_size, train_sizes_text(data), same=data.train_sizes == (paper_size,))
+        compare("training crop size", paper_size, data.train_sizes_text, same=data.train_sizes == (paper_size,))
     if data.aug_repeats > 1:
         compare("draws of an image in an epoch", 1, f"{data.aug_repeats}, of a part of the images")
     if data.auto_augment != "none":
@@ -351,11 +208,6 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
             "corrupt training images", "none", "none" if data.corrupt_images == "stop" else "left out", "fewer images"
         )
     return rows
-
-
-def origin_text(model: ModelConfig) -> str:
-    """The file of a run's initial weights, and its checksum if that is known."""
-    return f"{model.weights} (SHA-256 {model.weights_sha256})" if model.weights_sha256 else str(model.weights)
 
 
 def frozen_text(freeze: int) -> str:
@@ -411,10 +263,10 @@ def published_errors_hold(config: Config, classes: int, images: tuple[int, int] 
 
     Args: see `is_papers_data`.
     """
-    data, paper = config.data, IMAGENET.data
+    data, paper, top1 = config.data, IMAGENET.data, config.published.top1
     if config.published.images and not (images and _are_as_many(data, images, config.published.images)):
         return False
-    if data.dataset != "images" or config.published.top1 != TOP1_ON_IMAGENET.get(config.model.name):
+    if data.dataset != "images" or top1 is None or top1 != TOP1_ON_IMAGENET.get(config.model.name):
         return True
     same = data.interpolation == INTERPOLATION and all(
         getattr(data, name) == paper[name] for name in ("crop_size", "resize_size")
@@ -454,14 +306,6 @@ _LABELS: dict[str, str] = {
 }
 
 
-def train_sizes_text(data: DataConfig) -> str:
-    """The sizes of the training crops, and from which epoch on."""
-    first, *others = data.train_sizes
-    return ", ".join(
-        [str(first), *(f"{s} from epoch {e + 1} on" for s, e in zip(others, data.train_crop_milestones, strict=True))]
-    )
-
-
 def _auto_augment_text(data: DataConfig) -> str:
     """The policy of data.auto_augment, with what belongs to it."""
     about: list[str] = [data.auto_augment]
@@ -499,6 +343,17 @@ def _text(value: Any, exact: bool = False) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) and not exact else str(value)
+
+
+def _decay_text(reached: float, asked: float) -> str:
+    """A decay below that which was asked for, rounded up to two significant digits of its distance to 1, or to as many as
+    keep it below."""
+    distance = 1 - Decimal(str(reached))
+    rounded = (
+        float(1 - distance.quantize(Decimal(1).scaleb(distance.adjusted() - digits), ROUND_FLOOR))
+        for digits in itertools.count(1)
+    )
+    return str(next(decay for decay in rounded if decay < asked))
 
 
 def _statistics_advice(images: int, batch_size: int) -> str:

@@ -35,7 +35,7 @@ from pipeline.compilation import BY_TORCH, compile_network, in_words, refuse_gra
 from pipeline.config import Compile, Config, MemoryFormat, from_dict
 from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.distributed import is_usable
-from pipeline.errors import is_out_of_memory
+from pipeline.errors import first_line, is_out_of_memory
 from pipeline.machine import ask_for_signal_when_parent_dies
 from pipeline.models import create_network
 from pipeline.models.backends import BACKENDS
@@ -391,7 +391,7 @@ def _shallow(network: DenseNet) -> DenseNet:
 
 
 def _reason(error: Exception) -> str:
-    return "out of memory" if is_out_of_memory(error) else (str(error).strip() or repr(error)).splitlines()[0]
+    return "out of memory" if is_out_of_memory(error) else first_line(error)
 
 
 class _Work:

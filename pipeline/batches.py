@@ -28,6 +28,18 @@ def microbatches_of(config: Config, ranks: int, split_text: str) -> int:
     return microbatches
 
 
+def statistic_images(images: int, microbatches: int, together: int) -> tuple[int, int]:
+    """The smallest and the largest number of images in a batch-norm statistic of a batch.
+
+    Args:
+        images: of the batch.
+        together: so many images stay in one microbatch.
+    """
+    # A part without images gets a replacement.
+    sizes = [len(part) or 1 for part in split(0, images, microbatches, together)]
+    return min(sizes), max(sizes)
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batches of an epoch.
@@ -56,9 +68,7 @@ class Batches:
     @property
     def statistic_of_last(self) -> tuple[int, int]:
         """The smallest and the largest number of images in a batch-norm statistic of the last batch."""
-        parts = split(0, self.last, self.microbatches, self.together)
-        sizes = [len(part) or 1 for part in parts]  # one without images gets a replacement
-        return min(sizes), max(sizes)
+        return statistic_images(self.last, self.microbatches, self.together)
 
     def text(self, divided: str) -> str:
         """Batches and steps in a few words.

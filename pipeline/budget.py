@@ -100,7 +100,7 @@ def leaves_at(confidence: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def classify(
-    network: MSDNet, batches: Iterable[Tensor], limits: np.ndarray, together: int = 1, summed: bool = False
+    network: MSDNet, batches: Iterable[Tensor], limits: np.ndarray, together: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Classify images, of which nothing more is computed when they have left.
 
@@ -109,7 +109,6 @@ def classify(
         limits: (E), as `thresholds` gives them.
         together: images that stay wait at each exit until so many of them can go on as one batch; so batches do not shrink
             from exit to exit, which is faster. 1: they go on at once, and the maps of no others are kept.
-        summed: by the mean of the softmax of all exits so far.
 
     Returns:
         Probabilities (N, classes) float32 of all images, and the exit, from 0, at which each has left, (N) int64.
@@ -121,16 +120,12 @@ def classify(
     def go_on(k: int, images: _Staying) -> None:
         maps = network.blocks[k](images.maps)
         probabilities = network.classifier[k](maps).float().softmax(dim=1)
-        total = probabilities if images.total is None else images.total + probabilities
-        if summed:
-            probabilities = total / (k + 1)
         stays = probabilities.amax(dim=1) < limits[k]
         here, on = (~stays).nonzero()[:, 0], stays.nonzero()[:, 0]
         found.append(probabilities[here])
         left.append(torch.stack([images.rows[here], torch.full_like(here, k)]))
         if len(on):
-            staying = _Staying(images.rows[on], [_rows(x, on) for x in maps], total[on])
-            waiting[k + 1].append(staying)
+            waiting[k + 1].append(_Staying(images.rows[on], [_rows(x, on) for x in maps]))
             if sum(len(part.rows) for part in waiting[k + 1]) >= together:
                 send(k + 1)
 
@@ -141,7 +136,7 @@ def classify(
 
     images = 0
     for batch in batches:
-        go_on(0, _Staying(torch.arange(images, images + len(batch), device=batch.device), batch, None))
+        go_on(0, _Staying(torch.arange(images, images + len(batch), device=batch.device), batch))
         images += len(batch)
     for k in range(1, network.exits):
         send(k)
@@ -157,20 +152,17 @@ class _Staying:
     Attributes:
         rows: (n), their positions among all.
         maps: what the block takes: (n, 3, H, W), or a list of maps, one a scale.
-        total: (n, classes), sum of the softmax of the exits so far; None before the first.
     """
 
     rows: Tensor
     maps: Any
-    total: Tensor | None
 
 
 def _joined(parts: list[_Staying]) -> _Staying:
     if len(parts) == 1:
         return parts[0]
     maps = [torch.cat(of_scale) for of_scale in zip(*(part.maps for part in parts), strict=True)]
-    totals = [part.total for part in parts if part.total is not None]
-    return _Staying(torch.cat([part.rows for part in parts]), maps, torch.cat(totals))
+    return _Staying(torch.cat([part.rows for part in parts]), maps)
 
 
 class Budgeted(nn.Module):

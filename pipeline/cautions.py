@@ -7,8 +7,11 @@ from pipeline.data.checks import warnings_about
 from pipeline.data.index import DatasetIndex
 from pipeline.data.splits import with_sets_found
 from pipeline.parsing import value_text
-from pipeline.recipe import poor_split
 from pipeline.words import counted
+
+RANKS_OF_A_LARGE_RUN = 8  # from so many on, few images a rank are mostly waiting for each other
+SMALL_STATISTIC = 16  # images of a batch-norm statistic below which it is poor
+LARGE_STATISTIC = 32  # what Goyal et al. 2017 gave each GPU
 
 
 def cautions(config: Config, train: DatasetIndex, val: DatasetIndex, ranks: int) -> list[str]:
@@ -49,3 +52,17 @@ def cautions(config: Config, train: DatasetIndex, val: DatasetIndex, ranks: int)
             "more than frequent ones: leave one of them out"
         )
     return lines
+
+
+def poor_split(batch_size: int, ranks: int, grad_accum_steps: int) -> str:
+    """What a batch that is cut into many small parts means, and what to do, in one line; empty if it is not."""
+    each = batch_size // (ranks * grad_accum_steps)
+    if ranks < RANKS_OF_A_LARGE_RUN or each >= SMALL_STATISTIC:
+        return ""
+    steps = f" x {counted(grad_accum_steps, 'accumulation step')}" if grad_accum_steps > 1 else ""
+    return (
+        f"batch {batch_size} on {ranks} ranks{steps} leaves {counted(each, 'image')} to a batch-norm statistic (the paper: 64),"
+        f" and ranks that mostly wait for each other: --optim.batch_size {ranks * LARGE_STATISTIC} --optim.large_batch gives "
+        f"each {LARGE_STATISTIC} images, with the learning rate of Goyal et al. 2017 and a warm-up (another recipe than the "
+        "paper's)"
+    )

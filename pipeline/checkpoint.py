@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from pipeline import renamed
-from pipeline.errors import UserError, is_out_of_memory
+from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.paths import is_present
-from pipeline.run_dir import io_as_user_error
+from pipeline.run_dir import CHECKSUM_LENGTH, io_as_user_error
 
 FORMAT = 3
-_DIGEST_LENGTH = 64  # hexadecimal digits
 _CHECKSUM_AT_END = re.compile(rb"\x40\x00[0-9a-f]{64}\Z")  # a zip comment of that length
 _REQUIRED = {"format": int, "model": dict, "config": dict, "classes": list}
 
@@ -68,7 +67,7 @@ class CheckpointFolder:
         for path in (self.last, self.best):
             _temporary(path).unlink(missing_ok=True)
 
-    def find(self) -> tuple["Found | None", list[Path]]:
+    def find(self) -> tuple["FoundCheckpoint | None", list[Path]]:
         """Read the newest whole checkpoint; nothing is changed.
 
         Returns:
@@ -81,14 +80,14 @@ class CheckpointFolder:
         for path in (self.last, self.previous):
             if is_present(path):
                 try:
-                    return Found(load_checkpoint(path), path, tuple(damaged)), damaged
+                    return FoundCheckpoint(load_checkpoint(path), path, tuple(damaged)), damaged
                 except DamagedCheckpointError:
                     damaged.append(path)
         return None, damaged
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A whole checkpoint.
 
     Attributes:
@@ -115,7 +114,7 @@ class Found:
 
 def is_checkpoint(file: BinaryIO) -> bool:
     """Whether a file is a checkpoint of this project, damaged perhaps. Moves its position."""
-    file.seek(max(0, file.seek(0, os.SEEK_END) - _DIGEST_LENGTH - 2))
+    file.seek(max(0, file.seek(0, os.SEEK_END) - CHECKSUM_LENGTH - 2))
     return _CHECKSUM_AT_END.search(file.read()) is not None
 
 
@@ -139,7 +138,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{path} holds more than tensors and plain values: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} holds more than tensors and plain values: {first_line(error)}") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _REQUIRED.items()):
         raise UserError(f"{path} is not a checkpoint of this project")
     if state["format"] not in (2, FORMAT):
@@ -200,12 +199,12 @@ def _serialise(state: dict[str, Any]) -> bytes:
     if content[-22:-18] != b"PK\5\6" or content[-2:] != b"\0\0":  # end of the central directory, no comment yet
         raise RuntimeError("torch.save no longer ends with an empty zip comment")
     digest = hashlib.sha256(content).hexdigest().encode()
-    return content[:-2] + struct.pack("<H", _DIGEST_LENGTH) + digest
+    return content[:-2] + struct.pack("<H", CHECKSUM_LENGTH) + digest
 
 
 def _is_whole(content: bytes) -> bool:
-    original = content[: -_DIGEST_LENGTH - 2] + b"\0\0"
-    return content[-_DIGEST_LENGTH:] == hashlib.sha256(original).hexdigest().encode()
+    original = content[: -CHECKSUM_LENGTH - 2] + b"\0\0"
+    return content[-CHECKSUM_LENGTH:] == hashlib.sha256(original).hexdigest().encode()
 
 
 def _write_temporary(path: Path, content: bytes) -> Path:

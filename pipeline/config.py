@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline import renamed
 from pipeline.errors import ArgumentParser, UserError, did_you_mean
+from pipeline.followers import fields_of_run, following_fields, resize_with
 from pipeline.parsing import (
     STRICT,
     Fraction,
@@ -33,7 +34,6 @@ from pipeline.parsing import (
     flatten,
     value_text,
 )
-from pipeline.recipe import fields_of_run, following_fields, resize_with
 from pipeline.run_dir import CONFIG, has_checkpoint, read_progress
 from pipeline.unused import WITHOUT_NESTEROV, unused_field, unused_in_all
 from pipeline.words import counted
@@ -118,6 +118,11 @@ class ModelConfig:
     freeze: NonNegative | None = None
     """Parts that do not train, batch-norm statistics included: 0: the stem; N: the stem and the first N blocks with the
     transitions after them."""
+
+    @property
+    def weights_text(self) -> str:
+        """The file of the initial weights, and its checksum if that is known."""
+        return f"{self.weights} (SHA-256 {self.weights_sha256})" if self.weights_sha256 else str(self.weights)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -343,6 +348,13 @@ class DataConfig:
         """Sides of the training crops, one after the other."""
         return self.train_crop_size or (self.crop_size,)
 
+    @property
+    def train_sizes_text(self) -> str:
+        """The same, and from which epoch on."""
+        first, *others = self.train_sizes
+        later = zip(others, self.train_crop_milestones, strict=True)
+        return ", ".join([str(first), *(f"{size} from epoch {epoch + 1} on" for size, epoch in later)])
+
     def of_epoch(self, epoch: int) -> "DataConfig":
         """This section as training takes it in an epoch: `crop_size` is the training crop's, `resize_size` in proportion."""
         if not self.train_crop_size:
@@ -406,7 +418,8 @@ class OptimConfig:
     soft. It would undo label_smoothing."""
     large_batch: bool = False
     """Let lr follow batch_size in proportion, from the file's, else from 0.1 for 256 images, and warm up over 5 epochs, or a
-    fifth of fewer than 25 (Goyal et al. 2017); a given lr or warmup_epochs stays."""
+    fifth of fewer than 25 (as Goyal et al. 2017, but from 0; there from the small batch's rate); a given lr or warmup_epochs
+    stays."""
     fused: bool = True
     """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
 
@@ -434,7 +447,7 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _milestones_are_epochs(self) -> "OptimConfig":
-        """Turn fractions into whole epochs, as recipe.py does: rounded down, and a drop before the first epoch is none."""
+        """Turn fractions into whole epochs, as followers.py does: rounded down, and a drop before the first epoch is none."""
         epochs: list[int] = []
         for drop in self.milestones:
             epoch = drop if isinstance(drop, int) else int(drop * self.epochs + 1e-9)
@@ -589,7 +602,7 @@ def from_stored(tree: dict[str, Any], origin: str) -> Config:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None, shared: Collection[str] = ()) -> Config:
     """Read a YAML file and put `overrides` (``{"optim.lr": 0.2}``) over it.
 
-    Fields that belong together follow each other (recipe.py). The file's published errors do not hold for another network or
+    Fields that belong together follow each other (followers.py). The file's published errors do not hold for another network or
     data set, nor for images that are prepared otherwise.
 
     Args:

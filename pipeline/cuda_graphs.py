@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from pipeline.errors import LocalUserError, is_out_of_memory
+from pipeline.errors import LocalUserError, first_line, is_out_of_memory
 
 # Passes that are computed before one is captured. Kernels are compiled, chosen and loaded in them, which they cannot be in a
 # capture.
@@ -145,7 +145,7 @@ def _refusal(error: Exception) -> Exception:
     for cause in causes:
         if isinstance(cause, Exception) and is_out_of_memory(cause):
             return cause
-    reason = (str(causes[-1]).strip() or repr(causes[-1])).splitlines()[0]
+    reason = first_line(causes[-1])
     return LocalUserError(
         f"a training step could not be captured as a CUDA graph ({reason}): start the same command again with "
         "--train.compile none"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InterruptedRunError, LocalUserError, LostContactError, UserError
+from pipeline.errors import InterruptedRunError, LocalUserError, LostContactError, UserError, first_line
 from pipeline.machine import (
     ask_for_signal_when_parent_dies,
     available_cores,
@@ -169,7 +169,7 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
     """
     rank, local_rank, size, local_size = _ranks_of_environment()
     world = World(rank, local_rank, size, local_size, choose_device(device, local_rank))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed would leave its ranks behind
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of a program that has not called `exit_when_asked`
         ask_for_signal_when_parent_dies(signal.SIGTERM)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -351,10 +351,8 @@ def data_parallel(network: nn.Module, world: World) -> nn.Module:
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     # Rank 0's batch-norm statistics count, as the first GPU's do in the Torch code.
     options: dict[str, Any] = {"forward_sync_buffers": False}
-    if (
-        "forward_sync_buffers" not in known
-    ):  # torch < 2.13; without its older word's buffers rank 0 sends none at the start
-        options = {"broadcast_buffers": False}
+    if "forward_sync_buffers" not in known:  # torch before 2.13, which tools.gpu takes, though pyproject.toml does not
+        options = {"broadcast_buffers": False}  # with this older word rank 0 sends none at the start either
         world.broadcast_buffers(network)
     if "batched_grad_copy" in known and not on_cpu:  # fewer launches: two a bucket instead of two a parameter
         options["batched_grad_copy"] = True
@@ -410,5 +408,5 @@ def _cuda_failure() -> str:
     try:
         torch.cuda.init()
     except Exception as error:  # of several types
-        return str(error).splitlines()[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return f"it is built for CUDA {torch.version.cuda}"

@@ -114,7 +114,8 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         _end(EXIT_USER_ERROR)
     except InterruptedRunError as error:
         _complain(f"interrupted: {error}; start the same command again to go on")
-        record_for_torchrun(str(error), EXIT_RESUME, signal=preemption.received())
+        lost = isinstance(error, LostContactError)
+        record_for_torchrun(str(error), EXIT_RESUME, signal=preemption.received(), lost_contact=lost)
         _end(EXIT_RESUME)
     except KeyboardInterrupt:
         _end(EXIT_KEYBOARD)
@@ -166,6 +167,11 @@ def _ranks_are_connected() -> bool:
     """Whether a process group is left, as `init_distributed` leaves NCCL's after a failure. torch is not imported for this."""
     distributed = sys.modules.get("torch.distributed")
     return bool(distributed and distributed.is_available() and distributed.is_initialized())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type's name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def is_out_of_memory(error: Exception) -> bool:

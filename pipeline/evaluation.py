@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader
 from pipeline.distributed import World
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.metrics import AnyScore, LabelScore, Score, top5_counts
 from pipeline.models.early_exits import stack_exits
 from pipeline.ranking import rank_classes
@@ -54,12 +54,12 @@ def check_image_size(network: nn.Module, size: int, name: str, channels: int = 3
     Raises:
         UserError: it cannot; `name` is the network's.
     """
-    if reason := why_not(copy.deepcopy(network).eval(), 1, size, channels):
+    if reason := why_size_is_refused(copy.deepcopy(network).eval(), 1, size, channels):
         raise UserError(f"{name} cannot take images of {size} x {size} pixels ({reason}): choose another crop size")
 
 
 @torch.no_grad()
-def why_not(network: nn.Module, images: int, size: int, channels: int = 3) -> str:
+def why_size_is_refused(network: nn.Module, images: int, size: int, channels: int = 3) -> str:
     """Why a network in its present mode cannot take so many images of `size` x `size` pixels; empty if it can.
 
     It is asked without data: no kernel runs, and no GPU, so that nothing else than the shapes can be the reason. The
@@ -69,7 +69,7 @@ def why_not(network: nn.Module, images: int, size: int, channels: int = 3) -> st
         network.to("meta")(torch.zeros(images, channels, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         needs_data = isinstance(error, NotImplementedError) or "meta tensor" in str(error)  # which a first batch gives
-        return "" if needs_data else (str(error).splitlines() or [type(error).__name__])[0]
+        return "" if needs_data else first_line(error)
     return ""
 
 

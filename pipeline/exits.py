@@ -31,7 +31,7 @@ def launcher_speaks() -> bool:
     return SPEAKER in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ
 
 
-def record_for_torchrun(message: str, code: int, **details: str) -> None:
+def record_for_torchrun(message: str, code: int, **details: str | bool) -> None:
     """Write down why this rank ends where torchrun's report, and `launch.after`, look for it.
 
     The form is that of torch.distributed.elastic.multiprocessing.errors, with the exit code and details for us.

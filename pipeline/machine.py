@@ -1,12 +1,15 @@
-"""What this machine gives a process: its cores, GPUs, network interfaces, how its C library handles memory, and notice
+"""What this machine gives a process: its cores, GPUs, network interfaces, memory and how its C library handles it, and notice
 of its parent's death."""
 
 import ctypes
 import os
 import platform
+import re
+import resource
 import signal
 import socket
 import struct
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,6 +57,16 @@ def network_interfaces() -> dict[str, str]:
                 answer = fcntl.ioctl(asking, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR of Linux
                 found[name] = socket.inet_ntoa(answer[20:24])
     return found
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has had at most."""
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    # Not first: on Linux it survives exec, so that a process starts with its parent's.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_freed_memory() -> None:

@@ -43,11 +43,6 @@ class Measured:
     greatest_decay: float | None = None
 
 
-def statistic_images(batch: int, microbatches: int) -> tuple[int, int]:
-    """The smallest and the largest number of images in a batch-norm statistic of a batch."""
-    return batch // microbatches, math.ceil(batch / microbatches)
-
-
 def initial_spread(network: nn.Module) -> float:
     """Standard deviation of all convolutions' weights, each in units of sqrt(2 / fan-out) of its layer."""
     squares, count = 0.0, 0

@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from pipeline import machine
 from pipeline.distributed import World
 from pipeline.preemption import PreemptionHandler, leave_closed_outputs
 from pipeline.run_dir import RECORDS, io_as_user_error, now
@@ -190,8 +190,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak so far: of the GPU's allocator, or of this process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return machine.peak_memory()
 
 
 def _board_of(name: str) -> tuple[str, str]:

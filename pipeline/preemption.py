@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, Literal, NoReturn
 
 from pipeline.exits import EXIT_KEYBOARD, EXIT_RESUME, launcher_speaks, open_closed_streams, record_for_torchrun
+from pipeline.machine import ask_for_signal_when_parent_dies
 
 # SIGTERM: torchrun, a scheduler's time limit or preemption; SIGUSR1, SIGUSR2: a scheduler's early warning; SIGHUP: the
 # terminal has been closed; SIGINT: Ctrl-C.
@@ -53,7 +54,11 @@ def exit_when_asked() -> None:
         signal.signal(number, _note)  # a signal without a handler of Python's does not wake the thread
     if first:
         open_closed_streams()  # or the pipe would become the standard output
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed would leave its ranks behind
+        ask_for_signal_when_parent_dies(signal.SIGTERM)
     _end_on(SIGNALS)
+    if _received:  # before there was a pipe
+        _end(signal.Signals(_received))
 
 
 def ending() -> None:
@@ -63,7 +68,11 @@ def ending() -> None:
         _phase = "ending"
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        _end_on((signal.SIGINT,))
+        try:
+            _end_on((signal.SIGINT,))
+        except (OSError, RuntimeError):  # no descriptor or thread is left, which must not change the outcome
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def received() -> str:
@@ -161,8 +170,10 @@ def _end_on(numbers: Sequence[int]) -> None:
     if numbers:
         reader, _writer = os.pipe()
         os.set_blocking(_writer, False)
+        signal.set_wakeup_fd(_writer, warn_on_full_buffer=False)  # before the thread runs: the pipe keeps what comes
         threading.Thread(target=_watch, args=(reader, _phase, numbers), name="signals", daemon=True).start()
-    signal.set_wakeup_fd(-1 if _writer is None else _writer, warn_on_full_buffer=False)
+    else:
+        signal.set_wakeup_fd(-1)
     if before is not None:
         os.close(before)  # which ends the thread before
 

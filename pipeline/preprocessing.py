@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.audit import C10, C100
 from pipeline.config import Config, DataConfig
 from pipeline.errors import UserError
 from pipeline.models.zoo import cifar_densenet
+from pipeline.paper import C10, C100
 from pipeline.parsing import value_text
 
 PREPROCESSING = ("resize_size", "crop_size", "interpolation", "mean", "std")  # fields that say how images are prepared

@@ -11,18 +11,17 @@ from pipeline.audit import (
     count_differences,
     differences,
     is_papers_data,
-    origin_text,
     published_errors_hold,
-    setting_for,
     statistics_text,
     to_markdown,
 )
 from pipeline.cautions import cautions
-from pipeline.checkpoint import CheckpointFolder, Found
+from pipeline.checkpoint import CheckpointFolder, FoundCheckpoint
 from pipeline.config import Config, changed_fields, to_yaml
 from pipeline.data.splits import with_sets_found
 from pipeline.metrics import errors_text, exits_text
 from pipeline.optim import learning_rate
+from pipeline.paper import setting_for
 from pipeline.parsing import flatten, value_text
 from pipeline.provenance import provenance
 from pipeline.resume import FREE_TO_CHANGE
@@ -32,7 +31,7 @@ from pipeline.unused import unused_fields
 from pipeline.words import counted, sizes_text
 
 
-def write_description(run: Run, found: Found | None) -> None:
+def write_description(run: Run, found: FoundCheckpoint | None) -> None:
     """Write what the run is into its directory, put aside what earlier starts have left there, and warn of a new run."""
     CheckpointFolder(run.dir / "checkpoints").remove_temporary()
     if found:
@@ -42,9 +41,14 @@ def write_description(run: Run, found: Found | None) -> None:
             print(f"{now()} beginning anew: earlier starts of {run.dir} have saved no checkpoint", flush=True)
         for line in warnings_of(run, None):
             print(f"warning: {line}", file=sys.stderr, flush=True)
+    replace_text(run.dir / CONFIG, to_yaml(with_sets_found(run.config)))
+    write_audit(run)
+
+
+def write_audit(run: Run) -> None:
+    """Write how the run, as far as it is, differs from the paper's."""
     setting = setting_for(run.config)
     title = f"{run.config.model.name} beside {setting.paper}'s {setting.name} setting"
-    replace_text(run.dir / CONFIG, to_yaml(with_sets_found(run.config)))
     replace_text(run.dir / "audit.md", to_markdown(audit_of(run), title, run.history.lines(), setting.paper))
 
 
@@ -55,7 +59,7 @@ def configuration_text(run: Run) -> str:
     return to_yaml(config, unused | ({"data.val"} if config.data.holdout else set()))
 
 
-def warnings_of(run: Run, found: Found | None) -> list[str]:
+def warnings_of(run: Run, found: FoundCheckpoint | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
     lines = cautions(run.config, run.train_loader.index, run.val_loader.index, run.world.size)
     lines += run.doubts
@@ -102,7 +106,9 @@ def summary(run: Run) -> str:
     best, last = (_of_labels if several else _errors)(progress)
     epochs, (judged, *others) = run.config.optim.epochs, run.validated
     of = f", {judged} weights" if others else ""
-    lines = [f"best (epoch {progress.best_epoch + 1} of {epochs}{of}): validation {best}"]
+    by = progress.best_weights or judged
+    of_best = f", {by} weights" if others or by != judged else ""
+    lines = [f"best (epoch {progress.best_epoch + 1} of {epochs}{of_best}): validation {best}"]
     lines += [f"last (epoch {progress.epoch} of {epochs}{of}): validation {last}"]
     for weights, errors in zip(
         others, progress.last_of_other_weights, strict=False
@@ -110,28 +116,34 @@ def summary(run: Run) -> str:
         lines.append(f"last (epoch {progress.epoch} of {epochs}, {weights} weights): validation {errors}")
     measured = run.measured
     holds = published_errors_hold(run.config, measured.classes, measured.images)
+    note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
     if published.auroc is not None and several and holds:
-        lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}")
+        lines.append(f"{published.source or 'published'}: mean AUROC {published.auroc}{note}")
     if published.top1 is not None and holds:
         top5 = "" if published.top5 is None else f", top-5 error {published.top5:.2f} %"
-        note = " (test images; ours are held-out training images)" if run.config.data.holdout else ""
         lines.append(f"{published.source or 'published'}: top-1 error {published.top1:.2f} %{top5}{note}")
     if run.config.model.weights:
-        lines.append(f"begun with {origin_text(run.config.model)}")
-    statistic, batches = statistics_text(measured.statistics), run.batches
-    if batches.steps > 1 and batches.last < batches.size:
-        divided = run.history.microbatches_of_last(batches.steps, run.done_steps)
-        parts = (dataclasses.replace(batches, microbatches=number).statistic_of_last for number in divided)
-        sizes = ", then ".join(map(sizes_text, parts))
-        of = f", of {counted(batches.last, 'image')}" if sizes != str(batches.last) else ""
-        statistic += f" ({sizes} in an epoch's last batch{of})"
-    lines.append(f"images in a batch-norm statistic: {statistic}")
+        lines.append(f"begun with {run.config.model.weights_text}")
+    if measured.batch_norms:
+        lines.append(f"images in a batch-norm statistic: {_statistic_text(run)}")
     if run.progress.skipped_steps:
         steps = counted(run.progress.skipped_steps, "step")
         lines.append(f"left out, as the loss or gradient was not finite: {steps}")
     lines += run.history.lines()
     lines += [line] if (line := recipe_text(run)) else []
     return "\n".join(lines)
+
+
+def _statistic_text(run: Run) -> str:
+    """The images in a batch-norm statistic, of each part of the run, and in an epoch's last batch if that is smaller."""
+    statistic, batches = statistics_text(run.measured.statistics), run.batches
+    if batches.steps == 1 or batches.last == batches.size:
+        return statistic
+    divided = run.history.microbatches_of_last(batches.steps, run.done_steps)
+    parts = (dataclasses.replace(batches, microbatches=number).statistic_of_last for number in divided)
+    sizes = ", then ".join(map(sizes_text, parts))
+    of = f", of {counted(batches.last, 'image')}" if sizes != str(batches.last) else ""
+    return f"{statistic} ({sizes} in an epoch's last batch{of})"
 
 
 def recipe_text(run: Run, in_full: bool = False) -> str:

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import CheckpointFolder, Found
+from pipeline.checkpoint import CheckpointFolder, FoundCheckpoint
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.followers import FOLLOWERS
 from pipeline.history import batch_split
-from pipeline.parsing import flatten
+from pipeline.parsing import flatten, value_text
 from pipeline.paths import is_present
-from pipeline.recipe import FOLLOWERS
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from pipeline.unused import unused_fields
 from pipeline.words import agreed, counted
@@ -61,7 +61,7 @@ class Conditions:
     val_fingerprint: str | None = None
 
 
-def find_checkpoint(run_dir: Path) -> Found | None:
+def find_checkpoint(run_dir: Path) -> FoundCheckpoint | None:
     """Read the newest checkpoint of a run and change nothing; None in a directory where no run has saved one yet.
 
     Raises:
@@ -84,7 +84,7 @@ def find_checkpoint(run_dir: Path) -> Found | None:
     return None
 
 
-def loader_of(found: Found | None) -> str | None:
+def loader_of(found: FoundCheckpoint | None) -> str | None:
     """The loader of the run that saved a checkpoint. Loaders differ in the last bits, so that the run keeps its own."""
     return found.state.get("conditions", {}).get("loader") if found else None
 
@@ -122,7 +122,7 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         if key in TOLD or (key in config.train.change and key not in fixed):
             changed[key] = (old[key], value)
         else:
-            refused.append(f"{key} was {_text(old[key])} and is now {_text(value)}")
+            refused.append(f"{key} was {value_text(old[key])} and is now {value_text(value)}")
     before = Conditions(**state["conditions"])
     if not set(fixed) & OF_THE_DATA:  # which says it already
         if before.classes != now.classes:
@@ -197,10 +197,6 @@ def _check_names(config: Config) -> None:
         raise UserError(
             f"train.change: a run with another {', '.join(wrong)} is another run: start it with another --run_dir"
         )
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
 
 
 def _named(data: Conditions) -> str:

@@ -18,21 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import autotune
-from pipeline.audit import origin_text, train_sizes_text
 from pipeline.autotune import Tuning
-from pipeline.batches import Batches, microbatches_of
-from pipeline.checkpoint import Found, load_weights
+from pipeline.batches import Batches, microbatches_of, statistic_images
+from pipeline.checkpoint import FoundCheckpoint, load_weights
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
 from pipeline.config import Config
 from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.data.dataset import fingerprint_of, has_trained_on, images_text, open_datasets, seen_held_out
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_common_loader
 from pipeline.data.plan import together
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import World, data_parallel
 from pipeline.ema import ModelEma, decay_after
 from pipeline.errors import UserError
-from pipeline.evaluation import check_image_size, why_not
+from pipeline.evaluation import check_image_size, why_size_is_refused
 from pipeline.finite import FiniteGuard
 from pipeline.history import History, batch_split
 from pipeline.joint_objective import for_all_exits
@@ -42,7 +42,6 @@ from pipeline.measured import (
     has_batch_norms,
     initial_spread,
     momentum_text,
-    statistic_images,
     weight_decay_factors,
 )
 from pipeline.metrics import AnyScore, LabelScore, MetricAccumulator, batch_sums
@@ -59,6 +58,7 @@ from pipeline.objective import (
     read_class_weights,
 )
 from pipeline.optim import create_optimizer, learning_rate, load_state, state_of
+from pipeline.parsing import value_text
 from pipeline.precision import (
     AUTOCAST_TYPES,
     autocast,
@@ -92,6 +92,7 @@ class Progress:
     best_top1_error: float = math.inf
     best_top5_error: float | None = math.inf  # None where it says nothing; see `metrics.top5_counts`
     best_epoch: int = -1
+    best_weights: str | None = None  # that were judged then, see `Run.validated`; None in earlier versions' checkpoints
     last_top1_error: float = math.inf
     last_top5_error: float | None = math.inf
     skipped_steps: int = 0  # left out, as their loss or gradient was not finite
@@ -102,25 +103,30 @@ class Progress:
     last_of_other_weights: list[str] = field(default_factory=list)  # errors, in words
     last_exit_errors: list[float] = field(default_factory=list)  # top-1, of each exit where there are several
 
-    def finish_epoch(self, val: AnyScore, *of_other_weights: AnyScore) -> bool:
+    def finish_epoch(self, scores: Mapping[str, AnyScore]) -> bool:
         """Note an epoch's validation errors and go on to the next; return whether it is better than all before.
 
         Where images have several labels, the better epoch is that with the greater mean AUROC; as long as that is not
         defined (NaN), the later one.
+
+        Args:
+            scores: by the names of the weights; the first one judges.
         """
-        self.last_of_other_weights = [score.text(top5=True) for score in of_other_weights]
+        (weights, val), *others = scores.items()
+        self.last_of_other_weights = [score.text(top5=True) for _, score in others]
         if isinstance(val, LabelScore):
             assert val.mean is not None
             better = self.best_epoch < 0 or math.isnan(self.best_auroc) or val.mean.auroc > self.best_auroc
             if better:
                 self.best_auroc, self.best_average_precision = val.mean.auroc, val.mean.average_precision
-                self.best_epoch = self.epoch
+                self.best_epoch, self.best_weights = self.epoch, weights
             self.last_auroc, self.last_average_precision = val.mean.auroc, val.mean.average_precision
             self.epoch, self.step = self.epoch + 1, 0
             return better
         best = val.top1_error < self.best_top1_error
         if best:
-            self.best_top1_error, self.best_top5_error, self.best_epoch = val.top1_error, val.top5_error, self.epoch
+            self.best_top1_error, self.best_top5_error = val.top1_error, val.top5_error
+            self.best_epoch, self.best_weights = self.epoch, weights
         self.last_top1_error, self.last_top5_error = val.top1_error, val.top5_error
         self.last_exit_errors = list(val.exit_errors)
         self.epoch, self.step = self.epoch + 1, 0
@@ -175,8 +181,6 @@ class Run:
         parts: the run's state, by the names that checkpoints have. Hooks with a state add theirs.
     """
 
-    objective: Objective
-
     def __init__(self, config: Config, world: World, start: Start | None = None, writes: bool = True):
         """Build everything that a run is made of.
 
@@ -189,7 +193,21 @@ class Run:
         self._begun: list[str] = []
         self.doubts: list[str] = []
         self.microbatches = microbatches_of(config, world.size, batch_split(world.size, config.optim.grad_accum_steps))
-        self._open_data(loader_of(start.checkpoint) if start else None, self.dir / "index" if writes else None)
+        loader, self._passed_over = self._choose_loader(loader_of(start.checkpoint) if start else None)
+        train, val = self._open_images(self.dir / "index" if writes else None)
+        class_weights = world.broadcast_from_rank0(lambda: read_class_weights(config.optim.class_weights, train))
+        objective = create_objective(config, None if class_weights is None else class_weights.to(world.device))
+        self.conditions = Conditions(
+            classes=list(train.classes),
+            fingerprint=fingerprint_of(train, val),
+            images=[len(train), len(val)],
+            loader=loader,
+            ranks=world.size,
+            class_weights=None if class_weights is None else class_weights.tolist(),
+            val_fingerprint=val.fingerprint,
+        )
+        self._image_dtype = self._choose_image_dtype(objective)
+        self._create_loaders(train, val, loader)
         set_tf32(config.train.precision)
         choose_kernels(config.train.cudnn_benchmark, config.train.deterministic)
         torch.manual_seed(config.seed)
@@ -198,10 +216,10 @@ class Run:
         network = create_network(config.model, len(self.conditions.classes), config.data.channels)
         refuse_graphs_elsewhere(config.train.compile, exits_of(network), world.device)
         self._check_image_size(network)
-        self.objective = for_all_exits(self.objective, network)
+        self.objective = for_all_exits(objective, network)
         self._frozen = [] if config.model.freeze is None else freeze(network, config.model.freeze, config.model.name)
         whole_batch = config.optim.batch_size // self.microbatches
-        self._tuning_left: Tuning | None = None  # a checkpoint's, where something else is asked for now
+        self._tuning_left: tuple[Tuning, str] | None = None  # a checkpoint's that is not taken, and why
         self.tuning = self._tune(network, whole_batch, start.checkpoint if start else None)
         how = autotune.as_chosen(self.tuning.chosen, config) if self.tuning else autotune.as_configured(config)
         if isinstance(network, DenseNet):
@@ -233,7 +251,7 @@ class Run:
         if self.ema:
             self.parts["ema"] = self.ema
 
-    def _tune(self, network: nn.Module, images: int, found: Found | None) -> Tuning | None:
+    def _tune(self, network: nn.Module, images: int, found: FoundCheckpoint | None) -> Tuning | None:
         """The implementation that was measured to be the fastest, or that a checkpoint's run has kept; None to do as asked."""
         config, device = self.config, self.world.device
         kept = Tuning.of_checkpoint(found.state) if found else None
@@ -241,51 +259,47 @@ class Run:
         free = autotune.leaves_a_choice(config, device, network)
         if kept and (others or not free):
             # What has changed since on purpose is taken as it is asked for: another choice would have other bits.
-            self._tuning_left = kept
-            self._asked_otherwise = f"it was for {', '.join(others)}" if others else "nothing is left to choose"
+            self._tuning_left = kept, f"it was for {', '.join(others)}" if others else "nothing is left to choose"
             return None
         if not free or (found and not kept):
             return None
         classes, cards = len(self.conditions.classes), self.world.gather(autotune.card_name(device))
         return self.world.broadcast_from_rank0(lambda: autotune.choose(config, classes, device, images, cards, kept))
 
-    def _open_data(self, began_with: str | None, cache: Path | None) -> None:
-        config, world = self.config, self.world
-        wanted, remedy = config.data, "or use auto"
+    def _choose_loader(self, began_with: str | None) -> tuple[str, list[str]]:
+        """As `choose_common_loader`; where it is left to choose, the loader that the run began with."""
+        wanted, remedy = self.config.data, "or use auto"
         if began_with and wanted.loader == "auto":
             wanted = dataclasses.replace(wanted, loader=began_with)
-            remedy = f"{config.run_dir} began with it, and others differ in the last bits: resume where it can be used"
-        loader, self._passed_over = choose_common_loader(wanted, world.device, world.gather, remedy)
+            remedy = (
+                f"{self.config.run_dir} began with it, and others differ in the last bits: resume where it can be used"
+            )
+        return choose_common_loader(wanted, self.world.device, self.world.gather, remedy)
+
+    def _open_images(self, cache: Path | None) -> tuple[DatasetIndex, DatasetIndex]:
+        data = self.config.data
+        return share_on_machines(
+            self.world, lambda: open_datasets(data, cache, progress=True, download=cache is not None)
+        )
+
+    def _create_loaders(self, train: DatasetIndex, val: DatasetIndex, loader: str) -> None:
+        config, world = self.config, self.world
         data = dataclasses.replace(config.data, loader=loader)
-        train_index, val_index = share_on_machines(
-            world, lambda: open_datasets(config.data, cache, True, download=cache is not None)
-        )
         shard = Shard(world.rank, world.size, world.device, world.cores)
-        weights = world.broadcast_from_rank0(lambda: read_class_weights(config.optim.class_weights, train_index))
-        self.objective = create_objective(config, None if weights is None else weights.to(world.device))
-        self.conditions = Conditions(
-            classes=list(train_index.classes),
-            fingerprint=fingerprint_of(train_index, val_index),
-            images=[len(train_index), len(val_index)],
-            loader=loader,
-            ranks=world.size,
-            class_weights=None if weights is None else weights.tolist(),
-            val_fingerprint=val_index.fingerprint,
-        )
         self.train_loader = TrainingLoader(
-            train_index,
+            train,
             data,
             shard,
             seed=config.seed,
             batch_size=config.optim.batch_size,
             accumulation=config.optim.grad_accum_steps,
-            dtype=self._image_dtype(),
+            dtype=self._image_dtype,
         )
-        self.val_loader = EvaluationLoader(val_index, data, shard, batch_size=config.train.eval_batch_size, crops=1)
+        self.val_loader = EvaluationLoader(val, data, shard, batch_size=config.train.eval_batch_size, crops=1)
 
-    def _image_dtype(self) -> torch.dtype:
+    def _choose_image_dtype(self, objective: Objective) -> torch.dtype:
         """bfloat16 where the first thing that becomes of an image is that autocast rounds it to that, else float32."""
-        as_they_are = type(self.objective).prepare is CrossEntropy.prepare and not self.config.data.mixes
+        as_they_are = type(objective).prepare is CrossEntropy.prepare and not self.config.data.mixes
         halves = self.config.train.precision == "bf16" and self.world.device.type == "cpu"
         return torch.bfloat16 if halves and as_they_are else torch.float32
 
@@ -298,7 +312,7 @@ class Run:
             images=(len(loader.index), len(self.val_loader.index)),
             classes=len(self.conditions.classes),
             statistics=tuple(
-                (s.step / loader.steps_per_epoch, statistic_images(batch, s.microbatches))
+                (s.step / loader.steps_per_epoch, statistic_images(batch, s.microbatches, together(self.config.data)))
                 for s in self.history.segments
             ),
             last_batch=loader.global_batch(loader.steps_per_epoch - 1),
@@ -372,7 +386,7 @@ class Run:
             return
         size = config.data.of_epoch(self.progress.epoch).crop_size
         shape, generator = (whole, size, size, config.data.channels), torch.Generator(device).manual_seed(0)
-        images = torch.randn(shape, generator=generator, device=device, dtype=self._image_dtype())
+        images = torch.randn(shape, generator=generator, device=device, dtype=self._image_dtype)
         torch.cuda.synchronize(device)
         with self.autocast():
             self.compiled.capture(images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format))
@@ -430,7 +444,7 @@ class Run:
                 f"the weights {weights.origin} are of a run on these training images with the same seed, {weights.seed}: this "
                 "run's epochs draw the order and the crops of that run's again; give --seed another number for new ones"
             )
-        taken = [f"{name} {_plain(getattr(data, name))}" for name in data.from_weights if name not in assumed]
+        taken = [f"{name} {value_text(getattr(data, name))}" for name in data.from_weights if name not in assumed]
         self._begun = [f"classifier drawn anew: {reason}"] if reason else ["classifier taken from them"]
         self._begun += [f"taken over from their source: {', '.join(taken)}"] if taken else []
         self._begun += [weights.note] if weights.note else []
@@ -444,7 +458,7 @@ class Run:
             "conditions": dataclasses.asdict(self.conditions),
             "measured": dataclasses.asdict(self.measured),
             "tuning": dataclasses.asdict(self.tuning) if self.tuning else None,
-            "tuning_left": dataclasses.asdict(self._tuning_left) if self._tuning_left else None,
+            "tuning_left": dataclasses.asdict(self._tuning_left[0]) if self._tuning_left else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -510,9 +524,8 @@ class Run:
     def _implementation(self) -> str:
         """Further lines on what was measured, and on what has changed since; empty where nothing was."""
         if self._tuning_left:
-            return (
-                f"\nwhat the run has measured before ({self._tuning_left.chosen}) is not taken: {self._asked_otherwise}"
-            )
+            tuning, reason = self._tuning_left
+            return f"\nwhat the run has measured before ({tuning.chosen}) is not taken: {reason}"
         if not self.tuning:
             return ""
         now = autotune.as_chosen(self.tuning.chosen, self.config)
@@ -528,7 +541,7 @@ class Run:
         """Further lines where the training crops' size changes, or an epoch has a part of the images; empty else."""
         data, lines = self.config.data, list[str]()
         if len(data.train_sizes) > 1:
-            first, later = train_sizes_text(data).split(",", 1)
+            first, later = data.train_sizes_text.split(",", 1)
             lines.append(f"training crops of {first} pixels,{later}")
         if data.aug_repeats > 1:
             lines.append(
@@ -569,7 +582,7 @@ class Run:
 
     def _fine_tuning(self) -> str:
         """Further lines: what it began with, and what of it does not train; empty for a run from drawn weights."""
-        lines = [f"begun with {origin_text(self.config.model)}", *self._begun] if self.config.model.weights else []
+        lines = [f"begun with {self.config.model.weights_text}", *self._begun] if self.config.model.weights else []
         if self._frozen:
             still = sum(p.numel() for p in self.network.parameters() if not p.requires_grad)
             lines.append(f"{still:,} parameters are frozen")
@@ -581,14 +594,10 @@ class Run:
         smallest = min(2, *self.batches.statistic_of_last)  # batch norm wants more than one value a channel
         field = "data.train_crop_size" if config.data.train_crop_size else "data.crop_size"
         for size in config.data.train_sizes:
-            if reason := why_not(copy.deepcopy(network).train(), smallest, size, config.data.channels):
+            if reason := why_size_is_refused(copy.deepcopy(network).train(), smallest, size, config.data.channels):
                 raise UserError(
                     f"{config.model.name} cannot train on {counted(smallest, 'image')} of {size} pixels, the smallest part "
                     f"of a batch ({reason}): choose another {field} or optim.batch_size"
                 )
         if config.data.train_crop_size:  # validation has another
             check_image_size(network, config.data.crop_size, config.model.name, config.data.channels)
-
-
-def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

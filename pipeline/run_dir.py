@@ -17,6 +17,8 @@ from pipeline.errors import UserError
 CONFIG = "config.yaml"  # as the run was started last
 RECORDS = "metrics.jsonl"
 STATUS = "status.json"  # how far the run is, written with each checkpoint
+LAST_CHECKPOINTS = ("last.pt", "previous.pt")  # in the order in which a run resumes from them
+CHECKSUM_LENGTH = 64  # SHA-256 in hexadecimal digits, at the end of a checkpoint
 LOG = "log.txt"  # what rank 0 has printed; see run_log.py
 # What a start makes before there is a run, and what tells that there is one, or that a job of it was submitted.
 PREPARATIONS = ("lock", LOG, "index", "checkpoints")
@@ -50,17 +52,33 @@ def epochs_done(record: dict[str, Any]) -> float:
 
 
 def read_progress(run_dir: Path) -> dict[str, Any]:
-    """What ``status.json`` says of a run's last checkpoint; empty if there is none, or if it was damaged."""
+    """What ``status.json`` says of a run's last checkpoint.
+
+    Empty if there is none, if it was damaged, or if it is of another checkpoint than the one that is there: a kill came before
+    it was written, or somebody has put an older checkpoint back.
+    """
     with suppress(OSError, ValueError):
         progress = json.loads((run_dir / STATUS).read_text())
-        if isinstance(progress, dict):
+        if (
+            isinstance(progress, dict)
+            and progress.get("checkpoint", checksum := checkpoint_checksum(run_dir)) == checksum
+        ):
             return progress
     return {}
 
 
+def checkpoint_checksum(run_dir: Path) -> str:
+    """The last characters of the file that a run resumes from, which are its checksum; empty if there is none."""
+    for name in LAST_CHECKPOINTS:
+        with suppress(FileNotFoundError), open(run_dir / "checkpoints" / name, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - CHECKSUM_LENGTH))
+            return file.read().decode(errors="replace")
+    return ""
+
+
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether there is one to resume from, be it damaged."""
-    return any((run_dir / "checkpoints" / name).exists() for name in ("last.pt", "previous.pt"))
+    return any((run_dir / "checkpoints" / name).exists() for name in LAST_CHECKPOINTS)
 
 
 def is_complete(run_dir: Path, epochs: int | None) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Found, check_weights
+from pipeline.checkpoint import FoundCheckpoint, check_weights
 from pipeline.class_names import imagenet_ids
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
@@ -91,7 +91,7 @@ class Start:
     """
 
     config: Config
-    checkpoint: Found | None
+    checkpoint: FoundCheckpoint | None
     weights: InitialWeights | None
 
 

@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import first_line
 from pipeline.exits import EXIT_BUG, EXIT_KEYBOARD, EXIT_RESUME, EXIT_USER_ERROR, SPEAKER
+from pipeline.preemption import leave_closed_outputs
 
 AGAIN = "start the same command again to go on"
 
@@ -33,15 +35,14 @@ def main() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed") and "LOGLEVEL" not in os.environ:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # that it sends signals, and which rank has failed
-    try:
-        run.config_from_args(options)
-    except (ValueError, RuntimeError, AssertionError) as error:  # as --nproc-per-node gpu without a GPU
-        print(f"error: torchrun: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
     os.environ[SPEAKER] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        options.log_dir = options.log_dir or folder
-        before = set(Path(options.log_dir).glob("*"))  # of earlier starts
+        try:
+            options.log_dir = _own_folder(options.log_dir) if options.log_dir else folder
+            run.config_from_args(options)
+        except (ValueError, RuntimeError, AssertionError, OSError) as error:  # as --nproc-per-node gpu without a GPU
+            print(f"error: torchrun: {first_line(error)}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
         failed: dict[int, int] = {}
         asked = None
         try:
@@ -51,22 +52,33 @@ def main() -> None:
             failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (SignalException, KeyboardInterrupt) as error:
             asked = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-        code, line = outcome(words_in(set(Path(options.log_dir).glob("*")) - before), failed, asked)
+        code, line = outcome(words_in(Path(options.log_dir)), failed, asked)
     if line:
-        print(line, file=sys.stderr, flush=True)
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:  # whoever read it has gone
+            leave_closed_outputs()
     sys.exit(code)
 
 
-def words_in(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """What the ranks of this machine have left word of in torchrun's folders, of the last attempt, by rank."""
-    files: dict[int, list[Path]] = {}
-    for file in chain.from_iterable(folder.glob("attempt_*/*/error.json") for folder in folders):
-        files.setdefault(int(file.parent.parent.name.removeprefix("attempt_")), []).append(file)
+def _own_folder(log_dir: str) -> str:
+    """A new folder in the one that ``--log-dir`` names, which other starts may use too, now or before."""
+    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=log_dir)
+
+
+def words_in(log_dir: Path) -> list[dict[str, Any]]:
+    """What the ranks of this machine have left word of in torchrun's folder, of the last attempt, by rank."""
+    attempts = {int(path.name.removeprefix("attempt_")): path for path in log_dir.glob("*/attempt_*")}
     words = []
-    for file in sorted(files[max(files)], key=lambda file: int(file.parent.name)) if files else []:
+    for file in sorted(attempts[max(attempts)].glob("*/error.json"), key=_rank_of) if attempts else []:
         with suppress(OSError, ValueError):  # cut short, by a kill
             words.append(json.loads(file.read_text()))
     return words
+
+
+def _rank_of(file: Path) -> int:
+    return int(file.parent.name)
 
 
 def outcome(
@@ -74,7 +86,8 @@ def outcome(
 ) -> tuple[int, str]:
     """Exit code, and the line that says why the ranks ended, empty if there is nothing to say.
 
-    A rank that has only lost contact to another leaves with the code of an interruption, and is not the cause.
+    A rank that has only lost contact to another leaves with the code of an interruption, and is not the cause. Nor is one
+    that torchrun kills, as it does with ranks that do not leave after another has reported that they hang.
 
     Args:
         words: of the ranks, as `exits.record_for_torchrun` writes them.
@@ -83,7 +96,7 @@ def outcome(
     """
     said = {
         code: [str(word["message"]) for word in words if word.get("code") == code]
-        for code in (EXIT_BUG, EXIT_USER_ERROR, EXIT_RESUME)
+        for code in (EXIT_BUG, EXIT_USER_ERROR)
     }
     if said[EXIT_USER_ERROR]:
         return EXIT_USER_ERROR, f"error: {said[EXIT_USER_ERROR][0]}"
@@ -93,14 +106,18 @@ def outcome(
             EXIT_BUG,
             f"error: rank {rank} failed with the traceback above, which is a bug ({_last_line(said[EXIT_BUG][0])})",
         )
+    interrupted = [word for word in words if word.get("code") == EXIT_RESUME]
+    by_itself = [word for word in interrupted if not word.get("signal") and not word.get("lost_contact")]
+    if by_itself:
+        return EXIT_RESUME, f"interrupted: {by_itself[0]['message']}; {AGAIN}"
     for rank, code in failed.items():
         if code < 0:
             name = signal.Signals(-code).name
             why = ", often for lack of memory" if name == "SIGKILL" else ""
             return 128 - code, f"interrupted: rank {rank} was ended by {name}{why}; {AGAIN}"
-    if said[EXIT_RESUME]:
-        by_signal = [str(word["message"]) for word in words if word.get("signal")]
-        return EXIT_RESUME, f"interrupted: {(by_signal or said[EXIT_RESUME])[0]}; {AGAIN}"
+    if interrupted:
+        first = min(interrupted, key=lambda word: (bool(word.get("lost_contact")), not word.get("signal")))
+        return EXIT_RESUME, f"interrupted: {first['message']}; {AGAIN}"
     if asked:
         return (
             128 + asked,

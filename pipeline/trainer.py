@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import Found
+from pipeline.checkpoint import FoundCheckpoint
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.distributed import init_distributed
@@ -23,7 +23,15 @@ from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
 from pipeline.metrics import AnyScore, Score
 from pipeline.monitor import Monitor
 from pipeline.preemption import PreemptionHandler
-from pipeline.report import configuration_text, recipe_text, start_text, summary, warnings_of, write_description
+from pipeline.report import (
+    configuration_text,
+    recipe_text,
+    start_text,
+    summary,
+    warnings_of,
+    write_audit,
+    write_description,
+)
 from pipeline.run import Progress, Run
 from pipeline.run_log import occupied
 from pipeline.start import find_start
@@ -49,6 +57,7 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
         start = world.broadcast_from_rank0(lambda: find_start(config))
         run = Run(start.config, world, start)
         Trainer(run, [*create_hooks(run), *hooks, Saving(run)]).fit(start.checkpoint)
+        world.broadcast_from_rank0(lambda: write_audit(run))  # with the steps that were left out since the start
         if world.is_main:
             print(summary(run), flush=True)
         return run.progress
@@ -83,7 +92,7 @@ class Trainer:
         self.compiles, self.microbatch = run.compiles, 0
         self.seconds: dict[str, float] = defaultdict(float)
 
-    def fit(self, found: Found | None) -> None:
+    def fit(self, found: FoundCheckpoint | None) -> None:
         """Train to the last epoch from a new run's first step, or from the checkpoint that was found."""
         run = self.run
         if found:
@@ -152,9 +161,9 @@ class Trainer:
         rate, logged_norm = update(run, logged, norm, skipped)
         return StepResult(images, rate, logged_norm, loss_scale, logged, last, skipped)
 
-    def validate(self, network: nn.Module | None = None) -> AnyScore:
-        """Single-crop score on the validation set, with rank 0's batch-norm statistics; of the run's network if of no other."""
-        run, network = self.run, network or self.run.network
+    def validate(self, network: nn.Module) -> AnyScore:
+        """Single-crop score on the validation set, with rank 0's batch-norm statistics."""
+        run = self.run
         run.world.broadcast_buffers(network)
         with run.autocast():
             evaluation = evaluate(
@@ -173,7 +182,7 @@ class Trainer:
         run, progress = self.run, self.run.progress
         train = run.epoch_metrics.score() or Score(0, 0, 0, 0.0)
         run.epoch_metrics.reset()
-        epoch, best = progress.epoch, progress.finish_epoch(*scores.values())
+        epoch, best = progress.epoch, progress.finish_epoch(scores)
         self._call("on_epoch", EpochResult(epoch, train, scores, best))
 
     def _between_batches(self) -> None:

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -26,14 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.audit import AuditRow, audit, in_one_line, setting_for
+from pipeline.audit import AuditRow, audit, in_one_line
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.class_names import imagenet_ids
-from pipeline.config import Config, DataConfig, ModelConfig, from_stored
+from pipeline.config import BestBy, Config, DataConfig, ModelConfig, from_stored
 from pipeline.errors import UserError
 from pipeline.external_weights import channels_of, match, name_network, outputs_of, recognise
 from pipeline.measured import Measured
 from pipeline.models import create_model, create_network
+from pipeline.paper import setting_for
 from pipeline.preprocessing import PREPROCESSING, for_channels, preprocessing_of
 from pipeline.run_dir import why_no_best
 from pipeline.words import counted
@@ -67,6 +68,7 @@ class Weights:
         epochs: whole epochs that they were trained for, None if that is not known.
         step: steps of the next epoch that they were trained for besides.
         best_epoch: the run's best when they were saved, counted from 1; None if there is none, or if that is not known.
+        best_weights: by which weights' error that was found, ``raw`` or ``ema``; None if that is not known.
         tuning: what the run has measured to be the fastest on its GPU (`autotune.Tuning`); None if it has not.
         assumed: fields of `PREPROCESSING` that the file does not say, and nobody has given.
         fingerprint: of the run's images (`dataset.fingerprint_of`), None if it is not known.
@@ -84,6 +86,7 @@ class Weights:
     epochs: int | None = None
     step: int = 0
     best_epoch: int | None = None
+    best_weights: str | None = None
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
@@ -123,7 +126,9 @@ class Weights:
         if self.best_epoch is None:
             return text
         train = self.config.train
-        best = f"the best so far by the {train.best_by} weights" if train.ema_decay else "the best so far"
+        judged = self.best_weights or (train.best_by if train.ema_decay else "raw")
+        several = train.ema_decay or judged != "raw"  # else there are only raw ones
+        best = f"the best so far by the {judged} weights" if several else "the best so far"
         return f"{text}, {best}" if self.is_best else f"{text} ({best}: {self.best_epoch})"
 
 
@@ -139,6 +144,7 @@ class OwnWeights(NamedTuple):
     epochs: int | None = None
     step: int = 0
     best_epoch: int | None = None
+    best_weights: str | None = None
     tuning: Mapping[str, Any] | None = None
     assumed: tuple[str, ...] = ()
     measured: Measured | None = None
@@ -232,6 +238,7 @@ def _about(weights: Weights) -> str:
         "epochs": weights.epochs,
         "step": weights.step,
         "best_epoch": weights.best_epoch,
+        "best_weights": weights.best_weights,
         "audit": weights.audit,
         "averaged": weights.averaged,
         "assumed": weights.assumed,
@@ -280,6 +287,7 @@ def _of_checkpoint(state: dict[str, Any], origin: str, ema: bool | None) -> OwnW
         epochs=progress.get("epoch"),
         step=progress.get("step", 0),
         best_epoch=progress.get("best_epoch", -1) + 1 or None,  # there from 0, and -1 for none
+        best_weights=progress.get("best_weights"),
         tuning=state.get("tuning"),
         measured=_measured(state.get("measured")),
         fingerprint=conditions.get("fingerprint"),
@@ -316,6 +324,8 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
             raise ValueError("config or microbatches")
         if not all(number is None or isinstance(number, int) for number in trained.values()):
             raise ValueError("epochs")
+        if (best_weights := about.get("best_weights")) not in (None, *get_args(BestBy)):
+            raise ValueError("best_weights")
         assumed = tuple(about.get("assumed", ()))
         if not set(assumed) <= set(PREPROCESSING):
             raise ValueError("assumed")
@@ -325,7 +335,7 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
     note = AVERAGED if averaged else ""
     measured = _measured(about.get("measured"))
     fingerprints = {key: about.get(key) for key in ("fingerprint", "val_fingerprint")}
-    known = {"assumed": assumed, "measured": measured, **fingerprints}
+    known = {"best_weights": best_weights, "assumed": assumed, "measured": measured, **fingerprints}
     return OwnWeights(state, config, classes, microbatches, note, averaged, **trained, **known)
 
 

@@ -17,6 +17,7 @@ class Toy:
     """A backend in a few lines: the stages in torch's own operators. It is for training of at most float64."""
 
     AUTOMATIC = False
+    FROZEN_PARTS = False
 
     def refusal(self, device: torch.device) -> str:
         return ""

@@ -9,11 +9,12 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import small_config, with_random_norms, write_class_folders
+from conftest import index_of, small_config, with_random_norms, write_class_folders
 
 from pipeline.budget import BUDGETS, answers_of, classify, leaves_at, shares, thresholds
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.config import ModelConfig
+from pipeline.class_names import imagenet_ids
+from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import init_distributed
@@ -22,7 +23,7 @@ from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
 from pipeline.models.folding import fold_norms
 from pipeline.weights import Weights, read_weights, write_safetensors
-from tools.anytime import compare_with_others, read_other
+from tools.anytime import compare_with_others, published_on_imagenet, read_other
 from tools.anytime import main as anytime
 from tools.convert import main as convert
 from tools.evaluate import main as evaluate
@@ -120,18 +121,16 @@ def test_equal_confidences_leave_together_and_the_rest_need_not_suffice():
 
 
 @torch.inference_mode()
-def of_each_exit(network, images, summed: bool) -> torch.Tensor:
-    """(3, n, classes): what each of three exits says of all images, or the mean of all up to it."""
-    probabilities = torch.stack([output.float().softmax(1) for output in network(images)])
-    return torch.stack([probabilities[: k + 1].mean(0) for k in range(3)]) if summed else probabilities
+def of_each_exit(network, images) -> torch.Tensor:
+    """(3, n, classes): what each of three exits says of all images."""
+    return torch.stack([output.float().softmax(1) for output in network(images)])
 
 
-@pytest.mark.parametrize("summed", [False, True])
-def test_a_batch_shrinks_at_each_exit_and_answers_as_if_it_did_not(summed):
+def test_a_batch_shrinks_at_each_exit_and_answers_as_if_it_did_not():
     torch.manual_seed(1)
     network = with_random_norms(create_model(NAME, num_classes=5)).double().eval()
     images = torch.randn(12, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    probabilities = of_each_exit(network, images, summed)
+    probabilities = of_each_exit(network, images)
     confidence = probabilities.amax(2).numpy()
     limits = thresholds(confidence, shares(1.0, 3))
     at = leaves_at(confidence, limits)
@@ -139,24 +138,23 @@ def test_a_batch_shrinks_at_each_exit_and_answers_as_if_it_did_not(summed):
     seen = []
     for block in network.blocks:
         block.register_forward_hook(lambda module, given, maps: seen.append([len(x) for x in maps]))
-    answered, left = classify(network, [images], limits, summed=summed)
+    answered, left = classify(network, [images], limits)
     assert seen == [[12] * 3, [8] * 2, [4]]  # what has left is computed no further
     assert left.tolist() == at.tolist()
     torch.testing.assert_close(answered, probabilities[at, torch.arange(12)].float(), rtol=1e-6, atol=1e-7)
     assert len(classify(network, [images], np.zeros(3))[0]) == 12 and len(seen) == 4  # all leave at the first exit
 
 
-@pytest.mark.parametrize("summed", [False, True])
-def test_images_that_stay_wait_for_others_and_are_answered_as_by_themselves(summed):
+def test_images_that_stay_wait_for_others_and_are_answered_as_by_themselves():
     torch.manual_seed(2)
     network = with_random_norms(create_model(NAME, num_classes=5)).double().eval()
     images = torch.randn(23, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    limits = thresholds(of_each_exit(network, images, summed).amax(2).numpy(), shares(1.0, 3))
-    one_by_one = [classify(network, [image], limits, summed=summed) for image in images.split(1)]
+    limits = thresholds(of_each_exit(network, images).amax(2).numpy(), shares(1.0, 3))
+    one_by_one = [classify(network, [image], limits) for image in images.split(1)]
     seen = []
     for k, block in enumerate(network.blocks):
         block.register_forward_hook(lambda module, given, maps, k=k: seen.append((k, len(maps[0]))))
-    answered, left = classify(network, images.split(4), limits, together=5, summed=summed)
+    answered, left = classify(network, images.split(4), limits, together=5)
     assert left.tolist() == [int(at) for _, at in one_by_one] and len(set(left.tolist())) == 3
     torch.testing.assert_close(answered, torch.cat([found for found, _ in one_by_one]), rtol=1e-6, atol=1e-7)
     for k in (1, 2):
@@ -290,6 +288,35 @@ def test_gray_images_are_counted_with_one_channel(data, run, tmp_path):
     assert costs == [cost.multiply_accumulates for cost in exit_costs(network, 16, 1)] and costs[-1] == whole
     beside = network_without_weights(ModelConfig(name="densenet_bc10_k4"), 3, 1)
     assert report["beside"][0]["multiply_accumulates"] == multiply_accumulates(beside, 16, 1)
+
+
+def test_the_papers_errors_stand_beside_all_of_imagenets_validation_images_alone(run, tmp_path):
+    def index(images: int, present: int, classes: tuple[str, ...] = ()):
+        classes = classes or imagenet_ids()
+        return dataclasses.replace(index_of([(9, 9)] * images), labels=np.arange(images) % present, classes=classes)
+
+    for test, data in (
+        (index(10_000, 1000), DataConfig()),  # as ImageNetV2
+        (index(50_000, 999), DataConfig()),
+        (index(50_000, 1000, tuple(map(str, range(1000)))), DataConfig()),
+        (index(50_000, 1000), DataConfig(crop_size=192)),
+        (index(50_000, 1000), DataConfig(interpolation="pil-bilinear")),
+    ):
+        assert published_on_imagenet(test, data) == []
+    rows = {row["name"]: row["top1_error"] for row in published_on_imagenet(index(50_000, 1000), DataConfig())}
+    assert (rows["densenet121"], rows["resnet50"]) == (25.02, 24.01)
+
+    # A network of ImageNet's classes on images of three of them, as Imagenette.
+    write_class_folders(tmp_path / "data", 3, 6, size=(20, 22))
+    for folder, name in zip(sorted((tmp_path / "data").iterdir()), imagenet_ids(), strict=False):
+        folder.rename(folder.with_name(name))
+    network = with_random_norms(create_model(NAME, num_classes=1000)).eval()
+    data = {"dir": str(tmp_path / "data"), "crop_size": 16, "resize_size": 18, "loader": "reference"}
+    config = small_config("unused", model={"name": NAME}, data=data)
+    write_safetensors(Weights("here", network, config, imagenet_ids(), 1), tmp_path / "w.safetensors")
+    words = ("--data", tmp_path / "data", "--loader", "reference", "--timed-images", 1, "--report", tmp_path)
+    assert "densenet121" not in run(anytime, tmp_path / "w.safetensors", *words)
+    assert json.loads((tmp_path / "report.json").read_text())["beside"] == []
 
 
 def test_a_budget_with_as_many_errors_is_as_good():

@@ -17,6 +17,7 @@ from scipy.io import savemat
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.data import scan_group
+from pipeline.data.archive import RULE
 from pipeline.data.index_cache import cache_beside
 from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes, scan_flat
@@ -132,7 +133,7 @@ def test_what_an_earlier_version_kept_of_an_archive_is_read_again(packed, tmp_pa
     first = scan_classes(archive, cache)
     rows = [json.loads(line) for line in cache.read_text().split("\n") if line]
     for row in rows:
-        row["stamp"] = row["stamp"].removeprefix("2 ")
+        row["stamp"] = row["stamp"].removeprefix(f"{RULE} ")
         for column in ("names", "offsets", "lengths", "sizes"):
             del row[column][0]
     cache.write_text("".join(f"\n{json.dumps(row, separators=(',', ':'))}" for row in rows))
@@ -145,11 +146,12 @@ def test_the_cache_lies_beside_the_data_or_in_the_run(packed, tmp_path, monkeypa
     assert cache_beside(packed / "train.tar", tmp_path).parent == tmp_path
 
 
-def test_a_tar_with_training_and_validation_in_it_is_refused(packed, tmp_path):
+@pytest.mark.parametrize("validation", ["val", "dev"])
+def test_a_tar_with_training_and_validation_in_it_is_refused(packed, tmp_path, validation):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
-        for split in ("train", "val"):
+        for split in ("train", validation):
             tar.add(packed / "train" / "class0" / "image0000.jpg", f"{split}/class0/image.jpg")
-        tar.add(packed / "train" / "class1" / "image0001.jpg", "train/logo.jpg")  # a stray one
+            tar.add(packed / "train" / "class1" / "image0001.jpg", f"{split}/logo.jpg")  # a stray one
     with pytest.raises(UserError, match="holds the class 'class0' 2 times"):
         scan_classes(tmp_path / "all.tar")
 

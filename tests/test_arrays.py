@@ -128,15 +128,15 @@ def test_class_folders_of_small_images_go_the_same_way(tmp_path, fashion):
 def test_images_held_out_are_the_validation_set(fashion, loader):
     dataset = "fashion-mnist" if loader == "auto" else "images"
     config = data_config(fashion, holdout=7, loader=loader, dataset=dataset, synthetic_images=37)
-    whole, _ = open_datasets(dataclasses.replace(config, holdout=0), fashion, False)
-    train, val = open_datasets(config, fashion, False)
+    whole, _ = open_datasets(dataclasses.replace(config, holdout=0), fashion, progress=False)
+    train, val = open_datasets(config, fashion, progress=False)
     assert len(train) == 30 and len(val) == 7
     assert sorted([*train.names, *val.names]) == sorted(whole.names)
     label_of = dict(zip(whole.names, whole.labels, strict=True))
     assert [label_of[name] for name in val.names] == val.labels.tolist()
     assert len({whole.fingerprint, train.fingerprint, val.fingerprint}) == 3
     with pytest.raises(UserError, match="data.holdout 37 leaves none of the 37"):
-        open_datasets(dataclasses.replace(config, holdout=37), fashion, False)
+        open_datasets(dataclasses.replace(config, holdout=37), fashion, progress=False)
 
 
 @pytest.mark.slow

@@ -1,8 +1,15 @@
 """How an epoch is cut into batches, in words."""
 
 import pytest
+import torch
+from conftest import small_config
 
-from pipeline.batches import Batches
+from pipeline.batches import Batches, statistic_images
+from pipeline.distributed import World
+from pipeline.report import summary
+from pipeline.run import Run
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -31,3 +38,25 @@ from pipeline.batches import Batches
 )
 def test_what_a_batch_norm_statistic_sees(batches, text):
     assert batches.text("so many parts") == f"batch {batches.size} = so many parts x {text}"
+
+
+def test_parts_of_a_batch_differ_by_what_stays_together():
+    assert statistic_images(21, 4, together=1) == (5, 6) and statistic_images(256, 4, together=1) == (64, 64)
+    assert statistic_images(226, 2, together=2) == (112, 114)
+
+
+def test_the_start_and_the_summary_tell_the_same_of_a_batch_that_is_all_images(tmp_path):
+    """Ten images, mixed in five pairs, on two parts."""
+    config = small_config(
+        tmp_path, data={"synthetic_images": 10, "mixup_alpha": 0.2}, optim={"batch_size": 12, "grad_accum_steps": 2}
+    )
+    run = Run(config, ALONE)
+    assert "of all 10 images (what a batch-norm statistic sees: 4 or 6)" in run.description()
+    assert "\nimages in a batch-norm statistic: 4 or 6" in summary(run)
+    assert run.measured.statistics == ((0, (4, 6)),)
+
+
+@pytest.mark.parametrize(("name", "told"), [("densenet_bc22_k8", True), ("timm:convnext_atto", False)])
+def test_the_summary_of_a_network_without_batch_norms_has_no_statistic_of_one(tmp_path, name, told):
+    run = Run(small_config(tmp_path, model={"name": name}, data={"crop_size": 32, "resize_size": 32}), ALONE)
+    assert ("images in a batch-norm statistic" in summary(run)) == told

@@ -4,10 +4,10 @@ import pytest
 import yaml
 from conftest import REPOSITORY, override_flags
 
+from pipeline.cautions import poor_split
 from pipeline.config import from_dict, load_config, load_stored_config, parse_command_line, to_yaml
 from pipeline.errors import ArgumentParser, UserError
 from pipeline.parsing import flatten, text_to_read, value_text
-from pipeline.recipe import poor_split
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 DENSENET121 = str(REPOSITORY / "configs" / "densenet121.yaml")

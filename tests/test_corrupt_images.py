@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import io
 import shutil
 import weakref
 from pathlib import Path
@@ -58,6 +59,16 @@ def training(index, loader: str, corrupt_images: str = "skip", **options) -> Tra
 def evaluation(index, loader: str) -> EvaluationLoader:
     config = DataConfig(crop_size=24, resize_size=28, loader=loader, corrupt_images="skip")
     return EvaluationLoader(index, config, CPU, batch_size=BATCH, crops=1)
+
+
+def test_a_warning_that_nobody_reads_ends_no_epoch(images, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    truncate(file(images, 3))
+    monkeypatch.setattr("sys.stderr", Closed())
+    assert sum(len(batch.ids) for batch in training(scan_classes(images), "reference").batches(0)) == IMAGES
 
 
 @all_loaders

@@ -185,9 +185,13 @@ def test_archives_as_they_are_downloaded_are_answered_with_the_next_step(root, c
     assert "warning" not in capfd.readouterr().err
 
 
-def test_parts_of_a_data_set_are_no_classes(root):
+@pytest.mark.parametrize(
+    ("validation", "parts", "one"), [("val", "train and val", "val"), ("dev", "dev and train", "train")]
+)
+def test_parts_of_a_data_set_are_no_classes(root, validation, parts, one):
+    (root / "val").rename(root / validation)
     with pytest.raises(
-        UserError, match="holds train and val: parts of a data set, which are no classes: give one of them, as .*/val$"
+        UserError, match=f"holds {parts}: parts of a data set, which are no classes: give one of them, as .*/{one}$"
     ):
         scan_classes(root)
 
@@ -264,7 +268,7 @@ def test_one_folder_of_class_folders_is_refused(root):
 def test_what_looks_wrong_is_said(root, tmp_path):
     def said(**fields):
         config = config_of(root, **fields)
-        return warnings_about(*open_datasets(config, tmp_path / "cache", False), config)
+        return warnings_about(*open_datasets(config, tmp_path / "cache", progress=False), config)
 
     assert said() == [] and said(holdout=3) == []
     (line,) = said(val="train")
@@ -286,7 +290,7 @@ def test_what_looks_wrong_is_said(root, tmp_path):
 def test_held_out_images_are_said_to_be_that_and_which_others_are_not_read(root):
     def said(**fields):
         config = config_of(root, **fields)
-        return images_text(*open_datasets(config, None, False), config)
+        return images_text(*open_datasets(config, None, progress=False), config)
 
     assert said() == "12 training and 6 validation images"
     held_out = "9 training and 3 validation images (held out of the training images"
@@ -330,12 +334,12 @@ def test_held_out_images_of_classes_that_nothing_teaches(tmp_path):
             (tmp_path / name / "train" / "large").mkdir(exist_ok=True)
             photo(i, 30, 30).save(tmp_path / name / "train" / "large" / f"{i}.jpg")
     config = config_of(tmp_path / "some", holdout=5)
-    train, val = open_datasets(config, tmp_path / "cache", False)
+    train, val = open_datasets(config, tmp_path / "cache", progress=False)
     lost = len({*val.labels.tolist()} - {*train.labels.tolist()})  # classes, and images, as each has one
     (line,) = warnings_about(train, val, config)
     assert 0 < lost < 5 and line.startswith(f"{lost} of the 5 held-out images are of classes of which no image is left")
     with pytest.raises(UserError, match="none of the 2 held-out images is of a class of which other images are left"):
-        open_datasets(config_of(tmp_path / "none", holdout=2), tmp_path / "cache", False)
+        open_datasets(config_of(tmp_path / "none", holdout=2), tmp_path / "cache", progress=False)
 
     rows = [f"{file.relative_to(tmp_path)},{file.parent.name}" for file in sorted(tmp_path.glob("none/train/*/*.jpg"))]
     (tmp_path / "t.csv").write_text("\n".join(["file,label", *rows]))

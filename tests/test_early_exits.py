@@ -12,7 +12,7 @@ from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_additions import resumes_with_the_same_bits
 from test_trainer import assert_equal_weights, last_state, records, weights
 
-from pipeline.audit import audit, differences, setting_for
+from pipeline.audit import audit, differences
 from pipeline.config import load_config
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.synthetic import synthetic_index
@@ -23,6 +23,7 @@ from pipeline.metrics import batch_sums
 from pipeline.models import create_model
 from pipeline.models.parts import classifier_of, freeze, parts_of
 from pipeline.objective import BinaryCrossEntropy, CrossEntropy
+from pipeline.paper import setting_for
 
 pytestmark = pytest.mark.slow  # for the most part
 

@@ -11,6 +11,7 @@ import torch
 from conftest import small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import assert_equal_weights, last_state, records
+from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
@@ -143,6 +144,41 @@ def test_the_best_epoch_can_be_chosen_by_the_raw_weights(whole, tmp_path):
         assert list(Run(whole[0], world).validated) == ["ema", "raw"]
     found = read_weights(tmp_path / "checkpoints" / "last.pt")
     assert not found.averaged and found.note == "raw weights (--ema: their average)"
+
+
+def test_the_best_epoch_is_told_of_the_weights_that_were_judged_then(tmp_path, capsys):
+    """An average that is switched on after the best epoch, and off again, did not find it."""
+    with pytest.raises(InterruptionError):
+        trainer.fit(config_of(tmp_path, ema_decay=0.0), hooks=[InterruptAfter(5)])
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    state = last_state(config_of(tmp_path))
+    assert state["progress"]["best_weights"] == "raw"
+    state["progress"] |= {"best_top1_error": 0.0}  # which the next epoch does not reach
+    folder.save(state, best=False)
+    trainer.fit(config_of(tmp_path, change=["train.ema_decay"]))
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("best (epoch 1 of 2, raw weights): validation top-1 error 0.00 %") for line in said)
+    assert any(line.startswith("last (epoch 2 of 2, ema weights): validation ") for line in said)
+    found = read_weights(folder.last)
+    assert found.averaged and found.trained == "epoch 2 of 2 (the best so far by the raw weights: 1)"
+    for write, file in ((write_safetensors, tmp_path / "a.safetensors"), (write_torch, tmp_path / "a.pth")):
+        write(found, file)
+        assert read_weights(file).trained == found.trained
+
+    state = last_state(config_of(tmp_path))
+    del state["progress"]["best_weights"]  # as earlier versions saved it
+    folder.save(state, best=False)
+    assert read_weights(folder.last).trained == "epoch 2 of 2 (the best so far by the ema weights: 1)"
+    assert trainer.fit(config_of(tmp_path, change=["train.ema_decay"])).best_weights is None
+    assert "best (epoch 1 of 2, ema weights): validation top-1 error 0.00 %" in capsys.readouterr().out
+
+    state["progress"] |= {"best_weights": "ema"}
+    state["config"]["train"] |= {"ema_decay": 0.0}
+    folder.save({name: part for name, part in state.items() if name != "ema"}, best=False)
+    assert read_weights(folder.last).trained == "epoch 2 of 2 (the best so far by the ema weights: 1)"
+    trainer.fit(config_of(tmp_path, ema_decay=0.0))
+    said = capsys.readouterr().out
+    assert "best (epoch 1 of 2, ema weights): " in said and "last (epoch 2 of 2): " in said
 
 
 def test_commands_take_either_and_say_which(whole, tmp_path):

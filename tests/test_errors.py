@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import exit_on_user_error
+from pipeline.errors import exit_on_user_error, first_line
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50)], ids=["torch", "numpy"])
@@ -21,3 +21,16 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="of another kind"):
         exit_on_user_error(bug)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no room\nfor all of it"), "no room"),
+        (RuntimeError("\n  no room"), "no room"),
+        (AssertionError(), "AssertionError"),
+        (ValueError("\n"), "ValueError"),
+    ],
+)
+def test_of_an_error_its_first_line_is_told_or_its_type(error, line):
+    assert first_line(error) == line

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, index_of, run_module, small_config, with_random
 from PIL import Image
 
 from pipeline import api
-from pipeline.audit import C10, TOP1_ON_IMAGENET, is_papers_data, published_errors_hold
+from pipeline.audit import is_papers_data, published_errors_hold
 from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.class_names import imagenet_ids
@@ -33,6 +33,7 @@ from pipeline.evaluation import Evaluation, evaluate
 from pipeline.measured import Measured
 from pipeline.metrics import Score
 from pipeline.models import create_model
+from pipeline.paper import C10, TOP1_ON_IMAGENET
 from pipeline.run import Progress
 from pipeline.weights import Weights, read_weights, write_safetensors, write_torch
 from tools import predict
@@ -40,7 +41,7 @@ from tools.evaluate import main
 from tools.support.calibration import calibration
 from tools.support.candidate import Candidate
 from tools.support.evaluated_images import open_images, trained_on, where
-from tools.support.evaluation_figures import published_errors, real_labels_score, recipe_of
+from tools.support.evaluation_figures import published_errors, real_labels_score, recipe_line
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
 from tools.support.published import DENSENETS_ON_IMAGENET, TORCHVISION_ON_IMAGENET
@@ -237,6 +238,7 @@ def test_a_report_of_two_networks(image_folders, checkpoint, tmp_path, evaluated
     assert second["mean_class_error"] == pytest.approx(200 / 3)  # two of three classes are always wrong
     told = "mean error of a class 66.67 %, however many images each has (3 to 4); the most frequent class as every answer has a"
     assert f"{told} top-1 error of 63.64 %" in printed
+    assert first["epochs"] is first["epochs_planned"] is None  # the file does not say for how many it was trained
     assert first["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert second["confusions"] == [
         {"class": "class1", "answer": "class0", "images": 4},
@@ -493,7 +495,7 @@ def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, e
     for correct in (3, 7, 5):
         state = load_checkpoint(checkpoint)
         state["config"]["optim"] |= {"epochs": 4}
-        progress.finish_epoch(Score(11, correct, None, 1.0))
+        progress.finish_epoch({"raw": Score(11, correct, None, 1.0)})
         best = progress.best_epoch + 1 == progress.epoch
         CheckpointFolder(run).save(state | {"progress": progress.state_dict()}, best=best)
         weights = of_last()
@@ -671,7 +673,7 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
             validated = parts[1].fingerprint
             state["conditions"] = {"fingerprint": fingerprint_of(*parts), "val_fingerprint": validated, "ranks": 1}
         progress = Progress()
-        progress.finish_epoch(Score(7, 3, None, 1.0))
+        progress.finish_epoch({"raw": Score(7, 3, None, 1.0)})
         state["progress"], state["config"]["optim"]["epochs"] = progress.state_dict(), 4
         (tmp_path / name).mkdir()
         folder = CheckpointFolder(tmp_path / name)
@@ -826,10 +828,10 @@ def labelled(images: int, classes: tuple[str, ...], present: int):
 def test_published_errors_stand_beside_networks_of_imagenet():
     weights = Weights("x", torch.nn.Identity(), Config(), imagenet_ids(), None)
     validation = labelled(50_000, imagenet_ids(), 1000)
-    assert published_errors(weights, 1, validation) == (
+    assert published_errors(weights, 1, validation, weights.data) == (
         [{"source": "the paper", "top1_error": 25.02, "top5_error": 7.71}], "",
     )  # fmt: skip
-    rows, _ = published_errors(weights, 10, validation)
+    rows, _ = published_errors(weights, 10, validation, weights.data)
     assert rows == [{"source": "the paper", "top1_error": 23.61, "top5_error": 6.66}]
     # With another filter the paper's figure is of something else; with torchvision's it is torchvision's that is not.
     (row,), _ = published_errors(weights, 1, validation, DataConfig(interpolation="pil-bilinear"))
@@ -838,7 +840,8 @@ def test_published_errors_stand_beside_networks_of_imagenet():
         rows, note = published_errors(weights, 1, validation, other)
         prepared = "torch7-bicubic resize to 256, crop 224 or pil-bilinear resize to 256, crop 224"
         assert rows == [] and note == f"no published error is shown: those of this network are with {prepared}"
-    assert published_errors(dataclasses.replace(weights, classes=("a", "b")), 1, labelled(9, ("a", "b"), 2)) == ([], "")
+    others = dataclasses.replace(weights, classes=("a", "b"))
+    assert published_errors(others, 1, labelled(9, ("a", "b"), 2), others.data) == ([], "")
 
 
 def test_torchvisions_errors_are_those_of_its_package():
@@ -862,10 +865,10 @@ def test_the_papers_errors_stand_beside_no_other_data():
     for images in ((900, 100), (1_281_158, 9), None):
         assert not published_errors_hold(theirs, 1000, images)
         weights = Weights("x", torch.nn.Identity(), theirs, ("a", "b"), 4)
-        assert published_errors(weights, 1, labelled(3000, ("a", "b"), 2)) == ([], "")
+        assert published_errors(weights, 1, labelled(3000, ("a", "b"), 2), weights.data) == ([], "")
     for classes in (("a", "b"), tuple(map(str, range(1000)))):
         weights = Weights("x", torch.nn.Identity(), config, classes, 4)
-        assert published_errors(weights, 1, labelled(3000, classes, len(classes))) == ([], "")
+        assert published_errors(weights, 1, labelled(3000, classes, len(classes)), weights.data) == ([], "")
     for name, (top1, _) in DENSENETS_ON_IMAGENET[1].items():
         assert TOP1_ON_IMAGENET[name] == top1
 
@@ -874,17 +877,17 @@ def test_the_recipe_is_told_of_the_papers_data_alone(tmp_path):
     config = load_config(REPOSITORY / "configs" / "densenet169.yaml", {"optim.lr": 0.2, "optim.nesterov": False})
     run = tmp_path / "run"
     weights = Weights(f"{run}/checkpoints/best.pt", torch.nn.Identity(), config, imagenet_ids(), 4)
-    assert re.fullmatch(r"2 of \d\d parts differ from the paper", recipe_of(weights))
+    assert re.fullmatch(r"2 of \d\d parts differ from the paper", recipe_line(weights))
     run.mkdir()
     (run / "audit.md").touch()
-    assert recipe_of(weights).endswith(f"differ from the paper: {run}/audit.md")
+    assert recipe_line(weights).endswith(f"differ from the paper: {run}/audit.md")
     for change in ({"classes": ("a", "b")}, {"classes": tuple(map(str, range(1000)))}, {"microbatches": None}):
-        assert recipe_of(dataclasses.replace(weights, **change)) is None
+        assert recipe_line(dataclasses.replace(weights, **change)) is None
     statistics, decayed = ((0, (64, 64)),), (10, 10)
     whole = Measured((1_281_167, 50_000), 1000, statistics, 143, 1.0, "0.9", (1e-4,), decayed, skipped_steps=2)
     measured = dataclasses.replace(weights, measured=whole)  # what no configuration says, as the run's audit.md has it
-    assert recipe_of(measured).startswith("3 of ") and "steps left out (2; paper 0)" in measured.audit
-    assert recipe_of(dataclasses.replace(weights, measured=dataclasses.replace(whole, images=(900, 100)))) is None
+    assert recipe_line(measured).startswith("3 of ") and "steps left out (2; paper 0)" in measured.audit
+    assert recipe_line(dataclasses.replace(weights, measured=dataclasses.replace(whole, images=(900, 100)))) is None
 
 
 @pytest.mark.parametrize(
@@ -938,8 +941,20 @@ def test_no_published_error_stands_beside_other_images(dataset, images, present,
     if dataset == "imagenet":
         tree["data"] = {}
     weights = Weights("x", torch.nn.Identity(), from_dict(tree, "test"), classes, None)
-    rows, said = published_errors(weights, 1, labelled(images, classes, present))
+    rows, said = published_errors(weights, 1, labelled(images, classes, present), weights.data)
     assert said == note and bool(rows) == (note == "")
+
+
+def test_a_published_error_stands_beside_as_many_images_as_its_configuration_says():
+    classes = tuple("abcdefghij")
+    config = from_dict({"published": {"source": "someone", "top1": 12.5, "images": [50_000, 10_000]}}, "test")
+    statistics, decayed = ((0, (64, 64)),), (10, 10)
+    measured = Measured((50_000, 10_000), 10, statistics, 64, 1.0, "0.9", (1e-4,), decayed)
+    weights = Weights("x", torch.nn.Identity(), config, classes, 4, measured=measured)
+    rows, note = published_errors(weights, 1, labelled(10_000, classes, 10), config.data)
+    assert rows == [{"source": "someone", "top1_error": 12.5, "top5_error": None}] and note == ""
+    rows, note = published_errors(weights, 1, labelled(2_000, classes, 10), config.data)
+    assert rows == [] and note.endswith("those of this network are for 10,000 images of all 10 classes")
 
 
 def test_classes_are_matched_by_letters_and_digits(image_folders):

@@ -443,10 +443,10 @@ def test_parts_may_thaw_on_purpose(whole, source, tmp_path):
         model=dataclasses.replace(config.model, freeze=None),
         optim=dataclasses.replace(config.optim, layer_decay=1.0),
     )
-    with pytest.raises(UserError, match=r"model\.freeze was 1 and is now None; optim\.layer_decay was 0\.5"):
+    with pytest.raises(UserError, match=r"model\.freeze was 1 and is now none; optim\.layer_decay was 0\.5"):
         trainer.fit(thawed)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None, weights_sha256=None))
-    with pytest.raises(UserError, match=r"model\.weights was .*weights\.pth and is now None"):
+    with pytest.raises(UserError, match=r"model\.weights was .*weights\.pth and is now none"):
         trainer.fit(other)
     asked = dataclasses.replace(config.train, change=("model.weights",))
     with pytest.raises(UserError, match=r"a run with another model\.weights is another run"):

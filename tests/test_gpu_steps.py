@@ -484,7 +484,7 @@ def test_validation_is_in_the_precision_of_the_run(monkeypatch, tmp_path):
         for precision in ("fp32", "bf16"):
             run = Run(small_config(tmp_path, train={"precision": precision}), world)
             assert ("bf16 (validation too) on cpu" in run.description()) == (precision == "bf16")
-            trainer.Trainer(run, []).validate()
+            trainer.Trainer(run, []).validate(run.network)
     assert seen == [False, True]
 
 
@@ -495,7 +495,7 @@ def test_validation_lays_images_out_as_the_network(monkeypatch, tmp_path):
         for layout in ("contiguous", "channels_last"):
             run = Run(small_config(tmp_path, train={"memory_format": layout}), world)
             run.network.register_forward_pre_hook(lambda _, images: seen.append(images[0].is_contiguous()))
-            trainer.Trainer(run, []).validate()
+            trainer.Trainer(run, []).validate(run.network)
             assert {*seen} == {layout == "contiguous"}
             seen.clear()
 

@@ -18,7 +18,7 @@ from tools import gpu
 from tools.lab import scaling
 from tools.support import gpu_speed
 from tools.support.gpu_checks import CHECKS, GROUPS, dali, environment, graphs, networks, ranks, runs, triton
-from tools.support.gpu_checks.check import Check, Found, Setting
+from tools.support.gpu_checks.check import Check, Finding, Setting
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +171,7 @@ def test_without_the_larger_packages_their_checks_are_skipped_and_the_others_run
 
 
 def fine(setting):
-    return Found("fine")
+    return Finding("fine")
 
 
 def test_a_group_that_crashes_or_hangs_costs_no_other(monkeypatch, setting):
@@ -179,7 +179,7 @@ def test_a_group_that_crashes_or_hangs_costs_no_other(monkeypatch, setting):
     monkeypatch.setattr(gpu, "MARGIN", 0.0)
 
     def hang(setting):
-        setting.keep(Found("2 of 3", [1, 2]))
+        setting.keep(Finding("2 of 3", [1, 2]))
         left_behind = subprocess.Popen(["sleep", "3600"])
         (setting.folder / "pid").write_text(str(left_behind.pid))
         left_behind.wait()
@@ -235,7 +235,7 @@ def test_a_check_begins_without_what_others_have_set(setting, monkeypatch):
 
     def look(_):
         flags = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-        return Found(f"{flags} {torch.are_deterministic_algorithms_enabled()}")
+        return Finding(f"{flags} {torch.are_deterministic_algorithms_enabled()}")
 
     assert Check("G1", "a", look).run(setting)["text"] == "(False, False) False"
 

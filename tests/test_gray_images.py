@@ -21,7 +21,7 @@ from pipeline.data.plan import GRAY
 from pipeline.data.scan import scan_classes
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
-from pipeline.evaluation import why_not
+from pipeline.evaluation import why_size_is_refused
 from pipeline.models import create_model
 from pipeline.run import Run
 from pipeline.start import find_start
@@ -276,7 +276,7 @@ def test_a_network_of_one_channel_trains_on_sixteen_bits_and_serves(deep, tmp_pa
     torch.save(weights.network.state_dict(), tmp_path / "bare.pth")
     bare = read_weights(tmp_path / "bare.pth", "densenet_bc22_k8")
     assert (bare.config.data.channels, len(bare.config.data.mean)) == (1, 1)
-    assert why_not(bare.network, 1, 16, 1) == ""
+    assert why_size_is_refused(bare.network, 1, 16, 1) == ""
 
     monkeypatch.setattr(
         "sys.argv", ["predict", str(best), str(root / "val"), "--json", str(tmp_path / "answers.json"), "--top", "1"]

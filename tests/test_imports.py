@@ -12,11 +12,10 @@ LAYERS = [
     {"pipeline.class_names", "pipeline.cpp", "pipeline.exits", "pipeline.machine", "pipeline.nvjpeg", "pipeline.paths"},
     {"pipeline.preemption"},
     {"pipeline.errors"},
-    {"pipeline.renamed", "pipeline.run_dir", "pipeline.unused", "pipeline.words"},
-    {"pipeline.recipe"},
+    {"pipeline.followers", "pipeline.renamed", "pipeline.run_dir", "pipeline.unused", "pipeline.words"},
     {"pipeline.parsing"},
     {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking"},
-    {"pipeline.cuda_graphs", "pipeline.run_log"},
+    {"pipeline.cuda_graphs", "pipeline.paper", "pipeline.run_log"},
     {
         "pipeline.data",
         "pipeline.models",

@@ -1,10 +1,12 @@
 """Signals, hangs and changed conditions: a run leaves with a checkpoint, is ended with a reason, or is refused."""
 
+import dataclasses
 import errno
 import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,13 +29,20 @@ from test_trainer import (
 from training_hooks import InterruptAfter, InterruptionError, SignalInStep
 
 from pipeline import trainer
-from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.errors import InterruptedRunError, UserError
 from pipeline.hooks import Hook, saving
 from pipeline.hooks.saving import Saving
 from pipeline.preemption import PreemptionHandler
 from pipeline.resume import Conditions, check_same_run
-from pipeline.run_dir import io_as_user_error, locked, make_run_dir
+from pipeline.run_dir import (
+    checkpoint_checksum,
+    io_as_user_error,
+    is_complete,
+    locked,
+    make_run_dir,
+    read_progress,
+)
 from pipeline.watchdog import Status, Watchdog, diagnose_stall
 
 pytestmark = pytest.mark.slow  # for the most part
@@ -99,7 +108,33 @@ def test_a_kill_while_a_run_saves_loses_nothing(whole, tmp_path, call):
     assert_equal_weights(weights(cut), weights(whole))
     assert comparable_records(cut) == comparable_records(whole)
     assert last_state(cut)["progress"] == last_state(whole)["progress"]
+    assert is_complete(tmp_path, 2)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_status_is_of_the_checkpoint_that_is_there(whole, tmp_path):
+    """A kill came before it was written, or an older checkpoint was put back: a run that is to go on is not called complete."""
+    run = tmp_path / "run"
+    shutil.copytree(whole.run_dir, run)
+    config = dataclasses.replace(whole, run_dir=str(run))
+    assert is_complete(run, 2)
+    status, checkpoints = (run / "status.json").read_text(), run / "checkpoints"
+    (run / "status.json").write_text(status.replace(checkpoint_checksum(run), "0" * 64))  # of the save before
+    assert not is_complete(run, 2) and read_progress(run) == {}
+    trainer.fit(config)
+    assert (run / "status.json").read_text() == status and is_complete(run, 2)
+    shutil.copy(checkpoints / "best.pt", checkpoints / "last.pt")  # of epoch 1
+    assert not is_complete(run, 2)
+
+    class StatusAtStart(Hook):
+        def on_step_start(self, trainer):
+            self.progress = getattr(self, "progress", read_progress(run))
+
+    hook = StatusAtStart()
+    trainer.fit(config, hooks=[hook])
+    assert (hook.progress["epoch"], hook.progress["done_steps"], hook.progress["complete"]) == (1, 4, False)
+    assert is_complete(run, 2)
+    assert_equal_weights(weights(config), weights(whole))
 
 
 def test_a_second_ctrl_c_ends_at_once():
@@ -274,11 +309,11 @@ def test_a_run_whose_reader_goes_away_leaves_with_a_checkpoint(tmp_path, number)
     config = small_config(tmp_path, optim={"epochs": 1000, "milestones": [1]}, train={"log_every": 1})
     command = [sys.executable, "-m", "pipeline.train", "configs/demo.yaml", *override_flags(config)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    last = tmp_path / "checkpoints" / "last.pt"
-    while not last.exists():
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    while not checkpoints.last.exists():
         process.stdout.readline()
     process.send_signal(signal.SIGSTOP)
-    done = load_checkpoint(last)["progress"]
+    done = checkpoints.find()[0].state["progress"]  # the one before, where a save was just renaming the files
     process.stdout.close()
     if number:
         process.send_signal(number)
@@ -287,7 +322,7 @@ def test_a_run_whose_reader_goes_away_leaves_with_a_checkpoint(tmp_path, number)
     (line,) = complaint.strip().splitlines()
     assert process.wait(PATIENCE) == 75 and line.startswith("interrupted: rank 0 leaves at epoch"), complaint
     assert line == (tmp_path / "log.txt").read_text().splitlines()[-1].split(" ", 2)[2] + AGAIN
-    left = load_checkpoint(last)["progress"]
+    left = load_checkpoint(checkpoints.last)["progress"]
     before, after = ((progress["epoch"], progress["step"]) for progress in (done, left))
     # A signal may come when nothing is new since the last checkpoint; a line that has no reader comes after a step.
     assert after >= before if number else after > before and "on SIGPIPE;" in line
@@ -303,6 +338,7 @@ with init_distributed("cpu") as world, Watchdog(world, patience=15) as watchdog:
         time.sleep(1)
     if world.rank == world.size - 1:
         time.sleep(36000)
+    time.sleep(5)  # of two ranks the one that hangs is surely the first to be silent for so long
     watchdog.beat("waiting for all")
     world.all_reduce_max([1])
 """

@@ -244,7 +244,7 @@ def test_a_table_without_anything_to_learn_is_refused(images, capfd):
     with pytest.raises(UserError, match=r"all\.csv: no class has images with and images without it"):
         open_datasets(config, images, progress=False)
     with pytest.raises(UserError, match="folder0 is a folder: with data.labels multi"):
-        open_datasets(DataConfig(dir=str(images), labels="multi", train="folder0", holdout=1), images, False)
+        open_datasets(DataConfig(dir=str(images), labels="multi", train="folder0", holdout=1), images, progress=False)
     (images / "some.csv").write_text("file,blue,red\nimage001,1,0\nimage003,1,1\n")
     open_datasets(DataConfig(dir=str(images), labels="multi", train="some.csv", val="some.csv"), images, progress=False)
     assert "some.csv all images or none have 'blue' (1 of 2 classes are so)" in capfd.readouterr().err
@@ -295,7 +295,7 @@ def test_no_epoch_stays_the_best_whose_auroc_is_not_defined():
 
     def better(auroc: float) -> bool:
         mean = MeanRanking(int(auroc == auroc), auroc, NOT_DEFINED, auroc)
-        return progress.finish_epoch(LabelScore(4, ("a",), 2, 1.0, (), mean))
+        return progress.finish_epoch({"raw": LabelScore(4, ("a",), 2, 1.0, (), mean)})
 
     assert [better(x) for x in (math.nan, math.nan, 0.6, math.nan, 0.5, 0.7)] == [True, True, True, False, False, True]
     assert (progress.best_epoch, progress.best_auroc) == (5, 0.7)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from pipeline.models.zoo import DENSENETS, MSDNETS
 from pipeline.objective import OBJECTIVES
 from pipeline.optim import OPTIMIZERS
 from pipeline.pace import VALIDATION_SPEED, duration
+from pipeline.run_dir import locked
 from tools.lab.scaling import Machines, step_time
 
 
@@ -316,6 +318,7 @@ def test_an_estimate_counts_what_an_attempt_can_use():
     time_ = estimate((900, 300), epochs=10, images_per_second=10, limit=320, warning=20)
     assert (time_.epoch, time_.run, time_.epochs_per_attempt, time_.attempts) == (100, 1000, 3, 4)
     assert estimate((900, 300), 10, 1e6, limit=320, warning=20).epochs_per_attempt == 10  # there are no more
+    assert estimate((900, 300), 0, 10, limit=320, warning=20).attempts == 1  # the last validation is left
 
 
 def test_a_step_on_more_gpus_is_faster_but_less_efficient():
@@ -478,6 +481,20 @@ def test_a_place_that_cannot_be_written_is_found_before_a_job_is_there(tmp_path,
     ):
         submit([config], Cluster(kind="local"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_training_that_begins_while_images_are_indexed_is_not_submitted_a_second_time(tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run")
+    words = ["configs/demo.yaml", *map(str, override_flags(config)), "--cluster", "local"]
+    monkeypatch.setattr("launch.__main__.submit", lambda *_: pytest.fail("submitted"))
+    with ExitStack() as other:
+        monkeypatch.setattr("launch.__main__.describe", lambda *_: other.enter_context(locked(tmp_path / "run")))
+        with pytest.raises(UserError, match=f"run is trained by process {os.getpid()} on .*wait for its end"):
+            start(words)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {
+            "lock",
+            "checkpoints",
+        }  # the other's, left alone
 
 
 def test_a_job_whose_run_cannot_be_written_after_all_is_named(tmp_path, monkeypatch):
@@ -660,12 +677,19 @@ def test_a_submission_is_of_what_is_left_and_refused_before_it_waits(tmp_path, m
     assert "resumes after 1 of 3 epochs\n" in text
     seconds = 2 * (46 + 11 / VALIDATION_SPEED) / 0.02
     assert f" {duration(seconds)} in all" in text
+    start(local_words(small_config(tmp_path / "new", train={"ema_decay": 0.9}), *dry))  # which validates twice
+    twice = duration(2 * (46 + 2 * 11 / VALIDATION_SPEED) / 0.02)
+    assert f" {twice} in all" in capsys.readouterr().out and twice != duration(seconds)
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     state = load_checkpoint(folder.last)
     state["progress"] |= {"step": 2}  # of four
     folder.save(state, best=False)
     start(local_words(longer, *dry, "--train.change", "optim.epochs"))
     assert "resumes after 1.5 of 3 epochs\n" in capsys.readouterr().out
+    folder.save(state | {"progress": state["progress"] | {"epoch": 2, "step": 4}}, best=False)
+    start(local_words(longer, *dry, "--train.change", "optim.epochs"))
+    text = capsys.readouterr().out
+    assert "resumes after 3 of 3 epochs\n" in text and ", 1 attempt, 0 s in all" in text  # but for a validation
     folder.save({key: value for key, value in state.items() if key != "conditions"}, best=False)
     with pytest.raises(UserError, match="its checkpoint holds a network but no training; put it back"):
         start(local_words(longer, *dry))

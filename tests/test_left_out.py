@@ -220,12 +220,12 @@ def test_files_that_are_no_images_are_left_out_of_training_on_request(images, tm
     shutil.copytree(images, tmp_path / "val")
     config = DataConfig(dir=str(tmp_path), corrupt_images="skip", holdout=1)
     for _ in range(2):
-        parts = open_datasets(config, tmp_path / "cache", False)
+        parts = open_datasets(config, tmp_path / "cache", progress=False)
         assert sorted(name for part in parts for name in part.names) == sorted(before.names)
         assert "class0/cut.jpg is not an image that can be read (and 2 more): left out" in capfd.readouterr().err
     for fields in ({"corrupt_images": "stop"}, {"holdout": 0}):  # an error is over all images
         with pytest.raises(UserError, match="3 things stop the index") as error:
-            open_datasets(dataclasses.replace(config, **fields), tmp_path / "cache", False)
+            open_datasets(dataclasses.replace(config, **fields), tmp_path / "cache", progress=False)
         for name, reason in (
             ("empty", "the file is empty"),
             ("text", "Pillow knows no such format"),

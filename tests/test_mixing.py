@@ -26,7 +26,7 @@ CLASSES = 5
 
 
 def mixed_by_hand(x, targets, draws):
-    """Pair by pair, in float64, as timm's `Mixup` and the code of cutmix's authors do; targets (n, classes)."""
+    """Pair by pair, in float64, as timm's `Mixup` does, with the boxes of cutmix's authors; targets (n, classes)."""
     images, soft = x.double().clone(), targets.double().clone()
     height, width = x.shape[-2:]
     for k, (share, cut) in enumerate(zip(draws.shares.tolist(), draws.cut.tolist(), strict=True)):

@@ -32,7 +32,7 @@ from pipeline.data.loader import (
     create_image_pipeline,
 )
 from pipeline.data.plan import BatchPlan, evaluation_plans
-from pipeline.data.reference import resize_as_torch7
+from pipeline.data.reference import PILLOW_FILTERS, resize_as_torch7
 from pipeline.data.scan import scan_classes
 from pipeline.errors import UserError
 from pipeline.run import Run
@@ -132,7 +132,7 @@ def test_resizes_in_every_build(flags):
         actual = native.resized(library, image, size, "torch7-bicubic")
         expected = resize_as_torch7(np.asarray(image, np.float32), *size)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-4, err_msg=f"{(height, width)} to {size}")
-        for interpolation, kernel in native.PILLOW_FILTERS.items():
+        for interpolation, kernel in PILLOW_FILTERS.items():
             expected = np.asarray(image.resize(size[::-1], kernel))
             actual = native.resized(library, image, size, interpolation)
             np.testing.assert_array_equal(actual, expected, f"{(height, width)} to {size}, {interpolation}")
@@ -420,13 +420,12 @@ def test_bfloat16_is_float32_rounded(photos):
 def test_training_in_bf16_has_the_bits_of_float32_images(image_folders, tmp_path, monkeypatch):
     weights, data = [], {"dir": str(image_folders), "loader": "native", "crop_size": 32, "resize_size": 36}
     train, optim = {"precision": "bf16"}, {"epochs": 1, "milestones": []}
-    chosen = Run._image_dtype
     for dtype in (torch.bfloat16, torch.float32):
         folder = tmp_path / str(dtype)
         config = small_config(folder, data=data, train=train, optim=optim)
         with trainer.init_distributed("cpu") as world:
-            assert chosen(Run(config, world)) is torch.bfloat16
-        monkeypatch.setattr(Run, "_image_dtype", lambda run, dtype=dtype: dtype)
+            assert Run(config, world)._image_dtype is torch.bfloat16
+        monkeypatch.setattr(Run, "_choose_image_dtype", lambda run, objective, dtype=dtype: dtype)
         trainer.fit(config)
         weights.append(load_checkpoint(folder / "checkpoints" / "last.pt")["model"])
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -201,7 +201,9 @@ def test_a_log_that_cannot_be_written_ends_no_run(tmp_path):
 
 
 LEAVES = {"message": "rank 0 leaves at epoch 1/2, step 3/4 of runs/a on SIGINT", "code": 75, "signal": "SIGINT"}
-LOST = {"message": "rank 1 has lost contact to another rank", "code": 75, "signal": ""}
+LOST = {"message": "rank 1 has lost contact to another rank", "code": 75, "signal": "", "lost_contact": True}
+TOLD_BY_TORCHRUN = {"message": "rank 0 leaves on SIGTERM while starting", "code": 75, "signal": "SIGTERM"}
+HANGS = {"message": "rank 0: no progress for 900 s in 'step 7'; rank 1 is behind", "code": 75}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,9 @@ LOST = {"message": "rank 1 has lost contact to another rank", "code": 75, "signa
         ([LEAVES, LEAVES], {}, 2, 75, f"interrupted: {LEAVES['message']}; start the same command again to go on"),
         ([LOST, LEAVES], {0: 75}, None, 75, f"interrupted: {LEAVES['message']}; start the same command again to go on"),
         ([LOST], {1: -9}, None, 137, "interrupted: rank 1 was ended by SIGKILL, often for lack of memory; start the same"),
+        ([TOLD_BY_TORCHRUN], {0: 75, 1: -9}, None, 137, "interrupted: rank 1 was ended by SIGKILL"),
+        ([HANGS], {0: 75, 1: -9}, None, 75, f"interrupted: {HANGS['message']}; start"),  # torchrun has killed rank 1
+        ([{**LOST, "signal": "SIGTERM"}, HANGS], {0: 75, 1: 75}, None, 75, f"interrupted: {HANGS['message']}; start"),
         ([LOST, {"message": "Traceback\nValueError: bug", "code": 1}], {1: 1}, None, 1, "error: rank 1 failed with"),
         ([], {}, 2, 130, ""),  # Ctrl-C while ranks start
         ([], {}, 15, 143, "interrupted: the ranks were ended by SIGTERM"),

@@ -1,6 +1,7 @@
 """Nothing of a run is lost: damaged or missing checkpoints, changes on purpose, records that are the user's."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import warnings
@@ -122,9 +123,15 @@ def test_files_of_other_programs_stay(tmp_path):
 
 def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
     config = small_config(tmp_path, train={"checkpoint_every": 1})
+
+    def checksum() -> str:
+        content = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+        return hashlib.sha256(content[:-66] + b"\0\0").hexdigest()  # as if without the comment that holds it
+
     with pytest.raises(InterruptionError):
         trainer.fit(config, hooks=[InterruptAfter(6)])
     assert json.loads((tmp_path / STATUS).read_text()) == {
+        "checkpoint": checksum(),
         "epoch": 1,
         "epochs": 2,
         "step": 2,
@@ -135,6 +142,7 @@ def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
     }
     trainer.fit(config)
     assert json.loads((tmp_path / STATUS).read_text()) == {
+        "checkpoint": checksum(),
         "epoch": 2,
         "epochs": 2,
         "step": 0,
@@ -591,6 +599,8 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(tmp_path):
     config = small_config(tmp_path, optim={"epochs": 1}, train={"not_finite": "skip"})
     assert trainer.fit(config, hooks=[Burst()]).skipped_steps == 1
     assert all(value.isfinite().all() for value in weights(config).values())
+    audit = (tmp_path / "audit.md").read_text()  # of the end, as are the summary and the checkpoint
+    assert re.search(r"\| steps left out +\| 0 +\| 1 +\| DIFFERS", audit)
 
 
 @pytest.mark.parametrize(("scale", "outcome"), [(2.0**20, 2), (1.0, "stops")])

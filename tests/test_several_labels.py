@@ -27,6 +27,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation import _average
 from pipeline.evaluation import evaluate as evaluate_network
 from pipeline.objective import BinaryCrossEntropy
+from pipeline.report import summary
+from pipeline.run import Run
 from pipeline.weights import read_weights, write_safetensors
 from tools import evaluate, export, predict
 from tools.support import evaluated_images
@@ -94,6 +96,18 @@ def test_the_records_are_an_independent_computation(run, images):
         expected = mannwhitneyu(*positive).statistic / (len(positive[0]) * len(positive[1]))
         assert last[f"val/auroc/{colour}"] == pytest.approx(expected, abs=1e-9)
     assert last["val/mean_auroc"] == pytest.approx(np.mean([last[f"val/auroc/{c}"] for c in COLOURS]))
+
+
+@pytest.mark.parametrize("holdout", [0, 9])
+def test_a_published_auroc_is_told_to_be_of_other_images_than_held_out_ones(images, tmp_path, holdout):
+    data = {"loader": "reference", "dir": str(images), "labels": "multi", "train": "train.csv"}
+    data |= {"holdout": holdout} if holdout else {"val": "val.csv"}
+    published = {"source": "someone", "auroc": 0.841}
+    config = small_config(tmp_path, data=data, optim={"objective": "binary_cross_entropy"}, published=published)
+    with init_distributed("cpu") as world:
+        (line,) = [line for line in summary(Run(config, world)).splitlines() if line.startswith("someone")]
+    note = " (test images; ours are held-out training images)" if holdout else ""
+    assert line == f"someone: mean AUROC 0.841{note}"
 
 
 def test_it_learns_and_its_best_epoch_is_that_of_the_greatest_auroc(run):

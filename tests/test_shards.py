@@ -87,7 +87,7 @@ def test_a_configuration_names_shards(image_folders, tmp_path, capfd):
     train = write_shards(image_folders / "train", tmp_path, "train", label="txt").name
     val = write_shards(image_folders / "val", tmp_path, "val", label="json").name
     config = DataConfig(dir=str(tmp_path), train=train, val=val)
-    for split, index in zip(("train", "val"), open_datasets(config, tmp_path / "run", False), strict=True):
+    for split, index in zip(("train", "val"), open_datasets(config, tmp_path / "run", progress=False), strict=True):
         assert index.labels.tolist() == scan_classes(image_folders / split).labels.tolist()
     assert not capfd.readouterr().err and not (tmp_path / "run").exists()
     (tmp_path / "labels.txt").write_text("".join(f"{index.names[i]} {'abc'[k]}\n" for i, k in enumerate(index.labels)))

@@ -160,6 +160,92 @@ def test_a_signal_that_training_has_heard_is_not_taken_for_one_after_it(tmp_path
     assert done.stderr == "interrupted: leaves on SIGINT; start the same command again to go on\n"
 
 
+FIRST_MOMENT = """
+import os, signal, threading, time
+from pipeline import preemption
+
+def striking(real):
+    def call(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+    return call
+
+{where} = striking({where})
+preemption.exit_when_asked()
+time.sleep({patience})
+"""
+
+
+@pytest.mark.parametrize("where", ["os.pipe", "threading.Thread.start"])
+def test_a_signal_in_the_first_moment_is_heard(tmp_path, where):
+    (tmp_path / "command.py").write_text(FIRST_MOMENT.format(where=where, patience=PATIENCE))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "command.py"], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 75 and "leaves on SIGTERM while starting" in done.stderr
+
+
+EXHAUSTED = """
+import os, resource, threading
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.preemption import PreemptionHandler, exit_when_asked
+
+def main():
+    with PreemptionHandler():
+        {exhaust}
+        raise UserError("a mistake")
+
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
+
+exit_when_asked()
+exit_on_user_error(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "exhaust", ["resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))", "threading.Thread.start = no_thread"]
+)
+def test_an_outcome_survives_that_no_descriptor_or_thread_is_left(tmp_path, exhaust):
+    (tmp_path / "command.py").write_text(EXHAUSTED.format(exhaust=exhaust))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "command.py"], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stderr.strip()) == (2, "error: a mistake")
+
+
+ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from pipeline.preemption import exit_when_asked
+
+exit_when_asked()
+Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep({patience})  # imports torch
+"""
+
+
+def test_a_rank_whose_torchrun_is_killed_while_it_starts_leaves_too(tmp_path):
+    (tmp_path / "rank.py").write_text(ORPHAN.format(patience=PATIENCE))
+    word = tmp_path / "word.json"
+    environment = {
+        **os.environ, "PYTHONPATH": str(REPOSITORY), "TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_ERROR_FILE": str(word)
+    }  # fmt: skip
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'rank.py')!r}, sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-c", launcher, str(tmp_path / "pid")], env=environment) as process:
+        end = time.monotonic() + PATIENCE
+        while not ((file := tmp_path / "pid").exists() and file.read_text()):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        process.kill()
+    while not (word.exists() and word.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert "leaves on SIGTERM while starting" in word.read_text()
+
+
 @pytest.mark.parametrize("failure", [None, ValueError])
 def test_a_program_keeps_its_own_handlers(failure):
     """Whoever calls `trainer.fit` as a library goes on living, and must not be deaf then."""

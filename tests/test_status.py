@@ -16,12 +16,23 @@ from conftest import REPOSITORY, override_flags, small_config
 from launch.__main__ import look_after, start
 from launch.cluster import Cluster
 from launch.local import Controller
-from launch.records import Job, add_event, config_file, find_job, is_cancelled, read_events, write_job, write_submission
+from launch.rank import main as start_rank
+from launch.records import (
+    CANCEL,
+    Job,
+    add_event,
+    config_file,
+    find_job,
+    is_cancelled,
+    read_events,
+    write_job,
+    write_submission,
+)
 from launch.status import logs_of, read_status, runs_below, to_text
 from launch.turns import gpus_for_part, has_turn, part_of, take_part, take_turn
 from pipeline import trainer
 from pipeline.config import to_yaml
-from pipeline.errors import UserError
+from pipeline.errors import InterruptedRunError, UserError
 from pipeline.run_dir import locked
 
 TIME = "2026-11-26 00:10:20 "
@@ -251,6 +262,37 @@ def test_a_queue_that_does_not_answer_makes_no_job_gone(tmp_path, monkeypatch, c
             look_after(verb, [str(run), *([str(other)] if verb == "status" else [])])
     assert re.search(rf"{other} +- +done", capsys.readouterr().out)  # of which SLURM knows nothing
     assert read_events(run)[-1]["event"] == "end"
+
+
+def test_a_cancel_is_of_the_submission_it_was_said_to(tmp_path):
+    """Numbers of processes come again, from container to container above all."""
+    run = submitted(tmp_path / "a", id="17")
+    add_event(run, CANCEL, job="17")
+    assert is_cancelled(read_events(run), "17")
+    submitted(run, id="17")
+    assert not is_cancelled(read_events(run), "17")
+
+
+def test_the_ranks_of_a_cancelled_job_that_slurm_requeues_leave_at_once(tmp_path, monkeypatch):
+    """When it was cancelled it had no ranks that a signal could reach."""
+    run, folder = submitted(tmp_path / "a", kind="slurm", id="7"), tmp_path / "jobs" / "1"
+    folder.mkdir(parents=True)
+    write_submission(folder, [str(run)], ranks=1, seconds=600, warning=60, failures=3)
+    monkeypatch.setattr("sys.argv", ["rank", str(folder / "7")])
+    for name, value in dict(
+        SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_JOB_NODELIST="a", SLURM_RESTART_COUNT="1"
+    ).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    trained = []
+    monkeypatch.setattr("submitit.core.submission.process_job", trained.append)
+    start_rank()
+    assert len(trained) == 1
+    add_event(run, CANCEL, job="7")
+    with pytest.raises(InterruptedRunError, match="job 7 was cancelled before its ranks began"):
+        start_rank()
+    assert len(trained) == 1
 
 
 def test_a_cancel_that_fails_does_not_end_the_run_later(tmp_path, monkeypatch):

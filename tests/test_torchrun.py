@@ -118,3 +118,37 @@ def test_the_word_of_an_earlier_start_is_not_this_ones(tmp_path):
     assert run_module(*words, "mistake", tmp_path / "first").returncode == 2
     done = run_module(*words, "SIGINT", tmp_path / "second")
     assert done.returncode == 75 and done.stderr.startswith("interrupted: "), done.stderr
+
+
+def test_the_word_of_an_earlier_attempt_is_not_the_last_ones(tmp_path):
+    """--max-restarts: the first attempt leaves a word, the second is killed."""
+    (tmp_path / "rank.py").write_text(
+        "import os, signal\n"
+        "from pipeline.exits import record_for_torchrun\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    record_for_torchrun('a first mistake', 2)\n"
+        "    raise SystemExit(2)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = run_module("pipeline.torchrun", "--nproc-per-node=1", "--max-restarts=1", tmp_path / "rank.py")
+    assert done.returncode == 137 and "rank 0 was ended by SIGKILL" in done.stderr, done.stderr
+
+
+def test_the_line_that_nobody_reads_changes_no_exit_code(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "there").mkdir()
+    command = [sys.executable, "-m", "pipeline.torchrun", "--nproc-per-node=2", str(tmp_path / "rank.py")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*command, "SIGINT", tmp_path / "there"], cwd=REPOSITORY, env=environment, stderr=writer, timeout=PATIENCE
+    )
+    os.close(writer)
+    assert done.returncode == 75
+
+
+def test_a_log_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = run_module("pipeline.torchrun", "--log-dir", tmp_path / "file", "--nproc-per-node=1", "x.py")
+    assert done.returncode == 2 and re.fullmatch("error: torchrun: .*/file'\n", done.stderr)

@@ -10,7 +10,7 @@ from launch.after import decide
 from launch.cluster import Cluster
 from launch.records import Job
 from pipeline.audit import AuditRow, audit, count_differences
-from pipeline.recipe import poor_split
+from pipeline.cautions import poor_split
 from pipeline.words import agreed, counted
 
 

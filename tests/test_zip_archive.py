@@ -80,7 +80,7 @@ def test_a_folder_in_a_zip_file_is_a_data_set_as_kaggle_has_it(image_folders, tm
     for root in (tmp_path, file):
         name = "imagenet.zip/" if root == tmp_path else ""
         config = DataConfig(dir=str(root), train=f"{name}{inside}/train", val=f"{name}{inside}/val")
-        for split, index in zip(("train", "val"), open_datasets(config, tmp_path / "run", False), strict=True):
+        for split, index in zip(("train", "val"), open_datasets(config, tmp_path / "run", progress=False), strict=True):
             assert_same(index, scan_classes(image_folders / split))
     assert not (tmp_path / "run").exists()
     assert cache_beside(file / inside / "train", tmp_path).name == ".imagenet.zip.ILSVRC.Data.CLS-LOC.train.index.jsonl"
@@ -88,10 +88,10 @@ def test_a_folder_in_a_zip_file_is_a_data_set_as_kaggle_has_it(image_folders, tm
     config = DataConfig(
         dir=str(file), train=f"{inside}/train", val=f"{inside}/flat", val_labels=str(tmp_path / "solution.csv")
     )
-    _, val = open_datasets(config, tmp_path / "run", False)
+    _, val = open_datasets(config, tmp_path / "run", progress=False)
     assert val.labels.tolist() == [flat.labels[[Path(n).name for n in flat.names].index(name)] for name in val.names]
     table = DataConfig(dir=str(file / inside / "flat"), train=str(tmp_path / "solution.csv"), holdout=2)
-    train, held = open_datasets(table, tmp_path / "run", False)
+    train, held = open_datasets(table, tmp_path / "run", progress=False)
     assert (len(train), len(held), train.classes) == (9, 2, flat.classes)
     with pytest.raises(UserError, match="there is no folder ILSVRC/Data/train in .*imagenet.zip: unzip -l"):
         scan_classes(file / "ILSVRC" / "Data" / "train")

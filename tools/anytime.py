@@ -343,8 +343,7 @@ def measure(
         }
         for i, other in enumerate(others)
     ]
-    if test.classes == imagenet_ids():
-        result["beside"] += published_on_imagenet()
+    result["beside"] += published_on_imagenet(test, data)
 
 
 def timed_batches(index: DatasetIndex, data: DataConfig, world: World, options: Namespace) -> list[Tensor]:
@@ -352,8 +351,14 @@ def timed_batches(index: DatasetIndex, data: DataConfig, world: World, options: 
     return [batch.images for batch in loader_of(index, data, world, options).batches()]
 
 
-def published_on_imagenet() -> list[dict[str, Any]]:
-    """The paper's DenseNets and fb.resnet.torch's ResNets: their errors and costs, without a measured time."""
+def published_on_imagenet(test: DatasetIndex, data: DataConfig) -> list[dict[str, Any]]:
+    """The paper's DenseNets and fb.resnet.torch's ResNets: their errors and costs, without a measured time.
+
+    None of them unless the test images are all of ImageNet's validation images, prepared as theirs were.
+    """
+    theirs = test.classes == imagenet_ids() and published.are_test_images(test, published.TEST_IMAGES["imagenet"])
+    if not theirs or published.prepared_as(data) != published.PREPARED_IN_THE_PAPER:
+        return []
     import torchvision  # takes seconds
 
     found = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, first_line, positive_integer
 from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import single_output
 from pipeline.weights import Weights
@@ -73,8 +73,7 @@ def export(weights: Weights, suffix: str) -> tuple[bytes, float]:
         program = torch.export.export(network, (torch.randn(2, *shape),), dynamic_shapes=({0: Dim("batch")},))
         content = serialise(program, metadata_of(weights))
     except RuntimeError as error:  # torch.export and torch.onnx cannot trace some of timm's networks
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{weights.config.model.name} cannot be exported to {suffix}: {reason}") from None
+        raise UserError(f"{weights.config.model.name} cannot be exported to {suffix}: {first_line(error)}") from None
     try:
         run = load(content)
     except Exception as error:  # onnxruntime's exceptions have no common base

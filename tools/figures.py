@@ -23,13 +23,14 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from torch import nn
 
-from pipeline.audit import is_papers_data, published_errors_hold, setting_for
+from pipeline.audit import is_papers_data, published_errors_hold
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import Config, DataConfig, ModelConfig, from_stored, load_stored_config
 from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model
 from pipeline.models.densenet import DenseNet
+from pipeline.paper import setting_for
 from pipeline.run_dir import CONFIG, epochs_done, read_records, why_no_best
 from pipeline.weights import read_weights
 from tools.support import published

@@ -108,12 +108,12 @@ def main() -> None:
     elif labels and not table:
         of_classes = cache_beside(Path(options.classes), fallback)
         classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
-        indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), True, read_as)]
+        indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), progress=True, pixel_format=read_as)]
     else:
         places = [Path(table or root)]
         cache, source = cache_beside(places[0], fallback), open_table_or_source(root, options, table)
         if isinstance(source, LabelTableSource):
-            indexes = [scan_label_table(source, cache, True, read_as)]
+            indexes = [scan_label_table(source, cache, progress=True, pixel_format=read_as)]
         else:
             indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
     for line in warnings_about(indexes[0], indexes[1] if both else None, config):

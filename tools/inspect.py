@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
 
 from pipeline.config import ActivationCheckpointing
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, first_line, positive_integer
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseBlock, DenseNet
@@ -68,9 +68,8 @@ def main() -> None:
         stages = stages_of(network, size)
         memory = memory_rows(network, torch.randn(options.batch, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:  # what networks raise over images of a wrong size
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{options.model} cannot take {counted(options.batch, 'image')} of {size} x {size} pixels: {reason}"
+            f"{options.model} cannot take {counted(options.batch, 'image')} of {size} x {size} pixels: {first_line(error)}"
         ) from None
 
     count, work = parameters(network), sum(stage.multiply_accumulates for stage in stages)

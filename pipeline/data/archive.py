@@ -17,13 +17,14 @@ from pathlib import PurePath
 
 from pipeline.data.image_files import beside_classes, hidden, is_image_by_content, is_image_by_name, unreadable_format
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
+from pipeline.data.split_names import KNOWN_SPLITS
 from pipeline.errors import UserError
 
-# Folders that are parts of a data set, and no classes.
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 _OPENING = threading.Lock()
 LONGEST_END = (1 << 20) + 2 * tarfile.BLOCKSIZE  # bytes: two blocks, and what fills up the greatest record
-RULE = "2"  # what the kept rows of archives follow, as `index_cache.RULE`: to their end, and one file of a name
+# What the kept rows of archives follow, as `index_cache.RULE`: to their end, one file of a name, and which folders are parts
+# of a data set.
+RULE = "3"
 MORE_THAN_ONCE = "is there more than once"
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
@@ -251,9 +252,9 @@ def _by_class(folders: dict[PurePath, list[Member]]) -> dict[PurePath, list[Memb
     with_images = {folder for folder, members in folders.items() if any(member.by_name for member in members)}
     kinds = {(folder.name, len(folder.parts)) for folder in with_images}
     outer = {folder.parent.name for folder in with_images}
-    inner = len(with_images) > 1 and len(kinds) == 1 and "" not in outer and not outer <= SPLITS
+    inner = len(with_images) > 1 and len(kinds) == 1 and "" not in outer and not outer.issubset(KNOWN_SPLITS)
     holding = {
-        folder for folder in with_images if folder.name not in SPLITS
+        folder for folder in with_images if folder.name not in KNOWN_SPLITS
     }  # a stray image makes no class of a whole set
     classes: dict[PurePath, list[Member]] = {}
     for folder, members in folders.items():

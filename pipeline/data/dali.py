@@ -241,7 +241,7 @@ class DaliPlans:
         return *arrays, np.repeat(np.arange(len(plan), dtype=np.int32)[:, None], self._views, axis=1)
 
     def _corners(self, plan: BatchPlan) -> np.ndarray:
-        """Top and left of the views, (n, 2) or (n, V, 2), where `_build` cuts them: from an image that the resize has
+        """Top and left of the views, (n, 2) or (n, V, 2), where `_define` cuts them: from an image that the resize has
         turned over if its only view is mirrored, or from an image with its mirror image beside it."""
         top, left, width = plan.offsets[..., 0], plan.offsets[..., 1], plan.sizes[:, 1:]
         right = (width if self._views == 1 else 2 * width) - left - self._crop_size

@@ -36,7 +36,7 @@ Opener = Callable[[DataConfig, Split, tuple[str, ...], Path | None, bool], Datas
 
 
 def open_datasets(
-    config: DataConfig, cache: Path | None, progress: bool, download: bool = True
+    config: DataConfig, cache: Path | None, *, progress: bool, download: bool = True
 ) -> tuple[DatasetIndex, DatasetIndex]:
     """Index the training and the validation images.
 
@@ -53,7 +53,7 @@ def open_datasets(
     """
     if config.download and not download:
         try:
-            return open_datasets(dataclasses.replace(config, download=False), cache, progress)
+            return open_datasets(dataclasses.replace(config, download=False), cache, progress=progress)
         except UserError as error:
             raise UserError(f"{error}; a dry run downloads nothing") from None
     opener = _open_synthetic if config.loader == "synthetic" else look_up(DATASETS, config.dataset, "data.dataset")
@@ -194,7 +194,7 @@ def has_trained_on(train: DatasetIndex, seen: tuple[str | None, str | None]) -> 
         seen: as `seen_held_out` takes it.
     """
     both, of_validation = seen
-    return bool(both and of_validation) and _of_both(train.fingerprint, of_validation) == both
+    return both is not None and of_validation is not None and _of_both(train.fingerprint, of_validation) == both
 
 
 def _of_both(train: str, val: str) -> str:
@@ -226,13 +226,20 @@ def _open_root(
         )
     if split == "val" and config.val_labels:
         labels = Path(config.dir, config.val_labels)
-        return scan_flat(root, labels, classes, kept, progress, pixel_format(config))
+        return scan_flat(root, labels, classes, kept, progress=progress, pixel_format=pixel_format(config))
     source = source_of(config, split)
     if split == "train":
         return scan_classes(
-            source, kept, progress, pixel_format=pixel_format(config), corrupt_images=config.corrupt_images
+            source, kept, progress=progress, pixel_format=pixel_format(config), corrupt_images=config.corrupt_images
         )
-    val = scan_classes(source, kept, progress, True, pixel_format(config), labels_field="data.val_labels")
+    val = scan_classes(
+        source,
+        kept,
+        progress=progress,
+        empty_classes=True,
+        pixel_format=pixel_format(config),
+        labels_field="data.val_labels",
+    )
     odd = sorted(set(val.classes) - set(classes))
     if odd and len(odd) == len(val.classes):
         raise UserError(
@@ -269,7 +276,9 @@ def _open_label_table(
         )
     corrupt_images = config.corrupt_images if split == "train" else None
     source = label_table_source(config, split, classes)
-    index = scan_label_table(source, cache, progress, pixel_format(config), corrupt_images)
+    index = scan_label_table(
+        source, cache, progress=progress, pixel_format=pixel_format(config), corrupt_images=corrupt_images
+    )
     lacking = _of_one_kind(index)
     if len(lacking) == len(index.classes):
         raise UserError(f"{table}: no class has images with and images without it: nothing can be learnt or measured")

@@ -4,7 +4,7 @@ import csv
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.data.image_files import FILE_COLUMNS, is_image_by_name
 from pipeline.data.parquet import read_table
 from pipeline.data.source import FileSource, ImageIssue, Member
+from pipeline.data.split_names import KNOWN_SPLITS, SPLIT_NAMES
 from pipeline.errors import UserError, did_you_mean
 from pipeline.words import counted
 
@@ -21,11 +22,6 @@ LABEL_COLUMNS = ("labels", "label", "tags", "classes", "finding labels")
 NO_LABEL = ("", "no finding")  # in small letters: ChestX-ray14 writes the latter
 VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # of a column that is a class
 SPLIT_COLUMNS = ("split", "subset", "data set")  # in small letters
-# What a split is called; of several the first one that is there is taken.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "test", "dev", "eval"),
-}
 OF_SEVERAL_SPLITS = "has lines of several splits"
 
 
@@ -55,7 +51,7 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
     one of `LABEL_COLUMNS` and holds names between |, perhaps none (or No Finding); then the rest is not read. Or every other
     column is a class and holds 0 or 1.
 
-    A further column may say which split each row is for (one of `SPLIT_COLUMNS`, with names of `SPLIT_NAMES`).
+    A further column may say which split each row is for (one of `SPLIT_COLUMNS`, with names of `KNOWN_SPLITS`).
 
     Args:
         classes: those that there may be, in their order; None for those of the rows.
@@ -125,11 +121,10 @@ def in_split(file: Path, splits: Sequence[str], lines: Sequence[int], split: str
     if split is None:
         return [True] * len(splits)
     said = [cell.strip().lower() for cell in splits]
-    known = [name for names in SPLIT_NAMES.values() for name in names]
     for line, cell, small in zip(lines, splits, said, strict=True):
-        if small not in known:
+        if small not in KNOWN_SPLITS:
             raise UserError(
-                f"{file}, line {line}: '{cell}' is no split: give {', '.join(known)}, or call the column otherwise"
+                f"{file}, line {line}: '{cell}' is no split: give {', '.join(KNOWN_SPLITS)}, or call the column otherwise"
             )
     name = name_of_split(file, said, split)
     return [cell == name for cell in said]
@@ -243,6 +238,40 @@ def images_elsewhere(
             f"{file} has lines of two splits for the image '{both[0]}', one of them for training: remove those of one"
         )
     return others
+
+
+def images_in_no_table(
+    table: str,
+    beside: str | None,
+    split: str | None,
+    source: FileSource,
+    members: Mapping[str, Member],
+    named: Collection[str],
+    elsewhere: Sequence[str],
+    files_of: Callable[[Path], Sequence[str]],
+) -> list[ImageIssue]:
+    """What to tell of the images that no table names; where the run's other set has a table too, the training's tells.
+
+    Args:
+        beside: the table of the run's other set, perhaps the same; None: there is none.
+        split: whose lines are taken; None: all.
+        members: all files of the source, by name.
+        named: the images that those lines mean.
+        elsewhere: the files of the table's other lines.
+        files_of: reads which files the other table names, in all its splits.
+
+    Raises:
+        UserError: see `images_elsewhere` and `files_of`.
+    """
+    if beside is not None and split != "train":
+        return []
+    trained_on = named if split == "train" else ()
+    known = {*named, *images_elsewhere(Path(table), elsewhere, members, source.root, trained_on)}
+    tables = [table]
+    if beside not in (None, table):
+        tables.append(beside)
+        known |= images_elsewhere(Path(beside), files_of(Path(beside)), members, source.root)
+    return not_in_table(tables, source, members.values(), known)
 
 
 def not_in_table(

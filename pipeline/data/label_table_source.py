@@ -8,9 +8,8 @@ from pipeline.data.archive import MORE_THAN_ONCE
 from pipeline.data.label_table import (
     LabelTable,
     files_in,
-    images_elsewhere,
+    images_in_no_table,
     match_files,
-    not_in_table,
     read_label_table,
 )
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
@@ -79,13 +78,7 @@ class LabelTableSource:
     def _list(self) -> Listing:
         named, members = self.row_of, self._members
         issues = [issue for issue in self._listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
-        trained_on = named if self.split == "train" else ()
-        elsewhere = images_elsewhere(Path(self.root), self.table.elsewhere, members, self.images.root, trained_on)
-        known = named.keys() | elsewhere
-        if self.beside is None or (self.split == "train" and self.beside == self.root):
-            issues += not_in_table([self.root], self.images, members.values(), known)
-        elif self.split == "train":
-            other = Path(self.beside)
-            known |= images_elsewhere(other, files_in(other), members, self.images.root)
-            issues += not_in_table([self.root, self.beside], self.images, members.values(), known)
+        issues += images_in_no_table(
+            self.root, self.beside, self.split, self.images, members, named, self.table.elsewhere, files_in
+        )
         return Listing(tuple(members[name] for name in named), tuple(issues))

@@ -95,7 +95,10 @@ def mix(images: Tensor, labels: Tensor, draws: PairDraws) -> tuple[Tensor, Tenso
 
 
 def _boxes(draws: PairDraws, height: int, width: int) -> np.ndarray:
-    """(p, 4) int64: top, left, bottom and right of boxes whose area before they are cut off is 1 - share of the image's."""
+    """(p, 4) int64: top, left, bottom and right of boxes whose area before they are cut off is 1 - share of the image's.
+
+    Their sides are rounded down to even numbers, as in the code of cutmix's authors; timm keeps odd ones from version 1 on.
+    """
     sides = np.array([height, width])
     halves = np.floor(np.sqrt(1 - draws.shares)[:, None] * sides).astype(np.int64) // 2
     centres = np.floor(draws.centres * sides).astype(np.int64)

@@ -30,17 +30,13 @@ from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import BatchPlan, surround
 from pipeline.data.reader import Reader
-from pipeline.data.reference import views_of
+from pipeline.data.reference import PILLOW_FILTERS, views_of
 from pipeline.data.replacements import collect
 from pipeline.data.source import PlacedSource
 from pipeline.errors import LocalUserError
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FILTERS = {"torch7-bicubic": 0, "pil-bilinear": 1, "pil-bicubic": 2}
-PILLOW_FILTERS: dict[Interpolation, Image.Resampling] = {
-    "pil-bilinear": Image.Resampling.BILINEAR,
-    "pil-bicubic": Image.Resampling.BICUBIC,
-}
 READ, DECODE, ALL = range(3)  # stages: the last that is done
 BATCHES_AHEAD = 2
 LIBJPEG = [  # in the order of `libjpeg` in native.cpp

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import CorruptImages, DataConfig
+from pipeline.config import CorruptImages, DataConfig, Interpolation
 from pipeline.data.decoding import decode
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
@@ -22,6 +22,10 @@ from pipeline.data.reader import Reader
 from pipeline.data.replacements import collect
 
 BATCHES_AHEAD = 2
+PILLOW_FILTERS: dict[Interpolation, Image.Resampling] = {
+    "pil-bilinear": Image.Resampling.BILINEAR,
+    "pil-bicubic": Image.Resampling.BICUBIC,
+}
 
 
 class ReferencePipeline:
@@ -74,8 +78,7 @@ def views_of(image: Image.Image, plan: BatchPlan, i: int, config: DataConfig) ->
         pixels = np.asarray(image, np.float32).reshape(height, width, len(around))
         pixels = resize_as_torch7(pixels, new_height, new_width)
     else:
-        kernel = {"pil-bilinear": Image.Resampling.BILINEAR, "pil-bicubic": Image.Resampling.BICUBIC}[resize]
-        pixels = np.asarray(image.resize((new_width, new_height), kernel), np.float32)
+        pixels = np.asarray(image.resize((new_width, new_height), PILLOW_FILTERS[resize]), np.float32)
         pixels = pixels.reshape(new_height, new_width, len(around))
     views = []
     for (y, x), mirrored in zip(plan.offsets[i].tolist(), plan.hflip[i], strict=True):

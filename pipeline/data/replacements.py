@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -51,7 +52,8 @@ def collect(
         )
     for result, weight in zip(results, plan.weights, strict=True):
         if isinstance(result, CorruptImageError) and weight:
-            print(f"warning: skipping the image {result.location} ({result.reason})", file=sys.stderr, flush=True)
+            with suppress(OSError):  # whoever read it has gone, which the run notices where it can save a checkpoint
+                print(f"warning: skipping the image {result.location} ({result.reason})", file=sys.stderr, flush=True)
     n, position = len(results), np.cumsum(sound) - 1
     rows = np.array([next(j % n for j in range(i, i + n) if sound[j % n]) for i in range(n)])
     weights = np.where(sound, plan.weights, np.float32(0))

@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.config import CorruptImages
-from pipeline.data.archive import SPLITS
 from pipeline.data.folder import archives_in
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
@@ -32,9 +31,10 @@ from pipeline.data.index_cache import append, read_cache
 from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.labels import labels_needed, read_labels
 from pipeline.data.names import Names
-from pipeline.data.scan_group import Found, images_of, scan_group
+from pipeline.data.scan_group import FoundImages, images_of, scan_group
 from pipeline.data.source import FileSource, Group, ImageIssue
 from pipeline.data.sources import open_source
+from pipeline.data.split_names import KNOWN_SPLITS, SPLIT_NAMES
 from pipeline.errors import UserError
 
 THREADS = 16  # listing folders and reading headers waits for the disk, or for the network behind it
@@ -45,6 +45,7 @@ NAMED = 5  # of what stops, that an error names
 def scan_classes(
     root: str | Path | FileSource,
     cache: Path | None = None,
+    *,
     progress: bool = False,
     empty_classes: bool = False,
     pixel_format: PixelFormat | None = COLORS,
@@ -80,7 +81,7 @@ def scan_classes(
             + (f"; {labels_needed(Path(root), labels_field)}" if labels_field else "")
         )
     names = {group.name for group in groups}
-    if names <= SPLITS and names & {"train", "training"}:
+    if names.issubset(KNOWN_SPLITS) and not names.isdisjoint(SPLIT_NAMES["train"]):
         parts = " and ".join(sorted(names))
         raise UserError(
             f"{root} holds {parts}: parts of a data set, which are no classes: give one of them, as "
@@ -99,6 +100,7 @@ def scan_flat(
     labels_file: str | Path,
     classes: Iterable[str],
     cache: Path | None = None,
+    *,
     progress: bool = False,
     pixel_format: PixelFormat = COLORS,
 ) -> DatasetIndex:
@@ -123,6 +125,7 @@ def scan_flat(
 def scan_label_table(
     source: LabelTableSource,
     cache: Path | None = None,
+    *,
     progress: bool = False,
     pixel_format: PixelFormat = COLORS,
     corrupt_images: CorruptImages | None = None,
@@ -168,7 +171,7 @@ def _scan(
     empty_classes: bool = False,
     labels_file: str | Path = "",
     corrupt_images: CorruptImages | None = None,
-) -> list[Found]:
+) -> list[FoundImages]:
     """What is known of each group's images.
 
     Args:
@@ -179,7 +182,7 @@ def _scan(
         UserError: something stops the index. All is read before that is said, so that all can be named.
     """
     known, kept = read_cache(cache), True
-    rows: list[Found] = []
+    rows: list[FoundImages] = []
     issues: list[ImageIssue] = []
     any_new = False
     with ThreadPoolExecutor(THREADS) as group_pool, ThreadPoolExecutor(THREADS) as header_pool:
@@ -241,7 +244,7 @@ def _outcome_of_corrupt(issue: ImageIssue, corrupt_images: CorruptImages | None)
     return replace(issue, outcome=f"{issue.outcome}, or have it {SKIP}")
 
 
-def _refused(source: FileSource, group: Group, row: Found, pixel_format: PixelFormat) -> list[ImageIssue]:
+def _refused(source: FileSource, group: Group, row: FoundImages, pixel_format: PixelFormat) -> list[ImageIssue]:
     """The images of a group that cannot be read as such."""
     issues = []
     for i, mode in row.deep:
@@ -251,7 +254,7 @@ def _refused(source: FileSource, group: Group, row: Found, pixel_format: PixelFo
     return issues
 
 
-def _not_upright(source: FileSource, groups: list[Group], rows: list[Found]) -> list[ImageIssue]:
+def _not_upright(source: FileSource, groups: list[Group], rows: list[FoundImages]) -> list[ImageIssue]:
     """One line on images that EXIF data say to turn; at every start, as a network learns from them as they lie."""
     odd = [(group, row) for group, row in zip(groups, rows, strict=True) if row.orientations]
     if not odd:
@@ -306,7 +309,7 @@ def _refuse_archives(folder: str, of_class: bool = False) -> None:
     raise UserError(f"{folder} holds {archives[0]}{more} and no {'images' if of_class else 'class folders'}: {remedy}")
 
 
-def _refuse_nested(source: FileSource, groups: list[Group], rows: list[Found]) -> None:
+def _refuse_nested(source: FileSource, groups: list[Group], rows: list[FoundImages]) -> None:
     """Refuse one folder that holds the class folders, which would be one class."""
     if len(groups) != 1:
         return
@@ -320,7 +323,7 @@ def _refuse_nested(source: FileSource, groups: list[Group], rows: list[Found]) -
 
 
 def _labelled_index(
-    source: FileSource, groups: list[Group], rows: list[Found], pixel_format: PixelFormat | None
+    source: FileSource, groups: list[Group], rows: list[FoundImages], pixel_format: PixelFormat | None
 ) -> DatasetIndex:
     """Images in the order in which they would lie in folders of their classes: by class, then by name."""
     labels = [label for row in rows for label in row.labels]
@@ -333,7 +336,7 @@ def _labelled_index(
     order = _by_class_and_name(of_images, [name for row in rows for name in row.names])
     starts = itertools.accumulate((len(row.names) for row in rows), initial=0)
     turns = {start + i: o for start, row in zip(starts, rows, strict=False) for i, o in row.orientations}
-    ordered = Found(
+    ordered = FoundImages(
         names=Names.joined([_full_names(group, row) for group, row in zip(groups, rows, strict=True)]).take(order),
         offsets=np.concatenate([row.offsets for row in rows])[order],
         lengths=np.concatenate([row.lengths for row in rows])[order],
@@ -350,7 +353,7 @@ def _by_class_and_name(labels: np.ndarray, names: list[str]) -> np.ndarray:
     return np.array(sorted(range(len(names)), key=lambda i: (labels[i], names[i])), np.int64)
 
 
-def _full_names(group: Group, row: Found) -> Names:
+def _full_names(group: Group, row: FoundImages) -> Names:
     """The names of a group's images in the source."""
     return Names.of(os.path.join(group.name, name) for name in row.names) if group.name else row.names
 
@@ -358,7 +361,7 @@ def _full_names(group: Group, row: Found) -> Names:
 def _index(
     source: FileSource,
     groups: list[Group],
-    rows: list[Found],
+    rows: list[FoundImages],
     labels: np.ndarray,
     classes: tuple[str, ...],
     pixel_format: PixelFormat | None,

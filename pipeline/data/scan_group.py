@@ -31,7 +31,7 @@ HEADER_BYTES = 16384  # what is read of an image at once to find its size
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundImages:
     """A row of the cache in little memory: n images of a group.
 
     Attributes:
@@ -50,8 +50,8 @@ class Found:
     deep: list[tuple[int, str]]
 
 
-def _found(row: dict[str, Any]) -> Found:
-    return Found(
+def _found(row: dict[str, Any]) -> FoundImages:
+    return FoundImages(
         names=Names.of(row["names"]),
         offsets=np.array(row["offsets"], np.int64),
         lengths=np.array(row["lengths"], np.int64),
@@ -62,7 +62,7 @@ def _found(row: dict[str, Any]) -> Found:
     )
 
 
-def _kept(line: str | None, group: Group) -> tuple[str, Found] | None:
+def _kept(line: str | None, group: Group) -> tuple[str, FoundImages] | None:
     """The stamp and the images that a group's line in the cache has; None if there is none, or if it is damaged.
 
     Two that append at once on a network file system may mix their lines. An earlier version kept empty labels.
@@ -83,7 +83,7 @@ def _kept(line: str | None, group: Group) -> tuple[str, Found] | None:
 
 def scan_group(
     source: FileSource, group: Group, line: str | None, pool: ThreadPoolExecutor
-) -> tuple[Found, dict[str, Any] | None, list[ImageIssue]]:
+) -> tuple[FoundImages, dict[str, Any] | None, list[ImageIssue]]:
     """What a group holds; the row for the cache if that is not what its line there says; and what to tell of the group."""
     known_stamp, known = _kept(line, group) or ("", None)
     stamp = group.stamp

@@ -13,8 +13,8 @@ from typing import Literal
 from pipeline.config import Config, DataConfig
 from pipeline.data.folder import COMPRESSED_TARS
 from pipeline.data.image_files import is_image_by_name
-from pipeline.data.label_table import SPLIT_NAMES
 from pipeline.data.sources import find_source
+from pipeline.data.split_names import SPLIT_NAMES
 from pipeline.data.table import SUFFIXES
 from pipeline.errors import UserError
 from pipeline.paths import is_present

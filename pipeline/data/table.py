@@ -20,19 +20,18 @@ from pipeline.data.image_files import is_image_by_name
 from pipeline.data.label_table import (
     OF_SEVERAL_SPLITS,
     SPLIT_COLUMNS,
-    SPLIT_NAMES,
     VALUES,
     file_column,
-    images_elsewhere,
+    images_in_no_table,
     in_split,
     match_files,
-    not_in_table,
     read_label_table,
     read_rows,
     several_splits,
 )
 from pipeline.data.parquet import is_table_of_paths
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, PlacedSource, Stream
+from pipeline.data.split_names import KNOWN_SPLITS, SPLIT_NAMES
 from pipeline.errors import UserError, did_you_mean
 
 SUFFIXES = (".csv", ".tsv")
@@ -110,9 +109,8 @@ class TableSource:
         elsewhere = [entry.file for entry, taken in zip(entries, here, strict=True) if not taken]
         listing = self.images.flat().list()
         members = {member.name: member for member in listing.members}
-        root = self.images.root
         wanted, lines = [entry.file for entry in own], [entry.line for entry in own]
-        names = match_files(table, wanted, members, root, lines)
+        names = match_files(table, wanted, members, self.images.root, lines)
         found = sorted(
             (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, own, strict=True)),
             key=lambda member: member.name,
@@ -120,16 +118,13 @@ class TableSource:
         issues = [issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
         if self.columns.split is None and (counts := several_splits(_splits_of(entries))):
             issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
-        trained_on = names if self.columns.split == "train" else ()
-        known = {*names, *images_elsewhere(table, elsewhere, members, root, trained_on)}
-        if self.beside is None or (self.columns.split == "train" and self.beside == self.root):
-            issues += not_in_table([self.root], self.images, members.values(), known)
-        elif self.columns.split == "train":
-            other = Path(self.beside)
-            files = [entry.file for entry in read_table(other, self.columns)]
-            known |= images_elsewhere(other, files, members, root)
-            issues += not_in_table([self.root, self.beside], self.images, members.values(), known)
+        issues += images_in_no_table(
+            self.root, self.beside, self.columns.split, self.images, members, names, elsewhere, self._files_of
+        )
         return Listing(tuple(found), tuple(issues))
+
+    def _files_of(self, table: Path) -> list[str]:
+        return [entry.file for entry in read_table(table, self.columns)]
 
 
 def is_table(path: str | Path) -> bool:
@@ -235,7 +230,7 @@ def _split_like_columns(table: Path, *_: int) -> list[str]:
     if table.suffix.lower() not in (*SUFFIXES, PARQUET) or _splits_in(table, *_):
         return []
     header, rows = read_rows(table)
-    known = {name for names in SPLIT_NAMES.values() for name in names}
+    known = set(KNOWN_SPLITS)
     cells = ({row[i].strip().lower() for row in rows} for i in range(len(header)))
     pairs = zip(header, cells, strict=True)
     return [name for name, there in pairs if there <= known and there & set(SPLIT_NAMES["train"]) and len(there) > 1]

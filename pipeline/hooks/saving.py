@@ -8,12 +8,12 @@ import time
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.distributed import Agreement
 from pipeline.errors import InterruptedRunError
+from pipeline.followers import FOLLOWERS
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.parsing import flatten
 from pipeline.preemption import grace_period
-from pipeline.recipe import FOLLOWERS
 from pipeline.run import Run
-from pipeline.run_dir import STATUS, replace_text
+from pipeline.run_dir import STATUS, checkpoint_checksum, has_checkpoint, read_progress, replace_text
 
 
 class Saving(Hook):
@@ -29,6 +29,12 @@ class Saving(Hook):
         self._folder = CheckpointFolder(run.dir / "checkpoints")
         self._saved_at = time.monotonic()
         self._limit_said = False
+
+    def on_start(self, trainer: Training) -> None:
+        """Of a run that resumes, say how far it is, if what stands there is of another checkpoint (see `read_progress`)."""
+        run = trainer.run
+        if run.world.is_main and has_checkpoint(run.dir) and not read_progress(run.dir):
+            self._write_status(run)
 
     def on_step(self, trainer: Training, result: StepResult) -> None:
         run, train = trainer.run, trainer.run.config.train
@@ -61,7 +67,7 @@ class Saving(Hook):
 
         def write() -> None:
             self._folder.save(state | {"record_lengths": trainer.monitor.sync()}, best)
-            replace_text(run.dir / STATUS, json.dumps(self._status(run)) + "\n")
+            self._write_status(run)
 
         run.world.broadcast_from_rank0(write)
         self._saved_at = time.monotonic()
@@ -79,9 +85,10 @@ class Saving(Hook):
                 f"{limit.seconds:.0f} s: {limit.remedy}"
             )
 
-    def _status(self, run: Run) -> dict[str, object]:
+    def _write_status(self, run: Run) -> None:
         progress = run.progress
-        return {
+        status = {
+            "checkpoint": checkpoint_checksum(run.dir),
             "epoch": progress.epoch,
             "epochs": run.config.optim.epochs,
             "step": progress.step,
@@ -93,6 +100,7 @@ class Saving(Hook):
                 key: value for key, value in flatten(dataclasses.asdict(run.config)).items() if key in FOLLOWERS
             },
         }
+        replace_text(run.dir / STATUS, json.dumps(status) + "\n")
 
     def _leave(self, run: Run, asked: int) -> None:
         raise InterruptedRunError(

@@ -18,8 +18,10 @@ class Backend(Protocol):
     """An implementation of the stages of a network. A Python module with these names is one."""
 
     AUTOMATIC: bool
-    """Whether `auto` may take it. One with an attribute FROZEN_PARTS that is true also computes the stem and the first stages
-    of a network in training with their norms in evaluation mode; nothing of these trains then, nor what comes before."""
+    """Whether `auto` may take it."""
+    FROZEN_PARTS: bool
+    """Whether it also computes the stem and the first stages of a network in training with their norms in evaluation mode;
+    nothing of these trains then, nor what comes before."""
 
     def refusal(self, device: torch.device) -> str:
         """Why a run on `device` that asks for it by name is refused; empty if it can run there or others may stand in."""

@@ -24,6 +24,7 @@ from pipeline.models.stage import (
 )
 
 AUTOMATIC = False  # it is for memory
+FROZEN_PARTS = False
 
 
 def refusal(device: torch.device) -> str:

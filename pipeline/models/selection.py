@@ -168,7 +168,7 @@ def _select(features: nn.Module, x: Tensor, wanted: str, built: Blueprint) -> Se
     reasons: list[str] = []
     for name in names:
         reason = BACKENDS[name].unsupported(features, x)
-        if still and not getattr(BACKENDS[name], "FROZEN_PARTS", False):
+        if still and not BACKENDS[name].FROZEN_PARTS:
             reason = reason or f"{still} is frozen"
         if not reason:
             return Selection(name, reasons[0] if reasons else "")

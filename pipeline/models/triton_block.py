@@ -31,6 +31,7 @@ from pipeline.models.stage import (
 )
 
 AUTOMATIC = False  # taken only where a run has measured it (pipeline/autotune.py)
+FROZEN_PARTS = False
 
 HALVES = torch.bfloat16, torch.float16
 LOWEST_CAPABILITY = 8, 0  # bfloat16 and TF32

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError, did_you_mean, first_line
 from pipeline.models import backends
 from pipeline.models.densenet import DenseNet
 from pipeline.models.msdnet import CIFAR_CLASSIFIER_WIDTH, MSDNet, even_blocks, growing_blocks
@@ -223,4 +223,4 @@ def _create_timm_model(name: str, num_classes: int, dropout: float, drop_path: f
         depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # which not all of them take
         return timm.create_model(name, num_classes=num_classes, drop_rate=dropout, in_chans=in_channels, **depth)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"model.name: timm cannot build '{name}': {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.name: timm cannot build '{name}': {first_line(error)}") from None

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,10 +33,17 @@ import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline import precision
+from pipeline import machine, precision
 from pipeline.config import ActivationCheckpointing, OptimConfig
 from pipeline.distributed import choose_device
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, is_out_of_memory, positive_integer
+from pipeline.errors import (
+    ArgumentParser,
+    UserError,
+    exit_on_user_error,
+    first_line,
+    is_out_of_memory,
+    positive_integer,
+)
 from pipeline.machine import available_cores, keep_freed_memory
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
@@ -211,8 +217,7 @@ def time_implementations(
         except Exception as error:
             if not IMPLEMENTATIONS[name].compiled:
                 raise
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise UserError(f"{name}: {reason}; --no-compile leaves it out") from error
+            raise UserError(f"{name}: {first_line(error)}; --no-compile leaves it out") from error
         selection = network.selection if isinstance(network, DenseNet) else None  # only ours select
         if selection and selection.method != network.dense_block:
             left_out[name] = selection.reason
@@ -260,10 +265,7 @@ def measure_memory(workload: Workload, name: str) -> int:
 
 
 def peak_memory(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # Not getrusage's ru_maxrss: it survives exec, so that a process starts with its parent's.
-    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
+    return torch.cuda.max_memory_allocated() if device == "cuda" else machine.peak_memory()
 
 
 def prepare(workload: Workload, name: str) -> tuple[nn.Module, Callable[[], Tensor]]:

@@ -32,7 +32,7 @@ from pipeline.data.scan import scan_classes
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import init_distributed
 from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.machine import available_cores
+from pipeline.machine import available_cores, peak_memory
 from tools.lab.imagenet import TRAINING_IMAGES
 from tools.support.markdown import table
 from tools.support.outputs import made_folder
@@ -169,7 +169,7 @@ def measure(data: Path, cache: Path, random: int) -> None:
         before = memory()
         start = time.perf_counter()
         index = share_on_machines(world, lambda: scan_classes(data, cache))
-        found: dict[str, float] = {"seconds": time.perf_counter() - start, "most": peak() - before}
+        found: dict[str, float] = {"seconds": time.perf_counter() - start, "most": peak_memory() / MIB - before}
         world.gather(None)
         found["added"] = memory() - before
         loader = TrainingLoader(index, config, _shard(world), seed=1, batch_size=BATCH, accumulation=1)
@@ -208,12 +208,6 @@ def memory() -> float:
     """MiB of this process, of which what it shares with others counts by its part."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     return int(lines["Pss"].split()[0]) / 1024
-
-
-def peak() -> float:
-    """MiB that this process has had at most."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 1024
 
 
 if __name__ == "__main__":

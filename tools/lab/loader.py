@@ -11,8 +11,6 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
-import statistics
-import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -69,6 +67,7 @@ from tools.lab.loader_report import (
 from tools.lab.machine import describe_machine
 from tools.lab.peers import UsualDali, torchvision_evaluation, torchvision_training
 from tools.support.outputs import made_folder
+from tools.support.speed import median_seconds
 
 SEED = 1
 RESIZES: tuple[Interpolation, ...] = typing.get_args(Interpolation)
@@ -365,7 +364,9 @@ def measure_speed(workload: Workload, repeats: int) -> tuple[list[dict[str, Any]
     """Rows of images per second, and rows of what each stage of the training loaders on CPU costs an image."""
     loaders, cuts = loaders_to_time(workload), stages_to_time(workload)
     parts = {f"{stage} {name}": run for name, stages in cuts.items() for stage, run in stages.items()}
-    seconds = time_interleaved({**loaders, **parts}, repeats)
+    work = {**loaders, **parts}
+    with tqdm(total=(1 + repeats) * len(work), desc="timing", leave=False, disable=None) as progress:
+        seconds = median_seconds(work, repeats, progress.update)
     speed = []
     for name in loaders:
         rate = len(workload.index) / seconds[name]
@@ -442,17 +443,6 @@ def _pass(start: Callable[..., Iterator], *arguments: Any, **options: Any) -> Ca
             torch.cuda.synchronize()
 
     return run
-
-
-def time_interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run. All take turns in each repetition, so that other load on the machine affects all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(1 + repeats), "repetitions", leave=False, disable=None):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 # Contact sheet and command line

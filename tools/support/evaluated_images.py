@@ -95,18 +95,20 @@ def open_images(
         cache = known_cache(Path(labels_file))
         _say_split(Path(labels_file), split)
         of_labels = LabelTableSource(labels_file, open_source(folder), classes, split or "val")
-        return scan_label_table(of_labels, cache, True, read_as)
+        return scan_label_table(of_labels, cache, progress=True, pixel_format=read_as)
     if labels_file and place == folder and _is_of_a_table(Path(labels_file), data):
         _say_split(Path(labels_file), split)
         of_split = TableSource(labels_file, open_source(folder), columns_of(labels_file, data, split or "val"))
-        return scan_classes(of_split, known_cache(Path(labels_file)), True, pixel_format=read_as).with_classes(classes)
+        return scan_classes(of_split, known_cache(Path(labels_file)), progress=True, pixel_format=read_as).with_classes(
+            classes
+        )
     cache = known_cache(place)
     if labels_file:
         if split:
             raise UserError(
                 f"--split {split} is for a table, and {labels_file} has a line for each image: leave it out"
             )
-        return scan_flat(place, labels_file, classes, cache, True, read_as)
+        return scan_flat(place, labels_file, classes, cache, progress=True, pixel_format=read_as)
     _say_split(place, split)
     source = to_evaluate(place, data, folder if place != folder else None, split or "val")
     try:

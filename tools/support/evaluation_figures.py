@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.audit import (
-    ON_IMAGENET,
     count_differences,
     is_papers_data,
-    origin_text,
     published_errors_hold,
-    setting_for,
 )
 from pipeline.class_names import imagenet_ids
 from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
 from pipeline.metrics import LabelScore, Score
+from pipeline.paper import ON_IMAGENET, setting_for
 from pipeline.preprocessing import PREPROCESSING
 from pipeline.weights import Weights
 from tools.support import published
@@ -55,7 +53,7 @@ def describe(
         "sha256": candidate.sha256,
         "trained": weights.trained,
         "epochs": weights.epochs,
-        "epochs_planned": config.optim.epochs,
+        "epochs_planned": None if weights.epochs is None else config.optim.epochs,
         "steps_of_next_epoch": weights.step,
         "best_epoch": weights.best_epoch,
         "parameters": parameters(weights.network),
@@ -72,13 +70,14 @@ def describe(
         "assumed": weights.assumed,
         "trained_on": candidate.seen,
         "chosen_by_these": weights.is_best and config.optim.epochs > 1 and index.fingerprint == weights.val_fingerprint,
-        "begun_with": origin_text(config.model) if config.model.weights else None,
-        "training": recipe_of(weights),
+        "begun_with": config.model.weights_text if config.model.weights else None,
+        "training": recipe_line(weights),
     }
     if index.several_labels:
         own = config.published
-        same = own.images[1:] in ((), (len(index),)) and _prepared(data) == _prepared(config.data)
-        known = own.auroc is not None and same and not options.held_out
+        same = published.prepared_as(data) == published.prepared_as(config.data)
+        of_these = own.images[1:] in ((), (len(index),)) and not options.held_out
+        known = own.auroc is not None and same and of_these
         published_auroc = [{"source": own.source or "published", "auroc": own.auroc}] if known else []
         return about | describe_labels(evaluation, index) | {"published": published_auroc}
     score, other_score = evaluation.score, other and other.score
@@ -184,7 +183,7 @@ def real_labels_score(evaluation: Evaluation, index: DatasetIndex) -> dict[str, 
 
 
 def published_errors(
-    weights: Weights, crops: int, index: DatasetIndex, data: DataConfig | None = None
+    weights: Weights, crops: int, index: DatasetIndex, data: DataConfig
 ) -> tuple[list[dict[str, Any]], str]:
     """Published errors of this network, or why there is none to show beside these images.
 
@@ -192,7 +191,7 @@ def published_errors(
     with another number of images, or without some of the classes, they are of something else; with another filter or size too.
 
     Args:
-        data: how the images are prepared; None for as the weights say.
+        data: how the images are prepared.
     """
     own, name, is_imagenet = weights.config.published, weights.config.model.name, weights.classes == imagenet_ids()
     suffix, nothing = "_10crop" if crops == 10 else "", (None, None)
@@ -202,7 +201,7 @@ def published_errors(
         weights.config, 0, images_of_run
     ):  # the paper's on ImageNet are of no other classes
         errors = getattr(own, f"top1{suffix}"), getattr(own, f"top5{suffix}")
-        rows.append((own.source or "published", errors, _prepared(weights.config.data)))
+        rows.append((own.source or "published", errors, published.prepared_as(weights.config.data)))
     if is_imagenet and own.source is None:
         rows.append(
             ("the paper", published.DENSENETS_ON_IMAGENET[crops].get(name, nothing), published.PREPARED_IN_THE_PAPER)
@@ -214,25 +213,22 @@ def published_errors(
     found = [
         {"source": source, "top1_error": top1, "top5_error": top5}
         for source, (top1, top5), prepared in known
-        if prepared == _prepared(data or weights.config.data)
+        if prepared == published.prepared_as(data)
     ]
     dataset = "imagenet" if is_imagenet else weights.config.data.dataset
-    images = published.TEST_IMAGES.get(dataset)  # of other data sets it is not known
-    present, classes = len(set(index.labels.tolist())), len(weights.classes)
-    if known and not (present == classes and images in (None, len(index))):
+    # Of other data sets it is known only if the configuration says it.
+    images = published.TEST_IMAGES.get(dataset) or (own.images[1] if own.images[1:] else None)
+    if known and not published.are_test_images(index, images):
         of_images = "" if images is None else f"{images:,} images of "
-        return [], f"no published error is shown: those of this network are for {of_images}all {classes} classes"
+        every = f"all {len(index.classes)} classes"
+        return [], f"no published error is shown: those of this network are for {of_images}{every}"
     if known and not found:
         filters = " or ".join(f"{resize} resize to {short}, crop {crop}" for _, _, (resize, short, crop) in known)
         return [], f"no published error is shown: those of this network are with {filters}"
     return found, ""
 
 
-def _prepared(data: DataConfig) -> tuple[str, int, int]:
-    return data.interpolation, data.resize_size, data.crop_size
-
-
-def recipe_of(weights: Weights) -> str | None:
+def recipe_line(weights: Weights) -> str | None:
     """How many parts of the training differed from the paper's, and where they stand; None if its data were others, or if that
     is not known."""
     rows, images = weights.audit_rows, weights.measured.images if weights.measured else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.compilation import BY_TORCH, compile_network
 from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.distributed import is_usable
-from pipeline.errors import UserError, is_out_of_memory
+from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.models import create_model, triton_block
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import autocast, create_scaler, set_tf32
@@ -99,7 +99,7 @@ def measure_speed(
             rows.append(measure(case, device, deadline))
             after_each(rows, left_out)
         except Exception as error:
-            reason = "out of memory" if is_out_of_memory(error) else (str(error).strip() or repr(error)).splitlines()[0]
+            reason = "out of memory" if is_out_of_memory(error) else first_line(error)
             left_out[str(tuple(case))] = reason
             if not is_out_of_memory(error) and not is_usable(device):
                 lost = f"the GPU could not be used any more after {tuple(case)}"

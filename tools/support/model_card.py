@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from pipeline.audit import frozen_text, origin_text
+from pipeline.audit import frozen_text
 from pipeline.weights import Weights
 from pipeline.words import counted
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
@@ -20,7 +20,7 @@ def model_card(weights: Weights, file: Path) -> str:
     colors = "red, green and blue" if data.channels == 3 else f"gray, {data.depth} bits"
     turned = "applied" if data.exif_orientation else "ignored"
     drawn = "not known" if weights.audit is None else "drawn weights"
-    begun_with = origin_text(config.model) if config.model.weights else drawn
+    begun_with = config.model.weights_text if config.model.weights else drawn
     rows = [
         [
             "network",

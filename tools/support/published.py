@@ -1,4 +1,7 @@
-"""Published errors in percent, for comparison with own runs."""
+"""Published errors in percent, for comparison with own runs, and what they may stand beside."""
+
+from pipeline.config import DataConfig
+from pipeline.data.index import DatasetIndex
 
 # Number of test images of which the errors are; of ImageNet its validation images.
 TEST_IMAGES = {"imagenet": 50_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "fashion-mnist": 10_000}
@@ -44,3 +47,17 @@ TORCHVISION_ON_IMAGENET = {
 # With which resize filter, to which short side, and crop they are.
 PREPARED_IN_THE_PAPER, PREPARED_BY_TORCHVISION = ("torch7-bicubic", 256, 224), ("pil-bilinear", 256, 224)
 RESNETS_ON_IMAGENET = {"resnet34": 26.73, "resnet50": 24.01, "resnet101": 22.44, "resnet152": 22.16}
+
+
+def are_test_images(index: DatasetIndex, images: int | None) -> bool:
+    """Whether an index may be of a whole test set: it has images of every class, and in all as many.
+
+    Args:
+        images: of the test set; None if that is not known.
+    """
+    return images in (None, len(index)) and len(set(index.labels.tolist())) == len(index.classes)
+
+
+def prepared_as(data: DataConfig) -> tuple[str, int, int]:
+    """With which resize filter, to which short side, and crop."""
+    return data.interpolation, data.resize_size, data.crop_size

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from scipy.stats import binomtest, t
 
-Z95 = 1.959963984540054  # the normal distribution's quantile of 97.5 %
+from pipeline.ranking import Z95
 
 
 def wilson_interval(wrong: int, images: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def median_seconds(
-    work: Mapping[Name, Callable[[], None]], rounds: int, after_piece: Callable[[], None] = lambda: None
+    work: Mapping[Name, Callable[[], object]], rounds: int, after_piece: Callable[[], object] = lambda: None
 ) -> dict[Name, float]:
     """The seconds that each piece of work takes, the median over the rounds after one that does not count.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.config import Interpolation, from_dict
 from pipeline.errors import ArgumentParser, UserError
+from pipeline.followers import resize_with
 from pipeline.preprocessing import PREPROCESSING, assumption, mirrored_views
-from pipeline.recipe import resize_with
 from pipeline.weights import Weights, read_weights
 
 

@@ -34,22 +34,22 @@ class Setting:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def keep(self, found: "Found") -> None:
+    def keep(self, found: "Finding") -> None:
         """Keep what a check has seen so far, in case that its process ends."""
         file = self.folder / "kept"
         file.with_suffix(".new").write_text(json.dumps(found))
         file.with_suffix(".new").replace(file)
 
-    def kept(self) -> "Found | None":
+    def kept(self) -> "Finding | None":
         """What the check that was begun last has kept."""
         file = self.folder / "kept"
-        return Found(*json.loads(file.read_text())) if file.exists() else None
+        return Finding(*json.loads(file.read_text())) if file.exists() else None
 
     def forget(self) -> None:
         (self.folder / "kept").unlink(missing_ok=True)
 
 
-class Found(NamedTuple):
+class Finding(NamedTuple):
     """What a check has seen, in a line, and figures for the JSON file."""
 
     text: str
@@ -67,7 +67,7 @@ class Check:
 
     group: str
     title: str
-    look: Callable[[Setting], Found]
+    look: Callable[[Setting], Finding]
     needs: tuple[str, ...] = ()
 
     def run(self, setting: Setting) -> dict[str, Any]:
@@ -81,10 +81,10 @@ class Check:
         try:
             status, found = "ok", self._look(setting)
         except Skipped as reason:
-            status, found = "skipped", Found(str(reason))
+            status, found = "skipped", Finding(str(reason))
         except Exception as error:
             lines = str(error).splitlines() or [""]
-            status, found = "FAIL", Found(f"{type(error).__name__}: {lines[0]}")
+            status, found = "FAIL", Finding(f"{type(error).__name__}: {lines[0]}")
         return {
             "group": self.group,
             "check": self.title,
@@ -94,7 +94,7 @@ class Check:
             "seconds": round(time.monotonic() - start, 2),
         }
 
-    def _look(self, setting: Setting) -> Found:
+    def _look(self, setting: Setting) -> Finding:
         for name in self.needs:
             try:
                 importlib.import_module(name)

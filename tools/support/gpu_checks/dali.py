@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.support.gpu_checks.check import Found, Setting, Skipped, require
+from tools.support.gpu_checks.check import Finding, Setting, Skipped, require
 from tools.support.gpu_checks.runs import resumed
 
 NEAR = 0.05  # standard deviations of ImageNet's pixels, in the mean of an image: decoders round otherwise
@@ -110,7 +110,7 @@ def pixels(
     return found
 
 
-def dali_pixels(setting: Setting) -> Found:
+def dali_pixels(setting: Setting) -> Finding:
     """DALI's graphs: near to Pillow's pixels, the same bits in each run and in whatever batch an image comes."""
     index = photos(setting.folder / "photos", 12)
     cpu = torch.device("cpu")
@@ -128,10 +128,10 @@ def dali_pixels(setting: Setting) -> Found:
                 wrong.append(f"{name}, {cut}: {mean:.3f} from Pillow's in the mean")
             far, graphs = max(far, mean), graphs + 1
     require(not wrong, f"images differ, in standard deviations: {'; '.join(wrong)}")
-    return Found(f"{graphs} graphs, at most {far:.1e} standard deviations from Pillow's in the mean of an image")
+    return Finding(f"{graphs} graphs, at most {far:.1e} standard deviations from Pillow's in the mean of an image")
 
 
-def dali_odd(setting: Setting) -> Found:
+def dali_odd(setting: Setting) -> Finding:
     """Gray, CMYK, progressive, turned, tiny and other images, each by its name, are near to Pillow's pixels."""
     index = odd_photos(setting.folder / "odd")
     first, expected = (
@@ -141,12 +141,12 @@ def dali_odd(setting: Setting) -> Found:
     far = {index.names[row]: (first[row] - expected[row]).abs().mean().item() for row in first}
     wrong = [f"{name} {value:.3f}" for name, value in far.items() if not value < NEAR]
     require(not wrong, f"pixels differ from Pillow's in the mean, in standard deviations: {', '.join(wrong)}")
-    return Found(
+    return Finding(
         f"{len(far)} images, at most {max(far.values()):.1e} standard deviations from Pillow's in the mean", far
     )
 
 
-def dali_corrupt(setting: Setting) -> Found:
+def dali_corrupt(setting: Setting) -> Finding:
     """A corrupt image is replaced and does not count."""
     from pipeline.config import DataConfig
     from pipeline.data.loader import Shard, TrainingLoader
@@ -160,10 +160,10 @@ def dali_corrupt(setting: Setting) -> Found:
     with redirect_stderr(io.StringIO()):
         (batch,) = loader.batches(0)
     require(batch.weights.sum().item() == 7, f"{batch.weights.sum().item():.0f} of 8 images count")
-    return Found("7 of 8 images count")
+    return Finding("7 of 8 images count")
 
 
-def dali_resumed(setting: Setting) -> Found:
+def dali_resumed(setting: Setting) -> Finding:
     """A run that DALI feeds with JPEG files, cut and resumed; on a GPU in CUDA graphs."""
     folder = setting.folder / "files"
     photos(folder / "train", 40)
@@ -179,7 +179,7 @@ GROWN = 100.0
 """MiB that may come after: a block of DALI's pool has 64, a batch 11.5, of which one lost an epoch makes 172."""
 
 
-def dali_memory(setting: Setting) -> Found:
+def dali_memory(setting: Setting) -> Finding:
     """The memory of the GPU that is taken grows no more after some epochs."""
     if not setting.on_gpu:
         raise Skipped("of a GPU's memory; on CPU python -m tools.lab.endurance looks")
@@ -197,4 +197,4 @@ def dali_memory(setting: Setting) -> Found:
         taken.append((total - free) / 2**20)
     text = f"MiB more than after the first epoch: {', '.join(f'{value - taken[0]:.0f}' for value in taken[1:])}"
     require(taken[-1] - taken[WARM] < GROWN, text)
-    return Found(text, {"MiB": taken})
+    return Finding(text, {"MiB": taken})

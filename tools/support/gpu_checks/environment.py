@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from pipeline.precision import set_tf32
-from tools.support.gpu_checks.check import Found, Setting, require
+from tools.support.gpu_checks.check import Finding, Setting, require
 from tools.support.gpu_checks.networks import worst
 
 LOWEST_TORCH = 2, 11
 
 
-def versions(setting: Setting) -> Found:
+def versions(setting: Setting) -> Finding:
     """What is installed; torch is not too old, and the device is there."""
     names = "torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "nvidia-nvjpeg", "pydantic", "submitit"
     found: dict[str, Any] = {"python": sys.version.split()[0]}
@@ -36,10 +36,10 @@ def versions(setting: Setting) -> Found:
             "memory_bytes": properties.total_memory, "driver": driver[0] if driver else None,
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         }  # fmt: skip
-    return Found(", ".join(f"{name} {version or 'missing'}" for name, version in found.items()), found)
+    return Finding(", ".join(f"{name} {version or 'missing'}" for name, version in found.items()), found)
 
 
-def tf32_flags(setting: Setting) -> Found:
+def tf32_flags(setting: Setting) -> Finding:
     """Matrix products in fp32 are none of TF32's, whatever the variable of NVIDIA's containers says."""
     errors = {}
     for value in ("0", "1"):
@@ -50,7 +50,7 @@ def tf32_flags(setting: Setting) -> Found:
             errors[value] = product_error("cpu")
             require(not torch.backends.cuda.matmul.allow_tf32, "set_tf32 leaves TF32 on for matrix products")
     require(max(errors.values()) < 1e-5, f"a product in fp32 is off by {max(errors.values()):.1e}: TF32 is on")
-    return Found(f"a product in fp32 is off by {max(errors.values()):.1e} with the variable 0 and 1", errors)
+    return Finding(f"a product in fp32 is off by {max(errors.values()):.1e} with the variable 0 and 1", errors)
 
 
 def product_error_apart(device: str, variable: str) -> float:
@@ -69,7 +69,7 @@ def product_error(device: str) -> float:
     return worst([a.float() @ a.float()], [a.float().double() @ a.float().double()])
 
 
-def nvjpeg(setting: Setting) -> Found:
+def nvjpeg(setting: Setting) -> Finding:
     """DALI gets the nvJPEG of requirements.txt, though torchvision brings another."""
     from pipeline.nvjpeg import installed_nvjpeg, load_nvjpeg, nvjpeg_of_process
 
@@ -80,4 +80,4 @@ def nvjpeg(setting: Setting) -> Found:
     require(found is not None, "none loads")
     path, version = found or ("", "")
     require(installed in (None, path), f"nvJPEG {version} ({path}) would decode, not {installed}")
-    return Found(f"nvJPEG {version} ({path})")
+    return Finding(f"nvJPEG {version} ({path})")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.compilation import compile_network
 from pipeline.models import triton_block
 from pipeline.precision import autocast, create_scaler
-from tools.support.gpu_checks.check import Found, Setting, Skipped, require
+from tools.support.gpu_checks.check import Finding, Setting, Skipped, require
 from tools.support.gpu_checks.networks import (
     FLOAT32,
     SHALLOW,
@@ -31,7 +31,7 @@ from tools.support.gpu_checks.networks import (
 from tools.support.gpu_checks.runs import a_run
 
 
-def compiled(setting: Setting) -> Found:
+def compiled(setting: Setting) -> Finding:
     """torch.compile's network gives the modules' gradients, leaves the last, smaller batch alone and compiles little."""
     from torch._dynamo.utils import counters
 
@@ -54,10 +54,10 @@ def compiled(setting: Setting) -> Found:
             now = counters["stats"]["unique_graphs"]
             require(1 <= now <= 3 and now == (graphs or now), f"{mode}: {graphs} graphs, then {now} were compiled")
             graphs = now
-    return Found(f"gradients {far:.1e} from the modules'" + ("" if setting.on_gpu else "; traced, not compiled"))
+    return Finding(f"gradients {far:.1e} from the modules'" + ("" if setting.on_gpu else "; traced, not compiled"))
 
 
-def cuda_graphs(setting: Setting) -> Found:
+def cuda_graphs(setting: Setting) -> Finding:
     """Steps replayed as CUDA graphs have the bits of steps that are not, on all that a run may do between them."""
     if not setting.on_gpu:
         raise Skipped("there are none on CPU")
@@ -75,7 +75,7 @@ def cuda_graphs(setting: Setting) -> Found:
                 "bits in a second run"
             )
     names = ", ".join([*blocks, "memory_efficient"])
-    return Found(f"the same bits in {len(SIDES)} steps of {names} in fp32 and bf16, with DDP too")
+    return Finding(f"the same bits in {len(SIDES)} steps of {names} in fp32 and bf16, with DDP too")
 
 
 SIDES = 160, 160, 160, 160, 128, 128, 128, 160, 128, 160
@@ -131,7 +131,7 @@ def graph_steps(
             dist.destroy_process_group()
 
 
-def runs_in_graphs(setting: Setting) -> Found:
+def runs_in_graphs(setting: Setting) -> Finding:
     """`fit` in CUDA graphs ends with the bits of one without: with all that it may do between replays, and in two sizes."""
     from pipeline.hooks import Hook
 
@@ -178,4 +178,4 @@ def runs_in_graphs(setting: Setting) -> Found:
         )
         differing = [key for key, tensor in without.state.items() if not torch.equal(tensor, replayed.state[key])]
         require(not differing, f"{name}: other bits in {', '.join(differing[:3])}")
-    return Found("the same bits" + ("" if setting.on_gpu else "; without graphs, of which there are none on CPU"))
+    return Finding("the same bits" + ("" if setting.on_gpu else "; without graphs, of which there are none on CPU"))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.models import triton_block
 from pipeline.precision import autocast
-from tools.support.gpu_checks.check import Found, Setting, Skipped, require
+from tools.support.gpu_checks.check import Finding, Setting, Skipped, require
 from tools.support.gpu_checks.numerics import own_backends
 from tools.support.gpu_checks.runs import a_run
 
@@ -26,7 +26,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_waits(setting: Setting) -> Found:
+def host_waits(setting: Setting) -> Finding:
     """No step of a run that is not logged waits for the device; on a GPU torch itself stops at one."""
     from pipeline.hooks import Hook
 
@@ -63,7 +63,7 @@ def host_waits(setting: Setting) -> Found:
             if setting.on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
         require(watch.steps > 0, "no step was watched")
-    return Found(f"none in {watch.steps} steps of {', '.join(names)}")
+    return Finding(f"none in {watch.steps} steps of {', '.join(names)}")
 
 
 class Operators(TorchDispatchMode):
@@ -77,7 +77,7 @@ class Operators(TorchDispatchMode):
         return outcome
 
 
-def launches(setting: Setting) -> Found:
+def launches(setting: Setting) -> Finding:
     """A step launches at most twice as many kernels as it has operators under fake tensors."""
     from tools.support.fake_gpu import Launch, Step, run_step
 
@@ -107,7 +107,7 @@ def launches(setting: Setting) -> Found:
             raise Skipped(f"torch's profiler sees no kernels here; operators of a step under fake tensors: {text}")
         measured[dense_block] = launched
         require(count / 2 <= launched <= 2 * count, f"{dense_block}: {launched} launches, counted {count}")
-    return Found(f"measured {measured}; operators under fake tensors: {text}", measured)
+    return Finding(f"measured {measured}; operators under fake tensors: {text}", measured)
 
 
 def bare_step(network: nn.Module, images: Tensor, labels: Tensor) -> None:

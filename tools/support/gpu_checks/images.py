@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import World
-from tools.support.gpu_checks.check import Found, Setting, require
+from tools.support.gpu_checks.check import Finding, Setting, require
 from tools.support.gpu_checks.networks import FLOAT32, worst
 
 
-def colours(setting: Setting) -> Found:
+def colours(setting: Setting) -> Finding:
     """Training batches with all augmentation are the CPU's, and an image has the same pixels in each batch."""
     from pipeline.config import DataConfig
 
@@ -22,7 +22,7 @@ def colours(setting: Setting) -> Found:
         require(far < 1e-4, f"pixels differ from the CPU's by {far:.1e}")
         require(all(label == cpus[row][1] for row, (_, label) in own.items()), "labels differ from the CPU's")
         require_same_in_other_batches(own, 22, config, setting.device)
-    return Found(f"22 images, at most {far:.1e} from the CPU's, the same in other batches")
+    return Finding(f"22 images, at most {far:.1e} from the CPU's, the same in other batches")
 
 
 def generated(images: int, config: Any, device: torch.device, batch_size: int) -> dict[int, tuple[Tensor, int]]:
@@ -48,7 +48,7 @@ def require_same_in_other_batches(
         require(not differing, f"{differing} of {images} images are others in batches of {batch_size}")
 
 
-def augmentation(setting: Setting) -> Found:
+def augmentation(setting: Setting) -> Finding:
     """Batches with all operations of RandAugment and TrivialAugment, cutout, and erasing with noise are nearly the CPU's."""
     from pipeline.config import DataConfig
     from pipeline.data.policies import SPACES
@@ -71,10 +71,10 @@ def augmentation(setting: Setting) -> Found:
         far = max(far, torch.stack(apart).mean().item())
         require(far < 2e-3, f"{space}: pixels differ from the CPU's by {far:.1e} in the mean")
         require_same_in_other_batches(own, 64, config, setting.device)
-    return Found(f"{len(SPACES)} spaces, at most {far:.1e} from the CPU's in the mean, the same in other batches")
+    return Finding(f"{len(SPACES)} spaces, at most {far:.1e} from the CPU's in the mean, the same in other batches")
 
 
-def evaluation(setting: Setting) -> Found:
+def evaluation(setting: Setting) -> Finding:
     """Single and ten crops with a smaller last batch give the CPU's answers and totals."""
     from pipeline.config import DataConfig
     from pipeline.data.loader import EvaluationLoader, Shard
@@ -97,4 +97,4 @@ def evaluation(setting: Setting) -> Found:
         require(far < FLOAT32, f"{crops} crops: logits differ from the CPU's by {far:.1e}")
         require(len(found[0].top5) == len(found[1].top5) == 11, "images are missing")
         require(found[0].score.images == found[1].score.images == 11, "the totals count other images")
-    return Found(f"1 and 10 crops of 11 images, logits at most {far:.1e} from the CPU's")
+    return Finding(f"1 and 10 crops of 11 images, logits at most {far:.1e} from the CPU's")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pipeline.models import triton_block
 from pipeline.precision import set_tf32
-from tools.support.gpu_checks.check import Found, Setting, require
+from tools.support.gpu_checks.check import Finding, Setting, require
 from tools.support.gpu_checks.networks import (
     FLOAT32,
     FLOAT64,
@@ -27,7 +27,7 @@ from tools.support.gpu_checks.networks import (
 )
 
 
-def float64_as_torchvision(setting: Setting) -> Found:
+def float64_as_torchvision(setting: Setting) -> Finding:
     """Logits, gradients and statistics in float64 are torchvision's, in both layouts, and gradients lie as parameters."""
     import torchvision
 
@@ -53,7 +53,7 @@ def float64_as_torchvision(setting: Setting) -> Found:
                     lies_alike(parameter.grad, parameter),
                     f"{dense_block}, {layout}: the gradient of {name} lies otherwise than the parameter",
                 )
-    return Found(f"at most {found:.1e} apart, relative, of {FLOAT64:.0e}", found)
+    return Finding(f"at most {found:.1e} apart, relative, of {FLOAT64:.0e}", found)
 
 
 def lies_alike(a: Tensor | None, b: Tensor) -> bool:
@@ -61,7 +61,7 @@ def lies_alike(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), b.shape, strict=True))
 
 
-def checkpointing(setting: Setting) -> Found:
+def checkpointing(setting: Setting) -> Finding:
     """Activation checkpointing changes no bit."""
     names = own_backends(setting)
     for dense_block in names:
@@ -73,7 +73,7 @@ def checkpointing(setting: Setting) -> Found:
         for what, tensors in plain.items():
             same = all(map(torch.equal, tensors, again[what]))
             require(same, f"{dense_block}: {what} are others with activation checkpointing")
-    return Found(f"the same bits: {', '.join(names)}")
+    return Finding(f"the same bits: {', '.join(names)}")
 
 
 def own_backends(setting: Setting) -> list[str]:
@@ -83,7 +83,7 @@ def own_backends(setting: Setting) -> list[str]:
     return ["memory_efficient", *([fast] if can else [])]
 
 
-def low_precision(setting: Setting) -> Found:
+def low_precision(setting: Setting) -> Finding:
     """In each precision implementations are about as near to float64 as the modules are."""
     data = some_images(setting)
     depths: set[tuple[int, ...] | None] = {None, SHALLOW}
@@ -111,4 +111,4 @@ def low_precision(setting: Setting) -> Found:
         f"{precision}: " + ", ".join(f"{name} {value:.1e}" for name, value in far.items())
         for precision, far in figures.items()
     ]
-    return Found(f"gradients against float64: {'; '.join(texts)}", figures)
+    return Finding(f"gradients against float64: {'; '.join(texts)}", figures)

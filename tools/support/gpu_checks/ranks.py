@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pipeline.distributed import World, data_parallel
 from pipeline.precision import set_tf32
-from tools.support.gpu_checks.check import Found, Setting, Skipped, require
+from tools.support.gpu_checks.check import Finding, Setting, Skipped, require
 from tools.support.gpu_checks.networks import FLOAT32, distance, own_network, some_images, step
 
 
-def process_groups(setting: Setting) -> Found:
+def process_groups(setting: Setting) -> Finding:
     """NCCL (on CPU gloo) with a gloo group beside it, in a world of one."""
     backend = "nccl" if setting.on_gpu else "gloo"
     bound: dict[str, Any] = dict(device_id=setting.device) if setting.on_gpu else {}
@@ -27,10 +27,10 @@ def process_groups(setting: Setting) -> Found:
         require(ours.sum().item() == hosts.sum().item() == 3, "sums over one rank are wrong")
     finally:
         dist.destroy_process_group()
-    return Found(f"{backend} and gloo")
+    return Finding(f"{backend} and gloo")
 
 
-def two_ranks(setting: Setting) -> Found:
+def two_ranks(setting: Setting) -> Finding:
     """Two ranks on one device average their gradients as one process does that computes both halves."""
     # Who has used a GPU, or autograd's threads, cannot fork: a server that has only loaded torch does it.
     context = multiprocessing.get_context("forkserver")
@@ -52,7 +52,7 @@ def two_ranks(setting: Setting) -> Found:
     far = distance(found[0], expected)
     require(all(map(torch.equal, *found)), "the ranks have different gradients")
     require(far < FLOAT32, f"the ranks' gradients are {far:.1e} off")
-    return Found(f"gradients {far:.1e} from one process's")
+    return Finding(f"gradients {far:.1e} from one process's")
 
 
 def half_of(setting: Setting, rank: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +74,6 @@ def one_of_two_ranks(rank: int, setting: Setting) -> None:
     dist.destroy_process_group()
 
 
-def lost_rank(setting: Setting) -> Found:
+def lost_rank(setting: Setting) -> Finding:
     """A rank that is killed: the others leave with 75. Two GPUs are needed, and this command is for one."""
     raise Skipped("`fit` takes two ranks on two GPUs only; on CPU python -m tools.lab.chaos kills ranks")

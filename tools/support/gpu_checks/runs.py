@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import exit_on_user_error, is_out_of_memory
 from pipeline.precision import autocast, create_scaler
-from tools.support.gpu_checks.check import Found, Setting, require
+from tools.support.gpu_checks.check import Finding, Setting, require
 from tools.support.gpu_checks.networks import own_network, some_images
 
 
@@ -41,7 +41,7 @@ def a_run(setting: Setting, name: str, hooks: tuple[Any, ...] = (), **sections: 
     return fit(from_dict(tree, name), hooks)
 
 
-def resumed(setting: Setting, name: str = "synthetic", **sections: dict[str, Any]) -> Found:
+def resumed(setting: Setting, name: str = "synthetic", **sections: dict[str, Any]) -> Finding:
     """SIGTERM ends a run so that its command ends with 75; resumed, it has the bits of a run that was not cut."""
     from pipeline.errors import InterruptedRunError
     from pipeline.hooks import Hook
@@ -73,7 +73,7 @@ def resumed(setting: Setting, name: str = "synthetic", **sections: dict[str, Any
     differing = [name for name, tensor in whole.state.items() if not torch.equal(tensor, rest.state[name])]
     require(not differing, f"a resumed run has other bits in {', '.join(differing[:3])}")
     require(any(not torch.equal(t, cut.state[name]) for name, t in whole.state.items()), "the run was not cut")
-    return Found("exit code 75; resumed with the same bits")
+    return Finding("exit code 75; resumed with the same bits")
 
 
 def ended_with(error: Exception) -> Any:
@@ -89,7 +89,7 @@ def ended_with(error: Exception) -> Any:
     return None
 
 
-def precisions(setting: Setting) -> Found:
+def precisions(setting: Setting) -> Finding:
     """`fit` trains in each precision, with gradient accumulation, to finite weights."""
     from pipeline.hooks import Hook
 
@@ -103,10 +103,10 @@ def precisions(setting: Setting) -> Found:
         options: dict[str, dict[str, Any]] = {"train": {"precision": precision}, "optim": {"grad_accum_steps": 2}}
         progress = a_run(setting, precision, (Finite(),), **options)
         require(progress.epoch == 1, f"{precision}: the run did not end")
-    return Found(", ".join(names))
+    return Finding(", ".join(names))
 
 
-def overflow(setting: Setting) -> Found:
+def overflow(setting: Setting) -> Finding:
     """A step of fp16 whose scaled loss overflows is left out, and the next one with a lower scale is taken."""
     scaler = create_scaler("fp16", setting.device)
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**60, "backoff_factor": 2.0**-50})
@@ -124,10 +124,10 @@ def overflow(setting: Setting) -> Found:
         scaler.update()
         moved.append(not torch.equal(before, network.classifier.weight))
     require(moved == [False, True], f"the two steps moved the weights: {moved}")
-    return Found(f"left out once; the scale fell to {scaler.get_scale():.0f}")
+    return Finding(f"left out once; the scale fell to {scaler.get_scale():.0f}")
 
 
-def out_of_memory(setting: Setting) -> Found:
+def out_of_memory(setting: Setting) -> Finding:
     """Too little memory is one line with what to lower, and exit code 2."""
     try:
         torch.empty(2**50, device=setting.device)
@@ -138,5 +138,5 @@ def out_of_memory(setting: Setting) -> Found:
             code = ended_with(error)
         lines = said.getvalue().splitlines()
         require(code == 2 and len(lines) == 1 and "lower the batch size" in lines[0], f"code {code}: {lines}")
-        return Found(f"exit code 2; {lines[0][:60]}...")
+        return Finding(f"exit code 2; {lines[0][:60]}...")
     raise AssertionError("a petabyte could be had")

@@ -4,27 +4,27 @@ import time
 from typing import Any
 
 from pipeline.models.densenet import DenseNet
-from tools.support.gpu_checks.check import Found, Setting, require
+from tools.support.gpu_checks.check import Finding, Setting, require
 from tools.support.gpu_speed import measure_speed
 
 
-def speed(setting: Setting) -> Found:
+def speed(setting: Setting) -> Finding:
     """Images a second, launches and peak memory of training steps, beside torchvision and timm."""
 
-    def found(rows: list[dict[str, Any]], left_out: dict[str, str]) -> Found:
+    def found(rows: list[dict[str, Any]], left_out: dict[str, str]) -> Finding:
         best = max(rows, key=lambda row: row["images_per_s"])
         text = (
             f"{len(rows)} measured, {len(left_out)} left out; fastest {best['implementation']} in {best['precision']}"
         )
         speed = f"batch {best['batch_size']}: {best['images_per_s']:,.0f} images/s"
-        return Found(f"{text}, {speed}", {"rows": rows, "left_out": left_out})
+        return Finding(f"{text}, {speed}", {"rows": rows, "left_out": left_out})
 
     rows, left_out = measure_speed(setting.device, setting.deadline, lambda *so_far: setting.keep(found(*so_far)))
     require(bool(rows), f"nothing could be measured: {left_out}")
     return found(rows, left_out)
 
 
-def choice_of_auto(setting: Setting) -> Found:
+def choice_of_auto(setting: Setting) -> Finding:
     """What `auto` measures at the start of a run, in bf16, and in fp32 if there is time: all that can run here is right."""
     from pipeline.autotune import measure, measure_apart
     from pipeline.config import from_dict
@@ -53,4 +53,4 @@ def choice_of_auto(setting: Setting) -> Found:
         require(first.startswith("computes with"), first)
         require(not others, f"{precision}: {'; '.join(others)}")
         texts.append(f"{precision}: {first}")
-    return Found("; ".join(texts), texts)
+    return Finding("; ".join(texts), texts)

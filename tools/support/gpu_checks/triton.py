@@ -12,7 +12,7 @@ import torch
 from pipeline.models import triton_block
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import set_tf32
-from tools.support.gpu_checks.check import Found, Setting, Skipped, require
+from tools.support.gpu_checks.check import Finding, Setting, Skipped, require
 from tools.support.gpu_checks.networks import (
     SHALLOW,
     TIMES_EAGER,
@@ -29,7 +29,7 @@ from tools.support.gpu_checks.networks import (
 )
 
 
-def triton_kernels(setting: Setting) -> Found:
+def triton_kernels(setting: Setting) -> Finding:
     """The Triton kernels run, are as near to float64 as the modules, and give the same bits twice."""
     if not setting.on_gpu:
         from tools.support.fake_gpu import Launch, Step, run_step
@@ -44,7 +44,7 @@ def triton_kernels(setting: Setting) -> Found:
     return triton_beside_modules(setting, ("fp32", "tf32", "bf16", "fp16"))
 
 
-def triton_beside_modules(setting: Setting, precisions: tuple[str, ...]) -> Found:
+def triton_beside_modules(setting: Setting, precisions: tuple[str, ...]) -> Finding:
     """The kernels' logits, gradients, statistics and answers in evaluation are as near to float64 as the modules'."""
     data = some_images(setting)
     data = data[0].contiguous(memory_format=torch.channels_last), data[1]
@@ -74,12 +74,12 @@ def triton_beside_modules(setting: Setting, precisions: tuple[str, ...]) -> Foun
             limit = min(max(TIMES_EAGER * eager_far, 1e-5), WRONG)
             require(own_far <= limit, f"{precision}: {what} are {own_far:.1e} off, eager's {eager_far:.1e}")
             figures[f"{precision} {what}"] = {"triton": own_far, "eager": eager_far}
-    return Found(
+    return Finding(
         ", ".join(f"{what} {far['triton']:.1e} (eager {far['eager']:.1e})" for what, far in figures.items()), figures
     )
 
 
-def sanitizer(setting: Setting) -> Found:
+def sanitizer(setting: Setting) -> Finding:
     """compute-sanitizer finds no fault in the Triton kernels' memory accesses."""
     if not setting.on_gpu:
         raise Skipped("it is for a GPU's kernels")
@@ -103,4 +103,4 @@ def sanitizer(setting: Setting) -> Found:
         raise Skipped(f"it took more than {left:.0f} s: give more --minutes") from None
     require(outcome.returncode == 0, (outcome.stdout + outcome.stderr)[-300:])
     require("triton" in outcome.stdout, "the modules were called")
-    return Found("no fault")
+    return Finding("no fault")

@@ -1,4 +1,4 @@
-"""What changing one part of a recipe means for its other parts.
+"""Which fields follow others: what changing one part of a recipe means for its other parts.
 
 A configuration is made in layers: the defaults, which are the paper's recipe, then the file, then the command line. A layer
 that gives a field without the one that belongs to it means both: a crop size takes its resize size along, the number of
@@ -8,11 +8,6 @@ epochs the epochs after which the learning rate drops.
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.words import counted
-
-RANKS_OF_A_LARGE_RUN = 8  # from so many on, few images a rank are mostly waiting for each other
-SMALL_STATISTIC = 16  # images of a batch-norm statistic below which it is poor
-LARGE_STATISTIC = 32  # what Goyal et al. 2017 gave each GPU
 # What follows which field.
 FOLLOWERS = {
     "data.resize_size": "data.crop_size",
@@ -118,17 +113,3 @@ def _number(value: Any) -> float | None:
     except ValueError:
         return None
     return number if 0 <= number < 1e9 else None
-
-
-def poor_split(batch_size: int, ranks: int, grad_accum_steps: int) -> str:
-    """What a batch that is cut into many small parts means, and what to do, in one line; empty if it is not."""
-    each = batch_size // (ranks * grad_accum_steps)
-    if ranks < RANKS_OF_A_LARGE_RUN or each >= SMALL_STATISTIC:
-        return ""
-    steps = f" x {counted(grad_accum_steps, 'accumulation step')}" if grad_accum_steps > 1 else ""
-    return (
-        f"batch {batch_size} on {ranks} ranks{steps} leaves {counted(each, 'image')} to a batch-norm statistic (the paper: 64),"
-        f" and ranks that mostly wait for each other: --optim.batch_size {ranks * LARGE_STATISTIC} --optim.large_batch gives "
-        f"each {LARGE_STATISTIC} images, with the learning rate and warm-up of Goyal et al. 2017 (another recipe than the "
-        "paper's)"
-    )

@@ -1,0 +1,8 @@
+"""What the parts of a data set are called."""
+
+# In small letters; of several names the first one that is there is taken.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test", "dev", "eval"),
+}
+KNOWN_SPLITS = tuple(name for names in SPLIT_NAMES.values() for name in names)
