@@ -31,17 +31,22 @@ class Recipe:
         source: where it is from.
         ranks: into how many parts it divides a batch: GPUs times gradient accumulation steps.
         fields: the fields, by key, in which it is not the defaults.
-        elsewhere: parts that no value of a field here is: what the source does, and the field that is in its place.
+        elsewhere: parts that no value of a field here is: what the source does, and the field that is in its place, or words
+            where there is no field.
+        batch_norms: whether its networks have any.
     """
 
     source: str
     ranks: int
     fields: Mapping[str, Any]
     elsewhere: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    batch_norms: bool = True
 
 
 _FILTERS = ("Pillow's bicubic; in training bilinear or bicubic at random", "data.interpolation")
 _MIXED = ("with the batch in reverse order, with one share", "data.mixup_alpha")
+_WARPS = ("bilinear or bicubic at random", "data.warp_interpolation")
+_LAST_BATCH = ("left out where it is not whole", "trained on")
 _WARM_UP = ("from epoch to epoch; the cosine counts them", "optim.warmup_epochs")  # of timm's scheduler
 # What the recipes of timm's script have in common.
 _OF_TIMM = {
@@ -76,6 +81,8 @@ def _strikes_back(procedure: str, fields: Mapping[str, Any]) -> Recipe:
         fields={**_STRIKES_BACK, **fields},
         elsewhere={
             "resize filter": _FILTERS,
+            "warp filter": _WARPS,
+            "last batch": _LAST_BATCH,
             "mixup": (f"alpha {fields.get('data.mixup_alpha', 0.1)}, {_MIXED[0]}", _MIXED[1]),
             "warm-up epochs": (f"5, {_WARM_UP[0]}", _WARM_UP[1]),
         },
@@ -93,7 +100,11 @@ RECIPES: dict[str, Recipe] = {
             "data.color_jitter": 0.0,
             "data.pca_noise": 0.0,
         },
-        elsewhere={"resize filter": ("OpenCV's bilinear, without antialias", "data.interpolation")},
+        elsewhere={
+            "resize filter": ("OpenCV's bilinear, without antialias", "data.interpolation"),
+            "training crop": ("one draw, its area cut off at what fits", "ten tries, else the center"),
+            "initial weights": ("normal, variance 2 / inputs", "normal, variance 2 / outputs"),
+        },
     ),
     "rsb-a1": _strikes_back(
         "A1",
@@ -131,9 +142,13 @@ RECIPES: dict[str, Recipe] = {
         },
         elsewhere={
             "resize filter": _FILTERS,
+            "warp filter": _WARPS,
+            "last batch": _LAST_BATCH,
+            "random erasing": ("0.25, after mixing", "data.random_erasing"),
             "mixup": (f"alpha 0.8, {_MIXED[0]}", _MIXED[1]),
             "warm-up epochs": (f"20, from 0.0001 {_WARM_UP[0]}", _WARM_UP[1]),
         },
+        batch_norms=False,
     ),
 }
 
@@ -165,9 +180,10 @@ def audit_recipe(config: Config, ranks: int) -> list[AuditRow]:
         shapes_a_result = key.startswith(("model.", "data.", "optim.")) or key in OF_TRAINING
         if shapes_a_result and key not in OUTSIDE | said_elsewhere:
             compare(key, value, here[key])
-    microbatches = ranks * config.optim.grad_accum_steps
-    statistic = theirs["optim.batch_size"] // recipe.ranks
-    compare("images in a batch-norm statistic", statistic, config.optim.batch_size // microbatches)
+    if recipe.batch_norms:
+        microbatches = ranks * config.optim.grad_accum_steps
+        statistic = theirs["optim.batch_size"] // recipe.ranks
+        compare("images in a batch-norm statistic", statistic, config.optim.batch_size // microbatches)
     for part, (does, key) in recipe.elsewhere.items():
-        compare(part, does, here[key])
+        compare(part, does, here.get(key, key))
     return rows

@@ -11,9 +11,12 @@ from timm.scheduler import CosineLRScheduler
 from pipeline import trainer
 from pipeline.audit import audit, differences
 from pipeline.config import Config, load_config
+from pipeline.measured import has_batch_norms
+from pipeline.models import create_model
 from pipeline.parsing import flatten
 from pipeline.recipes import OUTSIDE, RECIPES, audit_recipe
 from tools.audit import main
+from tools.support.facts import on_meta
 
 PADDLECLAS = sorted((REPOSITORY / "configs" / "paddleclas").glob("*.yaml"))
 MODERN = sorted((REPOSITORY / "configs" / "modern").glob("*.yaml"))
@@ -43,8 +46,8 @@ def test_a_configuration_follows_the_recipe_that_it_names(monkeypatch, capsys, p
     monkeypatch.setattr("sys.argv", ["audit", str(path), "--recipe"])
     main()
     printed = capsys.readouterr().out
-    assert "on 4 ranks beside PaddleClas" in printed and "Differs from PaddleClas in 1 of" in printed
-    assert re.search(r"resize filter +\| OpenCV's bilinear, without antialias \| torch7-bicubic +\| DIFFERS", printed)
+    assert "on 4 ranks beside PaddleClas" in printed and "Differs from PaddleClas in 3 of" in printed
+    assert re.search(r"resize filter +\| OpenCV's bilinear, without antialias +\| torch7-bicubic +\| DIFFERS", printed)
 
 
 @pytest.mark.parametrize("path", MODERN, ids=lambda path: path.stem)
@@ -54,7 +57,9 @@ def test_a_modern_configuration_differs_from_its_recipe_in_what_its_header_says(
     words = " ".join(header.replace("#", "").split())
     no_depth = ["model.drop_path"] if "DenseNets have no stochastic depth" in words else []
     assert "mixed with" in words and "resized with" in words
-    assert odd == [*no_depth, "resize filter", "mixup", "warm-up epochs"]
+    erasing = ["random erasing"] if "erased before" in words else []
+    assert "warps are bilinear alone" in words and "An epoch's last batch" in words
+    assert odd == [*no_depth, "resize filter", "warp filter", "last batch", *erasing, "mixup", "warm-up epochs"]
     optim, optimizer = config.optim, torch.optim.SGD([torch.zeros(1)], config.optim.lr)
     theirs = CosineLRScheduler(
         optimizer, optim.epochs, optim.min_lr, warmup_t=int(optim.warmup_epochs), warmup_lr_init=1e-4
@@ -71,8 +76,18 @@ def test_a_modern_configuration_differs_from_its_recipe_in_what_its_header_says(
 def test_a_departure_from_a_recipe_is_noticed(key, value):
     config = load_config(PADDLECLAS[0], {key: value, "optim.milestones": (30, 60, 90)})
     odd = [row.part for row in differences(audit_recipe(config, ranks=4))]
-    assert odd == [key, "resize filter"]
-    assert len(differences(audit_recipe(config, ranks=8))) == 3  # and the batch-norm statistic
+    assert odd == [key, "resize filter", "training crop", "initial weights"]
+    assert len(differences(audit_recipe(config, ranks=8))) == 5  # and the batch-norm statistic
+
+
+def test_a_recipe_of_networks_without_batch_norms_has_no_statistic_of_one():
+    """RDNet has layer norms, and so any number of ranks."""
+    for name, recipe in RECIPES.items():
+        config = next(c for c in map(load_config, [*PADDLECLAS, *MODERN]) if c.published.recipe == name)
+        norms = name != "rdnet"
+        assert recipe.batch_norms == norms == has_batch_norms(on_meta(create_model, config.model.name))
+        parts = [row.part for row in audit_recipe(config, ranks=1)]
+        assert ("images in a batch-norm statistic" in parts) == norms
 
 
 def test_a_part_of_a_batch_has_the_images_that_the_sources_name():
@@ -84,10 +99,8 @@ def test_a_part_of_a_batch_has_the_images_that_the_sources_name():
 def test_fields_outside_of_recipes_exist():
     assert set(flatten(dataclasses.asdict(Config()))) >= OUTSIDE
     for recipe in RECIPES.values():
-        assert set(flatten(dataclasses.asdict(Config()))) >= {
-            *recipe.fields,
-            *(key for _, key in recipe.elsewhere.values()),
-        }
+        named = {key for _, key in recipe.elsewhere.values() if "." in key}  # others are words
+        assert set(flatten(dataclasses.asdict(Config()))) >= {*recipe.fields, *named}
 
 
 def test_a_configuration_without_a_recipe_is_told_which_there_are(user_error):
