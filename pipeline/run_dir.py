@@ -54,8 +54,8 @@ def epochs_done(record: dict[str, Any]) -> float:
 def read_progress(run_dir: Path) -> dict[str, Any]:
     """What ``status.json`` says of a run's last checkpoint.
 
-    Empty if there is none, if it was damaged, or if it is of another checkpoint than the one that is there: a kill came before
-    it was written, or somebody has put an older checkpoint back.
+    Empty if there is none, if it was damaged, or if it is of another checkpoint than the one that is there: it is about
+    to be written, a kill came before that, or somebody has put an older checkpoint back.
     """
     with suppress(OSError, ValueError):
         progress = json.loads((run_dir / STATUS).read_text())

@@ -4,6 +4,7 @@ run.py says what a run is and what is saved of it, objective.py what a step mini
 The tests train on CPU with gloo, `python -m tools.gpu` on one GPU; NCCL between GPUs has not been run yet.
 """
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -57,9 +58,12 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
         start = world.broadcast_from_rank0(lambda: find_start(config))
         run = Run(start.config, world, start)
         Trainer(run, [*create_hooks(run), *hooks, Saving(run)]).fit(start.checkpoint)
-        world.broadcast_from_rank0(lambda: write_audit(run))  # with the steps that were left out since the start
         if world.is_main:
             print(summary(run), flush=True)
+            try:
+                write_audit(run)  # with the steps that were left out since the start
+            except UserError as error:  # a run that is complete stays so
+                print(f"warning: {error}", file=sys.stderr, flush=True)
         return run.progress
 
 

@@ -23,7 +23,7 @@ from pipeline.finite import way_on, way_on_from_validation
 from pipeline.hooks import Hook
 from pipeline.resume import Conditions, check_same_run
 from pipeline.run import Run
-from pipeline.run_dir import STATUS
+from pipeline.run_dir import STATUS, is_complete
 
 pytestmark = pytest.mark.slow  # for the most part
 
@@ -151,6 +151,18 @@ def test_each_checkpoint_comes_with_how_far_the_run_is(tmp_path):
         "validation_images": last_state(config)["conditions"]["val_fingerprint"],
         "followers": {"data.resize_size": 16, "optim.milestones": [1], "optim.warmup_epochs": 0.0},
     }
+
+
+def test_a_complete_run_whose_audit_cannot_be_written_again_stays_complete(tmp_path, capsys):
+    class InTheWay(Hook):
+        def on_end(self, trainer):
+            (tmp_path / "audit.md").unlink()
+            (tmp_path / "audit.md").mkdir()
+
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}), hooks=[InTheWay()])
+    said = capsys.readouterr()
+    assert "last (epoch 1 of 1): validation" in said.out and is_complete(tmp_path, 1)
+    assert said.err.startswith(f"warning: cannot write the run directory {tmp_path} (Is a directory)")
 
 
 def test_fields_that_a_checkpoint_lacks_are_compared_with_their_defaults(tmp_path):

@@ -33,8 +33,12 @@ class Saving(Hook):
     def on_start(self, trainer: Training) -> None:
         """Of a run that resumes, say how far it is, if what stands there is of another checkpoint (see `read_progress`)."""
         run = trainer.run
-        if run.world.is_main and has_checkpoint(run.dir) and not read_progress(run.dir):
-            self._write_status(run)
+
+        def write() -> None:
+            if has_checkpoint(run.dir) and "checkpoint" not in read_progress(run.dir):
+                self._write_status(run)
+
+        run.world.broadcast_from_rank0(write)
 
     def on_step(self, trainer: Training, result: StepResult) -> None:
         run, train = trainer.run, trainer.run.config.train
