@@ -76,12 +76,14 @@ class Batches:
         Args:
             divided: over what a batch is divided, as ``2 ranks x 1 accumulation step``.
         """
-        sees = "what a batch-norm statistic sees"
-        of_batch, last, sizes = f" ({sees})", "", sizes_text(self.statistic_of_last)
+        of_batch, last, sizes = " at once (as a batch norm sees them)", "", sizes_text(self.statistic_of_last)
         if self.images < self.size:
-            of_batch, last = "", f", of all {counted(self.images, 'image')} ({sees}: {sizes})"
+            of_batch, last = (
+                "",
+                f", of all {counted(self.images, 'image')} ({sizes} at once, as a batch norm sees them)",
+            )
         elif self.last < self.size:
-            last = f", the last one of {counted(self.last, 'image')} ({sizes} in a statistic)"
+            last = f", the last one of {counted(self.last, 'image')} ({sizes} at once)"
         return (
             f"batch {self.size} = {divided} x {counted(self.size // self.microbatches, 'image')}{of_batch}; "
             f"{counted(self.steps, 'step')} an epoch{last}"

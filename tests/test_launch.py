@@ -754,7 +754,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     text = capsys.readouterr().out
     assert f"{tmp_path}/run-lr0.2: densenet_bc22_k8, 46 training and 11 validation images, 3 classes" in text
     assert "batch 12 = 1 node x 2 ranks x 1 accumulation step x 6 images" in text
-    assert "4 steps an epoch, the last one of 10 images (5 in a statistic), 2 epochs" in text
+    assert "4 steps an epoch, the last one of 10 images (5 at once), 2 epochs" in text
     assert "at 20 images/s" in text and "1 attempt" in text
     assert "other than the defaults: model.name densenet_bc22_k8, data.dir " in text
     assert "data.loader synthetic, data.crop_size 16, data.resize_size 16, " in text

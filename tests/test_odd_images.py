@@ -292,6 +292,34 @@ def test_images_in_both_sets_are_listed(data, tmp_path):
         assert done.stdout.count("images     5 in") == (words == [data])
 
 
+def test_images_twice_in_a_set_are_listed_by_what_comes_of_them(data):
+    image = (data / "train" / "class0" / "image0000.jpg").read_bytes()
+    (data / "val" / "class1" / "twin.jpg").unlink()
+    for place in ("train/class0/copy.jpg", "train/class1/copy.jpg"):
+        (data / place).write_bytes(image)
+    image = (data / "val" / "class1" / "image0001.jpg").read_bytes()
+    for place in ("val/class1/copy.jpg", "val/class0/image0001.jpg"):  # the latter is then the first
+        (data / place).write_bytes(image)
+    trained, validated = f"{data}/train/class0/copy.jpg", f"{data}/val/class0/image0001.jpg"
+    assert [str(issue) for issue in verify([open_source(data / "train")], [open_source(data / "val")])] == [
+        f"{data}/val/class1/copy.jpg has another class in validation too ({validated}): at least one is counted as wrong; "
+        "remove the wrong one",
+        f"{data}/val/class1/image0001.jpg has another class in validation too ({validated}): at least one is counted as wrong; "
+        "remove the wrong one",
+        f"{data}/train/class0/image0000.jpg is in training twice ({trained}): trained on twice an epoch, and data.holdout may "
+        "hold out one of the two; remove one",
+        f"{data}/train/class1/copy.jpg has another class in training too ({trained}): the network learns both; remove the "
+        "wrong one",
+    ]
+    table = data / "train" / "list.csv"
+    table.write_text("file,label\nclass0/image0000.jpg,a\nclass0/copy.jpg,b\nclass0/image0002.jpg,b\n")
+    *_, issue = verify([open_source(table)], [])  # the ones before: images that the table does not name
+    assert (issue.location, issue.fault) == (
+        str(data / "train/class0/image0000.jpg"),
+        "has another class in training too",
+    )
+
+
 @pytest.mark.slow
 def test_the_command_lists_all_and_fails_if_something_would_stop(data):
     for name, content in (("text.jpg", b"text"), ("cut.jpg", odd_files()["truncated.jpg"])):

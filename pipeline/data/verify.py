@@ -3,8 +3,9 @@
 import hashlib
 import io
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,35 +31,43 @@ from pipeline.data.scan_group import images_of
 from pipeline.data.source import FileSource, Group, ImageIssue, Member
 from pipeline.machine import available_cores
 
-DUPLICATE = "is a validation image too"
+TRAINED_ON = (
+    "is a validation image too",
+    "counted as right or wrong though the network has trained on it; remove it from training",
+)
+TWICE_IN_TRAINING = (
+    "is in training twice",
+    "trained on twice an epoch, and data.holdout may hold out one of the two; remove one",
+)
+TWO_CLASSES_IN_TRAINING = "has another class in training too", "the network learns both; remove the wrong one"
+TWICE_IN_VALIDATION = "is in validation twice", "counted twice; remove one"
+TWO_CLASSES_IN_VALIDATION = (
+    "has another class in validation too",
+    "at least one is counted as wrong; remove the wrong one",
+)
 PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 
 def verify(
     training: Sequence[FileSource], validation: Sequence[FileSource], pixel_format: PixelFormat = COLORS
 ) -> Generator[ImageIssue, None, int]:
-    """Read and decode every image of two sets, either of which may be empty, and yield what is odd or left out; return how many
-    images were read.
+    """Read and decode every image of two sets, either of which may be empty, and yield what is odd or left out, and which
+    images are there twice, by their bytes; return how many images were read.
 
-    Of the images nothing is kept but the validation set's digests and locations.
+    Of the images nothing is kept but their digests, locations and classes.
     """
-    locations, images = {}, 0
-    for location, digest, issues in _examine_all(validation, False, pixel_format):
-        yield from issues
-        images += digest is not None
-        if digest and not _stops(issues):
-            locations[digest] = location
-    for location, digest, issues in _examine_all(training, True, pixel_format):
-        yield from issues
-        images += digest is not None
-        if digest in locations and not _stops(issues):
-            outcome = "counted as right or wrong though the network has trained on it; remove it from training"
-            yield ImageIssue(location, DUPLICATE, outcome, locations[digest])
+    images, validated, trained = 0, _Seen(), _Seen()
+    for found in _examine_all(validation, False, pixel_format):
+        yield from found.issues
+        images += found.digest is not None
+        yield from validated.add(found, TWICE_IN_VALIDATION, TWO_CLASSES_IN_VALIDATION)
+    for found in _examine_all(training, True, pixel_format):
+        yield from found.issues
+        images += found.digest is not None
+        if found.usable and (other := validated.first.get(found.digest)):
+            yield ImageIssue(found.location, *TRAINED_ON, other[0])
+        yield from trained.add(found, TWICE_IN_TRAINING, TWO_CLASSES_IN_TRAINING)
     return images
-
-
-def _stops(issues: Iterable[ImageIssue]) -> bool:
-    return any(issue.stops for issue in issues)
 
 
 def examine(
@@ -100,18 +109,47 @@ def examine(
     return issues
 
 
-Examined = tuple[str, bytes | None, list[ImageIssue]]
+@dataclass(frozen=True)
+class _Examined:
+    """What was found of an image, or of what is none.
 
-
-def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: PixelFormat) -> Iterator[Examined]:
-    """Each image's location, the SHA-256 of its bytes (None if they cannot be read) and what is odd about it, in order.
-
-    What is no image comes likewise.
+    Attributes:
+        location: where it lies, for people.
+        issues: what is odd about it.
+        digest: SHA-256 of its bytes; None if they cannot be read.
+        label: its class; empty if it is not known.
     """
+
+    location: str
+    issues: list[ImageIssue]
+    digest: bytes | None = None
+    label: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.digest is not None and not any(issue.stops for issue in self.issues)
+
+
+class _Seen:
+    """The images of a set, each where it was first."""
+
+    def __init__(self) -> None:
+        self.first: dict[bytes | None, tuple[str, str]] = {}  # location and class
+
+    def add(self, found: _Examined, twice: tuple[str, str], two_classes: tuple[str, str]) -> Iterator[ImageIssue]:
+        """Take an image; what is to be said if its bytes were there before, with the same class or with another."""
+        if found.usable:
+            location, label = self.first.setdefault(found.digest, (found.location, found.label))
+            if location != found.location:
+                yield ImageIssue(found.location, *(twice if label == found.label else two_classes), location)
+
+
+def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: PixelFormat) -> Iterator[_Examined]:
+    """What was found of each image, and of what is no image, in order."""
     name, groups, total = "training" if training else "validation", [], 0
     for source in sources:
         classes, issues = source.groups()
-        yield from ((issue.location, None, [issue]) for issue in issues if classes or issue.stops)
+        yield from (_Examined(issue.location, [issue]) for issue in issues if classes or issue.stops)
         groups += [(source, group) for group in classes or [source.flat()]]
     for source, group in tqdm(groups, f"list {name}", unit=" classes", disable=None, leave=False):
         listing = group.list()  # once more below: a million need not be kept
@@ -121,7 +159,7 @@ def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: Pi
         may_be_empty = is_class and listed and not any(member.by_name for member in listing.members)
         if may_be_empty and not images_of(source, group)[0]:
             where = f"the class {group.name} in {source.root}"
-            yield where, None, [ImageIssue(where, "has no images", "fill or remove it", stops=True)]
+            yield _Examined(where, [ImageIssue(where, "has no images", "fill or remove it", stops=True)])
     with tqdm(desc=f"verify {name}", total=total, unit=" images", disable=None, leave=False) as bar:
         for examined in _in_threads(groups, training, pixel_format):
             bar.update()
@@ -130,26 +168,30 @@ def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: Pi
 
 def _in_threads(
     groups: list[tuple[FileSource, Group]], training: bool, pixel_format: PixelFormat
-) -> Iterator[Examined]:
+) -> Iterator[_Examined]:
     threads = 2 * available_cores()  # some wait for the disk while others decode
     ahead: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
         for source, group in groups:
             images, issues = images_of(source, group)
-            yield from ((issue.location, None, [issue]) for issue in issues)
-            for image in images:
-                ahead.append(pool.submit(_examine_file, source, *image, training, pixel_format))
+            yield from (_Examined(issue.location, [issue]) for issue in issues)
+            for name, member in images:
+                label = member.label if group.labelled else group.name
+                ahead.append(pool.submit(_examine_file, source, name, member, label, training, pixel_format))
                 if len(ahead) > 4 * threads:
                     yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _examine_file(source: FileSource, name: str, member: Member, training: bool, pixel_format: PixelFormat) -> Examined:
+def _examine_file(
+    source: FileSource, name: str, member: Member, label: str, training: bool, pixel_format: PixelFormat
+) -> _Examined:
     location = source.location(name)
     try:
         with source.open(name, member.offset, member.length) as file:
             content = read_all(file, member.length)
     except OSError as error:
-        return location, None, [unreadable(location, error)]
-    return location, hashlib.sha256(content.data).digest(), examine(content, name, location, training, pixel_format)
+        return _Examined(location, [unreadable(location, error)])
+    issues = examine(content, name, location, training, pixel_format)
+    return _Examined(location, issues, hashlib.sha256(content.data).digest(), label)
