@@ -40,6 +40,7 @@ from launch.status import (
     to_text,
 )
 from launch.submission import UnknownJobError, refuse_impossible, script, submit
+from pipeline.command import ArgumentParser, exit_on_user_error
 from pipeline.config import (
     SCHEMA,
     Config,
@@ -48,7 +49,7 @@ from pipeline.config import (
     refuse_flags_without_use,
     run_dir_of,
 )
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.run_dir import Before, is_complete
 from pipeline.words import counted
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from launch.records import Attempt, add_event, is_cancelled, read_events, slurm_attempt
-from pipeline.errors import InterruptedRunError, exit_on_user_error
+from pipeline.command import exit_on_user_error
+from pipeline.errors import InterruptedRunError
 from pipeline.preemption import exit_when_asked
 
 

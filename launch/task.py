@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from launch.records import Attempt, replace_text, slurm_attempt
-from pipeline.errors import UserError, exit_on_user_error
+from pipeline.command import exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.preemption import exit_when_asked
 
 PATIENCE = 300  # seconds for rank 0's address to show in the folder that all share

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline import renamed
-from pipeline.errors import ArgumentParser, UserError, did_you_mean
+from pipeline.command import ArgumentParser
+from pipeline.errors import UserError, did_you_mean
 from pipeline.followers import fields_of_run, following_fields, resize_with
 from pipeline.parsing import (
     STRICT,

@@ -190,7 +190,7 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
         raise
     finally:
         # After a failure the other ranks may be waiting in a collective, and NCCL would wait with them: a command of ours
-        # then ends without the group's end (errors.py).
+        # then ends without the group's end (command.py).
         if size > 1 and not (failed and world.device.type == "cuda"):
             # Free the group's last users first: a gloo thread that outlives the interpreter aborts the process.
             gc.collect()

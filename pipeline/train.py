@@ -3,7 +3,7 @@
 import os
 import sys
 
-from pipeline.errors import exit_on_user_error
+from pipeline.command import exit_on_user_error
 from pipeline.preemption import exit_when_asked
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import UserError, exit_on_user_error
+from pipeline.command import exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.models import create_model
 from tools.lab import benchmark
 from tools.lab.benchmark import (

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import exit_on_user_error, first_line
+from pipeline.command import exit_on_user_error
+from pipeline.errors import first_line
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50)], ids=["torch", "numpy"])

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline import distributed, errors
+from pipeline import command, distributed
+from pipeline.command import exit_on_user_error
 from pipeline.config import DataConfig
 from pipeline.data import loader
 from pipeline.data.synthetic import synthetic_index
 from pipeline.distributed import Agreement, World, gloo_interface, init_distributed, refuse_shared_gpus
-from pipeline.errors import InterruptedRunError, LocalUserError, UserError, exit_on_user_error
+from pipeline.errors import InterruptedRunError, LocalUserError, UserError
 from pipeline.machine import network_interfaces, present_gpus
 from pipeline.precision import choose_kernels, memory_format, set_tf32
 
@@ -219,7 +220,7 @@ def test_a_failed_rank_that_leaves_a_process_group_ends_at_once(monkeypatch, cap
     def fail():
         raise error
 
-    monkeypatch.setattr(errors.os, "_exit", end)
+    monkeypatch.setattr(command.os, "_exit", end)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(EndError) as ended:

@@ -9,9 +9,17 @@ import pytest
 from conftest import REPOSITORY
 
 LAYERS = [
-    {"pipeline.class_names", "pipeline.cpp", "pipeline.exits", "pipeline.machine", "pipeline.nvjpeg", "pipeline.paths"},
+    {
+        "pipeline.class_names",
+        "pipeline.cpp",
+        "pipeline.errors",
+        "pipeline.exits",
+        "pipeline.machine",
+        "pipeline.nvjpeg",
+        "pipeline.paths",
+    },
     {"pipeline.preemption"},
-    {"pipeline.errors"},
+    {"pipeline.command"},
     {"pipeline.followers", "pipeline.renamed", "pipeline.run_dir", "pipeline.unused", "pipeline.words"},
     {"pipeline.parsing"},
     {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking"},

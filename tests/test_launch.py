@@ -40,9 +40,10 @@ from launch.status import read_status, to_text
 from launch.submission import submit
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
+from pipeline.command import ArgumentParser
 from pipeline.config import load_config, to_yaml
 from pipeline.data.loader import IMAGE_PIPELINES
-from pipeline.errors import ArgumentParser, UserError
+from pipeline.errors import UserError
 from pipeline.models.zoo import DENSENETS, MSDNETS
 from pipeline.objective import OBJECTIVES
 from pipeline.optim import OPTIMIZERS

@@ -9,12 +9,12 @@ import torch
 from conftest import index_of, photo
 from PIL import Image
 
+from pipeline.command import exit_on_user_error
 from pipeline.config import DataConfig
 from pipeline.data.color import apply_colors
 from pipeline.data.loader import Shard, create_image_pipeline
 from pipeline.data.plan import training_plans
 from pipeline.data.scan import scan_classes
-from pipeline.errors import exit_on_user_error
 from tools.lab.loader import (
     BASELINE,
     BASELINE_ONE_CROP,

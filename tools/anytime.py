@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from pipeline.budget import BUDGETS, Answers, answers_of, classify, leaves_at, shares, thresholds
 from pipeline.class_names import imagenet_ids
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.dataset import open_datasets
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
 from pipeline.distributed import World, init_distributed
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size, evaluate
 from pipeline.metrics import Score
 from pipeline.models import create_model

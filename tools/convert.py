@@ -7,7 +7,8 @@ paper's. An OUTPUT.pth is a state dictionary for torch.load, with the same metad
 model card too. Where a file does not say how images are prepared, flags say it.
 """
 
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.command import ArgumentParser, exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.weights import Weights, write_safetensors, write_torch
 from pipeline.words import counted
 from tools.support.facts import parameters

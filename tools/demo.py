@@ -12,8 +12,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from pipeline.command import exit_on_user_error
 from pipeline.config import parse_command_line
-from pipeline.errors import UserError, exit_on_user_error
+from pipeline.errors import UserError
 from tools.support.torchrun import torchrun
 
 CONFIG = "configs/demo.yaml"

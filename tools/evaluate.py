@@ -21,11 +21,12 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.autotune import for_evaluation
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig, Precision, from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
 from pipeline.distributed import World, init_distributed
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import UserError
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import autocast, set_tf32

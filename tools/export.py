@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, first_line, positive_integer
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
+from pipeline.errors import UserError, first_line
 from pipeline.models.densenet import DenseNet
 from pipeline.models.early_exits import single_output
 from pipeline.weights import Weights

@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.compilation import in_words
 from pipeline.distributed import is_usable
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import UserError
 from tools.support.gpu_checks import CHECKS, GROUPS
 from tools.support.gpu_checks.check import Setting
 from tools.support.markdown import table

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.command import ArgumentParser, exit_on_user_error
 from pipeline.config import DataConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.dataset import open_datasets, source_of
@@ -35,7 +36,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import find_splits
 from pipeline.data.table import Columns, TableSource, is_table
 from pipeline.data.verify import verify
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.words import counted
 from tools.support.label_files import find_label_file
 from tools.support.outputs import printable

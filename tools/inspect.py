@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import ActivationCheckpointing
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, first_line, positive_integer
+from pipeline.errors import UserError, first_line
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS
 from pipeline.models.densenet import DenseBlock, DenseNet

@@ -21,12 +21,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.command import ArgumentParser, exit_on_user_error
 from pipeline.data.image_files import is_image_by_name, suffix_of
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import cache_beside, known_cache
 from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.words import counted
 from tools.support.tables import add_columns_arguments, open_with_columns
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pipeline.budget import Budgeted
 from pipeline.class_names import human_names
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig
 from pipeline.data.folder import FolderSource
 from pipeline.data.image_files import (
@@ -41,7 +42,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.scan import find_images as find_images_in
 from pipeline.distributed import World, init_distributed
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size
 from pipeline.models.early_exits import single_output
 from pipeline.models.folding import folded

@@ -21,16 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import Config, load_config, load_stored_config
 from pipeline.data.arrays import ArraySource, read_arrays
-from pipeline.errors import (
-    ArgumentParser,
-    InterruptedRunError,
-    UserError,
-    exit_on_user_error,
-    look_up,
-    positive_integer,
-)
+from pipeline.errors import InterruptedRunError, UserError, look_up
 from pipeline.exits import EXIT_RESUME
 from pipeline.parsing import value_text
 from pipeline.run_dir import epochs_done, read_records

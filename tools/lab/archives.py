@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.lab.imagenet import TRAINING_IMAGES
 from tools.support.outputs import made_folder

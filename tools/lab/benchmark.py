@@ -34,16 +34,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline import machine, precision
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import ActivationCheckpointing, OptimConfig
 from pipeline.distributed import choose_device
-from pipeline.errors import (
-    ArgumentParser,
-    UserError,
-    exit_on_user_error,
-    first_line,
-    is_out_of_memory,
-    positive_integer,
-)
+from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.machine import available_cores, keep_freed_memory
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import Config, from_dict, to_yaml
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from tools.lab.images import write_images
 from tools.support.outputs import made_folder

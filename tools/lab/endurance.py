@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig
 from pipeline.data.loader import Shard, TrainingLoader
 from pipeline.data.scan import scan_classes
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores
 from tools.lab.images import write_images
 from tools.support.markdown import table

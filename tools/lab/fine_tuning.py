@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.api import fit, load_config
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import known_cache
 from pipeline.data.scan import scan_classes
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from tools.support.markdown import table
 
 CONFIG, WEIGHTS = "configs/cifar10-jpeg.yaml", "tools/weights/fashion-mnist.safetensors"

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.models import triton_kernels
 from pipeline.models.triton_block import MULTIPROCESSORS
 from tools.support.fake_gpu import PRECISIONS, Launch, Step, run_step

@@ -35,7 +35,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
+from pipeline.errors import UserError
 from pipeline.machine import available_cores
 from pipeline.models import triton_block, triton_kernels
 from pipeline.models.triton_block import TILES, Tile, _Launches

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.models import triton_kernels
 from pipeline.models.triton_block import MULTIPROCESSORS
 from tools.support.fake_gpu import PRECISIONS, Launch, Step, run_step

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import Shard, TrainingLoader
@@ -31,7 +32,6 @@ from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes
 from pipeline.data.shared import share_on_machines
 from pipeline.distributed import init_distributed
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, peak_memory
 from tools.lab.imagenet import TRAINING_IMAGES
 from tools.support.markdown import table

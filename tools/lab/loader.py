@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 from tqdm import tqdm
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig, Interpolation, load_config
 from pipeline.data.color import apply_colors
 from pipeline.data.dali_stages import CutPipeline
@@ -43,7 +44,6 @@ from pipeline.data.native import DECODE, READ, NativePipeline
 from pipeline.data.plan import BatchPlan, evaluation_plans, training_plans
 from pipeline.data.reader import Reader
 from pipeline.data.scan import scan_classes
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.machine import available_cores, keep_freed_memory
 from tools.lab.loader_report import (
     BASELINE,

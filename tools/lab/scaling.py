@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.compilation import in_words
 from pipeline.config import ModelConfig
-from pipeline.errors import ArgumentParser, UserError, exit_on_user_error, positive_integer
+from pipeline.errors import UserError
 from tools.lab.imagenet import TRAINING_IMAGES, VALIDATION_IMAGES
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
 from tools.support.gpu_speed import OURS

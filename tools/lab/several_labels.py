@@ -13,10 +13,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.api import fit
+from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import from_dict
 from pipeline.data.index import DatasetIndex
 from pipeline.data.scan import scan_classes
-from pipeline.errors import ArgumentParser, exit_on_user_error, positive_integer
 
 SIDE = 56  # of a square, in pixels
 

@@ -7,8 +7,9 @@ import typing
 from argparse import Namespace
 from pathlib import Path
 
+from pipeline.command import ArgumentParser
 from pipeline.config import Interpolation, from_dict
-from pipeline.errors import ArgumentParser, UserError
+from pipeline.errors import UserError
 from pipeline.followers import resize_with
 from pipeline.preprocessing import PREPROCESSING, assumption, mirrored_views
 from pipeline.weights import Weights, read_weights

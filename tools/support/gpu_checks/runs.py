@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.errors import exit_on_user_error, is_out_of_memory
+from pipeline.command import exit_on_user_error
+from pipeline.errors import is_out_of_memory
 from pipeline.precision import autocast, create_scaler
 from tools.support.gpu_checks.check import Finding, Setting, require
 from tools.support.gpu_checks.networks import own_network, some_images
