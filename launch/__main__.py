@@ -41,14 +41,8 @@ from launch.status import (
 )
 from launch.submission import UnknownJobError, refuse_impossible, script, submit
 from pipeline.command import ArgumentParser, exit_on_user_error
-from pipeline.config import (
-    SCHEMA,
-    Config,
-    load_config,
-    load_stored_config,
-    refuse_flags_without_use,
-    run_dir_of,
-)
+from pipeline.config import Config
+from pipeline.config_file import SCHEMA, load_config, load_stored_config, refuse_flags_without_use, run_dir_of
 from pipeline.errors import UserError
 from pipeline.run_dir import Before, is_complete
 from pipeline.words import counted

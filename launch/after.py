@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.records import Attempt, add_event, is_cancelled, read_events, read_submission, slurm_attempt
-from pipeline.config import load_stored_config
+from pipeline.config_file import load_stored_config
 from pipeline.errors import UserError
 from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
 from pipeline.preemption import STOP_SIGNALS

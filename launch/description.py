@@ -8,7 +8,8 @@ from launch.estimate import estimate
 from launch.resumption import epochs_done
 from pipeline.batches import Batches, microbatches_of
 from pipeline.cautions import cautions
-from pipeline.config import Config, changed_fields
+from pipeline.config import Config
+from pipeline.config_file import changed_fields
 from pipeline.data.dataset import images_text, open_datasets
 from pipeline.data.plan import together
 from pipeline.errors import UserError

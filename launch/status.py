@@ -15,7 +15,8 @@ from typing import Any
 
 from launch.log import attempts_in_log, exists, is_held_here, seen_elsewhere, state_by_log
 from launch.records import SUBMITTED, Job, config_of, find_job, is_cancelled, read_events
-from pipeline.config import Config, load_stored_config
+from pipeline.config import Config
+from pipeline.config_file import load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
 from pipeline.run_dir import CONFIG, LOG, RECORDS, epochs_done, is_complete, read_progress, read_records

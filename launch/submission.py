@@ -20,7 +20,8 @@ from launch.cluster import Cluster
 from launch.records import SUBMITTED, Job, add_event, config_file, replace_text, write_job, write_submission
 from launch.task import TrainingTask
 from launch.turns import take_turn, visible_gpus
-from pipeline.config import Config, to_yaml
+from pipeline.config import Config
+from pipeline.config_file import to_yaml
 from pipeline.errors import UserError
 from pipeline.machine import present_gpus
 from pipeline.words import agreed

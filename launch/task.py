@@ -39,7 +39,7 @@ class TrainingTask:
 
 def train(attempt: Attempt) -> None:
     """Train as the rank that torchrun's variables in the environment name."""
-    from pipeline.config import load_stored_config
+    from pipeline.config_file import load_stored_config
     from pipeline.trainer import fit
 
     fit(load_stored_config(attempt.config))

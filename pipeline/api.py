@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from pipeline.autotune import for_evaluation
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.data.dataset import to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index_cache import known_cache

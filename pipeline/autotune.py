@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.compilation import BY_TORCH, compile_network, in_words, refuse_graphs
-from pipeline.config import Compile, Config, MemoryFormat, from_dict
+from pipeline.config import Compile, Config, MemoryFormat
+from pipeline.config_file import from_dict
 from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.distributed import is_usable
 from pipeline.errors import first_line, is_out_of_memory

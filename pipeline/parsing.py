@@ -41,6 +41,16 @@ def expand(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
 
+def split_names(names: Any) -> Any:
+    """Names between commas, in one text or in several; none: no name."""
+    texts = [names] if isinstance(names, str) else names
+    if texts in (["none"], ["null"]):
+        return ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return names
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
 _NUMBER = BeforeValidator(_no_truth_value)  # Python, and so pydantic, takes true for 1
 Positive = Annotated[int, Field(gt=0), _NUMBER]
 NonNegative = Annotated[int, Field(ge=0), _NUMBER]

@@ -17,7 +17,8 @@ from pipeline.audit import (
 )
 from pipeline.cautions import cautions
 from pipeline.checkpoint import CheckpointFolder, FoundCheckpoint
-from pipeline.config import Config, changed_fields, to_yaml
+from pipeline.config import Config
+from pipeline.config_file import changed_fields, to_yaml
 from pipeline.data.splits import with_sets_found
 from pipeline.metrics import errors_text, exits_text
 from pipeline.optim import learning_rate

@@ -8,7 +8,7 @@ from pipeline.preemption import exit_when_asked
 
 
 def main() -> None:
-    from pipeline.config import parse_command_line  # here, so that signals are heard before anything slow is imported
+    from pipeline.config_file import parse_command_line
 
     config, options = parse_command_line(
         sys.argv[1:],

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from pipeline.audit import AuditRow, audit, in_one_line
 from pipeline.checkpoint import is_checkpoint, load_checkpoint, load_weights
 from pipeline.class_names import imagenet_ids
-from pipeline.config import BestBy, Config, DataConfig, ModelConfig, from_stored
+from pipeline.config import BestBy, Config, DataConfig, ModelConfig
+from pipeline.config_file import from_stored
 from pipeline.errors import UserError
 from pipeline.external_weights import channels_of, match, name_network, outputs_of, recognise
 from pipeline.measured import Measured

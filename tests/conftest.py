@@ -14,7 +14,8 @@ from commands import PATIENCE, REPOSITORY, Template
 from PIL import Image
 
 from pipeline.command import exit_on_user_error
-from pipeline.config import Config, from_dict
+from pipeline.config import Config
+from pipeline.config_file import from_dict
 from pipeline.cpp import CppUnavailableError, find_compiler
 from pipeline.data.index import DatasetIndex
 from pipeline.data.synthetic import synthetic_index

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline import trainer
-from pipeline.config import load_stored_config
+from pipeline.config_file import load_stored_config
 from pipeline.distributed import init_distributed
 from tests.training_hooks import InterruptAfter, InterruptionError
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import from_dict
+from pipeline.config_file import from_dict
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.models.backends import BACKENDS

@@ -13,7 +13,7 @@ from pipeline.audit import (
     statistics_text,
     to_markdown,
 )
-from pipeline.config import from_dict, load_config
+from pipeline.config_file import from_dict, load_config
 from pipeline.measured import (
     Measured,
     decayed_parameters,

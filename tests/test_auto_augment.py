@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import autoaugment as torchvisions
 
-from pipeline.config import DataConfig, from_dict
+from pipeline.config import DataConfig
+from pipeline.config_file import from_dict
 from pipeline.data.auto_augment import AutoAugment
 from pipeline.data.color import apply_colors
 from pipeline.data.erasing import erase

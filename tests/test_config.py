@@ -6,7 +6,7 @@ from conftest import REPOSITORY, override_flags
 
 from pipeline.cautions import poor_split
 from pipeline.command import ArgumentParser
-from pipeline.config import from_dict, load_config, load_stored_config, parse_command_line, to_yaml
+from pipeline.config_file import from_dict, load_config, load_stored_config, parse_command_line, to_yaml
 from pipeline.errors import UserError
 from pipeline.parsing import flatten, text_to_read, value_text
 

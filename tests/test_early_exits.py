@@ -13,7 +13,7 @@ from test_additions import resumes_with_the_same_bits
 from test_trainer import assert_equal_weights, last_state, records, weights
 
 from pipeline.audit import audit, differences
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.synthetic import synthetic_index
 from pipeline.distributed import World

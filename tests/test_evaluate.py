@@ -22,7 +22,8 @@ from pipeline.audit import is_papers_data, published_errors_hold
 from pipeline.autotune import Implementation, Tuning
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.class_names import imagenet_ids
-from pipeline.config import Config, DataConfig, from_dict, from_stored, load_config
+from pipeline.config import Config, DataConfig
+from pipeline.config_file import from_dict, from_stored, load_config
 from pipeline.data import dataset
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard

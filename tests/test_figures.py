@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import DataConfig, load_config, load_stored_config
+from pipeline.config import DataConfig
+from pipeline.config_file import load_config, load_stored_config
 from pipeline.data.scan import scan_classes
 from pipeline.models import create_model
 from tools.figures import (

@@ -17,7 +17,8 @@ from torch import nn
 from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import api, start, trainer
-from pipeline.config import OptimConfig, load_config, load_stored_config, to_yaml
+from pipeline.config import OptimConfig
+from pipeline.config_file import load_config, load_stored_config, to_yaml
 from pipeline.distributed import init_distributed
 from pipeline.errors import UserError
 from pipeline.metrics import LabelScore

@@ -23,7 +23,7 @@ LAYERS = [
     {"pipeline.followers", "pipeline.renamed", "pipeline.run_dir", "pipeline.unused", "pipeline.words"},
     {"pipeline.parsing"},
     {"pipeline.config", "pipeline.distributed", "pipeline.measured", "pipeline.ranking"},
-    {"pipeline.cuda_graphs", "pipeline.paper", "pipeline.run_log"},
+    {"pipeline.config_file", "pipeline.cuda_graphs", "pipeline.paper", "pipeline.run_log"},
     {
         "pipeline.data",
         "pipeline.models",
@@ -105,7 +105,9 @@ def test_imports_only_from_below_or_from_its_own_part(module):
 
 
 def test_configuration_needs_no_torch():
-    assert not any(name.split(".")[0] == "torch" for name in imports_of("pipeline.config"))
+    assert not any(
+        name.split(".")[0] == "torch" for name in imports_of("pipeline.config") | imports_of("pipeline.config_file")
+    )
 
 
 def test_no_users_command_needs_the_laboratory():

@@ -10,7 +10,8 @@ from scipy.stats import ttest_1samp
 from torchvision_sets import write_fashion_mnist
 
 from pipeline.api import fit
-from pipeline.config import DataConfig, from_dict, load_config
+from pipeline.config import DataConfig
+from pipeline.config_file import from_dict, load_config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.scan import scan_classes
 from tools.lab import ablation, archives, fine_tuning, index_scale, several_labels

@@ -10,7 +10,8 @@ from conftest import REPOSITORY
 from labelled_images import COLOURS, open_label_table, write_labelled_images
 
 from pipeline.audit import audit, differences
-from pipeline.config import DataConfig, load_config
+from pipeline.config import DataConfig
+from pipeline.config_file import load_config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.label_table import match_files, read_label_table
 from pipeline.data.scan import scan_label_table

@@ -41,7 +41,7 @@ from launch.submission import submit
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.command import ArgumentParser
-from pipeline.config import load_config, to_yaml
+from pipeline.config_file import load_config, to_yaml
 from pipeline.data.loader import IMAGE_PIPELINES
 from pipeline.errors import UserError
 from pipeline.models.zoo import DENSENETS, MSDNETS

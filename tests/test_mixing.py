@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from conftest import small_config, write_class_folders
 
-from pipeline.config import DataConfig, from_dict
+from pipeline.config import DataConfig
+from pipeline.config_file import from_dict
 from pipeline.data.loader import Batch, Shard, TrainingLoader
 from pipeline.data.mixing import Partners, draw_pairs, mix
 from pipeline.data.scan import scan_classes

@@ -18,8 +18,8 @@ from conftest import REPOSITORY
 from torch.distributed.run import get_args_parser
 
 from launch.cluster import Cluster
-from pipeline import config
-from pipeline.config import SCHEMA, load_config, parse_command_line
+from pipeline import config_file
+from pipeline.config_file import SCHEMA, load_config, parse_command_line
 from pipeline.errors import UserError
 
 FOLDERS = ("configs", "launch", "pipeline", "tests", "tools", ".readme")
@@ -108,7 +108,7 @@ def understands(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
             {"site.yaml": str(tmp_path / "site.yaml"), "CONFIG.yaml": "configs/demo.yaml"}.get(w, w) for w in words
         ]
         main = importlib.import_module("launch.__main__" if module == "launch" else module)
-        monkeypatch.setattr(config, "parse_command_line", parse_run_and_stop)  # after the import, which would keep it
+        monkeypatch.setattr(config_file, "parse_command_line", parse_run_and_stop)  # after the import, which would keep it
         if module == "launch":
             monkeypatch.setattr(main, "describe", stop)
             monkeypatch.setattr(main, "_refuse_if_running", lambda run: None)

@@ -10,7 +10,8 @@ from timm.scheduler import CosineLRScheduler
 
 from pipeline import trainer
 from pipeline.audit import audit, differences
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.measured import has_batch_norms
 from pipeline.models import create_model
 from pipeline.parsing import flatten

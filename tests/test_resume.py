@@ -16,7 +16,7 @@ from launch.__main__ import read_config
 from pipeline import trainer
 from pipeline.audit import audit as audit_of
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.config import load_config, to_yaml
+from pipeline.config_file import load_config, to_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.finite import way_on, way_on_from_validation

@@ -14,7 +14,7 @@ from test_zip_archive import zip_folder
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import to_yaml
+from pipeline.config_file import to_yaml
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,7 @@ from launch.records import (
 from launch.status import logs_of, read_status, runs_below, to_text
 from launch.turns import gpus_for_part, has_turn, part_of, take_part, take_turn
 from pipeline import trainer
-from pipeline.config import to_yaml
+from pipeline.config_file import to_yaml
 from pipeline.errors import InterruptedRunError, UserError
 from pipeline.run_dir import locked
 

@@ -7,7 +7,7 @@ import torchvision_sets
 from conftest import REPOSITORY
 
 from pipeline import trainer
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from tools.support.published import COLUMNS, DENSENETS_ON_SMALL_IMAGES
 
 CONFIGS = sorted((REPOSITORY / "configs" / "table2").glob("*.yaml"))

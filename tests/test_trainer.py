@@ -18,7 +18,7 @@ from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import parse_command_line, to_yaml
+from pipeline.config_file import parse_command_line, to_yaml
 from pipeline.errors import UserError
 from pipeline.metrics import Score
 from pipeline.run import Run

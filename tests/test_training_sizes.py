@@ -9,7 +9,8 @@ from conftest import index_of, small_config
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from pipeline import compilation, trainer
-from pipeline.config import DataConfig, from_dict
+from pipeline.config import DataConfig
+from pipeline.config_file import from_dict
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
 from pipeline.data.plan import repeat, sample_order, training_plans
 from pipeline.data.scan import scan_classes

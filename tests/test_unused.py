@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipeline.audit import audit
-from pipeline.config import from_stored, load_config, to_yaml
+from pipeline.config_file import from_stored, load_config, to_yaml
 from pipeline.data.arrays import CLASSES_OF_TORCHVISION
 from pipeline.data.loader import IMAGE_PIPELINES
 from pipeline.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.audit import audit, to_markdown
 from pipeline.batches import microbatches_of
 from pipeline.command import exit_on_user_error, positive_integer
-from pipeline.config import parse_command_line
+from pipeline.config_file import parse_command_line
 from pipeline.history import batch_split
 from pipeline.paper import setting_for
 from pipeline.recipes import audit_recipe, recipe_of

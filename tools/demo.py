@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.command import exit_on_user_error
-from pipeline.config import parse_command_line
+from pipeline.config_file import parse_command_line
 from pipeline.errors import UserError
 from tools.support.torchrun import torchrun
 

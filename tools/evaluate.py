@@ -22,7 +22,8 @@ import numpy as np
 
 from pipeline.autotune import for_evaluation
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.config import DataConfig, Precision, from_dict
+from pipeline.config import DataConfig, Precision
+from pipeline.config_file import from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
 from pipeline.distributed import World, init_distributed

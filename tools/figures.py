@@ -26,7 +26,8 @@ from torch import nn
 from pipeline.audit import is_papers_data, published_errors_hold
 from pipeline.checkpoint import load_checkpoint
 from pipeline.command import ArgumentParser, exit_on_user_error
-from pipeline.config import Config, DataConfig, ModelConfig, from_stored, load_stored_config
+from pipeline.config import Config, DataConfig, ModelConfig
+from pipeline.config_file import from_stored, load_stored_config
 from pipeline.errors import UserError
 from pipeline.feature_reuse import draw_reuse, feature_reuse
 from pipeline.models import create_model

@@ -3,7 +3,7 @@
 import time
 from functools import partial
 
-from pipeline.config import to_yaml
+from pipeline.config_file import to_yaml
 from pipeline.data.splits import with_sets_found
 from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.hooks.pictures import pictures_due

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.config import Config, load_config, load_stored_config
+from pipeline.config import Config
+from pipeline.config_file import load_config, load_stored_config
 from pipeline.data.arrays import ArraySource, read_arrays
 from pipeline.errors import InterruptedRunError, UserError, look_up
 from pipeline.exits import EXIT_RESUME

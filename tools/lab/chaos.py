@@ -33,7 +33,8 @@ import torch
 
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.config import Config, from_dict, to_yaml
+from pipeline.config import Config
+from pipeline.config_file import from_dict, to_yaml
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from tools.lab.images import write_images
 from tools.support.outputs import made_folder

@@ -25,7 +25,8 @@ from torchvision.transforms import functional
 from tqdm import tqdm
 
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.config import DataConfig, Interpolation, load_config
+from pipeline.config import DataConfig, Interpolation
+from pipeline.config_file import load_config
 from pipeline.data.color import apply_colors
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import decode

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pipeline.api import fit
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.config import from_dict
+from pipeline.config_file import from_dict
 from pipeline.data.index import DatasetIndex
 from pipeline.data.scan import scan_classes
 

@@ -8,7 +8,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from pipeline.command import ArgumentParser
-from pipeline.config import Interpolation, from_dict
+from pipeline.config import Interpolation
+from pipeline.config_file import from_dict
 from pipeline.errors import UserError
 from pipeline.followers import resize_with
 from pipeline.preprocessing import PREPROCESSING, assumption, mirrored_views

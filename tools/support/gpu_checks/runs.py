@@ -19,7 +19,7 @@ from tools.support.gpu_checks.networks import own_network, some_images
 
 def a_run(setting: Setting, name: str, hooks: tuple[Any, ...] = (), **sections: dict[str, Any]) -> Any:
     """Train a tiny network on generated images; return its progress."""
-    from pipeline.config import from_dict
+    from pipeline.config_file import from_dict
     from pipeline.trainer import fit
 
     tree: dict[str, Any] = {

@@ -27,7 +27,7 @@ def speed(setting: Setting) -> Finding:
 def choice_of_auto(setting: Setting) -> Finding:
     """What `auto` measures at the start of a run, in bf16, and in fp32 if there is time: all that can run here is right."""
     from pipeline.autotune import measure, measure_apart
-    from pipeline.config import from_dict
+    from pipeline.config_file import from_dict
     from pipeline.models import create_model
 
     model, images, side = ("densenet121", 32, 224) if setting.on_gpu else ("densenet_bc10_k3", 4, 16)
