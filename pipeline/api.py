@@ -69,8 +69,9 @@ def evaluate(
             f"{weights} gives {data.labels} labels an image: labels is the CSV file of several, and of no other"
         )
     if labels is not None:
-        table = LabelTableSource(str(labels), open_source(folder), found.classes, "val")
-        index = scan_label_table(table, known_cache(Path(labels)), pixel_format=pixel_format(data))
+        file = Path(labels).expanduser()
+        table = LabelTableSource(str(file), open_source(folder), found.classes, "val")
+        index = scan_label_table(table, known_cache(file), pixel_format=pixel_format(data))
     else:
         source = to_evaluate(folder, data)
         index = scan_classes(source, known_cache(folder), pixel_format=pixel_format(data)).with_classes(found.classes)

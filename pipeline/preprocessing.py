@@ -14,6 +14,8 @@ from pipeline.paper import C10, C100
 from pipeline.parsing import value_text
 
 PREPROCESSING = ("resize_size", "crop_size", "interpolation", "mean", "std")  # fields that say how images are prepared
+# In the files that torchvision offers; once loaded and saved again, or by timm, whose networks differ in it, it is "norm1".
+OFFERED_BY_TORCHVISION = re.compile(r"\bfeatures\.denseblock1\.denselayer1\.norm\.1\.")
 TORCHVISIONS_NAME = re.compile(r"\bfeatures\.denseblock1\.denselayer1\.norm\.?1\.")
 
 
@@ -84,8 +86,9 @@ def preprocessing_of(
         tensors: names of the tensors in it.
 
     Returns:
-        It, and the fields of `PREPROCESSING` that are assumed: none of torchvision's and timm's weights for as many classes
-        as theirs have, else all, as those who trained the weights may have prepared images otherwise.
+        It, and the fields of `PREPROCESSING` that are assumed: none of the files that torchvision offers, nor of a network of
+        which timm has one set of weights, with as many classes as theirs; else all, as those who trained the weights may have
+        prepared images otherwise.
 
     Raises:
         UserError: timm prepares them in a way that this project does not.
@@ -96,11 +99,15 @@ def preprocessing_of(
         return data, PREPROCESSING
     if name.startswith("timm:"):
         about = timm_config(network)
-        known, data = outputs == about["num_classes"], preprocessing_of_timm(name, about)
+        import timm  # takes seconds to import, and has made the network
+
+        one_set = len(timm.list_models(f"{name.removeprefix('timm:')}.*", pretrained=True)) == 1
+        known, data = one_set and outputs == about["num_classes"], preprocessing_of_timm(name, about)
     else:
-        is_torchvisions = any(TORCHVISIONS_NAME.search(tensor) for tensor in tensors)
+        names = tuple(tensors)
+        is_torchvisions = any(TORCHVISIONS_NAME.search(name) for name in names)
         data = DataConfig(interpolation="pil-bilinear") if is_torchvisions else DataConfig()
-        known = is_torchvisions and outputs == 1000
+        known = outputs == 1000 and any(OFFERED_BY_TORCHVISION.search(name) for name in names)
     return data, () if known else PREPROCESSING
 
 

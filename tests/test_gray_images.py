@@ -220,7 +220,7 @@ def test_photos_that_lie_on_their_side_are_named_at_each_start(turned, capfd, tm
         index = scan_classes(turned / "stored", tmp_path / "cache")
         said = capfd.readouterr().err
         assert f"{turned / 'stored' / 'a' / '2.jpg'} is rotated by EXIF (and 6 more): " in said
-        assert said.count("\n") == 1 and "data.exif_orientation true turns it" in said
+        assert said.count("\n") == 1 and "data.exif_orientation true (tools: --exif-orientation) turns it" in said
     assert index.turned is None and {tuple(size) for size in index.sizes.tolist()} == {(40, 56)}
 
 

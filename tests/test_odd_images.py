@@ -18,6 +18,7 @@ from pipeline.config import DataConfig
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
+from pipeline.data.image_files import ASK_FOR_UPRIGHT
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
@@ -33,7 +34,6 @@ READ_AS_RGB = "read as RGB through Pillow, alike by all loaders"
 READ_WITH_8_BITS = "read with 8 bits through Pillow, alike by all loaders"
 READ_AS_IT_IS = "read as what it is"
 READ_AS_FIRST = "read as its first"
-READ_AS_STORED = "read as stored, as the paper's code did; data.exif_orientation true turns it"
 STOPS = "stops a run, or is left out of training with data.corrupt_images skip"
 REFUSED = "the index refuses it, or it is left out of training with data.corrupt_images skip; repair or remove it"
 REFUSED_AS_DEEP = "the index refuses it; set data.depth 16 and data.channels 1, or convert or remove it"
@@ -47,7 +47,7 @@ EXPECTED = {
     "trailing bytes.jpg": ([], True),
     "two frames.jpg": ([], True),
     "second frame cut.jpg": ([], True),
-    "rotated.jpg": ([("is rotated by EXIF", READ_AS_STORED)], True),
+    "rotated.jpg": ([("is rotated by EXIF", ASK_FOR_UPRIGHT)], True),
     "pixel.jpg": ([], True),
     "cmyk.jpg": ([("has CMYK colours", READ_AS_RGB)], False),
     "junk in the header.jpg": ([], False),
@@ -212,7 +212,7 @@ def test_what_is_said_is_what_happens(odd, tmp_path, name):
         assert next(skipping.batches(0)).weights.sum() == (3 if outcome == STOPS else 4)
     if outcome in (READ_AS_RGB, READ_WITH_8_BITS):
         assert not is_plain(np.frombuffer(content, np.uint8))
-    elif outcome == READ_AS_STORED:
+    elif outcome == ASK_FOR_UPRIGHT:
         stored = Image.open(io.BytesIO(content))
         i = index.names.index(f"a/{name}")
         assert stored.getexif()[0x0112] != 1 and index.sizes[i].tolist() == [stored.height, stored.width]

@@ -108,7 +108,9 @@ def understands(monkeypatch, tmp_path) -> Callable[[str, list[str]], None]:
             {"site.yaml": str(tmp_path / "site.yaml"), "CONFIG.yaml": "configs/demo.yaml"}.get(w, w) for w in words
         ]
         main = importlib.import_module("launch.__main__" if module == "launch" else module)
-        monkeypatch.setattr(config_file, "parse_command_line", parse_run_and_stop)  # after the import, which would keep it
+        monkeypatch.setattr(
+            config_file, "parse_command_line", parse_run_and_stop
+        )  # after the import, which would keep it
         if module == "launch":
             monkeypatch.setattr(main, "describe", stop)
             monkeypatch.setattr(main, "_refuse_if_running", lambda run: None)

@@ -215,3 +215,20 @@ def test_a_csv_file_has_a_column_of_names_only_where_classes_have_them(tmp_path,
     titles, row = csv.reader((tmp_path / "out.csv").read_text().splitlines())
     assert titles == ["file", "class1", "probability1", "class2", "probability2"]
     assert row[1].startswith("kind ") and 0 < float(row[2]) <= 1 and len(row) == 5
+
+
+def test_a_rotated_photo_is_named_and_turned_where_asked(tmp_path, weights, monkeypatch, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    photo(1, 40, 56).save(tmp_path / "stored.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "stored.jpg") as image:
+        image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    words = (weights, tmp_path / "stored.jpg", tmp_path / "upright.png")
+    lying, upright = answers_of(monkeypatch, tmp_path, *words)
+    said = capsys.readouterr().err
+    assert f"warning: {tmp_path}/stored.jpg is rotated by EXIF: read as stored, " in said and said.count("\n") == 1
+    assert "--exif-orientation) turns it" in said and lying["answers"] != upright["answers"]
+    turned, same = answers_of(monkeypatch, tmp_path, *words, "--exif-orientation")
+    assert not capsys.readouterr().err and same == upright
+    for one, other in zip(turned["answers"], same["answers"], strict=True):
+        assert one["class"] == other["class"] and one["probability"] == pytest.approx(other["probability"], abs=1e-3)

@@ -120,7 +120,7 @@ import resource, torch
 from pipeline.config import DataConfig
 from pipeline.data.scan import scan_classes
 from pipeline.data.loader import EvaluationLoader, Shard
-from pipeline.errors import exit_on_user_error
+from pipeline.command import exit_on_user_error
 
 def main():
     index = scan_classes({str(tmp_path / "train")!r})

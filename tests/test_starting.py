@@ -74,7 +74,8 @@ def test_a_signal_while_a_rank_waits_for_the_others(tmp_path, number):
 
 STRIKES_ITSELF = """
 import atexit, os, signal
-from pipeline.errors import InterruptedRunError, UserError, exit_on_user_error
+from pipeline.command import exit_on_user_error
+from pipeline.errors import InterruptedRunError, UserError
 from pipeline.preemption import STOP_SIGNALS, PreemptionHandler, exit_when_asked
 
 def strike():
@@ -129,7 +130,8 @@ def test_a_signal_after_training_changes_no_exit_code(tmp_path, inside, after, c
 
 BUSY = """
 import os, signal, sys, time
-from pipeline.errors import InterruptedRunError, exit_on_user_error
+from pipeline.command import exit_on_user_error
+from pipeline.errors import InterruptedRunError
 from pipeline.preemption import PreemptionHandler, exit_when_asked
 
 def main():
@@ -188,7 +190,8 @@ def test_a_signal_in_the_first_moment_is_heard(tmp_path, where):
 
 EXHAUSTED = """
 import os, resource, threading
-from pipeline.errors import UserError, exit_on_user_error
+from pipeline.command import exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.preemption import PreemptionHandler, exit_when_asked
 
 def main():

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from pipeline.errors import InterruptedRunError, UserError, exit_on_user_error
+from pipeline.command import exit_on_user_error
+from pipeline.errors import InterruptedRunError, UserError
 from pipeline.preemption import PreemptionHandler, exit_when_asked
 
 what, folder, rank = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]

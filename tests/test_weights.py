@@ -282,9 +282,15 @@ def test_small_networks_are_prepared_for_as_the_paper_does(tmp_path):
 @pytest.mark.parametrize(
     ("name", "outputs", "tensor", "whose"),
     [
-        ("densenet121", 1000, "features.denseblock1.denselayer1.norm1.weight", ""),
         ("densenet121", 1000, "features.denseblock1.denselayer1.norm.1.weight", ""),
+        (
+            "densenet121",
+            1000,
+            "features.denseblock1.denselayer1.norm1.weight",
+            "ImageNet's",
+        ),  # timm's are called so too
         ("timm:test_resnet", 1000, "conv1.weight", ""),
+        ("timm:densenet121", 1000, "features.conv0.weight", "timm's"),  # which timm has several sets of weights for
         ("densenet121", 1000, "backbone.stages.0.block.0.norm1.weight", "ImageNet's"),
         ("densenet121", 10, "features.denseblock1.denselayer1.norm1.weight", "ImageNet's"),
         ("timm:test_resnet", 10, "conv1.weight", "timm's"),
@@ -293,7 +299,7 @@ def test_small_networks_are_prepared_for_as_the_paper_does(tmp_path):
     ],
 )
 def test_how_images_are_prepared_is_known_or_said_to_be_assumed(name, outputs, tensor, whose):
-    """Known of torchvision's and timm's own weights alone."""
+    """Known of the files that torchvision offers, and where timm has one set of weights."""
     data, assumed = preprocessing_of(name, create_model(name, outputs), outputs, [tensor])
     said = assumption("a.pth", Config(model=ModelConfig(name=name), data=data), assumed, "--")
     assert bool(said) == bool(whose)

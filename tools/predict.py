@@ -6,6 +6,7 @@ network that gives several labels an image, each class has a probability of its 
 they are found, however many images there are, and a progress bar shows how far it is.
 """
 
+import argparse
 import csv
 import dataclasses
 import itertools
@@ -29,6 +30,7 @@ from pipeline.command import ArgumentParser, exit_on_user_error, positive_intege
 from pipeline.config import DataConfig
 from pipeline.data.folder import FolderSource
 from pipeline.data.image_files import (
+    ASK_FOR_UPRIGHT,
     COLORS,
     LAST_THAT_STANDS,
     PixelFormat,
@@ -75,6 +77,11 @@ def main() -> None:
         help="million multiply-accumulates that an MSDNet may take in the mean: images leave early by the thresholds of FILE",
     )
     parser.add_argument("--thresholds", metavar="FILE", help="the report.json of tools.anytime, for --budget")
+    parser.add_argument(
+        "--exif-orientation",
+        action=argparse.BooleanOptionalAction,
+        help="turn images as their EXIF data say [as the run did]",
+    )
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(
         "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
@@ -95,6 +102,8 @@ def main() -> None:
     answering = network_of(weights, options)
     # Only the preparation of images is taken from the run, not its data set and its number of threads.
     data = dataclasses.replace(weights.data, dataset="images", loader=options.loader, threads=0)
+    if options.exif_orientation is not None:
+        data = dataclasses.replace(data, exif_orientation=options.exif_orientation)
     files, classes = find_images(options.paths), weights.classes
     names = human_names(classes)
     top, several = min(options.top, len(classes)), data.labels == "multi"
@@ -184,11 +193,13 @@ def find_images(paths: list[str]) -> list[str]:
 def index_files(files: list[str], classes: tuple[str, ...], read_as: PixelFormat = COLORS) -> DatasetIndex:
     """An index of single image files. Its labels are all 0 and its fingerprint is empty.
 
+    A line on stderr names the first image that EXIF data say to turn, where it is read as stored.
+
     Raises:
         UserError: a file cannot be read or is not an image.
     """
 
-    def size_and_length(file: str) -> tuple[tuple[int, int], int, bool]:
+    def size_length_and_turn(file: str) -> tuple[tuple[int, int], int, int]:
         try:
             with open(file, "rb") as stream:
                 image = open_image(stream, file)
@@ -196,14 +207,20 @@ def index_files(files: list[str], classes: tuple[str, ...], read_as: PixelFormat
                     raise UserError(
                         f"{file} {refused[0]} ({deep_mode(image)}), and the network is for others: convert it"
                     )
-                turn = orientation(image) if read_as.exif_orientation else 1
-                size = (image.width, image.height) if turn > LAST_THAT_STANDS else (image.height, image.width)
-                return size, os.fstat(stream.fileno()).st_size, turn != 1
+                turn = orientation(image)
+                lies = read_as.exif_orientation and turn > LAST_THAT_STANDS
+                size = (image.width, image.height) if lies else (image.height, image.width)
+                return size, os.fstat(stream.fileno()).st_size, turn
         except OSError as error:
             raise UserError(f"cannot read the image {file}: {error.strerror}") from None
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        sizes, lengths, turned = zip(*pool.map(size_and_length, files), strict=True)
+        sizes, lengths, turns = zip(*pool.map(size_length_and_turn, files), strict=True)
+    odd = np.array(turns) != 1
+    if odd.any() and not read_as.exif_orientation:
+        more = f" (and {odd.sum() - 1:,} more)" if odd.sum() > 1 else ""
+        first = printable(files[int(odd.argmax())])
+        print(f"warning: {first} is rotated by EXIF{more}: {ASK_FOR_UPRIGHT}", file=sys.stderr, flush=True)
     nothing = np.zeros(len(files), np.int64)
     return DatasetIndex(
         names=tuple(files),
@@ -214,7 +231,7 @@ def index_files(files: list[str], classes: tuple[str, ...], read_as: PixelFormat
         offsets=nothing,
         lengths=np.array(lengths, np.int64),
         source=FolderSource(""),
-        turned=np.array(turned),
+        turned=odd & read_as.exif_orientation,
     )
 
 

@@ -46,7 +46,9 @@ UPRIGHT = {
 }
 
 
-ASK_FOR_UPRIGHT = "read as stored, as the paper's code did; data.exif_orientation true turns it"
+ASK_FOR_UPRIGHT = (
+    "read as stored, as the paper's code did; data.exif_orientation true (tools: --exif-orientation) turns it"
+)
 
 
 @dataclass(frozen=True)
