@@ -3,15 +3,19 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
 
 from launch.status import read_status
+from pipeline.run_dir import read_progress
+from pipeline.weights import read_weights
 
 pytestmark = pytest.mark.slow
 
@@ -153,3 +157,36 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     done = run_module("pipeline.torchrun", "--log-dir", tmp_path / "file", "--nproc-per-node=1", "x.py")
     assert done.returncode == 2 and re.fullmatch("error: torchrun: .*/file'\n", done.stderr)
+
+
+def test_two_launchers_are_one_run_that_a_signal_to_either_ends_and_both_resume(tmp_path):
+    """As on two machines without SLURM, here on one: the bits are those of one launcher with two ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    group = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}")
+    one, two = (small_config(tmp_path / name, optim={"epochs": 20}) for name in ("one", "two"))
+
+    def train(launcher, config) -> subprocess.Popen:
+        words = ["-m", "pipeline.torchrun", *launcher, "-m", "pipeline.train", "configs/demo.yaml"]
+        return subprocess.Popen(
+            [sys.executable, *words, *map(str, override_flags(config))],
+            cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    launchers = [train(group, two) for _ in range(2)]
+    begun, end = tmp_path / "two" / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not begun.exists() or not begun.stat().st_size:
+        assert all(launcher.poll() is None for launcher in launchers) and time.monotonic() < end
+        time.sleep(0.05)
+    launchers[1].terminate()
+    said = [launcher.communicate(timeout=PATIENCE)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [75, 75], said
+    assert all(text.splitlines()[-1].startswith("interrupted: rank ") for text in said), said
+    assert 0 < read_progress(tmp_path / "two")["done_steps"] < 80
+    for launcher in [*(train(group, two) for _ in range(2)), train(("--nproc-per-node=2",), one)]:
+        said = launcher.communicate(timeout=PATIENCE)[1]
+        assert launcher.returncode == 0, said
+    expected, found = (read_weights(tmp_path / name / "checkpoints" / "last.pt") for name in ("one", "two"))
+    assert expected.config.optim.epochs == 20 and read_progress(tmp_path / "two")["done_steps"] == 80
+    for name, tensor in expected.network.state_dict().items():
+        assert torch.equal(tensor, found.network.state_dict()[name]), name
