@@ -212,7 +212,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
 
 def frozen_text(freeze: int) -> str:
     """The parts that ``model.freeze`` keeps as they are."""
-    return f"the stem{'' if not freeze else ' and block 1' if freeze == 1 else f' and blocks 1 to {freeze}'}"
+    blocks = " and block 1 with its transition" if freeze == 1 else f" and blocks 1 to {freeze} with their transitions"
+    return f"the stem{blocks if freeze else ''}"
 
 
 def differences(rows: list[AuditRow]) -> list[AuditRow]:

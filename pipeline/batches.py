@@ -76,12 +76,10 @@ class Batches:
         Args:
             divided: over what a batch is divided, as ``2 ranks x 1 accumulation step``.
         """
-        of_batch, last, sizes = " at once (as a batch norm sees them)", "", sizes_text(self.statistic_of_last)
+        of_batch, last = " at once (what a batch norm sees)", ""
+        sizes = sizes_text(self.statistic_of_last)
         if self.images < self.size:
-            of_batch, last = (
-                "",
-                f", of all {counted(self.images, 'image')} ({sizes} at once, as a batch norm sees them)",
-            )
+            of_batch, last = "", f", of all {counted(self.images, 'image')} ({sizes} at once: what a batch norm sees)"
         elif self.last < self.size:
             last = f", the last one of {counted(self.last, 'image')} ({sizes} at once)"
         return (

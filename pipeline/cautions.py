@@ -61,8 +61,8 @@ def poor_split(batch_size: int, ranks: int, grad_accum_steps: int) -> str:
         return ""
     steps = f" x {counted(grad_accum_steps, 'accumulation step')}" if grad_accum_steps > 1 else ""
     return (
-        f"batch {batch_size} on {ranks} ranks{steps} leaves each {counted(each, 'image')} at once, all that a batch norm sees "
-        f"(the paper: 64), and the ranks mostly wait for each other: --optim.batch_size {ranks * LARGE_STATISTIC} "
+        f"batch {batch_size} on {ranks} ranks{steps} leaves each rank {counted(each, 'image')} at once, all that a batch norm "
+        f"sees (the paper: 64), and the ranks mostly wait for each other: --optim.batch_size {ranks * LARGE_STATISTIC} "
         f"--optim.large_batch gives each {LARGE_STATISTIC} images, with the learning rate of Goyal et al. 2017 and a warm-up "
         "(another recipe than the paper's)"
     )

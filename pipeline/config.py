@@ -25,7 +25,7 @@ from pipeline.parsing import (
     PositiveRange,
     Probability,
     flatten,
-    split_names,
+    names_between_commas,
 )
 from pipeline.unused import WITHOUT_NESTEROV
 from pipeline.words import counted
@@ -218,7 +218,7 @@ class DataConfig:
     Pillow, and resized without rounding."""
     exif_orientation: bool = False
     """Turn images as their EXIF data say; false: they are read as stored, as the paper's code did."""
-    from_weights: Annotated[tuple[str, ...], BeforeValidator(split_names)] = ()
+    from_weights: Annotated[tuple[str, ...], BeforeValidator(names_between_commas)] = ()
     """Fields of this section that a new run takes from the source of model.weights: of channels, crop_size and resize_size,
     interpolation, mean and std those that neither the file nor the command line gives."""
     threads: NonNegative = 0
@@ -480,7 +480,7 @@ class TrainConfig:
     allow_world_size_change: bool = False
     """Let a checkpoint resume with another number of ranks or gradient accumulation steps: the same batches and
     augmentation, but other batch-norm statistics."""
-    change: Annotated[tuple[str, ...], BeforeValidator(split_names)] = ()
+    change: Annotated[tuple[str, ...], BeforeValidator(names_between_commas)] = ()
     """Fields, by key, that may have another value than in the checkpoint that the run resumes from: optim.lr, say. The
     change is recorded in the run's history."""
     not_finite: NotFinite = "stop"

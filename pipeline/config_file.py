@@ -16,7 +16,7 @@ from pipeline.command import ArgumentParser
 from pipeline.config import OF_WEIGHTS, Config, DataConfig, ModelConfig
 from pipeline.errors import UserError
 from pipeline.followers import fields_of_run, following_fields
-from pipeline.parsing import Schema, expand, flatten, split_names, value_text
+from pipeline.parsing import Schema, expand, flatten, names_between_commas, value_text
 from pipeline.run_dir import CONFIG, has_checkpoint, read_progress
 from pipeline.unused import unused_field, unused_in_all
 
@@ -71,7 +71,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, share
         recipe = tree.pop("published", {}).get("recipe")
         if recipe and not {"model.name", "data.dataset"} & set(other):  # what one may still compare with
             tree["published"] = {"recipe": recipe}
-    held = split_names(overrides.get("train.change", tree.get("train", {}).get("change", ())))
+    held = names_between_commas(overrides.get("train.change", tree.get("train", {}).get("change", ())))
     held = held if isinstance(held, tuple) else ()  # what else it is, the field's type says
     defaults, file = flatten(dataclasses.asdict(Config())), flatten(tree)
     run_dir = Path(_run_dir(path, tree, overrides))
@@ -139,7 +139,7 @@ def _with_fields_of_weights(tree: dict[str, Any], overrides: dict[str, Any]) -> 
     file = flatten(tree)
     if not overrides.get("model.weights", file.get("model.weights")) or "data.from_weights" in overrides:
         return overrides
-    known, given = split_names(file.get("data.from_weights")), {*overrides}
+    known, given = names_between_commas(file.get("data.from_weights")), {*overrides}
     if known is None:
         known, given = tuple(name for group in OF_WEIGHTS for name in group), {*file, *overrides}
     elif not isinstance(known, tuple):  # which the field's type refuses

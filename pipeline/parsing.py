@@ -41,7 +41,7 @@ def expand(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
 
-def split_names(names: Any) -> Any:
+def names_between_commas(names: Any) -> Any:
     """Names between commas, in one text or in several; none: no name."""
     texts = [names] if isinstance(names, str) else names
     if texts in (["none"], ["null"]):

@@ -14,7 +14,8 @@ from pipeline.paper import C10, C100
 from pipeline.parsing import value_text
 
 PREPROCESSING = ("resize_size", "crop_size", "interpolation", "mean", "std")  # fields that say how images are prepared
-# In the files that torchvision offers; once loaded and saved again, or by timm, whose networks differ in it, it is "norm1".
+# So called in the files that torchvision offers. Saved again by torchvision, or by timm, which prepares images otherwise, it is
+# "norm1".
 OFFERED_BY_TORCHVISION = re.compile(r"\bfeatures\.denseblock1\.denselayer1\.norm\.1\.")
 TORCHVISIONS_NAME = re.compile(r"\bfeatures\.denseblock1\.denselayer1\.norm\.?1\.")
 
@@ -52,7 +53,9 @@ def assumption(origin: str, config: Config, assumed: Collection[str], prefix: st
         f"{prefix or '--'}{flag} {value_text(getattr(config.data, name))}" for name, flag in flags.items()
     )
     network = config.model.name
-    whose = "timm's" if network.startswith("timm:") else "CIFAR's" if _is_for_cifar(network) else "ImageNet's"
+    is_torchvisions = config.data.interpolation == "pil-bilinear"
+    of_imagenet = "CIFAR's" if _is_for_cifar(network) else "torchvision's" if is_torchvisions else "the paper's"
+    whose = "timm's" if network.startswith("timm:") else of_imagenet
     remedy = (
         "give the right ones" if prefix else "python -m tools.convert with the right ones writes a file that says it"
     )
@@ -101,7 +104,7 @@ def preprocessing_of(
         about = timm_config(network)
         import timm  # takes seconds to import, and has made the network
 
-        one_set = len(timm.list_models(f"{name.removeprefix('timm:')}.*", pretrained=True)) == 1
+        one_set = len(timm.list_models(f"{about['architecture']}.*", pretrained=True)) == 1
         known, data = one_set and outputs == about["num_classes"], preprocessing_of_timm(name, about)
     else:
         names = tuple(tensors)

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> None:
         from torch.distributed import run  # which takes seconds
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
     except KeyboardInterrupt:
         sys.exit(EXIT_KEYBOARD)
     options = run.parse_args(sys.argv[1:])
@@ -44,7 +46,7 @@ def main() -> None:
             print(f"error: torchrun: {first_line(error)}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
         failed: dict[int, int] = {}
-        asked = None
+        asked, lost = None, ""
         try:
             run.run(options)
             return
@@ -52,13 +54,28 @@ def main() -> None:
             failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (SignalException, KeyboardInterrupt) as error:
             asked = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-        code, line = outcome(words_in(Path(options.log_dir)), failed, asked)
+        except RendezvousError as error:
+            lost = first_line(error)
+        words = words_in(Path(options.log_dir))
+        code, line = _without_the_others(options, lost) if lost and not words else outcome(words, failed, asked)
     if line:
         try:
             print(line, file=sys.stderr, flush=True)
         except OSError:  # whoever read it has gone
             leave_closed_outputs()
     sys.exit(code)
+
+
+def _without_the_others(options: Namespace, reason: str) -> tuple[int, str]:
+    """Exit code and line where the launchers do not find each other, or one of them is gone."""
+    if any(Path(options.log_dir).glob("*/attempt_*")):
+        return EXIT_RESUME, f"interrupted: the launcher of another machine is gone ({reason}); {AGAIN}"
+    where = f"--rdzv-endpoint {options.rdzv_endpoint}" if options.rdzv_endpoint else "--master-addr and --master-port"
+    return (
+        EXIT_USER_ERROR,
+        f"error: torchrun: the launchers do not find each other ({reason}): start {options.nnodes} of them, with the same "
+        f"{where}, which all machines must reach",
+    )
 
 
 def _own_folder(log_dir: str) -> str:

@@ -8,7 +8,9 @@ from pipeline.preemption import exit_when_asked
 
 
 def main() -> None:
-    from pipeline.config_file import parse_command_line
+    from pipeline.config_file import (
+        parse_command_line,  # here, so that signals are heard before anything slow is imported
+    )
 
     config, options = parse_command_line(
         sys.argv[1:],

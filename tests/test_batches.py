@@ -15,24 +15,23 @@ ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 @pytest.mark.parametrize(
     ("batches", "text"),
     [
-        (Batches(512, 256, 4), "64 images at once (as a batch norm sees them); 2 steps an epoch"),
+        (Batches(512, 256, 4), "64 images at once (what a batch norm sees); 2 steps an epoch"),
         (  # ImageNet on the paper's four GPUs
             Batches(1_281_167, 256, 4),
-            "64 images at once (as a batch norm sees them); 5,005 steps an epoch, the last one of 143 images "
+            "64 images at once (what a batch norm sees); 5,005 steps an epoch, the last one of 143 images "
             "(35 or 36 at once)",
         ),
         (  # a part without images gets a replacement
             Batches(66, 64, 4),
-            "16 images at once (as a batch norm sees them); 2 steps an epoch, the last one of 2 images (1 at once)",
+            "16 images at once (what a batch norm sees); 2 steps an epoch, the last one of 2 images (1 at once)",
         ),
         (  # pairs that are mixed stay in one part
             Batches(70, 64, 2, together=2),
-            "32 images at once (as a batch norm sees them); 2 steps an epoch, the last one of 6 images "
-            "(2 or 4 at once)",
+            "32 images at once (what a batch norm sees); 2 steps an epoch, the last one of 6 images (2 or 4 at once)",
         ),
         (
             Batches(450, 1000, 1),
-            "1,000 images; 1 step an epoch, of all 450 images (450 at once, as a batch norm sees them)",
+            "1,000 images; 1 step an epoch, of all 450 images (450 at once: what a batch norm sees)",
         ),
     ],
 )
@@ -51,7 +50,7 @@ def test_the_start_and_the_summary_tell_the_same_of_a_batch_that_is_all_images(t
         tmp_path, data={"synthetic_images": 10, "mixup_alpha": 0.2}, optim={"batch_size": 12, "grad_accum_steps": 2}
     )
     run = Run(config, ALONE)
-    assert "of all 10 images (4 or 6 at once, as a batch norm sees them)" in run.description()
+    assert "of all 10 images (4 or 6 at once: what a batch norm sees)" in run.description()
     assert "\nimages in a batch-norm statistic: 4 or 6" in summary(run)
     assert run.measured.statistics == ((0, (4, 6)),)
 

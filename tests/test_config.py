@@ -271,9 +271,12 @@ def test_values_are_shown_without_the_last_digits_of_arithmetic():
 def test_many_ranks_with_few_images_each_are_told_the_way_out():
     assert poor_split(256, 4, 1) == poor_split(256, 16, 1) == poor_split(1024, 32, 1) == poor_split(8, 2, 1) == ""
     line = poor_split(256, 32, 1)
-    assert "batch 256 on 32 ranks leaves each 8 images at once, all that a batch norm sees" in line and "\n" not in line
+    assert (
+        "batch 256 on 32 ranks leaves each rank 8 images at once, all that a batch norm sees" in line
+        and "\n" not in line
+    )
     assert "--optim.batch_size 1024 --optim.large_batch gives each 32 images" in line
-    assert "16 ranks x 2 accumulation steps leaves each 8 images at once" in poor_split(256, 16, 2)
+    assert "16 ranks x 2 accumulation steps leaves each rank 8 images at once" in poor_split(256, 16, 2)
 
 
 def test_stored_configurations_are_read_under_their_old_names(tmp_path):

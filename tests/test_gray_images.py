@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pipeline import api, trainer
 from pipeline.config import DataConfig
 from pipeline.data.formats import to_pnm
-from pipeline.data.image_files import PixelFormat, pixel_format
+from pipeline.data.image_files import ASK_FOR_UPRIGHT, PixelFormat, pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, choose_loader
 from pipeline.data.plan import GRAY
@@ -220,7 +220,7 @@ def test_photos_that_lie_on_their_side_are_named_at_each_start(turned, capfd, tm
         index = scan_classes(turned / "stored", tmp_path / "cache")
         said = capfd.readouterr().err
         assert f"{turned / 'stored' / 'a' / '2.jpg'} is rotated by EXIF (and 6 more): " in said
-        assert said.count("\n") == 1 and "data.exif_orientation true (tools: --exif-orientation) turns it" in said
+        assert said.count("\n") == 1 and ASK_FOR_UPRIGHT in said
     assert index.turned is None and {tuple(size) for size in index.sizes.tolist()} == {(40, 56)}
 
 

@@ -791,7 +791,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
         ["configs/densenet169.yaml", "--data.loader", "synthetic", "--dry-run", "--nodes", "4", "--gpus-per-node", "8"]
     )
     text = capsys.readouterr().out
-    assert "warning: batch 256 on 32 ranks leaves each 8 images" in text
+    assert "warning: batch 256 on 32 ranks leaves each rank 8 images" in text
     assert "other than the defaults: model.name densenet169, " in text and "published." not in text
     with pytest.raises(UserError, match="batch_size 12 cannot be split evenly over 1 node x 5 ranks.*multiple of 5"):
         start(local_words(config, "--dry-run", "--tasks-per-node", 5))

@@ -127,9 +127,7 @@ def test_a_run_tells_its_time_and_the_log_keeps_what_it_said(tmp_path, capsys, m
     ):
         shown = rf"images/s, \d+ % waiting for data, {left}$"
         assert re.search(rf"^{STAMP}epoch {epoch}/2, step 2/6: loss .* {shown}", said, re.M), said
-    assert (
-        "12 images at once (as a batch norm sees them); 6 steps an epoch, the last one of 11 images (11 at once" in said
-    )
+    assert "12 images at once (what a batch norm sees); 6 steps an epoch, the last one of 11 images (11 at once" in said
     assert len(re.findall(r"step 6/6: loss .* % \(11 images\), lr", said)) == 2 and said.count("(11 images)") == 2
     assert said.count("\nimages in a batch-norm statistic: 12 (11 in an epoch's last batch)\n") == 1
     before, after = said.split("hint: ")  # said once, after the second of the epoch's windows that are not its first

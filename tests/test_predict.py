@@ -15,6 +15,7 @@ from torchvision import transforms
 
 from pipeline.class_names import human_names, imagenet_ids, short_names
 from pipeline.config import Config, DataConfig, ModelConfig
+from pipeline.data.image_files import ASK_FOR_UPRIGHT
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.weights import Weights, read_weights, write_safetensors
@@ -225,9 +226,9 @@ def test_a_rotated_photo_is_named_and_turned_where_asked(tmp_path, weights, monk
         image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
     words = (weights, tmp_path / "stored.jpg", tmp_path / "upright.png")
     lying, upright = answers_of(monkeypatch, tmp_path, *words)
-    said = capsys.readouterr().err
-    assert f"warning: {tmp_path}/stored.jpg is rotated by EXIF: read as stored, " in said and said.count("\n") == 1
-    assert "--exif-orientation) turns it" in said and lying["answers"] != upright["answers"]
+    warning = f"warning: {tmp_path}/stored.jpg is rotated by EXIF, and others may be: {ASK_FOR_UPRIGHT}\n"
+    assert capsys.readouterr().err == warning and lying["answers"] != upright["answers"]
+    assert answers_of(monkeypatch, tmp_path, *words, "--no-exif-orientation") == [lying, upright]
     turned, same = answers_of(monkeypatch, tmp_path, *words, "--exif-orientation")
     assert not capsys.readouterr().err and same == upright
     for one, other in zip(turned["answers"], same["answers"], strict=True):

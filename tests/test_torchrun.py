@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -159,34 +160,50 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert done.returncode == 2 and re.fullmatch("error: torchrun: .*/file'\n", done.stderr)
 
 
-def test_two_launchers_are_one_run_that_a_signal_to_either_ends_and_both_resume(tmp_path):
+@pytest.mark.parametrize("asked", [0, 1])
+def test_two_launchers_are_one_run_that_a_signal_to_either_ends_and_both_resume(tmp_path, asked):
     """As on two machines without SLURM, here on one: the bits are those of one launcher with two ranks."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     group = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}")
-    one, two = (small_config(tmp_path / name, optim={"epochs": 20}) for name in ("one", "two"))
+    config = small_config(tmp_path / "two", optim={"epochs": 20})
+    with ExitStack() as stack:
 
-    def train(launcher, config) -> subprocess.Popen:
-        words = ["-m", "pipeline.torchrun", *launcher, "-m", "pipeline.train", "configs/demo.yaml"]
-        return subprocess.Popen(
-            [sys.executable, *words, *map(str, override_flags(config))],
-            cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        def train() -> subprocess.Popen:
+            words = ["-m", "pipeline.torchrun", *group, "-m", "pipeline.train", "configs/demo.yaml"]
+            command = [sys.executable, *words, *map(str, override_flags(config))]
+            launcher = subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            stack.enter_context(launcher)
+            stack.callback(launcher.kill)
+            return launcher
 
-    launchers = [train(group, two) for _ in range(2)]
-    begun, end = tmp_path / "two" / "metrics.jsonl", time.monotonic() + PATIENCE
-    while not begun.exists() or not begun.stat().st_size:
-        assert all(launcher.poll() is None for launcher in launchers) and time.monotonic() < end
-        time.sleep(0.05)
-    launchers[1].terminate()
-    said = [launcher.communicate(timeout=PATIENCE)[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [75, 75], said
-    assert all(text.splitlines()[-1].startswith("interrupted: rank ") for text in said), said
-    assert 0 < read_progress(tmp_path / "two")["done_steps"] < 80
-    for launcher in [*(train(group, two) for _ in range(2)), train(("--nproc-per-node=2",), one)]:
-        said = launcher.communicate(timeout=PATIENCE)[1]
-        assert launcher.returncode == 0, said
-    expected, found = (read_weights(tmp_path / name / "checkpoints" / "last.pt") for name in ("one", "two"))
-    assert expected.config.optim.epochs == 20 and read_progress(tmp_path / "two")["done_steps"] == 80
-    for name, tensor in expected.network.state_dict().items():
-        assert torch.equal(tensor, found.network.state_dict()[name]), name
+        launchers = [train(), train()]
+        begun, end = tmp_path / "two" / "metrics.jsonl", time.monotonic() + PATIENCE
+        while not begun.exists() or not begun.stat().st_size:
+            assert all(launcher.poll() is None for launcher in launchers) and time.monotonic() < end
+            time.sleep(0.05)
+        launchers[asked].terminate()
+        said = [launcher.communicate(timeout=PATIENCE)[1] for launcher in launchers]
+        assert [launcher.returncode for launcher in launchers] == [75, 75], said
+        assert all(text.splitlines()[-1].startswith("interrupted: ") for text in said), said
+        assert 0 < read_progress(tmp_path / "two")["done_steps"] < 80
+        for launcher in [train(), train()]:
+            said = launcher.communicate(timeout=PATIENCE)[1]
+            assert launcher.returncode == 0, said
+    assert read_progress(tmp_path / "two")["done_steps"] == 80
+    if asked:  # once is enough
+        one = small_config(tmp_path / "one", optim={"epochs": 20})
+        run_module("pipeline.train", "configs/demo.yaml", *override_flags(one), ranks=2)
+        expected, found = (read_weights(tmp_path / name / "checkpoints" / "last.pt") for name in ("one", "two"))
+        for name, tensor in expected.network.state_dict().items():
+            assert torch.equal(tensor, found.network.state_dict()[name]), name
+
+
+def test_launchers_that_do_not_find_each_other_are_told_in_one_line(tmp_path):
+    group = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=nowhere.invalid:29500")
+    done = run_module("pipeline.torchrun", *group, "--rdzv-conf=read_timeout=1", "x.py")
+    line = done.stderr.splitlines()[-1]  # torch's C++ has warned of the name before
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "do not find each other" in line and "start 2 of them, with the same --rdzv-endpoint nowhere.invalid" in line

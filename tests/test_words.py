@@ -27,7 +27,7 @@ def test_one_has_no_plural_in_a_message(tmp_path):
     assert here["learning-rate schedule"] == "cosine over 1 epoch"
     rows = [AuditRow("a", "1", "1", True, ""), AuditRow("b", "1", "2", False, "")]
     assert count_differences(rows) == "1 of 2 parts differs from the paper"
-    assert "leaves each 1 image at once" in poor_split(8, 8, 1)
+    assert "leaves each rank 1 image at once" in poor_split(8, 8, 1)
     assert decide("failed", 1, [], "c", 1)[1] == "1 failure in a row without a new checkpoint"
 
 

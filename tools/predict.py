@@ -119,7 +119,8 @@ def main() -> None:
         bar = stack.enter_context(
             tqdm(total=len(files), unit=" images", leave=False, disable=None if options.csv else True)
         )
-        for file, probabilities in predict_all(network, files, classes, data, options.crops, world):
+        tell_rotated = options.exif_orientation is None
+        for file, probabilities in predict_all(network, files, classes, data, options.crops, world, tell_rotated):
             if not probabilities.isfinite().all():
                 raise UserError(f"{options.weights}: the answers are not finite: damaged weights")
             bar.update()
@@ -190,10 +191,11 @@ def find_images(paths: list[str]) -> list[str]:
     return files
 
 
-def index_files(files: list[str], classes: tuple[str, ...], read_as: PixelFormat = COLORS) -> DatasetIndex:
-    """An index of single image files. Its labels are all 0 and its fingerprint is empty.
-
-    A line on stderr names the first image that EXIF data say to turn, where it is read as stored.
+def index_files(
+    files: list[str], classes: tuple[str, ...], read_as: PixelFormat = COLORS
+) -> tuple[DatasetIndex, np.ndarray]:
+    """An index of single image files, whose labels are all 0 and whose fingerprint is empty; and which of them EXIF data say to
+    turn, (N) bool.
 
     Raises:
         UserError: a file cannot be read or is not an image.
@@ -216,13 +218,9 @@ def index_files(files: list[str], classes: tuple[str, ...], read_as: PixelFormat
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         sizes, lengths, turns = zip(*pool.map(size_length_and_turn, files), strict=True)
-    odd = np.array(turns) != 1
-    if odd.any() and not read_as.exif_orientation:
-        more = f" (and {odd.sum() - 1:,} more)" if odd.sum() > 1 else ""
-        first = printable(files[int(odd.argmax())])
-        print(f"warning: {first} is rotated by EXIF{more}: {ASK_FOR_UPRIGHT}", file=sys.stderr, flush=True)
+    rotated = np.array(turns) != 1
     nothing = np.zeros(len(files), np.int64)
-    return DatasetIndex(
+    index = DatasetIndex(
         names=tuple(files),
         labels=nothing,
         sizes=np.array(sizes, np.int32),
@@ -231,18 +229,33 @@ def index_files(files: list[str], classes: tuple[str, ...], read_as: PixelFormat
         offsets=nothing,
         lengths=np.array(lengths, np.int64),
         source=FolderSource(""),
-        turned=odd & read_as.exif_orientation,
+        turned=rotated & read_as.exif_orientation,
     )
+    return index, rotated
 
 
 def predict_all(
-    network: nn.Module, files: list[str], classes: tuple[str, ...], data: DataConfig, crops: int, world: World
+    network: nn.Module,
+    files: list[str],
+    classes: tuple[str, ...],
+    data: DataConfig,
+    crops: int,
+    world: World,
+    tell_rotated: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """`predict` for any number of image files, of which some thousand are known at a time."""
+    """`predict` for any number of image files, of which some thousand are known at a time.
+
+    Args:
+        tell_rotated: name on stderr the first image that EXIF data say to turn, where images are read as stored.
+    """
+    tell_rotated &= not data.exif_orientation
     for start in range(0, len(files), AT_ONCE):
-        yield from predict(
-            network, index_files(files[start : start + AT_ONCE], classes, pixel_format(data)), data, crops, world
-        )
+        index, rotated = index_files(files[start : start + AT_ONCE], classes, pixel_format(data))
+        if tell_rotated and rotated.any():
+            tell_rotated = False
+            first = printable(index.location(int(rotated.argmax())))
+            tqdm.write(f"warning: {first} is rotated by EXIF, and others may be: {ASK_FOR_UPRIGHT}", file=sys.stderr)
+        yield from predict(network, index, data, crops, world)
 
 
 @torch.inference_mode()

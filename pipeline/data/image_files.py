@@ -47,7 +47,8 @@ UPRIGHT = {
 
 
 ASK_FOR_UPRIGHT = (
-    "read as stored, as the paper's code did; data.exif_orientation true (tools: --exif-orientation) turns it"
+    "read as stored, as the paper's code did; data.exif_orientation true (tools.evaluate, predict, index: --exif-orientation) "
+    "turns it"
 )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,8 @@ TWO_CLASSES_IN_VALIDATION = (
     "has another class in validation too",
     "at least one is counted as wrong; remove the wrong one",
 )
+TWICE_UNLABELLED = "is there twice", "compare what the two are labelled, and remove one"
+DIGEST = 16  # bytes of SHA-256 that are kept: of a million images no two are taken for one by chance
 PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 
@@ -116,7 +119,7 @@ class _Examined:
     Attributes:
         location: where it lies, for people.
         issues: what is odd about it.
-        digest: SHA-256 of its bytes; None if they cannot be read.
+        digest: of its bytes; None if they cannot be read.
         label: its class; empty if it is not known.
     """
 
@@ -141,7 +144,8 @@ class _Seen:
         if found.usable:
             location, label = self.first.setdefault(found.digest, (found.location, found.label))
             if location != found.location:
-                yield ImageIssue(found.location, *(twice if label == found.label else two_classes), location)
+                kind = TWICE_UNLABELLED if not found.label else twice if label == found.label else two_classes
+                yield ImageIssue(found.location, *kind, location)
 
 
 def _examine_all(sources: Sequence[FileSource], training: bool, pixel_format: PixelFormat) -> Iterator[_Examined]:
@@ -194,4 +198,4 @@ def _examine_file(
     except OSError as error:
         return _Examined(location, [unreadable(location, error)])
     issues = examine(content, name, location, training, pixel_format)
-    return _Examined(location, issues, hashlib.sha256(content.data).digest(), label)
+    return _Examined(location, issues, hashlib.sha256(content.data).digest()[:DIGEST], sys.intern(label))
