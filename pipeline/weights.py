@@ -4,7 +4,8 @@ Read are checkpoints of this project, safetensors and PyTorch files (without run
 openmmlab (mmpretrain, openmixup) and of ports of the authors' Torch code. Written are torchvision's names, which timm has too.
 
 What this project writes says how images are prepared and what the classes are called. Of other files that is known where they
-are torchvision's or timm's for ImageNet; else it is assumed, and said (`preprocessing.assumption`).
+are as torchvision offers them, or of a network for which timm has one set of weights; else it is assumed, and said
+(`preprocessing.assumption`).
 """
 
 import argparse

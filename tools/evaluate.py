@@ -3,10 +3,10 @@
 WEIGHTS are runs' directories (their best checkpoint), checkpoints, or files of torchvision, timm or openmmlab. Images are
 prepared (crop and resize size, resize filter, mean and standard deviation) as in the run that trained the weights; for
 --model timm:NAME as timm's configuration says; for weights with torchvision's names as torchvision does; for other files of the
-paper's networks as in the paper. Flags override each of these. Where a file does not say it, and is none of torchvision's or
-timm's for ImageNet, a warning says what is assumed. Several WEIGHTS are compared on the same images. Where images of
-some classes are missing, errors among all outputs and among those of the classes present are both reported; --outputs says
-which of them all else is of.
+paper's networks as in the paper. Flags override each of these. Where a file does not say it, and is neither as torchvision
+offers it nor of a network for which timm has one set of weights, a warning says what is assumed. Several WEIGHTS are compared
+on the same images. Where images of some classes are missing, errors among all outputs and among those of the classes present
+are both reported; --outputs says which of them all else is of.
 """
 
 import argparse
