@@ -7,6 +7,8 @@ from pipeline.data.plan import split, steps_per_epoch, together
 from pipeline.errors import UserError
 from pipeline.words import counted, sizes_text
 
+SEES = "what a batch norm sees"  # of the images of a batch
+
 
 def microbatches_of(config: Config, ranks: int, split_text: str) -> int:
     """Into how many microbatches a global batch is cut: ranks times gradient accumulation steps.
@@ -76,10 +78,10 @@ class Batches:
         Args:
             divided: over what a batch is divided, as ``2 ranks x 1 accumulation step``.
         """
-        of_batch, last = " at once (what a batch norm sees)", ""
+        of_batch, last = f" at once ({SEES})", ""
         sizes = sizes_text(self.statistic_of_last)
         if self.images < self.size:
-            of_batch, last = "", f", of all {counted(self.images, 'image')} ({sizes} at once: what a batch norm sees)"
+            of_batch, last = "", f", of all {counted(self.images, 'image')} ({sizes} at once: {SEES})"
         elif self.last < self.size:
             last = f", the last one of {counted(self.last, 'image')} ({sizes} at once)"
         return (

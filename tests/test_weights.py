@@ -283,16 +283,12 @@ def test_small_networks_are_prepared_for_as_the_paper_does(tmp_path):
     ("name", "outputs", "tensor", "whose"),
     [
         ("densenet121", 1000, "features.denseblock1.denselayer1.norm.1.weight", ""),
-        (
-            "densenet121",
-            1000,
-            "features.denseblock1.denselayer1.norm1.weight",
-            "ImageNet's",
-        ),  # timm's are called so too
+        # timm's are called so too
+        ("densenet121", 1000, "features.denseblock1.denselayer1.norm1.weight", "torchvision's"),
         ("timm:test_resnet", 1000, "conv1.weight", ""),
         ("timm:densenet121", 1000, "features.conv0.weight", "timm's"),  # which timm has several sets of weights for
-        ("densenet121", 1000, "backbone.stages.0.block.0.norm1.weight", "ImageNet's"),
-        ("densenet121", 10, "features.denseblock1.denselayer1.norm1.weight", "ImageNet's"),
+        ("densenet121", 1000, "backbone.stages.0.block.0.norm1.weight", "the paper's"),
+        ("densenet121", 10, "features.denseblock1.denselayer1.norm1.weight", "torchvision's"),
         ("timm:test_resnet", 10, "conv1.weight", "timm's"),
         ("densenet_bc22_k8", 10, "features.denseblock1.denselayer1.norm1.weight", "CIFAR's"),
         ("msdnet_cifar_4", 10, "blocks.0.0.layers.0.0.weight", "CIFAR's"),

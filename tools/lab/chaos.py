@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from pipeline.batches import SEES
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import Config
@@ -45,7 +46,7 @@ STRIKES_A_RUN = 5
 HANG_SECONDS = 10
 TORCHRUN_PATIENCE = 40  # seconds that torchrun gives a rank which does not react, and some
 PATIENCE = 1800  # seconds for whatever a run should do soon
-TRAINS = "(what a batch-norm statistic sees)"  # what a run prints when its ranks have met and are about to train
+TRAINS = f"({SEES})"  # what a run prints when its ranks have met and are about to train
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -100,6 +101,8 @@ class Run:
     def wait_for_training(self) -> bool:
         """Wait until the ranks have met and are about to train; False if the run ends before."""
         if not self.wait_until(lambda: TRAINS in self.output()):
+            if "train loss" in self.output():  # or strikes would be tried for ever
+                raise FaultError(f"the run has trained, and never said {TRAINS}: {self.output()[-2000:]}")
             return False
         self.ranks = _ranks_below(self.process.pid)
         return len(self.ranks) == RANKS
