@@ -52,6 +52,7 @@ EXTERNAL_KEYS = (
 EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
 REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
 AVERAGED = "moving average of the weights"
+RAW = "raw weights, not their moving average"
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has metadata that this version does not understand ({error})") from None
     config = from_stored(about["config"], str(path))
-    note = AVERAGED if averaged else ""
+    note = AVERAGED if averaged else RAW if config.train.ema_decay and "averaged" in about else ""
     measured = _measured(about.get("measured"))
     fingerprints = {key: about.get(key) for key in ("fingerprint", "val_fingerprint")}
     known = {"best_weights": best_weights, "assumed": assumed, "measured": measured, **fingerprints}

@@ -24,6 +24,7 @@ from pipeline.report import summary
 from pipeline.run import Run
 from pipeline.start import read_initial_weights
 from pipeline.weights import read_weights, write_safetensors, write_torch
+from tools.support.model_card import model_card
 
 pytestmark = pytest.mark.slow
 
@@ -193,10 +194,9 @@ def test_commands_take_either_and_say_which(whole, tmp_path):
     for weights, (write, file) in itertools.product((average, raw), files):
         write(weights, file)
         again = read_weights(file)
-        assert (
-            again.averaged == weights.averaged
-            and again.note == weights.note.partition(" (--no-ema")[0] * again.averaged
-        )
+        kind = "moving average of the weights" if weights.averaged else "raw weights, not their moving average"
+        assert again.averaged == weights.averaged and again.note == kind
+        assert f"| weights | {kind} |" in " ".join(model_card(again, file).split())
         assert_equal_weights(again.network.state_dict(), weights.network.state_dict())
         assert read_weights(file, ema=weights.averaged).averaged == weights.averaged
         with pytest.raises(UserError, match="leave out --no-ema" if weights.averaged else "leave out --ema"):

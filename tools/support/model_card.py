@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from pipeline.audit import frozen_text
-from pipeline.weights import Weights
+from pipeline.weights import AVERAGED, RAW, Weights
 from pipeline.words import counted
 from tools.support.facts import multiply_accumulates, network_without_weights, parameters
 from tools.support.markdown import table
@@ -40,6 +40,8 @@ def model_card(weights: Weights, file: Path) -> str:
         ["trained up to", weights.trained or "not known"],
         ["training", weights.audit or "not known"],
     ]
+    if config.train.ema_decay:
+        rows.append(["weights", AVERAGED if weights.averaged else RAW])
     if config.model.freeze is not None:
         rows.append(["did not train", frozen_text(config.model.freeze)])
     if weights.assumed:
