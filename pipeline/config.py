@@ -143,7 +143,7 @@ class DataConfig:
     """shuffle: each image once an epoch; balanced: equally many images of each class, of the rare ones more than once."""
     loader: str = "auto"
     """native: C++, on CPU; dali: DALI, on GPU and CPU; reference: PIL, slow; auto: the first that can be used of dali and
-    native on GPU, of native and dali on CPU. synthetic: generated images, no files."""
+    native for files on GPU, else of native and dali. synthetic: generated images, no files."""
     holdout: NonNegative = 0
     """Training images that are held out and validated on in place of data.val: the same whatever the seed."""
     corrupt_images: CorruptImages = "stop"

@@ -57,6 +57,7 @@ class ReplayedNetwork(nn.Module):
         super().__init__()
         self.network, self.enabled = network, True
         self._images, self._graphs = images, dict[Any, _Graphs]()
+        self._trained = list[nn.Parameter]()  # to walk the modules for them takes as long as to start a graph
         self._pool: Any = None
 
     def forward(self, x: Tensor) -> Any:
@@ -64,7 +65,7 @@ class ReplayedNetwork(nn.Module):
         graphs = self._graphs.get(_kind(x)) if self.enabled and trains else None
         if graphs is None:
             return self.network(x)
-        return _Replay.apply(graphs, x, *_trained(self.network).values())
+        return _Replay.apply(graphs, x, *self._trained)
 
     def capture(self, x: Tensor) -> None:
         """Capture training passes over batches like this one, whose numbers do not matter, if they are whole ones.
@@ -79,6 +80,7 @@ class ReplayedNetwork(nn.Module):
         images = x.detach().clone()
         # In the parameters' place, of which DDP keeps what belongs to another stream than that of the capture.
         parameters = {name: p.detach().requires_grad_() for name, p in _trained(self.network).items()}
+        self._trained = list(_trained(self.network).values())
         try:
             self._compute(images, parameters)
             self._graphs[_kind(x)] = self._captured(images, parameters)

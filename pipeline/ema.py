@@ -45,8 +45,7 @@ class ModelEma:
         self.updates += 1
         averages, values = self._averaged
         torch._foreach_lerp_(averages, values, 1 - decay)
-        for count, value in zip(*self._copied, strict=True):  # of batches that a batch norm has seen
-            count.copy_(value)
+        torch._foreach_copy_(*self._copied)  # batches that batch norms have seen; one by one, a launch each on a GPU
 
     def begin(self) -> None:
         """Begin anew at the network's present weights."""

@@ -22,7 +22,7 @@ from training_hooks import InterruptAfter, InterruptionError
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import DataConfig
-from pipeline.data import arrays
+from pipeline.data import arrays, native
 from pipeline.data.arrays import ArraySource, index_arrays, read_arrays
 from pipeline.data.dataset import open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader
@@ -122,6 +122,45 @@ def test_class_folders_of_small_images_go_the_same_way(tmp_path, fashion):
     both = [TrainingLoader(index, config, CPU, **options).batches(epoch=0) for index in (files, arrays)]
     for a, b in zip(*both, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("dataset", ["fashion-mnist", "cifar10"])
+@pytest.mark.parametrize("interpolation", ["torch7-bicubic", "pil-bicubic"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_native_takes_pixels_in_memory_without_python_and_to_the_same_bits(
+    tmp_path, monkeypatch, dataset, interpolation, channels
+):
+    """Gray and coloured, cut from a resized image and at random; Python's way is that of every other image in no file."""
+    if dataset == "fashion-mnist":
+        torchvision_sets.write_fashion_mnist(tmp_path)
+    else:
+        torchvision_sets.write_cifar(tmp_path, monkeypatch, 10)
+    numbers = {"mean": (0.3,), "std": (0.2,)} if channels == 1 else {}
+    for fields in ({}, {"train_crop": "random_resized_crop", "resize_size": 33, "crop_size": 24}):
+        config = data_config(
+            tmp_path,
+            loader="native",
+            dataset=dataset,
+            interpolation=interpolation,
+            channels=channels,
+            **numbers,
+            **fields,
+        )
+        index = index_arrays(ArraySource(dataset, str(tmp_path), "train"))
+        plans = list(
+            training_plans(index, config, seed=1, epoch=0, first_step=0, batch_size=9, rank=0, ranks=1, accumulation=1)
+        )
+        loaded = {}
+        for way in ("memory", "python"):
+            with monkeypatch.context() as patch:
+                pipeline = native.NativePipeline(index, config, threads=2, views=1)
+                if way == "memory":
+                    patch.setattr(ArraySource, "open", None)
+                else:
+                    pipeline._array = None
+                loaded[way] = [images.clone() for _, images in pipeline.run_with_colors(plans)]
+        assert len(loaded["memory"]) == len(plans) > 2
+        assert all(torch.equal(a, b) for a, b in zip(loaded["memory"], loaded["python"], strict=True))
 
 
 @pytest.mark.parametrize("loader", ["auto", "synthetic"])

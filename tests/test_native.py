@@ -393,6 +393,7 @@ def test_ranks_take_the_first_loader_that_all_of_them_can_use(monkeypatch):
 def test_auto_takes_native_on_cpu_and_dali_on_gpu(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_loader(DataConfig(), cpu) == "native" and choose_loader(DataConfig(), gpu) == "dali"
+    assert choose_loader(DataConfig(dataset="cifar10"), gpu) == "native"  # where nothing is decoded
     monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler")
     assert choose_loader(DataConfig(), cpu) == "dali"
     with pytest.raises(UserError, match="data.loader is native, but no C\\+\\+ compiler; or use auto"):

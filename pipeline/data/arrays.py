@@ -39,9 +39,11 @@ class ArraySource:
 
     def open(self, name: str, offset: int, length: int) -> Stream:
         """Image number `offset` of the split as a PPM or PGM file."""
+        return io.BytesIO(to_pnm(self.pixels()[offset]).data)
+
+    def pixels(self) -> np.ndarray:
         with READS:  # threads that ask at once would each read all of it
-            pixels = read_arrays(self).pixels
-        return io.BytesIO(to_pnm(pixels[offset]).data)
+            return read_arrays(self).pixels
 
     def location(self, name: str) -> str:
         return f"{name} in {self.dir}"

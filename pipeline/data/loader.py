@@ -192,8 +192,9 @@ def choose_common_loader(
     """
     if config.loader != "auto":
         look_up(IMAGE_PIPELINES, config.loader, "data.loader")
+    automatic = AUTOMATIC[device.type if config.dataset == "images" else "cpu"]
     passed_over: list[str] = []
-    for name in AUTOMATIC[device.type] if config.loader == "auto" else (config.loader,):
+    for name in automatic if config.loader == "auto" else (config.loader,):
         reasons = gather(unavailable_reason(name, config.depth) or "")
         if not any(reasons):
             return name, passed_over
@@ -260,7 +261,8 @@ IMAGE_PIPELINES: dict[str, Callable[[PipelineOptions], ImagePipeline]] = {
     "synthetic": lambda work: SyntheticPipeline(work.index, work.config.crop_size),
 }
 
-# What data.loader auto takes, by the kind of device: the first that can be used.
+# What data.loader auto takes, by the kind of device: the first that can be used. Of data sets in memory, of which nothing is
+# decoded, the first of a CPU's.
 AUTOMATIC = {"cpu": ("native", "dali", "reference"), "cuda": ("dali", "native", "reference")}
 
 

@@ -40,7 +40,9 @@ struct Batch {
   int64_t next;                                    // the first image that no thread has taken
   const char* const* paths;                        // of the images' files, or null: `files`
   const int32_t* files;                            // open files; -1: Python reads this image
-  const int64_t *positions, *lengths;              // the bytes of an image in its file
+  const uint8_t* array;                            // the pixels of a data set in memory, or null: it is in files
+  int64_t width, colors;                           // of its images; 1 colour or 3
+  const int64_t *positions, *lengths;              // the bytes of an image in its file, or in the array
   const int32_t *boxes, *sizes, *corners;          // (n, 4), (n, 2) and (n, V, 2), as in BatchPlan
   const uint8_t* hflip;                            // (n, V)
   const float *color, *mean_color, *shift;         // (n, 3, 3), (n, 3, 3) and (n, 3); of one channel in the first row
@@ -689,6 +691,19 @@ static bool read_whole(int file, uint8_t* to, int64_t position, int64_t length) 
   return true;
 }
 
+// A region of an image in memory, whose first pixel is `at`, as RGB.
+static Pixels copied(const uint8_t* at, long stride, long colors, Region r) {
+  static thread_local vector<uint8_t> kept;
+  uint8_t* into = room(kept, 3L * r.width * r.height + 2 * PAD) + PAD;
+  for (long row = 0; row < r.height; row++) {
+    const uint8_t* from = at + stride * row;
+    uint8_t* to = into + 3L * r.width * row;
+    if (colors == 3) memcpy(to, from, 3L * r.width);
+    else for (long x = 0; x < r.width; x++) to[3 * x] = to[3 * x + 1] = to[3 * x + 2] = from[x];
+  }
+  return {into, 3L * r.width, r.height, r.width};
+}
+
 // Take images of the batch until there are AHEAD, and ask the disk for them.
 static void claim(Batch& b, Claims& claims) {
   while (claims.count < AHEAD) {
@@ -707,6 +722,13 @@ static bool run_one(const Batch& b, int64_t i, int file) {
   static thread_local vector<uint8_t> kept;
   bool done = false;
   try {
+    if (b.array) {
+      const long stride = b.colors * b.width;
+      const uint8_t* image = b.array + b.positions[i];
+      return b.last == READ || process(b, i, [&](Region r) {
+        return copied(image + stride * r.top + b.colors * r.left, stride, b.colors, r);
+      });
+    }
     const int64_t length = b.lengths[i];
     int sampling = 1;
     done = file >= 0 && read_whole(file, room(kept, length), b.positions[i], length) &&
@@ -756,12 +778,7 @@ int native_region(const Batch* b, int64_t i, int32_t* region) try {
 
 // Work on image i, from those pixels. 0: there is no memory.
 int native_finish(const Batch* b, int64_t i, const uint8_t* pixels, int64_t stride) try {
-  static thread_local vector<uint8_t> kept;
-  return process(*b, i, [&](Region r) {
-    uint8_t* into = room(kept, 3L * r.width * r.height + 2 * PAD) + PAD;
-    for (long row = 0; row < r.height; row++) memcpy(into + 3L * r.width * row, pixels + stride * row, 3L * r.width);
-    return Pixels{into, 3L * r.width, r.height, r.width};
-  });
+  return process(*b, i, [&](Region r) { return copied(pixels, stride, 3, r); });
 } catch (const std::bad_alloc&) {
   return 0;
 }

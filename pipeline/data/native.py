@@ -2,7 +2,8 @@
 
 Threads take the images of a batch one by one, and work in C++ without Python's lock. They decode JPEG files with the
 library that Pillow decodes with: it is there wherever Pillow is, and gives Pillow's pixels to the bit. What may be seen
-otherwise, is damaged or lies in no file is decoded by Pillow (decoding.py), or is an array, and goes on in C++.
+otherwise, is damaged or lies in no file is decoded by Pillow (decoding.py), and goes on in C++. Of a data set in memory C++
+is given the pixels.
 """
 
 import ctypes
@@ -32,7 +33,7 @@ from pipeline.data.plan import BatchPlan, surround
 from pipeline.data.reader import Reader
 from pipeline.data.reference import PILLOW_FILTERS, views_of
 from pipeline.data.replacements import collect
-from pipeline.data.source import PlacedSource
+from pipeline.data.source import PlacedSource, SourceInMemory
 from pipeline.errors import LocalUserError
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -60,7 +61,9 @@ class _Batch(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "views", "crop", "channels", "filter", "bfloat16", "last", "next")),
-        *((name, ctypes.c_void_p) for name in ("paths", "files", "positions", "lengths", "boxes", "sizes", "corners")),
+        *((name, ctypes.c_void_p) for name in ("paths", "files", "array")),
+        *((name, ctypes.c_int64) for name in ("width", "colors")),
+        *((name, ctypes.c_void_p) for name in ("positions", "lengths", "boxes", "sizes", "corners")),
         *((name, ctypes.c_void_p) for name in ("hflip", "color", "mean_color", "shift")),
         ("around", ctypes.c_float * 3),
         ("out", ctypes.c_void_p),
@@ -133,7 +136,9 @@ class NativePipeline:
         self._reader = Reader(index)
         self._memory = Memory()
         # Images that C++ has handed back once: it need not read them again.
-        self._by_python = np.full(len(index), config.depth != 8 or not isinstance(index.source, PlacedSource))
+        readable = isinstance(index.source, PlacedSource | SourceInMemory)
+        self._by_python = np.full(len(index), config.depth != 8 or not readable)
+        self._array = index.source.pixels() if isinstance(index.source, SourceInMemory) else None
         if index.turned is not None:
             self._by_python |= index.turned
 
@@ -167,7 +172,7 @@ class NativePipeline:
         dtype = self._dtype if colored else torch.float32
         channels = self._config.channels if colored else len(surround(self._config))
         out = self._memory.take((len(plan), self._views, crop, crop, channels), dtype)
-        work = _Work(plan, out, colored, self._config, self.last, *self._places(plan, colored))
+        work = _Work(plan, out, colored, self._config, self.last, *self._places(plan, colored), self._array)
         for _ in range(min(self._number, len(plan))):
             work.tasks.append(self._pool.submit(self._work_on, work))
         return work
@@ -207,6 +212,8 @@ class NativePipeline:
                         files[i] = place
                     else:
                         names[i] = os.fsencode(place)
+        if self._array is not None:
+            positions = index.offsets[ids] * self._array[0].nbytes
         if not colored:
             n, same = len(plan), np.eye(3)
             plan = dataclasses.replace(
@@ -254,8 +261,9 @@ class _Work:
         last: int,
         paths: ctypes.Array[ctypes.c_char_p],
         arrays: dict[str, np.ndarray],
+        data_set: np.ndarray | None = None,
     ):
-        self.plan, self.out, self.colored, self._pointed_to = plan, out, colored, (paths, arrays)
+        self.plan, self.out, self.colored, self._pointed_to = plan, out, colored, (paths, arrays, data_set)
         self.tasks: list[Future[None]] = []
         self.errors: dict[int, Exception] = {}
         self.batch = _Batch(
@@ -265,6 +273,9 @@ class _Work:
             channels=out.shape[-1],
             filter=FILTERS[config.interpolation],
             paths=ctypes.cast(paths, ctypes.c_void_p),
+            array=None if data_set is None else data_set.ctypes.data,
+            width=0 if data_set is None else data_set.shape[2],
+            colors=data_set.shape[3] if data_set is not None and data_set.ndim == 4 else 1,
             around=(ctypes.c_float * 3)(*surround(config)),
             bfloat16=out.dtype is torch.bfloat16,
             last=last,

@@ -2,13 +2,15 @@
 
 To add a kind of place for image files: write one module with a class like `Source`, and add one
 line to `sources.SOURCES`. Indexing, its cache, labels, training, evaluation and --verify then work with it unchanged. A
-`place` as in `PlacedSource` spares the native loader a way through Python.
+`place` as in `PlacedSource`, or `pixels` as in `SourceInMemory`, spares the native loader a way through Python.
 """
 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 Stream = io.RawIOBase | io.BufferedIOBase  # what `open(file, "rb")` gives, with or without a buffer
 
@@ -115,6 +117,14 @@ class PlacedSource(Protocol):
     def place(self, name: str, offset: int) -> tuple[str | int, int] | None:
         """The path of the file, or its number if it is open and stays so, and the image's first byte in it; None if this
         image does not lie as it is."""
+
+
+@runtime_checkable
+class SourceInMemory(Protocol):
+    """A source whose images are one array, so that they need not be read one by one."""
+
+    def pixels(self) -> np.ndarray:
+        """(N, H, W, 3) uint8, or (N, H, W) of gray images, contiguous; an image's offset is its number."""
 
 
 class FileSource(Source, Protocol):

@@ -13,7 +13,7 @@ from tools.support.gpu_checks.images import augmentation, colours, evaluation
 from tools.support.gpu_checks.numerics import checkpointing, float64_as_torchvision, low_precision
 from tools.support.gpu_checks.ranks import lost_rank, process_groups, two_ranks
 from tools.support.gpu_checks.runs import out_of_memory, overflow, precisions, resumed
-from tools.support.gpu_checks.timing import choice_of_auto, speed
+from tools.support.gpu_checks.timing import choice_of_auto, run_beside_steps, speed
 from tools.support.gpu_checks.triton import sanitizer, triton_kernels
 
 CHECKS = [
@@ -32,6 +32,7 @@ CHECKS = [
     Check("G3", "out of memory", out_of_memory),
     Check("G4", "waits of the host", host_waits, ("pydantic",)),
     Check("G4", "launches of a step", launches, ("triton",)),
+    Check("G4", "a run beside its steps", run_beside_steps, ("pydantic",)),
     Check("G5", "process groups", process_groups),
     Check("G5", "two ranks on one device", two_ranks),
     Check("G5", "a killed rank", lost_rank),

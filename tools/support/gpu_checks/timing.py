@@ -1,11 +1,16 @@
-"""G9, and what `auto` takes: how fast a step is."""
+"""G9, and what `auto` takes: how fast a step is, and a run beside it."""
 
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from pipeline.models import triton_block
 from pipeline.models.densenet import DenseNet
-from tools.support.gpu_checks.check import Finding, Setting, require
-from tools.support.gpu_speed import measure_speed
+from tools.support.gpu_checks.check import Finding, Setting, Skipped, require
+from tools.support.gpu_checks.runs import a_run
+from tools.support.gpu_speed import CHANNELS_LAST, Case, measure, measure_speed
 
 
 def speed(setting: Setting) -> Finding:
@@ -54,3 +59,64 @@ def choice_of_auto(setting: Setting) -> Finding:
         require(not others, f"{precision}: {'; '.join(others)}")
         texts.append(f"{precision}: {first}")
     return Finding("; ".join(texts), texts)
+
+
+def run_beside_steps(setting: Setting) -> Finding:
+    """Images a second of a small network in a whole run, through each loader, and in steps alone: what else a run costs."""
+    from pipeline.data.loader import unavailable_reason
+    from pipeline.hooks import Hook
+
+    class Clock(Hook):
+        changes_network = False
+
+        def __init__(self):
+            self.moments = list[float]()
+
+        def on_step(self, trainer, result):
+            if result.last or trainer.run.progress.step == 1:
+                if setting.on_gpu:
+                    torch.cuda.synchronize()
+                self.moments.append(time.perf_counter())
+
+    model, batch, side, steps = (
+        ("densenet_bc100_k12", 128, 32, 40) if setting.on_gpu else ("densenet_bc10_k3", 4, 16, 3)
+    )
+    block = "triton" if setting.on_gpu and not triton_block.refusal(setting.device) else "eager"
+    mode: Any = "graphs" if setting.on_gpu else "none"
+    folder = setting.folder / "small"
+    small_photos(folder / "train", batch * steps, side)
+    small_photos(folder / "val", batch, side, seed=2)
+    case = Case(block, model, "bf16", CHANNELS_LAST, batch, side, mode)
+    rates = {"steps alone": measure(case, setting.device, setting.deadline)["images_per_s"]}
+    for loader in ("native", "dali"):
+        if unavailable_reason(loader):
+            continue
+        clock = Clock()
+        a_run(
+            setting, f"small-{loader}", (clock,),
+            model={"name": model, "dense_block": block},
+            data={
+                "loader": loader, "dir": str(folder), "crop_size": side, "resize_size": side,
+                "train_crop": "random_crop", "cutout": 8,
+            },
+            optim={"epochs": 3, "batch_size": batch},
+            train={"precision": "bf16", "compile": mode, "ema_decay": 0.999, "log_every": 20},
+        )  # fmt: skip
+        rates[f"a run through {loader}"] = (steps - 1) * batch / (clock.moments[-1] - clock.moments[-2])
+    if len(rates) == 1:
+        raise Skipped("neither native nor dali can be used here")
+    text = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    return Finding(f"images/s of {model}, batch {batch}: {text}", rates)
+
+
+def small_photos(folder: Path, count: int, side: int, seed: int = 1) -> None:
+    """Square JPEG images of noise in two classes."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    for name in ("class0", "class1"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        pixels = generator.integers(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"class{i % 2}" / f"{i}.jpg")
