@@ -95,7 +95,9 @@ def load() -> ctypes.CDLL:
     if why := library.native_open(functions):
         raise CppUnavailableError(f"this Pillow's JPEG library is of another kind ({why.decode()})")
     if not _resizes_as_pillow(library):
-        raise CppUnavailableError(f"Pillow {Image.__version__} resizes otherwise than the versions that are known")
+        raise CppUnavailableError(
+            f"Pillow {Image.__version__} resizes otherwise than the versions that are known: install requirements.txt"
+        )
     return library
 
 
