@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 
@@ -222,3 +223,32 @@ def test_labels_can_count_in_a_larger_set_of_classes(image_folders):
     np.testing.assert_array_equal(wider.labels, index.labels + 1)
     with pytest.raises(UserError, match="'class2' is none of the network's"):
         index.with_classes(("class0", "class1"))
+
+
+@pytest.mark.parametrize("place", ["folder", "zip"])
+def test_files_without_compression_are_told_apart_by_what_they_hold(tmp_path, place):
+    """All BMP files of one size have one length; of 200, 64 are looked at: a set made anew is seen, and a copy is the same."""
+
+    def fingerprint(name: str, seed: int) -> str:
+        generator, root = np.random.default_rng(seed), tmp_path / name
+        for i in range(200):
+            path = root / f"class{i % 2}" / f"{i}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (5, 4, 3), np.uint8)).save(path)
+        if place == "folder":
+            return scan_classes(root).fingerprint
+        return scan_classes(shutil.make_archive(str(root), "zip", root)).fingerprint
+
+    assert fingerprint("first", 1) == fingerprint("copy", 1) != fingerprint("anew", 2)
+
+
+def test_images_of_many_lengths_are_told_apart_without_reading_them(tmp_path):
+    """As in runs of before: the fingerprint is of names, labels and lengths alone."""
+    for i in range(6):
+        path = tmp_path / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        photo(i, 20 + 9 * i, 24).save(path)
+    index = scan_classes(tmp_path)
+    lines = zip(index.names, index.labels.tolist(), index.lengths.tolist(), strict=True)
+    text = "class0\0class1" + "".join(f"\n{name}\0{label}\0{length}" for name, label, length in lines)
+    assert len(set(index.lengths)) > 3 and index.fingerprint == hashlib.sha256(text.encode()).hexdigest()

@@ -31,6 +31,7 @@ from pipeline.data.index_cache import append, read_cache
 from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.labels import labels_needed, read_labels
 from pipeline.data.names import Names
+from pipeline.data.reader import read_all
 from pipeline.data.scan_group import FoundImages, images_of, scan_group
 from pipeline.data.source import FileSource, Group, ImageIssue
 from pipeline.data.sources import open_source
@@ -39,6 +40,7 @@ from pipeline.errors import UserError
 
 THREADS = 16  # listing folders and reading headers waits for the disk, or for the network behind it
 AT_ONCE = 1 << 16  # images that the fingerprint takes together
+SAMPLED = 64  # images whose bytes the fingerprint takes where most have one length
 NAMED = 5  # of what stops, that an error names
 
 
@@ -375,6 +377,8 @@ def _index(
         part = slice(start, start + AT_ONCE)
         rows_of_part = zip(names[part], labels[part].tolist(), lengths[part].tolist(), strict=True)
         digest.update(os.fsencode("".join(f"\n{name}\0{label}\0{length}" for name, label, length in rows_of_part)))
+    for i in _sampled(lengths):
+        digest.update(_bytes_of(source, names[i], int(offsets[i]), int(lengths[i])))
     sizes = np.concatenate([np.zeros((0, 2), np.int32), *(row.sizes for row in rows)])
     turned = None
     if pixel_format and pixel_format.exif_orientation:
@@ -396,3 +400,23 @@ def _index(
         source=source,
         turned=turned,
     )
+
+
+def _sampled(lengths: np.ndarray) -> list[int]:
+    """Images, evenly spread, of the length that most have, as in formats without compression: it says nothing of them."""
+    values, counts = np.unique(lengths, return_counts=True)
+    if len(lengths) < 2 or 2 * counts.max() <= len(lengths):
+        return []
+    alike = np.flatnonzero(lengths == values[counts.argmax()])
+    return alike[np.linspace(0, len(alike) - 1, min(SAMPLED, len(alike))).round().astype(int)].tolist()
+
+
+def _bytes_of(source: FileSource, name: str, offset: int, length: int) -> bytes:
+    try:
+        with source.open(name, offset, length) as stream:
+            return read_all(stream, length).tobytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot read the image {source.location(name)}: {reason}: check that it is there and may be read"
+        ) from None
