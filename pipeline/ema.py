@@ -45,7 +45,8 @@ class ModelEma:
         self.updates += 1
         averages, values = self._averaged
         torch._foreach_lerp_(averages, values, 1 - decay)
-        torch._foreach_copy_(*self._copied)  # batches that batch norms have seen; one by one, a launch each on a GPU
+        counts, seen = self._copied
+        torch._foreach_copy_(counts, seen)  # batches that batch norms have seen; one by one, a launch each on a GPU
 
     def begin(self) -> None:
         """Begin anew at the network's present weights."""

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -225,7 +226,7 @@ def test_a_table_where_a_folder_is_missing_is_offered(images, image_folders):
 
 
 @pytest.mark.parametrize("splits", [False, True])
-def test_training_finds_what_tools_index_has_kept(images, image_folders, splits, monkeypatch):
+def test_training_finds_what_tools_index_has_kept(images, image_folders, splits, monkeypatch, capsys):
     folders = [(split, image_folders / split) for split in ("train", "val")]
     rows = [(f"{split}/{file}", name, split) for split, folder in folders for file, name in files_of(folder)]
     names = ("both", "both") if splits else ("train", "val")
@@ -236,12 +237,35 @@ def test_training_finds_what_tools_index_has_kept(images, image_folders, splits,
     main()
     config = DataConfig(dir=str(images), train=f"{names[0]}.csv", val=f"{names[1]}.csv")
     kept = images / f".{names[0]}.csv.index.jsonl"
-    lines = kept.read_text().split("\n")
-    open_datasets(config, images, progress=False)
-    assert kept.read_text().split("\n")[: len(lines)] == lines
-    assert len(kept.read_text().split("\n")) == len(lines) + 2 * splits  # of all lines there, and of each split
-    open_datasets(config, images, progress=False)
-    assert len(kept.read_text().split("\n")) == len(lines) + 2 * splits
+    lines = kept.read_text()
+    sets = open_datasets(config, images, progress=False)
+    assert kept.read_text() == lines
+    told = capsys.readouterr().out
+    assert all(index.fingerprint in told for index in (sets if splits else sets[:1]))
+
+
+def test_tools_index_takes_the_two_sets_of_a_table(tmp_path, image_folders, monkeypatch, capfd, user_error):
+    """An image of both is told as such, and none as twice in training; lines of a third split are left alone."""
+    images = tmp_path / "images"
+    for split in ("train", "val"):
+        shutil.copytree(image_folders / split, images / f"of {split}")
+    rows = [(f"of {s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(images / f"of {s}")]
+    content = (images / rows[0][0]).read_bytes()
+    for name in ("of val/class1/twin.jpg", "test/class0/twin.jpg"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(content)
+    rows += [("of val/class1/twin.jpg", "class1", "val"), ("test/class0/twin.jpg", "class0", "test")]
+    table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
+    for words in ([table], [images, "--labels", "all.csv"]):
+        monkeypatch.setattr("sys.argv", ["index", *map(str, words), "--verify"])
+        main()
+        said = capfd.readouterr()
+        assert f"of {table} the splits train and val are taken (there are test, train, val)" in said.err
+        assert f"{images / rows[0][0]} is a validation image too ({images}/of val/class1/twin.jpg)" in said.out
+        assert "twice" not in said.out and "test/class0" not in said.out
+        counts = [line.split()[1] for line in said.out.splitlines() if line.startswith(("split ", "images "))]
+        assert counts == ["train", "37", "val", "12"]
+    assert "a DIR that does not hold both sets" in user_error(main, table, "--verify", "--against", table)
 
 
 def test_a_run_warns_of_lines_of_the_table_that_it_has_found(image_folders, tmp_path):

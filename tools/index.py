@@ -1,9 +1,9 @@
 """Index a data set and say what is there: ``python -m tools.index DIR``.
 
 DIR is a folder of classes, a tar archive or zip file of classes, a tar of tars such as ILSVRC2012_img_train.tar, a table,
-shards, or (with --labels) a flat folder or archive; or a folder that training takes as data.dir, which holds both sets, as
-`train` and `test`. What is found is cached beside the images, where training looks for it too. With --several-labels the
-tables name several labels an image.
+shards, or (with --labels) a flat folder or archive; or what holds both sets: a folder that training takes as data.dir, with
+`train` and `test`, or a table that says of each line which set it is for. What is found is cached beside the images, where
+training looks for it too. With --several-labels the tables name several labels an image.
 
 With --verify every image is first read and decoded, and what is odd or left out is listed with what comes of it. The exit
 code is 2 if the index or a run with the default configuration would stop at one, else 0.
@@ -29,12 +29,14 @@ from pipeline.data.dataset import open_datasets, source_of
 from pipeline.data.image_files import PixelFormat, pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import cache_beside
+from pipeline.data.label_table import name_of_split
 from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
 from pipeline.data.source import FileSource, ImageIssue
 from pipeline.data.sources import open_source
+from pipeline.data.split_names import SPLIT_NAMES
 from pipeline.data.splits import find_splits
-from pipeline.data.table import Columns, TableSource, is_table
+from pipeline.data.table import Columns, TableSource, is_table, splits_in
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
 from pipeline.words import counted
@@ -93,11 +95,19 @@ def main() -> None:
         parser.error("--labels needs --classes, the folder or archive of the training set, or is a table (.csv, .tsv)")
     if options.classes and (both or not labels):
         parser.error("--classes is for --labels, of a DIR that does not hold both sets: leave it out")
-    if options.against and (both or labels or not options.verify):
-        parser.error("--against needs --verify, no --labels, and a DIR other than a folder that holds both sets")
+    splits = [] if both else splits_of(Path(table or root), labels=bool(labels and not table))
+    if options.against and (both or splits or labels or not options.verify):
+        parser.error("--against needs --verify, no --labels, and a DIR that does not hold both sets")
+    if splits:
+        there = ", ".join(splits_in(Path(table or root)))
+        said = f"of {table or root} the splits {' and '.join(splits)} are taken (there are {there})"
+        print(printable(said), file=sys.stderr, flush=True)
     start = time.perf_counter()
     if options.verify and both:
         list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
+    elif options.verify and splits:
+        trains, validates = (open_table_or_source(root, options, table, split) for split in splits)
+        list_odd_images([trains], [validates], read_as)
     elif options.verify:
         trained = [] if labels and not table else [open_table_or_source(root, options, table)]
         validated = [open_source(root)] if labels and not table else []
@@ -111,33 +121,53 @@ def main() -> None:
         classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
         indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), progress=True, pixel_format=read_as)]
     else:
-        places = [Path(table or root)]
-        cache, source = cache_beside(places[0], fallback), open_table_or_source(root, options, table)
-        if isinstance(source, LabelTableSource):
-            indexes = [scan_label_table(source, cache, progress=True, pixel_format=read_as)]
-        else:
-            indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
-    for line in warnings_about(indexes[0], indexes[1] if both else None, config):
+        sources = [open_table_or_source(root, options, table, split) for split in splits or (None,)]
+        places = [Path(table or root)] * len(sources)
+        cache, indexes = cache_beside(places[0], fallback), []
+        for source in sources:
+            if isinstance(source, LabelTableSource):
+                index = scan_label_table(source, cache, progress=True, pixel_format=read_as)
+            else:
+                index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
+            indexes.append(index.with_classes(indexes[0].classes) if indexes else index)
+    for line in warnings_about(indexes[0], indexes[1] if len(indexes) > 1 else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    for place, index in zip(places, indexes, strict=True):
+    for place, index, split in zip(places, indexes, splits or [""] * len(indexes), strict=True):
+        if split:
+            print(f"split      {split}")
         print(printable(f"{describe(index)}\ncache      {cache_beside(place, fallback)}"))
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
-def open_table_or_source(root: str | Path, options: argparse.Namespace, table: str | None = None) -> FileSource:
-    """The images at a path, of all lines of a table.
+def splits_of(table: Path, labels: bool) -> list[str]:
+    """The splits of a table that a run trains and validates on; none of what is no table or lacks one of them.
+
+    Args:
+        labels: the images have their labels from another file, so that this is no table.
+    """
+    there = [] if labels or not is_table(table) else splits_in(table)
+    if not all(set(names) & set(there) for names in SPLIT_NAMES.values()):
+        return []
+    return [name_of_split(table, there, split) for split in SPLIT_NAMES]
+
+
+def open_table_or_source(
+    root: str | Path, options: argparse.Namespace, table: str | None = None, split: str | None = None
+) -> FileSource:
+    """The images at a path.
 
     Args:
         table: which names images at the path; None: the path is that of the table, or says itself which they are.
+        split: of a table, of whose lines those are taken; None: all.
 
     Raises:
         UserError: as `open_source`; or this is no table, and one is asked for.
     """
     if options.several_labels:
-        return LabelTableSource(table or str(root), open_source(root if table else Path(root).parent))
+        return LabelTableSource(table or str(root), open_source(root if table else Path(root).parent), split=split)
     if table:
-        return TableSource(table, open_source(root), Columns(options.file_column, options.label_column))
-    return open_with_columns(root, options)
+        return TableSource(table, open_source(root), Columns(options.file_column, options.label_column, split))
+    return open_with_columns(root, options, split)
 
 
 def both_sets(config: DataConfig, table: str | None) -> tuple[DataConfig, bool]:
