@@ -18,6 +18,7 @@ from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.dataset import fingerprint_of, open_datasets
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.distributed import init_distributed
+from pipeline.errors import UserError
 from pipeline.external_weights import _name_of_msdnet
 from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
@@ -261,6 +262,24 @@ def test_without_held_out_images_there_are_no_budgets_unless_others_are_given(da
     run(anytime, *words, "--thresholds", data / "train", progress=(warned := []))
     (line,) = [line for line in warned if line.startswith("warning: ")]
     assert f"was trained on images of --thresholds {data / 'train'}, of which it is surer" in line
+
+
+def test_held_out_images_are_the_runs_own_whatever_is_tested(data, checkpoint, run, tmp_path):
+    write_class_folders(tmp_path / "others", 3, 7, size=(20, 22), seed=5)
+    words = ("--loader", "reference", "--timed-images", 3)
+    run(anytime, checkpoint, "--data", tmp_path / "others", *words, "--report", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["images"], report["held_out"]["images"], report["batch_size"]) == (7, 9, 3)
+    moved = tmp_path / "moved"
+    data.rename(moved)  # of a run whose images have moved, --data may be the new place
+    try:
+        assert "9 held-out images for the thresholds" in run(anytime, checkpoint, "--data", moved, *words)
+        with pytest.raises(UserError) as refused:
+            run(anytime, checkpoint, "--data", tmp_path / "others", *words)
+        assert f"held out are not in {data} nor in {tmp_path / 'others'} (" in str(refused.value)
+        assert str(refused.value).endswith("give images for the thresholds as --thresholds DIR")
+    finally:
+        moved.rename(data)
 
 
 def test_another_msdnet_is_timed_with_folded_norms_as_the_first_is(data, checkpoint, tmp_path):

@@ -26,7 +26,6 @@ from pipeline.budget import BUDGETS, Answers, answers_of, classify, leaves_at, s
 from pipeline.class_names import imagenet_ids
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import DataConfig, ModelConfig
-from pipeline.data.dataset import open_datasets
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, choose_loader
 from pipeline.distributed import World, init_distributed
@@ -128,9 +127,10 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
         UserError: images are missing, of other classes, or not the run's.
     """
     classes = weights.classes
+    test = open_images(data, None, classes)
     if thresholds_from:
         folder = dataclasses.replace(data, dir=thresholds_from)
-        test, chosen_on = open_images(data, None, classes), open_images(folder, None, classes)
+        chosen_on = open_images(folder, None, classes)
         if chosen_on.fingerprint == test.fingerprint:
             _warn("the images of --thresholds are those of --data: the budgets' errors are too low for new images")
         elif trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0)):
@@ -139,10 +139,25 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
                 "these leave later than a budget wants, and cost more"
             )
         return Images(test, chosen_on)
-    if not data.holdout:
-        return Images(open_images(data, None, classes), None)
-    _, test = open_datasets(dataclasses.replace(data, holdout=0), None, progress=True)
-    return Images(test.with_classes(classes), open_held_out(data, weights))
+    return Images(test, held_out_of_run(data, weights) if data.holdout else None)
+
+
+def held_out_of_run(data: DataConfig, weights: Weights) -> DatasetIndex:
+    """What the run held out of its training images, where it had them, or in `data.dir`.
+
+    Raises:
+        UserError: they are in neither.
+    """
+    folders = list(dict.fromkeys((weights.config.data.dir, data.dir)))
+    for folder in folders:
+        try:
+            return open_held_out(dataclasses.replace(data, dir=folder), weights)
+        except UserError as error:
+            why = error
+    raise UserError(
+        f"the images that the run of {weights.origin} held out are not in {' nor in '.join(folders)} ({why}): give images for "
+        "the thresholds as --thresholds DIR"
+    )
 
 
 def _warn(text: str) -> None:
@@ -326,7 +341,8 @@ def measure(
         progress = Progress("times of exits and budgets", len(work) * (1 + ROUNDS), "measurements")
         seconds = median_seconds(work, ROUNDS, progress.advance)
         progress.close()
-    result |= {"timed_images": len(rows), "batch_size": options.batch_size, "device": world.device.type}
+    in_batches = min(options.batch_size, len(rows))
+    result |= {"timed_images": len(rows), "batch_size": in_batches, "device": world.device.type}
     result |= {"threads": torch.get_num_threads(), "loader": choose_loader(data, world.device)}
     for k, row in enumerate(result["exits"]):
         row["images_per_second"] = len(rows) / seconds["exit", k]
