@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.config import Config
+from pipeline.config import Config, OptimConfig
 from pipeline.data.checks import warnings_about
 from pipeline.data.index import DatasetIndex
 from pipeline.data.splits import with_sets_found
@@ -21,7 +21,25 @@ def cautions(config: Config, train: DatasetIndex, val: DatasetIndex, ranks: int)
         train, val: its images, which have been opened before.
     """
     optim = config.optim
-    lines = warnings_about(train, val, with_sets_found(config).data)
+    lines = warnings_about(train, val, with_sets_found(config).data) + about_schedule(optim)
+    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
+        lines.append(split)
+    if max(config.data.mean) > 1:
+        lines.append(
+            f"data.mean {value_text(config.data.mean)} looks like that of pixels from 0 to 255, and here they are from 0 to 1: "
+            "divide it by 255, and data.std too"
+        )
+    if optim.class_weights == "balanced" and config.data.sampling == "balanced":
+        lines.append(
+            "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "
+            "more than frequent ones: leave one of them out"
+        )
+    return lines
+
+
+def about_schedule(optim: OptimConfig) -> list[str]:
+    """What looks wrong in when the learning rate rises and drops, a line each."""
+    lines = []
     late = [epoch for epoch in optim.milestones if epoch >= optim.epochs]
     if optim.schedule == "step" and late:
         lines.append(
@@ -38,18 +56,6 @@ def cautions(config: Config, train: DatasetIndex, val: DatasetIndex, ranks: int)
         lines.append(
             f"the learning rate still warms up, over {optim.warmup_epochs:g} epochs, when it drops after epoch {first_drop}: "
             "set optim.warmup_epochs or optim.milestones"
-        )
-    if split := poor_split(optim.batch_size, ranks, optim.grad_accum_steps):
-        lines.append(split)
-    if max(config.data.mean) > 1:
-        lines.append(
-            f"data.mean {value_text(config.data.mean)} looks like that of pixels from 0 to 255, and here they are from 0 to 1: "
-            "divide it by 255, and data.std too"
-        )
-    if optim.class_weights == "balanced" and config.data.sampling == "balanced":
-        lines.append(
-            "optim.class_weights balanced and data.sampling balanced correct for rare classes twice, so that rare ones count "
-            "more than frequent ones: leave one of them out"
         )
     return lines
 

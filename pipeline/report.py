@@ -15,7 +15,7 @@ from pipeline.audit import (
     statistics_text,
     to_markdown,
 )
-from pipeline.cautions import cautions
+from pipeline.cautions import about_schedule, cautions
 from pipeline.checkpoint import CheckpointFolder, FoundCheckpoint
 from pipeline.config import Config
 from pipeline.config_file import changed_fields, to_yaml
@@ -64,30 +64,33 @@ def warnings_of(run: Run, found: FoundCheckpoint | None) -> list[str]:
     """A line for each thing about a run that its user should know before hours of training."""
     lines = cautions(run.config, run.train_loader.index, run.val_loader.index, run.world.size)
     lines += run.doubts
-    lines += [line] if (line := rising_rate(run)) else []
+    lines += [line for line in changed_rate(run) if line not in lines]
     return lines + (
         [f"{path} is damaged: the run resumes from {found.path.name}" for path in found.damaged] if found else []
     )
 
 
-def rising_rate(run: Run) -> str:
-    """What a change on purpose that has just been made does to the learning rate, in a line; empty if it does not rise by it.
+def changed_rate(run: Run) -> list[str]:
+    """What a change on purpose that has just been made does to the learning rate, if that looks wrong, a line each.
 
     More epochs stretch a schedule: where it had come to its end, the rate goes back up.
     """
     segment, optim, steps = run.history.segments[-1], run.config.optim, run.train_loader.steps_per_epoch
     if run.is_complete or not segment.changed or segment.step != run.done_steps:
-        return ""
+        return []
     names = {field.name for field in dataclasses.fields(optim)}
     old = {key.removeprefix("optim."): value for key, (value, _) in segment.changed.items() if key.startswith("optim.")}
     before = dataclasses.replace(optim, **{name: value for name, value in old.items() if name in names})
+    known = about_schedule(before)
+    lines = [line for line in about_schedule(optim) if line not in known]
     rate, last = run.learning_rate, learning_rate(before, run.done_steps - 1, steps)
     if rate <= max(last, learning_rate(before, run.done_steps, steps)):
-        return ""
-    return (
+        return lines
+    rises = (
         f"with this change the learning rate rises: {last:.4g} in the last step, {rate:.4g} in the next (schedule "
         f"{optim.schedule} over {counted(optim.epochs, 'epoch')})"
     )
+    return [rises, *lines]
 
 
 def start_text(run: Run) -> str:

@@ -593,6 +593,21 @@ def test_a_rate_that_only_stays_does_not_rise(tmp_path, capsys):
     assert "optim.milestones is 2; before, 1" in said and "rises" not in said
 
 
+def test_a_change_after_which_the_rate_never_drops_is_told_once(tmp_path, capsys):
+    """A new run is warned of it; where it was so before, there is nothing new to say."""
+    steps, line = {"schedule": "step"}, "the learning rate never drops after epoch 2: the run has optim.epochs 2"
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1, "milestones": [], **steps}))
+    more = small_config(
+        tmp_path, optim={"epochs": 2, "milestones": [2], **steps}, train={"change": "optim.milestones,optim.epochs"}
+    )
+    assert trainer.dry_run(more).count(line) == 1
+    capsys.readouterr()
+    trainer.fit(more)
+    assert capsys.readouterr().out.count(line) == 1
+    trainer.fit(more)
+    assert line not in capsys.readouterr().out
+
+
 def test_a_link_to_nowhere_is_not_a_run_that_never_was(finished, tmp_path):
     config = copy_of(finished, tmp_path)
     last = tmp_path / "checkpoints" / "last.pt"

@@ -10,7 +10,7 @@ from pipeline.hooks.pictures import pictures_due
 from pipeline.monitor import peak_memory
 from pipeline.optim import rates_of_parts
 from pipeline.pace import Pace
-from pipeline.report import about, hyperparameters, rising_rate, start_text
+from pipeline.report import about, changed_rate, hyperparameters, start_text
 from pipeline.run import Run
 from pipeline.words import counted
 
@@ -47,7 +47,7 @@ class Records(Hook):
         monitor.hyperparameters(hyperparameters(run.config))
         for line in run.history.lines():
             monitor.say(line)
-        if line := rising_rate(run):
+        for line in changed_rate(run):
             monitor.say(line)
         monitor.say(run.description())
 
