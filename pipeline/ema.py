@@ -46,7 +46,8 @@ class ModelEma:
         averages, values = self._averaged
         torch._foreach_lerp_(averages, values, 1 - decay)
         counts, seen = self._copied
-        torch._foreach_copy_(counts, seen)  # batches that batch norms have seen; one by one, a launch each on a GPU
+        if counts:  # of batches that batch norms have seen; one by one they would be a launch each on a GPU
+            torch._foreach_copy_(counts, seen)
 
     def begin(self) -> None:
         """Begin anew at the network's present weights."""

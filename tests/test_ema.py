@@ -18,6 +18,7 @@ from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.config import Config, ModelConfig
 from pipeline.data.loader import EvaluationLoader
 from pipeline.distributed import init_distributed
+from pipeline.ema import ModelEma
 from pipeline.errors import UserError
 from pipeline.hooks import Hook
 from pipeline.report import summary
@@ -37,6 +38,23 @@ def test_the_greatest_decay_of_a_short_run_is_told(tmp_path, decay, greatest):
     config = small_config(tmp_path, train={"ema_decay": decay}, optim={"epochs": 2})
     with init_distributed("cpu") as world:
         assert Run(config, world).measured.greatest_decay == greatest
+
+
+@pytest.mark.parametrize(
+    "network", [torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))]
+)
+def test_networks_with_and_without_counts_are_averaged(network):
+    average = ModelEma(network, DECAY)
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            tensor += 1
+    average.update()
+    before = [tensor - 1 for tensor in network.state_dict().values()]
+    for tensor, old, new in zip(
+        average.network.state_dict().values(), before, network.state_dict().values(), strict=True
+    ):
+        expected = 0.1 * old + 0.9 * new if tensor.is_floating_point() else new
+        torch.testing.assert_close(tensor, expected)
 
 
 SKIPPED = 2  # a step whose gradient is made NaN
