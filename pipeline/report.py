@@ -81,8 +81,8 @@ def changed_rate(run: Run) -> list[str]:
     names = {field.name for field in dataclasses.fields(optim)}
     old = {key.removeprefix("optim."): value for key, (value, _) in segment.changed.items() if key.startswith("optim.")}
     before = dataclasses.replace(optim, **{name: value for name, value in old.items() if name in names})
-    known = about_schedule(before)
-    lines = [line for line in about_schedule(optim) if line not in known]
+    known = {line.partition(":")[0] for line in about_schedule(before)}
+    lines = [line for line in about_schedule(optim) if line.partition(":")[0] not in known]
     rate, last = run.learning_rate, learning_rate(before, run.done_steps - 1, steps)
     if rate <= max(last, learning_rate(before, run.done_steps, steps)):
         return lines

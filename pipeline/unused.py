@@ -60,8 +60,8 @@ SWITCHES = (
     ),
     Switch(
         ("data.hw_decoder_load",),
-        "data.loader auto or dali",
-        lambda f: f["data.loader"] not in ("native", "reference", "synthetic"),
+        "data.loader dali, or auto for files of images",
+        lambda f: f["data.loader"] == "dali" or (f["data.loader"] == "auto" and f["data.dataset"] not in IN_MEMORY),
     ),
     Switch(
         ("data.mix_prob",),

@@ -270,6 +270,13 @@ def test_held_out_images_are_the_runs_own_whatever_is_tested(data, checkpoint, r
     run(anytime, checkpoint, "--data", tmp_path / "others", *words, "--report", tmp_path / "report")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert (report["images"], report["held_out"]["images"], report["batch_size"]) == (7, 9, 3)
+    assert report["trained_on"] == ""
+    warned = []
+    run(anytime, checkpoint, "--data", data / "train", *words, "--report", tmp_path / "report", progress=warned)
+    (line,) = [line for line in warned if line.startswith("warning: ")]
+    assert f"was trained on the images in {data / 'train'}" in line and line.endswith("usually have a higher error")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["trained_on"] in line and report["trained_on"] in (tmp_path / "report" / "report.html").read_text()
     moved = tmp_path / "moved"
     data.rename(moved)  # of a run whose images have moved, --data may be the new place
     try:

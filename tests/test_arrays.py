@@ -163,6 +163,21 @@ def test_native_takes_pixels_in_memory_without_python_and_to_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(loaded["memory"], loaded["python"], strict=True))
 
 
+@pytest.mark.parametrize("other", ["fewer", "smaller"])
+def test_a_machine_with_other_images_than_those_indexed_is_told(tmp_path, monkeypatch, other):
+    """C++ would read what lies beyond them."""
+    torchvision_sets.write_fashion_mnist(tmp_path)
+    config = data_config(tmp_path, loader="native")
+    index = index_arrays(ArraySource("fashion-mnist", str(tmp_path), "train"))
+    there = read_arrays(index.source)
+    pixels = there.pixels[:-1] if other == "fewer" else np.ascontiguousarray(there.pixels[:, :-4])
+    monkeypatch.setattr(arrays, "read_arrays", lambda source: dataclasses.replace(there, pixels=pixels))
+    with pytest.raises(
+        UserError, match=rf"in {tmp_path} are not those that were indexed \({len(pixels)} of .* every machine"
+    ):
+        native.NativePipeline(index, config, threads=2, views=1)
+
+
 @pytest.mark.parametrize("loader", ["auto", "synthetic"])
 def test_images_held_out_are_the_validation_set(fashion, loader):
     dataset = "fashion-mnist" if loader == "auto" else "images"

@@ -606,6 +606,16 @@ def test_a_change_after_which_the_rate_never_drops_is_told_once(tmp_path, capsys
     assert capsys.readouterr().out.count(line) == 1
     trainer.fit(more)
     assert line not in capsys.readouterr().out
+    trainer.fit(
+        small_config(
+            tmp_path, optim={"epochs": 3, "milestones": [9], **steps}, train={"change": "optim.milestones,optim.epochs"}
+        )
+    )
+    assert "never drops after epoch 9" in capsys.readouterr().out
+    trainer.fit(
+        small_config(tmp_path, optim={"epochs": 4, "milestones": [9], **steps}, train={"change": "optim.epochs"})
+    )
+    assert "never drops" not in capsys.readouterr().out  # as it was
 
 
 def test_a_link_to_nowhere_is_not_a_run_that_never_was(finished, tmp_path):

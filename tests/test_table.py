@@ -244,28 +244,48 @@ def test_training_finds_what_tools_index_has_kept(images, image_folders, splits,
     assert all(index.fingerprint in told for index in (sets if splits else sets[:1]))
 
 
-def test_tools_index_takes_the_two_sets_of_a_table(tmp_path, image_folders, monkeypatch, capfd, user_error):
-    """An image of both is told as such, and none as twice in training; lines of a third split are left alone."""
-    images = tmp_path / "images"
+@pytest.mark.parametrize(("training", "validation"), [("train", "val"), ("Training", "test")])
+def test_tools_index_takes_the_two_sets_of_a_table(
+    tmp_path, image_folders, monkeypatch, capfd, user_error, training, validation
+):
+    """As a run takes them: an image of both is told as such, and none as twice in training; what is kept, a run finds."""
+    images, third = tmp_path / "images", "dev" if validation == "test" else "test"
     for split in ("train", "val"):
         shutil.copytree(image_folders / split, images / f"of {split}")
-    rows = [(f"of {s}/{file}", name, s) for s in ("train", "val") for file, name in files_of(images / f"of {s}")]
+    splits = {"train": training, "val": validation}
+    rows = [(f"of {s}/{file}", name, splits[s]) for s in splits for file, name in files_of(images / f"of {s}")]
     content = (images / rows[0][0]).read_bytes()
-    for name in ("of val/class1/twin.jpg", "test/class0/twin.jpg"):
+    for name in ("of val/class1/twin.jpg", "third/twin.jpg", "third/stray.jpg", "third/stray2.jpg"):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         (images / name).write_bytes(content)
-    rows += [("of val/class1/twin.jpg", "class1", "val"), ("test/class0/twin.jpg", "class0", "test")]
+    rows += [("of val/class1/twin.jpg", "class1", validation), ("third/twin.jpg", "class0", third)]
     table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
+    own, there = (
+        " and ".join(splits.values()).lower(),
+        ", ".join(sorted([*splits.values(), third], key=str.lower)).lower(),
+    )
     for words in ([table], [images, "--labels", "all.csv"]):
         monkeypatch.setattr("sys.argv", ["index", *map(str, words), "--verify"])
         main()
         said = capfd.readouterr()
-        assert f"of {table} the splits train and val are taken (there are test, train, val)" in said.err
+        assert f"of {table} the splits {own} are taken (there are {there})" in said.err
         assert f"{images / rows[0][0]} is a validation image too ({images}/of val/class1/twin.jpg)" in said.out
-        assert "twice" not in said.out and "test/class0" not in said.out
-        counts = [line.split()[1] for line in said.out.splitlines() if line.startswith(("split ", "images "))]
-        assert counts == ["train", "37", "val", "12"]
+        assert "twice" not in said.out and "third/twin" not in said.out
+        assert f"         2  is not in the table {table}: left out" in said.out
+        found = [line.split()[1] for line in said.out.splitlines() if line.startswith(("split ", "images "))]
+        assert found == [training.lower(), "37", validation, "12"]
+    kept = (images / ".all.csv.index.jsonl").read_text()
+    for index in open_datasets(DataConfig(dir=str(images), train="all.csv", val="all.csv"), None, progress=False):
+        assert index.fingerprint in said.out
+    assert (images / ".all.csv.index.jsonl").read_text() == kept
     assert "a DIR that does not hold both sets" in user_error(main, table, "--verify", "--against", table)
+    write_table(table, ("file", "label", "split"), *rows, (rows[0][0], "class0", validation))
+    monkeypatch.setattr("sys.argv", ["index", str(table)])
+    with pytest.raises(UserError, match="all.csv has lines of two splits for the image"):
+        main()
+    write_table(table, ("file", "label", "split"), *rows, ("third/stray.jpg", "zebra", validation))
+    with pytest.raises(UserError, match="the classes of training and validation differ"):
+        main()
 
 
 def test_a_run_warns_of_lines_of_the_table_that_it_has_found(image_folders, tmp_path):

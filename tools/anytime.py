@@ -41,7 +41,7 @@ from tools.support import published
 from tools.support.anytime_report import result_to_text, write_report
 from tools.support.budgets import limits_of
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import open_images, trained_on
+from tools.support.evaluated_images import ON_NEW_IMAGES, open_images, trained_on
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.support.held_out import open_held_out
 from tools.support.outputs import writable_folder
@@ -61,6 +61,7 @@ class Images:
 
     test: DatasetIndex
     held_out: DatasetIndex | None
+    seen: str  # of the test images those that the network was trained on, in words
 
 
 @dataclass(frozen=True)
@@ -128,18 +129,21 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
     """
     classes = weights.classes
     test = open_images(data, None, classes)
-    if thresholds_from:
-        folder = dataclasses.replace(data, dir=thresholds_from)
-        chosen_on = open_images(folder, None, classes)
-        if chosen_on.fingerprint == test.fingerprint:
-            _warn("the images of --thresholds are those of --data: the budgets' errors are too low for new images")
-        elif trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0)):
-            _warn(
-                f"the network was trained on images of --thresholds {thresholds_from}, of which it is surer than of new ones: "
-                "these leave later than a budget wants, and cost more"
-            )
-        return Images(test, chosen_on)
-    return Images(test, held_out_of_run(data, weights) if data.holdout else None)
+    seen = trained_on(Candidate(weights.origin, "", weights, data, test, 0))
+    if seen:
+        _warn(f"the network was trained on {seen}: {ON_NEW_IMAGES}")
+    if not thresholds_from:
+        return Images(test, held_out_of_run(data, weights) if data.holdout else None, seen)
+    folder = dataclasses.replace(data, dir=thresholds_from)
+    chosen_on = open_images(folder, None, classes)
+    if chosen_on.fingerprint == test.fingerprint:
+        _warn("the images of --thresholds are those of --data: the budgets' errors are too low for new images")
+    elif trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0)):
+        _warn(
+            f"the network was trained on images of --thresholds {thresholds_from}, of which it is surer than of new ones: "
+            "these leave later than a budget wants, and cost more"
+        )
+    return Images(test, chosen_on, seen)
 
 
 def held_out_of_run(data: DataConfig, weights: Weights) -> DatasetIndex:
@@ -151,7 +155,9 @@ def held_out_of_run(data: DataConfig, weights: Weights) -> DatasetIndex:
     folders = list(dict.fromkeys((weights.config.data.dir, data.dir)))
     for folder in folders:
         try:
-            return open_held_out(dataclasses.replace(data, dir=folder), weights)
+            # What was there for the run is not fetched anew.
+            download = data.download and folder == data.dir
+            return open_held_out(dataclasses.replace(data, dir=folder, download=download), weights)
         except UserError as error:
             why = error
     raise UserError(
@@ -239,6 +245,7 @@ def describe(
         "parameters": parameters(network),
         "data": images.test.root,
         "images": len(images.test),
+        "trained_on": images.seen,
         "held_out": images.held_out
         and {
             "data": images.held_out.root,

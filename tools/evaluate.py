@@ -34,10 +34,9 @@ from pipeline.precision import autocast, set_tf32
 from pipeline.provenance import provenance
 from pipeline.weights import Weights, weights_file
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import are_same_images, open_images, trained_on
+from tools.support.evaluated_images import ON_NEW_IMAGES, are_same_images, open_images, trained_on
 from tools.support.evaluation_figures import checksum, compare, describe
 from tools.support.evaluation_report import (
-    ON_NEW_IMAGES,
     comparisons_to_text,
     result_to_text,
     write_answers,

@@ -10,6 +10,7 @@ code is 2 if the index or a run with the default configuration would stop at one
 """
 
 import argparse
+import dataclasses
 import io
 import os
 import sys
@@ -95,23 +96,26 @@ def main() -> None:
         parser.error("--labels needs --classes, the folder or archive of the training set, or is a table (.csv, .tsv)")
     if options.classes and (both or not labels):
         parser.error("--classes is for --labels, of a DIR that does not hold both sets: leave it out")
-    splits = [] if both else splits_of(Path(table or root), labels=bool(labels and not table))
+    splits = [] if both or (labels and not table) else splits_of(table or root)
     if options.against and (both or splits or labels or not options.verify):
         parser.error("--against needs --verify, no --labels, and a DIR that does not hold both sets")
-    if splits:
-        there = ", ".join(splits_in(Path(table or root)))
+    if splits:  # as a run takes them that has the table as data.train and data.val
+        both, file = True, str(Path(table or root).absolute())
+        config = dataclasses.replace(
+            config, dir=str(root if table else root.parent), train=file, val=file, val_labels=None
+        )
+        there = ", ".join(splits_in(Path(file)))
         said = f"of {table or root} the splits {' and '.join(splits)} are taken (there are {there})"
         print(printable(said), file=sys.stderr, flush=True)
     start = time.perf_counter()
     if options.verify and both:
         list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
-    elif options.verify and splits:
-        trains, validates = (open_table_or_source(root, options, table, split) for split in splits)
-        list_odd_images([trains], [validates], read_as)
     elif options.verify:
         trained = [] if labels and not table else [open_table_or_source(root, options, table)]
         validated = [open_source(root)] if labels and not table else []
-        validated += [open_table_or_source(options.against, options)] if options.against else []
+        if options.against:
+            split = "val" if splits_of(options.against) else None
+            validated.append(open_table_or_source(options.against, options, split=split))
         list_odd_images(trained, validated, read_as)
     places = [Path(config.dir, name) for name in (config.train, config.val)] if both else [root]
     if both:
@@ -121,16 +125,13 @@ def main() -> None:
         classes = scan_classes(options.classes, of_classes, progress=True, pixel_format=read_as).classes
         indexes = [scan_flat(root, labels, classes, cache_beside(root, fallback), progress=True, pixel_format=read_as)]
     else:
-        sources = [open_table_or_source(root, options, table, split) for split in splits or (None,)]
-        places = [Path(table or root)] * len(sources)
-        cache, indexes = cache_beside(places[0], fallback), []
-        for source in sources:
-            if isinstance(source, LabelTableSource):
-                index = scan_label_table(source, cache, progress=True, pixel_format=read_as)
-            else:
-                index = scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")
-            indexes.append(index.with_classes(indexes[0].classes) if indexes else index)
-    for line in warnings_about(indexes[0], indexes[1] if len(indexes) > 1 else None, config):
+        places = [Path(table or root)]
+        cache, source = cache_beside(places[0], fallback), open_table_or_source(root, options, table)
+        if isinstance(source, LabelTableSource):
+            indexes = [scan_label_table(source, cache, progress=True, pixel_format=read_as)]
+        else:
+            indexes = [scan_classes(source, cache, progress=True, pixel_format=read_as, labels_field="--labels")]
+    for line in warnings_about(indexes[0], indexes[1] if both else None, config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     for place, index, split in zip(places, indexes, splits or [""] * len(indexes), strict=True):
         if split:
@@ -139,16 +140,12 @@ def main() -> None:
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
-def splits_of(table: Path, labels: bool) -> list[str]:
-    """The splits of a table that a run trains and validates on; none of what is no table or lacks one of them.
-
-    Args:
-        labels: the images have their labels from another file, so that this is no table.
-    """
-    there = [] if labels or not is_table(table) else splits_in(table)
+def splits_of(table: str | Path) -> list[str]:
+    """What a table calls the splits that a run trains and validates on; none if this is no table or lacks one of them."""
+    there = splits_in(Path(table)) if is_table(table) else []
     if not all(set(names) & set(there) for names in SPLIT_NAMES.values()):
         return []
-    return [name_of_split(table, there, split) for split in SPLIT_NAMES]
+    return [name_of_split(Path(table), there, split) for split in SPLIT_NAMES]
 
 
 def open_table_or_source(

@@ -22,8 +22,8 @@ class DatasetIndex:
         labels: (N) int64, index into `classes`; or, of images with several labels, (N, classes) uint8, 0 or 1.
         sizes: (N, 2) int32, height and width in pixels as the image is read: as stored, or turned (see `turned`).
         classes: class names; for class folders the folders' names, sorted.
-        fingerprint: SHA-256 of class names, image names, labels and lengths; where most images have one length, of the bytes
-            of 64 of them, too; of images in memory, of their pixels.
+        fingerprint: SHA-256 of class names, image names, labels and lengths; where most images have one length, of the
+            first 256 KiB of 64 of them, too; of images in memory, of their pixels.
         offsets, lengths: (N) int64, the image's bytes, as `Source.open` takes them.
         source: opens the images.
         turned: (N) bool, images that are turned as their EXIF data say when they are read; None: none is.

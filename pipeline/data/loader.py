@@ -31,6 +31,7 @@ from pipeline.data.plan import (
 from pipeline.data.reference import ReferencePipeline
 from pipeline.data.synthetic import SyntheticPipeline
 from pipeline.errors import UserError, look_up
+from pipeline.unused import IN_MEMORY
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def choose_common_loader(
     """
     if config.loader != "auto":
         look_up(IMAGE_PIPELINES, config.loader, "data.loader")
-    automatic = AUTOMATIC[device.type if config.dataset == "images" else "cpu"]
+    automatic = AUTOMATIC["cpu" if config.dataset in IN_MEMORY else device.type]
     passed_over: list[str] = []
     for name in automatic if config.loader == "auto" else (config.loader,):
         reasons = gather(unavailable_reason(name, config.depth) or "")

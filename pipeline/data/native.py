@@ -140,7 +140,7 @@ class NativePipeline:
         # Images that C++ has handed back once: it need not read them again.
         readable = isinstance(index.source, PlacedSource | SourceInMemory)
         self._by_python = np.full(len(index), config.depth != 8 or not readable)
-        self._array = index.source.pixels() if isinstance(index.source, SourceInMemory) else None
+        self._array = _in_memory(index)
         if index.turned is not None:
             self._by_python |= index.turned
 
@@ -245,6 +245,25 @@ class NativePipeline:
             raise LocalUserError(
                 f"not enough memory to resize the image {location}: raise the limit on memory (ulimit -v, or the job's)"
             )
+
+
+def _in_memory(index: DatasetIndex) -> np.ndarray | None:
+    """The pixels of a data set in memory, which C++ reads at the index's places; None if it is in files.
+
+    Raises:
+        LocalUserError: this process has read others than those that were indexed.
+    """
+    if not isinstance(index.source, SourceInMemory):
+        return None
+    pixels = index.source.pixels()
+    of_bytes = pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.shape[3:] in ((), (3,))
+    as_indexed = bool((index.sizes == pixels.shape[1:3]).all() and (index.offsets < len(pixels)).all())
+    if not of_bytes or not as_indexed:
+        raise LocalUserError(
+            f"the images in {index.root} are not those that were indexed ({len(pixels):,} of {pixels.shape[1]} x "
+            f"{pixels.shape[2]} pixels): have the same files on every machine"
+        )
+    return pixels
 
 
 class _Work:

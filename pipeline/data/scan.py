@@ -40,7 +40,8 @@ from pipeline.errors import UserError
 
 THREADS = 16  # listing folders and reading headers waits for the disk, or for the network behind it
 AT_ONCE = 1 << 16  # images that the fingerprint takes together
-SAMPLED = 64  # images whose bytes the fingerprint takes where most have one length
+SAMPLED = 64  # images whose first bytes the fingerprint takes where most have one length
+FIRST = 1 << 18  # bytes of each: of large ones on a slow disk all would take long
 NAMED = 5  # of what stops, that an error names
 
 
@@ -378,7 +379,7 @@ def _index(
         rows_of_part = zip(names[part], labels[part].tolist(), lengths[part].tolist(), strict=True)
         digest.update(os.fsencode("".join(f"\n{name}\0{label}\0{length}" for name, label, length in rows_of_part)))
     for i in _sampled(lengths):
-        digest.update(_bytes_of(source, names[i], int(offsets[i]), int(lengths[i])))
+        digest.update(_first_bytes(source, names[i], int(offsets[i]), int(lengths[i])))
     sizes = np.concatenate([np.zeros((0, 2), np.int32), *(row.sizes for row in rows)])
     turned = None
     if pixel_format and pixel_format.exif_orientation:
@@ -411,10 +412,10 @@ def _sampled(lengths: np.ndarray) -> list[int]:
     return alike[np.linspace(0, len(alike) - 1, min(SAMPLED, len(alike))).round().astype(int)].tolist()
 
 
-def _bytes_of(source: FileSource, name: str, offset: int, length: int) -> bytes:
+def _first_bytes(source: FileSource, name: str, offset: int, length: int) -> bytes:
     try:
         with source.open(name, offset, length) as stream:
-            return read_all(stream, length).tobytes()
+            return read_all(stream, min(length, FIRST)).tobytes()
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(

@@ -16,6 +16,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.words import counted
 from tools.support.budgets import limits_of
+from tools.support.evaluated_images import ON_NEW_IMAGES
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME, in_folder
 from tools.support.report_page import Page, Thumbnails, picture
@@ -127,7 +128,7 @@ def _line(axes: Axes, rows: list[dict[str, Any]], key: str, scale: float, style:
 
 
 def _sections(r: dict[str, Any], heading: str) -> list[str]:
-    lines = [_about(r)]
+    lines = [_about(r), *_seen(r)]
     lines += [f"training: {r['training']}"] if r["training"] else []
     for title, columns in _tables(r):
         lines += ["", f"{heading}{title}", "", *table(*columns, names=1)]
@@ -148,6 +149,10 @@ def _about(r: dict[str, Any]) -> str:
         f"{r['model']}, {r['parameters']:,} parameters, {r['images']:,} images of {r['data']}{held_out}, "
         f"crop {r['crop_size']}, {r['loader']} loader; time: {r['timed_images']} images, {r['device']}, {_threads(r)}"
     )
+
+
+def _seen(r: dict[str, Any]) -> list[str]:
+    return [f"trained on {r['trained_on']}: {ON_NEW_IMAGES}"] if r["trained_on"] else []
 
 
 def _threads(r: dict[str, Any]) -> str:
@@ -227,7 +232,7 @@ def _html(result: dict[str, Any], curves: bytes, shown: Shown, index: DatasetInd
         curves: a PNG file.
     """
     page = Page("Answers at any time")
-    page.lines([_about(result), *([f"training: {result['training']}"] if result["training"] else [])])
+    page.lines([_about(result), *_seen(result), *([f"training: {result['training']}"] if result["training"] else [])])
     page.lines([line for row in result["beside"] if (line := _comparison(row, result["budgets"]))])
     page.heading(2, "Error against cost")
     source = base64.b64encode(curves).decode()

@@ -22,6 +22,8 @@ from pipeline.errors import UserError
 from tools.support.candidate import Candidate
 from tools.support.label_files import find_label_file
 
+ON_NEW_IMAGES = "new images usually have a higher error"  # than images that a network was trained on
+
 
 def are_same_images(a: DataConfig, b: DataConfig) -> bool:
     fields = (

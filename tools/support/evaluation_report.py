@@ -12,6 +12,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
 from pipeline.parsing import value_text
 from pipeline.words import counted
+from tools.support.evaluated_images import ON_NEW_IMAGES
 from tools.support.facts import billions
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
@@ -26,8 +27,6 @@ from tools.support.report_page import (
     reliability,
     surest_mistakes,
 )
-
-ON_NEW_IMAGES = "new images usually have a higher error"
 
 
 def result_to_text(result: dict[str, Any], named: bool = False) -> str:
