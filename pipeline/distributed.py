@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import socket
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -173,6 +174,8 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
         ask_for_signal_when_parent_dies(signal.SIGTERM)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+        # In autograd's thread, to which torch then gives one: it said so at the start of each run on an H200.
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     if size > 1:
         world = dataclasses.replace(world, **_meet(world))
         mine = socket.gethostname(), usable_cores()
