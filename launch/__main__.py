@@ -44,7 +44,8 @@ from pipeline.command import ArgumentParser, exit_on_user_error
 from pipeline.config import Config
 from pipeline.config_file import SCHEMA, load_config, load_stored_config, refuse_flags_without_use, run_dir_of
 from pipeline.errors import UserError
-from pipeline.run_dir import Before, is_complete
+from pipeline.resume import has_recipe
+from pipeline.run_dir import Before, is_complete, read_progress
 from pipeline.words import counted
 
 CHANGING = ("cancel", "resume")  # the verbs that do nothing at all where one of several runs is not found
@@ -375,10 +376,15 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
 
 
 def _is_said_to_be_complete(run: Path, config: Config) -> bool:
-    """Whether a run has all the epochs of its configuration already; it is said then."""
-    complete = is_complete(run, config.optim.epochs)
+    """Whether a run of this recipe has all its epochs already; it is said then.
+
+    Of another recipe, or more epochs, what the run would refuse is still to be found.
+    """
+    complete = is_complete(run, config.optim.epochs) and has_recipe(
+        load_stored_config(config_of(run, read_events(run))), config
+    )
     if complete:
-        epochs = counted(config.optim.epochs, "epoch")
+        epochs = counted(read_progress(run)["epoch"], "epoch")
         print(
             f"{run}: is complete ({epochs}), and nothing is left to train; submit it with --optim.epochs N "
             "--train.change optim.epochs to train it to epoch N"

@@ -1,6 +1,7 @@
 """Is a run the paper's? Each part of the paper's setting (paper.py) beside what a configuration does."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_FLOOR, Decimal
@@ -19,7 +20,7 @@ RESIZE_EFFECT = (
     "known: top-1 accuracy of DenseNet-121 is 74.43 with pil-bilinear, 74.75 with pil-bicubic, 74.96 without antialias, "
     "74.98 in the paper"
 )
-SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's
+SPREAD_TOLERANCE = 0.02  # of drawn weights, from their distribution's; of few weights 4 standard errors, which are more
 UNKNOWN = "effect not measured here"
 # What decides how the learning rate runs from its first value on.
 OF_THE_SCHEDULE = {
@@ -75,7 +76,8 @@ def audit(config: Config, microbatches: int, measured: Measured | None = None) -
     if config.model.weights:
         compare("initial weights", "drawn", config.model.weights_text, "fine-tuned: errors cannot be compared")
     elif measured:
-        usual = abs(measured.spread - 1) < SPREAD_TOLERANCE
+        error = 1 / math.sqrt(2 * measured.weights) if measured.weights else 0.0  # of a standard deviation, relative
+        usual = abs(measured.spread - 1) < max(SPREAD_TOLERANCE, 4 * error)
         spread = "sqrt(2 / fan-out)" if usual else f"{measured.spread:.3g} sqrt(2 / fan-out)"
         compare("initial weights of convolutions: standard deviation", "sqrt(2 / fan-out)", spread)
     if config.model.freeze is not None:

@@ -27,6 +27,7 @@ class Measured:
             them out, which only the device knows.
         batch_norms: whether the network has any.
         greatest_decay: of the moving average of the weights, where the run has too few steps to reach the one asked for.
+        weights: of convolutions, whose number tells how near to 1 the spread must be; None in files of before.
     """
 
     images: tuple[int, int]
@@ -41,17 +42,18 @@ class Measured:
     skipped_steps: int | None = 0
     batch_norms: bool = True
     greatest_decay: float | None = None
+    weights: int | None = None
 
 
-def initial_spread(network: nn.Module) -> float:
-    """Standard deviation of all convolutions' weights, each in units of sqrt(2 / fan-out) of its layer."""
+def initial_spread(network: nn.Module) -> tuple[float, int]:
+    """Standard deviation of all convolutions' weights, each in units of sqrt(2 / fan-out) of its layer; and their number."""
     squares, count = 0.0, 0
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.weight.shape[0] * module.weight[0, 0].numel()
             squares += float(module.weight.detach().double().square().sum()) * fan_out / 2
             count += module.weight.numel()
-    return math.sqrt(squares / count) if count else math.nan
+    return math.sqrt(squares / count) if count else math.nan, count
 
 
 def has_batch_norms(network: nn.Module) -> bool:

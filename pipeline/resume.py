@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import CheckpointFolder, FoundCheckpoint
-from pipeline.config import Config
+from pipeline.config import OF_WEIGHTS, Config
 from pipeline.errors import UserError
 from pipeline.followers import FOLLOWERS
 from pipeline.history import batch_split
@@ -87,6 +87,16 @@ def find_checkpoint(run_dir: Path) -> FoundCheckpoint | None:
 def loader_of(found: FoundCheckpoint | None) -> str | None:
     """The loader of the run that saved a checkpoint. Loaders differ in the last bits, so that the run keeps its own."""
     return found.state.get("conditions", {}).get("loader") if found else None
+
+
+def has_recipe(before: Config, now: Config) -> bool:
+    """Whether a configuration asks for what a run of another did, as far as configurations tell: in all that may not change
+    between two starts, but for what the run has found or taken over itself (loader, weights, the images' preparation)."""
+    old, new = (flatten(dataclasses.asdict(config)) for config in (before, now))
+    found = {"data.loader", "model.weights", "model.weights_sha256"}
+    found |= {f"data.{name}" for group in OF_WEIGHTS for name in group} if before.model.weights else set()
+    free = FREE_TO_CHANGE | unused_fields(new) | found
+    return all(old[key] == value for key, value in new.items() if key not in free and not key.startswith("published."))
 
 
 def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) -> dict[str, tuple[Any, Any]]:

@@ -316,7 +316,8 @@ class Run:
                 for s in self.history.segments
             ),
             last_batch=loader.global_batch(loader.steps_per_epoch - 1),
-            spread=self._spread,
+            spread=self._spread[0],
+            weights=self._spread[1],
             momentum=momentum_text(self.optimizer),
             weight_decay=weight_decay_factors(self.optimizer),
             decayed=decayed_parameters(self.optimizer),
@@ -555,7 +556,8 @@ class Run:
         warmup = (
             "" if optim.schedule == "one_cycle" else f", which warms up over {counted(optim.warmup_epochs, 'epoch')}"
         )
-        return f"\nlarge batch: learning rate {optim.lr:g}{warmup}" if optim.large_batch else ""
+        rate = f"{optim.lr:g} ({optim.lr * 256 / optim.batch_size:g} for 256 images)"
+        return f"\nlarge batch: learning rate {rate}{warmup}" if optim.large_batch else ""
 
     def _about_losses(self) -> str:
         """Further lines where training and validation losses are of different kinds or images; empty else."""

@@ -23,17 +23,34 @@ BY_FILE = {
     "val_1,n03 1 1 1 1\n",
     "quoted CSV": '"file","label"\n"val_0.jpg","n01"\n"val_1.jpg","n03"\n"val_10.jpg","n01"\n"val_2.jpg","n02"\n',
     "quoted CSV with blanks": '"val_0.jpg", "n01"\n"val_1.jpg", "n03"\n"val_10.jpg", "n01"\n"val_2.jpg", "n02"\n',
-    "with folders": "val/images/val_0.jpg n01\n./val_1.jpg n03\nval/val_10.jpg n01\nval_2 n02\n",
+    "with folders": "val/images/val_0.jpg n01\n./val_1.jpg n03\nimages/val_10.jpg n01\nval_2 n02\n",
     "a mark at the start and Windows' line ends": "\ufeffval_0.jpg n01\r\nval_1.jpg n03\r\nval_10.jpg n01\r\nval_2.jpg n02\r\n",
     "one a line": "n01\nn03\nn01\nn02\n",
     "numbers, one a line": "0\n2\n0\n1\n",
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_line_of_another_folder_is_of_another_image(tmp_path, archive):
+    """Cameras call each day's images alike."""
+    names, root = ["0.jpg", "sub/1.jpg"], tmp_path / "cam" / ("day2.tar" if archive else "day2")
+    root.parent.mkdir()
+    root.touch() if archive else root.mkdir()
+    for folder in ("", "day2/", "cam/day2/", f"{tmp_path}/cam/day2/"):
+        (tmp_path / "labels").write_text(f"file,label\n{folder}0.jpg,n01\n{folder}sub/1,n03\n")
+        assert read_labels(tmp_path / "labels", names, CLASSES, str(root)) == ["n01", "n03"]
+    for folder, image in (("day1/", "0.jpg"), ("other/day2/", "0.jpg"), ("sub/", "0.jpg"), ("day2/other/", "1.jpg")):
+        (tmp_path / "labels").write_text(f"{folder}{image},n01\nsub/1.jpg,n03\n")
+        with pytest.raises(
+            UserError, match=f"line 1: '{folder}{image}' is not in {root}, where an image {image} is: give the"
+        ):
+            read_labels(tmp_path / "labels", names, CLASSES, str(root))
+
+
 @pytest.mark.parametrize("kind", BY_FILE)
 def test_each_kind_of_file_gives_the_labels(tmp_path, kind, capfd):
     (tmp_path / "labels").write_bytes(BY_FILE[kind].encode())
-    assert read_labels(tmp_path / "labels", NAMES, CLASSES) == LABELS
+    assert read_labels(tmp_path / "labels", NAMES, CLASSES, root="data/val/images") == LABELS
     said = capfd.readouterr().err
     assert ("counted from 0 (0 is n01, 2 is n03)" in said) == (kind in ("Caffe", "numbers, one a line"))
     assert ("in the order of text, val_10.jpg before val_2.jpg: if they" in said) == kind.endswith("one a line")

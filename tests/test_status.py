@@ -473,15 +473,19 @@ def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="never"):
         look_after("resume", [str(part), str(never)])
 
-    # The same configuration submitted again is complete too, with more epochs it is not.
+    # The same configuration submitted again is complete too; with another number of epochs, or another recipe, it is for the
+    # run to say what it refuses.
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("launch.__main__.describe", lambda *_: "")
     submitted.clear()
-    for epochs in ("2", "3"):
-        words = ["configs/demo.yaml", *override_flags(small_config(tmp_path / "whole")), "--cluster", "local"]
-        start([*words, "--optim.epochs", epochs])
-        assert [config.optim.epochs for config in submitted] == [3] * (epochs == "3")
-        assert (line in capsys.readouterr().out) == (epochs == "2")
+    words = ["configs/demo.yaml", *override_flags(small_config(tmp_path / "whole")), "--cluster", "local"]
+    free = "--data.dir", "/elsewhere", "--train.log_every", "7"
+    others = ("--optim.epochs", "3"), ("--optim.epochs", "1"), ("--model.name", "densenet121"), ("--optim.lr", "0.3")
+    for more in ((), free, *others):
+        submitted.clear()
+        start([*words, *more])
+        assert len(submitted) == (more in others)
+        assert (line in capsys.readouterr().out) == (more not in others)
 
 
 def test_logs_are_of_all_submissions_in_order(tmp_path, capsys):

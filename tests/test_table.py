@@ -244,21 +244,22 @@ def test_training_finds_what_tools_index_has_kept(images, image_folders, splits,
     assert all(index.fingerprint in told for index in (sets if splits else sets[:1]))
 
 
+@pytest.mark.parametrize("of", ["of ", ""])  # where DIR holds train and val, the table still counts
 @pytest.mark.parametrize(("training", "validation"), [("train", "val"), ("Training", "test")])
 def test_tools_index_takes_the_two_sets_of_a_table(
-    tmp_path, image_folders, monkeypatch, capfd, user_error, training, validation
+    tmp_path, image_folders, monkeypatch, capfd, user_error, training, validation, of
 ):
     """As a run takes them: an image of both is told as such, and none as twice in training; what is kept, a run finds."""
     images, third = tmp_path / "images", "dev" if validation == "test" else "test"
     for split in ("train", "val"):
-        shutil.copytree(image_folders / split, images / f"of {split}")
+        shutil.copytree(image_folders / split, images / f"{of}{split}")
     splits = {"train": training, "val": validation}
-    rows = [(f"of {s}/{file}", name, splits[s]) for s in splits for file, name in files_of(images / f"of {s}")]
+    rows = [(f"{of}{s}/{file}", name, splits[s]) for s in splits for file, name in files_of(images / f"{of}{s}")]
     content = (images / rows[0][0]).read_bytes()
-    for name in ("of val/class1/twin.jpg", "third/twin.jpg", "third/stray.jpg", "third/stray2.jpg"):
+    for name in (f"{of}val/class1/twin.jpg", "third/twin.jpg", "third/stray.jpg", "third/stray2.jpg"):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         (images / name).write_bytes(content)
-    rows += [("of val/class1/twin.jpg", "class1", validation), ("third/twin.jpg", "class0", third)]
+    rows += [(f"{of}val/class1/twin.jpg", "class1", validation), ("third/twin.jpg", "class0", third)]
     table = write_table(images / "all.csv", ("file", "label", "split"), *rows)
     own, there = (
         " and ".join(splits.values()).lower(),
@@ -269,7 +270,7 @@ def test_tools_index_takes_the_two_sets_of_a_table(
         main()
         said = capfd.readouterr()
         assert f"of {table} the splits {own} are taken (there are {there})" in said.err
-        assert f"{images / rows[0][0]} is a validation image too ({images}/of val/class1/twin.jpg)" in said.out
+        assert f"{images / rows[0][0]} is a validation image too ({images}/{of}val/class1/twin.jpg)" in said.out
         assert "twice" not in said.out and "third/twin" not in said.out
         assert f"         2  is not in the table {table}: left out" in said.out
         found = [line.split()[1] for line in said.out.splitlines() if line.startswith(("split ", "images "))]

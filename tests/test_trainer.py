@@ -484,7 +484,7 @@ def test_a_dry_run_shows_the_fields_that_count_and_the_sets_that_were_found(tmp_
     text = trainer.dry_run(config)
     shown = yaml.safe_load(text[: text.index("densenet_bc22_k8:")])
     assert shown["data"]["val"] == "test" and "schedule: cosine" in text and "milestones" not in shown["optim"]
-    assert "large batch: learning rate 0.1, which warms up over 0.5 epochs" in text
+    assert "large batch: learning rate 0.1 (2.13333 for 256 images), which warms up over 0.5 epochs" in text
     assert capfd.readouterr().err.count("data.val is test") == 1
     held_out = trainer.dry_run(dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=6)))
     assert "\n  val:" not in held_out and "\n  holdout: 6" in held_out

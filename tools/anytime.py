@@ -241,6 +241,7 @@ def describe(
     return {
         "name": name,
         "model": weights.config.model.name,
+        "trained": weights.trained,
         "note": weights.note,
         "parameters": parameters(network),
         "data": images.test.root,

@@ -96,7 +96,7 @@ def main() -> None:
         parser.error("--labels needs --classes, the folder or archive of the training set, or is a table (.csv, .tsv)")
     if options.classes and (both or not labels):
         parser.error("--classes is for --labels, of a DIR that does not hold both sets: leave it out")
-    splits = [] if both or (labels and not table) else splits_of(table or root)
+    splits = splits_of(table) if table else [] if both or labels else splits_of(root)
     if options.against and (both or splits or labels or not options.verify):
         parser.error("--against needs --verify, no --labels, and a DIR that does not hold both sets")
     if splits:  # as a run takes them that has the table as data.train and data.val

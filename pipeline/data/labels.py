@@ -15,7 +15,7 @@ from pipeline.errors import UserError, did_you_mean
 LABEL_FILE_SUFFIXES = (".txt", ".csv", ".tsv")
 
 
-def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[str]:
+def read_labels(file: Path, names: list[str], classes: tuple[str, ...], root: str = "") -> list[str]:
     """Class of each image of a flat set, in the order of `names`.
 
     Args:
@@ -24,6 +24,7 @@ def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[
             header is one first line that names neither an image nor a class). Where all classes are numbers and those of
             the training set are names, they count the sorted names from 0, as Caffe's lists do.
         classes: the names that a class may have.
+        root: where the images lie: FILE may begin with the last folders of this path, as it may lack the first of its own.
 
     Raises:
         UserError: the file cannot be read or does not fit the images.
@@ -46,7 +47,7 @@ def read_labels(file: Path, names: list[str], classes: tuple[str, ...]) -> list[
         _warn_of_numbers(file, names)
     else:
         try:
-            labels = _labels_by_file(file, lines, names, known)
+            labels = _labels_by_file(file, lines, names, known, root)
         except csv.Error as error:  # as of a line without end
             raise UserError(f"{file} has no lines 'FILE CLASS' ({error}): give a file that has") from None
     return find_classes(file, labels, classes)
@@ -128,7 +129,9 @@ def _label_file_near(root: Path) -> Path | None:
     return None
 
 
-def _file_and_class(line: str, position: dict[str, int], known: set[str]) -> tuple[str, str]:
+def _file_and_class(
+    line: str, position: dict[str, int], known: set[str], above: list[tuple[str, ...]]
+) -> tuple[str, str]:
     """The image's key in `position` and the class; of a line that names no image, what stands in their places."""
     readings = []
     for delimiter in ("\t", ",", " "):
@@ -140,28 +143,48 @@ def _file_and_class(line: str, position: dict[str, int], known: set[str]) -> tup
     if len(words := line.rsplit(None, 1)) == 2:  # a file whose name has blanks in it
         readings.append((words[0], words[1]))
     for file, label in sorted(readings, key=lambda reading: reading[1] not in known):
-        if key := _key(file, position):
+        if key := _key(file, position, above):
             return key, label
     return readings[0] if readings else (line, "")
 
 
-def _key(file: str, position: dict[str, int]) -> str | None:
-    """How `position` calls a file: by its path, or by its name without folders, which may lack a suffix but have no other."""
-    return next((key for key in (os.path.normpath(file), Path(file).name) if key in position), None)
+def _key(file: str, position: dict[str, int], above: list[tuple[str, ...]]) -> str | None:
+    """How `position` calls a file: as it stands, or without the folders at its beginning that a path of `above` ends with."""
+    whole = os.path.normpath(file)
+    if whole in position:
+        return whole
+    parts = Path(whole).parts
+    for path in above:
+        for k in range(1, len(parts)):
+            if path[-k:] == parts[:k] and (rest := os.path.join(*parts[k:])) in position:
+                return rest
+    return None
 
 
-def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[str]) -> list[str]:
+def _folders_of(root: str) -> list[tuple[str, ...]]:
+    """The folders down to the images, as the path names them and as they are; an archive val.tar stands for val."""
+    paths = [Path(find(root)) for find in (os.path.abspath, os.path.realpath)]
+    return [(path.with_name(path.name.partition(".")[0]) if path.is_file() else path).parts for path in paths]
+
+
+def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[str], root: str) -> list[str]:
     """Classes from lines ``FILE CLASS``, where FILE may lack its folder and its suffix."""
-    keys = [{Path(name).stem, Path(name).name, name} for name in names]
+    above = _folders_of(root)
+    keys = [{Path(name).stem, Path(name).name, os.path.splitext(name)[0], name} for name in names]
     times = Counter(key for of_one in keys for key in of_one)
     position = {key: i for i, of_one in enumerate(keys) for key in of_one if times[key] == 1}
-    numbered = all(_file_and_class(line, position, known)[1].isdigit() for line in lines[1:])
+    numbered = all(_file_and_class(line, position, known, above)[1].isdigit() for line in lines[1:])
     labels: list[str | None] = [None] * len(names)
     for number, line in enumerate(lines, start=1):
-        image, label = _file_and_class(line, position, known)
+        image, label = _file_and_class(line, position, known, above)
         if image not in position:
             if number == 1 and label not in known and not (numbered and label.isdigit()):  # a header
                 continue
+            if (name := Path(image).name) != image and name in position:
+                raise UserError(
+                    f"{file}, line {number}: '{image}' is not in {root}, where an image {name} is: give the folder that the "
+                    "lines name, or leave the folder out of them"
+                )
             ambiguous = " (two images are called so: give their paths)" if times[image] > 1 else ""
             raise UserError(f"{file}, line {number}: there is no image '{image}'{ambiguous}: expected 'FILE CLASS'")
         if labels[position[image]] is not None:

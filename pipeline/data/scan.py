@@ -120,7 +120,7 @@ def scan_flat(
     (row,) = _scan(source, [group], [], cache, progress, pixel_format, labels_file=labels_file)
     if not row.names:
         raise UserError(f"{root} holds no images: check its path")
-    found = read_labels(Path(labels_file), list(row.names), classes)
+    found = read_labels(Path(labels_file), list(row.names), classes, str(root))
     position = {name: i for i, name in enumerate(classes)}
     return _index(source, [group], [row], np.array([position[name] for name in found]), classes, pixel_format)
 

@@ -13,7 +13,7 @@ from pipeline.evaluation import Evaluation
 from pipeline.parsing import value_text
 from pipeline.words import counted
 from tools.support.evaluated_images import ON_NEW_IMAGES
-from tools.support.facts import billions
+from tools.support.facts import billions, millions
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME, in_folder
@@ -77,7 +77,7 @@ def _overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     rows, any_real = [], any(r["real"] for r in results)
     shown = (1, 5) if any(r["top5_error"] is not None for r in results) else (1,)
     for r in results:
-        size = [f"{r['parameters'] / 1e6:.2f}", billions(r["multiply_accumulates"])]
+        size = [millions(r["parameters"]), billions(r["multiply_accumulates"])]
         real = [f"{r['real']['top1_error']:.2f}" if r["real"] else ""] if any_real else []
         own = [_with_interval(r[f"top{k}_error"], r[f"top{k}_interval"]) for k in shown]
         rows.append([r["name"], r["model"], *size, *own, *real])

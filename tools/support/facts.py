@@ -104,6 +104,11 @@ def _operations(module: nn.Module, given: Any, output: Any) -> tuple[int, int]:
     return 0, given.numel() if isinstance(module, nn.AdaptiveAvgPool2d) else 0
 
 
+def millions(parameters: int) -> str:
+    """``7.98``, and of few ``0.0026``."""
+    return f"{parameters / 1e6:.2f}" if parameters >= 1e4 else f"{parameters / 1e6:.2g}"
+
+
 def billions(work: int) -> str:
     """``2.87``, and of little ``0.0035``."""
     return f"{work / 1e9:.2f}" if work >= 1e8 else f"{work / 1e9:.2g}"

@@ -12,7 +12,7 @@ from pipeline.evaluation import Evaluation
 from pipeline.metrics import LabelScore
 from pipeline.ranking import mean_average_precision_interval, no_interval_text
 from pipeline.words import counted
-from tools.support.facts import billions
+from tools.support.facts import billions, millions
 from tools.support.outputs import ANY_NAME
 
 
@@ -71,7 +71,7 @@ def label_overview(results: list[dict[str, Any]]) -> tuple[list[str], list[list[
     """Titles and rows: a row for each network and for each published figure."""
     rows = []
     for r in results:
-        size = [f"{r['parameters'] / 1e6:.2f}", billions(r["multiply_accumulates"])]
+        size = [millions(r["parameters"]), billions(r["multiply_accumulates"])]
         auroc = with_interval(r["mean_auroc"], r["mean_auroc_interval"])
         precision = with_interval(r["mean_average_precision"], r["mean_average_precision_interval"])
         rows.append([r["name"], r["model"], *size, auroc, precision])
