@@ -737,7 +737,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
 
     apart = run(train="train.csv", val="val.csv")
     for of in (apart, run(train="all.csv", val="all.csv")):
-        seen = r"images in .*, 32 of the 32 that were compared, as (.*/train-image\d+.jpg) is \1"
+        seen = r"images in .*, 32 of the 32 that were compared, as .*/train-image\d+.jpg"
         assert re.fullmatch(seen, told(of, table_data / "train.csv"))
         assert (
             told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""

@@ -157,7 +157,9 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
     if not same:
         return ""
     found, (j, i) = len({j for j, _ in same}), same[0]
-    return f"{found:,} of the {compared:,} that were compared, as {val.location(j)} is {train.location(i)}"
+    example, other = val.location(j), train.location(i)
+    copy = "" if other == example else f" is {other}"
+    return f"{found:,} of the {compared:,} that were compared, as {example}{copy}"
 
 
 def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[list[tuple[int, int]], int]:
