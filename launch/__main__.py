@@ -26,7 +26,7 @@ from launch.cluster import Cluster, add_flags, cluster_flags, read_cluster
 from launch.description import Turns, describe, processes
 from launch.log import is_held_here, lock_of
 from launch.names import refuse_missing_files, refuse_unknown_names
-from launch.records import CANCEL, NO_CANCEL, Job, add_event, config_of, find_job, read_events, read_job
+from launch.records import CANCEL, NO_CANCEL, SUBMITTED, Job, add_event, config_of, find_job, read_events, read_job
 from launch.status import (
     ENDED,
     Queue,
@@ -44,12 +44,12 @@ from pipeline.command import ArgumentParser, exit_on_user_error
 from pipeline.config import Config
 from pipeline.config_file import SCHEMA, load_config, load_stored_config, refuse_flags_without_use, run_dir_of
 from pipeline.errors import UserError
-from pipeline.resume import has_recipe
-from pipeline.run_dir import Before, is_complete, read_progress
+from pipeline.run_dir import CONFIG, Before, is_complete, read_progress
 from pipeline.words import counted
 
 CHANGING = ("cancel", "resume")  # the verbs that do nothing at all where one of several runs is not found
 VERBS = ("status", "logs", *CHANGING)
+NAMED = 3  # changes of a recipe, in one line
 
 
 def main() -> None:
@@ -97,7 +97,13 @@ def start(arguments: list[str]) -> None:
     for run_dir in run_dirs:
         if run_dirs.count(run_dir) > 1:
             raise UserError(f"two of the runs have the run directory {run_dir}: give each config its own run_dir")
-    configs = [config for config in configs if not _is_said_to_be_complete(Path(config.run_dir), config)]
+    asked = [config for config in configs if not _is_complete(Path(config.run_dir), config)]
+    others = [text for config in configs if config not in asked and (text := _as_another_run(config))]
+    if others and not asked:
+        raise UserError(others[0])
+    for text in others:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    configs = asked
     if not configs:
         return
     refuse_impossible(cluster, len(configs), submits=not options.dry_run)
@@ -342,7 +348,9 @@ def resume_all(runs: list[Path]) -> list[UserError]:
     for run in runs:
         try:
             config, cluster = as_submitted(run)
-            if _is_said_to_be_complete(run, config):
+            if _is_complete(run, config):
+                if text := _as_another_run(config, run):
+                    print(f"warning: {text}", file=sys.stderr, flush=True)
                 continue
             together = cluster.kind == "local" or cluster.parallel
             alike = next((configs for other, configs in groups if together and other == cluster), None)
@@ -375,21 +383,36 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     return with_absolute_paths(config), Cluster(**asked["cluster"])
 
 
-def _is_said_to_be_complete(run: Path, config: Config) -> bool:
-    """Whether a run of this recipe has all its epochs already; it is said then.
-
-    Of another recipe, or more epochs, what the run would refuse is still to be found.
-    """
-    complete = is_complete(run, config.optim.epochs) and has_recipe(
-        load_stored_config(config_of(run, read_events(run))), config
-    )
-    if complete:
-        epochs = counted(read_progress(run)["epoch"], "epoch")
+def _is_complete(run: Path, config: Config) -> bool:
+    """Whether a run has all the epochs of its configuration already; it is said if it was the same recipe."""
+    complete = is_complete(run, config.optim.epochs)
+    if complete and not _as_another_run(config, run):
         print(
-            f"{run}: is complete ({epochs}), and nothing is left to train; submit it with --optim.epochs N "
+            f"{run}: is complete ({_epochs_of(run)}), and nothing is left to train; submit it with --optim.epochs N "
             "--train.change optim.epochs to train it to epoch N"
         )
     return complete
+
+
+def _as_another_run(config: Config, run: Path | None = None) -> str:
+    """That a complete run was another one than its configuration asks for now, in a line; empty if it was not."""
+    from pipeline.resume import recipe_changes  # which loads torch
+
+    run, changes = run or Path(config.run_dir), list[str]()
+    with suppress(UserError):  # of a run whose configuration is gone nothing can be said
+        own = run / CONFIG
+        changes = recipe_changes(load_stored_config(own if own.exists() else run / SUBMITTED), config)
+    more = f", and {len(changes) - NAMED} more" if len(changes) > NAMED else ""
+    return (
+        f"{run} is complete ({_epochs_of(run)}) as another run than this one ({'; '.join(changes[:NAMED])}{more}), and nothing "
+        "is trained: give another --run_dir"
+        if changes
+        else ""
+    )
+
+
+def _epochs_of(run: Path) -> str:
+    return counted(read_progress(run)["epoch"], "epoch")
 
 
 def report(configs: list[Config], jobs: list[Job], cluster: Cluster) -> None:

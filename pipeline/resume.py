@@ -89,14 +89,29 @@ def loader_of(found: FoundCheckpoint | None) -> str | None:
     return found.state.get("conditions", {}).get("loader") if found else None
 
 
-def has_recipe(before: Config, now: Config) -> bool:
-    """Whether a configuration asks for what a run of another did, as far as configurations tell: in all that may not change
-    between two starts, but for what the run has found or taken over itself (loader, weights, the images' preparation)."""
+def recipe_changes(before: Config, now: Config) -> list[str]:
+    """What a configuration asks for otherwise than a run of another did, a few words each, as far as configurations tell.
+
+    Not compared is what may change between two starts, and what a run finds itself: what ``auto`` comes to, the checksum of
+    its weights, and what it takes over from them.
+    """
     old, new = (flatten(dataclasses.asdict(config)) for config in (before, now))
-    found = {"data.loader", "model.weights", "model.weights_sha256"}
-    found |= {f"data.{name}" for group in OF_WEIGHTS for name in group} if before.model.weights else set()
+    found = {f"data.{name}" for group in OF_WEIGHTS for name in group if set(group) & set(now.data.from_weights)}
+    found |= {key for key in ("data.loader",) if new[key] == "auto"}
+    for key in (
+        "model.weights",
+        "model.weights_sha256",
+        "optim.class_weights",
+    ):  # of two files the run compares what they hold
+        if old[key] and new[key] and "balanced" not in (old[key], new[key]) and key != "model.weights_sha256":
+            found.add(key)
+    found |= {"model.weights_sha256"} if not new["model.weights_sha256"] and new["model.weights"] else set()
     free = FREE_TO_CHANGE | unused_fields(new) | found
-    return all(old[key] == value for key, value in new.items() if key not in free and not key.startswith("published."))
+    return [
+        f"{key} was {value_text(old[key])} and is now {value_text(value)}"
+        for key, value in new.items()
+        if key not in free and not key.startswith("published.") and old[key] != value
+    ]
 
 
 def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,9 @@
 """Label files as people have them: each kind gives the same labels, and what does not fit is one line that says what to do."""
 
 import random
+import re
 import tarfile
+from pathlib import Path
 
 import pytest
 from conftest import photo
@@ -30,21 +32,54 @@ BY_FILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("archive", [False, True])
-def test_a_line_of_another_folder_is_of_another_image(tmp_path, archive):
+def test_a_line_of_another_folder_is_of_another_image(tmp_path):
     """Cameras call each day's images alike."""
-    names, root = ["0.jpg", "sub/1.jpg"], tmp_path / "cam" / ("day2.tar" if archive else "day2")
-    root.parent.mkdir()
-    root.touch() if archive else root.mkdir()
-    for folder in ("", "day2/", "cam/day2/", f"{tmp_path}/cam/day2/"):
+    names, root = ["0.jpg", "sub/1.jpg"], tmp_path / "cam" / "day2"
+    root.mkdir(parents=True)
+    for folder in ("", "./", "day2/", "cam/day2/", f"{tmp_path}/cam/day2/", "/"):
         (tmp_path / "labels").write_text(f"file,label\n{folder}0.jpg,n01\n{folder}sub/1,n03\n")
         assert read_labels(tmp_path / "labels", names, CLASSES, str(root)) == ["n01", "n03"]
-    for folder, image in (("day1/", "0.jpg"), ("other/day2/", "0.jpg"), ("sub/", "0.jpg"), ("day2/other/", "1.jpg")):
-        (tmp_path / "labels").write_text(f"{folder}{image},n01\nsub/1.jpg,n03\n")
-        with pytest.raises(
-            UserError, match=f"line 1: '{folder}{image}' is not in {root}, where an image {image} is: give the"
-        ):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "labels").write_text("../cam/day2/0.jpg,n01\n../cam/day2/sub/1.jpg,n03\n")
+    assert read_labels(tmp_path / "other" / "labels", names, CLASSES, str(root)) == ["n01", "n03"]
+    others = (
+        "day1/0.jpg",
+        "other/day2/0.jpg",
+        "sub/0.jpg",
+        "day2/other/1.jpg",
+        "/data/day2/0.jpg",
+        "day2/1.jpg",
+        "../0.jpg",
+    )
+    for other, label in ((other, label) for other in others for label in ("n01", "zebra")):
+        (tmp_path / "labels").write_text(f"{other},{label}\nsub/1.jpg,n03\n")
+        expected = f"line 1: '{other}' is not in {root}, where an image {Path(other).name} is: give the images"
+        with pytest.raises(UserError, match=re.escape(expected)):
             read_labels(tmp_path / "labels", names, CLASSES, str(root))
+
+
+def test_paths_in_archives_may_lack_their_first_folders_and_others_are_told(tmp_path, capfd):
+    (tmp_path / ".val.zip").touch()
+    names = ["archive/images/a.jpg", "archive/images/b.jpg"]
+    (tmp_path / "labels").write_text("images/a.jpg n01\nimages/b n03\n")
+    assert read_labels(tmp_path / "labels", names, CLASSES, str(tmp_path / ".val.zip")) == ["n01", "n03"]
+    assert capfd.readouterr().err == ""
+    (tmp_path / "labels").write_text("val/a.jpg n01\nval/b.jpg n03\n")
+    assert read_labels(tmp_path / "labels", names, CLASSES, str(tmp_path / ".val.zip")) == ["n01", "n03"]
+    assert (
+        "folders that" in (told := capfd.readouterr().err)
+        and "as val/a.jpg: they are taken by their names alone" in told
+    )
+
+
+def test_a_whole_path_wins_over_what_is_short_for_another(tmp_path):
+    names = ["a.jpg", "x/a.jpg", "x/a.jpg.png", "y/b.jpg", "z/b.jpg"]
+    labels = ["n01", "n02", "n03", "n01", "n02"]
+    (tmp_path / "labels").write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels, strict=True)))
+    assert read_labels(tmp_path / "labels", names, CLASSES, str(tmp_path)) == labels
+    (tmp_path / "labels").write_text("b.jpg n01\n" * 5)
+    with pytest.raises(UserError, match=r"no image 'b.jpg' \(two images are called so: give their paths\)"):
+        read_labels(tmp_path / "labels", names, CLASSES, str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", BY_FILE)
@@ -91,7 +126,7 @@ def test_names_with_blanks_and_commas(tmp_path):
         ("val_9.jpg 0\nval_1.jpg 1\n", "line 1: there is no image 'val_9.jpg'"),
         ("val_0.jpg n01\nval_9.jpg n03\n", "line 2: there is no image 'val_9.jpg'"),
         ("val_0.jpg n01\nval_1.png n03\nval_10.jpg n01\nval_2.jpg n02\n", "line 2: there is no image 'val_1.png'"),
-        ("val_0.jpg n01\nval_0 n03\n", "line 2: a second label for the image 'val_0': remove one"),
+        ("val_0.jpg n01\nval_0 n03\n", "line 2: a second label for the image 'val_0.jpg': remove one"),
         (
             "val_0.jpg 1\nval_1.jpg 3\nval_10.jpg 1\nval_2.jpg 2\n",
             "numbers from 1 to 3 in an order that is not known; .*n01",

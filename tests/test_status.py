@@ -473,19 +473,34 @@ def test_resume_starts_no_job_for_a_complete_run(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="never"):
         look_after("resume", [str(part), str(never)])
 
-    # The same configuration submitted again is complete too; with another number of epochs, or another recipe, it is for the
-    # run to say what it refuses.
+    # The same configuration submitted again is complete too, with more epochs it is not; another one is refused, and no other
+    # run of the command with it.
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("launch.__main__.describe", lambda *_: "")
-    submitted.clear()
     words = ["configs/demo.yaml", *override_flags(small_config(tmp_path / "whole")), "--cluster", "local"]
-    free = "--data.dir", "/elsewhere", "--train.log_every", "7"
-    others = ("--optim.epochs", "3"), ("--optim.epochs", "1"), ("--model.name", "densenet121"), ("--optim.lr", "0.3")
-    for more in ((), free, *others):
+    for more in ((), ("--data.dir", "/elsewhere", "--train.log_every", "7"), ("--optim.epochs", "3")):
         submitted.clear()
         start([*words, *more])
-        assert len(submitted) == (more in others)
-        assert (line in capsys.readouterr().out) == (more not in others)
+        assert len(submitted) == ("3" in more)
+        assert (line in capsys.readouterr().out) == ("3" not in more)
+    submitted.clear()
+    others = {
+        ("--optim.epochs", "1"): "optim.epochs was 2 and is now 1",
+        ("--model.name", "densenet121"): "model.name was densenet_bc22_k8 and is now densenet121",
+        ("--model.weights", "w.pth"): f"model.weights was none and is now {REPOSITORY / 'w.pth'}",
+        ("--optim.lr", "0.3"): "optim.lr was 0.1 and is now 0.3",
+    }
+    for more, change in others.items():
+        told = f"{tmp_path / 'whole'} is complete (2 epochs) as another run than this one ({change}"
+        with pytest.raises(UserError, match=re.escape(told)):
+            start([*words, *more])
+    (tmp_path / "grid-lr0.3").symlink_to(tmp_path / "whole")
+    words[words.index("--run_dir") + 1] = str(tmp_path / "grid")
+    i = words.index("--optim.lr") if "--optim.lr" in words else len(words)
+    start([*words[:i], *words[i + 2 :], "--grid", "optim.lr=0.3,0.4"])
+    assert [config.optim.lr for config in submitted] == [
+        0.4
+    ] and "optim.lr was 0.1 and is now 0.3" in capsys.readouterr().err
 
 
 def test_logs_are_of_all_submissions_in_order(tmp_path, capsys):

@@ -24,7 +24,7 @@ def read_labels(file: Path, names: list[str], classes: tuple[str, ...], root: st
             header is one first line that names neither an image nor a class). Where all classes are numbers and those of
             the training set are names, they count the sorted names from 0, as Caffe's lists do.
         classes: the names that a class may have.
-        root: where the images lie: FILE may begin with the last folders of this path, as it may lack the first of its own.
+        root: where the images lie: FILE may be the end of an image's path in there, or lead there.
 
     Raises:
         UserError: the file cannot be read or does not fit the images.
@@ -129,10 +129,62 @@ def _label_file_near(root: Path) -> Path | None:
     return None
 
 
-def _file_and_class(
-    line: str, position: dict[str, int], known: set[str], above: list[tuple[str, ...]]
-) -> tuple[str, str]:
-    """The image's key in `position` and the class; of a line that names no image, what stands in their places."""
+class _Finder:
+    """Finds the image that a line of a file of labels names.
+
+    Attributes:
+        elsewhere: the first line's file of which an archive has the name alone, without its folders.
+    """
+
+    def __init__(self, file: Path, names: list[str], root: str):
+        # The whole path wins over what is short for another one's.
+        whole = {name: i for i, name in enumerate(names)}
+        self._whole = _unique([{os.path.splitext(name)[0]} for name in names]) | whole
+        short = [{end for tail in _tails(name) for end in (tail, os.path.splitext(tail)[0])} for name in names]
+        self.times = Counter(key for of_one in short for key in of_one)
+        self._any = _unique(short) | self._whole
+        self._beside, self._archive, self.elsewhere = os.path.abspath(file.parent), os.path.isfile(root), ""
+        self._roots = [find(root) for find in (os.path.abspath, os.path.realpath)]
+
+    def find(self, file: str) -> int | None:
+        """The image, by its path, or the end of it if no other ends so, perhaps without its suffix; or by a path that begins
+        with the last folders of the images' place, or leads there from the file of labels."""
+        path = os.path.normpath(file)
+        if (found := self._any.get(path)) is not None or os.sep not in path:
+            return found
+        parts = Path(path).parts
+        for root in self._roots:
+            above = Path(root).parts
+            inside = [os.path.join(*parts[k:]) for k in range(1, len(parts)) if above[-k:] == parts[:k]]
+            led = os.path.normpath(os.path.join(self._beside, path))
+            inside += [led[len(root) + 1 :]] if led.startswith(root + os.sep) else []
+            for rest in (*inside, path.lstrip(os.sep)):
+                if (found := self._whole.get(rest)) is not None:
+                    return found
+        if self._archive and (found := self._any.get(parts[-1])) is not None:
+            self.elsewhere = self.elsewhere or file
+            return found
+        return None
+
+    def is_name(self, file: str) -> bool:
+        """Whether there is an image of this name, in whatever folder."""
+        return Path(file).name in self._any
+
+
+def _unique(keys: list[set[str]]) -> dict[str, int]:
+    """The image of each key that is one image's alone."""
+    times = Counter(key for of_one in keys for key in of_one)
+    return {key: i for i, of_one in enumerate(keys) for key in of_one if times[key] == 1}
+
+
+def _tails(name: str) -> list[str]:
+    """``a/b.jpg`` and ``b.jpg`` of ``a/b.jpg``."""
+    parts = Path(name).parts
+    return [os.path.join(*parts[k:]) for k in range(len(parts))]
+
+
+def _file_and_class(line: str, finder: _Finder, known: set[str]) -> tuple[int | None, str, str]:
+    """The image, the file and the class that a line names; of one that names no image, what stands in their places."""
     readings = []
     for delimiter in ("\t", ",", " "):
         fields = [field.strip() for field in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
@@ -143,55 +195,41 @@ def _file_and_class(
     if len(words := line.rsplit(None, 1)) == 2:  # a file whose name has blanks in it
         readings.append((words[0], words[1]))
     for file, label in sorted(readings, key=lambda reading: reading[1] not in known):
-        if key := _key(file, position, above):
-            return key, label
-    return readings[0] if readings else (line, "")
-
-
-def _key(file: str, position: dict[str, int], above: list[tuple[str, ...]]) -> str | None:
-    """How `position` calls a file: as it stands, or without the folders at its beginning that a path of `above` ends with."""
-    whole = os.path.normpath(file)
-    if whole in position:
-        return whole
-    parts = Path(whole).parts
-    for path in above:
-        for k in range(1, len(parts)):
-            if path[-k:] == parts[:k] and (rest := os.path.join(*parts[k:])) in position:
-                return rest
-    return None
-
-
-def _folders_of(root: str) -> list[tuple[str, ...]]:
-    """The folders down to the images, as the path names them and as they are; an archive val.tar stands for val."""
-    paths = [Path(find(root)) for find in (os.path.abspath, os.path.realpath)]
-    return [(path.with_name(path.name.partition(".")[0]) if path.is_file() else path).parts for path in paths]
+        if (image := finder.find(file)) is not None:
+            return image, file, label
+    return (None, *(readings[0] if readings else (line, "")))
 
 
 def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[str], root: str) -> list[str]:
-    """Classes from lines ``FILE CLASS``, where FILE may lack its folder and its suffix."""
-    above = _folders_of(root)
-    keys = [{Path(name).stem, Path(name).name, os.path.splitext(name)[0], name} for name in names]
-    times = Counter(key for of_one in keys for key in of_one)
-    position = {key: i for i, of_one in enumerate(keys) for key in of_one if times[key] == 1}
-    numbered = all(_file_and_class(line, position, known, above)[1].isdigit() for line in lines[1:])
+    """Classes from lines ``FILE CLASS``, where FILE may lack its folders and its suffix."""
+    finder = _Finder(file, names, root)
+    numbered = all(_file_and_class(line, finder, known)[2].isdigit() for line in lines[1:])
     labels: list[str | None] = [None] * len(names)
+    finder.elsewhere = ""
     for number, line in enumerate(lines, start=1):
-        image, label = _file_and_class(line, position, known, above)
-        if image not in position:
+        image, name, label = _file_and_class(line, finder, known)
+        if image is None:
+            if os.sep in name and finder.is_name(name):
+                raise UserError(
+                    f"{file}, line {number}: '{name}' is not in {root}, where an image {Path(name).name} is: give the images "
+                    "that the lines name, or leave the folder out of them"
+                )
             if number == 1 and label not in known and not (numbered and label.isdigit()):  # a header
                 continue
-            if (name := Path(image).name) != image and name in position:
-                raise UserError(
-                    f"{file}, line {number}: '{image}' is not in {root}, where an image {name} is: give the folder that the "
-                    "lines name, or leave the folder out of them"
-                )
-            ambiguous = " (two images are called so: give their paths)" if times[image] > 1 else ""
-            raise UserError(f"{file}, line {number}: there is no image '{image}'{ambiguous}: expected 'FILE CLASS'")
-        if labels[position[image]] is not None:
-            raise UserError(f"{file}, line {number}: a second label for the image '{image}': remove one")
-        labels[position[image]] = label
+            ambiguous = " (two images are called so: give their paths)" if finder.times[name] > 1 else ""
+            raise UserError(f"{file}, line {number}: there is no image '{name}'{ambiguous}: expected 'FILE CLASS'")
+        if labels[image] is not None:
+            raise UserError(f"{file}, line {number}: a second label for the image '{names[image]}': remove one")
+        labels[image] = label
     if None in labels:
         raise UserError(f"{file} has no line for the image {names[labels.index(None)]}: expected 'FILE CLASS'")
+    if finder.elsewhere:
+        print(
+            f"warning: {file} names images in folders that {root} does not have, as {finder.elsewhere}: they are taken by "
+            "their names alone",
+            file=sys.stderr,
+            flush=True,
+        )
     return [label for label in labels if label is not None]
 
 
