@@ -114,7 +114,9 @@ def main() -> None:
         trained = [] if labels and not table else [open_table_or_source(root, options, table)]
         validated = [open_source(root)] if labels and not table else []
         if options.against:
-            split = "val" if splits_of(options.against) else None
+            split = "val" if (of_table := splits_of(options.against)) else None
+            if split:
+                print(printable(f"of {options.against} the split {of_table[1]} is taken"), file=sys.stderr, flush=True)
             validated.append(open_table_or_source(options.against, options, split=split))
         list_odd_images(trained, validated, read_as)
     places = [Path(config.dir, name) for name in (config.train, config.val)] if both else [root]
