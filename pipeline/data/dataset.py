@@ -252,8 +252,8 @@ def _open_root(
         trained = f"of {root} training's lines have" if one_table else f"{training} has"
         validated = "validation's have" if one_table else f"{root} has"
         raise UserError(
-            f"the classes of training and validation differ: {trained} no class '{odd[0]}', which {validated}: remove it there, "
-            "or set data.holdout to validate on training images"
+            f"the classes of training and validation differ: {trained} no class '{odd[0]}', which {validated}: remove it "
+            "there, or set data.holdout to validate on training images"
         )
     if not len(val):
         raise UserError(f"{root} has class folders without images: fill them, or set data.holdout")
