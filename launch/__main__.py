@@ -97,7 +97,7 @@ def start(arguments: list[str]) -> None:
     for run_dir in run_dirs:
         if run_dirs.count(run_dir) > 1:
             raise UserError(f"two of the runs have the run directory {run_dir}: give each config its own run_dir")
-    asked = [config for config in configs if not _is_complete(Path(config.run_dir), config)]
+    asked = [config for config in configs if not _is_complete(config)]
     others = [text for config in configs if config not in asked and (text := _as_another_run(config))]
     if others and not asked:
         raise UserError(others[0])
@@ -348,8 +348,8 @@ def resume_all(runs: list[Path]) -> list[UserError]:
     for run in runs:
         try:
             config, cluster = as_submitted(run)
-            if _is_complete(run, config):
-                if text := _as_another_run(config, run):
+            if _is_complete(config):
+                if text := _as_another_run(config):
                     print(f"warning: {text}", file=sys.stderr, flush=True)
                 continue
             together = cluster.kind == "local" or cluster.parallel
@@ -383,10 +383,11 @@ def as_submitted(run: Path) -> tuple[Config, Cluster]:
     return with_absolute_paths(config), Cluster(**asked["cluster"])
 
 
-def _is_complete(run: Path, config: Config) -> bool:
+def _is_complete(config: Config) -> bool:
     """Whether a run has all the epochs of its configuration already; it is said if it was the same recipe."""
+    run = Path(config.run_dir)
     complete = is_complete(run, config.optim.epochs)
-    if complete and not _as_another_run(config, run):
+    if complete and not _as_another_run(config):
         print(
             f"{run}: is complete ({_epochs_of(run)}), and nothing is left to train; submit it with --optim.epochs N "
             "--train.change optim.epochs to train it to epoch N"
@@ -394,11 +395,11 @@ def _is_complete(run: Path, config: Config) -> bool:
     return complete
 
 
-def _as_another_run(config: Config, run: Path | None = None) -> str:
+def _as_another_run(config: Config) -> str:
     """That a complete run was another one than its configuration asks for now, in a line; empty if it was not."""
     from pipeline.resume import recipe_changes  # which loads torch
 
-    run, changes = run or Path(config.run_dir), list[str]()
+    run, changes = Path(config.run_dir), list[str]()
     with suppress(UserError):  # of a run whose configuration is gone nothing can be said
         own = run / CONFIG
         changes = recipe_changes(load_stored_config(own if own.exists() else run / SUBMITTED), config)

@@ -97,15 +97,12 @@ def recipe_changes(before: Config, now: Config) -> list[str]:
     """
     old, new = (flatten(dataclasses.asdict(config)) for config in (before, now))
     found = {f"data.{name}" for group in OF_WEIGHTS for name in group if set(group) & set(now.data.from_weights)}
-    found |= {key for key in ("data.loader",) if new[key] == "auto"}
-    for key in (
-        "model.weights",
-        "model.weights_sha256",
-        "optim.class_weights",
-    ):  # of two files the run compares what they hold
-        if old[key] and new[key] and "balanced" not in (old[key], new[key]) and key != "model.weights_sha256":
-            found.add(key)
-    found |= {"model.weights_sha256"} if not new["model.weights_sha256"] and new["model.weights"] else set()
+    if new["data.loader"] == "auto":
+        found.add("data.loader")
+    if old["model.weights"] and new["model.weights"]:  # of two files, here and below, the run compares what they hold
+        found |= {"model.weights"} if new["model.weights_sha256"] else {"model.weights", "model.weights_sha256"}
+    if None not in (weights := {old["optim.class_weights"], new["optim.class_weights"]}) and "balanced" not in weights:
+        found.add("optim.class_weights")
     free = FREE_TO_CHANGE | unused_fields(new) | found
     return [
         f"{key} was {value_text(old[key])} and is now {value_text(value)}"
