@@ -73,7 +73,8 @@ def describe(
         turn = f", {duration(waits)} from now on," if waits else ","
         fit = f"{time_.epochs_per_attempt:.1f} epochs an attempt of {cluster.time}, " if time_.attempts > 1 else ""
         lines.append(
-            f"at {speed:,.0f} images/s: {duration(time_.epoch)} an epoch, {fit}{counted(time_.attempts, 'attempt')}, "
+            f"at {counted(round(speed), 'image')}/s: {duration(time_.epoch)} an epoch, "
+            f"{fit}{counted(time_.attempts, 'attempt')}, "
             f"{duration(time_.run)} in all{turn} not before {end:%Y-%m-%d %H:%M}"
         )
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from pipeline.models import create_model
 from pipeline.models.early_exits import OneExit
 from pipeline.models.folding import fold_norms
 from pipeline.weights import Weights, read_weights, write_safetensors
+from pipeline.words import counted
 from tools.anytime import compare_with_others, published_on_imagenet, read_other
 from tools.anytime import main as anytime
 from tools.convert import main as convert
@@ -200,6 +201,7 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
         assert row["top1_wrong"] == (own[0].classes[k] != test.labels).sum()
         assert row["summed_top1_error"] == pytest.approx(100 * (own[1].classes[k] != test.labels).mean())
         assert row["images_per_second"] > 0 < row["ms_alone"]
+    assert f"time: 1 image, cpu, {counted(torch.get_num_threads(), 'thread')}, median of 1 round, 0 % apart\n" in said
     assert [row["q"] for row in report["budgets"]] == [0.3, 1.0, 1.7]
     for row in report["budgets"]:
         for figures, test_answers, chosen in ((row, own[0], held_out[0]), (row["summed"], own[1], held_out[1])):

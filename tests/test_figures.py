@@ -259,9 +259,10 @@ def test_sets_of_images_are_told_apart_by_what_they_hold_and_named_as_they_were_
     same = a.validation
     c = dataclasses.replace(c, validation=same)  # other images that took the place of those
     before = [dataclasses.replace(run, name=f"before-{run.name}", val_fingerprint=None) for run in (b, c)]
-    runs = told_apart([a, b, c, *before])
+    runs = told_apart([a, dataclasses.replace(a, name="again"), b, c, *before])  # half of those on the first set: a's
     of_ab, of_c = (f"{same} (content {run.val_fingerprint[:8]})" for run in (a, c))
-    assert [run.validation for run in runs] == [of_ab, of_ab, of_c, of_ab, of_c]
+    assert [run.validation for run in runs] == [of_ab, of_ab, of_ab, of_c, of_ab, of_c]
+    assert {run.validation for run in told_apart([a, b, *before[:1]])} == {b.validation}  # where most of them lay
     assert [run.validation for run in told_apart([a, b])] == [same, same]
     small, large = told_apart([a, b])
     data = {"dir": str(folders[1]), "loader": "native"}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -159,6 +160,41 @@ def test_a_csv_file_holds_the_same_answers_however_many_images_are_known_at_once
     for row, entry, other in zip(rows, expected, again, strict=True):
         cells = [cell for a in entry["answers"] for cell in (a["class"], a["name"] or "", f"{a['probability']:.6f}")]
         assert row == [entry["file"], *cells] and other == entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [predict.AT_ONCE, 2])
+def test_corrupt_images_are_named_and_left_out_where_asked(monkeypatch, capsys, folder, weights, tmp_path, at_once):
+    """One that no header is read from, and two that end too early; the answers to the others are as without them."""
+    monkeypatch.setattr(predict, "AT_ONCE", at_once)
+    shutil.copytree(folder, tmp_path / "in", ignore=shutil.ignore_patterns("notes.txt"))
+    whole = (folder / "c.jpg").read_bytes()
+    for name in ("b/cut.jpg", "z.jpg"):
+        (tmp_path / "in" / name).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in" / "ad.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"ad.jpg is not an image .*or leave out all such images with --corrupt-images"):
+        answers_of(monkeypatch, tmp_path, weights, tmp_path / "in")
+    with pytest.raises(UserError, match=r"b/cut.jpg does not decode \(.*\): repair or remove it, or leave out"):
+        answers_of(monkeypatch, tmp_path, weights, tmp_path / "in" / "b")
+    expected = answers_of(monkeypatch, tmp_path, weights, folder)
+    capsys.readouterr()
+    options = ("--corrupt-images", "skip", "--csv", tmp_path / "out.csv")
+    answers = answers_of(monkeypatch, tmp_path, weights, tmp_path / "in", *options)
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path}/out.csv: 4 images, 3 corrupt ones left out\n"
+    assert [line.split(" (")[0] for line in sorted(err.splitlines())] == [
+        f"warning: {tmp_path}/in/ad.jpg is not an image that can be read",
+        f"warning: {tmp_path}/in/b/cut.jpg does not decode",
+        f"warning: {tmp_path}/in/z.jpg does not decode",
+    ]
+    assert all(line.endswith("): left out") for line in err.splitlines())
+    assert [os.path.relpath(answer["file"], tmp_path / "in") for answer in answers] == list(IN_ORDER)
+    for answer, other in zip(answers, expected, strict=True):
+        for one, as_before in zip(answer["answers"], other["answers"], strict=True):
+            assert one == {**as_before, "probability": pytest.approx(as_before["probability"], rel=1e-4)}
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 5
+    assert answers_of(monkeypatch, tmp_path, weights, tmp_path / "in" / "z.jpg", "--corrupt-images", "skip") == []
+    assert capsys.readouterr().err.endswith("left out\n0 images, 1 corrupt one left out\n")
 
 
 def test_all_of_imagenets_classes_have_names():

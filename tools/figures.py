@@ -296,17 +296,18 @@ def validation_of(data: DataConfig, images: list[int] | None) -> str:
 
 
 def told_apart(runs: list[Run]) -> list[Run]:
-    """The runs, of which those that were validated on the same images say so in the same words, wherever they lay, and no
-    others in these.
+    """The runs, of which those that were validated on the same images say so in the same words (most of them lay there), and
+    no others in these.
 
     Of a run of before only its training and validation images together are known: its validation images are those of a run
     of today with the same ones, else another set.
     """
     known = {run.fingerprint: run.val_fingerprint for run in runs if run.val_fingerprint}
     sets = [known.get(run.fingerprint, run.fingerprint) for run in runs]
-    words: dict[str | None, str] = {}
+    called: dict[str | None, Counter[str]] = {}
     for of, run in zip(sets, runs, strict=True):
-        words.setdefault(of, run.validation)
+        called.setdefault(of, Counter())[run.validation] += 1
+    words = {of: names.most_common(1)[0][0] for of, names in called.items()}
     shared = Counter(words[of] for of in words if of)
     names = {of: f"{text} (content {of[:8]})" if of and shared[text] > 1 else text for of, text in words.items()}
     return [dataclasses.replace(run, validation=names[of]) if of else run for of, run in zip(sets, runs, strict=True)]

@@ -3,7 +3,8 @@
 Images are prepared as in the evaluation of the run that trained the weights. A folder stands for all images below it. An
 MSDNet answers at its last exit, at another one (--exit), or at the first that is sure enough for a budget (--budget). Of a
 network that gives several labels an image, each class has a probability of its own. With --csv the answers go into a file as
-they are found, however many images there are, and a progress bar shows how far it is.
+they are found, however many images there are, and a progress bar shows how far it is. A corrupt image ends it, or is named
+and left out (--corrupt-images skip).
 """
 
 import argparse
@@ -13,10 +14,12 @@ import itertools
 import json
 import os
 import sys
+import typing
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +30,14 @@ from tqdm import tqdm
 from pipeline.budget import Budgeted
 from pipeline.class_names import human_names
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
-from pipeline.config import DataConfig
+from pipeline.config import CorruptImages, DataConfig
+from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.folder import FolderSource
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
-    COLORS,
     LAST_THAT_STANDS,
     PixelFormat,
+    RefusedImageError,
     deep_mode,
     open_image,
     orientation,
@@ -46,6 +50,7 @@ from pipeline.data.scan import find_images as find_images_in
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size
+from pipeline.machine import available_cores
 from pipeline.models.early_exits import single_output
 from pipeline.models.folding import folded
 from pipeline.models.msdnet import MSDNet
@@ -58,6 +63,7 @@ from tools.support.weights_arguments import add_preprocessing_arguments, add_wei
 
 BATCH_SIZE = 32
 AT_ONCE = 4096  # images that are indexed together
+DOES_NOT_DECODE = "does not decode"
 HEADER_THREADS = 16  # reading headers waits for the disk
 
 
@@ -85,6 +91,12 @@ def main() -> None:
     parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="views of each image [1]")
     parser.add_argument(
         "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
+    )
+    parser.add_argument(
+        "--corrupt-images",
+        choices=typing.get_args(CorruptImages),
+        default="stop",
+        help="stop at an image that does not decode, or name it, leave it out and go on [stop]",
     )
     parser.add_argument("--json", metavar="FILE", help="write the predictions as JSON")
     parser.add_argument(
@@ -119,10 +131,12 @@ def main() -> None:
         bar = stack.enter_context(
             tqdm(total=len(files), unit=" images", leave=False, disable=None if options.csv else True)
         )
-        tell_rotated = options.exif_orientation is None
-        for file, probabilities in predict_all(network, files, classes, data, options.crops, world, tell_rotated):
+        how = Reading(options.crops, options.exif_orientation is None, options.corrupt_images)
+        answered = 0
+        for file, probabilities in predict_all(network, files, classes, data, how, world):
             if not probabilities.isfinite().all():
                 raise UserError(f"{options.weights}: the answers are not finite: damaged weights")
+            answered += 1
             bar.update()
             best = probabilities.topk(top)
             found = [
@@ -139,8 +153,11 @@ def main() -> None:
             else:
                 lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
                 print(printable("\n".join([file, *lines])), flush=True)
+    left_out = f", {counted(len(files) - answered, 'corrupt one')} left out" if answered < len(files) else ""
     if options.csv:
-        print(f"{options.csv}: {counted(len(files), 'image')}")
+        print(f"{options.csv}: {counted(answered, 'image')}{left_out}")
+    elif left_out:
+        print(f"{counted(answered, 'image')}{left_out}", file=sys.stderr)
     if options.json:
         in_folder(Path(options.json)).write_text(json.dumps(answers, indent=2) + "\n")
 
@@ -191,43 +208,96 @@ def find_images(paths: list[str]) -> list[str]:
     return files
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and what is said of them.
+
+    Attributes:
+        crops: views of each image.
+        tell_rotated: name on stderr the first image that EXIF data say to turn, where images are read as stored.
+        corrupt_images: stop at an image that does not decode, or name it on stderr and skip it.
+    """
+
+    crops: int = 1
+    tell_rotated: bool = True
+    corrupt_images: CorruptImages = "stop"
+
+    def leave_out(self, location: str, fault: str, detail: str) -> None:
+        """Name a corrupt image that is skipped.
+
+        Raises:
+            UserError: corrupt images are not skipped.
+        """
+        what = f"{location} {fault} ({detail})"
+        if self.corrupt_images == "stop":
+            raise UserError(f"{what}: repair or remove it, or leave out all such images with --corrupt-images skip")
+        tqdm.write(printable(f"warning: {what}: left out"), file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the header of an image file says: (height, width) as it is read, its length in bytes, EXIF's orientation."""
+
+    size: tuple[int, int]
+    length: int
+    orientation: int
+
+
+def _read_header(file: str, read_as: PixelFormat) -> _Header:
+    """
+    Raises:
+        RefusedImageError: the file is no image.
+        UserError: it cannot be read, or the network is for others.
+    """
+    try:
+        with open(file, "rb") as stream:
+            image = open_image(stream, file)
+            if refused := refused_depth(deep_mode(image), read_as.depth):
+                raise UserError(f"{file} {refused[0]} ({deep_mode(image)}), and the network is for others: convert it")
+            turn = orientation(image)
+            lies = read_as.exif_orientation and turn > LAST_THAT_STANDS
+            size = (image.width, image.height) if lies else (image.height, image.width)
+            return _Header(size, os.fstat(stream.fileno()).st_size, turn)
+    except OSError as error:
+        raise UserError(f"cannot read the image {file}: {error.strerror}") from None
+
+
 def index_files(
-    files: list[str], classes: tuple[str, ...], read_as: PixelFormat = COLORS
+    files: list[str], classes: tuple[str, ...], read_as: PixelFormat, how: Reading
 ) -> tuple[DatasetIndex, np.ndarray]:
     """An index of single image files, whose labels are all 0 and whose fingerprint is empty; and which of them EXIF data say to
     turn, (N) bool.
 
     Raises:
-        UserError: a file cannot be read or is not an image.
+        UserError: a file cannot be read, or is not an image and corrupt ones are not skipped.
     """
 
-    def size_length_and_turn(file: str) -> tuple[tuple[int, int], int, int]:
+    def header_or_error(file: str) -> _Header | RefusedImageError:
         try:
-            with open(file, "rb") as stream:
-                image = open_image(stream, file)
-                if refused := refused_depth(deep_mode(image), read_as.depth):
-                    raise UserError(
-                        f"{file} {refused[0]} ({deep_mode(image)}), and the network is for others: convert it"
-                    )
-                turn = orientation(image)
-                lies = read_as.exif_orientation and turn > LAST_THAT_STANDS
-                size = (image.width, image.height) if lies else (image.height, image.width)
-                return size, os.fstat(stream.fileno()).st_size, turn
-        except OSError as error:
-            raise UserError(f"cannot read the image {file}: {error.strerror}") from None
+            return _read_header(file, read_as)
+        except RefusedImageError as error:
+            if not error.corrupt:
+                raise
+            return error
 
+    names, headers = [], []
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        sizes, lengths, turns = zip(*pool.map(size_length_and_turn, files), strict=True)
-    rotated = np.array(turns) != 1
-    nothing = np.zeros(len(files), np.int64)
+        for file, header in zip(files, pool.map(header_or_error, files), strict=True):
+            if isinstance(header, RefusedImageError):
+                how.leave_out(file, header.fault, header.detail)
+            else:
+                names.append(file)
+                headers.append(header)
+    rotated = np.array([header.orientation != 1 for header in headers], bool)
+    nothing = np.zeros(len(names), np.int64)
     index = DatasetIndex(
-        names=tuple(files),
+        names=tuple(names),
         labels=nothing,
-        sizes=np.array(sizes, np.int32),
+        sizes=np.array([header.size for header in headers], np.int32).reshape(-1, 2),
         classes=classes,
         fingerprint="",
         offsets=nothing,
-        lengths=np.array(lengths, np.int64),
+        lengths=np.array([header.length for header in headers], np.int64),
         source=FolderSource(""),
         turned=rotated & read_as.exif_orientation,
     )
@@ -235,27 +305,50 @@ def index_files(
 
 
 def predict_all(
-    network: nn.Module,
-    files: list[str],
-    classes: tuple[str, ...],
-    data: DataConfig,
-    crops: int,
-    world: World,
-    tell_rotated: bool = True,
+    network: nn.Module, files: list[str], classes: tuple[str, ...], data: DataConfig, how: Reading, world: World
 ) -> Iterator[tuple[str, Tensor]]:
-    """`predict` for any number of image files, of which some thousand are known at a time.
-
-    Args:
-        tell_rotated: name on stderr the first image that EXIF data say to turn, where images are read as stored.
-    """
-    tell_rotated &= not data.exif_orientation
+    """`predict` for any number of image files, of which some thousand are known at a time."""
+    tell_rotated = how.tell_rotated and not data.exif_orientation
     for start in range(0, len(files), AT_ONCE):
-        index, rotated = index_files(files[start : start + AT_ONCE], classes, pixel_format(data))
+        index, rotated = index_files(files[start : start + AT_ONCE], classes, pixel_format(data), how)
         if tell_rotated and rotated.any():
             tell_rotated = False
             first = printable(index.location(int(rotated.argmax())))
             tqdm.write(f"warning: {first} is rotated by EXIF, and others may be: {ASK_FOR_UPRIGHT}", file=sys.stderr)
-        yield from predict(network, index, data, crops, world)
+        answered = 0
+        try:
+            for answer in predict(network, index, data, how.crops, world):
+                answered += 1
+                yield answer
+        except CorruptImageError as error:
+            if how.corrupt_images == "stop":
+                how.leave_out(error.location, DOES_NOT_DECODE, error.reason)
+            rest = sound(index.take(np.arange(answered, len(index))), pixel_format(data), how)
+            yield from predict(network, rest, data, how.crops, world)
+
+
+def sound(index: DatasetIndex, read_as: PixelFormat, how: Reading) -> DatasetIndex:
+    """The images of an index that decode. Each of the others is named."""
+
+    def error_of(i: int) -> CorruptImageError | None:
+        try:
+            with index.open(i) as stream:
+                content = np.frombuffer(stream.read(), np.uint8)
+            decode(content, index.location(i), read_as)
+        except CorruptImageError as error:
+            return error
+        except OSError as error:
+            raise UserError(f"cannot read the image {index.location(i)}: {error.strerror}") from None
+        return None
+
+    rows = []
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for i, error in enumerate(pool.map(error_of, range(len(index)))):
+            if error is None:
+                rows.append(i)
+            else:
+                how.leave_out(error.location, DOES_NOT_DECODE, error.reason)
+    return index.take(np.array(rows, np.int64))
 
 
 @torch.inference_mode()

@@ -145,11 +145,12 @@ def _about(r: dict[str, Any]) -> str:
     chosen = r["held_out"]
     which = "held-out images" if chosen and chosen["by_the_run"] else f"images of {chosen['data']}" if chosen else ""
     held_out = f", {chosen['images']:,} {which} for the thresholds" if chosen else ""
-    which_weights = ", ".join(filter(None, (r["trained"], r["note"])))
+    which_weights = ", ".join(filter(None, (r["trained"], r["note"]))) or "no word of its training"
     return (
         f"{r['name']}: {which_weights}\n"
         f"{r['model']}, {r['parameters']:,} parameters, {r['images']:,} images of {r['data']}{held_out}, "
-        f"crop {r['crop_size']}, {r['loader']} loader; time: {r['timed_images']} images, {r['device']}, {_threads(r)}"
+        f"crop {r['crop_size']}, {r['loader']} loader; time: {counted(r['timed_images'], 'image')}, {r['device']}, "
+        f"{_threads(r)}, median of {counted(r['timed_rounds'], 'round')}, {r['time_spread']:.0f} % apart"
     )
 
 

@@ -272,7 +272,9 @@ def _error_lines(r: dict[str, Any]) -> list[str]:
 
 def _outputs(result: dict[str, Any]) -> str:
     number = result["outputs_used"]
-    return f"all {number} outputs" if result["outputs"] == "all" else f"the {number} outputs of those classes"
+    return (
+        f"all {number} outputs" if result["outputs"] == "all" else f"the {counted(number, 'output')} of those classes"
+    )
 
 
 def _comparison(row: dict[str, Any]) -> str:

@@ -58,11 +58,13 @@ def _images_text(weights: Weights) -> str:
     if weights.measured is None:
         return "not known"
     training, validation = weights.measured.images
+    skips = weights.config.data.corrupt_images == "skip"
+    trained_on = f"{counted(training, 'image')}{' less those that do not decode' if skips else ''}"
     if weights.epochs == 0:
-        return f"{counted(training, 'image')}, not all of them yet; not validated"
+        return f"{trained_on}, not all of them yet; not validated"
     if weights.config.data.holdout:
-        return f"{counted(training, 'image')}; {validation:,} more of the training set were held out to validate on"
-    return f"{counted(training, 'image')}; validated on {counted(validation, 'image')}"
+        return f"{trained_on}; {validation:,} more of the training set were held out to validate on"
+    return f"{trained_on}; validated on {counted(validation, 'image')}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

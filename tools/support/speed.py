@@ -11,7 +11,15 @@ Name = TypeVar("Name", bound=Hashable)
 def median_seconds(
     work: Mapping[Name, Callable[[], object]], rounds: int, after_piece: Callable[[], object] = lambda: None
 ) -> dict[Name, float]:
-    """The seconds that each piece of work takes, the median over the rounds after one that does not count.
+    """The seconds that each piece of work takes, the median over the rounds of `seconds_by_round`."""
+    taken = seconds_by_round(work, rounds, after_piece)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def seconds_by_round(
+    work: Mapping[Name, Callable[[], object]], rounds: int, after_piece: Callable[[], object] = lambda: None
+) -> dict[Name, list[float]]:
+    """The seconds that each piece of work takes in each round, after a first one that does not count.
 
     Each round does every piece once, so that what slows the machine down for a while slows all of them.
     `after_piece` is called (1 + rounds) times for each piece.
@@ -24,4 +32,4 @@ def median_seconds(
             if number:
                 taken[name].append(time.perf_counter() - start)
             after_piece()
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return taken
