@@ -225,8 +225,8 @@ def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[s
         first, missing = names[labels.index(None)], labels.count(None)
         others = f" and {missing - 1:,} more of {len(names):,}" if missing > 1 else ""
         raise UserError(
-            f"{file} has no line for the image {first}{others}: add 'FILE CLASS' for each, or, to take the images alone that it "
-            "names, give it a header and a column 'split'"
+            f"{file} has no line for the image {first}{others}: add 'FILE CLASS' for each, or, to take the images alone that "
+            "it names, give it a header and a column 'split'"
         )
     if finder.elsewhere:
         print(
