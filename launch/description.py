@@ -70,12 +70,12 @@ def describe(
         time_ = estimate(sizes, max(optim.epochs - done, 0.0), speed, cluster.seconds, cluster.warning_seconds)
         waits = turns.take(time_.run)
         end = datetime.now() + timedelta(seconds=waits + time_.run)
-        turn = f", {duration(waits)} from now on," if waits else ","
+        turn = f"begins in {duration(waits)}, " if waits else ""
         fit = f"{time_.epochs_per_attempt:.1f} epochs an attempt of {cluster.time}, " if time_.attempts > 1 else ""
         lines.append(
             f"at {counted(round(speed), 'image')}/s: {duration(time_.epoch)} an epoch, "
             f"{fit}{counted(time_.attempts, 'attempt')}, "
-            f"{duration(time_.run)} in all{turn} not before {end:%Y-%m-%d %H:%M}"
+            f"{duration(time_.run)} in all, {turn}ends not before {end:%Y-%m-%d %H:%M}"
         )
     return "\n".join(lines)
 

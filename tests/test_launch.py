@@ -773,7 +773,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
     slow = local_words(config, "--dry-run", "--images-per-second", "0.01", "--grid", "optim.lr=0.1,0.2,0.3")
     for more, turns in (([], 2), (["--parallel", "2"], 1)):
         start([*slow, *more])
-        said = re.findall(r" in all(, .+ from now on)?, not before (\S+ \S+)", capsys.readouterr().out)
+        said = re.findall(r" in all, (begins in .+, )?ends not before (\S+ \S+)", capsys.readouterr().out)
         begins = [bool(waits) for waits, _ in said]
         assert begins == [False, not more, True] and len({end for _, end in said}) == turns + 1
     start(local_words(config, "--dry-run", "--optim.milestones", "10"))
