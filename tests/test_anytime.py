@@ -31,6 +31,7 @@ from tools.convert import main as convert
 from tools.evaluate import main as evaluate
 from tools.export import main as export
 from tools.predict import main as predict
+from tools.support.anytime_report import result_to_text
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights
 
 pytestmark = pytest.mark.slow  # for the most part
@@ -186,6 +187,13 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
     assert all(re.fullmatch(r"times of .*: \d+ of 26 measurements, about .* left", line) for line in progress[3:])
     assert len(progress) == 3 + 25  # of the last part nothing is left
     report = json.loads((tmp_path / "report.json").read_text())
+    for spread, busy in ((0.0, False), (1e6, True)):  # of the times, in percent
+        good = {"q": 1.0, "top1_error": 50.0, "work_ratio": 2.0, "speed_ratio": 3.0}
+        text = result_to_text(report | {"time_spread": spread, "beside": [report["beside"][0] | {"as_good": good}]})
+        assert ("the machine was busy: times of the same work lie 1000000 % apart, so that" in text) == busy
+        assert (
+            text.count("times the images/s (the times are further apart)") == busy and "3.00 times the images/s" in text
+        )
     weights = read_weights(checkpoint)
     parts = open_datasets(weights.config.data, tmp_path, progress=False)
     test = open_datasets(dataclasses.replace(weights.config.data, holdout=0), tmp_path, progress=False)[1]
@@ -230,7 +238,7 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
     # The same budget classifies files, at its dearest and at its cheapest.
     dearest = max(report["budgets"], key=lambda b: b["multiply_accumulates"])
     words = ("--loader", "reference", "--top", 1, "--json", tmp_path / "answers.json")
-    run(predict, checkpoint, data / "val", *words, "--budget", 1000, "--thresholds", tmp_path / "report.json")
+    run(predict, checkpoint, data / "val", *words, "--budget", 1000, "--thresholds", tmp_path)
     answered = json.loads((tmp_path / "answers.json").read_text())
     at = leaves_at(own[0].confidence, np.array([np.inf if t is None else t for t in dearest["thresholds"]]))
     expected = {test.location(i): own[0].confidence[at[i], i] for i in range(12)}

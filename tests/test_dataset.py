@@ -11,7 +11,7 @@ import pytest
 from conftest import photo, small_config, write_class_folders
 
 from pipeline.config import DataConfig
-from pipeline.data.checks import warnings_about
+from pipeline.data.checks import same_images, warnings_about
 from pipeline.data.dataset import images_text, open_datasets
 from pipeline.data.index_cache import cache_beside
 from pipeline.data.scan import scan_classes
@@ -279,12 +279,12 @@ def test_what_looks_wrong_is_said(root, tmp_path):
     twin = root / "val" / "class1" / "renamed.jpg"
     shutil.copy(root / "train" / "class1" / "image0004.jpg", twin)
     (line,) = said()
-    assert "validation images are training images too, 1 of" in line
+    assert "validation images are training images too, at least 1 of 7, as" in line
     assert f"{twin} is {root}/train/class1/image0004.jpg" in line
     twin.unlink()
     (root / "val" / "class1" / "image0004.jpg").unlink()
     os.link(root / "train" / "class1" / "image0004.jpg", root / "val" / "class1" / "image0004.jpg")
-    assert "too, 1 of" in said()[0]
+    assert "too, at least 1 of" in said()[0]
 
 
 def test_held_out_images_are_said_to_be_that_and_which_others_are_not_read(root):
@@ -352,6 +352,29 @@ def test_archives_and_arrays_are_compared_too(root, tmp_path):
     train, _ = open_all(root)
     config = config_of(root)
     part = train.take(np.arange(0, 12, 4))
-    assert "3 of the 3 that were compared" in warnings_about(train, part, config)[0]
+    assert "at least 3 of 3, as" in warnings_about(train, part, config)[0]
     arrays = dataclasses.replace(part, lengths=np.full(3, 7))
     assert warnings_about(train, arrays, config) == []
+
+
+def test_how_many_images_are_in_both_sets_is_estimated_by_those_taken_evenly(tmp_path):
+    """10 of 100 validation images are training images: under their own names, which are all compared, or under others, of which
+    only those taken evenly are found. Neither is told as a share of what was compared."""
+    folders = {name: tmp_path / name for name in ("train", "named", "renamed")}
+    for folder in folders.values():
+        (folder / "c").mkdir(parents=True)
+    for i in range(100):
+        old, new = (np.random.default_rng([i, new]).bytes(200 + i + 1000 * new) for new in (False, True))
+        (folders["train"] / "c" / f"{i:03d}.ppm").write_bytes(b"P6 8 8 255\n" + old)
+        content, name = b"P6 8 8 255\n" + (new if i % 10 else old), f"{i:03d}.ppm"
+        (folders["named"] / "c" / name).write_bytes(content)
+        (folders["renamed"] / "c" / f"new{name}").write_bytes(content)
+    train, named, renamed = (scan_classes(folder) for folder in folders.values())
+    evenly = sum(100 * k // 32 % 10 == 0 for k in range(32))
+    assert 2 <= evenly <= 4
+    for val, found in ((named, 10), (renamed, evenly)):
+        assert same_images(train, val).startswith(
+            f"at least {found} of 100 ({evenly} of 32 taken evenly), as {val.root}/c/"
+        )
+    assert same_images(train, train).startswith("at least 32 of 100 (32 of 32 taken evenly), as")
+    assert same_images(train, scan_classes(folders["named"]).take(np.arange(1, 100, 10))) == ""

@@ -451,7 +451,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
         "published": [], "published_note": "",
         "begun_with": None, "training": None, "by_class": [row], "confusions": [], "ranks": 1, "seconds": 1,
-        "chosen_by_these": False, "trained_on": "",
+        "chosen_by_these": False, "validated_in": None, "trained_on": "",
     }  # fmt: skip
     result["calibration"] = calibration(zeros, zeros > 0)
     write_report(tmp_path, {"about": {}, "evaluations": [result], "comparisons": []}, [evaluation], [index])
@@ -669,6 +669,7 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     def saved(name: str, **fields: object) -> Path:
         state = load_checkpoint(checkpoint)
         state["config"]["data"] |= {"dir": str(data), "loader": "reference", **fields}
+        state["config"]["train"]["precision"] = "bf16"
         if fields.get("holdout"):
             parts = open_datasets(from_stored(state["config"], name).data, None, progress=False)
             validated = parts[1].fingerprint
@@ -702,6 +703,10 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     write_safetensors(read_weights(holding), converted)
     assert chosen in said(converted, "--data", data, "--held-out").out
     assert chosen not in said(holding, "--data", data).out
+    in_bf16 = "its run was validated on them in bf16: a few answers may differ (the same with --precision bf16)\n"
+    assert in_bf16 in out
+    assert in_bf16 not in said(holding, "--data", data, "--held-out", "--precision", "bf16").out
+    assert in_bf16 not in said(holding, "--data", data).out
     moved = Path(shutil.copytree(data, tmp_path / "moved"))
     assert "of 7 wrong" in said(holding, "--data", moved, "--held-out").out
     shutil.copyfile(next((moved / "training" / "class0").iterdir()), moved / "training" / "class0" / "new.jpg")
@@ -737,7 +742,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
 
     apart = run(train="train.csv", val="val.csv")
     for of in (apart, run(train="all.csv", val="all.csv")):
-        seen = r"images in .*, 32 of the 32 that were compared, as .*/train-image\d+.jpg"
+        seen = r"images in .*, at least 32 of \d+( \(32 of 32 taken evenly\))?, as .*/train-image\d+.jpg"
         assert re.fullmatch(seen, told(of, table_data / "train.csv"))
         assert (
             told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""
@@ -748,7 +753,9 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
     for number, file in enumerate(sorted(copy.rglob("*.jpg"))):
         file.rename(file.with_name(f"{number}.jpg"))
     assert told(apart, copy).startswith(f"images in {copy}, ")
-    assert " 1 of the 32 that" in told(run(train="train.csv", holdout=36), table_data / "train.csv")  # of 37
+    assert ", at least 1 of 37 (1 of 32 taken evenly), as" in told(
+        run(train="train.csv", holdout=36), table_data / "train.csv"
+    )  # of 37
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "CHEAP", 99)
         assert told(apart, copy) == ""  # to read so long an index takes longer than the warning is worth

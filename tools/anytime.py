@@ -53,7 +53,7 @@ from tools.support.weights_arguments import add_weights_arguments, names_of_file
 
 ALONE = 50  # images of which each is timed as a batch of its own
 ROUNDING = 1e-9  # in percent: two errors that are the same count of images may differ in their last bits
-ROUNDS = 3  # in each of which every implementation is timed once
+ROUNDS = 5  # in each of which every implementation is timed once
 
 
 @dataclass(frozen=True)

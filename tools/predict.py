@@ -82,7 +82,7 @@ def main() -> None:
         metavar="MILLION",
         help="million multiply-accumulates that an MSDNet may take in the mean: images leave early by the thresholds of FILE",
     )
-    parser.add_argument("--thresholds", metavar="FILE", help="the report.json of tools.anytime, for --budget")
+    parser.add_argument("--thresholds", metavar="FILE", help="the report of tools.anytime, for --budget")
     parser.add_argument(
         "--exif-orientation",
         action=argparse.BooleanOptionalAction,

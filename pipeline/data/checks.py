@@ -151,22 +151,28 @@ def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
 
 
 def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
-    """How many of a few images that are compared byte by byte are in both sets, with an example; empty if none is."""
-    pairs, compared = _alike(train, val)
+    """How many images of `val` are in both sets, as far as a few tell that are compared byte by byte, with an example; empty
+    if none is.
+
+    Compared are COMPARED images evenly spread over `val`, of which the share that is in both is told apart, and as many of
+    those that have the name and the length of a training image, among which that share would be too high.
+    """
+    pairs, spread = _alike(train, val)
     same = [(j, i) for j, i in pairs if _bytes(train, i) == _bytes(val, j)]
     if not same:
         return ""
-    found, (j, i) = len({j for j, _ in same}), same[0]
+    found, (j, i) = {j for j, _ in same}, same[0]
     example, other = val.location(j), train.location(i)
     copy = "" if other == example else f" is {other}"
-    return f"{found:,} of the {compared:,} that were compared, as {example}{copy}"
+    of_spread = "" if len(spread) == len(val) else f" ({len(found & spread)} of {len(spread)} taken evenly)"
+    return f"at least {len(found):,} of {len(val):,}{of_spread}, as {example}{copy}"
 
 
-def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[list[tuple[int, int]], int]:
+def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[list[tuple[int, int]], set[int]]:
     """Some pairs (row of val, row of train) that may be the same file, as they have the same length: first those with the
-    same name, then others, evenly spread over the validation set; and how many validation images were looked at for them."""
+    same name, then others, evenly spread over the validation set; and the rows of these."""
     if len(set(val.lengths.tolist())) == 1 and len(val) > 1:  # arrays, of which all have one length
-        return [], 0
+        return [], set()
     keys = [_key(val, j) for j in range(len(val))]
     spread = _spread(range(len(val)))
     wanted, named = set(keys), dict[tuple[str, int], int]()
@@ -179,7 +185,7 @@ def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[list[tuple[int, int]
             rows.append(i)
     of_same_name = _spread([(j, named[key]) for j, key in enumerate(keys) if key in named])
     pairs = [*of_same_name, *((j, i) for j in spread for i in lengths[keys[j][1]])]
-    return pairs, len({*spread, *(j for j, _ in of_same_name)})
+    return pairs, set(spread)
 
 
 def _key(index: DatasetIndex, i: int) -> tuple[str, int]:

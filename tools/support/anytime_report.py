@@ -26,6 +26,7 @@ Shown = list[tuple[str, list[int]]]  # titles with positions of images
 
 SHOWN = 12  # images that left at an exit
 EVEN = 1.0  # q of the budget by which they are shown: equally many leave at each exit
+BUSY = 20.0  # percent between the rounds' times, from which on a machine is called so
 WORDS = {True: "measured", False: "as given"}
 
 
@@ -128,8 +129,7 @@ def _line(axes: Axes, rows: list[dict[str, Any]], key: str, scale: float, style:
 
 
 def _sections(r: dict[str, Any], heading: str) -> list[str]:
-    lines = [_about(r), *_seen(r)]
-    lines += [f"training: {r['training']}"] if r["training"] else []
+    lines = _head(r)
     for title, columns in _tables(r):
         lines += ["", f"{heading}{title}", "", *table(*columns, names=1)]
     if not r["budgets"]:
@@ -137,7 +137,7 @@ def _sections(r: dict[str, Any], heading: str) -> list[str]:
             "the run held no training images out: give --thresholds DIR: other images of the same kind, not trained on"
         )
         lines += ["", f"no budgets: {why}"]
-    lines += ["", *filter(None, (_comparison(row, r["budgets"]) for row in r["beside"]))]
+    lines += ["", *_comparisons(r)]
     return lines
 
 
@@ -154,8 +154,19 @@ def _about(r: dict[str, Any]) -> str:
     )
 
 
-def _seen(r: dict[str, Any]) -> list[str]:
-    return [f"trained on {r['trained_on']}: {ON_NEW_IMAGES}"] if r["trained_on"] else []
+def _head(r: dict[str, Any]) -> list[str]:
+    """What must be known before the numbers are read."""
+    lines = [_about(r)]
+    if r["trained_on"]:
+        lines.append(f"trained on {r['trained_on']}: {ON_NEW_IMAGES}")
+    if r["time_spread"] >= BUSY:
+        lines.append(
+            f"the machine was busy: times of the same work lie {r['time_spread']:.0f} % apart, so that speeds which differ by "
+            "less are alike"
+        )
+    if r["training"]:
+        lines.append(f"training: {r['training']}")
+    return lines
 
 
 def _threads(r: dict[str, Any]) -> str:
@@ -170,7 +181,7 @@ def _tables(r: dict[str, Any]) -> list[tuple[str, Table]]:
             f"{row['multiply_accumulates'] / 1e6:,.2f}",
             _with_interval(row),
             f"{row['summed_top1_error']:.2f}",
-            f"{row['images_per_second']:,.1f}",
+            _speed(row["images_per_second"]),
             f"{row['ms_alone']:.2f}",
         ]
         for row in r["exits"]
@@ -184,7 +195,7 @@ def _tables(r: dict[str, Any]) -> list[tuple[str, Table]]:
                 " ".join(f"{100 * share:.0f}" for share in b["shares"]),
                 f"{b['multiply_accumulates'] / 1e6:,.2f}",
                 _with_interval(b),
-                f"{b['images_per_second']:,.1f}",
+                _speed(b["images_per_second"]),
                 f"{b['summed']['multiply_accumulates'] / 1e6:,.2f}",
                 f"{b['summed']['top1_error']:.2f}",
             ]
@@ -198,7 +209,7 @@ def _tables(r: dict[str, Any]) -> list[tuple[str, Table]]:
                 row["name"],
                 f"{row['multiply_accumulates'] / 1e6:,.2f}",
                 f"{row['top1_error']:.2f} ({WORDS[row['measured']]})",
-                "" if row["images_per_second"] is None else f"{row['images_per_second']:,.1f}",
+                "" if row["images_per_second"] is None else _speed(row["images_per_second"]),
                 "" if row["ms_alone"] is None else f"{row['ms_alone']:.2f}",
             ]
             for row in r["beside"]
@@ -214,14 +225,33 @@ def _with_interval(row: dict[str, Any]) -> str:
     return f"{row['top1_error']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]]) -> str:
+def _speed(images_per_second: float) -> str:
+    """Three digits, as more are noise."""
+    return f"{float(f'{images_per_second:.3g}'):,g}"
+
+
+def _if_alike(best: dict[str, Any], spread: float) -> str:
+    """That a ratio of speeds is no greater than what the times of one and the same work differ by, in percent; else empty."""
+    ratio = max(best["speed_ratio"], 1 / best["speed_ratio"])
+    return " (the times are further apart)" if ratio <= 1 + spread / 100 else ""
+
+
+def _comparisons(r: dict[str, Any]) -> list[str]:
+    return [line for row in r["beside"] if (line := _comparison(row, r["budgets"], r["time_spread"]))]
+
+
+def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]], spread: float) -> str:
     if not budgets:
         return ""
     if row["as_good"] is None:
         least = min(budget["top1_error"] for budget in budgets)
         return f"{row['name']}: no budget reaches its error of {row['top1_error']:.2f} %; the least is {least:.2f} %"
     best = row["as_good"]
-    speed = "" if best["speed_ratio"] is None else f" and {best['speed_ratio']:.2f} times the images/s"
+    speed = (
+        ""
+        if best["speed_ratio"] is None
+        else f" and {best['speed_ratio']:.2f} times the images/s{_if_alike(best, spread)}"
+    )
     return (
         f"{row['name']}: the cheapest budget that is as good (q {best['q']:.2f}, error {best['top1_error']:.2f} %) takes "
         f"{1 / best['work_ratio']:.2f} times the multiply-accumulates{speed}"
@@ -235,8 +265,8 @@ def _html(result: dict[str, Any], curves: bytes, shown: Shown, index: DatasetInd
         curves: a PNG file.
     """
     page = Page("Answers at any time")
-    page.lines([_about(result), *_seen(result), *([f"training: {result['training']}"] if result["training"] else [])])
-    page.lines([line for row in result["beside"] if (line := _comparison(row, result["budgets"]))])
+    page.lines(_head(result))
+    page.lines(_comparisons(result))
     page.heading(2, "Error against cost")
     source = base64.b64encode(curves).decode()
     page.add(f'<img style="max-width: 100%" src="data:image/png;base64,{source}" alt="error against cost">')

@@ -18,9 +18,13 @@ def limits_of(budget: dict[str, Any]) -> np.ndarray:
 def read_budget(report: Path, million: float) -> np.ndarray:
     """The thresholds, (E), of a report's dearest budget whose mean cost is at most so many million multiply-accumulates.
 
+    Args:
+        report: the file, or the folder that it lies in.
+
     Raises:
         UserError: the file is no report of this command, or all its budgets cost more.
     """
+    report = report / "report.json" if report.is_dir() else report
     try:
         found = json.loads(report.read_text())["budgets"]
         affordable = [b for b in found if b["multiply_accumulates"] <= 1e6 * million]

@@ -70,6 +70,7 @@ def describe(
         "assumed": weights.assumed,
         "trained_on": candidate.seen,
         "chosen_by_these": weights.is_best and config.optim.epochs > 1 and index.fingerprint == weights.val_fingerprint,
+        "validated_in": config.train.precision if index.fingerprint == weights.val_fingerprint else None,
         "begun_with": config.model.weights_text if config.model.weights else None,
         "training": recipe_line(weights),
     }
