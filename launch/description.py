@@ -70,7 +70,7 @@ def describe(
         time_ = estimate(sizes, max(optim.epochs - done, 0.0), speed, cluster.seconds, cluster.warning_seconds)
         waits = turns.take(time_.run)
         end = datetime.now() + timedelta(seconds=waits + time_.run)
-        turn = f"begins in {duration(waits)}, " if waits else ""
+        turn = f"begins in {duration(waits)} at the earliest, " if waits else ""
         fit = f"{time_.epochs_per_attempt:.1f} epochs an attempt of {cluster.time}, " if time_.attempts > 1 else ""
         lines.append(
             f"at {counted(round(speed), 'image')}/s: {duration(time_.epoch)} an epoch, "

@@ -144,10 +144,7 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
         if key in TOLD or (key in config.train.change and key not in fixed):
             changed[key] = (old[key], value)
         else:
-            leader = FOLLOWERS.get(key)
-            follows = leader is not None and old[leader] == new[leader]  # changed on purpose once, without this one
-            hint = f" (it follows {leader} where it is not given)" if follows else ""
-            refused.append(f"{key} was {value_text(old[key])} and is now {value_text(value)}{hint}")
+            refused.append(f"{key} was {value_text(old[key])} and is now {value_text(value)}")
     before = Conditions(**state["conditions"])
     if not set(fixed) & OF_THE_DATA:  # which says it already
         if before.classes != now.classes:

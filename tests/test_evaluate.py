@@ -703,7 +703,9 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     write_safetensors(read_weights(holding), converted)
     assert chosen in said(converted, "--data", data, "--held-out").out
     assert chosen not in said(holding, "--data", data).out
-    in_bf16 = "its run was validated on them in bf16: a few answers may differ (the same with --precision bf16)\n"
+    in_bf16 = (
+        "its run was validated on these images in bf16, so that a few answers may differ (--precision bf16 computes as"
+    )
     assert in_bf16 in out
     assert in_bf16 not in said(holding, "--data", data, "--held-out", "--precision", "bf16").out
     assert in_bf16 not in said(holding, "--data", data).out
@@ -742,7 +744,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
 
     apart = run(train="train.csv", val="val.csv")
     for of in (apart, run(train="all.csv", val="all.csv")):
-        seen = r"images in .*, at least 32 of \d+( \(32 of 32 taken evenly\))?, as .*/train-image\d+.jpg"
+        seen = r"images in .*, at least 32 of \d+( \(of 32 taken evenly 32\))?, as .*/train-image\d+.jpg"
         assert re.fullmatch(seen, told(of, table_data / "train.csv"))
         assert (
             told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""
@@ -753,7 +755,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
     for number, file in enumerate(sorted(copy.rglob("*.jpg"))):
         file.rename(file.with_name(f"{number}.jpg"))
     assert told(apart, copy).startswith(f"images in {copy}, ")
-    assert ", at least 1 of 37 (1 of 32 taken evenly), as" in told(
+    assert ", at least 1 of 37 (of 32 taken evenly 1), as" in told(
         run(train="train.csv", holdout=36), table_data / "train.csv"
     )  # of 37
     with monkeypatch.context() as patch:

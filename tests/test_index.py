@@ -57,8 +57,8 @@ def test_a_flat_folder_takes_its_labels_from_a_file(tmp_path, style):
     [
         (["cat", "dog"], "has 2 labels for 3 images"),
         (["cat", "dog", "dgo"], "'dgo' is none of the network's \\(did you mean 'dog'"),
-        (["a.jpg cat", "b.jpg dog"], "no line for the image c.jpg: add 'FILE CLASS' for each, or"),
-        (["a.jpg cat"], "no line for the image b.jpg and 1 more of 3: add"),
+        (["a.jpg cat", "b.jpg dog"], "no line for the image c.jpg: expected 'FILE CLASS' for each image"),
+        (["a.jpg cat"], "no line for the image b.jpg and 1 more of 3: expected"),
     ],
 )
 def test_wrong_label_files_are_explained(tmp_path, lines, expected):

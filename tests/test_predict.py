@@ -163,10 +163,13 @@ def test_a_csv_file_holds_the_same_answers_however_many_images_are_known_at_once
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [predict.AT_ONCE, 2])
-def test_corrupt_images_are_named_and_left_out_where_asked(monkeypatch, capsys, folder, weights, tmp_path, at_once):
+@pytest.mark.parametrize(("at_once", "batch"), [(predict.AT_ONCE, 32), (predict.AT_ONCE, 1), (2, 1)])
+def test_corrupt_images_are_named_and_left_out_where_asked(
+    monkeypatch, capsys, folder, weights, tmp_path, at_once, batch
+):
     """One that no header is read from, and two that end too early; the answers to the others are as without them."""
     monkeypatch.setattr(predict, "AT_ONCE", at_once)
+    monkeypatch.setattr(predict, "BATCH_SIZE", batch)  # of 1: some are answered before the first corrupt one
     shutil.copytree(folder, tmp_path / "in", ignore=shutil.ignore_patterns("notes.txt"))
     whole = (folder / "c.jpg").read_bytes()
     for name in ("b/cut.jpg", "z.jpg"):
@@ -193,8 +196,12 @@ def test_corrupt_images_are_named_and_left_out_where_asked(monkeypatch, capsys, 
         for one, as_before in zip(answer["answers"], other["answers"], strict=True):
             assert one == {**as_before, "probability": pytest.approx(as_before["probability"], rel=1e-4)}
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 5
-    assert answers_of(monkeypatch, tmp_path, weights, tmp_path / "in" / "z.jpg", "--corrupt-images", "skip") == []
-    assert capsys.readouterr().err.endswith("left out\n0 images, 1 corrupt one left out\n")
+    for name in ("z.jpg", "ad.jpg"):
+        with pytest.raises(UserError, match="none of 1 image decodes: give others"):
+            answers_of(monkeypatch, tmp_path, weights, tmp_path / "in" / name, "--corrupt-images", "skip")
+    words = (weights, tmp_path / "in" / "b", tmp_path / "in" / "z.jpg", "--corrupt-images", "skip")
+    assert len(answers_of(monkeypatch, tmp_path, *words)) == 2
+    assert capsys.readouterr().err.endswith("left out\n2 images, 2 corrupt ones left out\n")
 
 
 def test_all_of_imagenets_classes_have_names():

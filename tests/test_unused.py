@@ -131,7 +131,7 @@ def test_a_run_resumes_without_what_did_nothing(tmp_path):
     assert changed({"optim.schedule": "cosine"}) == {}
     with pytest.raises(
         UserError,
-        match=r"optim.milestones was 10,20 and is now 30,60 \(it follows optim.epochs where it is not given\); put",
+        match=r"optim.milestones was 10,20 and is now 30,60; put it back",
     ):
         changed({})
     with pytest.raises(UserError, match=r"data.erasing_fill was noise and is now zero"):

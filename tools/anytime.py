@@ -48,7 +48,7 @@ from tools.support.held_out import open_held_out
 from tools.support.outputs import writable_folder
 from tools.support.progress import Progress
 from tools.support.significance import wilson_interval
-from tools.support.speed import seconds_by_round
+from tools.support.speed import percent_apart, seconds_by_round
 from tools.support.weights_arguments import add_weights_arguments, names_of_files, read_weights_of, warn_of_assumption
 
 ALONE = 50  # images of which each is timed as a batch of its own
@@ -351,10 +351,10 @@ def measure(
         taken = seconds_by_round(work, ROUNDS, progress.advance)
         progress.close()
     seconds = {name: statistics.median(rounds) for name, rounds in taken.items()}
-    spread = statistics.median(max(rounds) / min(rounds) - 1 for rounds in taken.values())
+    apart = percent_apart(rounds for (kind, _), rounds in taken.items() if kind in ("exit", "budget", "other"))
     in_batches = min(options.batch_size, len(rows))
     result |= {"timed_images": len(rows), "batch_size": in_batches, "device": world.device.type}
-    result |= {"timed_rounds": ROUNDS, "time_spread": 100 * spread}
+    result |= {"timed_rounds": ROUNDS, "time_spread": apart}
     result |= {"threads": torch.get_num_threads(), "loader": choose_loader(data, world.device)}
     for k, row in enumerate(result["exits"]):
         row["images_per_second"] = len(rows) / seconds["exit", k]

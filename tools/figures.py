@@ -296,7 +296,7 @@ def validation_of(data: DataConfig, images: list[int] | None) -> str:
 
 
 def told_apart(runs: list[Run]) -> list[Run]:
-    """The runs, of which those that were validated on the same images say so in the same words (most of them lay there), and
+    """The runs, of which those that were validated on the same images say so in the same words (the most frequent ones), and
     no others in these.
 
     Of a run of before only its training and validation images together are known: its validation images are those of a run

@@ -80,9 +80,11 @@ def main() -> None:
         "--budget",
         type=float,
         metavar="MILLION",
-        help="million multiply-accumulates that an MSDNet may take in the mean: images leave early by the thresholds of FILE",
+        help="million multiply-accumulates that an MSDNet may take in the mean: images leave early by the thresholds of DIR",
     )
-    parser.add_argument("--thresholds", metavar="FILE", help="the report of tools.anytime, for --budget")
+    parser.add_argument(
+        "--thresholds", metavar="DIR", help="the report of tools.anytime, for --budget: its folder, or its report.json"
+    )
     parser.add_argument(
         "--exif-orientation",
         action=argparse.BooleanOptionalAction,
@@ -134,10 +136,12 @@ def main() -> None:
         how = Reading(options.crops, options.exif_orientation is None, options.corrupt_images)
         answered = 0
         for file, probabilities in predict_all(network, files, classes, data, how, world):
+            bar.update()
+            if probabilities is None:
+                continue
             if not probabilities.isfinite().all():
                 raise UserError(f"{options.weights}: the answers are not finite: damaged weights")
             answered += 1
-            bar.update()
             best = probabilities.topk(top)
             found = [
                 {"class": classes[i], "name": names.get(classes[i]), "probability": probability}
@@ -153,6 +157,8 @@ def main() -> None:
             else:
                 lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
                 print(printable("\n".join([file, *lines])), flush=True)
+    if not answered:
+        raise UserError(f"none of {counted(len(files), 'image')} decodes: give others")
     left_out = f", {counted(len(files) - answered, 'corrupt one')} left out" if answered < len(files) else ""
     if options.csv:
         print(f"{options.csv}: {counted(answered, 'image')}{left_out}")
@@ -171,7 +177,7 @@ def network_of(weights: Weights, options: Namespace) -> nn.Module:
     if options.budget is None and not options.thresholds:
         return single_output(folded(weights.network), options.exit, options.weights)
     if options.budget is None or not options.thresholds or options.exit:
-        raise UserError("--budget MILLION and --thresholds FILE go together, without --exit")
+        raise UserError("--budget MILLION and --thresholds DIR go together, without --exit")
     network = folded(weights.network)
     if not isinstance(network, MSDNet):
         raise UserError(f"--budget: {options.weights} has one exit: leave it out")
@@ -222,17 +228,6 @@ class Reading:
     tell_rotated: bool = True
     corrupt_images: CorruptImages = "stop"
 
-    def leave_out(self, location: str, fault: str, detail: str) -> None:
-        """Name a corrupt image that is skipped.
-
-        Raises:
-            UserError: corrupt images are not skipped.
-        """
-        what = f"{location} {fault} ({detail})"
-        if self.corrupt_images == "stop":
-            raise UserError(f"{what}: repair or remove it, or leave out all such images with --corrupt-images skip")
-        tqdm.write(printable(f"warning: {what}: left out"), file=sys.stderr)
-
 
 @dataclass(frozen=True)
 class _Header:
@@ -244,10 +239,11 @@ class _Header:
 
 
 def _read_header(file: str, read_as: PixelFormat) -> _Header:
-    """
+    """Open an image file and read no more than its header.
+
     Raises:
-        RefusedImageError: the file is no image.
-        UserError: it cannot be read, or the network is for others.
+        RefusedImageError: it is no image, or has more than 16 bits a colour.
+        UserError: it cannot be read, or the network is for images of other depth.
     """
     try:
         with open(file, "rb") as stream:
@@ -263,13 +259,13 @@ def _read_header(file: str, read_as: PixelFormat) -> _Header:
 
 
 def index_files(
-    files: list[str], classes: tuple[str, ...], read_as: PixelFormat, how: Reading
-) -> tuple[DatasetIndex, np.ndarray]:
-    """An index of single image files, whose labels are all 0 and whose fingerprint is empty; and which of them EXIF data say to
-    turn, (N) bool.
+    files: list[str], classes: tuple[str, ...], read_as: PixelFormat
+) -> tuple[DatasetIndex, np.ndarray, list[tuple[str, RefusedImageError]]]:
+    """An index of single image files, whose labels are all 0 and whose fingerprint is empty; which of them EXIF data say to
+    turn, (N) bool; and the files that are no images, which the index does not have.
 
     Raises:
-        UserError: a file cannot be read, or is not an image and corrupt ones are not skipped.
+        UserError: a file cannot be read, or is an image that the network is not for.
     """
 
     def header_or_error(file: str) -> _Header | RefusedImageError:
@@ -280,11 +276,11 @@ def index_files(
                 raise
             return error
 
-    names, headers = [], []
+    names, headers, refused = [], [], []
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         for file, header in zip(files, pool.map(header_or_error, files), strict=True):
             if isinstance(header, RefusedImageError):
-                how.leave_out(file, header.fault, header.detail)
+                refused.append((file, header))
             else:
                 names.append(file)
                 headers.append(header)
@@ -301,34 +297,68 @@ def index_files(
         source=FolderSource(""),
         turned=rotated & read_as.exif_orientation,
     )
-    return index, rotated
+    return index, rotated, refused
 
 
 def predict_all(
     network: nn.Module, files: list[str], classes: tuple[str, ...], data: DataConfig, how: Reading, world: World
-) -> Iterator[tuple[str, Tensor]]:
-    """`predict` for any number of image files, of which some thousand are known at a time."""
+) -> Iterator[tuple[str, Tensor | None]]:
+    """`predict` for any number of image files, of which some thousand are known at a time; None for one that is skipped.
+
+    Raises:
+        UserError: as `index_files`; or an image is corrupt, and such are not skipped.
+    """
     tell_rotated = how.tell_rotated and not data.exif_orientation
     for start in range(0, len(files), AT_ONCE):
-        index, rotated = index_files(files[start : start + AT_ONCE], classes, pixel_format(data), how)
+        index, rotated, refused = index_files(files[start : start + AT_ONCE], classes, pixel_format(data))
+        for file, no_image in refused:
+            yield _skipped(file, no_image.fault, no_image.detail, how)
         if tell_rotated and rotated.any():
             tell_rotated = False
             first = printable(index.location(int(rotated.argmax())))
             tqdm.write(f"warning: {first} is rotated by EXIF, and others may be: {ASK_FOR_UPRIGHT}", file=sys.stderr)
-        answered = 0
+        answered, all_decode = 0, True
         try:
             for answer in predict(network, index, data, how.crops, world):
                 answered += 1
                 yield answer
         except CorruptImageError as error:
             if how.corrupt_images == "stop":
-                how.leave_out(error.location, DOES_NOT_DECODE, error.reason)
-            rest = sound(index.take(np.arange(answered, len(index))), pixel_format(data), how)
-            yield from predict(network, rest, data, how.crops, world)
+                raise _refusal(error.location, DOES_NOT_DECODE, error.reason) from None
+            all_decode = False
+        if not all_decode:  # out of `except`, which would keep the first loader
+            rest = index.take(np.arange(answered, len(index)))
+            errors = decoding_errors(rest, pixel_format(data))
+            for corrupt in filter(None, errors):
+                yield _skipped(corrupt.location, DOES_NOT_DECODE, corrupt.reason, how)
+            sound = np.flatnonzero([corrupt is None for corrupt in errors])
+            yield from predict(network, rest.take(sound), data, how.crops, world)
 
 
-def sound(index: DatasetIndex, read_as: PixelFormat, how: Reading) -> DatasetIndex:
-    """The images of an index that decode. Each of the others is named."""
+def _skipped(file: str, fault: str, detail: str, how: Reading) -> tuple[str, None]:
+    """Name a corrupt image that is skipped; the answer to it, which is none.
+
+    Raises:
+        UserError: such images are not skipped.
+    """
+    if how.corrupt_images == "stop":
+        raise _refusal(file, fault, detail)
+    tqdm.write(printable(f"warning: {file} {fault} ({detail}): left out"), file=sys.stderr)
+    return file, None
+
+
+def _refusal(file: str, fault: str, detail: str) -> UserError:
+    return UserError(
+        f"{file} {fault} ({detail}): repair or remove it, or leave out all such images with --corrupt-images skip"
+    )
+
+
+def decoding_errors(index: DatasetIndex, read_as: PixelFormat) -> list[CorruptImageError | None]:
+    """Why each image of an index does not decode; None for those that do.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
 
     def error_of(i: int) -> CorruptImageError | None:
         try:
@@ -341,14 +371,8 @@ def sound(index: DatasetIndex, read_as: PixelFormat, how: Reading) -> DatasetInd
             raise UserError(f"cannot read the image {index.location(i)}: {error.strerror}") from None
         return None
 
-    rows = []
     with ThreadPoolExecutor(available_cores()) as pool:
-        for i, error in enumerate(pool.map(error_of, range(len(index)))):
-            if error is None:
-                rows.append(i)
-            else:
-                how.leave_out(error.location, DOES_NOT_DECODE, error.reason)
-    return index.take(np.array(rows, np.int64))
+        return list(pool.map(error_of, range(len(index))))
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from pipeline.data.zip_archive import ZipSource
 from pipeline.words import agreed, counted
 
 COMPARED = 32  # validation images that are compared byte by byte with training images of the same length
-CANDIDATES = 4  # training images that one of them is compared with
+CANDIDATES = 32  # training images that one of them is compared with
 FULL = [0] * CANDIDATES
 
 T = TypeVar("T")
@@ -157,22 +157,26 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
     Compared are COMPARED images evenly spread over `val`, of which the share that is in both is told apart, and as many of
     those that have the name and the length of a training image, among which that share would be too high.
     """
-    pairs, spread = _alike(train, val)
-    same = [(j, i) for j, i in pairs if _bytes(train, i) == _bytes(val, j)]
+    candidates, spread = _alike(train, val)
+    same: dict[int, int] = {}
+    for j, rows in candidates.items():
+        content = _bytes(val, j)
+        if (copy := next((i for i in rows if _bytes(train, i) == content), None)) is not None:
+            same[j] = copy
     if not same:
         return ""
-    found, (j, i) = {j for j, _ in same}, same[0]
+    j, i = next(iter(same.items()))
     example, other = val.location(j), train.location(i)
-    copy = "" if other == example else f" is {other}"
-    of_spread = "" if len(spread) == len(val) else f" ({len(found & spread)} of {len(spread)} taken evenly)"
-    return f"at least {len(found):,} of {len(val):,}{of_spread}, as {example}{copy}"
+    copied = "" if other == example else f" is {other}"
+    of_spread = "" if len(spread) == len(val) else f" (of {len(spread)} taken evenly {len(same.keys() & spread)})"
+    return f"at least {len(same):,} of {len(val):,}{of_spread}, as {example}{copied}"
 
 
-def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[list[tuple[int, int]], set[int]]:
-    """Some pairs (row of val, row of train) that may be the same file, as they have the same length: first those with the
-    same name, then others, evenly spread over the validation set; and the rows of these."""
+def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[dict[int, list[int]], set[int]]:
+    """For some rows of val the rows of train that may be the same file, as they have the same length: for those that have one
+    of the same name, too, and for others, evenly spread over the validation set; and which are spread."""
     if len(set(val.lengths.tolist())) == 1 and len(val) > 1:  # arrays, of which all have one length
-        return [], set()
+        return {}, set()
     keys = [_key(val, j) for j in range(len(val))]
     spread = _spread(range(len(val)))
     wanted, named = set(keys), dict[tuple[str, int], int]()
@@ -183,9 +187,12 @@ def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[list[tuple[int, int]
             named[key] = i
         if len(rows := lengths.get(key[1], FULL)) < CANDIDATES:
             rows.append(i)
-    of_same_name = _spread([(j, named[key]) for j, key in enumerate(keys) if key in named])
-    pairs = [*of_same_name, *((j, i) for j in spread for i in lengths[keys[j][1]])]
-    return pairs, set(spread)
+    of_same_name = _spread([j for j, key in enumerate(keys) if key in named])
+    candidates = {j: [named[keys[j]]] for j in of_same_name}
+    for j in spread:
+        first = [named[keys[j]]] if keys[j] in named else []
+        candidates[j] = [*first, *(i for i in lengths[keys[j][1]] if i not in first)]
+    return candidates, set(spread)
 
 
 def _key(index: DatasetIndex, i: int) -> tuple[str, int]:

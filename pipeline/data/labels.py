@@ -224,10 +224,7 @@ def _labels_by_file(file: Path, lines: list[str], names: list[str], known: set[s
     if None in labels:
         first, missing = names[labels.index(None)], labels.count(None)
         others = f" and {missing - 1:,} more of {len(names):,}" if missing > 1 else ""
-        raise UserError(
-            f"{file} has no line for the image {first}{others}: add 'FILE CLASS' for each, or, to take the images alone that "
-            "it names, give it a header and a column 'split'"
-        )
+        raise UserError(f"{file} has no line for the image {first}{others}: expected 'FILE CLASS' for each image")
     if finder.elsewhere:
         print(
             f"warning: {file} names images in folders that {root} does not have, as {finder.elsewhere}: they are taken by "

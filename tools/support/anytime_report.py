@@ -26,7 +26,7 @@ Shown = list[tuple[str, list[int]]]  # titles with positions of images
 
 SHOWN = 12  # images that left at an exit
 EVEN = 1.0  # q of the budget by which they are shown: equally many leave at each exit
-BUSY = 20.0  # percent between the rounds' times, from which on a machine is called so
+FAR_APART = 20.0  # percent between the times of the rounds, from which on that is said before all else
 WORDS = {True: "measured", False: "as given"}
 
 
@@ -145,7 +145,7 @@ def _about(r: dict[str, Any]) -> str:
     chosen = r["held_out"]
     which = "held-out images" if chosen and chosen["by_the_run"] else f"images of {chosen['data']}" if chosen else ""
     held_out = f", {chosen['images']:,} {which} for the thresholds" if chosen else ""
-    which_weights = ", ".join(filter(None, (r["trained"], r["note"]))) or "no word of its training"
+    which_weights = ", ".join(filter(None, (r["trained"], r["note"]))) or "training not recorded in the file"
     return (
         f"{r['name']}: {which_weights}\n"
         f"{r['model']}, {r['parameters']:,} parameters, {r['images']:,} images of {r['data']}{held_out}, "
@@ -159,10 +159,10 @@ def _head(r: dict[str, Any]) -> list[str]:
     lines = [_about(r)]
     if r["trained_on"]:
         lines.append(f"trained on {r['trained_on']}: {ON_NEW_IMAGES}")
-    if r["time_spread"] >= BUSY:
+    if r["time_spread"] >= FAR_APART:
         lines.append(
-            f"the machine was busy: times of the same work lie {r['time_spread']:.0f} % apart, so that speeds which differ by "
-            "less are alike"
+            f"times of the same work lie {r['time_spread']:.0f} % apart (a busy machine, or few --timed-images): smaller "
+            "differences of speed may be chance"
         )
     if r["training"]:
         lines.append(f"training: {r['training']}")
@@ -226,32 +226,22 @@ def _with_interval(row: dict[str, Any]) -> str:
 
 
 def _speed(images_per_second: float) -> str:
-    """Three digits, as more are noise."""
-    return f"{float(f'{images_per_second:.3g}'):,g}"
-
-
-def _if_alike(best: dict[str, Any], spread: float) -> str:
-    """That a ratio of speeds is no greater than what the times of one and the same work differ by, in percent; else empty."""
-    ratio = max(best["speed_ratio"], 1 / best["speed_ratio"])
-    return " (the times are further apart)" if ratio <= 1 + spread / 100 else ""
+    """Three significant digits or so, as more are noise."""
+    return f"{images_per_second:,.{0 if images_per_second >= 100 else 1 if images_per_second >= 10 else 2}f}"
 
 
 def _comparisons(r: dict[str, Any]) -> list[str]:
-    return [line for row in r["beside"] if (line := _comparison(row, r["budgets"], r["time_spread"]))]
+    return [line for row in r["beside"] if (line := _comparison(row, r["budgets"]))]
 
 
-def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]], spread: float) -> str:
+def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]]) -> str:
     if not budgets:
         return ""
     if row["as_good"] is None:
         least = min(budget["top1_error"] for budget in budgets)
         return f"{row['name']}: no budget reaches its error of {row['top1_error']:.2f} %; the least is {least:.2f} %"
     best = row["as_good"]
-    speed = (
-        ""
-        if best["speed_ratio"] is None
-        else f" and {best['speed_ratio']:.2f} times the images/s{_if_alike(best, spread)}"
-    )
+    speed = "" if best["speed_ratio"] is None else f" and {best['speed_ratio']:.2f} times the images/s"
     return (
         f"{row['name']}: the cheapest budget that is as good (q {best['q']:.2f}, error {best['top1_error']:.2f} %) takes "
         f"{1 / best['work_ratio']:.2f} times the multiply-accumulates{speed}"

@@ -70,7 +70,7 @@ def describe(
         "assumed": weights.assumed,
         "trained_on": candidate.seen,
         "chosen_by_these": weights.is_best and config.optim.epochs > 1 and index.fingerprint == weights.val_fingerprint,
-        "validated_in": config.train.precision if index.fingerprint == weights.val_fingerprint else None,
+        "validated_in": config.train.precision if _validated(weights, index) and options.crops == 1 else None,
         "begun_with": config.model.weights_text if config.model.weights else None,
         "training": recipe_line(weights),
     }
@@ -103,6 +103,11 @@ def describe(
         "published_note": published_note,
         **by_class(evaluation, index),
     }
+
+
+def _validated(weights: Weights, index: DatasetIndex) -> bool:
+    """Whether the run judged these very weights, at the end of an epoch, on the images of an index."""
+    return bool(weights.epochs) and not weights.step and index.fingerprint == weights.val_fingerprint
 
 
 def checksum(file: str) -> str:

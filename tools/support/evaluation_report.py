@@ -224,10 +224,10 @@ def _lines(r: dict[str, Any]) -> list[str]:
         lines.append(
             "of its run's epochs these very images found this one the best: new images usually have a worse result"
         )
-    if r["validated_in"] not in (None, r["precision"]):
+    if r["validated_in"] in ("bf16", "fp16") and r["validated_in"] != r["precision"]:
         lines.append(
-            f"its run was validated on them in {r['validated_in']}: a few answers may differ (the same with --precision "
-            f"{r['validated_in']})"
+            f"its run was validated on these images in {r['validated_in']}, so that a few answers may differ "
+            f"(--precision {r['validated_in']} computes as it did)"
         )
     if r["begun_with"]:
         lines.append(f"begun with {r['begun_with']}")

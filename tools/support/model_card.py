@@ -58,8 +58,9 @@ def _images_text(weights: Weights) -> str:
     if weights.measured is None:
         return "not known"
     training, validation = weights.measured.images
-    skips = weights.config.data.corrupt_images == "skip"
-    trained_on = f"{counted(training, 'image')}{' less those that do not decode' if skips else ''}"
+    data = weights.config.data
+    skips = data.corrupt_images == "skip" and data.dataset == "images" and data.loader != "synthetic"
+    trained_on = f"{counted(training, 'image')}{' (less any that do not decode)' if skips else ''}"
     if weights.epochs == 0:
         return f"{trained_on}, not all of them yet; not validated"
     if weights.config.data.holdout:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 Name = TypeVar("Name", bound=Hashable)
@@ -14,6 +14,11 @@ def median_seconds(
     """The seconds that each piece of work takes, the median over the rounds of `seconds_by_round`."""
     taken = seconds_by_round(work, rounds, after_piece)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def percent_apart(taken: Iterable[Sequence[float]]) -> float:
+    """How much longer the slowest round took than the fastest, in percent: the median over pieces of work."""
+    return 100 * statistics.median(max(seconds) / min(seconds) - 1 for seconds in taken)
 
 
 def seconds_by_round(
