@@ -4,7 +4,6 @@ A run that resumes does not read the weights' file again, which may be gone: wha
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pipeline.models.parts import classifier_of, first_convolution
 from pipeline.parsing import flatten
 from pipeline.preprocessing import for_channels, of_channels, preprocessing_of, preprocessing_of_timm
 from pipeline.resume import find_checkpoint
-from pipeline.weights import OwnWeights, read_file, weights_file
+from pipeline.weights import OwnWeights, checksum, read_file, weights_file
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     published = _timm_pretrained(model.weights) if model.weights.startswith("timm:") else None
     path = weights_file(model.weights) if published is None else _in_timm_cache(model.weights, published)
     found = read_file(path)
-    digest = _sha256(path)
+    digest = checksum(path)
     if model.weights_sha256 and model.weights_sha256.lower() != digest:
         raise UserError(
             f"model.weights: {path} has the SHA-256 {digest}, and model.weights_sha256 is {model.weights_sha256}: give the "
@@ -179,14 +178,6 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
     return InitialWeights(
         model.weights, digest, matched, first, classifier, outputs, classes, data, assumed, note, seen, seed
     )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
 
 
 def _timm_pretrained(name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ are as torchvision offers them, or of a network for which timm has one set of we
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import json
 import pickle
@@ -201,6 +202,19 @@ def weights_file(path: str | Path) -> Path:
     if reason := why_no_best(path.parent if path.name == "checkpoints" else path):
         raise UserError(reason)
     raise UserError(f"{path} is a folder without checkpoints/best.pt: give a run's directory, or a file of weights")
+
+
+def checksum(file: str | Path) -> str:
+    """SHA-256 of a file of weights, in hexadecimal digits.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read the weights {file}: {error.strerror}") from None
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:

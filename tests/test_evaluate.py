@@ -36,12 +36,12 @@ from pipeline.metrics import Score
 from pipeline.models import create_model
 from pipeline.paper import C10, TOP1_ON_IMAGENET
 from pipeline.run import Progress
-from pipeline.weights import Weights, read_weights, write_safetensors, write_torch
+from pipeline.weights import Weights, checksum, read_weights, write_safetensors, write_torch
 from tools import predict
 from tools.evaluate import main
 from tools.support.calibration import calibration
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import open_images, trained_on, where
+from tools.support.evaluated_images import chosen_by, open_images, trained_on, where
 from tools.support.evaluation_figures import published_errors, real_labels_score, recipe_line
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
@@ -451,7 +451,7 @@ def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
         "top1_wrong": 2, "top5_wrong": 0, "top1_interval": (1, 2), "top5_interval": (1, 2), "loss": 1, "real": None,
         "published": [], "published_note": "",
         "begun_with": None, "training": None, "by_class": [row], "confusions": [], "ranks": 1, "seconds": 1,
-        "chosen_by_these": False, "validated_in": None, "trained_on": "",
+        "chosen_by_these": False, "chosen_by_some": "", "validated_in": None, "trained_on": "",
     }  # fmt: skip
     result["calibration"] = calibration(zeros, zeros > 0)
     write_report(tmp_path, {"about": {}, "evaluations": [result], "comparisons": []}, [evaluation], [index])
@@ -755,9 +755,31 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
     for number, file in enumerate(sorted(copy.rglob("*.jpg"))):
         file.rename(file.with_name(f"{number}.jpg"))
     assert told(apart, copy).startswith(f"images in {copy}, ")
-    assert ", at least 1 of 37 (of 32 taken evenly 1), as" in told(
-        run(train="train.csv", holdout=36), table_data / "train.csv"
-    )  # of 37
+    held_out = run(train="train.csv", holdout=36)
+    assert ", at least 1 of 37 (of 32 taken evenly 1), as" in told(held_out, table_data / "train.csv")
+
+    state = load_checkpoint(checkpoint)
+    state["config"] = dataclasses.asdict(apart.config)
+    (tmp_path / "first" / "checkpoints").mkdir(parents=True)
+    first = CheckpointFolder(tmp_path / "first" / "checkpoints")
+    first.save(state, best=True)
+    other = run(train="val.csv", val="train.csv")
+
+    def begun_with(digest: str) -> Weights:
+        model = dataclasses.replace(other.config.model, weights=str(tmp_path / "first"), weights_sha256=digest)
+        return dataclasses.replace(other, config=dataclasses.replace(other.config, model=model))
+
+    told_so = told(begun_with(checksum(first.best)), copy)
+    assert told_so.endswith(f"; by the weights that it began with, {first.best}") and "at least 32 of" in told_so
+    assert told(begun_with("0" * 64), copy) == told(other, copy) == ""  # another file now, or none
+
+    long = dataclasses.replace(other.config, optim=dataclasses.replace(other.config.optim, epochs=4))
+    some = open_images(dataclasses.replace(long.data, dir=str(copy)), None, other.classes).take(np.arange(0, 37, 2))
+    best = dataclasses.replace(other, config=long, epochs=2, best_epoch=2)
+    chosen = chosen_by(Candidate("", "", best, best.data, some, 0))
+    assert chosen.startswith(f"images in {copy}, at least 19 of 19, as {copy}/")
+    last = dataclasses.replace(best, epochs=3)
+    assert chosen_by(Candidate("", "", last, last.data, some, 0)) == ""
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "CHEAP", 99)
         assert told(apart, copy) == ""  # to read so long an index takes longer than the warning is worth

@@ -130,7 +130,7 @@ def evaluated(index: DatasetIndex, seed: int, name: str) -> tuple[dict, Evaluati
         "average": "logits", "precision": "fp32", "interpolation": "pil-bicubic", "resize_size": 9, "crop_size": 9,
         "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "assumed": ("mean", "std"),
         "loader": "dali", "real": None, "published": [], "published_note": "", "begun_with": None, "training": None,
-        "ranks": 1, "seconds": 1.0, "chosen_by_these": False, "validated_in": None,
+        "ranks": 1, "seconds": 1.0, "chosen_by_these": False, "chosen_by_some": "", "validated_in": None,
         "trained_on": "", "calibration": calibration(probability, correct[:, 0]),
     }  # fmt: skip
     return result | errors(score) | by_class(evaluation, index), evaluation

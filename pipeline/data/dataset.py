@@ -107,21 +107,24 @@ def _table_beside(config: DataConfig, split: Split) -> str | None:
     return str(other) if not config.holdout and is_table(other) else None
 
 
-def known_training_images(config: DataConfig, cache: Path) -> DatasetIndex | None:
-    """The images that a run has trained on, where it is cheap to tell: their index is kept, and has `CHEAP` bytes at most.
+def known_images(config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path) -> DatasetIndex | None:
+    """The images that a run has trained on, or was validated on, where it is cheap to tell: their index is kept, and has no
+    more than `CHEAP` bytes.
 
     Args:
-        config: with the training set that was found (`find_splits`).
+        config: with the sets that were found (`find_splits`).
+        classes: the run's.
         cache: folder where the run has kept it, where that cannot be beside the images.
 
     Raises:
         UserError: as `open_datasets`.
     """
-    kept = cache_beside(Path(config.dir, config.train), cache)
+    where: Split = "train" if config.holdout else split
+    kept = cache_beside(Path(config.dir, config.train if where == "train" else config.val), cache)
     if not kept.is_file() or kept.stat().st_size > CHEAP:
         return None
-    train = _open_files(config, "train", (), cache, False)
-    return _hold_out(train, config.holdout)[0] if config.holdout else train
+    index = _open_files(config, where, classes if where == "val" else (), cache, False)
+    return _hold_out(index, config.holdout)[split == "val"] if config.holdout else index
 
 
 def to_evaluate(root: str | Path, config: DataConfig, images: Path | None = None, split: str = "val") -> FileSource:

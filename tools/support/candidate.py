@@ -13,6 +13,7 @@ class Candidate:
 
     Attributes:
         seen: which of the images it has been trained on, in words; empty if none is known to be.
+        chosen_by: which of them, but not all, the run's best epoch was chosen by, in words; empty if none is known to be.
         sha256: of the file as it was read, in hexadecimal digits: a run that goes on replaces it.
     """
 
@@ -23,4 +24,5 @@ class Candidate:
     index: DatasetIndex
     multiply_accumulates: int
     seen: str = ""
+    chosen_by: str = ""
     sha256: str = ""

@@ -3,12 +3,13 @@
 import io
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
-from pipeline.config import DataConfig
+from pipeline.config import Config, DataConfig
 from pipeline.data.checks import same_images
-from pipeline.data.dataset import DATASETS, known_training_images, to_evaluate
+from pipeline.data.dataset import DATASETS, known_images, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import known_cache
@@ -16,9 +17,10 @@ from pipeline.data.label_table import name_of_split
 from pipeline.data.label_table_source import LabelTableSource
 from pipeline.data.scan import scan_classes, scan_flat, scan_label_table
 from pipeline.data.sources import open_source
-from pipeline.data.splits import find_splits, find_validation
+from pipeline.data.splits import Split, find_splits, find_validation
 from pipeline.data.table import TableSource, columns_of, is_table, is_table_by_name, splits_in
 from pipeline.errors import UserError
+from pipeline.weights import OwnWeights, Weights, checksum, read_file, weights_file
 from tools.support.candidate import Candidate
 from tools.support.label_files import find_label_file
 
@@ -44,10 +46,47 @@ def trained_on(candidate: Candidate) -> str:
     """Which of the images the network was trained on, in words; empty if none of those that are looked at.
 
     They are all of them where they lie where the run's training images lay; else a few are compared with those, as long as
-    these are there and it is cheap (`known_training_images`).
+    these are there and it is cheap (`known_images`). The same for the run whose weights it began with, and so on.
     """
-    weights, index = candidate.weights, candidate.index
-    run, same = weights.config.data, ""
+    for file, config in _with_those_begun_with(candidate.weights):
+        if found := _trained_on(file, config.data, candidate):
+            return found if file == candidate.weights.origin else f"{found}; by the weights that it began with, {file}"
+    return ""
+
+
+def _with_those_begun_with(weights: Weights) -> Iterator[tuple[str, Config]]:
+    """The file of weights with its run's configuration, then the file that the run began with, and so on, as long as they are
+    there, are of this project and have not changed."""
+    file, config = weights.origin, weights.config
+    seen = set()
+    while file not in seen:
+        yield file, config
+        seen.add(file)
+        try:
+            file = str(weights_file(config.model.weights or ""))
+            own = read_file(Path(file))
+            if not isinstance(own, OwnWeights) or checksum(file) != config.model.weights_sha256:
+                return
+        except UserError:  # there is none, or it has gone
+            return
+        config = own.config
+
+
+def chosen_by(candidate: Candidate) -> str:
+    """Which of the images the run's best epoch was chosen by, in words, where they are not the whole of the images that it was;
+    empty if these are not the best epoch's weights, or none of the images that are looked at did.
+
+    They are compared as in `trained_on`.
+    """
+    weights = candidate.weights
+    if not weights.is_best or weights.config.optim.epochs < 2 or candidate.index.fingerprint == weights.val_fingerprint:
+        return ""
+    return _compared(weights.origin, weights.config.data, "val", candidate)
+
+
+def _trained_on(file: str, run: DataConfig, candidate: Candidate) -> str:
+    """`trained_on` of the weights in a file, whose run had these data."""
+    index = candidate.index
     if run.dataset != "images" or run.loader == "synthetic" or candidate.data.dataset != "images":
         return ""
     with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
@@ -58,9 +97,19 @@ def trained_on(candidate: Candidate) -> str:
                 f" (but for {run.holdout:,}; --data {run.dir} --held-out evaluates those alone)" if run.holdout else ""
             )
             return f"the images in {index.root}{held}"
-        train = known_training_images(run, Path(weights.origin).parent.parent / "index")
-        same = same_images(train, index) if train else ""
-    return same and f"images in {index.root}, {same}"
+    return _compared(file, run, "train", candidate)
+
+
+def _compared(file: str, run: DataConfig, split: Split, candidate: Candidate) -> str:
+    """Which of the images a run has trained on, or was validated on, as far as a few tell, in words; empty if none."""
+    same = ""
+    if run.dataset != "images" or run.loader == "synthetic" or candidate.data.dataset != "images":
+        return same
+    with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
+        cache = Path(file).parent.parent / "index"
+        known = known_images(find_splits(run), split, candidate.weights.classes, cache)
+        same = same_images(known, candidate.index) if known else ""
+    return same and f"images in {candidate.index.root}, {same}"
 
 
 def open_images(

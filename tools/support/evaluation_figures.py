@@ -1,7 +1,6 @@
 """What an evaluation comes to: errors with their intervals, by class, beside published ones, and of several networks."""
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -70,6 +69,7 @@ def describe(
         "assumed": weights.assumed,
         "trained_on": candidate.seen,
         "chosen_by_these": weights.is_best and config.optim.epochs > 1 and index.fingerprint == weights.val_fingerprint,
+        "chosen_by_some": candidate.chosen_by,
         "validated_in": config.train.precision if _validated(weights, index) and options.crops == 1 else None,
         "begun_with": config.model.weights_text if config.model.weights else None,
         "training": recipe_line(weights),
@@ -108,12 +108,6 @@ def describe(
 def _validated(weights: Weights, index: DatasetIndex) -> bool:
     """Whether the run judged these very weights, at the end of an epoch, on the images of an index."""
     return bool(weights.epochs) and not weights.step and index.fingerprint == weights.val_fingerprint
-
-
-def checksum(file: str) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def errors(score: Score) -> dict[str, Any]:

@@ -224,6 +224,10 @@ def _lines(r: dict[str, Any]) -> list[str]:
         lines.append(
             "of its run's epochs these very images found this one the best: new images usually have a worse result"
         )
+    if r["chosen_by_some"]:
+        lines.append(
+            f"its run's best epoch was chosen by {r['chosen_by_some']}: new images usually have a worse result"
+        )
     if r["validated_in"] in ("bf16", "fp16") and r["validated_in"] != r["precision"]:
         lines.append(
             f"its run was validated on these images in {r['validated_in']}, so that a few answers may differ "
