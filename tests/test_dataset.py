@@ -359,12 +359,12 @@ def test_archives_and_arrays_are_compared_too(root, tmp_path):
 
 def test_how_many_images_are_in_both_sets_is_told_of_those_taken_evenly(tmp_path):
     """20 of 200 validation images are training images: under their own names, which are all compared, or under others, of which
-    only those taken evenly are found. Neither is told as a share of what was compared. Ten images have one length."""
+    only those taken evenly are found. Neither is told as a share of what was compared. Four images have one length."""
     folders = {name: tmp_path / name for name in ("train", "named", "renamed")}
     for folder in folders.values():
         (folder / "c").mkdir(parents=True)
     for i in range(200):
-        old, new = (b"P6 8 8 255\n" + np.random.default_rng([i, new]).bytes(192 + i % 20) for new in (False, True))
+        old, new = (b"P6 8 8 255\n" + np.random.default_rng([i, new]).bytes(192 + i % 50) for new in (False, True))
         (folders["train"] / "c" / f"{i:03d}.ppm").write_bytes(old)
         content, own = (new, "new") if i % 10 else (old, "")  # new ones have training's lengths, not its names
         (folders["named"] / "c" / f"{own}{i:03d}.ppm").write_bytes(content)
@@ -374,10 +374,10 @@ def test_how_many_images_are_in_both_sets_is_told_of_those_taken_evenly(tmp_path
         taken = [val.names[200 * k // 32] for k in range(32)]
         evenly = sum(int(name[-7:-4]) % 10 == 0 for name in taken)
         assert evenly
-        found = f"at least {20 if all_named else evenly} of 200 (of 32 taken evenly {evenly}), as {val.root}/c/"
+        found = f"at least {20 if all_named else evenly} of 200 and {evenly} of 32 taken evenly, as {val.root}/c/"
         assert same_images(train, val).startswith(found)
-    assert same_images(train, train).startswith("at least 32 of 200 (of 32 taken evenly 32), as")
+    assert same_images(train, train).startswith("at least 32 of 200 and 32 of 32 taken evenly, as")
     copies = [int(name[-7:-4]) % 10 == 0 for name in renamed.names]
-    assert "(of 20" not in same_images(train, renamed.take(np.flatnonzero(copies)))  # all of so few are looked at
+    assert "taken evenly" not in same_images(train, renamed.take(np.flatnonzero(copies)))  # all of so few are looked at
     assert same_images(train, renamed.take(np.flatnonzero(copies))).startswith("at least 20 of 20, as")
     assert same_images(train, renamed.take(np.flatnonzero(np.logical_not(copies)))) == ""

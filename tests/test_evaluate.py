@@ -731,11 +731,17 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
 
     def run(**fields: object) -> Weights:
         data = dataclasses.replace(weights.config.data, dir=str(table_data), labels=labels, **fields)
-        open_datasets(data, tmp_path / "run" / "index", progress=False)  # which keeps the index
+        parts = open_datasets(data, tmp_path / "run" / "index", progress=False)  # which keeps the index
         objective = {"single": "cross_entropy", "multi": "binary_cross_entropy"}[labels]
         optim = dataclasses.replace(weights.config.optim, objective=objective)
         config = dataclasses.replace(weights.config, data=data, optim=optim)
-        return dataclasses.replace(weights, origin=str(tmp_path / "run" / "checkpoints" / "best.pt"), config=config)
+        return dataclasses.replace(
+            weights,
+            origin=str(tmp_path / "run" / "checkpoints" / "best.pt"),
+            config=config,
+            fingerprint=fingerprint_of(*parts),
+            val_fingerprint=parts[1].fingerprint,
+        )
 
     def told(of: Weights, images: Path) -> str:
         folder, table = (table_data, str(images)) if labels == "multi" else (images, None)
@@ -744,7 +750,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
 
     apart = run(train="train.csv", val="val.csv")
     for of in (apart, run(train="all.csv", val="all.csv")):
-        seen = r"images in .*, at least 32 of \d+( \(of 32 taken evenly 32\))?, as .*/train-image\d+.jpg"
+        seen = r"images in .*, at least 32 of \d+( and 32 of 32 taken evenly)?, as .*/train-image\d+.jpg"
         assert re.fullmatch(seen, told(of, table_data / "train.csv"))
         assert (
             told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""
@@ -756,10 +762,11 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
         file.rename(file.with_name(f"{number}.jpg"))
     assert told(apart, copy).startswith(f"images in {copy}, ")
     held_out = run(train="train.csv", holdout=36)
-    assert ", at least 1 of 37 (of 32 taken evenly 1), as" in told(held_out, table_data / "train.csv")
+    assert ", at least 1 of 37 and 1 of 32 taken evenly, as" in told(held_out, table_data / "train.csv")
 
     state = load_checkpoint(checkpoint)
     state["config"] = dataclasses.asdict(apart.config)
+    state["conditions"] = {"fingerprint": apart.fingerprint, "val_fingerprint": apart.val_fingerprint, "ranks": 1}
     (tmp_path / "first" / "checkpoints").mkdir(parents=True)
     first = CheckpointFolder(tmp_path / "first" / "checkpoints")
     first.save(state, best=True)
@@ -769,15 +776,27 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
         model = dataclasses.replace(other.config.model, weights=str(tmp_path / "first"), weights_sha256=digest)
         return dataclasses.replace(other, config=dataclasses.replace(other.config, model=model))
 
-    told_so = told(begun_with(checksum(first.best)), copy)
-    assert told_so.endswith(f"; by the weights that it began with, {first.best}") and "at least 32 of" in told_so
+    told_so = told(begun_with(checksum(first.best).upper()), copy)
+    assert told_so.endswith(f": so were the weights that it began with, {first.best}") and "at least 32 of" in told_so
     assert told(begun_with("0" * 64), copy) == told(other, copy) == ""  # another file now, or none
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "tools.support.evaluated_images.weights_file", lambda path: (tmp_path / ("x" * 300)).resolve(True)
+        )
+        assert told(begun_with(checksum(first.best)), copy) == ""  # OSError: of another user's folder, too
 
     long = dataclasses.replace(other.config, optim=dataclasses.replace(other.config.optim, epochs=4))
     some = open_images(dataclasses.replace(long.data, dir=str(copy)), None, other.classes).take(np.arange(0, 37, 2))
     best = dataclasses.replace(other, config=long, epochs=2, best_epoch=2)
     chosen = chosen_by(Candidate("", "", best, best.data, some, 0))
     assert chosen.startswith(f"images in {copy}, at least 19 of 19, as {copy}/")
+    holding = run(train="train.csv", holdout=9)
+    half = dataclasses.replace(best, config=dataclasses.replace(holding.config, optim=long.optim))
+    half = dataclasses.replace(half, fingerprint=holding.fingerprint, val_fingerprint=holding.val_fingerprint)
+    whole = open_images(dataclasses.replace(long.data, dir=str(copy)), None, other.classes)
+    assert chosen_by(Candidate("", "", half, half.data, whole, 0)).startswith(f"images in {copy}, at least ")
+    changed = dataclasses.replace(best, val_fingerprint="of other images, which lay there then")
+    assert chosen_by(Candidate("", "", changed, changed.data, some, 0)) == ""
     last = dataclasses.replace(best, epochs=3)
     assert chosen_by(Candidate("", "", last, last.data, some, 0)) == ""
     with monkeypatch.context() as patch:

@@ -130,7 +130,8 @@ def evaluated(index: DatasetIndex, seed: int, name: str) -> tuple[dict, Evaluati
         "average": "logits", "precision": "fp32", "interpolation": "pil-bicubic", "resize_size": 9, "crop_size": 9,
         "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "assumed": ("mean", "std"),
         "loader": "dali", "real": None, "published": [], "published_note": "", "begun_with": None, "training": None,
-        "ranks": 1, "seconds": 1.0, "chosen_by_these": False, "chosen_by_some": "", "validated_in": None,
+        "ranks": 1, "seconds": 1.0, "chosen_by_these": False, "chosen_by_some": "images in D, at least 2 of 9, as D/a.jpg",
+        "validated_in": "bf16",
         "trained_on": "", "calibration": calibration(probability, correct[:, 0]),
     }  # fmt: skip
     return result | errors(score) | by_class(evaluation, index), evaluation
@@ -157,6 +158,10 @@ def test_the_page_has_what_is_known_and_nothing_from_elsewhere(images):
     assert (facts["command"], facts["date"], facts["hardware"]) == ("python -m x <y>", "2026-01-02", "a machine")
     assert "net0.pt (SHA-256 abababababababab...)" in page.texts("dd") and "epoch 3 of 8" in page.texts("dd")
     assert "ReaL error, %" not in page.texts("th")  # of which there is none here
+    assert (
+        "epoch was chosen by images in D, at least 2 of 9, as D/a.jpg: new images usually have a worse result" in text
+    )
+    assert "validated on these images in bf16, so that a few answers may differ (--precision bf16 computes as" in text
     assert "mean 0.4,0.5,0.6, std 0.2," in text and "assumed, as the file does not say it: mean, std" in text
 
     for number, (result, evaluation) in enumerate(zip(results, evaluations, strict=True)):

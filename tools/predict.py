@@ -158,7 +158,7 @@ def main() -> None:
                 lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
                 print(printable("\n".join([file, *lines])), flush=True)
     if not answered:
-        raise UserError(f"none of {counted(len(files), 'image')} decodes: give others")
+        raise UserError(f"no image decodes ({len(files):,} given): give others")
     left_out = f", {counted(len(files) - answered, 'corrupt one')} left out" if answered < len(files) else ""
     if options.csv:
         print(f"{options.csv}: {counted(answered, 'image')}{left_out}")
@@ -332,7 +332,10 @@ def predict_all(
             for corrupt in filter(None, errors):
                 yield _skipped(corrupt.location, DOES_NOT_DECODE, corrupt.reason, how)
             sound = np.flatnonzero([corrupt is None for corrupt in errors])
-            yield from predict(network, rest.take(sound), data, how.crops, world)
+            try:
+                yield from predict(network, rest.take(sound), data, how.crops, world)
+            except CorruptImageError as error:  # it has changed since
+                raise _refusal(error.location, DOES_NOT_DECODE, error.reason) from None
 
 
 def _skipped(file: str, fault: str, detail: str, how: Reading) -> tuple[str, None]:

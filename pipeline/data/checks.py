@@ -17,7 +17,7 @@ from pipeline.data.zip_archive import ZipSource
 from pipeline.words import agreed, counted
 
 COMPARED = 32  # validation images that are compared byte by byte with training images of the same length
-CANDIDATES = 32  # training images that one of them is compared with
+CANDIDATES = 4  # training images that one of them is compared with
 FULL = [0] * CANDIDATES
 
 T = TypeVar("T")
@@ -154,8 +154,9 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
     """How many images of `val` are in both sets, as far as a few tell that are compared byte by byte, with an example; empty
     if none is.
 
-    Compared are COMPARED images evenly spread over `val`, of which the share that is in both is told apart, and as many of
-    those that have the name and the length of a training image, among which that share would be too high.
+    Compared are COMPARED images evenly spread over `val`, of which the number that is in both is told apart, and as many of
+    those that have the name and the length of a training image, among which the share would be too high. Each is compared with
+    that image, and with CANDIDATES others of its length.
     """
     candidates, spread = _alike(train, val)
     same: dict[int, int] = {}
@@ -168,8 +169,8 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
     j, i = next(iter(same.items()))
     example, other = val.location(j), train.location(i)
     copied = "" if other == example else f" is {other}"
-    of_spread = "" if len(spread) == len(val) else f" (of {len(spread)} taken evenly {len(same.keys() & spread)})"
-    return f"at least {len(same):,} of {len(val):,}{of_spread}, as {example}{copied}"
+    evenly = f" and {len(same.keys() & spread)} of {len(spread)} taken evenly" if len(spread) < len(val) else ""
+    return f"at least {len(same):,} of {len(val):,}{evenly}, as {example}{copied}"
 
 
 def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[dict[int, list[int]], set[int]]:

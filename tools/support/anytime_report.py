@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,9 @@ def _with_interval(row: dict[str, Any]) -> str:
 
 
 def _speed(images_per_second: float) -> str:
-    """Three significant digits or so, as more are noise."""
-    return f"{images_per_second:,.{0 if images_per_second >= 100 else 1 if images_per_second >= 10 else 2}f}"
+    """Three significant digits, as more are noise."""
+    digits = max(0, 2 - math.floor(math.log10(images_per_second)))
+    return f"{float(f'{images_per_second:.3g}'):,.{digits}f}"
 
 
 def _comparisons(r: dict[str, Any]) -> list[str]:

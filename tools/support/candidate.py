@@ -13,7 +13,7 @@ class Candidate:
 
     Attributes:
         seen: which of the images it has been trained on, in words; empty if none is known to be.
-        chosen_by: which of them, but not all, the run's best epoch was chosen by, in words; empty if none is known to be.
+        chosen_by: which of them the run's best epoch was chosen by, in words, where it is not just all of them; else empty.
         sha256: of the file as it was read, in hexadecimal digits: a run that goes on replaces it.
     """
 

@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, DataConfig
 from pipeline.data.checks import same_images
-from pipeline.data.dataset import DATASETS, known_images, to_evaluate
+from pipeline.data.dataset import DATASETS, has_trained_on, known_images, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import known_cache
@@ -20,7 +21,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import Split, find_splits, find_validation
 from pipeline.data.table import TableSource, columns_of, is_table, is_table_by_name, splits_in
 from pipeline.errors import UserError
-from pipeline.weights import OwnWeights, Weights, checksum, read_file, weights_file
+from pipeline.weights import OwnWeights, checksum, read_file, weights_file
 from tools.support.candidate import Candidate
 from tools.support.label_files import find_label_file
 
@@ -42,74 +43,108 @@ def are_same_images(a: DataConfig, b: DataConfig) -> bool:
     return all(getattr(a, field) == getattr(b, field) for field in fields)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run whose images are looked for.
+
+    Attributes:
+        file: of its weights.
+        data: its configuration's.
+        seen: fingerprints of all its images, and of its validation images alone, as `OwnWeights` has them.
+    """
+
+    file: str
+    data: DataConfig
+    seen: tuple[str | None, str | None]
+
+
 def trained_on(candidate: Candidate) -> str:
     """Which of the images the network was trained on, in words; empty if none of those that are looked at.
 
     They are all of them where they lie where the run's training images lay; else a few are compared with those, as long as
-    these are there and it is cheap (`known_images`). The same for the run whose weights it began with, and so on.
+    these are there and it is cheap (`known_images`). So are those of the run whose weights it began with, and so on.
     """
-    for file, config in _with_those_begun_with(candidate.weights):
-        if found := _trained_on(file, config.data, candidate):
-            return found if file == candidate.weights.origin else f"{found}; by the weights that it began with, {file}"
+    weights = candidate.weights
+    run = _Run(weights.origin, weights.config.data, (weights.fingerprint, weights.val_fingerprint))
+    if found := _all_trained_on(run, candidate) or _compared(run, "train", candidate):
+        return found
+    for before in _begun_with(weights.config):
+        if found := _compared(before, "train", candidate, unchanged=True):
+            return f"{found}: so were the weights that it began with, {before.file}"
     return ""
 
 
-def _with_those_begun_with(weights: Weights) -> Iterator[tuple[str, Config]]:
-    """The file of weights with its run's configuration, then the file that the run began with, and so on, as long as they are
-    there, are of this project and have not changed."""
-    file, config = weights.origin, weights.config
+def _begun_with(config: Config) -> Iterator[_Run]:
+    """The run whose weights a run began with, the one whose weights that began with, and so on, as long as the files are there,
+    are of this project and have not changed."""
     seen = set()
-    while file not in seen:
-        yield file, config
-        seen.add(file)
+    while config.model.weights and config.model.weights_sha256:
         try:
-            file = str(weights_file(config.model.weights or ""))
-            own = read_file(Path(file))
-            if not isinstance(own, OwnWeights) or checksum(file) != config.model.weights_sha256:
+            file = str(weights_file(config.model.weights))
+            if file in seen or checksum(file) != config.model.weights_sha256.lower():
                 return
-        except UserError:  # there is none, or it has gone
+            own = read_file(Path(file))
+        except (UserError, OSError):  # it has gone, or is not for this user
             return
+        if not isinstance(own, OwnWeights):
+            return
+        yield _Run(file, own.config.data, (own.fingerprint, own.val_fingerprint))
+        seen.add(file)
         config = own.config
 
 
 def chosen_by(candidate: Candidate) -> str:
-    """Which of the images the run's best epoch was chosen by, in words, where they are not the whole of the images that it was;
-    empty if these are not the best epoch's weights, or none of the images that are looked at did.
+    """Which of the images the run's best epoch was chosen by, in words, where they are not just those that it was validated on;
+    empty if these are not the best epoch's weights, or none of the images that are looked at is among those.
 
     They are compared as in `trained_on`.
     """
     weights = candidate.weights
     if not weights.is_best or weights.config.optim.epochs < 2 or candidate.index.fingerprint == weights.val_fingerprint:
         return ""
-    return _compared(weights.origin, weights.config.data, "val", candidate)
+    run = _Run(weights.origin, weights.config.data, (weights.fingerprint, weights.val_fingerprint))
+    return _compared(run, "val", candidate, unchanged=True)
 
 
-def _trained_on(file: str, run: DataConfig, candidate: Candidate) -> str:
-    """`trained_on` of the weights in a file, whose run had these data."""
-    index = candidate.index
-    if run.dataset != "images" or run.loader == "synthetic" or candidate.data.dataset != "images":
-        return ""
+def _all_trained_on(run: _Run, candidate: Candidate) -> str:
+    """That all images lie where the run's training images lay, in words; else empty."""
+    index, data = candidate.index, run.data
+    if not _has_files(run, candidate) or isinstance(index.source, TableSource) or index.several_labels:
+        return ""  # of a table they are perhaps the lines of another split
     with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
-        run = find_splits(run)
-        listed = isinstance(index.source, TableSource) or index.several_labels  # perhaps the lines of another split
-        if not listed and os.path.realpath(index.root) == os.path.realpath(os.path.join(run.dir, run.train)):
+        data = find_splits(data)
+        if os.path.realpath(index.root) == os.path.realpath(os.path.join(data.dir, data.train)):
             held = (
-                f" (but for {run.holdout:,}; --data {run.dir} --held-out evaluates those alone)" if run.holdout else ""
+                f" (but for {data.holdout:,}; --data {data.dir} --held-out evaluates those alone)"
+                if data.holdout
+                else ""
             )
             return f"the images in {index.root}{held}"
-    return _compared(file, run, "train", candidate)
+    return ""
 
 
-def _compared(file: str, run: DataConfig, split: Split, candidate: Candidate) -> str:
-    """Which of the images a run has trained on, or was validated on, as far as a few tell, in words; empty if none."""
+def _compared(run: _Run, split: Split, candidate: Candidate, unchanged: bool = False) -> str:
+    """Which of the images a run has trained on, or was validated on, as far as a few tell, in words; empty if none.
+
+    Args:
+        unchanged: only if the run's images are known to be what they were.
+    """
     same = ""
-    if run.dataset != "images" or run.loader == "synthetic" or candidate.data.dataset != "images":
+    if not _has_files(run, candidate):
         return same
     with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
-        cache = Path(file).parent.parent / "index"
-        known = known_images(find_splits(run), split, candidate.weights.classes, cache)
-        same = same_images(known, candidate.index) if known else ""
+        cache = Path(run.file).parent.parent / "index"
+        known = known_images(find_splits(run.data), split, candidate.weights.classes, cache)
+        as_before = known and (
+            has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1]
+        )
+        same = same_images(known, candidate.index) if known and (as_before or not unchanged) else ""
     return same and f"images in {candidate.index.root}, {same}"
+
+
+def _has_files(run: _Run, candidate: Candidate) -> bool:
+    """Whether the images of the run and of the candidate are files, which can be compared."""
+    return run.data.dataset == candidate.data.dataset == "images" and run.data.loader != "synthetic"
 
 
 def open_images(

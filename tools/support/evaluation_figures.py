@@ -106,8 +106,10 @@ def describe(
 
 
 def _validated(weights: Weights, index: DatasetIndex) -> bool:
-    """Whether the run judged these very weights, at the end of an epoch, on the images of an index."""
-    return bool(weights.epochs) and not weights.step and index.fingerprint == weights.val_fingerprint
+    """Whether the run judged these very weights, at the end of an epoch, on the images of an index, prepared likewise."""
+    return (
+        bool(weights.epochs) and not weights.step and not weights.given and index.fingerprint == weights.val_fingerprint
+    )
 
 
 def errors(score: Score) -> dict[str, Any]:
