@@ -125,7 +125,8 @@ class Weights:
         not say it."""
         if self.epochs is None:
             return ""
-        text = f"epoch {self.epochs} of {self.config.optim.epochs}"
+        planned = self.config.optim.epochs  # which a run may have raised since
+        text = f"epoch {self.epochs} of {planned if self.epochs == planned else f'the {planned} then planned'}"
         text += f" and {counted(self.step, 'step')} of the next" if self.step else ""
         if self.best_epoch is None:
             return text

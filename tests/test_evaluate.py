@@ -508,14 +508,17 @@ def test_the_epoch_of_the_weights_is_told(image_folders, checkpoint, tmp_path, e
     )
     train = dataclasses.replace(weights.config.train, ema_decay=0.9, best_by="raw")
     averaged = dataclasses.replace(weights, config=dataclasses.replace(weights.config, train=train))
-    assert averaged.trained == "epoch 3 of 4 (the best so far by the raw weights: 2)"
-    part = "epoch 3 of 4 and 1 step of the next (the best so far: 2)"
+    assert averaged.trained == "epoch 3 of the 4 then planned (the best so far by the raw weights: 2)"
+    part = "epoch 3 of the 4 then planned and 1 step of the next (the best so far: 2)"
     assert of_last().trained == part
-    assert f"run-best:\n{run}/best.pt: epoch 2 of 4, the best so far\n" in out and f"{run}/last.pt: {part}\n" in out
+    assert (
+        f"run-best:\n{run}/best.pt: epoch 2 of the 4 then planned, the best so far\n" in out
+        and f"{run}/last.pt: {part}\n" in out
+    )
     assert told == [
-        "epoch 1 of 4, the best so far",
-        "epoch 2 of 4, the best so far",
-        "epoch 3 of 4 (the best so far: 2)",
+        "epoch 1 of the 4 then planned, the best so far",
+        "epoch 2 of the 4 then planned, the best so far",
+        "epoch 3 of the 4 then planned (the best so far: 2)",
     ]
     results = json.loads((tmp_path / "json").read_text())["evaluations"]
     assert [(r["epochs"], r["epochs_planned"], r["steps_of_next_epoch"], r["best_epoch"]) for r in results] == [
