@@ -21,7 +21,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import Split, find_splits, find_validation
 from pipeline.data.table import TableSource, columns_of, is_table, is_table_by_name, splits_in
 from pipeline.errors import UserError
-from pipeline.weights import OwnWeights, checksum, read_file, weights_file
+from pipeline.weights import OwnWeights, Weights, checksum, read_file, weights_file
 from tools.support.candidate import Candidate
 from tools.support.label_files import find_label_file
 
@@ -57,6 +57,10 @@ class _Run:
     data: DataConfig
     seen: tuple[str | None, str | None]
 
+    @classmethod
+    def of(cls, file: str, weights: Weights | OwnWeights) -> "_Run":
+        return cls(file, weights.config.data, (weights.fingerprint, weights.val_fingerprint))
+
 
 def trained_on(candidate: Candidate) -> str:
     """Which of the images the network was trained on, in words; empty if none of those that are looked at.
@@ -65,7 +69,7 @@ def trained_on(candidate: Candidate) -> str:
     these are there and it is cheap (`known_images`). So are those of the run whose weights it began with, and so on.
     """
     weights = candidate.weights
-    run = _Run(weights.origin, weights.config.data, (weights.fingerprint, weights.val_fingerprint))
+    run = _Run.of(weights.origin, weights)
     if found := _all_trained_on(run, candidate) or _compared(run, "train", candidate):
         return found
     for before in _begun_with(weights.config):
@@ -88,7 +92,7 @@ def _begun_with(config: Config) -> Iterator[_Run]:
             return
         if not isinstance(own, OwnWeights):
             return
-        yield _Run(file, own.config.data, (own.fingerprint, own.val_fingerprint))
+        yield _Run.of(file, own)
         seen.add(file)
         config = own.config
 
@@ -102,8 +106,7 @@ def chosen_by(candidate: Candidate) -> str:
     weights = candidate.weights
     if not weights.is_best or weights.config.optim.epochs < 2 or candidate.index.fingerprint == weights.val_fingerprint:
         return ""
-    run = _Run(weights.origin, weights.config.data, (weights.fingerprint, weights.val_fingerprint))
-    return _compared(run, "val", candidate, unchanged=True)
+    return _compared(_Run.of(weights.origin, weights), "val", candidate, unchanged=True)
 
 
 def _all_trained_on(run: _Run, candidate: Candidate) -> str:
