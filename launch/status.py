@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.config_file import load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
-from pipeline.run_dir import CONFIG, LOG, RECORDS, epochs_done, is_complete, read_progress, read_records
+from pipeline.run_dir import CONFIG, LOG, RECORDS, epochs_done, has_checkpoint, is_complete, read_progress, read_records
 
 # State, nodes and reason of this user's jobs in SLURM's queue, by id; None where there is no SLURM to ask.
 Queue = dict[str, tuple[str, str, str]] | None
@@ -73,7 +73,7 @@ class Status:
 
     There is no job if something else than python -m launch has started the run, as torchrun; `epochs` is None before the
     configuration is known. `validations` has what the run has recorded, `validated_on` the fingerprint of the images, None
-    where the run has saved none.
+    where the run has saved none. `steps_lost` says where a run goes on that ended after its last checkpoint.
     """
 
     run_dir: Path
@@ -89,6 +89,7 @@ class Status:
     images_per_second: float | None
     remaining: float | None
     reason: str
+    steps_lost: str
 
 
 def runs_below(folder: Path, of_grid: bool = False) -> list[Path]:
@@ -140,6 +141,7 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
     if state in ENDED and state != "done" and is_complete(run_dir, config.optim.epochs if config else None):
         reason = f"it is complete; a later start was stopped: {reason}" if state == "stopped" else ""
         state, nodes = "done", ""
+    recorded = records[-1]["step"] if records else 0
     validated = [record for record in records if "val/loss" in record]
     logged = [record for record in records if record.get("speed/images_per_second")][-WINDOWS:]
     # The median: a change shows within three lines, and one odd line does not.
@@ -157,13 +159,24 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
         epoch=int(epochs_done(validated[-1])) if validated else 0,
         epochs=config.optim.epochs if config else None,
         # Steps are recorded every few; an interruption leaves its checkpoint in between.
-        step=max(records[-1]["step"] if records else 0, progress.get("done_steps", 0)),
+        step=max(recorded, progress.get("done_steps", 0)),
         validations={m: _validations(validated, m) for m in (ERROR, AUROC) if any(m.key in r for r in validated)},
         validated_on=progress.get("validation_images"),
         images_per_second=statistics.median(speeds) if speeds else None,
         remaining=0.0 if state == "done" else remaining[-1] if remaining else None,
         reason=reason or trouble or other_trouble,
+        steps_lost=_steps_lost(run_dir, recorded, progress) if state in ENDED and state != "done" else "",
     )
+
+
+def _steps_lost(run_dir: Path, recorded: int, progress: dict[str, Any]) -> str:
+    """Where a run that has ended will go on, if that is before the last step that it has recorded; nothing otherwise."""
+    if not recorded:
+        return ""
+    if not has_checkpoint(run_dir):
+        return "no checkpoint was saved: a start begins at step 0"
+    saved = progress.get("done_steps", recorded)  # not known where status.json is of another checkpoint
+    return f"its last checkpoint is of step {saved}: a start goes on from there" if saved < recorded else ""
 
 
 def _validations(records: list[dict[str, Any]], measure: Measure) -> Validations:
@@ -205,6 +218,8 @@ def to_text(statuses: list[Status]) -> str:
     for status in statuses:
         if status.reason:
             lines.append(f"{status.run_dir}: {status.reason}")
+        if status.steps_lost:
+            lines.append(f"{status.run_dir}: {status.steps_lost}")
         if status.state == "stopped" and status.job:
             lines += [f"    {line}" for line in last_words(status.job)]
     sets: dict[str, list[str]] = {}

@@ -165,6 +165,22 @@ def test_an_interrupted_run_shows_the_steps_of_its_checkpoint(tmp_path):
         assert read_status(run, {}).step == step
 
 
+def test_a_run_that_lost_steps_says_where_it_will_go_on(tmp_path):
+    """A kill comes after the last checkpoint, or before the first; what has saved as it left has lost nothing."""
+    run = run_of_torchrun(tmp_path / "a", BEGIN)
+    assert read_status(run, {}).steps_lost == "no checkpoint was saved: a start begins at step 0"
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.pt").write_bytes(b"of its third step")
+    (run / "status.json").write_text('{"epoch": 0, "epochs": 2, "done_steps": 3}')
+    assert read_status(run, {}).steps_lost == "its last checkpoint is of step 3: a start goes on from there"
+    assert to_text([read_status(run, {})]).endswith("a start goes on from there")
+    with locked(run):
+        assert not read_status(run, {}).steps_lost  # it trains
+    for text in ('{"epoch": 1, "epochs": 2, "done_steps": 4}', "{"):  # nothing lost; not known
+        (run / "status.json").write_text(text)
+        assert not read_status(run, {}).steps_lost
+
+
 def test_a_run_that_failed_before_it_was_described_is_listed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log.txt").write_text(f"{BEGIN}{TIME}error: no data\n")
