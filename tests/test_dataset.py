@@ -13,6 +13,7 @@ from conftest import photo, small_config, write_class_folders
 from pipeline.config import DataConfig
 from pipeline.data.checks import same_images, warnings_about
 from pipeline.data.dataset import images_text, open_datasets
+from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import cache_beside
 from pipeline.data.scan import scan_classes
 from pipeline.data.splits import find_splits
@@ -348,6 +349,25 @@ def test_held_out_images_of_classes_that_nothing_teaches(tmp_path):
                          "column of the classes")  # fmt: skip
 
 
+def test_validation_images_that_are_training_images_of_another_class(root):
+    """Contradictory labels make an error too high; of several labels all are compared."""
+    train, _ = open_all(root)
+    part = train.take(np.arange(0, 12, 4))  # one of each class
+    other = dataclasses.replace(part, labels=(part.labels + [0, 1, 1]) % 3)
+    all_other = dataclasses.replace(part, labels=(part.labels + 1) % 3)
+    for val, conflicts, outcome in (
+        (part, "", "they make the error too low; remove"),
+        (other, " (2 of these 3 with another class there)", "those of the same class make the error too low, the others"),
+        (all_other, " (3 of these 3 with another class there)", "they make the error too high; correct the labels"),
+    ):
+        (line,) = warnings_about(train, val, config_of(root))
+        assert f"class0/image0000.jpg{conflicts}: {outcome}" in line
+    rows = np.eye(3, dtype=np.uint8)
+    several = dataclasses.replace(train, labels=rows[train.labels])
+    same = same_images(several, dataclasses.replace(part, labels=rows[part.labels] | rows[[1, 1, 1]]))
+    assert same and (same.found, same.conflicts) == (3, 2)
+
+
 def test_archives_and_arrays_are_compared_too(root, tmp_path):
     train, _ = open_all(root)
     config = config_of(root)
@@ -370,14 +390,19 @@ def test_how_many_images_are_in_both_sets_is_told_of_those_taken_evenly(tmp_path
         (folders["named"] / "c" / f"{own}{i:03d}.ppm").write_bytes(content)
         (folders["renamed"] / "c" / f"new{i:03d}.ppm").write_bytes(content)
     train, named, renamed = (scan_classes(folder) for folder in folders.values())
+
+    def told(train: DatasetIndex, val: DatasetIndex) -> str:
+        assert (same := same_images(train, val))
+        return same.told()
+
     for val, all_named in ((named, True), (renamed, False)):
         taken = [val.names[200 * k // 32] for k in range(32)]
         evenly = sum(int(name[-7:-4]) % 10 == 0 for name in taken)
         assert evenly
         found = f"at least {20 if all_named else evenly} of 200 and {evenly} of 32 taken evenly, as {val.root}/c/"
-        assert same_images(train, val).startswith(found)
-    assert same_images(train, train).startswith("at least 32 of 200 and 32 of 32 taken evenly, as")
+        assert told(train, val).startswith(found)
+    assert told(train, train).startswith("at least 32 of 200 and 32 of 32 taken evenly, as")
     copies = [int(name[-7:-4]) % 10 == 0 for name in renamed.names]
-    assert "taken evenly" not in same_images(train, renamed.take(np.flatnonzero(copies)))  # all of so few are looked at
-    assert same_images(train, renamed.take(np.flatnonzero(copies))).startswith("at least 20 of 20, as")
-    assert same_images(train, renamed.take(np.flatnonzero(np.logical_not(copies)))) == ""
+    assert "taken evenly" not in told(train, renamed.take(np.flatnonzero(copies)))  # all of so few are looked at
+    assert told(train, renamed.take(np.flatnonzero(copies))).startswith("at least 20 of 20, as")
+    assert same_images(train, renamed.take(np.flatnonzero(np.logical_not(copies)))) is None

@@ -753,7 +753,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
 
     apart = run(train="train.csv", val="val.csv")
     for of in (apart, run(train="all.csv", val="all.csv")):
-        seen = r"images in .*, at least 32 of \d+( and 32 of 32 taken evenly)?, as .*/train-image\d+.jpg"
+        seen = r"images in .*, at least 32 of \d+( and 32 of 32 taken evenly)?, as .*/train-image\d+.jpg: new images .*"
         assert re.fullmatch(seen, told(of, table_data / "train.csv"))
         assert (
             told(of, table_data / "val.csv") == told(of, table_data / "all.csv") == ""
@@ -780,7 +780,7 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
         return dataclasses.replace(other, config=dataclasses.replace(other.config, model=model))
 
     told_so = told(begun_with(checksum(first.best).upper()), copy)
-    assert told_so.endswith(f": so were the weights that it began with, {first.best}") and "at least 32 of" in told_so
+    assert f": so were the weights that it began with, {first.best}; new images" in told_so and "at least 32 of" in told_so
     assert told(begun_with("0" * 64), copy) == told(other, copy) == ""  # another file now, or none
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -798,8 +798,18 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
     half = dataclasses.replace(half, fingerprint=holding.fingerprint, val_fingerprint=holding.val_fingerprint)
     whole = open_images(dataclasses.replace(long.data, dir=str(copy)), None, other.classes)
     assert chosen_by(Candidate("", "", half, half.data, whole, 0)).startswith(f"images in {copy}, at least ")
+    unchanged, were_there = f", as {copy}/", ", if they were there then"
+    assert unchanged in chosen and were_there not in chosen
     changed = dataclasses.replace(best, val_fingerprint="of other images, which lay there then")
-    assert chosen_by(Candidate("", "", changed, changed.data, some, 0)) == ""
+    told_so = chosen_by(Candidate("", "", changed, changed.data, some, 0))
+    assert "at least 19 of 19, as" in told_so and told_so.endswith(f"{were_there} (the run's images have changed since)")
+    of_before = dataclasses.replace(best, val_fingerprint=None)
+    assert chosen_by(Candidate("", "", of_before, of_before.data, some, 0)).endswith(were_there)
+    changed = dataclasses.replace(apart, fingerprint="of others")
+    assert f"{were_there} (the run's images have changed since): new images" in told(changed, copy)
+    wrong = dataclasses.replace(some, labels=(some.labels + 1) % len(some.classes))
+    told_so = trained_on(Candidate("", "", apart, apart.data, wrong, 0))
+    assert "(19 of these 19 with another class there): as it has learned another class for them, they make" in told_so
     last = dataclasses.replace(best, epochs=3)
     assert chosen_by(Candidate("", "", last, last.data, some, 0)) == ""
     with monkeypatch.context() as patch:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 import struct
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -318,6 +319,21 @@ def test_images_twice_in_a_set_are_listed_by_what_comes_of_them(data):
         str(data / "train/class0/image0000.jpg"),
         "has another class in training too",
     )
+
+
+def test_an_image_with_one_class_in_training_and_another_in_validation_is_listed_as_that(data, tmp_path):
+    """Of a flat set, whose labels are elsewhere, the classes are not known."""
+    (data / "val" / "class1" / "twin.jpg").rename(data / "val" / "class0" / "twin.jpg")
+    place, twin = data / "train" / "class1" / "image0003.jpg", data / "val" / "class0" / "twin.jpg"
+    (issue,) = verify([open_source(data / "train")], [open_source(data / "val")])
+    assert str(issue) == (
+        f"{place} is a validation image of another class too ({twin}): counted as wrong if the network has learned it; correct "
+        "the label that is wrong, or remove one"
+    )
+    (tmp_path / "flat").mkdir()
+    shutil.copyfile(twin, tmp_path / "flat" / "twin.jpg")
+    (issue,) = verify([open_source(data / "train")], [open_source(tmp_path / "flat")])
+    assert issue.fault == "is a validation image too"
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ from tools.support import published
 from tools.support.anytime_report import result_to_text, write_report
 from tools.support.budgets import limits_of
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import ON_NEW_IMAGES, open_images, trained_on
+from tools.support.evaluated_images import open_images, trained_on
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.support.held_out import open_held_out
 from tools.support.outputs import writable_folder
@@ -132,7 +132,7 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
     test = open_images(data, None, classes)
     seen = trained_on(Candidate(weights.origin, "", weights, data, test, 0))
     if seen:
-        _warn(f"the network was trained on {seen}: {ON_NEW_IMAGES}")
+        _warn(f"the network was trained on {seen}")
     if not thresholds_from:
         return Images(test, held_out_of_run(data, weights) if data.holdout else None, seen)
     folder = dataclasses.replace(data, dir=thresholds_from)

@@ -34,7 +34,7 @@ from pipeline.precision import autocast, set_tf32
 from pipeline.provenance import provenance
 from pipeline.weights import Weights, checksum, weights_file
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import ON_NEW_IMAGES, are_same_images, chosen_by, open_images, trained_on
+from tools.support.evaluated_images import are_same_images, chosen_by, open_images, trained_on
 from tools.support.evaluation_figures import compare, describe
 from tools.support.evaluation_report import (
     comparisons_to_text,
@@ -120,7 +120,7 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
         candidates.append(Candidate(file, name, weights, data, index, work, sha256=sha256))
         if not options.held_out and (seen := trained_on(candidates[-1])):
             candidates[-1] = dataclasses.replace(candidates[-1], seen=seen)
-            print(f"warning: {name} was trained on {seen}: {ON_NEW_IMAGES}", file=sys.stderr, flush=True)
+            print(f"warning: {name} was trained on {seen}", file=sys.stderr, flush=True)
         candidates[-1] = dataclasses.replace(candidates[-1], chosen_by=chosen_by(candidates[-1]))
     return candidates
 

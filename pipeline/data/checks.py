@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -144,15 +145,37 @@ def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
         ]
     if not (same := same_images(train, val)):
         return []
-    return [
-        f"validation images are training images too, {same}: they make the error too low; remove them from one of the sets "
-        "(python -m tools.index --verify lists all)"
-    ]
+    if not same.conflicts:
+        outcome = "they make the error too low; remove them from one of the sets"
+    elif same.conflicts < same.found:
+        outcome = "those of the same class make the error too low, the others too high; correct the labels or remove them"
+    else:
+        outcome = "they make the error too high; correct the labels, or remove them from one of the sets"
+    return [f"validation images are training images too, {same.told()}: {outcome} (python -m tools.index --verify lists all)"]
 
 
-def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
-    """How many images of `val` are in both sets, as far as a few tell that are compared byte by byte, with an example; empty
-    if none is.
+@dataclass(frozen=True)
+class SameImages:
+    """What is known of the images that are in two sets.
+
+    Attributes:
+        found: how many were found.
+        conflicts: how many of those have another class in the other set.
+    """
+
+    text: str
+    found: int
+    conflicts: int
+
+    def told(self, with_classes: bool = True) -> str:
+        """How many there are at least, with an example, and how many of them have another class in the other set."""
+        if not with_classes or not self.conflicts:
+            return self.text
+        return f"{self.text} ({self.conflicts:,} of these {self.found:,} with another class there)"
+
+
+def same_images(train: DatasetIndex, val: DatasetIndex) -> SameImages | None:
+    """How many images of `val` are in both sets, as far as a few tell that are compared byte by byte; None if none is.
 
     Compared are COMPARED images evenly spread over `val`, of which the number that is in both is told apart, and as many of
     those that have the name and the length of a training image, among which the share would be too high. Each is compared with
@@ -165,12 +188,20 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> str:
         if (copy := next((i for i in rows if _bytes(train, i) == content), None)) is not None:
             same[j] = copy
     if not same:
-        return ""
+        return None
+    conflicts = sum(_class(train, i) != _class(val, j) for j, i in same.items())
     j, i = next(iter(same.items()))
     example, other = val.location(j), train.location(i)
     copied = "" if other == example else f" is {other}"
     evenly = f" and {len(same.keys() & spread)} of {len(spread)} taken evenly" if len(spread) < len(val) else ""
-    return f"at least {len(same):,} of {len(val):,}{evenly}, as {example}{copied}"
+    return SameImages(f"at least {len(same):,} of {len(val):,}{evenly}, as {example}{copied}", len(same), conflicts)
+
+
+def _class(index: DatasetIndex, i: int) -> str | tuple[str, ...]:
+    """The class of an image by its name; of several labels all that it has."""
+    if index.several_labels:
+        return tuple(index.classes[k] for k in np.flatnonzero(index.labels[i]))
+    return index.classes[index.labels[i]]
 
 
 def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[dict[int, list[int]], set[int]]:

@@ -36,6 +36,10 @@ TRAINED_ON = (
     "is a validation image too",
     "counted as right or wrong though the network has trained on it; remove it from training",
 )
+OTHERWISE_IN_VALIDATION = (
+    "is a validation image of another class too",
+    "counted as wrong if the network has learned it; correct the label that is wrong, or remove one",
+)
 TWICE_IN_TRAINING = (
     "is in training twice",
     "trained on twice an epoch, and data.holdout may hold out one of the two; remove one",
@@ -68,7 +72,11 @@ def verify(
         yield from found.issues
         images += found.digest is not None
         if found.usable and (other := validated.first.get(found.digest)):
-            yield ImageIssue(found.location, *TRAINED_ON, other[0])
+            location, label = other
+            known = label and found.label  # a flat folder's are in a file of their own
+            yield ImageIssue(
+                found.location, *(OTHERWISE_IN_VALIDATION if known and label != found.label else TRAINED_ON), location
+            )
         yield from trained.add(found, TWICE_IN_TRAINING, TWO_CLASSES_IN_TRAINING)
     return images
 

@@ -17,7 +17,6 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
 from pipeline.words import counted
 from tools.support.budgets import limits_of
-from tools.support.evaluated_images import ON_NEW_IMAGES
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME, in_folder
 from tools.support.report_page import Page, Thumbnails, picture
@@ -159,7 +158,7 @@ def _head(r: dict[str, Any]) -> list[str]:
     """What must be known before the numbers are read."""
     lines = [_about(r)]
     if r["trained_on"]:
-        lines.append(f"trained on {r['trained_on']}: {ON_NEW_IMAGES}")
+        lines.append(f"trained on {r['trained_on']}")
     if r["time_spread"] >= FAR_APART:
         lines.append(
             f"times of the same work lie {r['time_spread']:.0f} % apart (a busy machine, or few --timed-images): smaller "

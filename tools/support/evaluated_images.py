@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, DataConfig
-from pipeline.data.checks import same_images
+from pipeline.data.checks import SameImages, same_images
 from pipeline.data.dataset import DATASETS, has_trained_on, known_images, to_evaluate
 from pipeline.data.image_files import pixel_format
 from pipeline.data.index import DatasetIndex
@@ -63,18 +63,22 @@ class _Run:
 
 
 def trained_on(candidate: Candidate) -> str:
-    """Which of the images the network was trained on, in words; empty if none of those that are looked at.
+    """Which of the images the network was trained on, and what that means for its error, in words; empty if none of those that
+    are looked at.
 
     They are all of them where they lie where the run's training images lay; else a few are compared with those, as long as
     these are there and it is cheap (`known_images`). So are those of the run whose weights it began with, and so on.
     """
     weights = candidate.weights
     run = _Run.of(weights.origin, weights)
-    if found := _all_trained_on(run, candidate) or _compared(run, "train", candidate):
-        return found
+    if found := _all_trained_on(run, candidate):
+        return f"{found}: {ON_NEW_IMAGES}"
+    if same := _compared(run, "train", candidate):
+        return f"{_told(same, candidate)}: {_on_others(same)}"
     for before in _begun_with(weights.config):
-        if found := _compared(before, "train", candidate, unchanged=True):
-            return f"{found}: so were the weights that it began with, {before.file}"
+        if same := _compared(before, "train", candidate):
+            told = _told(same, candidate, with_classes=False)  # those of another data set
+            return f"{told}: so were the weights that it began with, {before.file}; {ON_NEW_IMAGES}"
     return ""
 
 
@@ -106,7 +110,8 @@ def chosen_by(candidate: Candidate) -> str:
     weights = candidate.weights
     if not weights.is_best or weights.config.optim.epochs < 2 or candidate.index.fingerprint == weights.val_fingerprint:
         return ""
-    return _compared(_Run.of(weights.origin, weights), "val", candidate, unchanged=True)
+    same = _compared(_Run.of(weights.origin, weights), "val", candidate)
+    return _told(same, candidate, with_classes=False) if same else ""
 
 
 def _all_trained_on(run: _Run, candidate: Candidate) -> str:
@@ -126,23 +131,52 @@ def _all_trained_on(run: _Run, candidate: Candidate) -> str:
     return ""
 
 
-def _compared(run: _Run, split: Split, candidate: Candidate, unchanged: bool = False) -> str:
-    """Which of the images a run has trained on, or was validated on, as far as a few tell, in words; empty if none.
+@dataclass(frozen=True)
+class _Found:
+    """Images of a run among those that are evaluated.
 
-    Args:
-        unchanged: only if the run's images are known to be what they were.
+    Attributes:
+        same: what is known of them.
+        unchanged: the run's images are what they were, and do not just lie where they lay; None: that is not known.
     """
-    same = ""
+
+    same: SameImages
+    unchanged: bool | None
+
+
+def _compared(run: _Run, split: Split, candidate: Candidate) -> _Found | None:
+    """Which of the images a run has trained on, or was validated on, as far as a few tell; None if none."""
     if not _has_files(run, candidate):
-        return same
+        return None
     with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
         cache = Path(run.file).parent.parent / "index"
         known = known_images(find_splits(run.data), split, candidate.weights.classes, cache)
-        as_before = known and (
-            has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1]
-        )
-        same = same_images(known, candidate.index) if known and (as_before or not unchanged) else ""
-    return same and f"images in {candidate.index.root}, {same}"
+        if known and (same := same_images(known, candidate.index)):
+            if None in run.seen:
+                return _Found(same, None)
+            return _Found(same, has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1])
+    return None
+
+
+def _told(found: _Found, candidate: Candidate, with_classes: bool = True) -> str:
+    """In words, which images they are; where those of the run may have changed since, that this is of what there is now.
+
+    Args:
+        with_classes: also how many have another class.
+    """
+    changed = "" if found.unchanged else ", if they were there then"
+    if found.unchanged is False:
+        changed += " (the run's images have changed since)"
+    return f"images in {candidate.index.root}, {found.same.told(with_classes)}{changed}"
+
+
+def _on_others(found: _Found) -> str:
+    """What the error says of other images."""
+    if not found.same.conflicts:
+        return ON_NEW_IMAGES
+    if found.same.conflicts < found.same.found:
+        return "those of the same class make the error too low, the others too high"
+    return "as it has learned another class for them, they make the error too high"
 
 
 def _has_files(run: _Run, candidate: Candidate) -> bool:

@@ -12,7 +12,6 @@ from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
 from pipeline.parsing import value_text
 from pipeline.words import counted
-from tools.support.evaluated_images import ON_NEW_IMAGES
 from tools.support.facts import billions, millions
 from tools.support.label_report import label_lines, label_overview, label_table, write_label_answers
 from tools.support.markdown import table
@@ -219,7 +218,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
             f"{r['first_not_finite']}): damaged weights, or numbers too large for --precision"
         )
     if r["trained_on"]:
-        lines.append(f"trained on {r['trained_on']}: {ON_NEW_IMAGES}")
+        lines.append(f"trained on {r['trained_on']}")
     if r["chosen_by_these"]:
         lines.append(
             "of its run's epochs these very images found this one the best: new images usually have a worse result"
