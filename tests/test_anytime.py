@@ -31,7 +31,7 @@ from tools.convert import main as convert
 from tools.evaluate import main as evaluate
 from tools.export import main as export
 from tools.predict import main as predict
-from tools.support.anytime_report import result_to_text
+from tools.support.anytime_report import comparisons, result_to_text
 from tools.support.facts import exit_costs, multiply_accumulates, network_without_weights
 from tools.support.speed import percent_apart, seconds_by_round
 
@@ -368,6 +368,16 @@ def test_a_budget_with_as_many_errors_is_as_good():
     other = {"top1_error": 100 * (1 - (10_000 - odd) / 10_000), "multiply_accumulates": 10, "images_per_second": None}
     compare_with_others({"budgets": [budget], "beside": [other]})
     assert other["as_good"]["work_ratio"] == 2
+
+
+@pytest.mark.parametrize(
+    ("spread", "said"), [(19.9, "1.50 times the images/s"), (87.4, "(of times that lie 87 % apart)")]
+)
+def test_a_speed_that_chance_may_have_made_says_so_where_it_stands(spread, said):
+    best = {"q": 1.0, "top1_error": 5.0, "work_ratio": 2.0, "speed_ratio": 1.5}
+    row = {"name": "other", "top1_error": 5.0, "as_good": best}
+    (line,) = comparisons({"beside": [row], "budgets": [best], "time_spread": spread})
+    assert line.endswith(said)
 
 
 def test_an_exit_is_exported(checkpoint, run, tmp_path):

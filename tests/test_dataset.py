@@ -353,11 +353,15 @@ def test_validation_images_that_are_training_images_of_another_class(root):
     """Contradictory labels make an error too high; of several labels all are compared."""
     train, _ = open_all(root)
     part = train.take(np.arange(0, 12, 4))  # one of each class
-    other = dataclasses.replace(part, labels=(part.labels + [0, 1, 1]) % 3)
+    other = dataclasses.replace(part, labels=(part.labels + np.array([0, 1, 1])) % 3)
     all_other = dataclasses.replace(part, labels=(part.labels + 1) % 3)
     for val, conflicts, outcome in (
         (part, "", "they make the error too low; remove"),
-        (other, " (2 of these 3 with another class there)", "those of the same class make the error too low, the others"),
+        (
+            other,
+            " (2 of these 3 with another class there)",
+            "those of the same class make the error too low, the others",
+        ),
         (all_other, " (3 of these 3 with another class there)", "they make the error too high; correct the labels"),
     ):
         (line,) = warnings_about(train, val, config_of(root))
@@ -392,8 +396,8 @@ def test_how_many_images_are_in_both_sets_is_told_of_those_taken_evenly(tmp_path
     train, named, renamed = (scan_classes(folder) for folder in folders.values())
 
     def told(train: DatasetIndex, val: DatasetIndex) -> str:
-        assert (same := same_images(train, val))
-        return same.told()
+        same = same_images(train, val)
+        return same.told() if same else ""
 
     for val, all_named in ((named, True), (renamed, False)):
         taken = [val.names[200 * k // 32] for k in range(32)]

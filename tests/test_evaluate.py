@@ -700,7 +700,9 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     said(holding, "--data", data, "--held-out", "--json", tmp_path / "json")
     (result,) = json.loads((tmp_path / "json").read_text())["evaluations"]
     assert result["data"] == f"{data}/training, held out of its images"
-    chosen = "of its run's epochs these very images found this one the best: new images usually have a worse result\n"
+    chosen = (
+        "of its run's epochs these images (the same names, labels and lengths) found this one the best: new images "
+    )
     assert chosen in out
     converted = tmp_path / "converted.safetensors"
     write_safetensors(read_weights(holding), converted)
@@ -780,7 +782,9 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
         return dataclasses.replace(other, config=dataclasses.replace(other.config, model=model))
 
     told_so = told(begun_with(checksum(first.best).upper()), copy)
-    assert f": so were the weights that it began with, {first.best}; new images" in told_so and "at least 32 of" in told_so
+    assert (
+        f": so were the weights that it began with, {first.best}; new images" in told_so and "at least 32 of" in told_so
+    )
     assert told(begun_with("0" * 64), copy) == told(other, copy) == ""  # another file now, or none
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -802,7 +806,9 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
     assert unchanged in chosen and were_there not in chosen
     changed = dataclasses.replace(best, val_fingerprint="of other images, which lay there then")
     told_so = chosen_by(Candidate("", "", changed, changed.data, some, 0))
-    assert "at least 19 of 19, as" in told_so and told_so.endswith(f"{were_there} (the run's images have changed since)")
+    assert "at least 19 of 19, as" in told_so and told_so.endswith(
+        f"{were_there} (the run's images have changed since)"
+    )
     of_before = dataclasses.replace(best, val_fingerprint=None)
     assert chosen_by(Candidate("", "", of_before, of_before.data, some, 0)).endswith(were_there)
     changed = dataclasses.replace(apart, fingerprint="of others")

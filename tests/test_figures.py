@@ -292,6 +292,20 @@ def test_curves_of_one_epoch_have_a_point_and_a_whole_tick(tmp_path):
     assert 0 < low < 20 and 40 < high < 60  # training 20, validation 40: the axis is theirs
 
 
+def test_runs_whose_training_errors_do_not_compare_with_validation_are_named():
+    balanced, mixed = {"sampling": "balanced"}, {"mixup_alpha": 0.2}
+    runs = [
+        run_of("a", [9.0]),
+        run_of("b", [9.0], balanced),
+        run_of("c", [8.0], mixed),
+        run_of("d", [7.0], balanced | mixed),
+    ]
+    title = draw_curves(runs).axes[0].get_title().replace("\n", " ")
+    assert "training does not compare with validation: classes balanced (b, d)" in title
+    assert "training does not compare with validation: images mixed (c, d)" in title
+    assert "compare" not in draw_curves(runs[:1]).axes[0].get_title()
+
+
 def test_curves_of_sixty_runs_show_the_best(tmp_path):
     errors = {f"run{i}": [60.0, 50.0, 30.0 + (i * 7) % 60 / 10] for i in range(60)}
     runs = [run_of(name, values, published={"source": "someone", "top1": 20.0}) for name, values in errors.items()]

@@ -3,8 +3,8 @@
 import dataclasses
 import io
 import re
-import struct
 import shutil
+import struct
 import tarfile
 import zlib
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.config import DataConfig
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
-from pipeline.data.image_files import ASK_FOR_UPRIGHT
+from pipeline.data.image_files import ALPHA_LEFT_OUT, ASK_FOR_UPRIGHT, PixelFormat
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
@@ -61,10 +61,10 @@ EXPECTED = {
     "gray.png": ([], True),
     "rgb.png": ([], True),
     "bilevel.png": ([], False),
-    "rgba.png": ([], False),
-    "la.png": ([], False),
-    "palette.png": ([], False),
-    "colour key.png": ([], False),
+    "rgba.png": ([("has transparent pixels", ALPHA_LEFT_OUT)], False),
+    "la.png": ([("has transparent pixels", ALPHA_LEFT_OUT)], False),
+    "palette.png": ([("has transparent pixels", ALPHA_LEFT_OUT)], False),
+    "colour key.png": ([], False),  # no pixel has that colour
     "animated.png": ([("holds several pictures", READ_AS_FIRST)], False),
     "rgb16.png": ([("has more than 8 bits a colour", READ_WITH_8_BITS)], False),
     "gray16.png": ([("has more than 8 bits a colour", REFUSED_AS_DEEP)], False),
@@ -319,6 +319,37 @@ def test_images_twice_in_a_set_are_listed_by_what_comes_of_them(data):
         str(data / "train/class0/image0000.jpg"),
         "has another class in training too",
     )
+
+
+def test_transparent_and_empty_images_are_listed(tmp_path, capsys):
+    """By their pixels where these are read, by their headers where an index is made."""
+    flat, symbol = Image.new("RGB", (40, 40), (9, 0, 0)), Image.new("RGBA", (40, 40))
+    symbol.paste((0, 0, 0, 255), (10, 10, 20, 20))  # black on transparent black
+    opaque = photo(0, 40, 40)
+    opaque.putalpha(255)
+    deep = Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)
+    files = {"flat.png": encode(flat, "PNG"), "symbol.png": encode(symbol, "PNG"), "opaque.png": encode(opaque, "PNG")}
+    write(tmp_path / "colours", files)
+    keyed = {"none.png": encode(deep, "PNG", transparency=41), "one.png": encode(deep, "PNG", transparency=80)}
+    write(tmp_path / "gray", {**keyed, "white.png": encode(Image.new("I;16", (9, 9), 65535), "PNG")})
+    listed = [
+        verify([open_source(tmp_path / "colours")], []),
+        verify([open_source(tmp_path / "gray")], [], PixelFormat(16)),
+    ]
+    assert [[(Path(issue.location).name, issue.fault) for issue in issues] for issues in listed] == [
+        [
+            ("flat.png", "is of one colour"),
+            ("symbol.png", "has transparent pixels"),
+            ("symbol.png", "is of one colour"),
+        ],
+        [("one.png", "has transparent pixels"), ("white.png", "is of one colour")],
+    ]
+    capsys.readouterr()
+    scan_classes(tmp_path / "colours", tmp_path / "index")
+    first = f"{tmp_path}/colours/a/opaque.png has an alpha channel (and 1 more): {ALPHA_LEFT_OUT}"
+    assert capsys.readouterr().err == f"warning: {first}\n"
+    scan_classes(tmp_path / "colours", tmp_path / "index")
+    assert not capsys.readouterr().err
 
 
 def test_an_image_with_one_class_in_training_and_another_in_validation_is_listed_as_that(data, tmp_path):

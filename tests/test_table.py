@@ -270,7 +270,10 @@ def test_tools_index_takes_the_two_sets_of_a_table(
         main()
         said = capfd.readouterr()
         assert f"of {table} the splits {own} are taken (there are {there})" in said.err
-        assert f"{images / rows[0][0]} is a validation image too ({images}/{of}val/class1/twin.jpg)" in said.out
+        assert (
+            f"{images / rows[0][0]} is a validation image of another class too ({images}/{of}val/class1/twin.jpg)"
+            in said.out
+        )
         assert "twice" not in said.out and "third/twin" not in said.out
         assert f"         2  is not in the table {table}: left out" in said.out
         found = [line.split()[1] for line in said.out.splitlines() if line.startswith(("split ", "images "))]

@@ -350,12 +350,26 @@ def draw_curves(runs: list[Run]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         on = [in_lines(f"validated on {validation}")] if validation else []
+        if measure is ERROR and not many:
+            on += [in_lines(text) for text in unlike_validation(shown)]
         best = f"Validation: the {BEST} best of {len(own)} runs after their last epoch, the others gray"
         both = "Validation" if measure is AUROC else "Validation (solid, filled) and training (dashed, hollow)"
         title = best if many else both
         axes.set_title("\n".join([title, *on]), fontsize=10)
         axes.legend(fontsize=9)
     return figure
+
+
+def unlike_validation(runs: list[Run]) -> list[str]:
+    """Whose training errors do not compare with their validation errors, and why; that training images are drawn anew each
+    epoch, and judged as the network changes, is so of every run."""
+    balanced = [run.called for run in runs if run.config.data.sampling == "balanced"]
+    mixed = [run.called for run in runs if run.config.data.mixes]
+    return [
+        f"training does not compare with validation: {what} ({', '.join(names)})"
+        for what, names in (("classes balanced", balanced), ("images mixed", mixed))
+        if names
+    ]
 
 
 def ranked(runs: list[Run]) -> list[Run]:

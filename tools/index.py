@@ -241,7 +241,7 @@ def describe(index: DatasetIndex) -> str:
             f"images     {len(index):,} in {index.root}",
             f"classes    {len(index.classes):,}, of {per_class.min():,} to {per_class.max():,} images{labels}",
             f"bytes      {_size_text(float(index.lengths.sum()))}, {index.lengths.mean() / 1024:.1f} KiB an image",
-            f"short side {sides.min()} to {sides.max()} pixels, median {int(np.median(sides))}",
+            f"short side {sides.min()} to {sides.max()} pixels, median {np.median(sides):g}",
             f"content    {index.fingerprint}",
         ]
     )

@@ -36,8 +36,10 @@ from pipeline.data.folder import FolderSource
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
     LAST_THAT_STANDS,
+    ROTATED,
     PixelFormat,
     RefusedImageError,
+    alpha_channel,
     deep_mode,
     open_image,
     orientation,
@@ -47,6 +49,7 @@ from pipeline.data.image_files import (
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.scan import find_images as find_images_in
+from pipeline.data.source import ImageIssue
 from pipeline.distributed import World, init_distributed
 from pipeline.errors import UserError
 from pipeline.evaluation import check_image_size
@@ -220,7 +223,8 @@ class Reading:
 
     Attributes:
         crops: views of each image.
-        tell_rotated: name on stderr the first image that EXIF data say to turn, where images are read as stored.
+        tell_rotated: name on stderr the first image that EXIF data say to turn, where images are read as stored. The first with
+            an alpha channel is always named.
         corrupt_images: stop at an image that does not decode, or name it on stderr and skip it.
     """
 
@@ -231,11 +235,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Header:
-    """What the header of an image file says: (height, width) as it is read, its length in bytes, EXIF's orientation."""
+    """What the header of an image file says: (height, width) as it is read, its length in bytes, EXIF's orientation, and what
+    is odd about it."""
 
     size: tuple[int, int]
     length: int
     orientation: int
+    issues: list[ImageIssue]
 
 
 def _read_header(file: str, read_as: PixelFormat) -> _Header:
@@ -253,16 +259,19 @@ def _read_header(file: str, read_as: PixelFormat) -> _Header:
             turn = orientation(image)
             lies = read_as.exif_orientation and turn > LAST_THAT_STANDS
             size = (image.width, image.height) if lies else (image.height, image.width)
-            return _Header(size, os.fstat(stream.fileno()).st_size, turn)
+            issues = alpha_channel(image, file)
+            if turn != 1 and not read_as.exif_orientation:
+                issues.append(ImageIssue(file, ROTATED, ASK_FOR_UPRIGHT))
+            return _Header(size, os.fstat(stream.fileno()).st_size, turn, issues)
     except OSError as error:
         raise UserError(f"cannot read the image {file}: {error.strerror}") from None
 
 
 def index_files(
     files: list[str], classes: tuple[str, ...], read_as: PixelFormat
-) -> tuple[DatasetIndex, np.ndarray, list[tuple[str, RefusedImageError]]]:
-    """An index of single image files, whose labels are all 0 and whose fingerprint is empty; which of them EXIF data say to
-    turn, (N) bool; and the files that are no images, which the index does not have.
+) -> tuple[DatasetIndex, list[ImageIssue], list[tuple[str, RefusedImageError]]]:
+    """An index of single image files, whose labels are all 0 and whose fingerprint is empty; what is odd about them; and the
+    files that are no images, which the index does not have.
 
     Raises:
         UserError: a file cannot be read, or is an image that the network is not for.
@@ -284,7 +293,6 @@ def index_files(
             else:
                 names.append(file)
                 headers.append(header)
-    rotated = np.array([header.orientation != 1 for header in headers], bool)
     nothing = np.zeros(len(names), np.int64)
     index = DatasetIndex(
         names=tuple(names),
@@ -295,9 +303,9 @@ def index_files(
         offsets=nothing,
         lengths=np.array([header.length for header in headers], np.int64),
         source=FolderSource(""),
-        turned=rotated & read_as.exif_orientation,
+        turned=np.array([read_as.exif_orientation and header.orientation != 1 for header in headers], bool),
     )
-    return index, rotated, refused
+    return index, [issue for header in headers for issue in header.issues], refused
 
 
 def predict_all(
@@ -308,15 +316,16 @@ def predict_all(
     Raises:
         UserError: as `index_files`; or an image is corrupt, and such are not skipped.
     """
-    tell_rotated = how.tell_rotated and not data.exif_orientation
+    told = set() if how.tell_rotated else {ROTATED}
     for start in range(0, len(files), AT_ONCE):
-        index, rotated, refused = index_files(files[start : start + AT_ONCE], classes, pixel_format(data))
+        index, odd, refused = index_files(files[start : start + AT_ONCE], classes, pixel_format(data))
         for file, no_image in refused:
             yield _skipped(file, no_image.fault, no_image.detail, how)
-        if tell_rotated and rotated.any():
-            tell_rotated = False
-            first = printable(index.location(int(rotated.argmax())))
-            tqdm.write(f"warning: {first} is rotated by EXIF, and others may be: {ASK_FOR_UPRIGHT}", file=sys.stderr)
+        for issue in odd:
+            if issue.fault not in told:
+                told.add(issue.fault)
+                first = f"{issue.location} {issue.fault} (later ones are not named): {issue.outcome}"
+                tqdm.write(f"warning: {printable(first)}", file=sys.stderr)
         answered, all_decode = 0, True
         try:
             for answer in predict(network, index, data, how.crops, world):

@@ -148,10 +148,14 @@ def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
     if not same.conflicts:
         outcome = "they make the error too low; remove them from one of the sets"
     elif same.conflicts < same.found:
-        outcome = "those of the same class make the error too low, the others too high; correct the labels or remove them"
+        outcome = (
+            "those of the same class make the error too low, the others too high; correct the labels or remove them"
+        )
     else:
         outcome = "they make the error too high; correct the labels, or remove them from one of the sets"
-    return [f"validation images are training images too, {same.told()}: {outcome} (python -m tools.index --verify lists all)"]
+    return [
+        f"validation images are training images too, {same.told()}: {outcome} (python -m tools.index --verify lists all)"
+    ]
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,13 @@ UPRIGHT = {
 }
 
 
+ROTATED = "is rotated by EXIF"
 ASK_FOR_UPRIGHT = (
     "read as stored, as the paper's code did; data.exif_orientation true (tools.evaluate, predict, index: --exif-orientation) "
     "turns it"
 )
+
+ALPHA_LEFT_OUT = "left out, so that transparent pixels show the colours stored below them; flatten it to have others"
 
 
 @dataclass(frozen=True)
@@ -195,13 +198,18 @@ def orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def issues_of(image: Image.Image, location: str) -> list[ImageIssue]:
-    """What is reported of an opened image when the index first meets it."""
+def several_pictures(image: Image.Image, location: str) -> list[ImageIssue]:
+    """What is reported of an opened image of which only the first picture is read."""
     try:
         several = image.format in ANIMATED and getattr(image, "is_animated", False)
     except Exception:  # over a damaged second picture Pillow stumbles in any way; the first is what counts
         return []
     return [ImageIssue(location, "holds several pictures", "read as its first")] if several else []
+
+
+def alpha_channel(image: Image.Image, location: str) -> list[ImageIssue]:
+    """What is reported of an opened image that may have transparent pixels."""
+    return [ImageIssue(location, "has an alpha channel", ALPHA_LEFT_OUT)] if image.has_transparency_data else []
 
 
 def no_image(location: str) -> ImageIssue:

@@ -22,6 +22,7 @@ from pipeline.data.image_files import (
     COLORS,
     LAST_THAT_STANDS,
     LEFT_OUT,
+    ROTATED,
     SKIP,
     PixelFormat,
     refused_depth,
@@ -265,7 +266,7 @@ def _not_upright(source: FileSource, groups: list[Group], rows: list[FoundImages
     group, row = odd[0]
     first = source.location(os.path.join(group.name, row.names[row.orientations[0][0]]))
     count = sum(len(row.orientations) for _, row in odd)
-    return [ImageIssue(first, "is rotated by EXIF", ASK_FOR_UPRIGHT, count=count)]
+    return [ImageIssue(first, ROTATED, ASK_FOR_UPRIGHT, count=count)]
 
 
 def _stop_at(source: FileSource, issues: list[ImageIssue]) -> None:

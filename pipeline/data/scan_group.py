@@ -15,12 +15,13 @@ import numpy as np
 
 from pipeline.data.image_files import (
     RefusedImageError,
+    alpha_channel,
     deep_mode,
     is_image_by_content,
-    issues_of,
     no_image,
     open_image,
     orientation,
+    several_pictures,
     unreadable,
 )
 from pipeline.data.names import Names
@@ -170,7 +171,7 @@ def _read_header(source: FileSource, name: str, member: Member) -> tuple[_Header
         with _open_header(source, name, member) as stream:
             image = open_image(stream, location)
             header = _Header((image.height, image.width), orientation(image), deep_mode(image))
-            return header, issues_of(image, location)
+            return header, several_pictures(image, location) + alpha_channel(image, location)
     except RefusedImageError as error:
         return None, [ImageIssue(location, error.fault, error.remedy, error.detail, stops=True, corrupt=error.corrupt)]
     except OSError as error:

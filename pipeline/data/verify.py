@@ -15,16 +15,18 @@ from tqdm import tqdm
 
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.image_files import (
+    ALPHA_LEFT_OUT,
     ASK_FOR_UPRIGHT,
     COLORS,
+    ROTATED,
     SKIP,
     PixelFormat,
     RefusedImageError,
     deep_mode,
-    issues_of,
     open_image,
     orientation,
     refused_depth,
+    several_pictures,
     unreadable,
 )
 from pipeline.data.reader import read_all
@@ -98,13 +100,13 @@ def examine(
         return [ImageIssue(location, refused[0], f"the index refuses it; {refused[1]}", deep_mode(header), stops=True)]
     turned = orientation(header) != 1  # before Pillow decodes it
     try:
-        decode(content, location, pixel_format)
+        pixels = decode(content, location, pixel_format)
     except CorruptImageError as error:
         outcome = f"stops a run, or is {SKIP}" if training else "stops a run; repair or remove it"
         truncated = "truncated" in error.reason.lower()
         fault, detail = ("is truncated", "") if truncated else ("does not decode", error.reason)
         return [ImageIssue(location, fault, outcome, detail, stops=True)]
-    issues = issues_of(header, location)
+    issues = several_pictures(header, location)
     expected = Image.registered_extensions().get(Path(name).suffix.lower())
     if header.format != expected and (header.format, expected) != ("MPO", "JPEG"):  # JPEGs, several in a file
         fault = f"is {header.format}, {'not what its suffix says' if expected else 'which its name does not say'}"
@@ -115,9 +117,31 @@ def examine(
     if header.format == "PNG" and content[PNG_DEPTH] > 8 and pixel_format.depth == 8:
         outcome = "read with 8 bits through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has more than 8 bits a colour", outcome, header.mode))
+    if _has_transparent_pixels(header):
+        issues.append(ImageIssue(location, "has transparent pixels", ALPHA_LEFT_OUT))
+    if _is_of_one_colour(pixels):
+        issues.append(
+            ImageIssue(location, "is of one colour", "nothing is to be seen on it; remove it unless it is meant")
+        )
     if turned and not pixel_format.exif_orientation:
-        issues.append(ImageIssue(location, "is rotated by EXIF", ASK_FOR_UPRIGHT))
+        issues.append(ImageIssue(location, ROTATED, ASK_FOR_UPRIGHT))
     return issues
+
+
+def _has_transparent_pixels(image: Image.Image) -> bool:
+    """Whether an opened image, which decodes, has a pixel that is not opaque: many have an alpha channel and none."""
+    if not image.has_transparency_data:
+        return False
+    if image.mode.startswith("I"):  # 16 bits of gray, of which Pillow converts no transparency
+        return bool((np.asarray(image) == image.info["transparency"]).any())
+    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
+def _is_of_one_colour(pixels: Image.Image) -> bool:
+    """Whether all pixels of a decoded image are the same, of which there are several."""
+    if pixels.width * pixels.height == 1:
+        return False
+    return all(len(set(band.getextrema())) == 1 for band in pixels.split())
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _sections(r: dict[str, Any], heading: str) -> list[str]:
             "the run held no training images out: give --thresholds DIR: other images of the same kind, not trained on"
         )
         lines += ["", f"no budgets: {why}"]
-    lines += ["", *_comparisons(r)]
+    lines += ["", *comparisons(r)]
     return lines
 
 
@@ -231,18 +231,20 @@ def _speed(images_per_second: float) -> str:
     return f"{float(f'{images_per_second:.3g}'):,.{digits}f}"
 
 
-def _comparisons(r: dict[str, Any]) -> list[str]:
-    return [line for row in r["beside"] if (line := _comparison(row, r["budgets"]))]
+def comparisons(r: dict[str, Any]) -> list[str]:
+    """What the cheapest budget as good as each other network takes beside it, a line each."""
+    return [line for row in r["beside"] if (line := _comparison(row, r["budgets"], r["time_spread"]))]
 
 
-def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]]) -> str:
+def _comparison(row: dict[str, Any], budgets: list[dict[str, Any]], time_spread: float) -> str:
     if not budgets:
         return ""
     if row["as_good"] is None:
         least = min(budget["top1_error"] for budget in budgets)
         return f"{row['name']}: no budget reaches its error of {row['top1_error']:.2f} %; the least is {least:.2f} %"
     best = row["as_good"]
-    speed = "" if best["speed_ratio"] is None else f" and {best['speed_ratio']:.2f} times the images/s"
+    chance = f" (of times that lie {time_spread:.0f} % apart)" if time_spread >= FAR_APART else ""
+    speed = "" if best["speed_ratio"] is None else f" and {best['speed_ratio']:.2f} times the images/s{chance}"
     return (
         f"{row['name']}: the cheapest budget that is as good (q {best['q']:.2f}, error {best['top1_error']:.2f} %) takes "
         f"{1 / best['work_ratio']:.2f} times the multiply-accumulates{speed}"
@@ -257,7 +259,7 @@ def _html(result: dict[str, Any], curves: bytes, shown: Shown, index: DatasetInd
     """
     page = Page("Answers at any time")
     page.lines(_head(result))
-    page.lines(_comparisons(result))
+    page.lines(comparisons(result))
     page.heading(2, "Error against cost")
     source = base64.b64encode(curves).decode()
     page.add(f'<img style="max-width: 100%" src="data:image/png;base64,{source}" alt="error against cost">')

@@ -154,7 +154,9 @@ def _compared(run: _Run, split: Split, candidate: Candidate) -> _Found | None:
         if known and (same := same_images(known, candidate.index)):
             if None in run.seen:
                 return _Found(same, None)
-            return _Found(same, has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1])
+            return _Found(
+                same, has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1]
+            )
     return None
 
 
@@ -273,7 +275,10 @@ def _say_split(place: Path, split: str | None) -> None:
     """
     there = splits_in(place) if is_table(place) else []
     if split and not there:
-        raise UserError(f"--split {split} is for a table whose lines say which split they are for, and {place} is none")
+        raise UserError(
+            f"--split {split} is for a table whose lines say which split they are for, and {place} is none: give "
+            "the table as --data"
+        )
     if split or len(there) > 1:
         name = name_of_split(place, there, split or "val")
         print(f"of {place} the split {name} is taken (there are {', '.join(there)})", file=sys.stderr, flush=True)

@@ -221,7 +221,8 @@ def _lines(r: dict[str, Any]) -> list[str]:
         lines.append(f"trained on {r['trained_on']}")
     if r["chosen_by_these"]:
         lines.append(
-            "of its run's epochs these very images found this one the best: new images usually have a worse result"
+            "of its run's epochs these images (the same names, labels and lengths) found this one the best: new images usually "
+            "have a worse result"
         )
     if r["chosen_by_some"]:
         lines.append(
