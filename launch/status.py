@@ -19,7 +19,17 @@ from pipeline.config import Config
 from pipeline.config_file import load_stored_config
 from pipeline.errors import UserError
 from pipeline.pace import WINDOWS, duration
-from pipeline.run_dir import CONFIG, LOG, RECORDS, epochs_done, has_checkpoint, is_complete, read_progress, read_records
+from pipeline.run_dir import (
+    CONFIG,
+    LOG,
+    RECORDS,
+    epochs_done,
+    has_checkpoint,
+    is_complete,
+    read_progress,
+    read_records,
+    traces_of_checkpoints,
+)
 
 # State, nodes and reason of this user's jobs in SLURM's queue, by id; None where there is no SLURM to ask.
 Queue = dict[str, tuple[str, str, str]] | None
@@ -73,7 +83,7 @@ class Status:
 
     There is no job if something else than python -m launch has started the run, as torchrun; `epochs` is None before the
     configuration is known. `validations` has what the run has recorded, `validated_on` the fingerprint of the images, None
-    where the run has saved none. `steps_lost` says where a run goes on that ended after its last checkpoint.
+    where the run has saved none. `steps_lost` says which steps a run that has ended will do again.
     """
 
     run_dir: Path
@@ -170,13 +180,14 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
 
 
 def _steps_lost(run_dir: Path, recorded: int, progress: dict[str, Any]) -> str:
-    """Where a run that has ended will go on, if that is before the last step that it has recorded; nothing otherwise."""
-    if not recorded:
-        return ""
-    if not has_checkpoint(run_dir):
-        return "no checkpoint was saved: a start begins at step 0"
+    """Which steps a run that has ended will do again, as its checkpoints, if they are whole, are of an earlier one; empty if
+    there are none, or if that is not known."""
+    if recorded and not has_checkpoint(run_dir) and not traces_of_checkpoints(run_dir):
+        return "it had saved no checkpoint, so that a start does all its steps again"
     saved = progress.get("done_steps", recorded)  # not known where status.json is of another checkpoint
-    return f"its last checkpoint is of step {saved}: a start goes on from there" if saved < recorded else ""
+    return (
+        f"its last checkpoint is of step {saved}, so that a start does those after it again" if saved < recorded else ""
+    )
 
 
 def _validations(records: list[dict[str, Any]], measure: Measure) -> Validations:

@@ -11,8 +11,7 @@ from pipeline.errors import UserError
 from pipeline.followers import FOLLOWERS
 from pipeline.history import batch_split
 from pipeline.parsing import flatten, value_text
-from pipeline.paths import is_present
-from pipeline.run_dir import RECORDS, STATUS, read_records
+from pipeline.run_dir import traces_of_checkpoints
 from pipeline.unused import unused_fields
 from pipeline.words import agreed, counted
 
@@ -72,10 +71,7 @@ def find_checkpoint(run_dir: Path) -> FoundCheckpoint | None:
     if found:
         return found
     traces = [f"{path.name} (damaged)" for path in damaged]
-    traces += [file.name for file in (folder.best, run_dir / STATUS) if is_present(file)]
-    traces += sorted(file.name for file in folder.last.parent.glob("*.damaged*"))
-    if any("val/loss" in record for record in read_records(run_dir)):  # a checkpoint is saved before
-        traces.append(RECORDS)
+    traces += traces_of_checkpoints(run_dir)
     if traces:
         raise UserError(
             f"{run_dir} holds a run ({', '.join(traces)}) but no checkpoint to resume from: put a copy of its last.pt into "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.paths import is_present
 
 CONFIG = "config.yaml"  # as the run was started last
 RECORDS = "metrics.jsonl"
@@ -79,6 +80,16 @@ def checkpoint_checksum(run_dir: Path) -> str:
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether there is one to resume from, be it damaged."""
     return any((run_dir / "checkpoints" / name).exists() for name in LAST_CHECKPOINTS)
+
+
+def traces_of_checkpoints(run_dir: Path) -> list[str]:
+    """What shows that a run has saved a checkpoint, but for those to resume from."""
+    folder = run_dir / "checkpoints"
+    traces = [file.name for file in (folder / "best.pt", run_dir / STATUS) if is_present(file)]
+    traces += sorted(file.name for file in folder.glob("*.damaged*"))
+    if any("val/loss" in record for record in read_records(run_dir)):  # a checkpoint is saved before
+        traces.append(RECORDS)
+    return traces
 
 
 def is_complete(run_dir: Path, epochs: int | None) -> bool:

@@ -349,27 +349,36 @@ def test_held_out_images_of_classes_that_nothing_teaches(tmp_path):
                          "column of the classes")  # fmt: skip
 
 
-def test_validation_images_that_are_training_images_of_another_class(root):
-    """Contradictory labels make an error too high; of several labels all are compared."""
+def test_validation_images_that_are_training_images_of_another_class(root, tmp_path):
+    """Contradictory labels make an error too high; of several labels an image a part may agree, and nothing is said."""
     train, _ = open_all(root)
     part = train.take(np.arange(0, 12, 4))  # one of each class
-    other = dataclasses.replace(part, labels=(part.labels + np.array([0, 1, 1])) % 3)
-    all_other = dataclasses.replace(part, labels=(part.labels + 1) % 3)
-    for val, conflicts, outcome in (
-        (part, "", "they make the error too low; remove"),
+    some, every = (dataclasses.replace(part, labels=(part.labels + by) % 3) for by in (np.array([0, 1, 1]), 1))
+    some_of_them, all_of_them = (f" ({count} of these 3 with another class there)" for count in (2, 3))
+    for val, example, conflicts, effect in (
+        (part, 0, "", "they make the error too low; remove them from"),
         (
-            other,
-            " (2 of these 3 with another class there)",
-            "those of the same class make the error too low, the others",
+            some,
+            1,
+            some_of_them,
+            "those of the same class make the error too low, the others too high; correct the labels",
         ),
-        (all_other, " (3 of these 3 with another class there)", "they make the error too high; correct the labels"),
+        (every, 0, all_of_them, "they make the error too high; correct the labels"),
     ):
         (line,) = warnings_about(train, val, config_of(root))
-        assert f"class0/image0000.jpg{conflicts}: {outcome}" in line
+        assert f"as {part.location(example)}{conflicts}: {effect}" in line
     rows = np.eye(3, dtype=np.uint8)
     several = dataclasses.replace(train, labels=rows[train.labels])
     same = same_images(several, dataclasses.replace(part, labels=rows[part.labels] | rows[[1, 1, 1]]))
-    assert same and (same.found, same.conflicts) == (3, 2)
+    assert same and (same.found, same.conflicts) == (3, 0)
+
+    for label in ("a", "b"):  # in training with both classes, of which one is the right one, whichever comes first
+        (tmp_path / "both" / label).mkdir(parents=True)
+        photo(1, 30, 30).save(tmp_path / "both" / label / "x.jpg")
+    both = scan_classes(tmp_path / "both")
+    for i in (0, 1):
+        same = same_images(both, both.take(np.array([i])))
+        assert same and (same.found, same.conflicts) == (1, 0) and both.location(i) in same.text
 
 
 def test_archives_and_arrays_are_compared_too(root, tmp_path):

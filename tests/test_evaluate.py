@@ -700,9 +700,7 @@ def test_images_that_were_trained_on_are_named_and_those_held_out_can_be_taken(
     said(holding, "--data", data, "--held-out", "--json", tmp_path / "json")
     (result,) = json.loads((tmp_path / "json").read_text())["evaluations"]
     assert result["data"] == f"{data}/training, held out of its images"
-    chosen = (
-        "of its run's epochs these images (the same names, labels and lengths) found this one the best: new images "
-    )
+    chosen = "of its run's epochs these images found this one the best: new images usually have a worse result\n"
     assert chosen in out
     converted = tmp_path / "converted.safetensors"
     write_safetensors(read_weights(holding), converted)
@@ -802,20 +800,32 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
     half = dataclasses.replace(half, fingerprint=holding.fingerprint, val_fingerprint=holding.val_fingerprint)
     whole = open_images(dataclasses.replace(long.data, dir=str(copy)), None, other.classes)
     assert chosen_by(Candidate("", "", half, half.data, whole, 0)).startswith(f"images in {copy}, at least ")
-    unchanged, were_there = f", as {copy}/", ", if they were there then"
-    assert unchanged in chosen and were_there not in chosen
+    then, since = ", if they were there then", f" (the images of {best.origin} have changed since)"
+    assert then not in chosen
     changed = dataclasses.replace(best, val_fingerprint="of other images, which lay there then")
     told_so = chosen_by(Candidate("", "", changed, changed.data, some, 0))
-    assert "at least 19 of 19, as" in told_so and told_so.endswith(
-        f"{were_there} (the run's images have changed since)"
-    )
+    assert "at least 19 of 19, as" in told_so and told_so.endswith(then + since)
     of_before = dataclasses.replace(best, val_fingerprint=None)
-    assert chosen_by(Candidate("", "", of_before, of_before.data, some, 0)).endswith(were_there)
+    assert chosen_by(Candidate("", "", of_before, of_before.data, some, 0)).endswith(then)
     changed = dataclasses.replace(apart, fingerprint="of others")
-    assert f"{were_there} (the run's images have changed since): new images" in told(changed, copy)
-    wrong = dataclasses.replace(some, labels=(some.labels + 1) % len(some.classes))
-    told_so = trained_on(Candidate("", "", apart, apart.data, wrong, 0))
-    assert "(19 of these 19 with another class there): as it has learned another class for them, they make" in told_so
+    assert f"{then}{since}: new images" in told(changed, copy)
+    grown = dataclasses.replace(half, fingerprint="of others", val_fingerprint="of others")  # others are held out now
+    assert chosen_by(Candidate("", "", grown, grown.data, whole, 0)).endswith(f"{then} and held out{since}")
+    assert f"{then} and not held out{since}: new images" in told(grown, copy)
+
+    def trained(of: Weights, labels: np.ndarray) -> str:
+        return trained_on(Candidate("", "", of, of.data, dataclasses.replace(some, labels=labels), 0))
+
+    every, one = (some.labels + 1) % len(some.classes), some.labels.copy()
+    one[0] = every[0]
+    assert trained(apart, every).endswith("(19 of these 19 with another class there): they make the error too high")
+    assert "(1 of these 19 with another class there): those of the same class make the error too low" in trained(
+        apart, one
+    )
+    assert trained(changed, every).endswith(
+        f"{since}: new images usually have a higher error"
+    )  # labels may have changed
+    assert trained(begun_with(checksum(first.best)), every).endswith("new images usually have a higher error")
     last = dataclasses.replace(best, epochs=3)
     assert chosen_by(Candidate("", "", last, last.data, some, 0)) == ""
     with monkeypatch.context() as patch:

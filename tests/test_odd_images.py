@@ -19,7 +19,7 @@ from pipeline.config import DataConfig
 from pipeline.data.dali_stages import CutPipeline
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.formats import is_plain
-from pipeline.data.image_files import ALPHA_LEFT_OUT, ASK_FOR_UPRIGHT, PixelFormat
+from pipeline.data.image_files import ASK_FOR_UPRIGHT, OPAQUE, PixelFormat
 from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard, TrainingLoader, create_image_pipeline
 from pipeline.data.plan import evaluation_plans, training_plans
@@ -61,9 +61,9 @@ EXPECTED = {
     "gray.png": ([], True),
     "rgb.png": ([], True),
     "bilevel.png": ([], False),
-    "rgba.png": ([("has transparent pixels", ALPHA_LEFT_OUT)], False),
-    "la.png": ([("has transparent pixels", ALPHA_LEFT_OUT)], False),
-    "palette.png": ([("has transparent pixels", ALPHA_LEFT_OUT)], False),
+    "rgba.png": ([("has transparent pixels", OPAQUE)], False),
+    "la.png": ([("has transparent pixels", OPAQUE)], False),
+    "palette.png": ([("has transparent pixels", OPAQUE)], False),
     "colour key.png": ([], False),  # no pixel has that colour
     "animated.png": ([("holds several pictures", READ_AS_FIRST)], False),
     "rgb16.png": ([("has more than 8 bits a colour", READ_WITH_8_BITS)], False),
@@ -81,15 +81,24 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
     return stream.getvalue()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(pixels: np.ndarray) -> bytes:
     """A PNG of (h, w) or (h, w, 3) uint16 pixels, which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_of_palette(*chunks: bytes) -> bytes:
+    """A PNG of 16 x 16 pixels that count through 256 colours, with these parts before them."""
+    header = struct.pack(">IIBBBBB", 16, 16, 8, 3, 0, 0, 0)
+    rows = b"".join(b"\0" + bytes(range(16 * row, 16 * row + 16)) for row in range(16))
+    parts = (chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def odd_files() -> dict[str, bytes]:
@@ -344,16 +353,30 @@ def test_transparent_and_empty_images_are_listed(tmp_path, capsys):
         ],
         [("one.png", "has transparent pixels"), ("white.png", "is of one colour")],
     ]
+    write(tmp_path / "small", {"pixel.png": encode(flat.resize((1, 1)), "PNG")})
+    assert list(verify([open_source(tmp_path / "small")], [])) == []
     capsys.readouterr()
+    scan_classes(tmp_path / "colours", pixel_format=None)  # files that are copied as they are
+    assert not capsys.readouterr().err
     scan_classes(tmp_path / "colours", tmp_path / "index")
-    first = f"{tmp_path}/colours/a/opaque.png has an alpha channel (and 1 more): {ALPHA_LEFT_OUT}"
+    first = f"{tmp_path}/colours/a/opaque.png may have transparent pixels (and 1 more): {OPAQUE}"
     assert capsys.readouterr().err == f"warning: {first}\n"
     scan_classes(tmp_path / "colours", tmp_path / "index")
     assert not capsys.readouterr().err
 
 
+def test_damaged_palettes_stop_nothing(tmp_path, capsys):
+    """Pillow reads such files, and stumbles over the question whether they have transparent pixels."""
+    short, long = chunk(b"PLTE", bytes(range(30))), chunk(b"tRNS", bytes(300))
+    content = {"none.png": png_of_palette(), "long.png": png_of_palette(short, long)}
+    (issue,) = verify([open_source(write(tmp_path, content))], [])
+    assert (Path(issue.location).name, issue.fault) == ("none.png", "is of one colour")  # black
+    assert len(scan_classes(tmp_path)) == 2
+    assert "none.png" not in capsys.readouterr().err
+
+
 def test_an_image_with_one_class_in_training_and_another_in_validation_is_listed_as_that(data, tmp_path):
-    """Of a flat set, whose labels are elsewhere, the classes are not known."""
+    """Of a flat set, whose labels are elsewhere, the classes are not known, nor where a table spells them otherwise."""
     (data / "val" / "class1" / "twin.jpg").rename(data / "val" / "class0" / "twin.jpg")
     place, twin = data / "train" / "class1" / "image0003.jpg", data / "val" / "class0" / "twin.jpg"
     (issue,) = verify([open_source(data / "train")], [open_source(data / "val")])
@@ -364,6 +387,10 @@ def test_an_image_with_one_class_in_training_and_another_in_validation_is_listed
     (tmp_path / "flat").mkdir()
     shutil.copyfile(twin, tmp_path / "flat" / "twin.jpg")
     (issue,) = verify([open_source(data / "train")], [open_source(tmp_path / "flat")])
+    assert issue.fault == "is a validation image too"
+    table = data / "val" / "list.csv"
+    table.write_text("file,label\nclass0/twin.jpg,1\n")  # numbers, of which training has none
+    *_, issue = verify([open_source(data / "train")], [open_source(table)])
     assert issue.fault == "is a validation image too"
 
 

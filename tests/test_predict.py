@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from pipeline.class_names import human_names, imagenet_ids, short_names
 from pipeline.config import Config, DataConfig, ModelConfig
-from pipeline.data.image_files import ALPHA_LEFT_OUT, ASK_FOR_UPRIGHT
+from pipeline.data.image_files import ASK_FOR_UPRIGHT, OPAQUE
 from pipeline.errors import UserError
 from pipeline.models import create_model
 from pipeline.weights import Weights, read_weights, write_safetensors
@@ -261,7 +261,7 @@ def test_a_csv_file_has_a_column_of_names_only_where_classes_have_them(tmp_path,
     assert row[1].startswith("kind ") and 0 < float(row[2]) <= 1 and len(row) == 5
 
 
-def test_rotated_photos_and_alpha_channels_are_named(tmp_path, weights, monkeypatch, capsys):
+def test_rotated_photos_and_transparent_images_are_named(tmp_path, weights, monkeypatch, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
     photo(1, 40, 56).save(tmp_path / "stored.jpg", exif=exif, quality=95)
@@ -276,7 +276,7 @@ def test_rotated_photos_and_alpha_channels_are_named(tmp_path, weights, monkeypa
     assert not capsys.readouterr().err and same == upright
     photo(2, 40, 40).convert("RGBA").save(tmp_path / "icon.png")
     answers_of(monkeypatch, tmp_path, weights, tmp_path / "icon.png", "--no-exif-orientation")
-    warning = f"warning: {tmp_path}/icon.png has an alpha channel (later ones are not named): {ALPHA_LEFT_OUT}\n"
+    warning = f"warning: {tmp_path}/icon.png may have transparent pixels (later ones are not named): {OPAQUE}\n"
     assert capsys.readouterr().err == warning
     for one, other in zip(turned["answers"], same["answers"], strict=True):
         assert one["class"] == other["class"] and one["probability"] == pytest.approx(other["probability"], abs=1e-3)

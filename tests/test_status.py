@@ -165,15 +165,22 @@ def test_an_interrupted_run_shows_the_steps_of_its_checkpoint(tmp_path):
         assert read_status(run, {}).step == step
 
 
-def test_a_run_that_lost_steps_says_where_it_will_go_on(tmp_path):
-    """A kill comes after the last checkpoint, or before the first; what has saved as it left has lost nothing."""
+def test_a_run_that_lost_steps_says_which_it_will_do_again(tmp_path):
+    """A kill comes after the last checkpoint, or before the first; what has saved as it left has lost nothing. Nothing is said
+    where checkpoints were lost or are not known: a start may refuse."""
     run = run_of_torchrun(tmp_path / "a", BEGIN)
-    assert read_status(run, {}).steps_lost == "no checkpoint was saved: a start begins at step 0"
+    assert not read_status(run, {}).steps_lost  # status.json says that there was a checkpoint
+    (run / "status.json").unlink()
+    assert not read_status(run, {}).steps_lost  # so does an epoch's record
+    (run / "metrics.jsonl").write_text('{"step": 4, "epochs": 0.5, "speed/images_per_second": 9}\n')
+    assert read_status(run, {}).steps_lost == "it had saved no checkpoint, so that a start does all its steps again"
     (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best.pt").write_bytes(b"of an epoch")
+    assert not read_status(run, {}).steps_lost
     (run / "checkpoints" / "last.pt").write_bytes(b"of its third step")
     (run / "status.json").write_text('{"epoch": 0, "epochs": 2, "done_steps": 3}')
-    assert read_status(run, {}).steps_lost == "its last checkpoint is of step 3: a start goes on from there"
-    assert to_text([read_status(run, {})]).endswith("a start goes on from there")
+    again = "its last checkpoint is of step 3, so that a start does those after it again"
+    assert read_status(run, {}).steps_lost == again and to_text([read_status(run, {})]).endswith(f"{run}: {again}")
     with locked(run):
         assert not read_status(run, {}).steps_lost  # it trains
     for text in ('{"epoch": 1, "epochs": 2, "done_steps": 4}', "{"):  # nothing lost; not known

@@ -139,10 +139,10 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
     chosen_on = open_images(folder, None, classes)
     if chosen_on.fingerprint == test.fingerprint:
         _warn("the images of --thresholds are those of --data: the budgets' errors are too low for new images")
-    elif trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0)):
+    elif known := trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0)):
         _warn(
-            f"the network was trained on images of --thresholds {thresholds_from}, of which it is surer than of new ones: "
-            "these leave later than a budget wants, and cost more"
+            f"--thresholds: the network was trained on {known}; it is surer of them than of new ones, which leave later than "
+            "a budget wants, and cost more"
         )
     return Images(test, chosen_on, seen)
 

@@ -339,7 +339,8 @@ def draw_curves(runs: list[Run]) -> Figure:
         for run in shown:
             number = numbered.index(run)
             look = {"color": COLORS[number], "marker": MARKERS[number]}
-            draw_curve(axes, run, "val/", run.called, **look)
+            unlike = measure is ERROR and not many and trains_otherwise(run)
+            draw_curve(axes, run, "val/", f"{run.called} *" if unlike else run.called, **look)
             if not many:
                 style = {**look, "linestyle": "--", "markerfacecolor": "white"}
                 draw_curve(axes, run, "epoch/train_", f"_{run.name}, training", **style)
@@ -350,8 +351,8 @@ def draw_curves(runs: list[Run]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         on = [in_lines(f"validated on {validation}")] if validation else []
-        if measure is ERROR and not many:
-            on += [in_lines(text) for text in unlike_validation(shown)]
+        if measure is ERROR and not many and any(map(trains_otherwise, shown)):
+            on.append("* trains on mixed images or balanced classes: its two curves do not compare")
         best = f"Validation: the {BEST} best of {len(own)} runs after their last epoch, the others gray"
         both = "Validation" if measure is AUROC else "Validation (solid, filled) and training (dashed, hollow)"
         title = best if many else both
@@ -360,16 +361,9 @@ def draw_curves(runs: list[Run]) -> Figure:
     return figure
 
 
-def unlike_validation(runs: list[Run]) -> list[str]:
-    """Whose training errors do not compare with their validation errors, and why; that training images are drawn anew each
-    epoch, and judged as the network changes, is so of every run."""
-    balanced = [run.called for run in runs if run.config.data.sampling == "balanced"]
-    mixed = [run.called for run in runs if run.config.data.mixes]
-    return [
-        f"training does not compare with validation: {what} ({', '.join(names)})"
-        for what, names in (("classes balanced", balanced), ("images mixed", mixed))
-        if names
-    ]
+def trains_otherwise(run: Run) -> bool:
+    """Whether a run's training error, but not its validation error, is of mixed images, or of as many images of each class."""
+    return run.config.data.mixes or run.config.data.sampling == "balanced"
 
 
 def ranked(runs: list[Run]) -> list[Run]:

@@ -36,11 +36,13 @@ from pipeline.data.folder import FolderSource
 from pipeline.data.image_files import (
     ASK_FOR_UPRIGHT,
     LAST_THAT_STANDS,
+    MAY_BE_TRANSPARENT,
+    OPAQUE,
     ROTATED,
     PixelFormat,
     RefusedImageError,
-    alpha_channel,
     deep_mode,
+    may_be_transparent,
     open_image,
     orientation,
     pixel_format,
@@ -223,8 +225,8 @@ class Reading:
 
     Attributes:
         crops: views of each image.
-        tell_rotated: name on stderr the first image that EXIF data say to turn, where images are read as stored. The first with
-            an alpha channel is always named.
+        tell_rotated: name on stderr the first image that EXIF data say to turn, where images are read as stored. The first that
+            may have transparent pixels is always named.
         corrupt_images: stop at an image that does not decode, or name it on stderr and skip it.
     """
 
@@ -259,7 +261,7 @@ def _read_header(file: str, read_as: PixelFormat) -> _Header:
             turn = orientation(image)
             lies = read_as.exif_orientation and turn > LAST_THAT_STANDS
             size = (image.width, image.height) if lies else (image.height, image.width)
-            issues = alpha_channel(image, file)
+            issues = [ImageIssue(file, MAY_BE_TRANSPARENT, OPAQUE)] if may_be_transparent(image) else []
             if turn != 1 and not read_as.exif_orientation:
                 issues.append(ImageIssue(file, ROTATED, ASK_FOR_UPRIGHT))
             return _Header(size, os.fstat(stream.fileno()).st_size, turn, issues)

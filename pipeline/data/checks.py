@@ -18,7 +18,7 @@ from pipeline.data.zip_archive import ZipSource
 from pipeline.words import agreed, counted
 
 COMPARED = 32  # validation images that are compared byte by byte with training images of the same length
-CANDIDATES = 4  # training images that one of them is compared with
+CANDIDATES = 4  # training images of its name and length, and others of its length, that one of them is compared with
 FULL = [0] * CANDIDATES
 
 T = TypeVar("T")
@@ -145,16 +145,10 @@ def _about_both(train: DatasetIndex, val: DatasetIndex) -> list[str]:
         ]
     if not (same := same_images(train, val)):
         return []
-    if not same.conflicts:
-        outcome = "they make the error too low; remove them from one of the sets"
-    elif same.conflicts < same.found:
-        outcome = (
-            "those of the same class make the error too low, the others too high; correct the labels or remove them"
-        )
-    else:
-        outcome = "they make the error too high; correct the labels, or remove them from one of the sets"
+    mend = "correct the labels, or remove them" if same.conflicts else "remove them"
     return [
-        f"validation images are training images too, {same.told()}: {outcome} (python -m tools.index --verify lists all)"
+        f"validation images are training images too, {same.told()}: {same.effect}; {mend} from one of the sets "
+        "(python -m tools.index --verify lists all)"
     ]
 
 
@@ -163,8 +157,9 @@ class SameImages:
     """What is known of the images that are in two sets.
 
     Attributes:
+        text: how many they are at least, with an example.
         found: how many were found.
-        conflicts: how many of those have another class in the other set.
+        conflicts: how many of those have one class each, and another one in the other set.
     """
 
     text: str
@@ -172,10 +167,19 @@ class SameImages:
     conflicts: int
 
     def told(self, with_classes: bool = True) -> str:
-        """How many there are at least, with an example, and how many of them have another class in the other set."""
+        """How many they are at least, with an example, and how many of them have another class in the other set."""
         if not with_classes or not self.conflicts:
             return self.text
         return f"{self.text} ({self.conflicts:,} of these {self.found:,} with another class there)"
+
+    @property
+    def effect(self) -> str:
+        """What such validation images do to the error of a network that has trained on the others."""
+        if not self.conflicts:
+            return "they make the error too low"
+        if self.conflicts < self.found:
+            return "those of the same class make the error too low, the others too high"
+        return "they make the error too high"
 
 
 def same_images(train: DatasetIndex, val: DatasetIndex) -> SameImages | None:
@@ -183,50 +187,52 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> SameImages | None:
 
     Compared are COMPARED images evenly spread over `val`, of which the number that is in both is told apart, and as many of
     those that have the name and the length of a training image, among which the share would be too high. Each is compared with
-    that image, and with CANDIDATES others of its length.
+    up to CANDIDATES images of its name and length, and as many others of its length.
     """
     candidates, spread = _alike(train, val)
-    same: dict[int, int] = {}
+    copies: dict[int, int] = {}
+    conflicts = []
     for j, rows in candidates.items():
         content = _bytes(val, j)
-        if (copy := next((i for i in rows if _bytes(train, i) == content), None)) is not None:
-            same[j] = copy
-    if not same:
+        if same := [i for i in rows if _bytes(train, i) == content]:
+            agreeing = [i for i in same if _have_one_class(train, i, val, j)]
+            copies[j] = (agreeing or same)[0]
+            conflicts += [] if agreeing else [j]
+    if not copies:
         return None
-    conflicts = sum(_class(train, i) != _class(val, j) for j, i in same.items())
-    j, i = next(iter(same.items()))
-    example, other = val.location(j), train.location(i)
+    j = (conflicts or list(copies))[0]
+    example, other = val.location(j), train.location(copies[j])
     copied = "" if other == example else f" is {other}"
-    evenly = f" and {len(same.keys() & spread)} of {len(spread)} taken evenly" if len(spread) < len(val) else ""
-    return SameImages(f"at least {len(same):,} of {len(val):,}{evenly}, as {example}{copied}", len(same), conflicts)
+    evenly = f" and {len(copies.keys() & spread)} of {len(spread)} taken evenly" if len(spread) < len(val) else ""
+    return SameImages(
+        f"at least {len(copies):,} of {len(val):,}{evenly}, as {example}{copied}", len(copies), len(conflicts)
+    )
 
 
-def _class(index: DatasetIndex, i: int) -> str | tuple[str, ...]:
-    """The class of an image by its name; of several labels all that it has."""
-    if index.several_labels:
-        return tuple(index.classes[k] for k in np.flatnonzero(index.labels[i]))
-    return index.classes[index.labels[i]]
+def _have_one_class(train: DatasetIndex, i: int, val: DatasetIndex, j: int) -> bool:
+    """Whether two images have the same class by its name; so they do where an image has several labels."""
+    return train.several_labels or val.several_labels or train.classes[train.labels[i]] == val.classes[val.labels[j]]
 
 
 def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[dict[int, list[int]], set[int]]:
-    """For some rows of val the rows of train that may be the same file, as they have the same length: for those that have one
+    """For some rows of val the rows of train that may be the same file, as they have the same length: for those that have some
     of the same name, too, and for others, evenly spread over the validation set; and which are spread."""
     if len(set(val.lengths.tolist())) == 1 and len(val) > 1:  # arrays, of which all have one length
         return {}, set()
     keys = [_key(val, j) for j in range(len(val))]
     spread = _spread(range(len(val)))
-    wanted, named = set(keys), dict[tuple[str, int], int]()
+    wanted, named = set(keys), dict[tuple[str, int], list[int]]()
     lengths: dict[int, list[int]] = {keys[j][1]: [] for j in spread}
     for i, (name, length) in enumerate(zip(train.names, train.lengths.tolist(), strict=True)):
         key = os.path.basename(name), length
-        if key in wanted:
-            named[key] = i
+        if key in wanted and len(rows := named.setdefault(key, [])) < CANDIDATES:
+            rows.append(i)
         if len(rows := lengths.get(key[1], FULL)) < CANDIDATES:
             rows.append(i)
     of_same_name = _spread([j for j, key in enumerate(keys) if key in named])
-    candidates = {j: [named[keys[j]]] for j in of_same_name}
+    candidates = {j: named[keys[j]] for j in of_same_name}
     for j in spread:
-        first = [named[keys[j]]] if keys[j] in named else []
+        first = named.get(keys[j], [])
         candidates[j] = [*first, *(i for i in lengths[keys[j][1]] if i not in first)]
     return candidates, set(spread)
 

@@ -52,7 +52,8 @@ ASK_FOR_UPRIGHT = (
     "turns it"
 )
 
-ALPHA_LEFT_OUT = "left out, so that transparent pixels show the colours stored below them; flatten it to have others"
+MAY_BE_TRANSPARENT = "may have transparent pixels"
+OPAQUE = "read without transparency: such a pixel shows the colour that is stored below it; flatten the image to have another"
 
 
 @dataclass(frozen=True)
@@ -198,18 +199,21 @@ def orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def several_pictures(image: Image.Image, location: str) -> list[ImageIssue]:
-    """What is reported of an opened image of which only the first picture is read."""
+def several_pictures(image: Image.Image, location: str) -> ImageIssue | None:
+    """What is reported of an opened image of which only the first picture is read, if it has others."""
     try:
         several = image.format in ANIMATED and getattr(image, "is_animated", False)
     except Exception:  # over a damaged second picture Pillow stumbles in any way; the first is what counts
-        return []
-    return [ImageIssue(location, "holds several pictures", "read as its first")] if several else []
+        return None
+    return ImageIssue(location, "holds several pictures", "read as its first") if several else None
 
 
-def alpha_channel(image: Image.Image, location: str) -> list[ImageIssue]:
-    """What is reported of an opened image that may have transparent pixels."""
-    return [ImageIssue(location, "has an alpha channel", ALPHA_LEFT_OUT)] if image.has_transparency_data else []
+def may_be_transparent(image: Image.Image) -> bool:
+    """Whether an opened image has an alpha channel, or a colour that stands for transparency; by its header alone."""
+    try:
+        return image.has_transparency_data
+    except Exception:  # over a palette that is not there Pillow stumbles
+        return False
 
 
 def no_image(location: str) -> ImageIssue:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.image_files import (
+    MAY_BE_TRANSPARENT,
+    OPAQUE,
     RefusedImageError,
-    alpha_channel,
     deep_mode,
     is_image_by_content,
+    may_be_transparent,
     no_image,
     open_image,
     orientation,
@@ -99,6 +101,7 @@ def scan_group(
     sizes: list[tuple[int, int]] = []
     orientations: list[tuple[int, int]] = []
     deep: list[tuple[int, str]] = []
+    transparent: list[int] = []
 
     def examine(part: Sequence[Member]) -> list[tuple[_Header | None, list[ImageIssue]]]:
         return [_read_header(source, os.path.join(group.name, member.name), member) for member in part]
@@ -112,8 +115,13 @@ def scan_group(
                 orientations.append((len(members), header.orientation))
             if header.deep_mode:
                 deep.append((len(members), header.deep_mode))
+            if header.transparent:
+                transparent.append(len(members))
             members.append(member)
             sizes.append(header.size)
+    if transparent:
+        first = source.location(os.path.join(group.name, members[transparent[0]].name))
+        issues.append(ImageIssue(first, MAY_BE_TRANSPARENT, OPAQUE, count=len(transparent)))
     row = {
         "group": group.key or group.name,
         "stamp": stamp,
@@ -155,11 +163,12 @@ def _stamp(members: Iterable[Member]) -> str:
 
 @dataclass(frozen=True)
 class _Header:
-    """What an image's header says: height and width as stored, EXIF orientation, and `deep_mode`."""
+    """What an image's header says: height and width as stored, EXIF orientation, `deep_mode`, and `may_be_transparent`."""
 
     size: tuple[int, int]
     orientation: int
     deep_mode: str
+    transparent: bool
 
 
 def _read_header(source: FileSource, name: str, member: Member) -> tuple[_Header | None, list[ImageIssue]]:
@@ -170,8 +179,10 @@ def _read_header(source: FileSource, name: str, member: Member) -> tuple[_Header
     try:
         with _open_header(source, name, member) as stream:
             image = open_image(stream, location)
-            header = _Header((image.height, image.width), orientation(image), deep_mode(image))
-            return header, several_pictures(image, location) + alpha_channel(image, location)
+            transparent = may_be_transparent(image)
+            header = _Header((image.height, image.width), orientation(image), deep_mode(image), transparent)
+            issue = several_pictures(image, location)
+            return header, [issue] if issue else []
     except RefusedImageError as error:
         return None, [ImageIssue(location, error.fault, error.remedy, error.detail, stops=True, corrupt=error.corrupt)]
     except OSError as error:

@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from pipeline.data.decoding import CorruptImageError, decode
 from pipeline.data.image_files import (
-    ALPHA_LEFT_OUT,
     ASK_FOR_UPRIGHT,
     COLORS,
+    OPAQUE,
     ROTATED,
     SKIP,
     PixelFormat,
     RefusedImageError,
     deep_mode,
+    may_be_transparent,
     open_image,
     orientation,
     refused_depth,
@@ -75,10 +76,10 @@ def verify(
         images += found.digest is not None
         if found.usable and (other := validated.first.get(found.digest)):
             location, label = other
-            known = label and found.label  # a flat folder's are in a file of their own
-            yield ImageIssue(
-                found.location, *(OTHERWISE_IN_VALIDATION if known and label != found.label else TRAINED_ON), location
-            )
+            # A flat folder's classes are in a file of their own, and a table may spell them otherwise.
+            both_known = bool(label) and found.label in validated.labels
+            kind = OTHERWISE_IN_VALIDATION if both_known and label != found.label else TRAINED_ON
+            yield ImageIssue(found.location, *kind, location)
         yield from trained.add(found, TWICE_IN_TRAINING, TWO_CLASSES_IN_TRAINING)
     return images
 
@@ -106,7 +107,8 @@ def examine(
         truncated = "truncated" in error.reason.lower()
         fault, detail = ("is truncated", "") if truncated else ("does not decode", error.reason)
         return [ImageIssue(location, fault, outcome, detail, stops=True)]
-    issues = several_pictures(header, location)
+    several = several_pictures(header, location)
+    issues = [several] if several else []
     expected = Image.registered_extensions().get(Path(name).suffix.lower())
     if header.format != expected and (header.format, expected) != ("MPO", "JPEG"):  # JPEGs, several in a file
         fault = f"is {header.format}, {'not what its suffix says' if expected else 'which its name does not say'}"
@@ -118,7 +120,7 @@ def examine(
         outcome = "read with 8 bits through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has more than 8 bits a colour", outcome, header.mode))
     if _has_transparent_pixels(header):
-        issues.append(ImageIssue(location, "has transparent pixels", ALPHA_LEFT_OUT))
+        issues.append(ImageIssue(location, "has transparent pixels", OPAQUE))
     if _is_of_one_colour(pixels):
         issues.append(
             ImageIssue(location, "is of one colour", "nothing is to be seen on it; remove it unless it is meant")
@@ -129,12 +131,19 @@ def examine(
 
 
 def _has_transparent_pixels(image: Image.Image) -> bool:
-    """Whether an opened image, which decodes, has a pixel that is not opaque: many have an alpha channel and none."""
-    if not image.has_transparency_data:
+    """Whether an opened image, which decodes, has a pixel that is not opaque, as far as Pillow tells: many have an alpha
+    channel and no such pixel."""
+    if not may_be_transparent(image):
         return False
     if image.mode.startswith("I"):  # 16 bits of gray, of which Pillow converts no transparency
         return bool((np.asarray(image) == image.info["transparency"]).any())
-    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    if deep_mode(image):  # colours of 16 bits, which Pillow compares by 8 of them
+        return False
+    try:
+        alpha = image if "A" in image.getbands() else image.convert("RGBA")
+    except Exception:  # of damaged data on transparency, which no loader reads
+        return False
+    return alpha.getchannel("A").getextrema() != (255, 255)
 
 
 def _is_of_one_colour(pixels: Image.Image) -> bool:
@@ -170,10 +179,12 @@ class _Seen:
 
     def __init__(self) -> None:
         self.first: dict[bytes | None, tuple[str, str]] = {}  # location and class
+        self.labels: set[str] = set()  # all classes
 
     def add(self, found: _Examined, twice: tuple[str, str], two_classes: tuple[str, str]) -> Iterator[ImageIssue]:
         """Take an image; what is to be said if its bytes were there before, with the same class or with another."""
         if found.usable:
+            self.labels.add(found.label)
             location, label = self.first.setdefault(found.digest, (found.location, found.label))
             if location != found.location:
                 kind = TWICE_UNLABELLED if not found.label else twice if label == found.label else two_classes

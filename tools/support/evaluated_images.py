@@ -71,13 +71,15 @@ def trained_on(candidate: Candidate) -> str:
     """
     weights = candidate.weights
     run = _Run.of(weights.origin, weights)
-    if found := _all_trained_on(run, candidate):
-        return f"{found}: {ON_NEW_IMAGES}"
-    if same := _compared(run, "train", candidate):
-        return f"{_told(same, candidate)}: {_on_others(same)}"
+    if images := _all_trained_on(run, candidate):
+        return f"{images}: {ON_NEW_IMAGES}"
+    if found := _compared(run, "train", candidate):
+        if found.unchanged and found.same.conflicts:
+            return f"{_told(found, candidate, with_classes=True)}: {found.same.effect}"
+        return f"{_told(found, candidate)}: {ON_NEW_IMAGES}"
     for before in _begun_with(weights.config):
-        if same := _compared(before, "train", candidate):
-            told = _told(same, candidate, with_classes=False)  # those of another data set
+        if found := _compared(before, "train", candidate):
+            told = _told(found, candidate)
             return f"{told}: so were the weights that it began with, {before.file}; {ON_NEW_IMAGES}"
     return ""
 
@@ -110,8 +112,8 @@ def chosen_by(candidate: Candidate) -> str:
     weights = candidate.weights
     if not weights.is_best or weights.config.optim.epochs < 2 or candidate.index.fingerprint == weights.val_fingerprint:
         return ""
-    same = _compared(_Run.of(weights.origin, weights), "val", candidate)
-    return _told(same, candidate, with_classes=False) if same else ""
+    found = _compared(_Run.of(weights.origin, weights), "val", candidate)
+    return _told(found, candidate) if found else ""
 
 
 def _all_trained_on(run: _Run, candidate: Candidate) -> str:
@@ -137,11 +139,26 @@ class _Found:
 
     Attributes:
         same: what is known of them.
-        unchanged: the run's images are what they were, and do not just lie where they lay; None: that is not known.
+        run: whose they are.
+        split: of which of its sets.
+        unchanged: that set is what it was, and does not just lie where it lay; None: that is not known.
     """
 
     same: SameImages
+    run: _Run
+    split: Split
     unchanged: bool | None
+
+    @property
+    def provided(self) -> str:
+        """The condition under which it is true of the set that there was; empty if it is that."""
+        if self.unchanged:
+            return ""
+        changed = "" if self.unchanged is None else f" (the images of {self.run.file} have changed since)"
+        if not self.run.data.holdout:
+            return f", if they were there then{changed}"
+        held_out = "and not held out" if self.split == "train" else "and held out"  # others may be now
+        return f", if they were there then {held_out}{changed}"
 
 
 def _compared(run: _Run, split: Split, candidate: Candidate) -> _Found | None:
@@ -152,33 +169,18 @@ def _compared(run: _Run, split: Split, candidate: Candidate) -> _Found | None:
         cache = Path(run.file).parent.parent / "index"
         known = known_images(find_splits(run.data), split, candidate.weights.classes, cache)
         if known and (same := same_images(known, candidate.index)):
-            if None in run.seen:
-                return _Found(same, None)
-            return _Found(
-                same, has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1]
-            )
+            as_before = has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1]
+            return _Found(same, run, split, None if None in run.seen else as_before)
     return None
 
 
-def _told(found: _Found, candidate: Candidate, with_classes: bool = True) -> str:
-    """In words, which images they are; where those of the run may have changed since, that this is of what there is now.
+def _told(found: _Found, candidate: Candidate, with_classes: bool = False) -> str:
+    """In words, which images they are.
 
     Args:
         with_classes: also how many have another class.
     """
-    changed = "" if found.unchanged else ", if they were there then"
-    if found.unchanged is False:
-        changed += " (the run's images have changed since)"
-    return f"images in {candidate.index.root}, {found.same.told(with_classes)}{changed}"
-
-
-def _on_others(found: _Found) -> str:
-    """What the error says of other images."""
-    if not found.same.conflicts:
-        return ON_NEW_IMAGES
-    if found.same.conflicts < found.same.found:
-        return "those of the same class make the error too low, the others too high"
-    return "as it has learned another class for them, they make the error too high"
+    return f"images in {candidate.index.root}, {found.same.told(with_classes)}{found.provided}"
 
 
 def _has_files(run: _Run, candidate: Candidate) -> bool:

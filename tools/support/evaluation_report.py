@@ -220,10 +220,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
     if r["trained_on"]:
         lines.append(f"trained on {r['trained_on']}")
     if r["chosen_by_these"]:
-        lines.append(
-            "of its run's epochs these images (the same names, labels and lengths) found this one the best: new images usually "
-            "have a worse result"
-        )
+        lines.append("of its run's epochs these images found this one the best: new images usually have a worse result")
     if r["chosen_by_some"]:
         lines.append(
             f"its run's best epoch was chosen by {r['chosen_by_some']}: new images usually have a worse result"
