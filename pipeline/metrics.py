@@ -30,16 +30,16 @@ class Score:
 
     @property
     def top1_error(self) -> float:
-        return 100 * (1 - self._per_image(self.top1_correct))
+        return self._percent_wrong(self.top1_correct)
 
     @property
     def top5_error(self) -> float | None:
-        return None if self.top5_correct is None else 100 * (1 - self._per_image(self.top5_correct))
+        return None if self.top5_correct is None else self._percent_wrong(self.top5_correct)
 
     @property
     def exit_errors(self) -> tuple[float, ...]:
         """Top-1 error at each exit; empty for a network with one output."""
-        return tuple(100 * (1 - self._per_image(correct)) for correct in self.exits_correct)
+        return tuple(map(self._percent_wrong, self.exits_correct))
 
     @property
     def loss(self) -> float:
@@ -55,6 +55,10 @@ class Score:
         """Its errors in a few words; with `top5` also the accuracy, which others show."""
         errors = errors_text(self.top1_error, self.top5_error) if top5 else f"top-1 error {self.top1_error:.2f} %"
         return errors + exits_text(self.exit_errors)
+
+    def _percent_wrong(self, correct: int) -> float:
+        """Rounded once, so that an error and its accuracy, with two digits each, add up to 100."""
+        return 100 * (self.images - correct) / self.images if self.images else math.nan
 
     def _per_image(self, total: float) -> float:
         return total / self.images if self.images else math.nan
@@ -80,7 +84,8 @@ class LabelScore:
     @property
     def label_error(self) -> float:
         """Wrong ones among all labels, in percent."""
-        return 100 * (1 - self.right_labels / (self.images * len(self.classes))) if self.images else math.nan
+        labels = self.images * len(self.classes)
+        return 100 * (labels - self.right_labels) / labels if self.images else math.nan
 
     @property
     def loss(self) -> float:

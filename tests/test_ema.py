@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_config
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import assert_equal_weights, last_state, records
 from training_hooks import InterruptAfter, InterruptionError
@@ -25,6 +26,7 @@ from pipeline.report import summary
 from pipeline.run import Run
 from pipeline.start import read_initial_weights
 from pipeline.weights import read_weights, write_safetensors, write_torch
+from tools import figures
 from tools.support.model_card import model_card
 
 pytestmark = pytest.mark.slow
@@ -163,6 +165,16 @@ def test_the_best_epoch_can_be_chosen_by_the_raw_weights(whole, tmp_path):
         assert list(Run(whole[0], world).validated) == ["ema", "raw"]
     found = read_weights(tmp_path / "checkpoints" / "last.pt")
     assert not found.averaged and found.note == "raw weights (--ema: their average)"
+
+
+def test_a_picture_of_the_reuse_of_features_says_whose_weights_it_shows(whole, tmp_path, monkeypatch):
+    changed(whole, tmp_path, best_by="raw")
+    files = [str(folder / "checkpoints" / "last.pt") for folder in (tmp_path, Path(whole[0].run_dir))]
+    titles: list[str] = []
+    monkeypatch.setattr(figures, "draw_reuse", lambda blocks, title: (titles.append(title), Figure())[1])
+    monkeypatch.setattr("sys.argv", ["figures", *files, "--output", str(tmp_path / "pictures")])
+    figures.main()
+    assert [title.split(" (")[1] for title in titles] == ["raw weights): feature reuse", "ema weights): feature reuse"]
 
 
 def test_the_best_epoch_is_told_of_the_weights_that_were_judged_then(tmp_path, capsys):

@@ -32,7 +32,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.evaluation import Evaluation, evaluate
 from pipeline.measured import Measured
-from pipeline.metrics import Score
+from pipeline.metrics import Score, errors_text
 from pipeline.models import create_model
 from pipeline.paper import C10, TOP1_ON_IMAGENET
 from pipeline.run import Progress
@@ -202,6 +202,15 @@ def timms_preparation(name: str, index):
 
 
 @pytest.mark.slow
+def test_an_error_and_its_accuracy_add_up():
+    """To two digits each, also where there are as many images as make the third one a 5."""
+    images = 160
+    for wrong in range(images + 1):
+        score = Score(images, images - wrong, images - wrong, 0.0)
+        error, accuracy = map(float, re.findall(r"\d+\.\d\d", errors_text(score.top1_error, None)))
+        assert round(error + accuracy, 9) == 100 and score.top5_error == pytest.approx(100 * wrong / images, abs=0)
+
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "densenet121"])
 def test_logits_are_timms(name, tmp_path, image_folders, evaluated):
     """Random weights of timm through the tool, with timm's preprocessing, against timm's transform and network."""

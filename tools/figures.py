@@ -214,9 +214,11 @@ def main() -> None:
         if large := [run for run in with_errors if run.data == IMAGENET]:
             written.append(save(draw_imagenet(large), output / "imagenet.png"))
     for name, path in zip(names_of_files(weights), weights, strict=True):
-        network = read_weights(path).network
-        if isinstance(network, DenseNet):
-            picture = draw_reuse(feature_reuse(network), f"{name}: feature reuse")
+        found = read_weights(path)
+        if isinstance(found.network, DenseNet):
+            kind = "ema" if found.averaged else "raw"
+            of = f" ({kind} weights)" if found.config.train.ema_decay else ""
+            picture = draw_reuse(feature_reuse(found.network), f"{name}{of}: feature reuse")
             written.append(save(picture, output / f"reuse-{name}.png"))
         else:
             print(f"{path}: no picture of the reuse of features, which is of DenseNets", file=sys.stderr, flush=True)

@@ -45,10 +45,9 @@ class Pictures(Hook):
         picture = draw_grid(_shown(run, self._samples.images), captions, COLUMNS)
         trainer.monitor.image("images/validation_answers", picture, run.done_steps)
         if isinstance(network := _judged(run), DenseNet):
-            reuse = draw_reuse(
-                feature_reuse(network), f"{run.config.model.name} after {counted(result.epoch + 1, 'epoch')}"
-            )
-            trainer.monitor.figure("images/feature_reuse", reuse, run.done_steps)
+            of = f" ({next(iter(run.validated))} weights)" if run.ema else ""
+            title = f"{run.config.model.name}{of} after {counted(result.epoch + 1, 'epoch')}"
+            trainer.monitor.figure("images/feature_reuse", draw_reuse(feature_reuse(network), title), run.done_steps)
 
 
 def pictures_due(run: Run, epoch: int) -> bool:

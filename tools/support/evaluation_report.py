@@ -253,7 +253,7 @@ def _error_lines(r: dict[str, Any]) -> list[str]:
     ]
     sizes = [row["images"] for row in r["by_class"]]
     if max(sizes) > min(sizes):
-        frequent = 100 * (1 - max(sizes) / sum(sizes))
+        frequent = 100 * (sum(sizes) - max(sizes)) / sum(sizes)
         lines.append(
             f"mean error of a class {r['mean_class_error']:.2f} %, however many images each has ({min(sizes):,} to "
             f"{max(sizes):,}); the most frequent class as every answer has a top-1 error of {frequent:.2f} %"
