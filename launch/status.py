@@ -182,12 +182,13 @@ def read_status(run_dir: Path, queue: Queue) -> Status:
 def _steps_lost(run_dir: Path, recorded: int, progress: dict[str, Any]) -> str:
     """Which steps a run that has ended will do again, as its checkpoints, if they are whole, are of an earlier one; empty if
     there are none, or if that is not known."""
-    if recorded and not has_checkpoint(run_dir) and not traces_of_checkpoints(run_dir):
-        return "it had saved no checkpoint, so that a start does all its steps again"
+    if not has_checkpoint(run_dir):
+        new = recorded and not traces_of_checkpoints(run_dir)
+        return "it had saved no checkpoint, so that a start does all its steps again" if new else ""
     saved = progress.get("done_steps", recorded)  # not known where status.json is of another checkpoint
-    return (
-        f"its last checkpoint is of step {saved}, so that a start does those after it again" if saved < recorded else ""
-    )
+    if saved >= recorded:
+        return ""
+    return f"its last checkpoint is of step {saved}, so that a start does those after it again"
 
 
 def _validations(records: list[dict[str, Any]], measure: Measure) -> Validations:

@@ -57,7 +57,6 @@ class Score:
         return errors + exits_text(self.exit_errors)
 
     def _percent_wrong(self, correct: int) -> float:
-        """Rounded once, so that an error and its accuracy, with two digits each, add up to 100."""
         return 100 * (self.images - correct) / self.images if self.images else math.nan
 
     def _per_image(self, total: float) -> float:
@@ -117,10 +116,15 @@ def top5_counts(classes: int) -> bool:
     return classes > 5
 
 
+def accuracy(error: float) -> float:
+    """What an error in percent leaves of 100, as both are printed, with two digits: so they add up."""
+    return 100 - round(error, 2)
+
+
 def errors_text(top1_error: float, top5_error: float | None) -> str:
     """Both errors, in percent, in the words that every log and summary has; the first alone where that is all that counts."""
     top5 = "" if top5_error is None else f", top-5 error {top5_error:.2f} %"
-    return f"top-1 error {top1_error:.2f} % (accuracy {100 - top1_error:.2f} %){top5}"
+    return f"top-1 error {top1_error:.2f} % (accuracy {accuracy(top1_error):.2f} %){top5}"
 
 
 def exits_text(errors: Sequence[float]) -> str:

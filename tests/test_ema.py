@@ -21,7 +21,7 @@ from pipeline.data.loader import EvaluationLoader
 from pipeline.distributed import init_distributed
 from pipeline.ema import ModelEma
 from pipeline.errors import UserError
-from pipeline.hooks import Hook
+from pipeline.hooks import Hook, pictures
 from pipeline.report import summary
 from pipeline.run import Run
 from pipeline.start import read_initial_weights
@@ -175,6 +175,15 @@ def test_a_picture_of_the_reuse_of_features_says_whose_weights_it_shows(whole, t
     monkeypatch.setattr("sys.argv", ["figures", *files, "--output", str(tmp_path / "pictures")])
     figures.main()
     assert [title.split(" (")[1] for title in titles] == ["raw weights): feature reuse", "ema weights): feature reuse"]
+
+
+@pytest.mark.parametrize(("decay", "of"), [(0.5, " (ema weights)"), (0.0, "")])
+def test_the_board_says_whose_reuse_of_features_it_shows(tmp_path, monkeypatch, decay, of):
+    titles: list[str] = []
+    monkeypatch.setattr(pictures, "draw_reuse", lambda blocks, title: (titles.append(title), Figure())[1])
+    train = {"ema_decay": decay, "pictures_every": 1, "log_every": 1}
+    trainer.fit(small_config(tmp_path, train=train, optim={"epochs": 1}))
+    assert titles == [f"densenet_bc22_k8{of} after 1 epoch"]
 
 
 def test_the_best_epoch_is_told_of_the_weights_that_were_judged_then(tmp_path, capsys):

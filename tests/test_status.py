@@ -169,10 +169,13 @@ def test_a_run_that_lost_steps_says_which_it_will_do_again(tmp_path):
     """A kill comes after the last checkpoint, or before the first; what has saved as it left has lost nothing. Nothing is said
     where checkpoints were lost or are not known: a start may refuse."""
     run = run_of_torchrun(tmp_path / "a", BEGIN)
-    assert not read_status(run, {}).steps_lost  # status.json says that there was a checkpoint
     (run / "status.json").unlink()
-    assert not read_status(run, {}).steps_lost  # so does an epoch's record
+    assert not read_status(run, {}).steps_lost  # an epoch's record says that there was a checkpoint
     (run / "metrics.jsonl").write_text('{"step": 4, "epochs": 0.5, "speed/images_per_second": 9}\n')
+    for said in ('{"epoch": 0, "epochs": 2, "step": 3}', '{"epoch": 0, "epochs": 2, "done_steps": 3}'):
+        (run / "status.json").write_text(said)
+        assert not read_status(run, {}).steps_lost  # so does this
+    (run / "status.json").unlink()
     assert read_status(run, {}).steps_lost == "it had saved no checkpoint, so that a start does all its steps again"
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "best.pt").write_bytes(b"of an epoch")

@@ -141,8 +141,8 @@ def open_both(data: DataConfig, thresholds_from: str | None, weights: Weights) -
         _warn("the images of --thresholds are those of --data: the budgets' errors are too low for new images")
     elif known := trained_on(Candidate(weights.origin, "", weights, folder, chosen_on, 0)):
         _warn(
-            f"--thresholds: the network was trained on {known}; it is surer of them than of new ones, which leave later than "
-            "a budget wants, and cost more"
+            f"--thresholds: the network was trained on {known}; it is surer of images that it has seen, so that new ones "
+            "leave later than a budget wants, and cost more"
         )
     return Images(test, chosen_on, seen)
 

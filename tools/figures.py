@@ -217,7 +217,9 @@ def main() -> None:
         found = read_weights(path)
         if isinstance(found.network, DenseNet):
             kind = "ema" if found.averaged else "raw"
-            of = f" ({kind} weights)" if found.config.train.ema_decay else ""
+            of = (
+                f" ({kind} weights)" if found.config.train.ema_decay and found.note else ""
+            )  # files of before do not say
             picture = draw_reuse(feature_reuse(found.network), f"{name}{of}: feature reuse")
             written.append(save(picture, output / f"reuse-{name}.png"))
         else:

@@ -174,7 +174,7 @@ class SameImages:
 
     @property
     def effect(self) -> str:
-        """What such validation images do to the error of a network that has trained on the others."""
+        """What such validation images do to the error of a network that has trained on the training images."""
         if not self.conflicts:
             return "they make the error too low"
         if self.conflicts < self.found:
@@ -197,7 +197,8 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> SameImages | None:
         if same := [i for i in rows if _bytes(train, i) == content]:
             agreeing = [i for i in same if _have_one_class(train, i, val, j)]
             copies[j] = (agreeing or same)[0]
-            conflicts += [] if agreeing else [j]
+            if not agreeing:
+                conflicts.append(j)
     if not copies:
         return None
     j = (conflicts or list(copies))[0]
@@ -210,7 +211,7 @@ def same_images(train: DatasetIndex, val: DatasetIndex) -> SameImages | None:
 
 
 def _have_one_class(train: DatasetIndex, i: int, val: DatasetIndex, j: int) -> bool:
-    """Whether two images have the same class by its name; so they do where an image has several labels."""
+    """Whether two images have the same class by its name; of several labels this is not judged, and taken as so."""
     return train.several_labels or val.several_labels or train.classes[train.labels[i]] == val.classes[val.labels[j]]
 
 

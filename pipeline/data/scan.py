@@ -22,7 +22,6 @@ from pipeline.data.image_files import (
     COLORS,
     LAST_THAT_STANDS,
     LEFT_OUT,
-    MAY_BE_TRANSPARENT,
     ROTATED,
     SKIP,
     PixelFormat,
@@ -209,8 +208,6 @@ def _scan(
                 whole = not any(issue.stops for issue in of_group)
                 of_group = [_outcome_of_corrupt(issue, corrupt_images) for issue in of_group]
                 stops = any(issue.stops for issue in of_group)
-                if not pixel_format:  # copied as they are
-                    of_group = [issue for issue in of_group if issue.fault != MAY_BE_TRANSPARENT]
                 issues += of_group if new else [issue for issue in of_group if issue.stops]
                 any_new = any_new or bool(new)
                 if group.name and not group.labelled and not row.names and not stops and not empty_classes:

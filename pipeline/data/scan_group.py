@@ -101,7 +101,7 @@ def scan_group(
     sizes: list[tuple[int, int]] = []
     orientations: list[tuple[int, int]] = []
     deep: list[tuple[int, str]] = []
-    transparent: list[int] = []
+    transparent: list[str] = []
 
     def examine(part: Sequence[Member]) -> list[tuple[_Header | None, list[ImageIssue]]]:
         return [_read_header(source, os.path.join(group.name, member.name), member) for member in part]
@@ -116,11 +116,11 @@ def scan_group(
             if header.deep_mode:
                 deep.append((len(members), header.deep_mode))
             if header.transparent:
-                transparent.append(len(members))
+                transparent.append(member.name)
             members.append(member)
             sizes.append(header.size)
     if transparent:
-        first = source.location(os.path.join(group.name, members[transparent[0]].name))
+        first = source.location(os.path.join(group.name, transparent[0]))
         issues.append(ImageIssue(first, MAY_BE_TRANSPARENT, OPAQUE, count=len(transparent)))
     row = {
         "group": group.key or group.name,

@@ -77,8 +77,8 @@ def verify(
         if found.usable and (other := validated.first.get(found.digest)):
             location, label = other
             # A flat folder's classes are in a file of their own, and a table may spell them otherwise.
-            both_known = bool(label) and found.label in validated.labels
-            kind = OTHERWISE_IN_VALIDATION if both_known and label != found.label else TRAINED_ON
+            comparable = bool(label) and found.label in validated.labels
+            kind = OTHERWISE_IN_VALIDATION if comparable and label != found.label else TRAINED_ON
             yield ImageIssue(found.location, *kind, location)
         yield from trained.add(found, TWICE_IN_TRAINING, TWO_CLASSES_IN_TRAINING)
     return images
@@ -135,15 +135,16 @@ def _has_transparent_pixels(image: Image.Image) -> bool:
     channel and no such pixel."""
     if not may_be_transparent(image):
         return False
+    if "A" in image.getbands():
+        return image.getchannel("A").getextrema() != (255, 255)
     if image.mode.startswith("I"):  # 16 bits of gray, of which Pillow converts no transparency
         return bool((np.asarray(image) == image.info["transparency"]).any())
-    if deep_mode(image):  # colours of 16 bits, which Pillow compares by 8 of them
+    if deep_mode(image):  # Pillow compares such colours with the transparent one by 8 bits of 16
         return False
     try:
-        alpha = image if "A" in image.getbands() else image.convert("RGBA")
-    except Exception:  # of damaged data on transparency, which no loader reads
+        return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    except Exception:  # over damaged data on transparency, which no loader reads
         return False
-    return alpha.getchannel("A").getextrema() != (255, 255)
 
 
 def _is_of_one_colour(pixels: Image.Image) -> bool:

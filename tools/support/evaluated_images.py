@@ -154,7 +154,7 @@ class _Found:
         """The condition under which it is true of the set that there was; empty if it is that."""
         if self.unchanged:
             return ""
-        changed = "" if self.unchanged is None else f" (the images of {self.run.file} have changed since)"
+        changed = "" if self.unchanged is None else f" (the images of the run of {self.run.file} have changed since)"
         if not self.run.data.holdout:
             return f", if they were there then{changed}"
         held_out = "and not held out" if self.split == "train" else "and held out"  # others may be now

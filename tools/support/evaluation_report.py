@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.class_names import short_names
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation import Evaluation
+from pipeline.metrics import accuracy
 from pipeline.parsing import value_text
 from pipeline.words import counted
 from tools.support.facts import billions, millions
@@ -243,14 +244,14 @@ def _of_colors(numbers: Sequence[float]) -> str:
 
 
 def _error_lines(r: dict[str, Any]) -> list[str]:
-    lines = [
-        *(
-            f"top-{k} error {r[f'top{k}_error']:.2f} %  (accuracy {100 - r[f'top{k}_error']:.2f} %; {r[f'top{k}_wrong']} of "
-            f"{r['images']} wrong; Wilson's 95 % interval {r[f'top{k}_interval'][0]:.2f} to {r[f'top{k}_interval'][1]:.2f})"
-            for k in (1, 5)
-            if r[f"top{k}_error"] is not None
-        ),
-    ]
+    lines = []
+    for k in (1, 5):
+        if (error := r[f"top{k}_error"]) is not None:
+            low, high = r[f"top{k}_interval"]
+            lines.append(
+                f"top-{k} error {error:.2f} %  (accuracy {accuracy(error):.2f} %; {r[f'top{k}_wrong']} of {r['images']} wrong; "
+                f"Wilson's 95 % interval {low:.2f} to {high:.2f})"
+            )
     sizes = [row["images"] for row in r["by_class"]]
     if max(sizes) > min(sizes):
         frequent = 100 * (sum(sizes) - max(sizes)) / sum(sizes)
