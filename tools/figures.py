@@ -216,10 +216,8 @@ def main() -> None:
     for name, path in zip(names_of_files(weights), weights, strict=True):
         found = read_weights(path)
         if isinstance(found.network, DenseNet):
-            kind = "ema" if found.averaged else "raw"
-            of = (
-                f" ({kind} weights)" if found.config.train.ema_decay and found.note else ""
-            )  # files of before do not say
+            says_which = found.config.train.ema_decay and found.note  # files of before do not
+            of = f" ({'ema' if found.averaged else 'raw'} weights)" if says_which else ""
             picture = draw_reuse(feature_reuse(found.network), f"{name}{of}: feature reuse")
             written.append(save(picture, output / f"reuse-{name}.png"))
         else:

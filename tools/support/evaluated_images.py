@@ -151,7 +151,7 @@ class _Found:
 
     @property
     def provided(self) -> str:
-        """The condition under which it is true of the set that there was; empty if it is that."""
+        """Under which condition it holds of the images that the run had; empty where it is known to hold."""
         if self.unchanged:
             return ""
         changed = "" if self.unchanged is None else f" (the images of the run of {self.run.file} have changed since)"
