@@ -135,8 +135,9 @@ def test_the_first_picture_is_read_of_several(tmp_path):
     for name in ("a.gif", "b.tif", "c.webp", "d.png"):
         options = {"lossless": True} if name == "c.webp" else {}
         pictures[0].save(tmp_path / "cat" / name, save_all=True, append_images=pictures[1:], **options)
-    said = {Path(issue.location).name: str(issue) for issue in verify([open_source(tmp_path)], [])}
-    assert len(said) == 4 and all("holds several pictures: read as its first" in line for line in said.values())
+    said = [str(issue).split("/")[-1] for issue in verify([open_source(tmp_path)], [])]
+    for name in ("a.gif", "b.tif", "c.webp", "d.png"):
+        assert f"{name} holds several pictures: read as its first" in said
     for loader in ("native", "dali", "reference"):
         config = DataConfig(crop_size=20, resize_size=20, loader=loader, mean=(0, 0, 0), std=(1, 1, 1))
         (batch,) = EvaluationLoader(scan_classes(tmp_path), config, CPU, batch_size=8, crops=1).batches()
