@@ -13,6 +13,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+MANY_FILES = 65_536
+
 
 def usable_cores() -> list[int]:
     """Numbers of the CPU cores that this process may use (a scheduler's binding included)."""
@@ -31,6 +33,15 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def allow_many_files() -> None:
+    """Let this process have as many files open as its hard limit allows, up to `MANY_FILES`: each shard stays open, and each
+    thread of the native loader has some."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if most == resource.RLIM_INFINITY else min(most, MANY_FILES)
+    if allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def present_gpus(folder: Path = Path("/dev")) -> list[Path]:

@@ -17,6 +17,16 @@ from pipeline.data.shared import share_on_machines
 from pipeline.distributed import init_distributed
 
 
+def inode_at(address):
+    """Of the file that is mapped there; 0 if none is."""
+    for line in open("/proc/self/maps"):  # noqa: SIM115 - for as long as the process lives
+        span, *_, inode = line.split()[:5]
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            return int(inode)
+    return 0
+
+
 def first_sees_nothing(mapped):
     firsts = iter([None])
     return lambda path, mark: next(firsts, mapped(path, mark))
@@ -54,6 +64,7 @@ with init_distributed("cpu") as world:
                     list(index.names)[-1],
                     index.labels.sum().item(),
                     type(base).__name__,
+                    inode_at(index.labels.__array_interface__["data"][0]),
                 ]
             ),
             flush=True,

@@ -152,8 +152,29 @@ def test_a_tar_with_training_and_validation_in_it_is_refused(packed, tmp_path, v
         for split in ("train", validation):
             tar.add(packed / "train" / "class0" / "image0000.jpg", f"{split}/class0/image.jpg")
             tar.add(packed / "train" / "class1" / "image0001.jpg", f"{split}/logo.jpg")  # a stray one
-    with pytest.raises(UserError, match="holds the class 'class0' 2 times"):
+    with pytest.raises(UserError, match=f"holds {' and '.join(sorted(('train', validation)))}: parts of a data set"):
         scan_classes(tmp_path / "all.tar")
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_tar_or_zip_file_has_the_classes_of_the_folder_that_was_packed(image_folders, tmp_path, kind):
+    """Of a class that has all its images in folders, beside one that has none; and a whole data set is refused alike."""
+    images, folder = sorted((image_folders / "train" / "class0").iterdir()), tmp_path / "folder"
+    places = ("cat/1.jpg", "dog/poodle/2.jpg", "dog/beagle/3.jpg")
+    for image, place in zip(images, places, strict=False):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(image, folder / place)
+    expected, archive = scan_classes(folder), shutil.make_archive(str(tmp_path / "packed"), kind, folder)
+    found = scan_classes(archive)
+    assert found.classes == expected.classes == ("cat", "dog") and list(found.names) == list(expected.names)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    whole = tmp_path / "whole" / "competition"
+    shutil.copytree(folder, whole / "train")
+    shutil.copytree(folder / "cat", whole / "test")  # flat, as Kaggle's
+    archive = shutil.make_archive(str(tmp_path / "whole"), kind, whole.parent)
+    for root in (whole, archive):
+        with pytest.raises(UserError, match="holds test and train: parts of a data set, which are no classes"):
+            scan_classes(root)
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])

@@ -23,7 +23,7 @@ from tools import index
 
 
 def table(folder: Path, text: str) -> Path:
-    (folder / "table.csv").write_text(text)
+    (folder / "table.csv").write_text(text, errors="surrogateescape")
     return folder / "table.csv"
 
 
@@ -57,6 +57,8 @@ def test_names_between_bars_and_columns_of_0_and_1_say_the_same(tmp_path):
         ("file,labels\na,cat|dgo\n", ("cat", "dog"), r"line 2: the label 'dgo' is none of .*did you mean 'dog'"),
         ("file,cat\na,1\n", ("cat", "dog"), "has no column 'dog'"),
         ("file,cat,dog\na,1,0\n", ("cat",), "has the column 'dog'"),
+        ("file,cat,\udcc9pi\na,1,0\n", None, r"line 1: '.udcc9pi' is not in UTF-8: save the table in that encoding"),
+        ("file,labels\na,cat\nb,cat|\udcc9pi\n", None, r"line 3: 'cat\|.udcc9pi' is not in UTF-8"),
     ],
 )
 def test_what_a_table_may_not_say(tmp_path, text, classes, expected):

@@ -4,15 +4,17 @@ import ctypes
 import dataclasses
 import functools
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo, small_config
+from conftest import REPOSITORY, photo, small_config
 from PIL import Image
 
 from pipeline import cpp, trainer
@@ -69,6 +71,38 @@ def photos(tmp_path_factory) -> DatasetIndex:
     photo(51, 80, 70).convert("CMYK").save(root / "a" / "cmyk.jpg")
     photo(52, 70, 80).save(root / "a" / "image.png")
     return scan_classes(root)
+
+
+@pytest.mark.slow
+def test_more_files_than_a_process_may_have_open_at_first(photos, tmp_path):
+    """Each thread has some open."""
+    script = (
+        "import resource, sys, torch; most = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, most));"
+        "from pipeline.config import DataConfig; from pipeline.data.loader import EvaluationLoader, Shard;"
+        "from pipeline.data.scan import scan_classes; config = DataConfig(crop_size=24, resize_size=28, loader='native');"
+        "shard = Shard(0, 1, torch.device('cpu'), 40);"
+        "loader = EvaluationLoader(scan_classes(sys.argv[1]), config, shard, batch_size=26, crops=1);"
+        "print(sum(len(batch.ids) for batch in loader.batches()), resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 160)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, photos.root], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == f"{len(photos)} True\n", done.stderr
+
+
+@pytest.mark.slow
+def test_threads_do_not_keep_the_memory_of_a_huge_image(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (9000, 6000), 90).convert("RGB").save(tmp_path / "a" / "huge.jpg")
+    photo(1, 40, 40).save(tmp_path / "a" / "small.jpg")
+    index = scan_classes(tmp_path)
+    memory = []
+    for row in (1, 0, 1):
+        one = dataclasses.replace(CPU, threads=1)
+        loader = EvaluationLoader(index.take(np.array([row])), SMALL, one, batch_size=1, crops=1)
+        assert len([*loader.batches()]) == 1
+        memory.append(int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+    before, huge, after = memory
+    assert huge - before > 60 and after - before < 20  # MiB
 
 
 def random_plan(index: DatasetIndex, crop: int, views: int, seed: int, n: int = 30) -> BatchPlan:

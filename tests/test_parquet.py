@@ -177,6 +177,7 @@ def test_other_columns_of_bytes_are_not_read(image_folders, tmp_path):
     assert len(index) == len(folders) and index.classes == folders.classes
 
 
+@needs_pyarrow
 @pytest.mark.parametrize("labels", ["single", "multi"])
 def test_bytes_of_images_are_not_taken_for_their_paths(tmp_path, labels):
     file = write_images(tmp_path / "x.parquet", ["a", "b"], "string", struct=False)

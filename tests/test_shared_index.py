@@ -39,5 +39,8 @@ def test_ranks_map_one_file_that_is_gone_afterwards(image_folders, tmp_path, mon
     found = sorted(json.loads(line) for line in result.stdout.splitlines() if line.startswith("["))
     known = [len(expected), expected.fingerprint, expected.names[-1], int(expected.labels.sum())]
     cases = (("no room", "bytes"), ("one machine", "mmap"), ("two machines", "mmap"))
-    assert found == [[case, rank, *known, kind] for case, kind in cases for rank in range(2)]
+    assert [row[:-1] for row in found] == [[case, rank, *known, kind] for case, kind in cases for rank in range(2)]
+    files = {case: [row[-1] for row in found if row[0] == case] for case, _ in cases}
+    assert files["no room"] == [0, 0] and files["one machine"] == [files["one machine"][0]] * 2
+    assert 0 not in files["one machine"] and len({0, *files["two machines"]}) == 3  # a file each
     assert not list(tmp_path.iterdir())

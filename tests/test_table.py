@@ -70,6 +70,31 @@ def test_a_table_is_indexed_as_the_folders_that_it_names(images, image_folders, 
     assert_same_images(scan_classes(images / f"train{suffix}"), scan_classes(image_folders / "train"), "train/")
 
 
+def test_a_line_for_a_file_that_is_no_image_is_not_dropped(images, image_folders):
+    """Also where its name does not say that it is one."""
+    rows = files_of(image_folders / "train")
+    for content in (b"", (image_folders / "train" / rows[0][0]).read_bytes()[:2]):
+        (images / "odd").write_bytes(content)
+        table = write_table(
+            images / "t.csv", ("file", "label"), ("odd", rows[0][1]), *((f"train/{f}", k) for f, k in rows)
+        )
+        with pytest.raises(UserError, match="odd is not an image that can be read"):
+            scan_classes(table)
+    assert len(scan_classes(table, corrupt_images="skip")) == len(rows)
+
+
+@pytest.mark.parametrize("table_of", ["train", "val"])
+def test_images_of_the_other_sets_folder_are_not_left_out(images, image_folders, table_of, capfd):
+    rows = [(f"{table_of}/{file}", name) for file, name in files_of(image_folders / table_of)]
+    shutil.copyfile(image_folders / rows[0][0], images / "beside.jpg")
+    write_table(images / "t.csv", ("file", "label"), *rows)
+    config = DataConfig(dir=str(images), **{"train": "train", "val": "val", table_of: "t.csv"})
+    open_datasets(config, images / "run", progress=False)
+    assert (
+        f"{images}/beside.jpg is not in the table {images}/t.csv: left out\n" in capfd.readouterr().err
+    )  # and no others
+
+
 def test_the_cache_knows_the_images_until_a_label_changes(images, image_folders, monkeypatch):
     rows = [(f"train/{file}", name) for file, name in sorted(files_of(image_folders / "train"))]
     table, cache = write_table(images / "train.csv", ("file", "label"), *rows), images / "cache"
@@ -386,12 +411,23 @@ def test_the_training_classes_hold_for_a_validation_table(images, image_folders)
         ("file,label\nx,1\n", {"file": "label", "label": "label"}, "cannot be that of files and of labels"),
         ("file,label,split\nx,1,train\nx,1,Odd\n", {"split": "val"}, "line 3: 'Odd' is no split"),
         ("file,label,split\nx,1,train\n", {"split": "val"}, r"no line of split val, but of train: give .*\(data.val\)"),
+        (
+            "file,label,split\nx,1,train\nx,1,training\n",
+            {"split": "train"},
+            "split train and of training, which mean the same",
+        ),
+        (
+            "file,label,split\nx,1,valid\nx,1,val\n",
+            {"split": "val"},
+            "of split val and of valid, which mean the same: call",
+        ),
         ("file,label\nx,1,2\n", {}, "line 2 has 3 columns"),
+        ("file,label\nx,\udce9toile\n", {}, r"line 2: '.udce9toile' is not in UTF-8: save the table"),
         ("file,label\ntrain/class0/image0000.jpg,1\nx,1\n", {}, "line 3: there is no image 'x'"),
     ],
 )
 def test_what_a_table_may_not_say(images, text, columns, expected):
-    (images / "t.csv").write_text(text)
+    (images / "t.csv").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=expected):
         source = TableSource(str(images / "t.csv"), TableSource.at(str(images / "t.csv")).images, Columns(**columns))
         scan_classes(source)

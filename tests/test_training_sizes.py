@@ -50,7 +50,7 @@ def test_repeats_are_timms(ranks):
     loader = TrainingLoader(
         index, dataclasses.replace(config, loader="synthetic"), CPU, seed=3, batch_size=batch_size, accumulation=1
     )
-    each, neighbours = batch_size // ranks, set()
+    each, neighbours = batch_size // ranks, []
     for step, plans in enumerate(zip(*shares, strict=True)):
         ids = [plan.ids[plan.weights > 0] for plan in plans]
         assert np.array_equal(np.concatenate(ids), loader.global_ids(2, step))
@@ -62,8 +62,8 @@ def test_repeats_are_timms(ranks):
             assert ranks == 1 or all(len(set(own.tolist())) == each for own in ids)
             pairs = np.concatenate(ids).reshape(-1, 2)
             assert (pairs[:, 0] != pairs[:, 1]).all()
-            neighbours |= set(map(tuple, np.sort(pairs, axis=1).tolist()))
-    assert len(neighbours) > 12  # of 24 pairs
+            neighbours += map(tuple, np.sort(pairs, axis=1).tolist())
+    assert len(neighbours) == 24 and len(set(neighbours)) == 16  # 4 images have other neighbours in two turns
     assert sum((plan.weights > 0).sum() for plans in shares for plan in plans) == images
 
 
@@ -75,6 +75,15 @@ def test_neighbours_of_a_batch_are_different_images(batch_size, repeats):
     assert (batches[:, 1:] != batches[:, :-1]).all()
     counts = np.unique(order, return_counts=True)[1]
     assert (counts[:-1] == repeats).all()
+
+
+@pytest.mark.parametrize("batch_size", [2048, 250, 64])
+def test_no_two_images_are_mixed_twice_in_a_batch(batch_size):
+    """Wherever the pairs lie: a batch begins again with its images at an odd place, too."""
+    order = repeat(np.arange(20 * batch_size), 3, batch_size)
+    for batch in order.reshape(-1, batch_size):
+        pairs = np.sort(batch.reshape(-1, 2), axis=1)
+        assert len(np.unique(pairs, axis=0)) == len(pairs)
 
 
 @pytest.mark.parametrize("train_crop", ["random_resized_crop", "random_crop"])

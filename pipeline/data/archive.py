@@ -11,20 +11,20 @@ import os
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import PurePath
 
 from pipeline.data.image_files import beside_classes, hidden, is_image_by_content, is_image_by_name, unreadable_format
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Source, Stream
-from pipeline.data.split_names import KNOWN_SPLITS
+from pipeline.data.split_names import KNOWN_SPLITS, SPLIT_NAMES
 from pipeline.errors import UserError
 
 _OPENING = threading.Lock()
 LONGEST_END = (1 << 20) + 2 * tarfile.BLOCKSIZE  # bytes: two blocks, and what fills up the greatest record
 # What the kept rows of archives follow, as `index_cache.RULE`: to their end, one file of a name, and which folders are parts
 # of a data set.
-RULE = "3"
+RULE = "4"
 MORE_THAN_ONCE = "is there more than once"
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
@@ -67,8 +67,9 @@ class TarSource:
             name = PurePath(item.name).stem
             listing = partial(self._list, name, item.offset, item.length)
             groups.append(Group(name, listing, f"{stamp} {item.offset} {item.length}"))
-        of_folders, beside = groups_of_folders(self, folders, self._in_folder, f"{stamp} 0 {size}")
         remedy = "training and validation need archives of their own"
+        refuse_parts(self.root, folders, remedy)
+        of_folders, beside = groups_of_folders(self, folders, self._in_folder, f"{stamp} 0 {size}")
         return sort_groups(self.root, groups + of_folders, remedy), [*issues, *of_archives.issues, *beside]
 
     def flat(self) -> Group:
@@ -249,7 +250,7 @@ def _by_class(folders: dict[PurePath, list[Member]]) -> dict[PurePath, list[Memb
     As where class folders are unpacked, a folder within one belongs to it: one in a folder that has images of its own, or the
     only one that each class has images in, as Tiny ImageNet's `images`.
     """
-    with_images = {folder for folder, members in folders.items() if any(member.by_name for member in members)}
+    with_images = set(_with_images(folders))
     kinds = {(folder.name, len(folder.parts)) for folder in with_images}
     outer = {folder.parent.name for folder in with_images}
     inner = len(with_images) > 1 and len(kinds) == 1 and "" not in outer and not outer.issubset(KNOWN_SPLITS)
@@ -264,7 +265,48 @@ def _by_class(folders: dict[PurePath, list[Member]]) -> dict[PurePath, list[Memb
             inside = folder.relative_to(above[-1])
             members = [dataclasses.replace(member, name=str(inside / member.name)) for member in members]
         of_class += members
-    return classes
+    return _at_one_depth(classes)
+
+
+def _at_one_depth(classes: dict[PurePath, list[Member]]) -> dict[PurePath, list[Member]]:
+    """The same, where some class folders lie deeper than others: then those right below the folder that all share are the
+    classes, as in a folder."""
+    with_images = _with_images(classes)
+    shared = _shared(with_images)
+    names = {folder.parts[shared] for folder in with_images if len(folder.parts) > shared}
+    if len({len(folder.parts) for folder in with_images}) < 2 or not names.isdisjoint(KNOWN_SPLITS):
+        return classes
+    found: dict[PurePath, list[Member]] = {}
+    for folder, members in classes.items():
+        outer = PurePath(*folder.parts[: shared + 1])
+        inside = folder.relative_to(outer)
+        found.setdefault(outer, []).extend(dataclasses.replace(m, name=str(inside / m.name)) for m in members)
+    return found
+
+
+def _with_images(folders: Mapping[PurePath, list[Member]]) -> list[PurePath]:
+    """The folders that have images, by their names."""
+    return [folder for folder, members in folders.items() if any(member.by_name for member in members)]
+
+
+def _shared(folders: list[PurePath]) -> int:
+    """How many folders lie above them all, or are one of them."""
+    levels = zip(*(folder.parts for folder in folders), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+
+
+def refuse_parts(root: str, folders: Mapping[PurePath, list[Member]], remedy: str) -> None:
+    """Refuse an archive of a whole data set, whose parts would be taken for classes.
+
+    Args:
+        folders: the files in each folder.
+    """
+    with_images = _with_images(folders)
+    shared = _shared(with_images)
+    parts = {folder.parts[shared] for folder in with_images if len(folder.parts) > shared}
+    if len(parts) > 1 and parts.issubset(KNOWN_SPLITS) and not parts.isdisjoint(SPLIT_NAMES["train"]):
+        named = " and ".join(sorted(parts))
+        raise UserError(f"{root} holds {named}: parts of a data set, which are no classes: {remedy}")
 
 
 def sort_groups(root: str, groups: list[Group], remedy: str) -> list[Group]:

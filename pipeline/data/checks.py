@@ -10,9 +10,11 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.archive import TarSource
+from pipeline.data.arrays import ArraySource
 from pipeline.data.folder import FolderSource
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import read_all
+from pipeline.data.synthetic import SyntheticSource
 from pipeline.data.table import TableSource, is_table, lines_of_other_splits, split_like_columns
 from pipeline.data.zip_archive import ZipSource
 from pipeline.words import agreed, counted
@@ -218,7 +220,7 @@ def _have_one_class(train: DatasetIndex, i: int, val: DatasetIndex, j: int) -> b
 def _alike(train: DatasetIndex, val: DatasetIndex) -> tuple[dict[int, list[int]], set[int]]:
     """For some rows of val the rows of train that may be the same file, as they have the same length: for those that have some
     of the same name, too, and for others, evenly spread over the validation set; and which are spread."""
-    if len(set(val.lengths.tolist())) == 1 and len(val) > 1:  # arrays, of which all have one length
+    if isinstance(val.source, ArraySource | SyntheticSource):  # they are not files
         return {}, set()
     keys = [_key(val, j) for j in range(len(val))]
     spread = _spread(range(len(val)))

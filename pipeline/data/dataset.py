@@ -88,7 +88,7 @@ def source_of(config: DataConfig, split: Split) -> FileSource:
     if not is_table(root):
         return open_source(root)
     columns = Columns(config.file_column, config.label_column, split)
-    return TableSource(str(root), open_source(config.dir), columns, _table_beside(config, split))
+    return TableSource(str(root), open_source(config.dir), columns, *_other_set(config, split))
 
 
 def label_table_source(config: DataConfig, split: Split, classes: tuple[str, ...] | None) -> LabelTableSource:
@@ -98,13 +98,18 @@ def label_table_source(config: DataConfig, split: Split, classes: tuple[str, ...
         classes: those that there may be, in the order of the network's outputs; None for the table's own.
     """
     root = Path(config.dir, config.train if split == "train" else config.val)
-    return LabelTableSource(str(root), open_source(config.dir), classes, split, _table_beside(config, split))
+    return LabelTableSource(str(root), open_source(config.dir), classes, split, *_other_set(config, split))
 
 
-def _table_beside(config: DataConfig, split: Split) -> str | None:
-    """The table of the other set, where there is one."""
+def _other_set(config: DataConfig, split: Split) -> tuple[str | None, str | None]:
+    """The table of the run's other set, or its place in the data folder, if it is a folder there."""
+    if config.holdout:
+        return None, None
     other = Path(config.dir, config.val if split == "train" else config.train)
-    return str(other) if not config.holdout and is_table(other) else None
+    if is_table(other):
+        return str(other), None
+    place = os.path.relpath(other, config.dir)
+    return None, place if other.is_dir() and place != os.curdir and not place.startswith(os.pardir) else None
 
 
 def known_images(config: DataConfig, split: Split, classes: tuple[str, ...], cache: Path) -> DatasetIndex | None:

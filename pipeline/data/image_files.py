@@ -29,6 +29,10 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Vo
 ANIMATED = {"GIF", "PNG", "TIFF", "WEBP", "AVIF"}  # the second picture of an MPO is a preview or a stereo partner
 # Headers of a table's column of files, in small letters.
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "images", "path", "image index", "image_id", "id", "name")
+# How Pillow calls and stores the colours of TIFF files.
+TWELVE_BITS = "I;12"
+STORED_IN_16_BITS = (";16", ";16B", ";16L", ";16N")  # ends of its raw modes
+PHOTOMETRIC_INTERPRETATION = 262  # a tag; 0: white is 0
 OWN_CACHE = ".index.jsonl"  # see index_cache.cache_beside
 
 
@@ -152,6 +156,8 @@ def open_image(stream: Stream, location: str) -> Image.Image:
         ) from None
     if image.mode.startswith(("I", "F")) and not deep_mode(image):
         raise RefusedImageError(location, "has more than 16 bits a colour", image.mode, "convert or remove it")
+    if image.format == "TIFF" and deep_mode(image).startswith("I") and _white_is_zero(image):
+        raise RefusedImageError(location, "stores white as 0, which Pillow reads as black", "", "convert or remove it")
     return image
 
 
@@ -170,16 +176,27 @@ def _why_unreadable(stream: Stream, error: Exception) -> str:
 
 
 def deep_mode(image: Image.Image) -> str:
-    """What Pillow calls the colours of an opened image that has 16 bits of each; empty for fewer."""
+    """What Pillow calls the colours of an opened image that has 16 bits of each, or more than 8; empty for fewer."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    mode, *others = arguments if isinstance(arguments, tuple) else (arguments,)
+    if image.mode.startswith("I;16") and mode == TWELVE_BITS:  # of which Pillow reads 4,095 at most
+        return TWELVE_BITS
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return image.mode
-    tiles = getattr(image, "tile", None)
-    mode = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
-    return mode if mode.endswith(";16B") else ""
+    if image.format == "PPM":  # with the largest value
+        return f"{mode};16B" if others and isinstance(others[0], int) and others[0] > 255 else ""
+    return str(mode) if image.format in ("PNG", "TIFF") and str(mode).endswith(STORED_IN_16_BITS) else ""
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    return getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def refused_depth(mode: str, depth: int) -> tuple[str, str] | None:
     """What is wrong with an image of this `deep_mode` where images of `depth` bits are wanted, and what to do about it."""
+    if mode == TWELVE_BITS:
+        return "has 12 bits a colour", "convert it to 16 bits, or remove it"
     gray = mode.startswith("I")
     if depth == 8 and gray:  # colours of 16 bits Pillow reads with 8
         return "has more than 8 bits a colour", "set data.depth 16 and data.channels 1, or convert or remove it"

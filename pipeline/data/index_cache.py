@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-RULE = "4"  # which rule of image_files.py a kept row follows
+RULE = "5"  # which rule of image_files.py a kept row follows
 BEGIN = f'{{"rule":"{RULE}","group":'  # of a line
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.data.image_files import FILE_COLUMNS, is_image_by_name
 from pipeline.data.parquet import read_table
 from pipeline.data.source import FileSource, ImageIssue, Member
-from pipeline.data.split_names import KNOWN_SPLITS, SPLIT_NAMES
+from pipeline.data.split_names import ALIKE, KNOWN_SPLITS, SPLIT_NAMES
 from pipeline.errors import UserError, did_you_mean
 from pipeline.words import counted
 
@@ -74,8 +74,10 @@ def read_label_table(file: Path, classes: tuple[str, ...] | None = None, split: 
     files = tuple(row[of_files].strip() for row in rows)
     if of_labels is not None and of_labels != of_files:
         named = [_names(row[of_labels]) for row in rows]
+        refuse_other_encoding(file, zip(lines, (row[of_labels] for row in rows), strict=True))
         return LabelTable(files, *_of_names(file, named, classes, lines), tuple(lines), elsewhere)
     columns = [i for i in range(len(header)) if i not in (of_files, of_split)]
+    refuse_other_encoding(file, ((1, header[i]) for i in columns))
     return LabelTable(files, *_of_columns(file, header, columns, rows, classes, lines), tuple(lines), elsewhere)
 
 
@@ -141,6 +143,9 @@ def name_of_split(file: Path, there: Iterable[str], split: str) -> str:
         UserError: no row is of it.
     """
     known = sorted(set(there))
+    for alike in ALIKE:
+        if split in alike and len(both := [name for name in known if name in alike]) > 1:
+            raise UserError(f"{file} has lines of split {' and of '.join(both)}, which mean the same: call them alike")
     name = next((name for name in SPLIT_NAMES.get(split, (split,)) if name in known), None)
     if name is None:
         field = f" (data.{split})" if split in SPLIT_NAMES else ""
@@ -181,6 +186,20 @@ def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
     if twice:
         raise UserError(f"{file} has two columns '{twice[0]}': give each a name of its own")
     return header, rows
+
+
+def refuse_other_encoding(file: Path, cells: Iterable[tuple[int, str]]) -> None:
+    """Refuse names of classes that are not in UTF-8; file names are read as they are.
+
+    Args:
+        cells: the number of a line, and what it says.
+    """
+    for line, cell in cells:
+        if not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell):
+            raise UserError(
+                f"{file}, line {line}: '{cell.encode(errors='backslashreplace').decode()}' is not in UTF-8: save the table in "
+                "that encoding (in Excel: CSV UTF-8)"
+            )
 
 
 def match_files(
@@ -243,6 +262,7 @@ def images_elsewhere(
 def images_in_no_table(
     table: str,
     beside: str | None,
+    aside: str | None,
     split: str | None,
     source: FileSource,
     members: Mapping[str, Member],
@@ -254,6 +274,7 @@ def images_in_no_table(
 
     Args:
         beside: the table of the run's other set, perhaps the same; None: there is none.
+        aside: the folder of the run's other set, by its name in the source; None: there is none.
         split: whose lines are taken; None: all.
         members: all files of the source, by name.
         named: the images that those lines mean.
@@ -271,7 +292,8 @@ def images_in_no_table(
     if beside not in (None, table):
         tables.append(beside)
         known |= images_elsewhere(Path(beside), files_of(Path(beside)), members, source.root)
-    return not_in_table(tables, source, members.values(), known)
+    others = (member for member in members.values() if not aside or not member.name.startswith(os.path.join(aside, "")))
+    return not_in_table(tables, source, others, known)
 
 
 def not_in_table(

@@ -22,7 +22,7 @@ class LabelTableSource:
     Attributes:
         classes: those that there may be, in the order of the network's outputs; None for the table's own.
         split: whose rows are taken, as `name_of_split` takes it, where the table says of each which it is for; None: all.
-        beside: the table of the run's other set. Of images that are in neither the training's tells.
+        beside, aside: as of `TableSource`.
     """
 
     root: str
@@ -30,6 +30,7 @@ class LabelTableSource:
     classes: tuple[str, ...] | None = None
     split: str | None = None
     beside: str | None = None
+    aside: str | None = None
 
     @classmethod
     def at(cls, root: str) -> FileSource | None:
@@ -79,6 +80,6 @@ class LabelTableSource:
         named, members = self.row_of, self._members
         issues = [issue for issue in self._listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
         issues += images_in_no_table(
-            self.root, self.beside, self.split, self.images, members, named, self.table.elsewhere, files_in
+            self.root, self.beside, self.aside, self.split, self.images, members, named, self.table.elsewhere, files_in
         )
         return Listing(tuple(members[name] for name in named), tuple(issues))

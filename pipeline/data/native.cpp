@@ -30,6 +30,7 @@ typedef uint16_t H __attribute__((vector_size(32)));
 
 enum Filter { TORCH7, BILINEAR, BICUBIC };
 enum Stage { READ, DECODE, ALL };
+static const size_t HUGE_BYTES = 32 << 20;  // of one buffer of a thread
 static const int AHEAD = 4;  // images that a thread has asked the disk for, of which it works on the first
 
 extern "C" {
@@ -206,8 +207,9 @@ struct Pixels {
   long stride, rows, width;
 };
 
-// At least `size` elements that a thread keeps. What they hold is left over.
+// At least `size` elements that a thread keeps, but for those of a few huge images. What they hold is left over.
 template <class T> static T* room(vector<T>& kept, size_t size) {
+  if (kept.size() * sizeof(T) > HUGE_BYTES && size < kept.size() / 4) vector<T>().swap(kept);
   if (kept.size() < size) kept.resize(size);
   return kept.data();
 }

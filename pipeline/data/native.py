@@ -35,6 +35,7 @@ from pipeline.data.reference import PILLOW_FILTERS, views_of
 from pipeline.data.replacements import collect
 from pipeline.data.source import PlacedSource, SourceInMemory
 from pipeline.errors import LocalUserError
+from pipeline.machine import allow_many_files
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FILTERS = {"torch7-bicubic": 0, "pil-bilinear": 1, "pil-bicubic": 2}
@@ -56,6 +57,9 @@ LIBJPEG = [  # in the order of `libjpeg` in native.cpp
 TRIALS = (((61, 23), (17, 21)), ((23, 61), (21, 17)), ((9, 14), (31, 20)), ((40, 40), (25, 25)))
 
 
+AHEAD = 4  # files that a thread has open, as in native.cpp
+
+
 class _Batch(ctypes.Structure):
     """`Batch` of native.cpp."""
 
@@ -73,7 +77,7 @@ class _Batch(ctypes.Structure):
 class _Claims(ctypes.Structure):
     """`Claims` of native.cpp."""
 
-    _fields_ = [("count", ctypes.c_int64), ("images", ctypes.c_int64 * 4), ("files", ctypes.c_int32 * 4)]
+    _fields_ = [("count", ctypes.c_int64), ("images", ctypes.c_int64 * AHEAD), ("files", ctypes.c_int32 * AHEAD)]
 
 
 @functools.cache
@@ -135,6 +139,7 @@ class NativePipeline:
     ):
         self._index, self._config, self._views, self._corrupt_images = index, config, views, corrupt_images
         self._library, self._number, self._pool, self._dtype = load(), threads, _threads(threads), dtype
+        allow_many_files()
         self._reader = Reader(index)
         self._memory = Memory()
         # Images that C++ has handed back once: it need not read them again.

@@ -127,14 +127,28 @@ def sample_order(index: DatasetIndex, config: DataConfig, seed: int, epoch: int)
 def repeat(order: np.ndarray, repeats: int, batch_size: int) -> np.ndarray:
     """(N) int64: an epoch's order in which each of its first N / R rows stands R times, all in one batch but at its ends.
 
-    A batch has all its images once, then all once more, and so on, turned by a place each time: copies so fall to different
-    ranks, and neighbours are different images, other ones each time. Which images a batch has is as with timm's RASampler.
+    A batch has all its images once, then all once more, and so on: with at least as many ranks as repeats, copies so fall to
+    different ranks, but for a few where they do not divide a batch. Neighbours, which may be mixed with each other, are
+    different images, other ones each time; in odd batches and small ones some are the same twice. Which images a batch has is
+    as with timm's RASampler.
     """
     if repeats == 1:
         return order
     rows = np.repeat(order, repeats)[: len(order)]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return np.concatenate([np.roll(batch[r::repeats], -r) for batch in batches for r in range(repeats)])
+    return np.concatenate([_paired_anew(batch[r::repeats], r) for batch in batches for r in range(repeats)])
+
+
+def _paired_anew(images: np.ndarray, turn: int) -> np.ndarray:
+    """The same images with other neighbours in each turn.
+
+    Along the zigzag 0, -1, 1, -2, 2, ... of the n images as a ring, turned by a place each time, no two images are neighbours
+    twice in n / 2 turns (Walecki's paths, in Lucas 1892).
+    """
+    n = len(images)
+    zigzag = np.empty(n, np.int64)
+    zigzag[::2], zigzag[1::2] = np.arange((n + 1) // 2), n - 1 - np.arange(n // 2)
+    return images[(zigzag - turn) % n]
 
 
 def split(start: int, stop: int, parts: int, together: int = 1) -> list[range]:

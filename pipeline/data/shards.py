@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -22,11 +21,11 @@ from pipeline.data.archive import OpenFile, Section, listed, refuse_compressed, 
 from pipeline.data.image_files import is_image_by_name
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 from pipeline.errors import UserError
+from pipeline.machine import allow_many_files
 
 LABEL_SUFFIXES = ("cls", "json", "txt")  # in the order in which a label is looked for
 LABEL_FIELDS = ("label", "cls", "class")
 LONGEST_LABEL = 4096  # bytes of a file that may be one
-OTHER_FILES = 256  # that a process has open beside the shards
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -85,8 +84,7 @@ class ShardSource:
         return bisect.bisect_right(self._starts, offset) - 1
 
     def _opened(self, i: int):
-        OPENED.add(self._files[i].path)
-        _allow_open_files(len(OPENED))
+        allow_many_files()  # what the system does not allow shows when one is opened
         return self._files[i].opened()
 
     def _list(self, i: int, labelled: bool = True) -> Listing:
@@ -101,7 +99,10 @@ class ShardSource:
         found = listed(walk_tar(file, 0, self._starts[i + 1] - start, location_of), location_of)
         for member in found.members:
             key, suffix = _key(member.name)
-            samples.setdefault(key, {})[suffix] = member
+            parts = samples.setdefault(key, {})
+            while suffix in parts:  # as KEY.jpg and KEY.JPG
+                suffix += " "
+            parts[suffix] = member
         members, issues = [], list(found.issues)
         for key, parts in samples.items():
             location = location_of(key)
@@ -169,6 +170,10 @@ def expand(pattern: str) -> list[str]:
                 "them, or give another range"
             )
         return files
+    folder, name = os.path.split(pattern)
+    if os.path.isdir(folder or os.curdir):  # whose own name may have brackets
+        files = glob.glob(name, root_dir=folder or None) if glob.has_magic(name) else []
+        return sorted(os.path.join(folder, file) for file in files)
     return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else []
 
 
@@ -187,7 +192,8 @@ def _is_shard(file: str, root: str) -> bool:
     """Whether a tar archive begins with files of one key, of which one is an image and one may be its label.
 
     Args:
-        root: what names it. If that is the file itself, one with folders in it is an archive of class folders.
+        root: what names it. If that is the file itself, one with folders in it is an archive of class folders, unless it says
+            classes.
 
     Raises:
         UserError: it is damaged, and a pattern or a folder of tars names it, which are of no other kind.
@@ -205,7 +211,7 @@ def _is_shard(file: str, root: str) -> bool:
     keys = [_key(member.name) for member in head]
     suffixes = {suffix for (key, suffix) in keys if key == keys[0][0]}
     images = {suffix for suffix in suffixes if is_image_by_name(f"x.{suffix}")}
-    if root == file and os.sep in keys[0][0]:
+    if root == file and os.sep in keys[0][0] and "cls" not in suffixes:
         return False
     return bool(images) and bool(suffixes & set(LABEL_SUFFIXES))
 
@@ -213,14 +219,3 @@ def _is_shard(file: str, root: str) -> bool:
 def _files(file: str) -> Iterator[Member]:
     walk = walk_tar(OpenFile(file), 0, os.path.getsize(file), str)
     return (item for item in walk if isinstance(item, Member))
-
-
-OPENED: set[str] = set()  # the shards that this process has opened, of all sets: they stay open
-
-
-def _allow_open_files(shards: int) -> None:
-    """Let this process keep all shards open; what the system does not allow shows when one is opened."""
-    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed < shards + OTHER_FILES:
-        wanted = shards + OTHER_FILES if most == resource.RLIM_INFINITY else min(shards + OTHER_FILES, most)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, wanted), most))

@@ -5,4 +5,6 @@ SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "test", "dev", "eval"),
 }
+# Names that mean the same.
+ALIKE = (SPLIT_NAMES["train"], ("val", "valid", "validation"))
 KNOWN_SPLITS = tuple(name for names in SPLIT_NAMES.values() for name in names)

@@ -27,6 +27,7 @@ from pipeline.data.label_table import (
     match_files,
     read_label_table,
     read_rows,
+    refuse_other_encoding,
     several_splits,
 )
 from pipeline.data.parquet import is_table_of_paths
@@ -69,12 +70,14 @@ class TableSource:
 
     Attributes:
         beside: the table of the run's other set. Of images that are in neither the training's tells.
+        aside: the folder of the run's other set within that place, of whose images nothing is told.
     """
 
     root: str
     images: FileSource
     columns: Columns = Columns()
     beside: str | None = None
+    aside: str | None = None
 
     @classmethod
     def at(cls, root: str) -> FileSource | None:
@@ -112,14 +115,25 @@ class TableSource:
         wanted, lines = [entry.file for entry in own], [entry.line for entry in own]
         names = match_files(table, wanted, members, self.images.root, lines)
         found = sorted(
-            (dataclasses.replace(members[name], label=entry.label) for name, entry in zip(names, own, strict=True)),
+            (
+                dataclasses.replace(members[name], by_name=True, label=entry.label)
+                for name, entry in zip(names, own, strict=True)
+            ),
             key=lambda member: member.name,
         )
         issues = [issue for issue in listing.issues if issue.stops or issue.fault == MORE_THAN_ONCE]
         if self.columns.split is None and (counts := several_splits(_splits_of(entries))):
             issues.append(ImageIssue(self.root, f"{OF_SEVERAL_SPLITS} ({counts})", "all are taken"))
         issues += images_in_no_table(
-            self.root, self.beside, self.columns.split, self.images, members, names, elsewhere, self._files_of
+            self.root,
+            self.beside,
+            self.aside,
+            self.columns.split,
+            self.images,
+            members,
+            names,
+            elsewhere,
+            self._files_of,
         )
         return Listing(tuple(found), tuple(issues))
 
@@ -161,6 +175,7 @@ def read_table(table: Path, columns: Columns) -> list[Entry]:
             raise UserError(
                 f"{table}, line {entry.line}: the image '{entry.file}' has no label: give one, or remove it"
             )
+    refuse_other_encoding(table, ((entry.line, entry.label) for entry in entries))
     return entries
 
 

@@ -55,7 +55,6 @@ TWO_CLASSES_IN_VALIDATION = (
 )
 TWICE_UNLABELLED = "is there twice", "compare what the two are labelled, and remove one"
 DIGEST = 16  # bytes of SHA-256 that are kept: of a million images no two are taken for one by chance
-PNG_DEPTH = 24  # where a PNG file says how many bits a colour has
 
 
 def verify(
@@ -116,7 +115,7 @@ def examine(
     if header.mode == "CMYK":
         outcome = "read as RGB through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has CMYK colours", outcome))
-    if header.format == "PNG" and content[PNG_DEPTH] > 8 and pixel_format.depth == 8:
+    if deep_mode(header) and pixel_format.depth == 8:
         outcome = "read with 8 bits through Pillow, alike by all loaders"
         issues.append(ImageIssue(location, "has more than 8 bits a colour", outcome, header.mode))
     if _has_transparent_pixels(header):

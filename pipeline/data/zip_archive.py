@@ -13,7 +13,16 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
-from pipeline.data.archive import OpenFile, Section, groups_of_folders, left_out, link_inside, listed, sort_groups
+from pipeline.data.archive import (
+    OpenFile,
+    Section,
+    groups_of_folders,
+    left_out,
+    link_inside,
+    listed,
+    refuse_parts,
+    sort_groups,
+)
 from pipeline.data.image_files import beside_classes, is_image_by_name
 from pipeline.data.source import FileSource, Group, ImageIssue, Listing, Member, Stream
 from pipeline.errors import UserError
@@ -57,12 +66,13 @@ class ZipSource:
                 folder, name = os.path.split(item.name)
                 folders.setdefault(folder, []).append(Member(name, item.offset, item.length, by_name=item.by_name))
         by_path = {PurePath(folder): members for folder, members in folders.items()}
-        groups, beside = groups_of_folders(self, by_path, self._positions, self._stamp())
         parts = next((folder.parts for folder in by_path if "train" in folder.parts), ())
         inside = os.path.join(self.root, *parts[: parts.index("train") + 1]) if parts else ""
         remedy = (
             f"give one of the folders in it, as {inside}" if inside else "unpack it, and give the folder of the classes"
         )
+        refuse_parts(self.root, by_path, remedy)
+        groups, beside = groups_of_folders(self, by_path, self._positions, self._stamp())
         return sort_groups(self.root, groups, remedy), issues + beside
 
     def flat(self) -> Group:

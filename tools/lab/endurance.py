@@ -19,20 +19,23 @@ from pipeline.machine import available_cores
 from tools.lab.images import write_images
 from tools.support.markdown import table
 
-CLASSES, SIDE, CROP, BATCH = 10, 16, 12, 256
+CLASSES, SIDE, BATCH = 10, 16, 256
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.lab.endurance", description=__doc__)
     parser.add_argument("--files", type=positive_integer, default=20_000, help="number of JPEG files [%(default)s]")
     parser.add_argument("--epochs", type=positive_integer, default=20, help="number of epochs [%(default)s]")
+    parser.add_argument("--crop-size", type=positive_integer, default=12, help="side of a crop in pixels [%(default)s]")
     parser.add_argument(
         "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [%(default)s]"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), CLASSES, options.files, seed=0, side=SIDE)
-        config = DataConfig(loader=options.loader, crop_size=CROP, resize_size=SIDE)
+        config = DataConfig(
+            loader=options.loader, crop_size=options.crop_size, resize_size=max(SIDE, options.crop_size)
+        )
         shard = Shard(0, 1, torch.device("cpu"), available_cores())
         loader = TrainingLoader(scan_classes(folder), config, shard, seed=1, batch_size=BATCH, accumulation=1)
         rows = []
