@@ -5,6 +5,7 @@
 >>> evaluate("runs/demo/checkpoints/best.pt", "data/fashion-mnist/val").score.top1_error
 """
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def evaluate(
     """
     folder = Path(folder).expanduser()
     found = read_weights(weights, ema=ema)
-    data = found.data
+    data = dataclasses.replace(found.data, loader="auto", threads=0)  # the run's machine may have been another
     if text := assumption(str(weights), found.config, found.assumed):
         warnings.warn(text, stacklevel=2)
     if text := mirrored_views(str(weights), found.config, crops, "crops=1"):

@@ -181,13 +181,14 @@ def choose(
     """The implementation for a run on these GPUs, one a rank.
 
     Args:
-        kept: the choice of the run that resumes. On another GPU it is checked again, not made again.
+        kept: the choice of the run that resumes. On another GPU it is checked again, not made again: if it fails there, the run
+            does as its configuration says.
 
     Raises:
         UserError: as `measure_apart`.
     """
     kinds = sorted({*cards})
-    nothing_was = kept and not kept.card and kept.chosen.dense_block == "auto"  # measured: the modules compute
+    nothing_was = kept and kept.chosen.dense_block == "auto"  # measured: the modules compute
     if kept and (nothing_was or kept.chosen.dense_block == "eager" or kinds == [kept.card]):
         return kept
     if len(kinds) > 1:  # what is right on one may fail on another
@@ -343,6 +344,7 @@ def measure(
         set_tf32(precision)
         notes.append(f"nothing was measured: {_reason(error)}")
         return found()
+    stood_in: set[Implementation] = set()
     for i, candidate in enumerate(those):
         report(found(), ", ".join(map(str, those[i:])))
         work = None
@@ -350,10 +352,13 @@ def measure(
             _free(device)
             work = _Work(shallow, candidate, config, FEW)
             results = work.results(few_x, few_labels)
-            if work.selected != candidate.dense_block:  # another stands in, and is a candidate itself
+            if work.selected != candidate.dense_block:  # another stands in, and is measured once
                 if only:
                     raise ValueError(f"here the modules would be computed by {work.selected}")
-                continue
+                candidate = dataclasses.replace(candidate, dense_block=work.selected)
+                if candidate in those or candidate in stood_in:
+                    continue
+                stood_in.add(candidate)
             check(results, exact_few, nearest_few, " of a shallow network")
             work = _Work(network, candidate, config, images)
             if candidate.compile == "none" or checked == images:  # else it is compiled or captured for so many

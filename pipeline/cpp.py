@@ -5,13 +5,21 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# The kernels look for NaN, which compilers with fast arithmetic as their default, as icpx, would take away.
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
+)  # fmt: skip
+
+
+COMPILE_ERROR = re.compile(r":\d+: (fatal )?error:")
 
 
 class CppUnavailableError(Exception):
@@ -32,7 +40,8 @@ def load_cpp(sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> ctypes.CD
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with open(library.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one of a machine's ranks compiles, the others wait
+                with suppress(OSError):  # of a file system without locks: then each compiles
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # one of a machine's ranks compiles, the others wait
                 if not library.exists():
                     _compile(compiler, source, flags, library)
     except OSError as error:
@@ -40,7 +49,8 @@ def load_cpp(sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> ctypes.CD
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise CppUnavailableError(f"cannot load {library} ({error}): delete it") from None
+        remedy = "delete it, or set XDG_CACHE_HOME to a folder from which programs may run"
+        raise CppUnavailableError(f"cannot load {library} ({error}): {remedy}") from None
 
 
 def _cache_folder() -> Path:
@@ -60,16 +70,25 @@ def reason_if_unavailable(load: Callable[[], object]) -> str | None:
 
 
 def find_compiler() -> str:
+    failed = ""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name):
+            try:
+                _version(name)
+            except OSError as error:
+                failed = failed or f": {name} cannot be run ({error.strerror})"
+                continue
             return name
-    raise CppUnavailableError("no C++ compiler (c++, g++, clang++ or $CXX)")
+    raise CppUnavailableError(f"no C++ compiler (c++, g++, clang++ or $CXX){failed}")
+
+
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
 
 
 def fingerprint(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
     """Of all that the compiled code depends on, so that a cache shared by different machines is safe."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [version, _cpu().encode(), " ".join(flags).encode(), *(path.read_bytes() for path in sources)]
+    parts = [_version(compiler), _cpu().encode(), " ".join(flags).encode(), *(path.read_bytes() for path in sources)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -90,6 +109,14 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], library: Path) -
             [compiler, *flags, str(source), "-o", str(new)], capture_output=True, text=True, check=False
         )
         if result.returncode:
-            first = next(iter(result.stderr.strip().splitlines()), f"exit code {result.returncode}")
-            raise CppUnavailableError(f"{compiler} cannot compile {source.name}: {first}")
-        new.replace(library)
+            lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+            said = next(
+                (line for line in lines if COMPILE_ERROR.search(line)), lines[0]
+            )  # after "In file included from"
+            raise CppUnavailableError(f"{compiler} cannot compile {source.name}: {said}")
+        try:
+            os.link(new, library)  # a library that others have loaded, perhaps on other machines, is never replaced
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            new.replace(library)

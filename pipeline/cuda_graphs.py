@@ -57,14 +57,18 @@ class ReplayedNetwork(nn.Module):
         super().__init__()
         self.network, self.enabled = network, True
         self._images, self._graphs = images, dict[Any, _Graphs]()
+        self._selections = dict[Any, Any]()  # what computes the blocks in a replay, if the network says it
         self._trained = list[nn.Parameter]()  # to walk the modules for them takes as long as to start a graph
         self._pool: Any = None
 
     def forward(self, x: Tensor) -> Any:
         trains = self.network.training and torch.is_grad_enabled() and not x.requires_grad
-        graphs = self._graphs.get(_kind(x)) if self.enabled and trains else None
+        kind = _kind(x)
+        graphs = self._graphs.get(kind) if self.enabled and trains else None
         if graphs is None:
             return self.network(x)
+        if kind in self._selections:
+            self.network.selection = self._selections[kind]
         return _Replay.apply(graphs, x, *self._trained)
 
     def capture(self, x: Tensor) -> None:
@@ -84,6 +88,8 @@ class ReplayedNetwork(nn.Module):
         try:
             self._compute(images, parameters)
             self._graphs[_kind(x)] = self._captured(images, parameters)
+            if hasattr(self.network, "selection"):
+                self._selections[_kind(x)] = self.network.selection
         except Exception as error:
             raise _refusal(error) from None
 

@@ -94,7 +94,7 @@ def evaluate(
             `Objective.logits`.
         memory_format: of the network. Images in another would make cuDNN lay out each weight anew in each batch.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # frozen parts have another
     several = loader.index.several_labels
     model.eval()
     # Both stay on the device, which nothing here waits for until the last batch is on its way.
@@ -117,11 +117,14 @@ def evaluate(
         best = answers.topk(min(5, answers.shape[1]), dim=1)  # of logits: small probabilities would tie at zero
         surest = best.values[:, 0].sigmoid() if several else (best.values[:, 0] - answers.logsumexp(dim=1)).exp()
         indices = best.indices.where(answers.isfinite().all(dim=1, keepdim=True), -1)
+        if every:  # the last exit's are the network's, also where equal logits leave a choice
+            every = (torch.cat([every[0][:, :-1], indices[:, :1]], dim=1),)
         found = (indices, surest, losses_at, *every)
         answered.append((batch.ids, *found))
         if keep_logits or several:
             all_logits.append((batch.ids, answers))
-    model.train(was_training)
+    for module, mode in modes.items():
+        module.training = mode
 
     images = len(loader.index)
     gathered = world.gather_to_rank0(_on_host(all_logits)) if keep_logits or several else []

@@ -188,7 +188,7 @@ def _balanced(index: DatasetIndex) -> np.ndarray:
 
 def _of_file(file: Path, index: DatasetIndex) -> np.ndarray:
     try:
-        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason, nearest = getattr(error, "strerror", None) or error, did_you_mean(file.name, ["balanced"])
         raise UserError(

@@ -45,6 +45,10 @@ class Recipe:
 
 _FILTERS = ("Pillow's bicubic; in training bilinear or bicubic at random", "data.interpolation")
 _MIXED = ("with the batch in reverse order, with one share", "data.mixup_alpha")
+_CROPS = (
+    "logarithm of the aspect uniform; else the center, squeezed",
+    "aspect uniform, turned by chance; else the center, cut",
+)
 _WARPS = ("bilinear or bicubic at random", "data.warp_interpolation")
 _LAST_BATCH = ("left out where it is not whole", "trained on")
 _WARM_UP = ("from epoch to epoch; the cosine counts them", "optim.warmup_epochs")  # of timm's scheduler
@@ -81,6 +85,7 @@ def _strikes_back(procedure: str, fields: Mapping[str, Any]) -> Recipe:
         fields={**_STRIKES_BACK, **fields},
         elsewhere={
             "resize filter": _FILTERS,
+            "training crop": _CROPS,
             "warp filter": _WARPS,
             "last batch": _LAST_BATCH,
             "mixup": (f"alpha {fields.get('data.mixup_alpha', 0.1)}, {_MIXED[0]}", _MIXED[1]),
@@ -142,6 +147,7 @@ RECIPES: dict[str, Recipe] = {
         },
         elsewhere={
             "resize filter": _FILTERS,
+            "training crop": _CROPS,
             "warp filter": _WARPS,
             "last batch": _LAST_BATCH,
             "random erasing": ("0.25, after mixing", "data.random_erasing"),

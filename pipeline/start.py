@@ -146,7 +146,7 @@ def read_initial_weights(model: ModelConfig) -> InitialWeights:
             "file that this is the checksum of"
         )
     own = found if isinstance(found, OwnWeights) else None
-    state = found.state if isinstance(found, OwnWeights) else found
+    state = found.state
     outputs = len(own.classes) if own else outputs_of(state, model.name, path)
     with torch.device("meta"):
         network = create_network(model, outputs)

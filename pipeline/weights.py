@@ -50,7 +50,8 @@ EXTERNAL_KEYS = (
     "net",
     "network",
 )  # where others keep the weights among other things
-EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema")  # openmmlab's state_dict is the average already
+EXTERNAL_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict")
+OPENMMLABS_RAW = "ema_state_dict"  # its EMAHook exchanges the two: beside this, state_dict is the average
 REFUSED_TYPE = re.compile(r"GLOBAL (\S+)")  # in what torch.load says
 AVERAGED = "moving average of the weights"
 RAW = "raw weights, not their moving average"
@@ -65,6 +66,7 @@ class Weights:
         network: on the CPU, in evaluation mode.
         config: the run's; of external weights the model and how images are prepared, all else at its default.
         classes: names of the outputs.
+        run_classes: what their run called them, where they have other names since; else empty.
         microbatches: ranks times gradient accumulation steps of the run, None if that is not known.
         measured: what the run's own audit compares besides the configuration, None if that is not known.
         note: how the names of external weights were understood, or which of a run's two sets of weights these are; else empty.
@@ -97,6 +99,7 @@ class Weights:
     fingerprint: str | None = None
     val_fingerprint: str | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    run_classes: tuple[str, ...] = ()
 
     @property
     def data(self) -> DataConfig:
@@ -155,6 +158,18 @@ class OwnWeights(NamedTuple):
     measured: Measured | None = None
     fingerprint: str | None = None
     val_fingerprint: str | None = None
+    run_classes: tuple[str, ...] = ()
+
+
+class ExternalWeights(NamedTuple):
+    """What a file of others holds.
+
+    Attributes:
+        averaged: it is known to be a moving average.
+    """
+
+    state: dict[str, Tensor]
+    averaged: bool = False
 
 
 def read_weights(
@@ -183,7 +198,9 @@ def read_weights(
         )
     network = create_network(found.config.model, len(found.classes), found.config.data.channels)
     load_weights(network, found.state, str(path))
-    known = found._asdict() | {"classes": classes or found.classes}
+    known = found._asdict()
+    if classes and classes != found.classes:
+        known |= {"classes": classes, "run_classes": found.run_classes or found.classes}
     del known["state"]
     return Weights(str(path), network.eval(), **known)
 
@@ -249,6 +266,7 @@ def _about(weights: Weights) -> str:
     about = {
         "config": dataclasses.asdict(dataclasses.replace(weights.config, data=weights.data)),
         "classes": weights.classes,
+        "run_classes": weights.run_classes,
         "microbatches": weights.microbatches,
         "measured": weights.measured and dataclasses.asdict(weights.measured),
         "fingerprint": weights.fingerprint,
@@ -264,8 +282,8 @@ def _about(weights: Weights) -> str:
     return json.dumps(about)
 
 
-def read_file(path: Path, ema: bool | None = None) -> OwnWeights | dict[str, Tensor]:
-    """What a file of this project holds, or the tensors of an external one; see `read_weights`."""
+def read_file(path: Path, ema: bool | None = None) -> OwnWeights | ExternalWeights:
+    """What a file of this project, or an external one, holds; see `read_weights`."""
     try:
         with path.open("rb") as file:
             safetensors = file.read(9)[8:] == b"{"
@@ -274,7 +292,7 @@ def read_file(path: Path, ema: bool | None = None) -> OwnWeights | dict[str, Ten
         raise UserError(f"cannot read the weights {path}: {error.strerror}") from None
     if checkpoint:
         return _of_checkpoint(load_checkpoint(path), str(path), ema)
-    found = _read_safetensors(path) if safetensors else _read_torch(path, bool(ema))
+    found = _read_safetensors(path) if safetensors else _read_torch(path, ema)
     if not safetensors and not isinstance(found, OwnWeights):
         return found
     averaged = isinstance(found, OwnWeights) and found.averaged
@@ -318,15 +336,15 @@ def _refuse_choice(origin: str | Path, ema: bool) -> None:
     raise UserError(f"{origin} holds {here} and no {lacking} beside it: leave out --{'' if ema else 'no-'}ema")
 
 
-def _read_safetensors(path: Path) -> OwnWeights | dict[str, Tensor]:
-    """What a file of this project holds, or the tensors of an external one."""
+def _read_safetensors(path: Path) -> OwnWeights | ExternalWeights:
+    """As `read_file`."""
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             about = (file.metadata() or {}).get(METADATA)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged, or no safetensors file ({' '.join(str(error).split())})") from None
-    return state if about is None else _own(state, about, path)
+    return ExternalWeights(state) if about is None else _own(state, about, path)
 
 
 def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
@@ -353,7 +371,10 @@ def _own(state: dict[str, Tensor], text: Any, path: Path) -> OwnWeights:
     note = AVERAGED if averaged else RAW if config.train.ema_decay and "averaged" in about else ""
     measured = _measured(about.get("measured"))
     fingerprints = {key: about.get(key) for key in ("fingerprint", "val_fingerprint")}
-    known = {"best_weights": best_weights, "assumed": assumed, "measured": measured, **fingerprints}
+    run_classes = tuple(map(str, about.get("run_classes", ())))
+    known = {
+        "best_weights": best_weights, "assumed": assumed, "measured": measured, "run_classes": run_classes, **fingerprints
+    }  # fmt: skip
     return OwnWeights(state, config, classes, microbatches, note, averaged, **trained, **known)
 
 
@@ -365,7 +386,7 @@ def _measured(state: Any) -> Measured | None:
         return None
 
 
-def _read_torch(path: Path, ema: bool) -> OwnWeights | dict[str, Tensor]:
+def _read_torch(path: Path, ema: bool | None) -> OwnWeights | ExternalWeights:
     """As `_read_safetensors`, without running code that the file may hold."""
     try:
         with (
@@ -385,11 +406,7 @@ def _read_torch(path: Path, ema: bool) -> OwnWeights | dict[str, Tensor]:
     except Exception:  # over damaged bytes torch stumbles in any way
         raise UserError(f"{path} is damaged, or no file of weights") from None
     nest = next(
-        (
-            key
-            for key in (EXTERNAL_EMA_KEYS if ema else EXTERNAL_KEYS)
-            if isinstance(found, dict) and isinstance(found.get(key), dict)
-        ),
+        (key for key in _keys_of_weights(found, ema) if isinstance(found, dict) and isinstance(found.get(key), dict)),
         None,
     )
     state = found[nest] if nest else found
@@ -397,8 +414,10 @@ def _read_torch(path: Path, ema: bool) -> OwnWeights | dict[str, Tensor]:
     about = metadata.get(METADATA) if isinstance(metadata, dict) else None
     if ema and nest is None and about is None:
         raise UserError(f"{path} has no moving average of weights ({', '.join(EXTERNAL_EMA_KEYS)}): leave out --ema")
-    if isinstance(state, dict):  # torch.optim.swa_utils.AveragedModel counts beside the weights
-        state = {name: value for name, value in state.items() if name != "n_averaged"}
+    if isinstance(
+        state, dict
+    ):  # torch.optim.swa_utils.AveragedModel counts beside the weights, and openmmlab's averages do
+        state = {name: value for name, value in state.items() if name not in ("n_averaged", "steps")}
     if (
         not state
         or not isinstance(state, dict)
@@ -408,11 +427,26 @@ def _read_torch(path: Path, ema: bool) -> OwnWeights | dict[str, Tensor]:
             f"{path} holds no state dictionary: nothing but tensors by name, or that under one of {', '.join(EXTERNAL_KEYS)}"
         )
     if about is None:
-        return state
+        return ExternalWeights(state, bool(ema) or (ema is None and _is_openmmlabs_average(found)))
     return _own(state, about.get("about") if isinstance(about, dict) else None, path)
 
 
-def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: tuple[str, ...] | None) -> Weights:
+def _keys_of_weights(found: Any, ema: bool | None) -> tuple[str, ...]:
+    """Under which keys a file of others may have the weights that are asked for."""
+    if _is_openmmlabs_average(found):
+        return (OPENMMLABS_RAW,) if ema is False else ("state_dict",)
+    return EXTERNAL_EMA_KEYS if ema else EXTERNAL_KEYS
+
+
+def _is_openmmlabs_average(found: Any) -> bool:
+    """Whether a file has openmmlab's average as its ``state_dict``, known by the steps that it counts in the other one."""
+    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
+        return False
+    return isinstance(found.get(OPENMMLABS_RAW), dict) and "steps" in found[OPENMMLABS_RAW]
+
+
+def _external(path: Path, found: ExternalWeights, model: str | None, classes: tuple[str, ...] | None) -> Weights:
+    state, averaged = found
     outputs = outputs_of(state, model, path)
     if classes is None:
         classes = imagenet_ids() if outputs == 1000 else tuple(map(str, range(outputs)))
@@ -434,7 +468,7 @@ def _external(path: Path, state: dict[str, Tensor], model: str | None, classes: 
         network, data = create_model(name, num_classes=outputs, in_channels=channels), for_channels(data, channels)
     load_weights(network, matched, str(path))
     config = Config(model=ModelConfig(name=name), data=data)
-    return Weights(str(path), network.eval(), config, classes, None, note, assumed=assumed)
+    return Weights(str(path), network.eval(), config, classes, None, note, averaged, assumed=assumed)
 
 
 def _write(path: Path, content: bytes) -> None:

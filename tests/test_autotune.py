@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import signal
 import types
 
@@ -14,7 +15,7 @@ from pipeline import api, autotune, compilation, distributed, trainer
 from pipeline.autotune import Implementation, Tuning, candidates, measure, measure_apart
 from pipeline.errors import UserError
 from pipeline.hooks import Hook
-from pipeline.models import create_model, fused, memory_efficient
+from pipeline.models import create_model, create_network, fused, memory_efficient
 from pipeline.run import Run
 from pipeline.weights import Weights
 
@@ -308,19 +309,20 @@ def test_the_process_ends_with_its_run_and_leaves_it_memory(tmp_path, monkeypatc
 def test_rank_0_decides_for_all(network, tmp_path, monkeypatch):
     monkeypatch.setattr(autotune, "MEASURED_ON", ("cpu",))
     monkeypatch.setattr(autotune, "measure_apart", lambda *_: pytest.fail("measured by another rank"))
+    of_rank_0 = Tuning(Implementation("fused", "channels_last", "none"), {}, "what rank 0 has chosen", "new")
     world = types.SimpleNamespace(
-        device=CPU, broadcast_from_rank0=lambda make: "what rank 0 has chosen", gather=lambda card: [card] * 2
+        device=CPU, broadcast_from_rank0=lambda make: of_rank_0, gather=lambda card: [card] * 2
     )
     rank_1 = types.SimpleNamespace(
         config=small_config(tmp_path), world=world, conditions=types.SimpleNamespace(classes=[1])
     )
-    assert Run._tune(rank_1, network, 12, None) == "what rank 0 has chosen"
+    assert Run._tune(rank_1, network, 12, None) is of_rank_0
     kept = Tuning(
         Implementation("fused", "channels_last", "none"), autotune.what_is_asked(rank_1.config, CPU, 12), "", "old"
     )
     state = {"tuning": dataclasses.asdict(kept), "config": dataclasses.asdict(rank_1.config)}
     found = types.SimpleNamespace(state=state)
-    assert Run._tune(rank_1, network, 12, found) == "what rank 0 has chosen"  # by its own card
+    assert Run._tune(rank_1, network, 12, found) is of_rank_0  # by its own card
 
 
 def test_a_choice_is_kept_on_its_card_and_checked_on_another(tmp_path, monkeypatch):
@@ -334,6 +336,8 @@ def test_a_choice_is_kept_on_its_card_and_checked_on_another(tmp_path, monkeypat
 
     nothing = autotune.Tuning(Implementation("auto", "auto", "none"), {}, "nothing was measured: it died", "")
     assert choose(["A100"], nothing) is nothing  # the modules compute, which need no check
+    failed = dataclasses.replace(nothing, card="V100")  # there all candidates had failed
+    assert choose(["A100"], failed) is failed
     kept = Tuning(triton, {}, "", "A100")
     assert choose(["A100", "A100"], kept) is kept and not asked
     assert (
@@ -358,7 +362,8 @@ def test_an_evaluation_computes_as_its_run_did_on_such_a_card(network, card, pre
     assert network.dense_block == dense_block and (order is torch.contiguous_format) == chosen
     network.dense_block = "fused"
     assert autotune.for_evaluation(network, dataclasses.asdict(tuning), precision, CPU)[0].dense_block == "fused"
-    assert autotune.for_evaluation(torch.nn.Linear(1, 1), None, precision, CPU)
+    linear, order = autotune.for_evaluation(torch.nn.Linear(1, 1), None, precision, CPU)
+    assert isinstance(linear, torch.nn.Linear) and order is torch.channels_last
 
 
 def test_the_library_evaluates_in_fp32_and_not_in_tf32(network, tmp_path, monkeypatch):
@@ -383,6 +388,38 @@ class StopAfterAnEpoch(Hook):
     def on_step_start(self, trainer):
         if trainer.run.progress.epoch == 1:
             raise Stop
+
+
+def test_what_stands_in_for_what_cannot_compute_is_measured(network, tmp_path):
+    """Else nothing would be, and graphs would never be tried."""
+    named = config_of(tmp_path, model={"dense_block": "triton"})
+    tuning = measure(network, named, CPU, 4)
+    assert re.match(r"computes with (eager|memory_efficient|fused) channels_last; ms a step", tuning.text), tuning
+    spares = config_of(tmp_path, model={"activation_checkpointing": "all", "dropout": 0.2})
+    tuning = measure(create_network(spares.model, 3, 3), spares, CPU, 4)
+    assert tuning.text.startswith("computes with eager channels_last; ms a step of 4 images: eager channels_last ")
+    assert tuning.text.count("channels_last") == 2  # once, whatever it stands in for
+
+
+def test_a_choice_that_other_cards_cannot_take_is_kept_for_those_that_can(network, tmp_path, monkeypatch):
+    config, cards = config_of(tmp_path), ["A100", "V100"]
+    asked = autotune.what_is_asked(config, CPU, 12)
+    kept = Tuning(Implementation("triton", "channels_last", "graphs"), asked, "computes with it", "A100")
+    monkeypatch.setattr(autotune, "MEASURED_ON", ("cpu",))
+    monkeypatch.setattr(
+        autotune, "measure_apart", lambda *_: Tuning(autotune.as_configured(config), asked, "a\nb", "V100")
+    )
+    world = types.SimpleNamespace(device=CPU, broadcast_from_rank0=lambda make: make(), gather=lambda _: cards)
+    run = types.SimpleNamespace(config=config, world=world, conditions=types.SimpleNamespace(classes=[1]))
+    state = {"tuning": dataclasses.asdict(kept), "config": dataclasses.asdict(config)}
+    mixed = "nothing was measured: the ranks have different GPUs (A100, V100)"
+    for there, why in ((["A100", "V100"], mixed), (["V100"], "a; b")):
+        cards[:] = there
+        assert Run._tune(run, network, 12, types.SimpleNamespace(state=state)) is None
+        assert run._tuning_left == (kept, why)
+        state = {"tuning": None, "tuning_left": dataclasses.asdict(kept), "config": state["config"]}
+    cards[:] = ["A100"]
+    assert Run._tune(run, network, 12, types.SimpleNamespace(state=state)) == kept
 
 
 def test_a_resumed_run_keeps_its_choice(tmp_path, monkeypatch, capsys):

@@ -95,6 +95,9 @@ def test_sums_of_a_batch_count_each_exit_where_images_count():
     logits = torch.tensor([[[2.0, 1], [1, 2]], [[1, 2], [1, 2]], [[1, 2], [2, 1]]])  # 3 images, 2 exits
     sums = batch_sums(logits, torch.tensor([0, 1, 1]), torch.tensor([1.0, 2, 4]), torch.tensor([1.0, 1, 0]))
     assert sums.tolist() == [2, 1, 2, 3, 2, 1]
+    ties = torch.randint(3, (2000, 2, 9)).bfloat16()  # of which topk and argmax take different ones
+    _, right, _, _, _, last = batch_sums(ties, torch.randint(9, (2000,)), torch.ones(2000), torch.ones(2000)).tolist()
+    assert right == last
     several = batch_sums(logits, torch.tensor([[0, 1], [1, 1], [1, 0]]), torch.ones(3), torch.ones(3))
     assert (
         several.tolist()

@@ -35,19 +35,44 @@ pytestmark = pytest.mark.slow
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = World(0, 0, 1, 1, CPU)
 WAITS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
+OFF_THE_DEVICE = ("tolist", "cpu", "numpy")
 
 
 class Calls(TorchDispatchMode):
-    """Counts operators by name, and the bytes that they read and write."""
+    """Counts operators by name, and the bytes that they read and write.
+
+    Of what waits for a GPU some are no operators, or copies, on CPU: ``tolist``, ``numpy`` and ``cpu`` are counted as they are
+    called, and an index of truth values, whose number of elements the host must know, as one.
+    """
 
     def __init__(self):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.bytes = 0
 
+    def __enter__(self):
+        self._methods = {name: getattr(torch.Tensor, name) for name in OFF_THE_DEVICE}
+        for name, method in self._methods.items():
+            setattr(torch.Tensor, name, self._counting(name, method))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, method in self._methods.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*error)
+
+    def _counting(self, name, method):
+        def called(tensor, *args, **kwargs):
+            self.counts[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return called
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outcome = function(*args, **(kwargs or {}))
         self.counts[str(function.overloadpacket)] += 1
+        indices = args[1] if str(function.overloadpacket) in ("aten.index", "aten.index_put", "aten.index_put_") else ()
+        self.counts["by truth values"] += any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
         moves = function.namespace == "aten" and "empty" not in str(function)
         if moves and not function.is_view:
             leaves = torch.utils._pytree.tree_leaves((args, outcome))
@@ -56,7 +81,7 @@ class Calls(TorchDispatchMode):
 
     @property
     def waits(self) -> int:
-        return sum(self.counts[name] for name in WAITS)
+        return sum(self.counts[name] for name in (*WAITS, *OFF_THE_DEVICE, "by truth values"))
 
 
 class CountsWaits(Hook):
@@ -105,6 +130,11 @@ def test_all_tensors_are_looked_at_with_one_wait():
         assert all_finite(tensors)
     assert calls.waits == 1
     assert not all_finite([*tensors, torch.tensor([1.0, math.inf])]) and all_finite([])
+    waits = (lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x[x > 0], lambda x: bool(x.sum()), lambda x: x.item())
+    for wait in waits:
+        with Calls() as calls:
+            wait(torch.ones(1))
+        assert calls.waits == 1
 
 
 def test_sums_of_a_batch_are_computed_once(tmp_path):
@@ -389,6 +419,34 @@ def test_what_a_graph_would_not_see_is_not_replayed(monkeypatch):
         assert replayed(x).dtype is torch.bfloat16
     calls = network.calls
     assert replayed(x).dtype is torch.float32 and network.calls == calls + 1 and len(replayed._graphs) == 1
+
+
+def test_a_replay_says_who_computes_the_blocks(monkeypatch):
+    """That was who did when it was captured, and not who computed a validation in between."""
+
+    def captured(replayed, images, aliases):
+        graphs, network = captured_on_cpu(replayed, images, aliases), replayed.network
+        compute = graphs.forward.compute
+
+        def in_silence():
+            said = network.selection
+            try:
+                return compute()
+            finally:
+                network.selection = said
+
+        graphs.forward.compute = in_silence
+        return graphs
+
+    monkeypatch.setattr(cuda_graphs.ReplayedNetwork, "_captured", captured)
+    network, x = create_model("densenet_bc22_k8", num_classes=3), torch.randn(4, 3, 16, 16)
+    network.dense_block = "memory_efficient"
+    replayed = compile_network(network, "graphs", images=4, accumulation=1)
+    replayed.capture(x)
+    replayed.eval()(x)
+    assert network.selection.method == "eager"
+    replayed.train()(x)
+    assert network.selection.method == "memory_efficient"
 
 
 @pytest.mark.parametrize(("first", "expected"), [

@@ -315,6 +315,18 @@ def test_stem(dtype, threads, images, height, width, channels):
         assert_close(actual, expected_gradient, dtype)
 
 
+def test_the_stems_pooling_keeps_a_nan():
+    """Also where lower numbers come after it."""
+    norm = Norm(5, torch.float32)
+    y = -torch.rand(1, 5, 6, 6).contiguous(memory_format=torch.channels_last)
+    y[0, 2, 0, 0] = torch.nan
+    norm.mean.zero_(), norm.variance.fill_(1), norm.gamma.fill_(1), norm.beta.zero_()
+    out, argmax = (torch.empty(1, 5, 3, 3, dtype=t, memory_format=torch.channels_last) for t in (y.dtype, torch.uint8))
+    call("stem_forward", torch.float32, y, 1, 6, 6, 5, norm.struct, out, argmax)
+    expected = F.max_pool2d(F.relu(y), kernel_size=3, stride=2, padding=1)
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any() and not (out < 0).any()
+
+
 def test_a_nan_is_not_hidden():
     x = torch.randn(50, 16, dtype=torch.float64)
     x[17, 3] = torch.nan
@@ -487,6 +499,41 @@ def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/nowhere", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "no C++ compiler (c++, g++, clang++ or $CXX)\n"
+
+
+def test_a_compiler_that_cannot_be_run_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "odd").write_bytes(b"of another machine")
+    (tmp_path / "odd").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "odd"))
+    assert cpp.find_compiler() in ("c++", "g++", "clang++")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        cpp.CppUnavailableError, match=r"no C\+\+ compiler .*: .*odd cannot be run \(Exec format error\)"
+    ):
+        cpp.find_compiler()
+
+
+def test_why_code_does_not_compile_is_the_error_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "a.h").write_text("#error nothing goes\n")
+    (tmp_path / "a.cpp").write_text('#include "a.h"\n')
+    with pytest.raises(cpp.CppUnavailableError, match=r"cannot compile a.cpp: .*a.h:1:.*error: .*nothing goes"):
+        cpp.load_cpp([tmp_path / "a.cpp", tmp_path / "a.h"])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_library_that_is_there_is_not_replaced(tmp_path, monkeypatch, links):
+    """Another machine, which sees the lock or the file late, has compiled it meanwhile."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "a.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError("no locks here")))
+    assert cpp.load_cpp([tmp_path / "a.cpp"]).answer() == 42
+    (library,) = (tmp_path / "densenet-pipeline").glob("*.so")
+    before = library.stat().st_ino
+    cpp._compile(cpp.find_compiler(), tmp_path / "a.cpp", cpp.FLAGS, library)
+    assert (library.stat().st_ino == before) == links
 
 
 @pytest.mark.slow

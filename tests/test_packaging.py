@@ -14,6 +14,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_imports import MODULES, imports_of
 
+from pipeline import cpp
+from pipeline.data import native
+from pipeline.models import kernels
+
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 RUN_TIME = PROJECT["project"]["dependencies"]
 DEVELOPMENT = PROJECT["project"]["optional-dependencies"]["dev"]
@@ -67,3 +71,10 @@ def test_continuous_integration_runs_the_two_commands_of_the_readme():
     workflow = yaml.safe_load(Path(REPOSITORY, ".github", "workflows", "test.yaml").read_text())
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make demo", "make test"]
+
+
+def test_the_parts_in_cpp_compile_where_there_is_gcc():
+    """Their own tests are left out where they cannot be used, as with a clang without OpenMP."""
+    if sys.platform != "linux" or b"Free Software Foundation" not in cpp._version(cpp.find_compiler()):
+        pytest.skip("no Linux with GCC")
+    assert native.unavailable_reason() is None and kernels.unavailable_reason() is None

@@ -60,7 +60,9 @@ def test_a_modern_configuration_differs_from_its_recipe_in_what_its_header_says(
     assert "mixed with" in words and "resized with" in words
     erasing = ["random erasing"] if "erased before" in words else []
     assert "warps are bilinear alone" in words and "An epoch's last batch" in words
-    assert odd == [*no_depth, "resize filter", "warp filter", "last batch", *erasing, "mixup", "warm-up epochs"]
+    crops = ["resize filter", "training crop", "warp filter"]
+    assert odd == [*no_depth, *crops, "last batch", *erasing, "mixup", "warm-up epochs"]
+    assert "have an aspect that is uniform (in timm its logarithm is)" in words
     optim, optimizer = config.optim, torch.optim.SGD([torch.zeros(1)], config.optim.lr)
     theirs = CosineLRScheduler(
         optimizer, optim.epochs, optim.min_lr, warmup_t=int(optim.warmup_epochs), warmup_lr_init=1e-4

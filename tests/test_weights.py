@@ -217,14 +217,37 @@ def test_a_tensor_with_two_names_is_written_under_both(tmp_path):
     assert torch.equal(*(written[f"features.denseblock1.denselayer{i}.norm2.bias"] for i in (1, 2)))
 
 
+def test_names_of_classes_may_begin_with_a_byte_order_mark(tmp_path):
+    """As of a text file that Windows has written."""
+    weights = REPOSITORY / "tools" / "weights" / "fashion-mnist.safetensors"
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"), encoding="utf-8-sig")
+    done = run_module("tools.convert", weights, tmp_path / "a.safetensors", "--classes", tmp_path / "names.txt")
+    assert done.returncode == 0 and read_weights(tmp_path / "a.safetensors").classes == tuple("abcdefghij"), done.stderr
+
+
 def test_running_averages_of_weights_are_taken_on_request(tmp_path, theirs):
     average = torch.optim.swa_utils.AveragedModel(theirs)
     average.module.classifier.bias.data += 1
     torch.save({"model": theirs.state_dict(), "model_ema": average.state_dict()}, tmp_path / "a.pth")
     torch.save(theirs.state_dict(), tmp_path / "b.pth")
     save_file(theirs.state_dict(), tmp_path / "c.safetensors")
-    state = read_weights(tmp_path / "a.pth", ema=True).network.state_dict()
-    assert torch.equal(state["classifier.bias"], theirs.classifier.bias + 1)
+    found = read_weights(tmp_path / "a.pth", ema=True)
+    assert torch.equal(found.network.classifier.bias, theirs.classifier.bias + 1) and found.averaged
+    write_safetensors(found, tmp_path / "again.safetensors")
+    assert read_weights(tmp_path / "again.safetensors", ema=True).averaged
+    raw = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()} | {"steps": torch.tensor(7)}
+    openmmlabs = {"state_dict": average.module.state_dict(), "ema_state_dict": raw}  # as its EMAHook writes them
+    torch.save(openmmlabs, tmp_path / "d.pth")
+    for ema, more in ((True, 1), (None, 1), (False, 0)):
+        found = read_weights(tmp_path / "d.pth", ema=ema)
+        assert torch.equal(found.network.classifier.bias, theirs.classifier.bias + more)
+        assert found.averaged == bool(more)
+    torch.save(
+        {"state_dict": theirs.state_dict(), "ema_state_dict": average.state_dict()}, tmp_path / "e.pth"
+    )  # as others
+    for ema, more in ((True, 1), (None, 0), (False, 0)):
+        bias = read_weights(tmp_path / "e.pth", ema=ema).network.classifier.bias
+        assert torch.equal(bias, theirs.classifier.bias + more)
     with pytest.raises(UserError, match="no moving average"):
         read_weights(tmp_path / "c.safetensors", ema=True)
     with pytest.raises(UserError, match="no moving average"):

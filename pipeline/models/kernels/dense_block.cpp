@@ -458,7 +458,7 @@ void stem_forward(long threads, const S* y, long images, long height, long width
         for (long i = std::max(top, 0L); i < std::min(top + 3, height); i++)
           for (long j = std::max(left, 0L); j < std::min(left + 3, width); j++) {
             const Vector<T> z = normalise(c, load(y + ((image * height + i) * width + j) * channels + c, channels - c));
-            const auto loses = z <= best;  // a NaN wins over what came before it
+            const auto loses = (z <= best) | (best != best);  // a NaN wins over all others
             best = loses ? best : z;
             winner = loses ? winner : Vector<T>{} + T((i - top) * 3 + j - left);
           }
