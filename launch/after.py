@@ -5,6 +5,7 @@ submission's, CODE how the ranks ended. What SLURM itself requeues (a lost node,
 not come here.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.records import Attempt, add_event, is_cancelled, read_events, read_submission, slurm_attempt
+from launch.records import JOB_BEGAN, Attempt, add_event, is_cancelled, read_events, read_submission, slurm_attempt
 from pipeline.config_file import load_stored_config
 from pipeline.errors import UserError
 from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
@@ -84,8 +85,9 @@ def end(attempt: Attempt, code: int) -> str:
     """Record the end of an attempt, and return what follows."""
     run_dir, submission, events = attempt.run_dir, read_submission(attempt.folder), read_events(attempt.run_dir)
     words, checkpoint = attempt.words(), _name_of(run_dir / "checkpoints" / "last.pt")
-    begin = next((e["time"] for e in events if e["event"] == "start" and e["start"] == attempt.name), time.time())
-    took = time.time() - begin
+    announced = (e["time"] for e in events if e["event"] == "start" and e["start"] == attempt.name)
+    # The time limit counts from the job's begin, which is long before the announcement where `setup` copies data.
+    took = time.time() - float(os.environ.get(JOB_BEGAN) or next(announced, time.time()))
     limit, warning = submission["seconds"], submission["warning"]
     cause = cause_of(code, words, _is_complete(attempt), took >= limit - warning - EARLY)
     submitted = max((i for i, e in enumerate(events) if e["event"] == "submit" and e["job"] == attempt.job), default=0)

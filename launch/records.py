@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.run_dir import CONFIG
 
 CANCEL, NO_CANCEL = "cancel", "not cancelled"  # events: the second takes the first back
+JOB_BEGAN = "LAUNCH_JOB_BEGAN"  # in the environment of a SLURM job: seconds since 1970
 SUBMITTED = "submitted.yaml"  # in a run's directory: the configuration as it was submitted last
 
 

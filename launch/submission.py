@@ -17,13 +17,14 @@ from pathlib import Path
 import submitit
 
 from launch.cluster import Cluster
-from launch.records import SUBMITTED, Job, add_event, config_file, replace_text, write_job, write_submission
+from launch.records import JOB_BEGAN, SUBMITTED, Job, add_event, config_file, replace_text, write_job, write_submission
 from launch.task import TrainingTask
 from launch.turns import take_turn, visible_gpus
 from pipeline.config import Config
 from pipeline.config_file import to_yaml
 from pipeline.errors import UserError
 from pipeline.machine import present_gpus
+from pipeline.provenance import COPY_OF, commit
 from pipeline.words import agreed
 
 REPOSITORY = Path(__file__).parent.parent
@@ -84,6 +85,7 @@ def _write(configs: list[Config], cluster: Cluster, folder: Path) -> None:
         for package in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(REPOSITORY / package, folder / "code" / package, ignore=ignored)
+        (folder / "code" / "pipeline" / COPY_OF).write_text(commit(REPOSITORY / "pipeline"))
         write_submission(
             folder, run_dirs, cluster.ranks, cluster.seconds, cluster.warning_seconds, cluster.failures,
             cluster.parallel or 1,
@@ -108,9 +110,10 @@ def refuse_impossible(cluster: Cluster, runs: int, submits: bool) -> None:
             them with others.
     """
     at_once, gpus = min(cluster.parallel or 1, runs), len(visible_gpus(len(present_gpus())))
-    if cluster.kind == "local" and at_once > 1 and 0 < gpus // at_once < cluster.gpus_per_node <= gpus:
+    each = max(1, gpus // at_once)  # as `gpus_for_part` divides them
+    if cluster.kind == "local" and at_once > 1 and each < cluster.gpus_per_node <= gpus:
         raise UserError(
-            f"--parallel {at_once} leaves a run {gpus // at_once} of this machine's {gpus} GPUs, and it asks for "
+            f"--parallel {at_once} leaves a run {each} of this machine's {gpus} GPUs, and it asks for "
             f"{cluster.gpus_per_node}: --parallel {gpus // cluster.gpus_per_node} at most"
         )
     if cluster.kind == "local" and cluster.nodes > 1:
@@ -164,7 +167,9 @@ def _executor(configs: list[Config], cluster: Cluster, folder: Path) -> _Executo
             f"cd {shlex.quote(str(folder / 'code'))}",
             f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}",
             f"export LAUNCH_GRACE_SECONDS={cluster.warning_seconds}",
+            f"export {JOB_BEGAN}=$(date +%s)",
             *cluster.setup,
+            "set +e",  # of setup: with it the shell would leave after srun's failure, without what decides on another attempt
         ],
         teardown=[f"{executor.python} -m launch.after {shlex.quote(str(folder))} $?"],
         srun_args=[

@@ -20,6 +20,7 @@ from pipeline.exits import (
     launcher_speaks,
     open_closed_streams,
     record_for_torchrun,
+    show_any_name,
 )
 
 NEGATIVE_NUMBER = re.compile(r"-[\d.].*")  # or several between commas; no flag begins so
@@ -33,14 +34,23 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, which takes -1e-3 and -1,2 for flags. ~ stands for the home folder, after = too."""
-        words = [_at_home(word) for word in (sys.argv[1:] if args is None else args)]
-        for i in range(len(words) - 1, 0, -1):
-            if NEGATIVE_NUMBER.fullmatch(words[i]) and words[i - 1].startswith("--") and "=" not in words[i - 1]:
-                words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(_readable(args), namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        """As `parse_known_args`, by which newer Pythons do not come."""
+        return super().parse_known_intermixed_args(_readable(args), namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all arguments")
+
+
+def _readable(args: list[str] | None) -> list[str]:
+    """The words as argparse reads them as they are meant."""
+    words = [_at_home(word) for word in (sys.argv[1:] if args is None else args)]
+    for i in range(len(words) - 1, 0, -1):
+        if NEGATIVE_NUMBER.fullmatch(words[i]) and words[i - 1].startswith("--") and "=" not in words[i - 1]:
+            words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
+    return words
 
 
 def _at_home(word: str) -> str:
@@ -63,6 +73,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     pipeline.torchrun says it in their place.
     """
     open_closed_streams()
+    show_any_name()
     try:
         try:
             main()

@@ -82,7 +82,8 @@ class ModelConfig:
     name: str = "densenet121"
     """A network of pipeline/models/zoo.py, or timm:NAME."""
     dropout: Fraction = 0.0
-    """Probability of dropping a unit after every convolution but the first (the paper: 0.2 without augmentation)."""
+    """Probability of dropping a unit after every convolution but the first (the paper: 0.2 without augmentation); of timm's
+    networks what they call drop_rate, mostly before the classifier alone."""
     drop_path: Fraction = 0.0
     """Stochastic depth: probability of leaving out a block, of timm's networks that have it, which let it grow from 0 to
     this with depth."""
@@ -143,7 +144,7 @@ class DataConfig:
     """shuffle: each image once an epoch; balanced: equally many images of each class, of the rare ones more than once."""
     loader: str = "auto"
     """native: C++, on CPU; dali: DALI, on GPU and CPU; reference: PIL, slow; auto: the first that can be used of dali and
-    native for files on GPU, else of native and dali. synthetic: generated images, no files."""
+    native for files on GPU, else of native and dali, and reference where neither can. synthetic: generated images, no files."""
     holdout: NonNegative = 0
     """Training images that are held out and validated on in place of data.val: the same whatever the seed."""
     corrupt_images: CorruptImages = "stop"
@@ -172,7 +173,8 @@ class DataConfig:
     """random_resized_crop: a random area and aspect ratio, resized to crop_size (the paper on ImageNet); random_crop: a
     random place in the image of resize_size with data.padding around it (the paper on CIFAR)."""
     padding: NonNegative = 4
-    """Pixels on each side around an image for the training crop random_crop; of the mean colour, so that they become 0."""
+    """Pixels on each side around an image for the training crop random_crop; of the mean colour, which becomes 0 where no
+    colours are changed."""
     scale: PositiveRange = (0.08, 1.0)
     """Range of a random crop's area as a fraction of the image's."""
     ratio: PositiveRange = (3 / 4, 4 / 3)
@@ -214,8 +216,8 @@ class DataConfig:
     """3: images are red, green and blue; 1: gray (colours by their luma), and the network's first convolution has one
     channel."""
     depth: Depth = 8
-    """Bits of a pixel's colour. 16: gray images of 16 bits are read as such, others as they are; with data.channels 1, through
-    Pillow, and resized without rounding."""
+    """Bits of a pixel's colour. 16: gray images of 16 bits are read as such, those of 8 bits as they are, and others are
+    refused; with data.channels 1, through Pillow, and resized without rounding."""
     exif_orientation: bool = False
     """Turn images as their EXIF data say; false: they are read as stored, as the paper's code did."""
     from_weights: Annotated[tuple[str, ...], BeforeValidator(names_between_commas)] = ()
@@ -224,7 +226,7 @@ class DataConfig:
     threads: NonNegative = 0
     """Loader threads of each rank; 0: the machine's cores divided among its ranks."""
     synthetic_images: Positive = 1024
-    """Number of training images of the synthetic loader (validation: a quarter)."""
+    """Number of training images of the synthetic loader; the first quarter of them are its validation images, too."""
     synthetic_classes: Positive = 10
     """Number of classes of the synthetic loader."""
 
@@ -403,7 +405,7 @@ class OptimConfig:
     fifth of fewer than 25 (as Goyal et al. 2017, but from 0; there from the small batch's rate); a given lr or warmup_epochs
     stays."""
     fused: bool = True
-    """On a GPU update the parameters in torch's fused kernel: fewer launches, and in fp16 no wait for the scale."""
+    """On a GPU update the parameters in torch's fused kernel, with sgd: fewer launches, and in fp16 no wait for the scale."""
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "OptimConfig":

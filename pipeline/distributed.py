@@ -4,8 +4,10 @@ CPU with gloo is what the tests exercise. NCCL has been run with one rank, not b
 """
 
 import dataclasses
+import functools
 import gc
 import inspect
+import itertools
 import math
 import os
 import signal
@@ -97,16 +99,18 @@ class World:
         return values or []
 
     def broadcast_from_rank0(self, make: Callable[[], Any]) -> Any:
-        """Call `make` on rank 0 and return its result, or raise its `UserError`, on every rank."""
+        """Call `make` on rank 0 and return its result, or raise its `UserError` or `InterruptedRunError`, on every rank."""
         outcome: list[Any] = [None]
         if self.is_main:
             try:
                 outcome = [make()]
             except UserError as error:
                 outcome = [UserError(str(error))]  # of its subclasses some do not pickle, and rank 0 speaks for all
+            except InterruptedRunError as error:
+                outcome = [InterruptedRunError(str(error))]
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0, group=self.hosts)
-        if isinstance(outcome[0], UserError):
+        if isinstance(outcome[0], UserError | InterruptedRunError):
             raise outcome[0]
         return outcome[0]
 
@@ -266,12 +270,24 @@ def _ranks_of_environment() -> tuple[int, int, int, int]:
     return numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_WORLD_SIZE"]
 
 
+_MEETINGS = itertools.count()  # of this process, as many as of each other rank
+
+
+@functools.cache
+def _rendezvous(*_: int | str) -> dist.Store:
+    """The store of the ranks that the environment names."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    return store
+
+
 def _meet(world: World) -> dict[str, Any]:
     """Wait for the other ranks; return the store and the hosts' group."""
     interface = None if "GLOO_SOCKET_IFNAME" in os.environ else gloo_interface(world.size > world.local_size)
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # A program may meet again, for another run or an evaluation: in the same store, which rank 0 or torchrun keeps.
+    address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    store = dist.PrefixStore(f"meeting {next(_MEETINGS)}", _rendezvous(world.rank, world.size, *address))
     options: dict[str, Any] = dict(store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     if world.device.type == "cuda":
         refuse_shared_gpus(world, store)

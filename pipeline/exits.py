@@ -1,5 +1,6 @@
 """What a process of ours leaves behind: exit codes, the word of why it ended, and nothing in others' files."""
 
+import io
 import json
 import os
 import sys
@@ -24,6 +25,13 @@ def open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - for as long as the process lives
+
+
+def show_any_name() -> None:
+    """Have standard streams show file names that are not UTF-8, with marks such as \\udcfc, where they would refuse them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def launcher_speaks() -> bool:

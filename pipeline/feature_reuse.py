@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.models.densenet import DenseNet
+from pipeline.words import drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def draw_reuse(blocks: list[np.ndarray], title: str) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8.4, 4.2), layout="constrained")
-    figure.suptitle(title, fontsize=16)
+    figure.suptitle(drawable(title), fontsize=16)
     panels = figure.subplots(1, len(blocks), squeeze=False)[0]
     for number, (reuse, axes) in enumerate(zip(blocks, panels, strict=True), start=1):
         size = len(reuse)

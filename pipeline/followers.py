@@ -14,6 +14,7 @@ FOLLOWERS = {
     "optim.milestones": "optim.epochs",
     "optim.warmup_epochs": "optim.epochs",
 }
+TRUE = ("true", "t", "yes", "y", "on", "1")  # as pydantic reads a truth value
 WARMUP_EPOCHS = 5.0  # of Goyal et al. 2017, for 90 epochs; of few a fifth, which ends before a drop at a third of them
 
 
@@ -30,7 +31,7 @@ def following_fields(
     """
     state, followed = dict(defaults), dict[str, Any]()
     merged = {**defaults, **{key: value for layer in layers for key, value in layer.items()}}
-    large_batch = str(merged["optim.large_batch"]).lower() in ("true", "yes", "on", "1")
+    large_batch = str(merged["optim.large_batch"]).lower() in TRUE
     for layer in layers:
         new: dict[str, Any] = {}
         if _follows("data.resize_size", held):

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.parsing import text_to_read
+from pipeline.parsing import flatten, text_to_read
 from pipeline.words import counted
 
 
@@ -74,6 +74,15 @@ class History:
         ends = [*(segment.step for segment in self.segments[1:]), done]
         pairs = zip(self.segments, ends, strict=True)
         return list(dict.fromkeys(own.microbatches for own, end in pairs if end // steps > own.step // steps))
+
+    def values(self, config: Config, *keys: str) -> list[tuple[Any, ...]]:
+        """What fields of these keys were in each segment, from the last, which has those of `config`, to the first."""
+        now = flatten(asdict(config))
+        found = [tuple(now[key] for key in keys)]
+        for segment in self.segments[:0:-1]:
+            now |= {key: old for key, (old, _) in segment.changed.items()}
+            found.append(tuple(now[key] for key in keys))
+        return found
 
     def changes(self) -> tuple[str, ...]:
         """The fields that were changed on the way, in the words of an audit."""

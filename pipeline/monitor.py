@@ -105,7 +105,7 @@ class Monitor:
             with io_as_user_error(self._run_dir):
                 for name, value in values.items():
                     folder, tag = _board_of(name)
-                    self._board(folder).add_scalar(tag, value, step if folder == BY_STEP else round(epochs))
+                    self._board(folder).add_scalar(_in_utf8(tag), value, step if folder == BY_STEP else round(epochs))
                 self._lines.write(json.dumps({"step": step, "epochs": epochs, **finite}) + "\n")
                 self._lines.flush()
 
@@ -127,11 +127,11 @@ class Monitor:
         """Record Markdown."""
         if self._active:
             with io_as_user_error(self._run_dir):
-                self._board(BY_STEP).add_text(name, text, step)
+                self._board(BY_STEP).add_text(name, _in_utf8(text), step)
 
     def hyperparameters(self, values: dict[str, bool | float | str]) -> None:
         """Record what TensorBoard's HParams compares runs by. Of several calls the first one counts there."""
-        _, start, _ = hparams(values, {})
+        _, start, _ = hparams({k: _in_utf8(v) if isinstance(v, str) else v for k, v in values.items()}, {})
         self._add(start)
 
     def completed(self) -> None:
@@ -145,7 +145,7 @@ class Monitor:
         Image.fromarray(pixels).save(encoded, "JPEG", quality=90)
         height, width, _ = pixels.shape
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
-        self._add(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+        self._add(Summary(value=[Summary.Value(tag=_in_utf8(name), image=picture)]), step)
 
     def _add(self, summary: Summary, step: int | None = None) -> None:
         """What a `SummaryWriter` has no method for."""
@@ -157,7 +157,7 @@ class Monitor:
         """Record a picture that Matplotlib has drawn."""
         if self._active:
             with io_as_user_error(self._run_dir):
-                self._board(BY_STEP).add_figure(name, figure, step)
+                self._board(BY_STEP).add_figure(_in_utf8(name), figure, step)
 
     def say(self, line: str) -> None:
         """Print a line, or several, with the time before each, without breaking the progress bar."""
@@ -198,6 +198,11 @@ def _board_of(name: str) -> tuple[str, str]:
     beginning, folder, group = next(row for row in BOARDS if name.startswith(row[0]))
     rest = name.removeprefix(beginning)
     return folder, f"{'labels/' if group and '/' in rest else group}{rest}"
+
+
+def _in_utf8(text: str) -> str:
+    """As TensorBoard takes it: a class may be called as a folder whose name is of another encoding."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _record_files(run_dir: Path) -> list[Path]:

@@ -325,7 +325,7 @@ def _names_key(text: str, key: str, section: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that gives a key twice, of which YAML would keep the last, and reads 24:00:00 as text."""
+    """Refuses a mapping that gives a key twice, of which YAML would keep the last, and reads 24:00:00 and 010 as text."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -337,8 +337,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_int(self, node):
-        # YAML 1.1 takes it for a number of base 60, which cannot be told from another afterwards.
-        return node.value if ":" in node.value else self.construct_yaml_int(node)
+        # YAML 1.1 takes 24:00 for a number of base 60 and 010 for 8, which cannot be told from others afterwards.
+        is_plain = ":" not in node.value and not re.fullmatch(r"[-+]?0[\d_]+", node.value)
+        return self.construct_yaml_int(node) if is_plain else node.value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)

@@ -137,8 +137,10 @@ class PreemptionHandler:
 
 
 def _heard() -> list[signal.Signals]:
-    """The signals that ask for a stop: not SIGHUP below nohup, which has it ignored."""
-    return [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    """The signals that ask for a stop: not SIGHUP below nohup, which has it ignored, and none that a program's C code handles,
+    whose handler could not be put back."""
+    handlers = {n: signal.getsignal(n) for n in SIGNALS}
+    return [n for n, own in handlers.items() if own is not None and (n != signal.SIGHUP or own != signal.SIG_IGN)]
 
 
 def leave_closed_outputs() -> None:

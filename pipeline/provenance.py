@@ -7,16 +7,16 @@ import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-
-import torch
 
 from pipeline.machine import available_cores, cpu_name
 from pipeline.words import counted
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy", "pillow")
+COPY_OF = "COPY_OF"  # the file with the commit in a copy of this folder, as a submitted job has one
 
 
 def provenance() -> dict[str, str]:
@@ -32,7 +32,9 @@ def provenance() -> dict[str, str]:
 
 @cache
 def commit(folder: Path) -> str:
-    """The commit of the code in `folder`, with "-dirty" where tracked files were changed since."""
+    """The commit of the code in `folder`, or of what it is a copy of, with "-dirty" where tracked files were changed since."""
+    with suppress(OSError):
+        return (folder / COPY_OF).read_text()
     git = ["git", "-C", str(folder)]
     tracked = [*git, "ls-files", "--error-unmatch", "."]  # else it is installed below another project's repository
     described = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -61,6 +63,8 @@ def versions() -> str:
 
 def hardware() -> str:
     """The processor with the cores that this process may use, the memory, and the GPUs."""
+    import torch  # not above: `launch`, which needs none, asks for the commit
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     named = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"

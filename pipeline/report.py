@@ -79,8 +79,9 @@ def changed_rate(run: Run) -> list[str]:
     if run.is_complete or not segment.changed or segment.step != run.done_steps:
         return []
     names = {field.name for field in dataclasses.fields(optim)}
+    was = run.optim_before or optim  # with fields that nothing reads now, which are not among the changed ones
     old = {key.removeprefix("optim."): value for key, (value, _) in segment.changed.items() if key.startswith("optim.")}
-    before = dataclasses.replace(optim, **{name: value for name, value in old.items() if name in names})
+    before = dataclasses.replace(was, **{name: value for name, value in old.items() if name in names})
     known = {line.partition(":")[0] for line in about_schedule(before)}
     lines = [line for line in about_schedule(optim) if line.partition(":")[0] not in known]
     rate, last = run.learning_rate, learning_rate(before, run.done_steps - 1, steps)

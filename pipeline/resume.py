@@ -125,6 +125,7 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
     fixed: list[str] = []  # of these what can never change
     on_purpose: list[str] = []  # fields that may change with train.change, and have
     new = flatten(dataclasses.asdict(config))
+    before = Conditions(**state["conditions"])
     free = FREE_TO_CHANGE | unused_fields(new)
     for key, value in new.items():
         if key == "data.loader":  # what it has come to is compared
@@ -133,6 +134,8 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
             continue
         if key == "model.weights" and old[key] and value:  # another path: model.weights_sha256 is compared
             continue
+        if key == "optim.class_weights" and before.class_weights and before.class_weights == now.class_weights:
+            continue  # another path of the same weights
         if key in NEVER_TO_CHANGE:
             fixed.append(key)
         elif key not in TOLD:
@@ -141,7 +144,6 @@ def check_same_run(state: Mapping[str, Any], config: Config, now: Conditions) ->
             changed[key] = (old[key], value)
         else:
             refused.append(f"{key} was {value_text(old[key])} and is now {value_text(value)}")
-    before = Conditions(**state["conditions"])
     if not set(fixed) & OF_THE_DATA:  # which says it already
         if before.classes != now.classes:
             fixed.append("the classes")

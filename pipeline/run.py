@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from pipeline.autotune import Tuning
 from pipeline.batches import Batches, microbatches_of, statistic_images
 from pipeline.checkpoint import FoundCheckpoint, load_weights
 from pipeline.compilation import BY_TORCH, compile_network, refuse_graphs_elsewhere
-from pipeline.config import Config
+from pipeline.config import Config, OptimConfig
 from pipeline.cuda_graphs import ReplayedNetwork
 from pipeline.data.dataset import fingerprint_of, has_trained_on, images_text, open_datasets, seen_held_out
 from pipeline.data.index import DatasetIndex
@@ -232,6 +233,7 @@ class Run:
         self.optimizer = create_optimizer(self.network, config.optim, config.model.name)
         self.scaler = create_scaler(config.train.precision, world.device)
         self.progress, self.history = Progress(), History(config, world.size)
+        self.optim_before: OptimConfig | None = None  # of the run that the checkpoint is of
         metrics = self.conditions.classes, self.train_loader.index.several_labels, exits_of(network)
         self.epoch_metrics, self.window_metrics = (MetricAccumulator(world, *metrics) for _ in range(2))
         self._spread = initial_spread(self.network)
@@ -264,7 +266,13 @@ class Run:
         if not free or (found and not kept):
             return None
         classes, cards = len(self.conditions.classes), self.world.gather(autotune.card_name(device))
-        return self.world.broadcast_from_rank0(lambda: autotune.choose(config, classes, device, images, cards, kept))
+        choose = partial(autotune.choose, config, classes, device, images, cards, kept)
+        tuning = self.world.broadcast_from_rank0(choose)
+        if kept and tuning.chosen != kept.chosen:
+            # It is right on the cards that it was made on, where the run may come again.
+            self._tuning_left = kept, "; ".join(tuning.text.splitlines())
+            return None
+        return tuning
 
     def _choose_loader(self, began_with: str | None) -> tuple[str, list[str]]:
         """As `choose_common_loader`; where it is left to choose, the loader that the run began with."""
@@ -307,7 +315,10 @@ class Run:
     def measured(self) -> Measured:
         """What an audit compares besides the configuration."""
         loader, batch = self.train_loader, min(self.config.optim.batch_size, len(self.train_loader.index))
-        known = self.config.train.precision != "fp16" or self.config.train.not_finite == "skip"
+        by_scaler = any(
+            precision == "fp16" and not_finite == "stop"
+            for precision, not_finite in self.history.values(self.config, "train.precision", "train.not_finite")
+        )
         return Measured(
             images=(len(loader.index), len(self.val_loader.index)),
             classes=len(self.conditions.classes),
@@ -322,14 +333,15 @@ class Run:
             weight_decay=weight_decay_factors(self.optimizer),
             decayed=decayed_parameters(self.optimizer),
             changed=self.history.changes(),
-            skipped_steps=self.progress.skipped_steps if known else None,
+            skipped_steps=None if by_scaler else self.progress.skipped_steps,
             batch_norms=has_batch_norms(self.network),
             greatest_decay=self._greatest_decay(),
         )
 
     def _greatest_decay(self) -> float | None:
         decay = self.config.train.ema_decay
-        reached = decay_after(self.config.optim.epochs * self.train_loader.steps_per_epoch - 1, decay)
+        left = self.config.optim.epochs * self.train_loader.steps_per_epoch - self.done_steps
+        reached = decay_after((self.ema.updates if self.ema else 0) + left - 1, decay)
         return reached if reached < decay else None
 
     @property
@@ -478,6 +490,9 @@ class Run:
                     f"cannot resume {self.dir}: its checkpoint has no '{name}', which this configuration needs"
                 )
             part.load_state_dict(state[name])
+        known = {field.name for field in dataclasses.fields(OptimConfig)}
+        before = {name: value for name, value in state["config"]["optim"].items() if name in known}
+        self.optim_before = OptimConfig(**before)
         steps = self.train_loader.steps_per_epoch
         if changed or self.done_steps < self.config.optim.epochs * steps:  # else there is nothing left to train
             self.history.begin(self.done_steps, self.done_steps // steps, self.config, self.world.size, changed)

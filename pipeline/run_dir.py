@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import InterruptedRunError, UserError
 from pipeline.paths import is_present
 
 CONFIG = "config.yaml"  # as the run was started last
@@ -24,6 +24,9 @@ LOG = "log.txt"  # what rank 0 has printed; see run_log.py
 # What a start makes before there is a run, and what tells that there is one, or that a job of it was submitted.
 PREPARATIONS = ("lock", LOG, "index", "checkpoints")
 SIGNS_OF_A_RUN = {CONFIG, RECORDS, "starts.jsonl"}
+ANY_TEXT: dict[str, Any] = dict(
+    encoding="utf-8", errors="backslashreplace"
+)  # of open(): file names may be of any encoding
 STARTED, ENDED = "started:", ("ended", "error:", "interrupted:")  # after the time, in an attempt's first and last line
 
 
@@ -33,7 +36,8 @@ def now() -> str:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` so far; one that is being written, was cut short or damaged is passed over."""
+    """The lines of ``metrics.jsonl`` so far; one that is being written, was cut short, damaged or is
+    of another program is passed over."""
     file = run_dir / RECORDS
     try:
         lines = file.read_text(errors="replace").splitlines()
@@ -119,7 +123,8 @@ def _record(line: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError:
         return {}
-    return record if isinstance(record, dict) else {}
+    is_ours = isinstance(record, dict) and isinstance(record.get("step"), int) and {"epochs", "epoch"} & record.keys()
+    return record if is_ours else {}
 
 
 def make_run_dir(run_dir: Path) -> None:
@@ -178,6 +183,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     Raises:
         UserError: another process is training there, or `make_run_dir` failed.
+        InterruptedRunError: another process is training there, on another node than this attempt of a requeued job.
     """
     before = Before(run_dir)
     make_run_dir(run_dir)
@@ -187,9 +193,11 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{run_dir} is in use by {file.read().strip() or 'another run'}: wait for its end, or set --run_dir"
-            ) from None
+            holder = file.read().strip() or "another run"
+            if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and not holder.endswith(f" on {socket.gethostname()}"):
+                # Of a node that SLURM has given up, which is alive still or whose lock the file server keeps for a while.
+                raise InterruptedRunError(f"{run_dir} is in use by {holder}, perhaps on a lost node") from None
+            raise UserError(f"{run_dir} is in use by {holder}: wait for its end, or set --run_dir") from None
         except OSError:  # a file system without locks
             pass
         with io_as_user_error(run_dir):
@@ -206,7 +214,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 def write_text(file: Path, text: str) -> None:
     """Write a small file of the run; `UserError` if that fails."""
     with io_as_user_error(file.parent):
-        file.write_text(text)
+        file.write_text(text, **ANY_TEXT)
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -214,7 +222,7 @@ def replace_text(file: Path, text: str) -> None:
     temporary = file.with_suffix(".tmp")
     with io_as_user_error(file.parent):
         try:
-            temporary.write_text(text)
+            temporary.write_text(text, **ANY_TEXT)
             os.replace(temporary, file)
         except OSError:
             temporary.unlink(missing_ok=True)

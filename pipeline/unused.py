@@ -90,7 +90,9 @@ SWITCHES = (
         "an optim.optimizer that has momentum, as sgd",
         lambda f: f["optim.optimizer"] not in WITHOUT_MOMENTUM,
     ),
-    Switch(("optim.nesterov",), "optim.optimizer sgd", lambda f: f["optim.optimizer"] not in WITHOUT_NESTEROV),
+    Switch(
+        ("optim.nesterov", "optim.fused"), "optim.optimizer sgd", lambda f: f["optim.optimizer"] not in WITHOUT_NESTEROV
+    ),
     Switch(("optim.decay_norms",), *_above_0("optim.weight_decay")),
     Switch(("optim.milestones", "optim.lr_gamma"), *_one_of("optim.schedule", "step")),
     Switch(("optim.min_lr",), *_one_of("optim.schedule", "cosine", "polynomial")),

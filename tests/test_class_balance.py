@@ -154,6 +154,8 @@ def test_equal_weights_train_as_none_and_a_file_must_not_change(tmp_path, capsys
     trainer.fit(plain)
     trainer.fit(equal)
     assert_equal_weights(weights(plain), weights(equal))
+    moved = str(file.rename(tmp_path / "moved.txt"))
+    trainer.fit(dataclasses.replace(equal, optim=dataclasses.replace(equal.optim, class_weights=moved)))
     file.write_text("\n".join(f"class000{k} {k + 1}" for k in range(3)))
     more = dataclasses.replace(equal.optim, epochs=2, milestones=())
     change = ("optim.epochs", "optim.milestones")

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -245,6 +246,8 @@ def test_the_classifiers_rate_follows_the_batch_too(tmp_path):
         ("", "--optim.batch_size 1024 --optim.large_batch", (0.4, 5)),
         ("batch_size: 1024", "--optim.large_batch", (0.4, 5)),
         ("batch_size: 1024, large_batch: true", "--optim.batch_size 2048", (0.8, 5)),
+        ("batch_size: 1024, large_batch: y", "", (0.4, 5)),
+        ("", "--optim.batch_size 1024 --optim.large_batch t", (0.4, 5)),
         ("batch_size: 64, lr: 0.2", "--optim.batch_size 256 --optim.large_batch", (0.8, 5)),
         ("", "--optim.batch_size 1024 --optim.large_batch --optim.lr 0.3 --optim.warmup_epochs 2", (0.3, 2)),
         ("", "--optim.large_batch --optim.epochs 6", (0.1, 1.2)),
@@ -260,6 +263,13 @@ def test_one_flag_is_the_recipe_of_large_batches(tmp_path, text, words, expected
     assert (config.optim.lr, config.optim.warmup_epochs) == pytest.approx(expected)
     (tmp_path / "stored.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "stored.yaml") == config
+
+
+def test_a_number_with_zeros_before_it_is_decimal_in_a_file_as_on_the_command_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{seed: 010, optim: {epochs: 0100, weight_decay: 0, batch_size: 0x10}}")
+    config, _ = parse_command_line([str(tmp_path / "mine.yaml"), "--optim.warmup_epochs", "05"], "train", "")
+    assert (config.seed, config.optim.epochs, config.optim.warmup_epochs) == (10, 100, 5)
+    assert (config.optim.weight_decay, config.optim.batch_size) == (0, 16)
 
 
 def test_values_are_shown_without_the_last_digits_of_arithmetic():
@@ -303,5 +313,5 @@ def test_help_lists_every_field_with_its_text(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     for key in flatten(dataclasses.asdict(load_config(DENSENET121))):
-        assert f"--{key} " in text
+        assert re.search(rf"--{re.escape(key)} [^ ]+ (?!--)[^-].{{15}}", text), key  # its value's kind, and a text
     assert "Learning rate after warm-up. [0.1]" in text

@@ -42,6 +42,15 @@ def test_the_greatest_decay_of_a_short_run_is_told(tmp_path, decay, greatest):
         assert Run(config, world).measured.greatest_decay == greatest
 
 
+def test_an_average_begun_late_has_the_decay_of_its_own_updates(tmp_path):
+    trainer.fit(small_config(tmp_path, optim={"epochs": 1}))
+    change = "optim.epochs,optim.milestones,train.ema_decay"
+    later = small_config(tmp_path, train={"ema_decay": 0.9, "change": change}, optim={"epochs": 2})
+    trainer.fit(later)
+    state = last_state(later)
+    assert state["ema"]["updates"] == 4 and state["measured"]["greatest_decay"] == 4 / 13
+
+
 @pytest.mark.parametrize(
     "network", [torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))]
 )

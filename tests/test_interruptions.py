@@ -193,6 +193,22 @@ def test_a_run_whose_terminal_is_closed_leaves_with_a_checkpoint(tmp_path):
     assert load_checkpoint(last)["progress"]["step"] + load_checkpoint(last)["progress"]["epoch"] > 0
 
 
+def test_a_run_whose_terminal_goes_without_a_signal_goes_on(tmp_path):
+    """As one in the background that the shell has disowned."""
+    config = small_config(tmp_path, optim={"epochs": 12}, train={"checkpoint_every": 1})
+    command = [sys.executable, "-m", "pipeline.train", "configs/demo.yaml", *override_flags(config)]
+    here, terminal = pty.openpty()
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    while not (tmp_path / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None
+        os.read(here, 4096)
+    os.close(here)
+    assert process.wait(PATIENCE) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert "last (epoch 12 of 12)" in log and log.endswith(" ended\n")
+
+
 def test_below_nohup_a_hangup_is_not_heard():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -203,9 +219,36 @@ def test_below_nohup_a_hangup_is_not_heard():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_directory_has_one_user_at_a_time(tmp_path):
+def test_a_signal_that_a_programs_c_code_handles_is_left_to_it(monkeypatch):
+    """As R does with SIGUSR1 where Python is embedded in it."""
+    real = signal.getsignal
+    before = real(signal.SIGUSR1)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda n: None if n == signal.SIGUSR1 else real(n))
+        with PreemptionHandler():
+            assert real(signal.SIGUSR1) is before and real(signal.SIGUSR2) is not signal.SIG_DFL
+
+
+def test_all_ranks_leave_where_another_node_seems_to_hold_the_run(tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run", optim={"epochs": 1})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "lock").write_text("process 7 on a-node-that-is-lost\n")
+        done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(config), ranks=2)
+    assert done.returncode == 75 and "lost contact" not in done.stderr
+    assert done.stderr.count("is in use by process 7 on a-node-that-is-lost, perhaps on a lost node") == 2
+
+
+def test_a_run_directory_has_one_user_at_a_time(tmp_path, monkeypatch):
     with locked(tmp_path / "run"), pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*--run_dir"):
         locked(tmp_path / "run").__enter__()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="is in use by"):  # as ever, of this node
+        locked(tmp_path / "run").__enter__()
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "lock").write_text("process 7 on a-node-that-is-lost\n")
+        with pytest.raises(InterruptedRunError, match="process 7 on a-node-that-is-lost, perhaps on a lost node"):
+            locked(tmp_path / "run").__enter__()
     with locked(tmp_path / "run"):
         pass
 

@@ -26,6 +26,7 @@ from launch.estimate import estimate
 from launch.local import Controller, first_failure
 from launch.names import USUAL, refuse_unknown_names
 from launch.records import (
+    JOB_BEGAN,
     Attempt,
     Job,
     add_event,
@@ -48,6 +49,7 @@ from pipeline.models.zoo import DENSENETS, MSDNETS
 from pipeline.objective import OBJECTIVES
 from pipeline.optim import OPTIMIZERS
 from pipeline.pace import VALIDATION_SPEED, duration
+from pipeline.provenance import commit
 from pipeline.run_dir import locked
 from tools.lab.scaling import Machines, step_time
 
@@ -261,6 +263,17 @@ def test_a_time_limit_that_is_too_short_for_a_start_is_named(tmp_path):
     assert "give more --time" in last["why"]
 
 
+def test_the_time_limit_counts_from_the_begin_of_the_job(tmp_path, monkeypatch):
+    """And not from the announcement of its ranks, which the setup of a site may keep waiting."""
+    attempt = Attempt(submission(tmp_path, seconds=900, warning=60), 0, "1", "1.0")
+    add_event(attempt.run_dir, "start", start="1.0", job="1")
+    attempt.word_file(0).write_text(json.dumps(SIGNALLED))
+    end(attempt, 75)
+    monkeypatch.setenv(JOB_BEGAN, str(int(time.time()) - 840))
+    end(attempt, 75)
+    assert [event["cause"] for event in read_events(attempt.run_dir)[-2:]] == ["preempted", "time limit"]
+
+
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
@@ -400,6 +413,7 @@ def test_the_local_twin_starts_a_struck_run_again_and_ends_as_torchrun_does(tmp_
     run = Path(twin.run_dir)
     rank0 = stop_rank0(run, "checkpoints/previous.pt")
     code = Path(read_job(run).folder, "code")  # as it was submitted, whatever becomes of the checkout
+    assert commit.__wrapped__(code / "pipeline") == commit(REPOSITORY / "pipeline")
     assert os.readlink(f"/proc/{rank0}/cwd") == str(code) and (code / "pipeline" / "trainer.py").exists()
     again = run_module("launch", *local_words(twin))
     assert again.returncode == 2 and "which is running: cancel it" in again.stderr
@@ -547,6 +561,22 @@ def test_usual_names_are_known_and_need_no_look(monkeypatch):
     assert not [name for key, names in USUAL.items() for name in names if name not in registries[key]]
     monkeypatch.setattr("launch.names.refuse_what_registries_lack", lambda config: pytest.fail(config.model.name))
     refuse_unknown_names([load_config(file) for file in sorted(REPOSITORY.glob("configs/*.yaml"))])
+
+
+def test_another_attempt_is_decided_on_whatever_the_setup_of_a_site_sets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    words = [str(word) for word in ["configs/demo.yaml", *override_flags(small_config(tmp_path / "run"))]]
+    start([*words, "--dry-run", "--cluster", "slurm", "--setup", "set -euo pipefail"])
+    shown = capsys.readouterr().out
+    script = shown[shown.index("#!/bin/bash") :]
+    code = tmp_path / "jobs" / "TIME" / "code" / "launch"
+    code.mkdir(parents=True)
+    (code / "after.py").write_text("import os, sys\nprint(sys.argv[2], float(os.environ['LAUNCH_JOB_BEGAN']) > 1e9)\n")
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 75\n")
+    (tmp_path / "srun").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**os.environ, **path})
+    assert done.stdout == "75 True\n", done.stderr
 
 
 def test_without_slurm_a_dry_run_shows_the_script_and_a_submission_is_refused(tmp_path, monkeypatch, capsys):
@@ -803,6 +833,8 @@ def test_a_dry_run_says_what_a_run_would_be_and_starts_nothing(tmp_path, monkeyp
         UserError, match="--parallel 3 leaves a run 1 of this machine's 4 GPUs, .* 2: --parallel 2 at most"
     ):
         start([*shared, "--parallel", "3"])
+    with pytest.raises(UserError, match="--parallel 5 leaves a run 1 of this machine's 4 GPUs"):
+        start([*shared[:-1], "optim.lr=0.1,0.2,0.3,0.4,0.5", "--parallel", "5"])
     assert not (tmp_path / "run" / "job.json").exists() and not (tmp_path / "jobs").exists()
     for wrong, meant in [("--optim.lrr", "--optim.lr"), ("--partiton", "--partition"), ("--clustr", "--cluster")]:
         with pytest.raises(UserError, match=f"unknown argument {wrong} .did you mean '{meant}'"):

@@ -1,8 +1,12 @@
 """What a run says of its speed and its end, and the log that it leaves."""
 
+import io
 import json
+import os
 import re
+import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -192,10 +196,52 @@ def test_how_an_attempt_ended_stands_in_the_log_once(tmp_path, rank, error, expe
         assert ends[:-1] == [] or ends[0] == "Traceback (most recent call last):"
 
 
+def test_a_name_that_is_not_utf8_stands_in_the_log_and_hides_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    name = os.fsdecode(b"caf\xe9.jpg")
+    with pytest.raises(UserError, match="is damaged"), logged(tmp_path, Rank(0)):
+        print(f"warning: {name} is gray", file=sys.stderr)
+        raise UserError(f"{name} is damaged")
+    _, warning, end = (tmp_path / "log.txt").read_text().splitlines()
+    assert warning == r"warning: caf\udce9.jpg is gray" and end.endswith(r"error: caf\udce9.jpg is damaged")
+
+
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "log.txt").mkdir()
     with logged(tmp_path, Rank(0)):
         print("goes on")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_below_log_or_output_ends_no_run_and_silences_no_terminal(tmp_path, capfd):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    full = open("/dev/full", "w")  # noqa: SIM115 - closed below
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        patch.setattr("pipeline.run_log.leave_closed_outputs", lambda: pytest.fail("the terminal is there"))
+        with pytest.raises(UserError, match="a mistake"), logged(tmp_path, Rank(0)):
+            print("is lost", flush=True)
+            print("is seen", file=sys.stderr, flush=True)
+            raise UserError("a mistake")
+    with suppress(OSError):  # what it holds cannot be written by its end either
+        full.close()
+    assert capfd.readouterr().err == "is seen\n"
+
+
+def test_a_program_may_keep_a_runs_streams_and_have_none(tmp_path, monkeypatch):
+    """A logging handler that a hook has made, another program's stream in its place, and none at all."""
+    monkeypatch.setattr(sys, "stdout", own := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None)
+    with logged(tmp_path, Rank(0)):
+        kept = sys.stdout
+        print("within")
+        print("nowhere", file=sys.stderr)
+    kept.write("afterwards\n")
+    assert own.getvalue() == "within\nafterwards\n" and sys.stdout is own and sys.stderr is None
+    assert "nowhere\n" in (tmp_path / "log.txt").read_text() and "afterwards" not in (tmp_path / "log.txt").read_text()
+    with logged(tmp_path, Rank(0)):
+        sys.stdout = others = io.StringIO()
+    assert sys.stdout is others
 
 
 LEAVES = {"message": "rank 0 leaves at epoch 1/2, step 3/4 of runs/a on SIGINT", "code": 75, "signal": "SIGINT"}

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import types
 from pathlib import Path
@@ -29,7 +30,7 @@ from pipeline.hooks.pictures import SAMPLES, _answers, _classes, _said, _true, _
 from pipeline.monitor import Monitor
 from pipeline.pictures import BLACK, BLUE, CELL, MARGIN, RED, TEXT, draw_grid, percent_text
 from pipeline.preemption import PreemptionHandler
-from pipeline.provenance import commit
+from pipeline.provenance import COPY_OF, commit
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
@@ -177,6 +178,17 @@ def hparams_of(folder: Path) -> tuple:
     return experiment, groups.session_groups
 
 
+def test_classes_of_any_name_are_recorded(tmp_path):
+    monitor, name = Monitor(tmp_path, ALONE, 0, 0, {}, PreemptionHandler()), os.fsdecode(b"\xc9panchement")
+    monitor.scalars(4, 1, {f"val/auroc/{name}": 0.5})
+    monitor.text("labels", name, 4)
+    monitor.hyperparameters({"optim.class_weights": name})
+    monitor.image(f"images/{name}", np.zeros((2, 2, 3), np.uint8), 4)
+    monitor.close()
+    accumulator = EventAccumulator(str(tmp_path / "val")).Reload()
+    assert accumulator.Tags()["scalars"] == [r"labels/auroc/\udcc9panchement"]
+
+
 def test_a_sweep_stands_in_hparams_with_what_differs_first(tmp_path):
     for rate, error in ((0.1, 30.0), (0.2, 20.0)):
         (tmp_path / f"lr{rate}").mkdir()
@@ -279,3 +291,5 @@ def test_the_commit_is_that_of_the_code_alone(tmp_path):
     assert commit.__wrapped__(installed) == "unknown (no git repository)"  # that repository is somebody else's
     (code / "a.py").write_text("2")
     assert commit.__wrapped__(code) == f"{head}-dirty"
+    (installed / COPY_OF).write_text(head)
+    assert commit.__wrapped__(installed) == head

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, override_flags, run_module, small_config
 from test_trainer import assert_equal_weights, comparable_records, last_state, records, weights
-from training_hooks import InterruptAfter, InterruptionError
+from training_hooks import InterruptAfter, InterruptionError, Spike
 
 from launch.__main__ import read_config
 from pipeline import trainer
@@ -20,6 +20,7 @@ from pipeline.config_file import load_config, to_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.finite import way_on, way_on_from_validation
+from pipeline.history import History
 from pipeline.hooks import Hook
 from pipeline.resume import Conditions, check_same_run
 from pipeline.run import Run
@@ -279,23 +280,6 @@ def test_advice_names_what_is_there_and_what_would_change_something(tmp_path, ch
     assert of_validation.startswith("put previous.pt or best.pt" if "previous" in checkpoints else "start anew")
 
 
-class Spike(Hook):
-    """Makes the images of one step infinite."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_start(self, trainer):
-        prepare = trainer.run.objective.prepare
-
-        def spiked(batch):
-            if trainer.run.done_steps == self.step:
-                batch.images.fill_(float("inf"))
-            return prepare(batch)
-
-        trainer.run.objective.prepare = spiked
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_that_is_not_finite_is_left_out_on_request(tmp_path, capsys, precision):
     config = small_config(tmp_path, optim={"epochs": 1}, train={"not_finite": "skip", "precision": precision})
@@ -304,6 +288,23 @@ def test_a_step_that_is_not_finite_is_left_out_on_request(tmp_path, capsys, prec
     assert all(value.isfinite().all() for value in weights(config).values())
     assert [r["epoch/skipped_images"] for r in records(config) if "val/loss" in r] == [12]
     assert int(weights(config)["features.norm5.num_batches_tracked"]) == 3
+
+
+def test_ranks_leave_out_a_step_together(tmp_path):
+    """In which the loss is not finite on one of them."""
+    learned = []
+    for ranks in (2, 1):
+        folder = tmp_path / str(ranks)
+        optim = {"epochs": 1, "grad_accum_steps": 2 // ranks}
+        config = small_config(folder / "run", optim=optim, train={"not_finite": "skip"})
+        folder.mkdir()
+        (folder / "spike.yaml").write_text(to_yaml(config))
+        done = run_module("tests.training_on_ranks", folder / "spike.yaml", ranks=ranks, cores=1)
+        assert done.returncode == 0, done.stderr
+        assert "step 2 of the run: the loss or the gradient is not finite; the step is left out" in done.stdout
+        assert [r["epoch/skipped_images"] for r in records(config) if "val/loss" in r] == [12]
+        learned.append({n: w for n, w in weights(config).items() if "running" not in n and "batches" not in n})
+    assert_equal_weights(*learned)
 
 
 def test_a_run_that_only_leaves_out_steps_stops(tmp_path):
@@ -575,6 +576,27 @@ def test_a_rate_that_rises_again_is_said_once(tmp_path, capsys):
     assert rates[1] == pytest.approx(0.01464, abs=1e-5) and rates[2] > rates[1]
     trainer.fit(more)
     assert line not in capsys.readouterr().out
+
+
+def test_a_rate_rises_beside_that_of_the_run_as_it_was(tmp_path):
+    """A drop that nothing reads any more was read before: 0.1 / 10, and of the cosine 0.1 (1 + cos(2/3 pi)) / 2."""
+    trainer.fit(small_config(tmp_path, optim={"epochs": 2, "milestones": [1]}))
+    change = {"change": "optim.epochs,optim.schedule"}
+    report = trainer.dry_run(small_config(tmp_path, optim={"epochs": 3, "schedule": "cosine"}, train=change))
+    assert "rate rises: 0.01 in the last step, 0.025 in the next (schedule cosine over 3 epochs)" in report
+
+
+def test_steps_that_only_a_loss_scaler_knew_stay_unknown(tmp_path):
+    optim = {"epochs": 2}
+    trainer.fit(small_config(tmp_path, optim={**optim, "epochs": 1}, train={"precision": "fp16"}))
+    later = small_config(
+        tmp_path, optim=optim, train={"change": "optim.epochs,optim.milestones,train.precision", "ema_decay": 0.0}
+    )
+    trainer.fit(later)
+    history = History(later, 1)
+    history.load_state_dict(last_state(later)["history"])
+    assert history.values(later, "train.precision") == [("fp32",), ("fp16",)]
+    assert last_state(later)["measured"]["skipped_steps"] is None
 
 
 def test_a_rate_that_only_stays_does_not_rise(tmp_path, capsys):

@@ -116,7 +116,9 @@ def test_errors_of_different_images_are_told_apart(tmp_path):
 def test_the_last_minute_is_not_told_to_the_second(tmp_path):
     """What is left then is validation and saving, and the last log line may be old."""
     run = run_of_torchrun(tmp_path / "a", BEGIN)
-    (run / "metrics.jsonl").write_text('{"step": 4, "speed/images_per_second": 9, "speed/remaining_seconds": 0.2}\n')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 4, "epochs": 1, "speed/images_per_second": 9, "speed/remaining_seconds": 0.2}\n'
+    )
     assert "  < 1 min  " in to_text([read_status(run, {})])
 
 
@@ -449,6 +451,7 @@ def test_what_cannot_be_read_of_one_run_hides_no_other(tmp_path, capsys, monkeyp
     for name in ("a", "b"):
         run_of_torchrun(tmp_path / name, f"{BEGIN}{TIME}ended\n")
     (tmp_path / "a" / "config.yaml").write_text("model: {colour: red}\n")  # of a later version
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"loss": 1.5}\n{"step": 1, "val/loss": 1.5}\n')  # of another program
     (tmp_path / "lost+found").mkdir()
     real = os.stat
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
+from conftest import PATIENCE, REPOSITORY, override_flags, run_module, run_torchrun, small_config
 
 from launch.status import read_status
+from pipeline.config_file import to_yaml
 from pipeline.run_dir import read_progress
 from pipeline.weights import read_weights
 
@@ -207,3 +208,14 @@ def test_launchers_that_do_not_find_each_other_are_told_in_one_line(tmp_path):
     line = done.stderr.splitlines()[-1]  # torch's C++ has warned of the name before
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "do not find each other" in line and "start 2 of them, with the same --rdzv-endpoint nowhere.invalid" in line
+
+
+def test_a_program_under_torchrun_may_train_twice(tmp_path):
+    """In the same processes, whose ranks meet again in torchrun's store."""
+    files = []
+    for name in ("first", "second"):
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(to_yaml(small_config(tmp_path / name, optim={"epochs": 1})))
+    done = run_torchrun("tests.training_on_ranks", *files, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("last (epoch 1 of 1)") == 2

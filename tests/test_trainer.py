@@ -18,6 +18,7 @@ from training_hooks import InterruptAfter, InterruptionError
 
 from pipeline import trainer
 from pipeline.checkpoint import load_checkpoint
+from pipeline.config import Config
 from pipeline.config_file import parse_command_line, to_yaml
 from pipeline.errors import UserError
 from pipeline.metrics import Score
@@ -259,13 +260,18 @@ def test_a_step_follows_the_mean_loss_of_the_global_batch(tmp_path, images, leng
         torch.testing.assert_close(p.detach(), start[name] - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
 
 
+def with_a_corrupt_image(folder: Path, images: int) -> dict[str, str]:
+    """Of so many training images one does not decode; the fields of a run on them."""
+    write_class_folders(folder / "train", 2, images, size=(20, 20))
+    write_class_folders(folder / "val", 2, 2, size=(20, 20))
+    corrupt = folder / "train" / "class0" / "image0002.jpg"
+    corrupt.write_bytes(corrupt.read_bytes()[:-40])
+    return {"loader": "reference", "dir": str(folder), "corrupt_images": "skip"}
+
+
 def test_a_step_follows_the_mean_loss_of_the_images_that_count(tmp_path):
     """One of six images is corrupt and replaced by another of its batch, which counts once."""
-    write_class_folders(tmp_path / "images" / "train", 2, 6, size=(20, 20))
-    write_class_folders(tmp_path / "images" / "val", 2, 2, size=(20, 20))
-    corrupt = tmp_path / "images" / "train" / "class0" / "image0002.jpg"
-    corrupt.write_bytes(corrupt.read_bytes()[:-40])
-    data = {"loader": "reference", "dir": str(tmp_path / "images"), "corrupt_images": "skip"}
+    data = with_a_corrupt_image(tmp_path / "images", 6)
     optim = {"epochs": 1, "batch_size": 6, "grad_accum_steps": 2, "weight_decay": 0.0}
     config = small_config(tmp_path / "run", data=data, optim=optim, model={"name": "densenet_bc22_k6"})
     with trainer.init_distributed("cpu") as world:
@@ -307,6 +313,37 @@ def test_two_ranks_take_the_steps_of_one_rank_with_two_passes(tmp_path):
             {n: w for n, w in part(c).items() if "running" not in n and "batches" not in n} for c in (spread, alone)
         ]
         assert_equal_weights(*learned)
+
+
+def learned(config: Config) -> dict[str, torch.Tensor]:
+    """The parameters, without statistics, which are a rank's own."""
+    return {n: w for n, w in weights(config).items() if "running" not in n and "batches" not in n}
+
+
+def trained_by(ranks: int, config: Config) -> dict[str, torch.Tensor]:
+    """What so many ranks have learned, each on one core."""
+    done = run_module("pipeline.train", "configs/demo.yaml", *override_flags(config), ranks=ranks, cores=1)
+    assert done.returncode == 0, done.stderr
+    return learned(config)
+
+
+def test_ranks_that_accumulate_gradients_take_the_step_of_one(tmp_path):
+    """Two parts on each of two ranks, and four parts alone: the same sums, but for their order."""
+    data, optim = {"synthetic_images": 12}, {"epochs": 1, "batch_size": 12}  # one step: later ones multiply rounding
+    by_two = trained_by(2, small_config(tmp_path / "2", data=data, optim={**optim, "grad_accum_steps": 2}))
+    alone = trained_by(1, small_config(tmp_path / "1", data=data, optim={**optim, "grad_accum_steps": 4}))
+    for name, tensor in by_two.items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_divide_by_the_images_that_count_on_all_of_them(tmp_path):
+    """One of twelve images is corrupt, on one of two ranks."""
+    data = with_a_corrupt_image(tmp_path / "images", 12)
+    optim = {"epochs": 1, "batch_size": 12}
+    by_two = trained_by(2, small_config(tmp_path / "2", data=data, optim=optim))
+    alone = trained_by(1, small_config(tmp_path / "1", data=data, optim={**optim, "grad_accum_steps": 2}))
+    for name, tensor in by_two.items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

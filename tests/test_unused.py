@@ -45,6 +45,7 @@ CASES = [
     ("data.erasing_fill", "noise", {}, ERASING),
     ("optim.momentum", 0.8, ADAMW, {"optim.optimizer": "lars"}),
     ("optim.nesterov", False, ADAMW, {}),
+    ("optim.fused", False, ADAMW, {}),
     ("optim.decay_norms", False, {"optim.weight_decay": 0}, {}),
     ("optim.milestones", [3], {"optim.schedule": "cosine"}, {}),
     ("optim.lr_gamma", 0.2, {"optim.schedule": "one_cycle"}, {}),

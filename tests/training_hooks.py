@@ -31,3 +31,25 @@ class SignalInStep(Hook):
     def on_step_start(self, trainer):
         if trainer.run.done_steps == self.step:
             os.kill(os.getpid(), self.number)
+
+
+class Spike(Hook):
+    """Makes the images of one step infinite.
+
+    Args:
+        step: its number in the run, from 0.
+        rank: whose images; None: those of all.
+    """
+
+    def __init__(self, step: int, rank: int | None = None):
+        self.step, self.rank = step, rank
+
+    def on_start(self, trainer):
+        prepare = trainer.run.objective.prepare
+
+        def spiked(batch):
+            if trainer.run.done_steps == self.step and self.rank in (None, trainer.run.world.rank):
+                batch.images.fill_(float("inf"))
+            return prepare(batch)
+
+        trainer.run.objective.prepare = spiked
