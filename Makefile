@@ -33,7 +33,7 @@ format: .venv/ready-dev ## format the code and sort its imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment, all runs and all unpacked data
+clean: ## remove .venv, runs/ and data/ with all that is in them
 	rm -rf .venv runs data
 
 # An environment that works is kept, with what its user has added.

@@ -251,6 +251,9 @@ def test_the_command_tells_errors_costs_and_times(data, checkpoint, run, tmp_pat
     assert len(answered) == 12
     for answer in answered:
         assert answer["answers"][0]["probability"] == pytest.approx(expected[answer["file"]], rel=1e-4)
+    (tmp_path / "other.json").write_text(json.dumps({**report, "model": "msdnet_imagenet_4"}))
+    with pytest.raises(UserError, match="other.json is of msdnet_imagenet_4 at .* and what answers is"):
+        run(predict, checkpoint, data / "val", *words, "--budget", 1000, "--thresholds", tmp_path / "other.json")
     run(predict, checkpoint, data / "val", *words, "--exit", 2)
     for answer in json.loads((tmp_path / "answers.json").read_text()):
         i = next(i for i in range(12) if test.location(i) == answer["file"])

@@ -26,6 +26,7 @@ from pipeline.config import Config, DataConfig
 from pipeline.config_file import from_dict, from_stored, load_config
 from pipeline.data import dataset
 from pipeline.data.dataset import fingerprint_of, open_datasets
+from pipeline.data.index import DatasetIndex
 from pipeline.data.loader import EvaluationLoader, Shard
 from pipeline.data.scan import scan_classes, scan_flat
 from pipeline.distributed import World
@@ -41,7 +42,7 @@ from tools import predict
 from tools.evaluate import main
 from tools.support.calibration import calibration
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import chosen_by, open_images, trained_on, where
+from tools.support.evaluated_images import chosen_by, hold_the_same, open_images, trained_on, where
 from tools.support.evaluation_figures import published_errors, real_labels_score, recipe_line
 from tools.support.evaluation_report import write_answers, write_report
 from tools.support.output_subset import restrict_outputs
@@ -438,6 +439,11 @@ def test_mistakes_show_before_the_work(image_folders, checkpoint, tmp_path, user
     ):
         assert re.search(expected, user_error(main, *words, "--data", image_folders, silent=True))
     assert not (tmp_path / "reports").exists() and not (tmp_path / "json").exists()  # nothing was to be written
+    error = user_error(main, nan.last, checkpoint, *report, "--data", image_folders)
+    assert "last.pt: the answers are not finite" in error
+    found = json.loads((tmp_path / "json" / "a.json").read_text())["evaluations"]
+    assert [result["weights"] for result in found] == [str(checkpoint)]
+    assert (tmp_path / "reports" / "a" / "report.html").exists()
 
 
 def test_names_of_files_and_classes_reach_the_page_as_they_are(tmp_path):
@@ -638,6 +644,39 @@ def test_networks_that_were_validated_on_two_tables_of_a_folder_are_not_compared
         evaluated(*files, "--data", table_data, "--crop-size", 16)
 
 
+def test_networks_of_one_label_and_of_several_are_not_compared(table_data, checkpoint, tmp_path, evaluated):
+    state, files = load_checkpoint(checkpoint), []
+    for labels, objective in (("single", "cross_entropy"), ("multi", "binary_cross_entropy")):
+        folder = CheckpointFolder(tmp_path / labels / "checkpoints")
+        folder.last.parent.mkdir(parents=True)
+        state["config"]["data"] |= {"train": "train.csv", "val": "val.csv", "labels": labels}
+        state["config"]["optim"]["objective"] = objective
+        folder.save(state, best=False)
+        files.append(folder.last)
+    for order in (files, files[::-1]):
+        with pytest.raises(UserError, match="gives several labels an image, the other one: evaluate them one by one"):
+            evaluated(*order, "--data", table_data, "--crop-size", 16)
+
+
+def test_which_images_are_the_same(tmp_path):
+    """Those of equal names are not, where they hold something else, or nothing tells, or labels group them otherwise."""
+
+    def folders(name: str, shades: tuple[int, ...], suffix: str = "png") -> DatasetIndex:
+        for i, shade in enumerate(shades):
+            (folder := tmp_path / name / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            Image.new("L", (9 + i, 9) if suffix == "png" else (9, 9), shade).save(folder / f"{i}.{suffix}")
+        return scan_classes(tmp_path / name)
+
+    first, copy = folders("first", (0, 1, 2, 3)), folders("copy", (0, 1, 2, 3))
+    assert hold_the_same(first, copy) and hold_the_same(first, dataclasses.replace(first, classes=("x", "y")))
+    assert hold_the_same(first, dataclasses.replace(first, labels=1 - first.labels, classes=("class1", "class0")))
+    assert not hold_the_same(first, dataclasses.replace(first, labels=np.array([0, 1, 0, 1])))
+    assert not hold_the_same(first, dataclasses.replace(first, labels=np.zeros(4, np.int64)))
+    assert not hold_the_same(first, dataclasses.replace(copy, lengths=copy.lengths + 1))
+    alike = [folders(name, (0, 1), "bmp") for name in ("third", "fourth")]
+    assert hold_the_same(alike[0], alike[0]) and not hold_the_same(*alike)
+
+
 def test_other_sets_that_a_run_validated_on_are_found_in_the_folder_and_no_other_is_taken(
     image_folders, table_data, tmp_path, capfd
 ):
@@ -835,6 +874,12 @@ def test_images_that_were_trained_on_are_found_by_what_they_hold(
         f"{since}: new images usually have a higher error"
     )  # labels may have changed
     assert trained(begun_with(checksum(first.best)), every).endswith("new images usually have a higher error")
+    with_other_names = {"classes": ("x", "y", "z"), "run_classes": apart.classes}
+    renamed = dataclasses.replace(apart, **with_other_names)
+    called = dataclasses.replace(some, classes=renamed.classes)
+    seen = trained_on(Candidate("", "", renamed, renamed.data, called, 0))
+    assert "at least 19 of 19, as" in seen and "with another class" not in seen
+    assert chosen_by(Candidate("", "", dataclasses.replace(best, **with_other_names), best.data, called, 0)) == chosen
     last = dataclasses.replace(best, epochs=3)
     assert chosen_by(Candidate("", "", last, last.data, some, 0)) == ""
     with monkeypatch.context() as patch:

@@ -1,10 +1,12 @@
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import photo, write_class_folders
+from conftest import REPOSITORY, photo, write_class_folders
 from PIL import Image
 
 from pipeline.config import DataConfig
@@ -206,16 +208,17 @@ def test_sets_of_one_name_that_cannot_be_written_beside_have_a_cache_each(image_
         assert lines == [3, 3]  # classes
 
 
-def test_the_command_lists_names_that_are_not_utf_8(tmp_path, monkeypatch, capsys):
+def test_commands_print_names_that_are_not_utf_8(tmp_path):
     root = tmp_path / os.fsdecode(b"\xff")
     write_class_folders(root, 2, 6)
     shutil.copyfile(root / "class0/image0000.jpg", root / "class0" / os.fsdecode(b"odd \xe9.png"))
-    monkeypatch.setattr("sys.argv", ["index", str(root), "--verify"])
-    main()
-    lines = capsys.readouterr().out.splitlines()
-    shown = f"{tmp_path}/\ufffd"
-    assert lines[0] == f"{shown}/class0/odd \ufffd.png is JPEG, not what its suffix says: read as what it is"
-    assert f"images     7 in {shown}" in lines and f"cache      {tmp_path}/.\ufffd.index.jsonl" in lines
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "tools.index", root, "--verify"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=strict)
+    shown = rf"{tmp_path}/\udcff"
+    told = rf"{shown}/class0/odd \udce9.png is JPEG, not what its suffix says: read as what it is"
+    assert done.returncode == 0 and told in done.stdout.splitlines(), done.stderr
+    assert f"images     7 in {shown}" in done.stdout and rf"cache      {tmp_path}/.\udcff.index.jsonl" in done.stdout
 
 
 def test_labels_can_count_in_a_larger_set_of_classes(image_folders):

@@ -14,6 +14,7 @@ from pipeline.config import DataConfig
 from pipeline.config_file import from_dict, load_config
 from pipeline.data.dataset import open_datasets
 from pipeline.data.scan import scan_classes
+from pipeline.errors import UserError
 from tools.lab import ablation, archives, fine_tuning, index_scale, several_labels
 from tools.support.significance import paired_interval
 
@@ -38,6 +39,8 @@ def test_a_table_has_so_many_images_of_each_class_drawn_anew_for_each_seed(gray_
         assert found.classes == index.classes and len(found) == 8
         tables.append((tmp_path / "out" / "table.csv").read_text())
     assert tables[0] == tables[1] != tables[2]
+    with pytest.raises(UserError, match="--test-images 7: a class of .* has 6 images: give as many at most"):
+        fine_tuning.write_table(index, "test", 7, 1, tmp_path / "out" / "table.csv")
     text = fine_tuning.report({"fine-tuned": [40.0, 42.0], "from scratch": [55.0, 53.0]}, 3, 9, 2)
     assert (
         "| margin         |  15.00 |  11.00 | 13.00 |" in text

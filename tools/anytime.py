@@ -218,7 +218,8 @@ def read_other(item: str, called: str, data: DataConfig, test: DatasetIndex, wor
     score = evaluate(network, loader, world, between_batches=progress.advance).score
     progress.close()
     assert isinstance(score, Score)
-    return Other(f"{called} ({weights.config.model.name})", score.top1_error, True, work, network, own)
+    about = f"{weights.config.model.name}{', average of its weights' if weights.averaged else ''}"
+    return Other(f"{called} ({about})", score.top1_error, True, work, network, own)
 
 
 def refuse_what_is_not_finite(file: str, *answers: tuple[Answers, ...]) -> None:

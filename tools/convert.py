@@ -13,7 +13,7 @@ from pipeline.weights import Weights, write_safetensors, write_torch
 from pipeline.words import counted
 from tools.support.facts import parameters
 from tools.support.model_card import model_card
-from tools.support.outputs import in_folder, writable_file
+from tools.support.outputs import ANY_NAME, in_folder, writable_file
 from tools.support.weights_arguments import add_preprocessing_arguments, add_weights_arguments, read_weights_of
 
 WRITERS = {".safetensors": write_safetensors, ".pth": write_torch}
@@ -34,7 +34,7 @@ def main() -> None:
         raise UserError(f"{options.weights} says how the images of its run were prepared: leave out {flags}")
     WRITERS[output.suffix](weights, output)
     if card:
-        in_folder(card).write_text(model_card(weights, output))
+        in_folder(card).write_text(model_card(weights, output), **ANY_NAME)
     print(f"{describe(weights)}: {output}")
 
 

@@ -27,14 +27,14 @@ from pipeline.config_file import from_dict
 from pipeline.data.dataset import DATASETS
 from pipeline.data.loader import EvaluationLoader, Shard, choose_common_loader
 from pipeline.distributed import World, init_distributed
-from pipeline.errors import UserError
+from pipeline.errors import LocalUserError, UserError
 from pipeline.evaluation import Average, Evaluation, check_image_size, evaluate
 from pipeline.models.densenet import DenseNet
 from pipeline.precision import autocast, set_tf32
 from pipeline.provenance import provenance
 from pipeline.weights import Weights, checksum, weights_file
 from tools.support.candidate import Candidate
-from tools.support.evaluated_images import are_same_images, chosen_by, open_images, trained_on
+from tools.support.evaluated_images import are_same_images, chosen_by, hold_the_same, open_images, trained_on
 from tools.support.evaluation_figures import compare, describe
 from tools.support.evaluation_report import (
     comparisons_to_text,
@@ -61,16 +61,22 @@ def main() -> None:
     options = _parser().parse_args()
     with init_distributed(options.device) as world:
         candidates = world.broadcast_from_rank0(lambda: open_candidates(options))
-        results, evaluations = [], []
+        results, evaluations, indexes, failures = [], [], [], []
         for candidate in candidates:
-            result, evaluation = evaluate_one(candidate, options, world)
+            try:
+                result, evaluation = evaluate_one(candidate, options, world)
+            except LocalUserError:
+                raise
+            except UserError as error:  # which every rank has: what is found of the others is kept
+                failures.append(str(error))
+                continue
             if world.is_main:
                 print(result_to_text(result, named=len(candidates) > 1), flush=True)
                 write_answers_of(candidate, evaluation, options)
             results.append(result)
+            indexes.append(candidate.index)
             evaluations.append(dataclasses.replace(evaluation, logits=None))  # 200 MB each on ImageNet
-        if world.is_main:
-            indexes = [candidate.index for candidate in candidates]
+        if world.is_main and results:
             summary = {
                 "about": provenance(),
                 "evaluations": results,
@@ -82,6 +88,8 @@ def main() -> None:
                 in_folder(Path(options.json)).write_text(json.dumps(summary, indent=2) + "\n")
             if options.report:
                 write_report(Path(options.report), summary, evaluations, indexes)
+        if failures:
+            raise UserError("; ".join(failures))
 
 
 def open_candidates(options: argparse.Namespace) -> list[Candidate]:
@@ -112,8 +120,15 @@ def open_candidates(options: argparse.Namespace) -> list[Candidate]:
             index = open_held_out(data, weights)
         else:
             index = same[0].index if same else open_images(data, options.labels, weights.classes, options.split)
-        if candidates and index.names != candidates[0].index.names:
-            raise UserError(f"{file} and {candidates[0].file} are not for the same images: evaluate them one by one")
+        if candidates and index.several_labels != candidates[0].index.several_labels:
+            raise UserError(
+                f"one of {file} and {candidates[0].file} gives several labels an image, the other one: evaluate them one by one"
+            )
+        if candidates and not hold_the_same(index, candidates[0].index):
+            raise UserError(
+                f"{file} and {candidates[0].file} are not for the same images and labels, as far as can be told: evaluate them "
+                "one by one"
+            )
         check_image_size(weights.network, data.crop_size, name, data.channels)
         bare = network_without_weights(weights.config.model, len(weights.classes), data.channels)
         work = multiply_accumulates(bare, data.crop_size, data.channels)
@@ -251,11 +266,15 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--loader", choices=("auto", "native", "dali", "reference"), default="auto", help="image loader [auto]"
     )
-    parser.add_argument("--threads", type=positive_integer, metavar="N", help="loader threads per rank [all cores]")
+    parser.add_argument(
+        "--threads", type=positive_integer, metavar="N", help="loader threads per rank [its share of the cores]"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of each rank [auto]")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--predictions", metavar="FILE", help="write a CSV file with the top-5 predictions of each image"
+        "--predictions",
+        metavar="FILE",
+        help="write a CSV file with the top-5 predictions of each image, or the probabilities of several labels",
     )
     parser.add_argument(
         "--report",

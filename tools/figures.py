@@ -35,6 +35,7 @@ from pipeline.models.densenet import DenseNet
 from pipeline.paper import setting_for
 from pipeline.run_dir import CONFIG, epochs_done, read_records, why_no_best
 from pipeline.weights import read_weights
+from pipeline.words import drawable
 from tools.support import published
 from tools.support.facts import multiply_accumulates, network_without_weights, on_meta, parameters
 from tools.support.outputs import in_folder, writable_folder
@@ -342,7 +343,7 @@ def draw_curves(runs: list[Run]) -> Figure:
             number = numbered.index(run)
             look = {"color": COLORS[number], "marker": MARKERS[number]}
             unlike = measure is ERROR and not many and trains_otherwise(run)
-            draw_curve(axes, run, "val/", f"{run.called} *" if unlike else run.called, **look)
+            draw_curve(axes, run, "val/", drawable(f"{run.called} *" if unlike else run.called), **look)
             if not many:
                 style = {**look, "linestyle": "--", "markerfacecolor": "white"}
                 draw_curve(axes, run, "epoch/train_", f"_{run.name}, training", **style)
@@ -358,7 +359,7 @@ def draw_curves(runs: list[Run]) -> Figure:
         best = f"Validation: the {BEST} best of {len(own)} runs after their last epoch, the others gray"
         both = "Validation" if measure is AUROC else "Validation (solid, filled) and training (dashed, hollow)"
         title = best if many else both
-        axes.set_title("\n".join([title, *on]), fontsize=10)
+        axes.set_title(drawable("\n".join([title, *on])), fontsize=10)
         axes.legend(fontsize=9)
     return figure
 
@@ -393,7 +394,7 @@ def draw_published(axes: Axes, runs: list[Run], colors: list[str]) -> None:
             label = f"{published.source or 'published'}: {value}{unit}{on_test_images(run)}"
             lines.setdefault(label, (value, color))
     for label, (value, color) in lines.items():
-        axes.axhline(value, linestyle=":", color=color, label=label)
+        axes.axhline(value, linestyle=":", color=color, label=drawable(label))
 
 
 def on_test_images(run: Run) -> str:
@@ -428,7 +429,7 @@ def draw_small_images(runs: list[Run]) -> Figure:
             points += draw_their_published(axes, own, sizes)
         draw_own(axes, own, sizes)
         axes.set(xlabel="million parameters", ylabel="top-1 error, %")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(drawable(title), fontsize=10)
         named.append((axes, points))
     finish(figure, named)
     return figure
@@ -518,19 +519,19 @@ def draw_own(axes: Axes, runs: list[Run], xs: list[float]) -> None:
         images = next(iter(on)) if len(on) == 1 else ", on different images"
         axes.plot(
             xs, errors, "*", color="black", markersize=10, zorder=5,
-            label=f"ours: {len(runs)} runs after their best epochs, the best {best}{images}",
+            label=drawable(f"ours: {len(runs)} runs after their best epochs, the best {best}{images}"),
         )  # fmt: skip
         return
     for number, (run, x) in enumerate(zip(runs, xs, strict=True)):
         look = {"color": colors[-1 - number], "marker": MARKERS[-1 - number]}
-        axes.plot([x], [run.error], linestyle="", markersize=10, zorder=5, label=run.label, **look)  # type: ignore[arg-type]
+        axes.plot([x], [run.error], linestyle="", markersize=10, zorder=5, label=drawable(run.label), **look)  # type: ignore[arg-type]
 
 
 def draw_points(axes: Axes, points: Points, marker: str, label: str) -> Points:
     """Points of others, of which several are joined; returns them to be named."""
     ordered = sorted(point for _, point in points)
     color = next(iter(unused_colors(axes)), "dimgray")
-    axes.plot(*zip(*ordered, strict=True), color=color, marker=marker, markersize=6, label=label)
+    axes.plot(*zip(*ordered, strict=True), color=color, marker=marker, markersize=6, label=drawable(label))
     axes.plot(*zip(*ordered, strict=True), marker, color=color, markersize=6, zorder=4, label="_")  # above the names
     return points
 

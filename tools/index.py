@@ -3,7 +3,8 @@
 DIR is a folder of classes, a tar archive or zip file of classes, a tar of tars such as ILSVRC2012_img_train.tar, a table,
 shards, or (with --labels) a flat folder or archive; or what holds both sets: a folder that training takes as data.dir, with
 `train` and `test`, or a table that says of each line which set it is for. What is found is cached beside the images, where
-training looks for it too. With --several-labels the tables name several labels an image.
+training looks for it too; where DIR is read-only, in --cache, which RUN_DIR/index should be for a run to find it. With
+--several-labels the tables name several labels an image.
 
 With --verify every image is first read and decoded, and what is odd or left out is listed with what comes of it. The exit
 code is 2 if the index or a run with the default configuration would stop at one, else 0.
@@ -42,7 +43,6 @@ from pipeline.data.verify import verify
 from pipeline.errors import UserError
 from pipeline.words import counted
 from tools.support.label_files import find_label_file
-from tools.support.outputs import printable
 from tools.support.tables import add_columns_arguments, open_with_columns
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         )
         there = ", ".join(splits_in(Path(file)))
         said = f"of {table or root} the splits {' and '.join(splits)} are taken (there are {there})"
-        print(printable(said), file=sys.stderr, flush=True)
+        print(said, file=sys.stderr, flush=True)
     start = time.perf_counter()
     if options.verify and both:
         list_odd_images([source_of(config, "train")], [source_of(config, "val")], read_as)
@@ -116,7 +116,7 @@ def main() -> None:
         if options.against:
             split = "val" if (of_table := splits_of(options.against)) else None
             if split:
-                print(printable(f"of {options.against} the split {of_table[1]} is taken"), file=sys.stderr, flush=True)
+                print(f"of {options.against} the split {of_table[1]} is taken", file=sys.stderr, flush=True)
             validated.append(open_table_or_source(options.against, options, split=split))
         list_odd_images(trained, validated, read_as)
     places = [Path(config.dir, name) for name in (config.train, config.val)] if both else [root]
@@ -138,7 +138,7 @@ def main() -> None:
     for place, index, split in zip(places, indexes, splits or [""] * len(indexes), strict=True):
         if split:
             print(f"split      {split}")
-        print(printable(f"{describe(index)}\ncache      {cache_beside(place, fallback)}"))
+        print(f"{describe(index)}\ncache      {cache_beside(place, fallback)}")
     print(f"time       {time.perf_counter() - start:.1f} s")
 
 
@@ -205,13 +205,13 @@ def list_odd_images(training: list[FileSource], validation: list[FileSource], re
     whole = {source.root for source in (*training, *validation)}
     issues = _Returning(verify(training, validation, read_as))
     for issue in issues:
-        tqdm.write(printable(str(issue)))
+        tqdm.write(str(issue))
         if issue.location in whole and not issue.stops:
             continue
         kinds[issue.fault, issue.outcome] += issue.count
         stops += issue.stops
     for (fault, outcome), count in kinds.most_common():
-        print(printable(f"{count:>10,}  {fault}: {outcome}"))
+        print(f"{count:>10,}  {fault}: {outcome}")
     if not kinds:
         print(f"no image is odd ({counted(issues.returned, 'image')} read)")
     if stops:

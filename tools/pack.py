@@ -1,9 +1,10 @@
 """Write images into tar shards and index them: ``python -m tools.pack DATA OUT``.
 
 DATA is whatever training reads by class: a folder, a table, an archive, other shards. OUT gets NAME-000000.tar and so on, in
-WebDataset's form: for each image KEY.jpg, as it is, and KEY.json with its class and its name in DATA. An image whose name does
-not say that it is one gets its format's suffix. Training on them is training on DATA, to the bit: the order of the images is
-the same. A million files become some dozens, which a network file system serves better, and which can be copied.
+WebDataset's form: for each image KEY.jpg, as it is, and KEY.json with its class and its name in DATA. An image whose name
+does not say that it is one gets its format's suffix. Training on them is training on DATA, to the bit: the order of the
+images is the same (not where all classes are numbers, which folders sort as text). A million files become some dozens, which
+a network file system serves better, and which can be copied.
 """
 
 import io

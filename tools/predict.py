@@ -63,7 +63,7 @@ from pipeline.precision import set_tf32
 from pipeline.weights import Weights
 from pipeline.words import counted
 from tools.support.budgets import read_budget
-from tools.support.outputs import ANY_NAME, in_folder, printable, writable_file
+from tools.support.outputs import ANY_NAME, in_folder, writable_file
 from tools.support.weights_arguments import add_preprocessing_arguments, add_weights_arguments, read_weights_of
 
 BATCH_SIZE = 32
@@ -161,7 +161,7 @@ def main() -> None:
                 rows.writerow([file, *itertools.chain.from_iterable(named)])
             else:
                 lines = [f"  {100 * a['probability']:6.2f} %  {a['class']}  {a['name'] or ''}".rstrip() for a in found]
-                print(printable("\n".join([file, *lines])), flush=True)
+                print("\n".join([file, *lines]), flush=True)
     if not answered:
         raise UserError(f"no image decodes ({len(files):,} given): give others")
     left_out = f", {counted(len(files) - answered, 'corrupt one')} left out" if answered < len(files) else ""
@@ -186,7 +186,12 @@ def network_of(weights: Weights, options: Namespace) -> nn.Module:
     network = folded(weights.network)
     if not isinstance(network, MSDNet):
         raise UserError(f"--budget: {options.weights} has one exit: leave it out")
-    limits = read_budget(Path(options.thresholds), options.budget)
+    if weights.config.data.labels == "multi":
+        raise UserError(
+            f"--budget: {options.weights} gives several labels an image, and thresholds are of one: leave it out"
+        )
+    model, size = weights.config.model.name, weights.data.crop_size
+    limits = read_budget(Path(options.thresholds), options.budget, model, size)
     if len(limits) != network.exits:
         raise UserError(
             f"--thresholds {options.thresholds} is of {len(limits)} exits, {options.weights} has {network.exits}"
@@ -327,7 +332,7 @@ def predict_all(
             if issue.fault not in told:
                 told.add(issue.fault)
                 first = f"{issue.location} {issue.fault} (later ones are not named): {issue.outcome}"
-                tqdm.write(f"warning: {printable(first)}", file=sys.stderr)
+                tqdm.write(f"warning: {first}", file=sys.stderr)
         answered, all_decode = 0, True
         try:
             for answer in predict(network, index, data, how.crops, world):
@@ -357,7 +362,7 @@ def _skipped(file: str, fault: str, detail: str, how: Reading) -> tuple[str, Non
     """
     if how.corrupt_images == "stop":
         raise _refusal(file, fault, detail)
-    tqdm.write(printable(f"warning: {file} {fault} ({detail}): left out"), file=sys.stderr)
+    tqdm.write(f"warning: {file} {fault} ({detail}): left out", file=sys.stderr)
     return file, None
 
 

@@ -17,6 +17,7 @@ from pipeline.command import ArgumentParser, exit_on_user_error, positive_intege
 from pipeline.data.index import DatasetIndex
 from pipeline.data.index_cache import known_cache
 from pipeline.data.scan import scan_classes
+from pipeline.errors import UserError
 from tools.support.markdown import table
 
 CONFIG, WEIGHTS = "configs/cifar10-jpeg.yaml", "tools/weights/fashion-mnist.safetensors"
@@ -63,7 +64,15 @@ def main() -> None:
 
 
 def write_table(index: DatasetIndex, part: str, images: int, seed: int, file: Path) -> None:
-    """Write a table of so many images of each class, drawn at random, as PART/NAME and class."""
+    """Write a table of so many images of each class, drawn at random, as PART/NAME and class.
+
+    Raises:
+        UserError: a class has fewer.
+    """
+    fewest = int(np.bincount(index.labels, minlength=len(index.classes)).min())
+    if fewest < images:
+        flag = "--test-images" if part == "test" else "--images"
+        raise UserError(f"{flag} {images}: a class of {index.root} has {fewest:,} images: give as many at most")
     random = np.random.default_rng(seed)
     rows = [np.sort(random.permutation(np.flatnonzero(index.labels == k))[:images]) for k in range(len(index.classes))]
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 PIL reference and torchvision, compares the results operator by operator, and times the loaders in interleaved repetitions. It
 prints the tables and writes loader.json, loader.md, loader.png and contact-sheet.png.
 
-DALI on GPU takes part where there is a GPU; it has not been run on one yet.
+DALI on GPU takes part where there is a GPU; this benchmark has not been run on one yet.
 """
 
 import dataclasses

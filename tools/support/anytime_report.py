@@ -15,7 +15,7 @@ from pipeline.budget import Answers, leaves_at
 from pipeline.class_names import short_names
 from pipeline.data.index import DatasetIndex
 from pipeline.data.reader import Reader
-from pipeline.words import counted
+from pipeline.words import counted, drawable
 from tools.support.budgets import limits_of
 from tools.support.markdown import table
 from tools.support.outputs import ANY_NAME, in_folder
@@ -78,7 +78,7 @@ def draw_curves(result: dict[str, Any]) -> Figure:
             if row[key] is not None:
                 name = f"{row['name']}{'' if row['measured'] else ', error as published or given'}"
                 marker = {"marker": f"${number}$", "markersize": 5 + 4 * len(str(number)), "markeredgewidth": 0}
-                axes.plot(row[key] / scale, row["top1_error"], ls="", color="black", label=name, **marker)
+                axes.plot(row[key] / scale, row["top1_error"], ls="", color="black", label=drawable(name), **marker)
         axes.set_ylabel("top-1 error, %")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # also where the axis spans less than a power of ten
@@ -118,7 +118,7 @@ def draw_easy_and_hard(shown: Shown, index: DatasetIndex) -> Figure:
             axes.set_axis_off()
             if i is not None:
                 axes.imshow(np.asarray(picture(index, reader, i).convert("RGB")))
-                axes.set_title(index.classes[index.labels[i]][:14], fontsize=7)
+                axes.set_title(drawable(index.classes[index.labels[i]][:14]), fontsize=7)
     return figure
 
 

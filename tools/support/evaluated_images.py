@@ -1,5 +1,6 @@
 """The images that networks are evaluated on: which they are, and whether a network has trained on them."""
 
+import dataclasses
 import io
 import os
 import sys
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.config import Config, DataConfig
 from pipeline.data.checks import SameImages, same_images
@@ -41,6 +44,18 @@ def are_same_images(a: DataConfig, b: DataConfig) -> bool:
         "label_column",
     )
     return all(getattr(a, field) == getattr(b, field) for field in fields)
+
+
+def hold_the_same(a: DatasetIndex, b: DatasetIndex) -> bool:
+    """Whether two indexes are of the same images with the same labels, whatever their classes are called."""
+    if a.names != b.names or not np.array_equal(a.lengths, b.lengths):
+        return False
+    if os.path.realpath(a.root) != os.path.realpath(b.root) and len(set(a.lengths.tolist())) == 1:  # which tell nothing
+        return False
+    if a.several_labels:
+        return a.labels.shape == b.labels.shape and (a.classes != b.classes or np.array_equal(a.labels, b.labels))
+    pairs = set(zip(a.labels.tolist(), b.labels.tolist(), strict=True))
+    return len(pairs) == len({label for label, _ in pairs}) == len({label for _, label in pairs})
 
 
 @dataclass(frozen=True)
@@ -165,10 +180,13 @@ def _compared(run: _Run, split: Split, candidate: Candidate) -> _Found | None:
     """Which of the images a run has trained on, or was validated on, as far as a few tell; None if none."""
     if not _has_files(run, candidate):
         return None
+    # Classes may have been given other names since.
+    classes = candidate.weights.run_classes or candidate.weights.classes
+    index = dataclasses.replace(candidate.index, classes=classes)
     with redirect_stderr(io.StringIO()), suppress(UserError):  # the run has said where it found them; they may be gone
         cache = Path(run.file).parent.parent / "index"
-        known = known_images(find_splits(run.data), split, candidate.weights.classes, cache)
-        if known and (same := same_images(known, candidate.index)):
+        known = known_images(find_splits(run.data), split, classes, cache)
+        if known and (same := same_images(known, index)):
             as_before = has_trained_on(known, run.seen) if split == "train" else known.fingerprint == run.seen[1]
             return _Found(same, run, split, None if None in run.seen else as_before)
     return None

@@ -40,7 +40,7 @@ def model_card(weights: Weights, file: Path) -> str:
         ["trained up to", weights.trained or "not known"],
         ["training", weights.audit or "not known"],
     ]
-    if config.train.ema_decay:
+    if config.train.ema_decay or weights.averaged:
         rows.append(["weights", AVERAGED if weights.averaged else RAW])
     if config.model.freeze is not None:
         rows.append(["did not train", frozen_text(config.model.freeze)])

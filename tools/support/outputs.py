@@ -13,11 +13,6 @@ ANY_NAME: dict[str, Any] = dict(
 )  # of open(): file names that are not UTF-8 stay as they are
 
 
-def printable(text: str) -> str:
-    """A text in which file names may stand that are not UTF-8, as a terminal can show it: with marks for what it cannot."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
 def writable_folder(path: str, flag: str = "--output") -> Path:
     """Refuse the folder of a flag before the work if nothing can be written there. It is there with its first file; see
     `in_folder`."""

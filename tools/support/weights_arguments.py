@@ -68,7 +68,8 @@ def read_weights_of(options: Namespace, file: str) -> Weights:
     names = None
     if options.classes:
         try:
-            names = tuple(line.strip() for line in Path(options.classes).read_text().splitlines() if line.strip())
+            lines = Path(options.classes).read_text(encoding="utf-8-sig").splitlines()
+            names = tuple(line.strip() for line in lines if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --classes {options.classes}: {error}") from None
         twice = next((name for name in names if names.count(name) > 1), None)
