@@ -17,8 +17,6 @@ from pathlib import Path
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 )  # fmt: skip
-
-
 COMPILE_ERROR = re.compile(r":\d+: (fatal )?error:")
 
 
@@ -110,9 +108,8 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], library: Path) -
         )
         if result.returncode:
             lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-            said = next(
-                (line for line in lines if COMPILE_ERROR.search(line)), lines[0]
-            )  # after "In file included from"
+            # Of an error in a header it comes after "In file included from".
+            said = next((line for line in lines if COMPILE_ERROR.search(line)), lines[0])
             raise CppUnavailableError(f"{compiler} cannot compile {source.name}: {said}")
         try:
             os.link(new, library)  # a library that others have loaded, perhaps on other machines, is never replaced

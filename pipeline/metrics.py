@@ -150,9 +150,8 @@ def batch_sums(logits: Tensor, labels: Tensor, losses: Tensor, weights: Tensor) 
     else:
         correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         first, second = correct[:, 0], correct.any(dim=1)
-        every = (
-            [*every[:-1], first] if every else []
-        )  # the network's answer, though equal logits may have another largest one
+        if every:  # the last exit's answer is the network's, though equal logits may have another largest one
+            every[-1] = first
     rows = torch.stack([torch.ones_like(weights), first, second, losses, *every]).double()
     return torch.where(weights > 0, rows, 0).sum(dim=1)
 

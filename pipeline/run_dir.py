@@ -24,9 +24,8 @@ LOG = "log.txt"  # what rank 0 has printed; see run_log.py
 # What a start makes before there is a run, and what tells that there is one, or that a job of it was submitted.
 PREPARATIONS = ("lock", LOG, "index", "checkpoints")
 SIGNS_OF_A_RUN = {CONFIG, RECORDS, "starts.jsonl"}
-ANY_TEXT: dict[str, Any] = dict(
-    encoding="utf-8", errors="backslashreplace"
-)  # of open(): file names may be of any encoding
+# Of open(): file names in a text may be of any encoding.
+ANY_TEXT: dict[str, Any] = dict(encoding="utf-8", errors="backslashreplace")
 STARTED, ENDED = "started:", ("ended", "error:", "interrupted:")  # after the time, in an attempt's first and last line
 
 

@@ -414,9 +414,8 @@ def _read_torch(path: Path, ema: bool | None) -> OwnWeights | ExternalWeights:
     about = metadata.get(METADATA) if isinstance(metadata, dict) else None
     if ema and nest is None and about is None:
         raise UserError(f"{path} has no moving average of weights ({', '.join(EXTERNAL_EMA_KEYS)}): leave out --ema")
-    if isinstance(
-        state, dict
-    ):  # torch.optim.swa_utils.AveragedModel counts beside the weights, and openmmlab's averages do
+    if isinstance(state, dict):
+        # torch.optim.swa_utils.AveragedModel counts beside the weights, and openmmlab's averages do.
         state = {name: value for name, value in state.items() if name not in ("n_averaged", "steps")}
     if (
         not state
