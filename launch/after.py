@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from pipeline.run_dir import is_complete
 from pipeline.words import counted
 
 IDLE_ATTEMPTS = 10  # interruptions in a row without a new checkpoint: something keeps the run from getting anywhere
+REQUEUE_WAITS = (0, 5, 15, 30, 60, 120, 240)  # seconds before each request, which a busy controller may not answer
 EARLY = 60  # seconds by which SLURM may give its warning before it is due
 KILLED_BY_SIGNAL = tuple(128 + number for number in STOP_SIGNALS)  # a rank that had no handler yet
 
@@ -83,7 +86,9 @@ def _stands_still(ends: list[tuple[Cause, str | None]], attempts: int) -> bool:
 
 def end(attempt: Attempt, code: int) -> str:
     """Record the end of an attempt, and return what follows."""
-    run_dir, submission, events = attempt.run_dir, read_submission(attempt.folder), read_events(attempt.run_dir)
+    run_dir, submission, events = attempt.run_dir, read_submission(attempt.folder), []
+    with _told():  # what cannot be read or written just now keeps no job from its next attempt
+        events = read_events(run_dir)
     words, checkpoint = attempt.words(), _name_of(run_dir / "checkpoints" / "last.pt")
     announced = (e["time"] for e in events if e["event"] == "start" and e["start"] == attempt.name)
     # The time limit counts from the job's begin, which is long before the announcement where `setup` copies data.
@@ -100,11 +105,20 @@ def end(attempt: Attempt, code: int) -> str:
             f"{took:.0f} s before its first step: give more --time"
         )
     said = [word["message"] for word in words if word.get("message") and word.get("code") != EXIT_RESUME]
-    add_event(
-        run_dir, "end", start=attempt.name, job=attempt.job, code=code, cause=cause, checkpoint=checkpoint,
-        what=what, why=why, message=said[0] if said else "",
-    )  # fmt: skip
+    with _told():
+        add_event(
+            run_dir, "end", start=attempt.name, job=attempt.job, code=code, cause=cause, checkpoint=checkpoint,
+            what=what, why=why, message=said[0] if said else "",
+        )  # fmt: skip
     return what
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UserError) as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def _is_complete(attempt: Attempt) -> bool:
@@ -127,14 +141,26 @@ def _name_of(checkpoint: Path) -> str | None:
     return f"{status.st_ino} {status.st_mtime_ns}"
 
 
+def _requeue(job: str) -> None:
+    """Ask SLURM for another attempt, again for some minutes where its controller does not answer."""
+    for wait in REQUEUE_WAITS:
+        time.sleep(wait)
+        if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
+            return
+    sys.exit(f"error: scontrol requeue {job} has failed: resume the run with python -m launch resume")
+
+
 def main() -> None:
     signal.signal(
         signal.SIGTERM, signal.SIG_IGN
     )  # a scheduler that is impatient must not leave the run without its next
     attempt, code = slurm_attempt(Path(sys.argv[1])), int(sys.argv[2])
     what = end(attempt, code)
-    if what == "again" and not is_cancelled(read_events(attempt.run_dir), attempt.job):
-        subprocess.run(["scontrol", "requeue", attempt.job], check=True)
+    events = []
+    with _told():
+        events = read_events(attempt.run_dir)
+    if what == "again" and not is_cancelled(events, attempt.job):
+        _requeue(attempt.job)
     elif what != "done":
         sys.exit(code)
 

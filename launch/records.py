@@ -118,7 +118,10 @@ def write_job(run_dir: Path, job: Job) -> None:
 def replace_text(file: Path, text: str) -> None:
     """Write a file so that whoever reads it meanwhile gets the old or the new text."""
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text)
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())  # or after a loss of power the name could stand for nothing
     os.replace(temporary, file)
 
 
@@ -205,4 +208,4 @@ def config_of(run_dir: Path, events: list[dict[str, Any]]) -> Path:
     if last is None or not submitted.exists() or not accepted.exists():
         return submitted if submitted.exists() else accepted
     refused = any(event["event"] == "end" and event.get("cause") == "mistake" for event in events[last:])
-    return accepted if refused or accepted.stat().st_mtime >= events[last]["time"] else submitted
+    return accepted if refused or accepted.stat().st_mtime >= submitted.stat().st_mtime else submitted

@@ -286,7 +286,7 @@ def to_markdown(rows: list[AuditRow], title: str, notes: Sequence[str] = (), oth
         else f"Differs from {other} in {len(odd)} of {len(rows)} parts."
     )
     header = ("part", other, "here", "", "what a difference matters")
-    cells = [(r.part, r.paper, r.here, "same" if r.same else "DIFFERS", r.effect) for r in rows]
+    cells = [tuple(map(in_cell, (r.part, r.paper, r.here, "same" if r.same else "DIFFERS", r.effect))) for r in rows]
     widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
     lines = [_row(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
     return "\n".join([f"# {title}", "", verdict, "", *lines, *(_row(row, widths) for row in cells), *_list(notes), ""])
@@ -381,9 +381,14 @@ def statistics_text(statistics: tuple[tuple[float, tuple[int, int]], ...]) -> st
     return ", ".join(texts)
 
 
+def in_cell(text: str) -> str:
+    """A text in a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def _list(notes: Sequence[str]) -> list[str]:
     return ["", *(f"- {note}" for note in notes)] if notes else []
 
 
-def _row(cells: tuple[str, ...], widths: list[int]) -> str:
+def _row(cells: Sequence[str], widths: list[int]) -> str:
     return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from pipeline import renamed
-from pipeline.errors import UserError, first_line, is_out_of_memory
+from pipeline.errors import StorageError, UserError, first_line, is_out_of_memory
 from pipeline.paths import is_present
 from pipeline.run_dir import CHECKSUM_LENGTH, io_as_user_error
 
@@ -46,7 +46,7 @@ class CheckpointFolder:
         """Write `state` as the last checkpoint, and as the best one too if it is. Returns when the disk has it.
 
         Raises:
-            UserError: it cannot be written; the last checkpoint before is as it was.
+            StorageError, UserError: it cannot be written, which may pass, or not; the last checkpoint before is as it was.
         """
         content = _serialise(state)
         try:
@@ -58,7 +58,8 @@ class CheckpointFolder:
             os.replace(temporary, self.last)
             _sync_folder(self.last.parent)
         except OSError as error:
-            raise UserError(
+            kind = StorageError if error.errno in StorageError.NUMBERS else UserError
+            raise kind(
                 f"cannot write a checkpoint to {self.last.parent} ({error.strerror}); older ones are kept"
             ) from None
 
@@ -74,7 +75,7 @@ class CheckpointFolder:
             It, or None; and the damaged files that are newer than it.
 
         Raises:
-            UserError: a file cannot be read, which may pass.
+            StorageError, UserError: a file cannot be read, which may pass, or not.
         """
         damaged: list[Path] = []
         for path in (self.last, self.previous):
@@ -83,6 +84,10 @@ class CheckpointFolder:
                     return FoundCheckpoint(load_checkpoint(path), path, tuple(damaged)), damaged
                 except DamagedCheckpointError:
                     damaged.append(path)
+                except UserError as error:
+                    if isinstance(cause := error.__cause__, OSError) and cause.errno in StorageError.NUMBERS:
+                        raise StorageError(str(error)) from None
+                    raise
         return None, damaged
 
 
@@ -128,7 +133,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     if not _is_whole(content):
         raise DamagedCheckpointError(
             f"{path} is damaged, or not a checkpoint of this project (its checksum does not match)"

@@ -150,7 +150,9 @@ def _with_fields_of_weights(tree: dict[str, Any], overrides: dict[str, Any]) -> 
 
 def load_stored_config(path: Path) -> Config:
     """Read the configuration that a run has written into its directory; see `from_stored`."""
-    return from_stored(SCHEMA.read(path), str(path))
+    if not (tree := SCHEMA.read(path)):  # as a loss of power may leave it: it is not a run of defaults
+        raise UserError(f"{path} is empty: put a copy of it back, or start the run again by its own command")
+    return from_stored(tree, str(path))
 
 
 def changed_fields(config: Config) -> dict[str, tuple[Any, Any]]:

@@ -25,7 +25,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InterruptedRunError, LocalUserError, LostContactError, UserError, first_line
+from pipeline.errors import (
+    InterruptedRunError,
+    LocalUserError,
+    LostContactError,
+    StorageError,
+    UserError,
+    first_line,
+    is_out_of_memory,
+)
 from pipeline.machine import (
     ask_for_signal_when_parent_dies,
     available_cores,
@@ -193,7 +201,7 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
             yield world
         failed = False
     except InterruptedRunError as error:
-        failed = isinstance(error, LostContactError)  # else all ranks have agreed to leave, and leave together
+        failed = isinstance(error, LostContactError | StorageError)  # else all ranks have agreed to leave together
         raise
     finally:
         # After a failure the other ranks may be waiting in a collective, and NCCL would wait with them: a command of ours
@@ -214,10 +222,14 @@ def lost_contact_named(world: World) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world.size > 1 and _is_lost_contact(error):
+        if world.size == 1 or is_out_of_memory(error):
+            raise
+        if reason := _own_failure(error):
+            raise LocalUserError(f"NCCL fails on rank {world.rank}: {reason}") from None
+        if _is_lost_contact(error):
             raise LostContactError(
                 f"rank {world.rank} has lost contact to another rank, whose own message or torchrun's report says why "
-                f"({str(error).split('. ')[0]})"
+                f"({first_line(error).split('. ')[0]})"
             ) from None
         raise
 
@@ -355,6 +367,22 @@ def refuse_shared_gpus(world: World, store: dist.Store) -> None:
                 f"ranks {', '.join(map(str, users))} have the same GPU ({gpu.decode()}): start one process a GPU, or choose "
                 "--train.device cpu"
             )
+
+
+def _own_failure(error: RuntimeError) -> str:
+    """Why NCCL fails on this rank itself, and what to do; empty of the end of another.
+
+    No GPU has run it: the words are those of NCCL 2.28, as libtorch_cuda.so and NCCL's sources have them.
+    """
+    text = str(error)
+    of_others = ("remote process exited", "ncclRemoteError", "remote error", "imeout", "aborted")
+    if "NCCL error" not in text or any(words in text for words in of_others):
+        return ""
+    _, _, last = text.partition("Last error:")
+    reason = next((line.strip() for line in last.splitlines() if line.strip()), " ".join(text.split()))
+    shared = "shared memory" in reason or "/dev/shm" in reason
+    remedy = "start the container with more of it (docker run --ipc=host)" if shared else "NCCL_DEBUG=INFO tells more"
+    return f"{reason}: {remedy}"
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

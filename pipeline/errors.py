@@ -1,5 +1,6 @@
 """What can go wrong, as exceptions, and what helps to say it in one line."""
 
+import errno
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TypeVar
@@ -20,6 +21,12 @@ class LocalUserError(UserError):
 
 class InterruptedRunError(Exception):
     """A run left before its end, through no fault of its own, and can go on. The message is one line."""
+
+
+class StorageError(InterruptedRunError):
+    """A disk or file server does not answer this rank, which may pass: a later attempt may find it well."""
+
+    NUMBERS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class LostContactError(InterruptedRunError):

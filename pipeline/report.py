@@ -10,6 +10,7 @@ from pipeline.audit import (
     audit,
     count_differences,
     differences,
+    in_cell,
     is_papers_data,
     published_errors_hold,
     statistics_text,
@@ -190,7 +191,7 @@ def audit_of(run: Run) -> list[AuditRow]:
 def about(run: Run) -> str:
     """A page in Markdown: where this start of a run comes from, what it trains, and what is not as usual."""
     changed = [(f"`{key}`", _cell(value), _cell(usual)) for key, (value, usual) in changed_fields(run.config).items()]
-    odd = [(row.part, row.here, row.paper) for row in differences(audit_of(run))]
+    odd = [(row.part, in_cell(row.here), in_cell(row.paper)) for row in differences(audit_of(run))]
     origin = {**provenance(), "ranks": str(run.world.size), "run directory": str(run.dir.resolve())}
     parts = [
         ("Differs from the defaults", [("field", "here", "default"), *changed]),
@@ -217,7 +218,7 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
 
 def _cell(value: Any) -> str:
     """A value as the command line gives it, in a table."""
-    return value_text(value).replace("|", "\\|").replace("\n", " ")
+    return in_cell(value_text(value))
 
 
 def _markdown_table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from pipeline.errors import InterruptedRunError, UserError
+from pipeline.errors import InterruptedRunError, StorageError, UserError
 from pipeline.paths import is_present
 
 CONFIG = "config.yaml"  # as the run was started last
@@ -136,6 +136,8 @@ def make_run_dir(run_dir: Path) -> None:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run_dir / "lock").touch()
     except OSError as error:
+        if error.errno in StorageError.NUMBERS:
+            raise StorageError(f"cannot make the run directory {run_dir} ({error.strerror})") from None
         raise UserError(
             f"cannot make the run directory {run_dir} ({error.strerror}): {_remedy(error)}set --run_dir"
         ) from None
@@ -185,20 +187,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         InterruptedRunError: another process is training there, on another node than this attempt of a requeued job.
     """
     before = Before(run_dir)
-    make_run_dir(run_dir)
-    with io_as_user_error(run_dir):
-        file = open(run_dir / "lock", "r+")  # noqa: SIM115 - closed below
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read().strip() or "another run"
-            if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and not holder.endswith(f" on {socket.gethostname()}"):
-                # Of a node that SLURM has given up, which is alive still or whose lock the file server keeps for a while.
-                raise InterruptedRunError(f"{run_dir} is in use by {holder}, perhaps on a lost node") from None
-            raise UserError(f"{run_dir} is in use by {holder}: wait for its end, or set --run_dir") from None
-        except OSError:  # a file system without locks
-            pass
+    with _lock(run_dir) as file:
         with io_as_user_error(run_dir):
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -208,6 +197,38 @@ def locked(run_dir: Path) -> Iterator[None]:
         except UserError:
             before.put_back()
             raise
+
+
+def _lock(run_dir: Path) -> TextIO:
+    """The locked file of the directory, which is made. See `locked`."""
+    while True:
+        make_run_dir(run_dir)
+        path = run_dir / "lock"
+        with io_as_user_error(run_dir):
+            file = open(path, "r+")  # noqa: SIM115 - closed here or by the caller
+        try:
+            _take(file, run_dir)
+            if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # a start that was refused has put it away in between: it keeps nobody out
+
+
+def _take(file: TextIO, run_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = file.read().strip() or "another run"
+        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and not holder.endswith(f" on {socket.gethostname()}"):
+            # Of a node that SLURM has given up, which is alive still or whose lock the file server keeps for a while.
+            raise InterruptedRunError(f"{run_dir} is in use by {holder}, perhaps on a lost node") from None
+        raise UserError(f"{run_dir} is in use by {holder}: wait for its end, or set --run_dir") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def write_text(file: Path, text: str) -> None:
@@ -221,7 +242,10 @@ def replace_text(file: Path, text: str) -> None:
     temporary = file.with_suffix(".tmp")
     with io_as_user_error(file.parent):
         try:
-            temporary.write_text(text, **ANY_TEXT)
+            with open(temporary, "w", **ANY_TEXT) as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())  # or after a loss of power the name could stand for nothing
             os.replace(temporary, file)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -230,11 +254,20 @@ def replace_text(file: Path, text: str) -> None:
 
 @contextmanager
 def io_as_user_error(run_dir: Path) -> Iterator[None]:
-    """Turn the failure to write into one line."""
+    """Turn the failure to write into one line.
+
+    Raises:
+        StorageError: it may pass.
+        UserError: it does not.
+    """
     try:
         yield
     except OSError as error:
-        kept = "; the checkpoints in it are whole" if any(run_dir.glob("checkpoints/*.pt")) else ""
+        kept = ""
+        with suppress(OSError):
+            kept = "; the checkpoints in it are whole" if any(run_dir.glob("checkpoints/*.pt")) else ""
+        if error.errno in StorageError.NUMBERS:
+            raise StorageError(f"cannot write the run directory {run_dir} ({error.strerror}){kept}") from None
         raise UserError(
             f"cannot write the run directory {run_dir} ({error.strerror}): {_remedy(error)}set --run_dir{kept}"
         ) from None

@@ -7,7 +7,8 @@ from pipeline.run import Run
 
 
 def update(run: Run, logged: bool, norm: Tensor | None, skipped: bool) -> tuple[float, float | None]:
-    """Clip the gradient, and move the weights and then their average. Waits for the device only where the step is logged.
+    """Clip the gradient, and move the weights and then their average. Waits for the device
+    only where the step is logged, and in fp16 where the optimiser is not torch's fused one.
 
     In fp16 the loss scaler leaves out a step whose gradient is not finite, which only the device knows: such a step moves the
     average once more towards the same weights. With ``train.not_finite skip`` it is known here, and moves nothing.

@@ -12,7 +12,7 @@ import torch
 from conftest import index_of, small_config, with_random_norms, write_class_folders
 
 from pipeline.budget import BUDGETS, answers_of, classify, leaves_at, shares, thresholds
-from pipeline.checkpoint import CheckpointFolder
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.class_names import imagenet_ids
 from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.dataset import fingerprint_of, open_datasets
@@ -415,6 +415,11 @@ def test_what_cannot_be_is_refused_in_one_line(data, checkpoint, user_error, tmp
     folder = CheckpointFolder(tmp_path)
     config = dataclasses.asdict(small_config("unused"))
     folder.save({"model": densenet.state_dict(), "config": config, "classes": list(CLASSES)}, best=True)
+    state = load_checkpoint(checkpoint)
+    state["config"]["data"]["exif_orientation"] = True
+    (tmp_path / "turned").mkdir()
+    CheckpointFolder(tmp_path / "turned").save(state, best=True)
+    turned = tmp_path / "turned" / "best.pt"
     (tmp_path / "report.json").write_text(
         json.dumps({"budgets": [{"multiply_accumulates": 5e6, "thresholds": [0, 0]}]})
     )
@@ -422,6 +427,7 @@ def test_what_cannot_be_is_refused_in_one_line(data, checkpoint, user_error, tmp
     for main, words, expected in (
         (anytime, (folder.best, "--data", data), "holds a densenet_bc22_k8, which has one exit: give an MSDNet's"),
         (anytime, (checkpoint, "--data", data, "--beside", "densenet121=x"), "'x' is no error in percent"),
+        (anytime, (checkpoint, "--data", data, "--beside", turned), "another data.exif_orientation or data.depth: evaluate"),
         (predict, (checkpoint, data, "--exit", 4), "has 3 exits: choose 1 to 3"),
         (predict, (folder.best, data, "--exit", 2), "has one output: leave it out"),
         (predict, (checkpoint, data, "--budget", 5), "--budget MILLION and --thresholds DIR go together"),

@@ -326,6 +326,12 @@ def test_the_verdict_in_one_line_names_what_differs():
     assert "The same as the paper" in to_markdown(audit(load_config(DENSENET121), microbatches=4), "title")
 
 
+def test_a_path_with_a_bar_stays_in_its_cell():
+    config = load_config(DENSENET121, {"model.weights": "a|b.pth", "model.weights_sha256": "0" * 64})
+    (row,) = (line for line in to_markdown(audit(config, microbatches=4), "title").splitlines() if "a\\|b.pth" in line)
+    assert row.count("|") - row.count("\\|") == 6
+
+
 @pytest.mark.parametrize(("weights", "same"), [(2_400, True), (10**6, False), (None, False)])
 def test_few_weights_may_be_further_from_their_distribution(weights, same):
     """The deviation of 2,400 normal numbers scatters by 1.4 %; files of before do not say how many there were."""

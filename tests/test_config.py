@@ -265,6 +265,12 @@ def test_one_flag_is_the_recipe_of_large_batches(tmp_path, text, words, expected
     assert load_config(tmp_path / "stored.yaml") == config
 
 
+def test_an_empty_file_is_no_run_of_defaults(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="config.yaml is empty: put a copy of it back"):
+        load_stored_config(tmp_path / "config.yaml")
+
+
 def test_a_number_with_zeros_before_it_is_decimal_in_a_file_as_on_the_command_line(tmp_path):
     (tmp_path / "mine.yaml").write_text("{seed: 010, optim: {epochs: 0100, weight_decay: 0, batch_size: 0x10}}")
     config, _ = parse_command_line([str(tmp_path / "mine.yaml"), "--optim.warmup_epochs", "05"], "train", "")

@@ -30,7 +30,7 @@ from training_hooks import InterruptAfter, InterruptionError, SignalInStep
 
 from pipeline import trainer
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.errors import InterruptedRunError, UserError
+from pipeline.errors import InterruptedRunError, StorageError, UserError
 from pipeline.hooks import Hook, saving
 from pipeline.hooks.saving import Saving
 from pipeline.preemption import PreemptionHandler
@@ -286,12 +286,28 @@ def test_a_mistake_stands_in_the_log_of_a_run_or_a_job_that_is_there(tmp_path):
         assert re.search(r" error: .*adamx", (folder / "log.txt").read_text())
 
 
+def test_a_lock_that_a_refused_start_has_put_away_keeps_nobody_out(tmp_path, monkeypatch):
+    """Its file was open here already when it went."""
+    real, gone = fcntl.flock, []
+
+    def late(file, how):
+        if not gone:
+            gone.append(shutil.rmtree(tmp_path / "run"))
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / "lock").exists()
+        with pytest.raises(UserError, match="is in use by"):
+            locked(tmp_path / "run").__enter__()
+
+
 @pytest.mark.parametrize(
     ("number", "checkpoints", "remedy"),
     [
         (errno.ENOSPC, True, "make room, or set --run_dir; the checkpoints in it are whole"),
         (errno.EACCES, False, "make it writable, or set --run_dir"),
-        (errno.EIO, False, "set --run_dir"),
+        (errno.ENOTDIR, False, "set --run_dir"),
     ],
 )
 def test_a_directory_that_cannot_be_written_gets_the_advice_that_helps(tmp_path, number, checkpoints, remedy):
@@ -301,6 +317,8 @@ def test_a_directory_that_cannot_be_written_gets_the_advice_that_helps(tmp_path,
     message = f"cannot write the run directory {tmp_path} ({os.strerror(number)}): {remedy}"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"), io_as_user_error(tmp_path):
         raise OSError(number, os.strerror(number))
+    with pytest.raises(StorageError, match="cannot write the run directory .*Stale"), io_as_user_error(tmp_path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
     with pytest.raises(UserError, match=r"^cannot make the run directory /proc/x \(.*\): set --run_dir$"):
         make_run_dir(Path("/proc/x"))
 

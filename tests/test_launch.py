@@ -231,6 +231,32 @@ def test_the_last_line_of_a_slurm_job_has_it_attempted_again(
     assert read_events(run)[-1]["what"] == ("again" if requeued else "stopped" if code else "done")
 
 
+def test_a_job_is_attempted_again_though_nothing_can_be_written_and_slurm_is_busy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ntest $(wc -l < {tmp_path}/asked) = 3\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(after, "REQUEUE_WAITS", (0, 0, 0))
+    folder = submission(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    slurm_attempt(folder).word_file(0).write_text(json.dumps(SIGNALLED))
+    monkeypatch.setattr("sys.argv", ["after", str(folder), "75"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(after, "add_event", full)
+    monkeypatch.setattr(after, "read_events", lambda _: (_ for _ in ()).throw(UserError("cannot read starts.jsonl")))
+    after.main()
+    assert (tmp_path / "asked").read_text() == "requeue 1\n" * 3
+    assert capsys.readouterr().err.count("warning: ") == 3
+    with pytest.raises(SystemExit, match="scontrol requeue 1 has failed: resume the run with python -m launch resume"):
+        after.main()
+
+
 def test_a_word_cut_short_is_none(tmp_path):
     attempt = Attempt(submission(tmp_path), 0, "1", "1.0")
     attempt.word_file(0).write_text('{"message": "lea')

@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import PATIENCE, REPOSITORY, override_flags, run_module, small_config
 
 from pipeline.checkpoint import load_checkpoint
+from pipeline.distributed import World, lost_contact_named
+from pipeline.errors import LocalUserError, LostContactError
 from pipeline.preemption import SIGNALS, GracePeriod, PreemptionHandler, grace_period, received
 from pipeline.run_dir import read_records
 
@@ -326,3 +330,29 @@ def test_a_mistake_is_said_by_a_rank_without_a_world(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     done = run_module("pipeline.train", "nowhere.yaml")
     assert done.returncode == 2 and "nowhere.yaml" in done.stderr
+
+
+SHARED_MEMORY = (
+    "NCCL error in: NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.28.9\n"
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \nLast error:\n"
+    "Error while creating shared memory segment /dev/shm/nccl-Yx (size 33030528), error: No space left on device (28)"
+)
+GONE = "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.28.9"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        (
+            SHARED_MEMORY,
+            LocalUserError,
+            r"NCCL fails on rank 1: Error while creating shared memory .*: start the container with",
+        ),
+        (GONE, LostContactError, "rank 1 has lost contact to another rank, .*remote process exited"),
+        (f"{GONE}: out of memory", dist.DistBackendError, "out of memory"),
+    ],
+)
+def test_what_nccl_says_of_this_rank_is_not_the_end_of_another(text, kind, said):
+    """As torch raises it; no GPU has."""
+    with pytest.raises(kind, match=said), lost_contact_named(World(1, 1, 2, 2, torch.device("cpu"))):
+        raise dist.DistBackendError(text)

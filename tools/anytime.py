@@ -210,6 +210,14 @@ def read_other(item: str, called: str, data: DataConfig, test: DatasetIndex, wor
     if weights.classes != test.classes:
         raise UserError(f"--beside {item} is for other classes than {options.weights}")
     own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)
+    if (own.exif_orientation, own.depth) != (
+        data.exif_orientation,
+        data.depth,
+    ):  # the index of the images is of one kind
+        raise UserError(
+            f"--beside {item} and {options.weights} have been trained with another data.exif_orientation or data.depth: "
+            "evaluate them apart, with tools.evaluate"
+        )
     network = on_device(folded(weights.network), world)
     bare = network_without_weights(weights.config.model, len(test.classes), own.channels)
     work = multiply_accumulates(bare, own.crop_size, own.channels)

@@ -13,7 +13,7 @@ from pipeline.hooks.hook import EpochResult, Hook, StepResult, Training
 from pipeline.parsing import flatten
 from pipeline.preemption import grace_period
 from pipeline.run import Run
-from pipeline.run_dir import STATUS, checkpoint_checksum, has_checkpoint, read_progress, replace_text
+from pipeline.run_dir import STATUS, checkpoint_checksum, has_checkpoint, io_as_user_error, read_progress, replace_text
 
 
 class Saving(Hook):
@@ -91,8 +91,10 @@ class Saving(Hook):
 
     def _write_status(self, run: Run) -> None:
         progress = run.progress
+        with io_as_user_error(run.dir):
+            checksum = checkpoint_checksum(run.dir)
         status = {
-            "checkpoint": checkpoint_checksum(run.dir),
+            "checkpoint": checksum,
             "epoch": progress.epoch,
             "epochs": run.config.optim.epochs,
             "step": progress.step,

@@ -105,10 +105,23 @@ class Workload:
         return list(evaluation_plans(self.index, self.config, crops=crops, **options))
 
 
+# What other loaders are measured without.
+ALONE: dict[str, Any] = dict(
+    auto_augment="none", mixup_alpha=0.0, cutmix_alpha=0.0, aug_repeats=1, train_crop_size=(), train_crop_milestones=(),
+    cutout=0, random_erasing=0.0,
+)  # fmt: skip
+
+
 def main() -> None:
     options = _parser().parse_args()
     output = made_folder(options.output)
     config = load_config(options.config).data if options.config else DataConfig()
+    plain = dataclasses.replace(config, **ALONE)
+    if plain != config:
+        print(
+            "compared at data.crop_size, without auto_augment, mixing and repeats, which torchvision's loader has not here"
+        )
+    config = plain
     threads = options.threads or config.threads or available_cores()
     config = dataclasses.replace(config, interpolation=options.interpolation or config.interpolation, threads=threads)
     keep_freed_memory()  # as training on CPU does

@@ -110,7 +110,8 @@ def main() -> None:
         action="append",
         default=[],
         metavar="MODEL=N",
-        help="measured training speed of a network in images/s per GPU, in place of --tflops",
+        help="training speed of a network in images/s per GPU, without what a step takes whatever its size (--launch), in "
+        "place of --tflops",
     )
     parser.add_argument(
         "--measured",

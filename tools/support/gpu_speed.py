@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -128,7 +129,7 @@ def measure(case: Case, device: torch.device, deadline: float) -> dict[str, Any]
             step()
         wait(device)
         seconds.append((time.perf_counter() - start) / (5 if device.type == "cuda" else 1))
-    median = sorted(seconds)[len(seconds) // 2]
+    median = statistics.median(seconds)
     return {
         **case._asdict(),
         "images_per_s": case.batch_size / median,
