@@ -44,7 +44,8 @@ def cause_of(code: int, words: list[dict[str, Any]], complete: bool, limit_reach
         limit_reached: so much time had passed that the warning before the time limit was due.
     """
     codes = [word.get("code") for word in words]
-    if code != 0 and EXIT_USER_ERROR in codes:  # of a complete run too, whose new configuration it refuses
+    # Of a complete run too, whose new configuration it refuses; the rank may have found no room for its word.
+    if code == EXIT_USER_ERROR or (code != 0 and EXIT_USER_ERROR in codes):
         return "mistake"
     if code == 0 or complete:
         return "complete"
@@ -110,7 +111,8 @@ def end(attempt: Attempt, code: int) -> str:
             run_dir, "end", start=attempt.name, job=attempt.job, code=code, cause=cause, checkpoint=checkpoint,
             what=what, why=why, message=said[0] if said else "",
         )  # fmt: skip
-    return what
+        return what
+    return what if attempt.number < IDLE_ATTEMPTS else "stopped"  # nothing else counts the attempts
 
 
 @contextmanager
@@ -155,7 +157,9 @@ def main() -> None:
         signal.SIGTERM, signal.SIG_IGN
     )  # a scheduler that is impatient must not leave the run without its next
     attempt, code = slurm_attempt(Path(sys.argv[1])), int(sys.argv[2])
-    what = end(attempt, code)
+    what = "again" if attempt.number < IDLE_ATTEMPTS else "stopped"
+    with _told():
+        what = end(attempt, code)
     events = []
     with _told():
         events = read_events(attempt.run_dir)

@@ -62,6 +62,11 @@ class Attempt:
         """The configuration as it was submitted."""
         return config_file(self.folder, self.index)
 
+    @property
+    def number(self) -> int:
+        """How many attempts there were of the job before."""
+        return int(self.name.rpartition(".")[2])
+
     def word_file(self, rank: int) -> Path:
         """Where a rank leaves word of why it ended, unless it is killed; see `pipeline.exits.record_for_torchrun`."""
         return self.run_dir / "ends" / f"{self.name}.rank{rank}.json"

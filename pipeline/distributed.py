@@ -224,12 +224,13 @@ def lost_contact_named(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.size == 1 or is_out_of_memory(error):
             raise
-        if reason := _own_failure(error):
-            raise LocalUserError(f"NCCL fails on rank {world.rank}: {reason}") from None
+        if _lacks_shared_memory(error):
+            remedy = "start the container with more of it (docker run --ipc=host)"
+            raise LocalUserError(f"NCCL fails on rank {world.rank}: {_reason(error)}: {remedy}") from None
         if _is_lost_contact(error):
             raise LostContactError(
                 f"rank {world.rank} has lost contact to another rank, whose own message or torchrun's report says why "
-                f"({first_line(error).split('. ')[0]})"
+                f"({_reason(error)})"
             ) from None
         raise
 
@@ -369,20 +370,16 @@ def refuse_shared_gpus(world: World, store: dist.Store) -> None:
             )
 
 
-def _own_failure(error: RuntimeError) -> str:
-    """Why NCCL fails on this rank itself, and what to do; empty of the end of another.
+def _reason(error: RuntimeError) -> str:
+    """What NCCL says last, or the first line."""
+    _, _, last = str(error).partition("Last error:")
+    return next((line.strip() for line in last.splitlines() if line.strip()), first_line(error).split(". ")[0])
 
-    No GPU has run it: the words are those of NCCL 2.28, as libtorch_cuda.so and NCCL's sources have them.
-    """
-    text = str(error)
-    of_others = ("remote process exited", "ncclRemoteError", "remote error", "imeout", "aborted")
-    if "NCCL error" not in text or any(words in text for words in of_others):
-        return ""
-    _, _, last = text.partition("Last error:")
-    reason = next((line.strip() for line in last.splitlines() if line.strip()), " ".join(text.split()))
-    shared = "shared memory" in reason or "/dev/shm" in reason
-    remedy = "start the container with more of it (docker run --ipc=host)" if shared else "NCCL_DEBUG=INFO tells more"
-    return f"{reason}: {remedy}"
+
+def _lacks_shared_memory(error: RuntimeError) -> bool:
+    """Whether NCCL finds too little of it on this machine, which no other attempt mends. No GPU has run it: the words are those
+    of NCCL 2.28's sources."""
+    return "NCCL error" in str(error) and any(words in str(error) for words in ("shared memory segment", "/dev/shm"))
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

@@ -130,7 +130,7 @@ def make_run_dir(run_dir: Path) -> None:
     """Make the folder.
 
     Raises:
-        UserError: that is not allowed, or nothing can be written there.
+        StorageError, UserError: nothing can be written there, which may pass, or not.
     """
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     If a user's mistake ends this before there is a run, nothing of it is left.
 
     Raises:
-        UserError: another process is training there, or `make_run_dir` failed.
+        UserError: another process is training there.
+        StorageError, UserError: as `make_run_dir`.
         InterruptedRunError: another process is training there, on another node than this attempt of a requeued job.
     """
     before = Before(run_dir)
@@ -201,21 +202,32 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def _lock(run_dir: Path) -> TextIO:
     """The locked file of the directory, which is made. See `locked`."""
+    path = run_dir / "lock"
     while True:
         make_run_dir(run_dir)
-        path = run_dir / "lock"
-        with io_as_user_error(run_dir):
+        try:
             file = open(path, "r+")  # noqa: SIM115 - closed here or by the caller
+        except FileNotFoundError:  # a start that was refused has just put it away, here and below
+            continue
+        except OSError:
+            with io_as_user_error(run_dir):
+                raise
         try:
             _take(file, run_dir)
-            if os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
-                return file
-        except FileNotFoundError:
-            pass
+            with io_as_user_error(run_dir):
+                if _is_at(file, path):
+                    return file
         except BaseException:
             file.close()
             raise
-        file.close()  # a start that was refused has put it away in between: it keeps nobody out
+        file.close()
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _take(file: TextIO, run_dir: Path) -> None:
@@ -232,13 +244,13 @@ def _take(file: TextIO, run_dir: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file of the run; `UserError` if that fails."""
+    """Write a small file of the run. Raises what `io_as_user_error` does."""
     with io_as_user_error(file.parent):
         file.write_text(text, **ANY_TEXT)
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a small file of the run so that others read it whole or as it was; `UserError` if that fails."""
+    """Write a small file of the run so that others read it whole or as it was. Raises what `io_as_user_error` does."""
     temporary = file.with_suffix(".tmp")
     with io_as_user_error(file.parent):
         try:

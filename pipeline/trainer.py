@@ -17,7 +17,7 @@ from pipeline.checkpoint import FoundCheckpoint
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.distributed import init_distributed
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.evaluation import evaluate
 from pipeline.finite import StepSkipper, way_on_from_validation
 from pipeline.hooks import EpochResult, Hook, Saving, StepResult, create_hooks
@@ -62,7 +62,7 @@ def fit(config: Config, hooks: Iterable[Hook] = ()) -> Progress:
             print(summary(run), flush=True)
             try:
                 write_audit(run)  # with the steps that were left out since the start
-            except UserError as error:  # a run that is complete stays so
+            except (StorageError, UserError) as error:  # a run that is complete stays so
                 print(f"warning: {error}", file=sys.stderr, flush=True)
         return run.progress
 

@@ -122,6 +122,7 @@ SIGNALLED, LOST, BUG, MISTAKE = {"code": 75, "signal": "SIGTERM"}, {"code": 75, 
     [
         (0, [], "complete"),
         (2, [MISTAKE, MISTAKE], "mistake"),
+        (2, [], "mistake"),
         (137, [MISTAKE], "mistake"),  # the other was killed because this one had left
         (75, [SIGNALLED, SIGNALLED], "preempted"),
         (75, [SIGNALLED, LOST], "preempted"),
@@ -254,6 +255,9 @@ def test_a_job_is_attempted_again_though_nothing_can_be_written_and_slurm_is_bus
     assert (tmp_path / "asked").read_text() == "requeue 1\n" * 3
     assert capsys.readouterr().err.count("warning: ") == 3
     with pytest.raises(SystemExit, match="scontrol requeue 1 has failed: resume the run with python -m launch resume"):
+        after.main()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "10")  # so many attempts are enough where nothing else counts them
+    with pytest.raises(SystemExit, match="75"):
         after.main()
 
 
