@@ -36,6 +36,7 @@ from pipeline.checkpoint import CheckpointFolder, load_checkpoint
 from pipeline.command import ArgumentParser, exit_on_user_error, positive_integer
 from pipeline.config import Config
 from pipeline.config_file import from_dict, to_yaml
+from pipeline.exits import EXIT_RESUME, EXIT_USER_ERROR
 from pipeline.run_dir import RECORDS, STATUS, read_records
 from tools.lab.images import write_images
 from tools.support.outputs import made_folder
@@ -207,12 +208,13 @@ class Testbed:
                 raise FaultError(f"the run failed: {run.output()[-3000:]}")
             return run.output()
 
-    def is_refused(self, run_dir: Path, reason: str) -> bool:
-        """Start the run; whether it ends with exit code 2 and `reason` in its output, and leaves every file as it was."""
+    def is_refused(self, run_dir: Path, reason: str, expected: int = EXIT_USER_ERROR) -> bool:
+        """Start the run; whether it ends with the expected exit code and `reason` in its output, and leaves every file as it
+        was."""
         before = files_in(run_dir)
         with self.start(run_dir) as run:
             code, output = run.end(), run.output()
-        return code != 0 and reason in output and "exitcode  : 2 (" in output and files_in(run_dir) == before
+        return code != 0 and reason in output and f"exitcode  : {expected} (" in output and files_in(run_dir) == before
 
     def interrupted(self, saves: int) -> Path:
         """The directory of a run that was told to stop after a few checkpoints."""
@@ -510,7 +512,8 @@ def fail_to_read(testbed: Testbed, tries: int) -> Outcome:
         last.rename(aside)
         if testbed.random.choice((True, False)):
             last.symlink_to("/proc/self/mem")  # it opens, and no process has memory at address 0
-            refused = testbed.is_refused(run_dir, f"error: cannot read the checkpoint {last}: Input/output error")
+            reason = f"interrupted: cannot read the checkpoint {last}: Input/output error"  # which may pass
+            refused = testbed.is_refused(run_dir, reason, EXIT_RESUME)
             last.unlink()
         else:
             last.mkdir()
