@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_dir import CONFIG
+from pipeline.run_dir import CONFIG, replace_file
 
 CANCEL, NO_CANCEL = "cancel", "not cancelled"  # events: the second takes the first back
 JOB_BEGAN = "LAUNCH_JOB_BEGAN"  # in the environment of a SLURM job: seconds since 1970
@@ -117,17 +117,7 @@ def config_file(folder: Path, index: int) -> Path:
 
 
 def write_job(run_dir: Path, job: Job) -> None:
-    replace_text(run_dir / "job.json", json.dumps(asdict(job), indent=1) + "\n")
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a file so that whoever reads it meanwhile gets the old or the new text."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())  # or after a loss of power the name could stand for nothing
-    os.replace(temporary, file)
+    replace_file(run_dir / "job.json", json.dumps(asdict(job), indent=1) + "\n")
 
 
 def read_job(run_dir: Path) -> Job:

@@ -17,7 +17,7 @@ from pathlib import Path
 import submitit
 
 from launch.cluster import Cluster
-from launch.records import JOB_BEGAN, SUBMITTED, Job, add_event, config_file, replace_text, write_job, write_submission
+from launch.records import JOB_BEGAN, SUBMITTED, Job, add_event, config_file, write_job, write_submission
 from launch.task import TrainingTask
 from launch.turns import take_turn, visible_gpus
 from pipeline.config import Config
@@ -25,6 +25,7 @@ from pipeline.config_file import to_yaml
 from pipeline.errors import UserError
 from pipeline.machine import present_gpus
 from pipeline.provenance import COPY_OF, commit
+from pipeline.run_dir import replace_file
 from pipeline.words import agreed
 
 REPOSITORY = Path(__file__).parent.parent
@@ -66,7 +67,7 @@ def _note(config: Config, job: Job, cluster: Cluster) -> OSError | None:
     """Write into a run's directory which job it has; return why that cannot be done."""
     run_dir = Path(config.run_dir)
     try:
-        replace_text(run_dir / SUBMITTED, to_yaml(config))
+        replace_file(run_dir / SUBMITTED, to_yaml(config))
         write_job(run_dir, job)
         add_event(run_dir, "submit", job=job.id, folder=job.folder, cluster=dataclasses.asdict(cluster))
     except OSError as error:

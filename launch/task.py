@@ -6,10 +6,11 @@ import socket
 import time
 from pathlib import Path
 
-from launch.records import Attempt, replace_text, slurm_attempt
+from launch.records import Attempt, slurm_attempt
 from pipeline.command import exit_on_user_error
 from pipeline.errors import UserError
 from pipeline.preemption import exit_when_asked
+from pipeline.run_dir import replace_file
 
 PATIENCE = 300  # seconds for rank 0's address to show in the folder that all share
 
@@ -52,7 +53,7 @@ def _meet(run_dir: Path, attempt: str, rank: int, host: str) -> tuple[str, int]:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        replace_text(file, json.dumps({"start": attempt, "host": host, "port": port}))
+        replace_file(file, json.dumps({"start": attempt, "host": host, "port": port}))
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         try:

@@ -72,7 +72,7 @@ def find_compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name):
             try:
-                _version(name)
+                version_of(name)
             except OSError as error:
                 failed = failed or f": {name} cannot be run ({error.strerror})"
                 continue
@@ -80,13 +80,13 @@ def find_compiler() -> str:
     raise CppUnavailableError(f"no C++ compiler (c++, g++, clang++ or $CXX){failed}")
 
 
-def _version(compiler: str) -> bytes:
+def version_of(compiler: str) -> bytes:
     return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
 
 
 def fingerprint(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
     """Of all that the compiled code depends on, so that a cache shared by different machines is safe."""
-    parts = [_version(compiler), _cpu().encode(), " ".join(flags).encode(), *(path.read_bytes() for path in sources)]
+    parts = [version_of(compiler), _cpu().encode(), " ".join(flags).encode(), *(path.read_bytes() for path in sources)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

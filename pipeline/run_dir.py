@@ -251,17 +251,26 @@ def write_text(file: Path, text: str) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Write a small file of the run so that others read it whole or as it was. Raises what `io_as_user_error` does."""
-    temporary = file.with_suffix(".tmp")
     with io_as_user_error(file.parent):
-        try:
-            with open(temporary, "w", **ANY_TEXT) as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())  # or after a loss of power the name could stand for nothing
-            os.replace(temporary, file)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_file(file, text)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write a small file so that others, and a start after a loss of power, read it whole or as it was.
+
+    Raises:
+        OSError: it is as it was.
+    """
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with open(temporary, "w", **ANY_TEXT) as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # or after a loss of power the name could stand for nothing
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -75,6 +75,6 @@ def test_continuous_integration_runs_the_two_commands_of_the_readme():
 
 def test_the_parts_in_cpp_compile_where_there_is_gcc():
     """Their own tests are left out where they cannot be used, as with a clang without OpenMP."""
-    if sys.platform != "linux" or b"Free Software Foundation" not in cpp._version(cpp.find_compiler()):
+    if sys.platform != "linux" or b"Free Software Foundation" not in cpp.version_of(cpp.find_compiler()):
         pytest.skip("no Linux with GCC")
     assert native.unavailable_reason() is None and kernels.unavailable_reason() is None

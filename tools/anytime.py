@@ -210,10 +210,8 @@ def read_other(item: str, called: str, data: DataConfig, test: DatasetIndex, wor
     if weights.classes != test.classes:
         raise UserError(f"--beside {item} is for other classes than {options.weights}")
     own = dataclasses.replace(weights.config.data, loader=options.loader, threads=0)
-    if (own.exif_orientation, own.depth) != (
-        data.exif_orientation,
-        data.depth,
-    ):  # the index of the images is of one kind
+    # The index of the images is of one kind.
+    if (own.exif_orientation, own.depth) != (data.exif_orientation, data.depth):
         raise UserError(
             f"--beside {item} and {options.weights} have been trained with another data.exif_orientation or data.depth: "
             "evaluate them apart, with tools.evaluate"
