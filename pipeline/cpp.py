@@ -86,17 +86,17 @@ def version_of(compiler: str) -> bytes:
 
 def fingerprint(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
     """Of all that the compiled code depends on, so that a cache shared by different machines is safe."""
-    parts = [version_of(compiler), _cpu().encode(), " ".join(flags).encode(), *(path.read_bytes() for path in sources)]
+    parts = [version_of(compiler), cpu().encode(), " ".join(flags).encode(), *(path.read_bytes() for path in sources)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _cpu() -> str:
-    """The CPU's model and instruction sets, of which -march=native makes use."""
+def cpu() -> str:
+    """The CPU's maker, model and instruction sets, of which -march=native makes use, in the words of /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor()
-    keys = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    keys = ("vendor_id", "model name", "flags", "CPU implementer", "CPU part", "Features")
     return "\n".join(line for line in lines if line.startswith(keys))
 
 

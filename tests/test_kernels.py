@@ -1,6 +1,7 @@
 """Each C++ kernel against torch's operators in float64, at sizes that are no multiple of any tile or vector.
 
-In bfloat16 with and without the processor's products of pairs, and with vectors of other widths. Most of these builds fill
+In bfloat16 with and without the processor's products of pairs, with an emulated matrix unit, and with vectors of other
+widths. Most of these builds fill
 scratch memory with NaN; matrices have NaN where a kernel must not look.
 """
 
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.skipif(kernels.unavailable_reason() is not None, reason
 DTYPES = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
 EPSILON = 1e-3
 NAN = "-DFILL_SCRATCH_WITH_NAN"
+EMULATED_AMX = Path(__file__).with_name("emulated_amx.h")
 BUILDS = {
     "float64": (torch.float64,),
     "float32": (torch.float32,),
@@ -37,9 +40,14 @@ BUILDS = {
 }
 if platform.machine() == "x86_64":
     BUILDS |= {
-        "bfloat16 without pairs": (torch.bfloat16, NAN, "-mno-avx512bf16"),
+        "bfloat16 without pairs": (torch.bfloat16, NAN, "-UMAY_USE_AMX", "-DSLOW_PAIRS"),
         "bfloat16 with AVX2": (torch.bfloat16, NAN, "-mno-avx512f"),
         "float32 with AVX2": (torch.float32, NAN, "-mno-avx512f"),
+    }
+if "avx512_bf16" in cpp.cpu():
+    BUILDS |= {
+        "bfloat16 in pairs": (torch.bfloat16, NAN, "-UMAY_USE_AMX", "-USLOW_PAIRS"),
+        "bfloat16, emulated AMX": (torch.bfloat16, NAN, "-UMAY_USE_AMX", f"-include{EMULATED_AMX}"),
     }
 
 
@@ -52,6 +60,7 @@ def seed():
 def library(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The kernels compiled with these flags too."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "SOURCES", [*kernels.SOURCES, EMULATED_AMX])
         patch.setattr(kernels, "FLAGS", [*kernels.FLAGS, *flags])
         return kernels.load.__wrapped__()
 
@@ -570,5 +579,5 @@ def test_without_a_home_directory_the_reason_is_one_line(monkeypatch):
 def test_kernels_compiled_for_another_cpu_are_not_loaded(monkeypatch):
     here = cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS)
     assert cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS) == here
-    monkeypatch.setattr(cpp, "_cpu", lambda: "model name: another\nflags: avx512f")
+    monkeypatch.setattr(cpp, "cpu", lambda: "model name: another\nflags: avx512f")
     assert cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS) != here

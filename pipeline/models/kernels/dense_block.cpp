@@ -17,8 +17,9 @@ namespace dense {
 constexpr long TILE_BYTES = 160 * 1024;  // of activations that a thread has in its cache at once
 
 // Pixels that a thread works on at once: whole register tiles, within a share of the cache.
-template <class T> long tile_rows(long channels) {
-  return std::clamp<long>(TILE_BYTES / (channels * sizeof(T)) / MR * MR, 4 * MR, 32 * MR);
+template <class T, class S> long tile_rows(long channels) {
+  constexpr long MR = dense::MR<Operand<S>>;
+  return std::clamp<long>(TILE_BYTES / (channels * sizeof(T)) / MR * MR, round_up(24, MR), 192);
 }
 
 // A batch norm: statistics (of the batch, or the running ones) and parameters, one of each a channel.
@@ -116,7 +117,7 @@ void bottleneck_forward(long threads, const S* x, long ldx, long pixels, long ch
                         const T* weight, long width, S* b, T* mean, T* variance) {
   constexpr bool ROUNDED = !std::is_same_v<S, T>;
   const long ldb = padded<T>(width), lda = padded<T>(channels) + VECTOR_BYTES / sizeof(Element<S>);
-  const long depth = operands<S>(channels), tile = tile_rows<T>(channels);
+  const long depth = operands<S>(channels), tile = tile_rows<T, S>(channels);
   const long whole = channels / (2 * LANES<T>) * 2 * LANES<T>;  // channels in whole pairs of vectors
   const Affine<T> normalise(*norm, channels);
   Buffer<Operand<S>> panels(depth * ldb);
@@ -138,7 +139,7 @@ void bottleneck_forward(long threads, const S* x, long ldx, long pixels, long ch
                   [&](long c) { return relu<T>(normalise(whole + c, load(pixel + whole + c, channels - whole - c))); });
       }
       Prefetch ahead(x + (begin + tile) * ldx, std::min(tile, range.end - begin - tile), channels, ldx);
-      ahead.over(register_tiles<T>(rows, width));
+      ahead.over(register_tiles<T, Operand<S>>(rows, width));
       T* c;
       if constexpr (ROUNDED) c = products[thread];
       else c = b + begin * ldb;
@@ -157,7 +158,9 @@ void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, lon
                          const double* sum2, const double* centred_sum2, T* dgamma2, T* dbeta2, const S* x, S* g,
                          long ldx, long channels, const BatchNorm<T>* norm1, const T* weight, T* dweight, T* dgamma1,
                          T* dbeta1, double* map_sum, double* map_centred_sum) {
-  constexpr long P = PER_OPERAND<S>, VECTORS = NR_TRANSPOSED * P, PANEL = VECTORS * LANES<T>, TILE = 24 * MR;
+  constexpr long P = PER_OPERAND<S>, MR = dense::MR<Operand<S>>, MR_TRANSPOSED = dense::MR_TRANSPOSED<Operand<S>>;
+  constexpr long VECTORS = IN_PAIRS<S> ? NR : NR_TRANSPOSED<Operand<S>>, PANEL = VECTORS * LANES<T>;
+  constexpr long TILE = round_up(144, MR * P);
   const long ldb = padded<T>(width), columns = padded<T>(channels), width_rows = round_up(width, MR_TRANSPOSED);
   const long depth = operands<S>(width), db_size = TILE * std::max(ldb, width_rows);
   const NormBackward<T> norm_backward(*norm2, sum2, centred_sum2, pixels, width);
@@ -170,6 +173,7 @@ void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, lon
   PerThread<Buffer<Element<S>>> db_of(threads, db_size);
   // For dweight, whose sum is over pixels: db with two pixels in a pair, and a.
   PerThread<Buffer<Operand<S>>> db_pairs_of(threads, IN_PAIRS<S> ? db_size / 2 : 0), a_of(threads, TILE / P * PANEL);
+  PerThread<Buffer<Operand<S>>> left_of(threads, left_size<Operand<S>>(TILE / P, width));
   PerThread<Buffer<T>> da_of(threads, TILE * PANEL);
   parallel(threads, [&](int thread, int all) {
     const Range packed = share(depth, thread, all), reduced = share(width, thread, all);
@@ -197,6 +201,8 @@ void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, lon
           if constexpr (IN_PAIRS<S>)
             store<Pair>(db_pairs + r / 2 * ldb + k, as_pairs(first, r + 1 < rows ? write(r + 1) : Vector<T>{}));
         }
+      const Left<Operand<S>> db_left =
+          left(operands<S>(rows), width, IN_PAIRS<S> ? db_pairs : as_operands<S>(db), ldb, left_of[thread] + 0);
       for (long j = 0; j < channels; j += PANEL) {
         const long panel = std::min(PANEL, columns - j);
         // While this panel is worked on, the next one's columns of x and g come, or the next tile's.
@@ -232,8 +238,7 @@ void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, lon
           }
           sums[thread].add(j + c, sum, centred_sum);
         }
-        multiply_transposed(width, panel, operands<S>(rows), IN_PAIRS<S> ? db_pairs : as_operands<S>(db), ldb,
-                            a, panel, dw + j * width_rows, panel, g_ahead);
+        multiply_transposed(width, panel, operands<S>(rows), db_left, a, panel, dw + j * width_rows, panel, g_ahead);
       }
     }
     wait_for_all_threads();
@@ -306,8 +311,8 @@ void conv3x3_backward(long threads, const S* b, long images, long height, long w
                       const BatchNorm<T>* norm, const T* weight, long growth, const S* gradient, S* dz, T* dweight,
                       double* sum, double* centred_sum) {
   const Tiles tiles{images, height, width};
-  const long ldb = padded<T>(channels), ldg = padded<T>(growth), matrix = round_up(channels, MR_TRANSPOSED) * ldg;
-  const long depth = operands<S>(growth);
+  const long ldb = padded<T>(channels), ldg = padded<T>(growth), depth = operands<S>(growth);
+  const long matrix = round_up(growth, MR_TRANSPOSED<Operand<S>>) * ldb;  // of a frequency: dweight, transposed
   const Affine<T> normalise(*norm, channels);
   const Padded<T> mean(norm->mean, channels);
   Buffer<Operand<S>> weights(FREQUENCIES * depth * ldb);
@@ -347,14 +352,15 @@ void conv3x3_backward(long threads, const S* b, long images, long height, long w
         },
         [&](long begin, long end) { return pixels_of(tiles, begin, end, b, ldb); });
     wait_for_all_threads();
-    const Range reduced = share(channels, thread, all);
-    for (long in = reduced.begin; in < reduced.end; in++)
-      for (long o = 0; o < growth; o += LANES<T>) {
+    const Range reduced = share(growth, thread, all);
+    for (long o = reduced.begin; o < reduced.end; o++)
+      for (long in = 0; in < channels; in += LANES<T>) {
         Vector<T> u[FREQUENCIES] = {}, w[9];
         for (int t = 0; t < all; t++)
-          for (int f = 0; f < FREQUENCIES; f++) u[f] += load(dweights + (t * FREQUENCIES + f) * matrix + in * ldg + o);
+          for (int f = 0; f < FREQUENCIES; f++) u[f] += load(dweights + (t * FREQUENCIES + f) * matrix + o * ldb + in);
         transform_weight_gradient<T>(u, w);
-        for (int i = 0; i < 9; i++) store(dweight + (i * channels + in) * growth + o, w[i], growth - o);
+        for (int i = 0; i < 9; i++)
+          for (long c = in; c < std::min(in + LANES<T>, channels); c++) dweight[(i * channels + c) * growth + o] = w[i][c - in];
       }
   });
   write_sums(sums, channels, sum, centred_sum);

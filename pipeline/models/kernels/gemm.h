@@ -5,27 +5,21 @@
 // most a few thousand channels.
 //
 // A product multiplies operands. In float and double an operand is a number. In bfloat16 it is a pair of numbers that
-// follow each other in the summed dimension, where the processor multiplies pairs (AVX512_BF16) and adds in float; else it
-// is a float, and bfloat16 is a format of storage alone. The depth of a product counts operands.
+// follow each other in the summed dimension, where the processor multiplies pairs fast (AVX512_BF16, AMX) and adds in
+// float; else it is a float, and bfloat16 is a format of storage alone. The depth of a product counts operands.
 #pragma once
 
-#include "simd.h"
+#include <type_traits>
+
+#include "matrix_unit.h"
 
 namespace dense {
-
-// A register tile has MR x NR vectors of accumulators. Beside them, registers hold NR vectors of the panel and one
-// broadcast element.
-constexpr int MR = 6, NR = REGISTERS == 32 ? 4 : 2;
-// The same where the left-hand matrix is transposed, so that its MR elements lie side by side in memory.
-constexpr int MR_TRANSPOSED = 8, NR_TRANSPOSED = REGISTERS == 32 ? 2 : 1;
-
-typedef uint32_t Pair;  // of bfloat16: the first in the lower half
 
 // For maps stored in S: in what the left-hand matrix is written, and what is multiplied.
 template <class S> struct Operands {
   typedef S Element, Operand;
 };
-#if defined(__AVX512BF16__)
+#if defined(PAIRS)
 template <> struct Operands<bf16> {
   typedef bf16 Element;
   typedef Pair Operand;
@@ -39,6 +33,19 @@ template <class S> using Element = typename Operands<S>::Element;
 template <class S> using Operand = typename Operands<S>::Operand;
 template <class S> constexpr long PER_OPERAND = sizeof(Operand<S>) / sizeof(Element<S>);  // elements: 1 or 2
 template <class S> constexpr bool IN_PAIRS = PER_OPERAND<S> == 2;
+
+// A register tile has MR x NR vectors of accumulators. Beside them, registers hold NR vectors of the panel and one
+// broadcast element.
+template <class O> constexpr int MR = 6;
+constexpr int NR = REGISTERS == 32 ? 4 : 2;
+// The same where the left-hand matrix is transposed, so that its MR elements lie side by side in memory.
+template <class O> constexpr int MR_TRANSPOSED = 8;
+template <class O> constexpr int NR_TRANSPOSED = REGISTERS == 32 ? 2 : 1;
+#if defined(MATRIX_UNIT)
+template <> constexpr int MR<Pair> = TILE_SIDE;
+template <> constexpr int MR_TRANSPOSED<Pair> = TILE_SIDE;
+template <> constexpr int NR_TRANSPOSED<Pair> = 4;
+#endif
 
 // Operands that hold so many elements; the last one is filled up with a zero.
 template <class S> long operands(long depth) { return (depth + PER_OPERAND<S> - 1) / PER_OPERAND<S>; }
@@ -54,7 +61,7 @@ template <class S> inline const Operand<S>* as_operands(const Element<S>* p) {
 }
 
 template <class T> inline Vector<T> multiply_add(T element, Vector<T> row, Vector<T> sum) { return sum + element * row; }
-#if defined(__AVX512BF16__)
+#if defined(PAIRS)
 inline Vector<float> multiply_add(Pair element, Words row, Vector<float> sum) {
   return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(Words{} + element), (__m512bh)row);
 }
@@ -83,6 +90,9 @@ inline void pair_rows(const bf16* in, long rows, long ld, Pair* out) {
 // Here and below, O is the type of an operand; lda and ldb count operands.
 template <class T, class O, int rows, int width, bool transposed>
 inline void micro_kernel(long depth, const O* a, long lda, const O* b, long ldb, T* c, long ldc, bool add) {
+#if defined(MATRIX_UNIT)
+  if constexpr (std::is_same_v<O, Pair>) return multiply_tiles<width>(depth, a, lda, b, ldb, c, ldc, add);
+#endif
   Vector<T> sum[rows][width];
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < width; j++) sum[i][j] = add ? load(c + i * ldc + j * LANES<T>) : Vector<T>{};
@@ -128,7 +138,7 @@ class Prefetch {
 
 template <class T, int width, class O>
 void multiply_rows(long rows, long depth, const O* a, long lda, const O* b, T* c, long ldc, Prefetch& ahead) {
-  constexpr long columns = width * LANES<T>;
+  constexpr long columns = width * LANES<T>, MR = dense::MR<O>;
   for (long i = 0; i < rows; i += MR) {
     ahead.some();
     if (i + MR <= rows) {
@@ -154,8 +164,8 @@ void multiply_panel(long rows, long width, long depth, const O* a, long lda, con
 }
 
 // Register tiles of `multiply`.
-template <class T> long register_tiles(long rows, long columns) {
-  constexpr long PANEL = NR * LANES<T>;
+template <class T, class O> long register_tiles(long rows, long columns) {
+  constexpr long PANEL = NR * LANES<T>, MR = dense::MR<O>;
   return (rows + MR - 1) / MR * ((columns + PANEL - 1) / PANEL);
 }
 
@@ -169,21 +179,45 @@ void multiply(long rows, long columns, long depth, const O* a, long lda, const O
   }
 }
 
-// c += a' b with a [depth][rows] and b [depth][columns]. Reads and writes rows up to a multiple of MR_TRANSPOSED.
+// The left-hand matrix of `multiply_transposed`, [depth][rows], as the micro-kernels read it.
+template <class O> struct Left {
+  const O* data;
+  long row, ld;  // from one row of the product to the next, and from one operand of the depth to the next
+};
+
+// Of a [depth][lda]. `memory` for `left_size` operands is written where the matrix unit multiplies.
+template <class O> Left<O> left(long depth, long rows, const O* a, long lda, O* memory) {
+#if defined(MATRIX_UNIT)
+  if constexpr (std::is_same_v<O, Pair>) {
+    const long ld = round_up(depth, TILE_SIDE);
+    transpose(a, depth, rows, lda, memory, ld);
+    return {memory, ld, ld};
+  }
+#endif
+  return {a, 1, lda};
+}
+template <class O> constexpr long left_size(long depth, long rows) {
+#if defined(MATRIX_UNIT)
+  if constexpr (std::is_same_v<O, Pair>) return round_up(depth, TILE_SIDE) * round_up(rows, TILE_SIDE);
+#endif
+  return 0;
+}
+
+// c += a' b with b [depth][columns]. Reads and writes rows up to a multiple of MR_TRANSPOSED.
 template <class T, class O>
-void multiply_transposed(long rows, long columns, long depth, const O* a, long lda, const O* b, long ldb, T* c, long ldc,
+void multiply_transposed(long rows, long columns, long depth, Left<O> a, const O* b, long ldb, T* c, long ldc,
                          Prefetch& ahead) {
-  constexpr long PANEL = NR_TRANSPOSED * LANES<T>;
+  constexpr long MR = MR_TRANSPOSED<O>, NR = NR_TRANSPOSED<O>, PANEL = NR * LANES<T>;
   long j = 0;
   for (; j + PANEL <= padded<T>(columns); j += PANEL)
-    for (long i = 0; i < rows; i += MR_TRANSPOSED) {
+    for (long i = 0; i < rows; i += MR) {
       ahead.some();
-      micro_kernel<T, O, MR_TRANSPOSED, NR_TRANSPOSED, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+      micro_kernel<T, O, MR, NR, true>(depth, a.data + i * a.row, a.ld, b + j, ldb, c + i * ldc + j, ldc, true);
     }
   for (; j < columns; j += LANES<T>)
-    for (long i = 0; i < rows; i += MR_TRANSPOSED) {
+    for (long i = 0; i < rows; i += MR) {
       ahead.some();
-      micro_kernel<T, O, MR_TRANSPOSED, 1, true>(depth, a + i, lda, b + j, ldb, c + i * ldc + j, ldc, true);
+      micro_kernel<T, O, MR, 1, true>(depth, a.data + i * a.row, a.ld, b + j, ldb, c + i * ldc + j, ldc, true);
     }
 }
 

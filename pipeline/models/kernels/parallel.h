@@ -25,7 +25,12 @@ inline Range share(long items, int thread, int threads) {
 
 template <class Body> void parallel(long threads, Body body) {
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  {
+    body(omp_get_thread_num(), omp_get_num_threads());
+#if defined(MATRIX_UNIT)
+    release_tiles();
+#endif
+  }
 }
 
 inline void wait_for_all_threads() {

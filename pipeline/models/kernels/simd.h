@@ -27,10 +27,20 @@ constexpr int VECTOR_BYTES = 16, REGISTERS = 32;
 constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
 #endif
 
+// Whether bfloat16 is multiplied in pairs, and by the matrix unit (matrix_unit.h). What the compiler cannot know is told by
+// kernels/__init__.py: whether this process may use the unit, and whether the processor's other instruction is slow.
+#if defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(MAY_USE_AMX)
+#define MATRIX_UNIT
+#define PAIRS
+#elif defined(__AVX512BF16__) && !defined(SLOW_PAIRS)
+#define PAIRS
+#endif
+
 // A format of storage: the upper half of a float.
 struct bf16 {
   uint16_t bits;
 };
+typedef uint32_t Pair;  // of bfloat16: the first in the lower half
 
 template <class T> struct Simd {
   typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
@@ -42,7 +52,7 @@ template <> struct Simd<bf16> : Simd<float> {};
 template <class T> using Vector = typename Simd<T>::Vector;
 template <class T> constexpr long LANES = Simd<T>::LANES;
 
-inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 template <class T> long padded(long channels) { return round_up(channels, LANES<T>); }
 
 template <class T> inline Vector<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p); }

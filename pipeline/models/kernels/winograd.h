@@ -26,7 +26,8 @@ struct Tiles {
   // The upper row of pixels of a row of tiles, counted through the batch.
   long pixel_row(long row) const { return row / rows_of_image() * height + 2 * (row % rows_of_image()); }
   // Rows of tiles that a thread works on at once: about 48 tiles, with few rows of a register tile left empty.
-  long rows_at_once() const {
+  template <class O> long rows_at_once() const {
+    constexpr long MR = dense::MR<O>;
     long best = 1;
     double least = 2;
     for (long rows = 1; rows == 1 || rows * columns() <= 60; rows++) {
@@ -195,7 +196,7 @@ template <class T, class S> struct ConvolveScratch {
   Buffer<Element<S>> inputs;
 
   ConvolveScratch(const Tiles& tiles, long channels_in, long channels_out)
-      : at_once(tiles.rows_at_once()), count(round_up(at_once * tiles.columns(), MR)),
+      : at_once(tiles.rows_at_once<Operand<S>>()), count(round_up(at_once * tiles.columns(), MR<Operand<S>>)),
         plane_in(count * padded<T>(channels_in) + VECTOR_BYTES / sizeof(Element<S>)),
         plane_out(count * padded<T>(channels_out) + LANES<T>), rows(InputTiles<T, int>::size(tiles, channels_in)),
         products(FREQUENCIES * plane_out), output(4 * tiles.columns() * padded<T>(channels_out)),
@@ -217,7 +218,7 @@ void convolve(const Tiles& tiles, Range range, long channels_in, long channels_o
     const long end = std::min(begin + at_once, range.end);
     input_tiles.transform(begin, end, inputs, plane_in);
     Prefetch ahead = coming(begin, end);
-    ahead.over(FREQUENCIES * register_tiles<T>((end - begin) * columns, channels_out));
+    ahead.over(FREQUENCIES * register_tiles<T, Operand<S>>((end - begin) * columns, channels_out));
     for (int f = 0; f < FREQUENCIES; f++)
       multiply((end - begin) * columns, channels_out, depth, as_operands<S>(inputs + f * plane_in), ldin / PER_OPERAND<S>,
                weights + f * depth * ldout, products + f * plane_out, ldout, ahead);
@@ -237,18 +238,20 @@ template <class T, class S> struct WeightGradientScratch {
   const long at_once, plane_in, plane_out;
   Buffer<T> rows;
   Buffer<Element<S>> inputs, gradients;
-  Buffer<Operand<S>> input_pairs, gradient_pairs;  // of one frequency
+  Buffer<Operand<S>> input_pairs, gradient_pairs, left;  // of one frequency
 
   WeightGradientScratch(const Tiles& tiles, long channels_in, long channels_out)
-      : at_once(tiles.rows_at_once()),
-        plane_in(at_once * tiles.columns() * padded<T>(channels_in) + VECTOR_BYTES / sizeof(Element<S>) + MR_TRANSPOSED),
-        plane_out(at_once * tiles.columns() * padded<T>(channels_out) + VECTOR_BYTES / sizeof(Element<S>)),
+      : at_once(tiles.rows_at_once<Operand<S>>()),
+        plane_in(at_once * tiles.columns() * padded<T>(channels_in) + VECTOR_BYTES / sizeof(Element<S>)),
+        plane_out(at_once * tiles.columns() * padded<T>(channels_out) + VECTOR_BYTES / sizeof(Element<S>) +
+                  MR_TRANSPOSED<Operand<S>>),
         rows(InputTiles<T, int>::size(tiles, channels_in)), inputs(FREQUENCIES * plane_in),
         gradients(FREQUENCIES * plane_out), input_pairs(IN_PAIRS<S> ? plane_in : 0),
-        gradient_pairs(IN_PAIRS<S> ? plane_out : 0) {}
+        gradient_pairs(IN_PAIRS<S> ? plane_out : 0),
+        left(left_size<Operand<S>>(operands<S>(at_once * tiles.columns()), channels_out)) {}
 };
 
-// Add to sums [16][channels_in rounded up][padded channels_out] the gradient of the transformed weights over rows
+// Add to sums [16][channels_out rounded up][padded channels_in] the gradient of the transformed weights over rows
 // [begin, end) of tiles. gradient [pixels][padded channels_out] is that of the convolution's output.
 template <class T, class S, class LoadRow, class Coming>
 void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in, long channels_out,
@@ -274,17 +277,18 @@ void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in
             channels_out, out, plane_out);
     }
     Prefetch ahead = coming(begin, end);
-    ahead.over(FREQUENCIES * (channels_in / MR_TRANSPOSED + 1));
+    ahead.over(FREQUENCIES * (channels_in / (NR_TRANSPOSED<Operand<S>> * LANES<T>) + 1));
     const long count = (end - begin) * columns;
     for (int f = 0; f < FREQUENCIES; f++) {
-      const Operand<S>*a = as_operands<S>(inputs + f * plane_in), *b = as_operands<S>(gradients + f * plane_out);
+      const Operand<S>*a = as_operands<S>(gradients + f * plane_out), *b = as_operands<S>(inputs + f * plane_in);
       if constexpr (IN_PAIRS<S>) {  // the sum is over tiles
-        pair_rows(inputs + f * plane_in, count, ldin, scratch.input_pairs);
         pair_rows(gradients + f * plane_out, count, ldout, scratch.gradient_pairs);
-        a = scratch.input_pairs, b = scratch.gradient_pairs;
+        pair_rows(inputs + f * plane_in, count, ldin, scratch.input_pairs);
+        a = scratch.gradient_pairs, b = scratch.input_pairs;
       }
-      multiply_transposed(channels_in, ldout, operands<S>(count), a, ldin, b, ldout,
-                          sums + f * round_up(channels_in, MR_TRANSPOSED) * ldout, ldout, ahead);
+      const long depth = operands<S>(count);
+      multiply_transposed(channels_out, channels_in, depth, left(depth, channels_out, a, ldout, scratch.left + 0), b, ldin,
+                          sums + f * round_up(channels_out, MR_TRANSPOSED<Operand<S>>) * ldin, ldin, ahead);
     }
   }
 }
