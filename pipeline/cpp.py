@@ -17,7 +17,7 @@ from pathlib import Path
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 )  # fmt: skip
-COMPILE_ERROR = re.compile(r":\d+: (fatal )?error:")
+COMPILE_ERROR = re.compile(r":\d+: (fatal )?[Ee]rror:")
 
 
 class CppUnavailableError(Exception):

@@ -62,7 +62,9 @@ def library(flags: tuple[str, ...]) -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "SOURCES", [*kernels.SOURCES, EMULATED_AMX])
         patch.setattr(kernels, "FLAGS", [*kernels.FLAGS, *flags])
-        return kernels.load.__wrapped__()
+        result = kernels.load.__wrapped__()
+    assert (b"emulated AMX" in Path(result._name).read_bytes()) == any(str(EMULATED_AMX) in flag for flag in flags)
+    return result
 
 
 @pytest.fixture(params=BUILDS.values(), ids=BUILDS)
@@ -581,3 +583,44 @@ def test_kernels_compiled_for_another_cpu_are_not_loaded(monkeypatch):
     assert cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS) == here
     monkeypatch.setattr(cpp, "cpu", lambda: "model name: another\nflags: avx512f")
     assert cpp.fingerprint("c++", kernels.SOURCES, kernels.FLAGS) != here
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpu", "granted", "flags"),
+    [
+        (
+            "x86_64",
+            "vendor_id: GenuineIntel\nflags: avx512_bf16 amx_bf16 amx_tile",
+            True,
+            ["-DMAY_USE_AMX", "-DSLOW_PAIRS"],
+        ),
+        ("x86_64", "vendor_id: GenuineIntel\nflags: avx512_bf16 amx_bf16 amx_tile", False, ["-DSLOW_PAIRS"]),
+        ("x86_64", "vendor_id: AuthenticAMD\nflags: avx512_bf16", True, []),
+        ("aarch64", "CPU implementer: 0x41", True, []),
+    ],
+    ids=["AMX", "AMX refused", "AMD", "ARM"],
+)
+def test_how_bfloat16_is_multiplied_follows_the_processor(machine, cpu, granted, flags, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpp, "cpu", lambda: cpu)
+    monkeypatch.setattr(kernels, "_may_use_amx", lambda: granted)
+    assert kernels.instruction_flags() == flags
+
+
+def test_an_assembler_older_than_its_compiler_costs_amx_alone(tmp_path, monkeypatch):
+    """The compiler here fails where it may use AMX, in the words of GNU's assembler."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *MAY_USE_AMX*) echo "x.s:7: Error: no such instruction: \\`tilezero\'" >&2; exit 1;; esac\n'
+        f'exec {cpp.find_compiler()} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "FLAGS", [*kernels.FLAGS, "-O0"])
+    monkeypatch.setattr(kernels, "instruction_flags", lambda: ["-DMAY_USE_AMX"])
+    assert kernels.load.__wrapped__()
+    with pytest.raises(
+        cpp.CppUnavailableError, match="cannot compile dense_block.cpp: x.s:7: Error: no such instruction"
+    ):
+        cpp.load_cpp(kernels.SOURCES, ["-DMAY_USE_AMX", *kernels.FLAGS])

@@ -211,7 +211,7 @@ void bottleneck_backward(long threads, const S* dz, const S* b, long pixels, lon
         const long coming = last ? std::min(TILE, range.end - begin - TILE) : rows;
         Prefetch x_ahead(x + next, coming, PANEL, ldx), g_ahead(g + next, coming, PANEL, ldx);
         x_ahead.over(TILE / MR);
-        g_ahead.over(width_rows / MR_TRANSPOSED);
+        g_ahead.over(register_tiles_transposed<T, Operand<S>>(width, panel));
         multiply_panel(rows, panel / LANES<T>, depth, as_operands<S>(db), ldb / P, panels + j * depth, da, panel, x_ahead);
         for (long c = 0; c < panel; c += LANES<T>) {
           const auto norm = normalise.at(j + c);
@@ -352,16 +352,16 @@ void conv3x3_backward(long threads, const S* b, long images, long height, long w
         },
         [&](long begin, long end) { return pixels_of(tiles, begin, end, b, ldb); });
     wait_for_all_threads();
-    const Range reduced = share(growth, thread, all);
-    for (long o = reduced.begin; o < reduced.end; o++)
-      for (long in = 0; in < channels; in += LANES<T>) {
-        Vector<T> u[FREQUENCIES] = {}, w[9];
-        for (int t = 0; t < all; t++)
-          for (int f = 0; f < FREQUENCIES; f++) u[f] += load(dweights + (t * FREQUENCIES + f) * matrix + o * ldb + in);
-        transform_weight_gradient<T>(u, w);
-        for (int i = 0; i < 9; i++)
-          for (long c = in; c < std::min(in + LANES<T>, channels); c++) dweight[(i * channels + c) * growth + o] = w[i][c - in];
-      }
+    const Range reduced = share(ldb / LANES<T> * growth, thread, all);
+    for (long k = reduced.begin; k < reduced.end; k++) {
+      const long in = k / growth * LANES<T>, o = k % growth;
+      Vector<T> u[FREQUENCIES] = {}, w[9];
+      for (int t = 0; t < all; t++)
+        for (int f = 0; f < FREQUENCIES; f++) u[f] += load(dweights + (t * FREQUENCIES + f) * matrix + o * ldb + in);
+      transform_weight_gradient<T>(u, w);
+      for (int i = 0; i < 9; i++)
+        for (long c = in; c < std::min(in + LANES<T>, channels); c++) dweight[(i * channels + c) * growth + o] = w[i][c - in];
+    }
   });
   write_sums(sums, channels, sum, centred_sum);
 }

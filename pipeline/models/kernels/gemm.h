@@ -86,7 +86,8 @@ inline void pair_rows(const bf16* in, long rows, long ld, Pair* out) {
 }
 #endif
 
-// The micro-kernel: c[rows][width vectors] (+)= a b. a(i, k) is a[i * lda + k], transposed a[k * lda + i].
+// The micro-kernel: c[rows][width vectors] (+)= a b. a(i, k) is a[i * lda + k], transposed a[k * lda + i]; for the matrix
+// unit it is always the former.
 // Here and below, O is the type of an operand; lda and ldb count operands.
 template <class T, class O, int rows, int width, bool transposed>
 inline void micro_kernel(long depth, const O* a, long lda, const O* b, long ldb, T* c, long ldc, bool add) {
@@ -182,7 +183,7 @@ void multiply(long rows, long columns, long depth, const O* a, long lda, const O
 // The left-hand matrix of `multiply_transposed`, [depth][rows], as the micro-kernels read it.
 template <class O> struct Left {
   const O* data;
-  long row, ld;  // from one row of the product to the next, and from one operand of the depth to the next
+  long row, ld;  // from one row of the product to the next, and what the micro-kernel takes as lda
 };
 
 // Of a [depth][lda]. `memory` for `left_size` operands is written where the matrix unit multiplies.
@@ -201,6 +202,13 @@ template <class O> constexpr long left_size(long depth, long rows) {
   if constexpr (std::is_same_v<O, Pair>) return round_up(depth, TILE_SIDE) * round_up(rows, TILE_SIDE);
 #endif
   return 0;
+}
+
+// Register tiles of `multiply_transposed`.
+template <class T, class O> long register_tiles_transposed(long rows, long columns) {
+  constexpr long MR = MR_TRANSPOSED<O>, NR = NR_TRANSPOSED<O>;
+  const long vectors = padded<T>(columns) / LANES<T>;
+  return (rows + MR - 1) / MR * (vectors / NR + vectors % NR);
 }
 
 // c += a' b with b [depth][columns]. Reads and writes rows up to a multiple of MR_TRANSPOSED.

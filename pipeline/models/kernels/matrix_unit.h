@@ -14,7 +14,7 @@ namespace dense {
 constexpr long TILE_SIDE = 16;  // rows of a tile, and pairs or floats in a row
 
 // Rest of the depth, in pairs, for which this thread's tile registers are shaped; -1: they are not.
-inline thread_local long tiles_shaped_for = -1;
+static thread_local long tiles_shaped_for = -1;
 
 // Registers 0 to 3 hold sums, 4 and 5 whole left-hand and right-hand tiles, 6 and 7 the last ones of a depth, which are
 // shorter. A change of shapes empties all registers.
@@ -28,6 +28,8 @@ inline void shape_tiles(long depth) {
   } shapes;
   for (int i = 0; i < 8; i++) shapes.rows[i] = TILE_SIDE, shapes.row_bytes[i] = 64;
   if (rest) shapes.row_bytes[6] = rest * sizeof(Pair), shapes.rows[7] = rest;
+  // GCC's _tile_loadconfig does not say that it reads all of them, so that they would not be written before.
+  asm volatile("" : : "m"(shapes));
   _tile_loadconfig(&shapes);
   tiles_shaped_for = rest;
 }
@@ -53,6 +55,7 @@ inline void multiply_tiles(long depth, const Pair* a, long lda, const Pair* b, l
 #define ADD_WHOLE(SUM) _tile_loadd(5, b + k * ldb + SUM * N, ldb * PAIR); _tile_dpbf16ps(SUM, 4, 5);
 #define ADD_REST(SUM) _tile_loadd(7, b + k * ldb + SUM * N, ldb * PAIR); _tile_dpbf16ps(SUM, 6, 7);
 #define STORE(SUM) _tile_stored(SUM, c + SUM * N, ldc * FLOAT);
+  asm volatile("" : : : "memory");  // nor does GCC's _tile_loadd say what it reads
   shape_tiles(depth);
   if (add) { FOR_EACH_SUM(LOAD) } else { FOR_EACH_SUM(CLEAR) }
   long k = 0;

@@ -29,7 +29,10 @@ constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
 
 // Whether bfloat16 is multiplied in pairs, and by the matrix unit (matrix_unit.h). What the compiler cannot know is told by
 // kernels/__init__.py: whether this process may use the unit, and whether the processor's other instruction is slow.
-#if defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(MAY_USE_AMX)
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__)) || (defined(__AMXTILE__) && defined(__AMXBF16__))  // older clang
+#define COMPILER_KNOWS_AMX
+#endif
+#if defined(__AVX512BF16__) && defined(COMPILER_KNOWS_AMX) && defined(MAY_USE_AMX)
 #define MATRIX_UNIT
 #define PAIRS
 #elif defined(__AVX512BF16__) && !defined(SLOW_PAIRS)

@@ -277,7 +277,7 @@ void convolve_backward_weights(const Tiles& tiles, Range range, long channels_in
             channels_out, out, plane_out);
     }
     Prefetch ahead = coming(begin, end);
-    ahead.over(FREQUENCIES * (channels_in / (NR_TRANSPOSED<Operand<S>> * LANES<T>) + 1));
+    ahead.over(FREQUENCIES * register_tiles_transposed<T, Operand<S>>(channels_out, channels_in));
     const long count = (end - begin) * columns;
     for (int f = 0; f < FREQUENCIES; f++) {
       const Operand<S>*a = as_operands<S>(gradients + f * plane_out), *b = as_operands<S>(inputs + f * plane_in);
