@@ -491,8 +491,9 @@ exit 1
 def test_a_refused_submission_leaves_nothing_and_changes_nothing(tmp_path, monkeypatch, runs):
     """A program of sbatch's name stands for a SLURM that refuses; tests/test_slurm.py asks a real one."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    for name in ("sbatch", "srun"):  # without srun submitit submits no array
+        (tmp_path / "bin" / name).write_text(SBATCH)
+        (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     configs = [small_config(tmp_path / "runs" / f"run{i}") for i in range(runs)]
     with pytest.raises(UserError, match="sbatch refuses the job: .*invalid partition"):

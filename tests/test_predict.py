@@ -158,8 +158,12 @@ def test_a_csv_file_holds_the_same_answers_however_many_images_are_known_at_once
         titles, *rows = csv.reader(stream)
     assert titles == ["file", "class1", "name1", "probability1", "class2", "name2", "probability2"]
     for row, entry, other in zip(rows, expected, again, strict=True):
-        cells = [cell for a in entry["answers"] for cell in (a["class"], a["name"] or "", f"{a['probability']:.6f}")]
-        assert row == [entry["file"], *cells] and other == entry
+        cells = [cell for a in other["answers"] for cell in (a["class"], a["name"] or "", f"{a['probability']:.6f}")]
+        assert row == [other["file"], *cells] and other["file"] == entry["file"]
+        for a, b in zip(
+            other["answers"], entry["answers"], strict=True
+        ):  # a product's rounding may go by the batch's size
+            assert a == b | {"probability": pytest.approx(b["probability"], rel=1e-5)}
 
 
 @pytest.mark.slow
