@@ -1,8 +1,7 @@
 """Each C++ kernel against torch's operators in float64, at sizes that are no multiple of any tile or vector.
 
 In bfloat16 with and without the processor's products of pairs, with an emulated matrix unit, and with vectors of other
-widths. Most of these builds fill
-scratch memory with NaN; matrices have NaN where a kernel must not look.
+widths. Most of these builds fill scratch memory with NaN; matrices have NaN where a kernel must not look.
 """
 
 import ctypes
@@ -607,6 +606,7 @@ def test_how_bfloat16_is_multiplied_follows_the_processor(machine, cpu, granted,
     assert kernels.instruction_flags() == flags
 
 
+@pytest.mark.slow
 def test_an_assembler_older_than_its_compiler_costs_amx_alone(tmp_path, monkeypatch):
     """The compiler here fails where it may use AMX, in the words of GNU's assembler."""
     compiler = tmp_path / "compiler"
